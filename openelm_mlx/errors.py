@@ -1,0 +1,46 @@
+"""The mistakes a user can make, as exceptions.
+
+Each message is one sentence (or two) for the person at the keyboard: what is wrong, which value, and the next step.
+The command line prints the message and ends with exit code 2; a program can catch `UserError` for all of them.
+What only this library can get wrong is an `assert`, not one of these.
+"""
+
+
+class UserError(ValueError):
+    """Base of every error that the user's input or machine can cause."""
+
+
+class ConfigError(UserError):
+    """A model's config.json (or YAML) is missing, unreadable, or describes no model of a family known here."""
+
+
+class CheckpointError(UserError):
+    """Weights are missing, damaged, of an unexpected name, shape or type, or in a format that is not read."""
+
+
+class TokenizerError(UserError):
+    """There is no tokenizer, or it does not belong to the model."""
+
+
+class PromptError(UserError):
+    """A prompt is empty, longer than the model's context, or not text."""
+
+
+class SettingError(UserError):
+    """An option has a value outside its range."""
+
+
+class HubError(UserError):
+    """A Hugging Face repository is missing, gated, out of reach, or a transfer failed."""
+
+
+class DestinationError(UserError):
+    """An output folder exists already, cannot be written, or the disk is too small."""
+
+
+class ConversionError(UserError):
+    """A conversion was asked for something it cannot do, or its verification failed."""
+
+
+class PlatformError(UserError):
+    """This computer cannot run MLX as it is: an Intel Mac, Rosetta, or a missing backend."""

@@ -1,0 +1,20 @@
+"""Arrays in, arrays out: the models and what they share. No disk, no text, no `mx.eval`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..specs import ModelSpec
+
+if TYPE_CHECKING:
+    from .openelm import OpenELM as Model
+
+
+def build_model(spec: ModelSpec) -> Model:
+    """The module for `spec`, its parameters not yet loaded (and, MLX being lazy, not yet allocated)."""
+    # One line a family; each file is imported only when it is wanted.
+    if spec.family == "openelm":
+        from .openelm import OpenELM
+
+        return OpenELM(spec)
+    raise AssertionError(f"no model for family {spec.family!r}")

@@ -1,0 +1,245 @@
+"""Keys and values of the tokens seen so far: one cache a layer.
+
+`KVCache` keeps all of them; `SlidingKVCache` keeps the last `window` in a ring. Both answer the same calls, and positions
+are absolute in both: `offset` is the position of the next token. `rewind(n)` takes back exactly n tokens or raises.
+The words of mlx-lm's protocol (`is_trimmable`, `trim`, `state`, `meta_state`, `make_mask`) are there so that mlx-lm's own
+loops accept these caches as they are.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..specs import ModelSpec
+from .attention import Mask, causal_mask, visible_keys
+
+Cache = list["KVCache | SlidingKVCache"]
+
+# Growing by whole steps instead of a token at a time: one copy every 256 tokens.
+GROWTH_STEP = 256
+
+
+def make_cache(spec: ModelSpec, window: int | None = None, left_padding: list[int] | None = None) -> Cache:
+    """A cache for each layer of `spec`. `window` puts a ring of that many tokens where a layer would keep everything.
+
+    left_padding: how many tokens of padding stand before each row of a batch, (B,).
+    """
+    padding = None if left_padding is None or not any(left_padding) else mx.array(left_padding)
+    return [
+        KVCache(padding) if (layer_window := layer.window or window) is None else SlidingKVCache(layer_window, 0, padding)
+        for layer in spec.layers
+    ]
+
+
+class KVCache:
+    """Keys and values of every token, (B, K, T, D) each, in buffers that grow by steps."""
+
+    def __init__(self, left_padding: mx.array | None = None) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.offset = 0
+        self.left_padding = left_padding
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append L new keys and values (B, K, L, D); all cached ones come back, (B, K, offset + L, D)."""
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        self.keys = _with_room(self.keys, keys, start, self.offset)
+        self.values = _with_room(self.values, values, start, self.offset)
+        self.keys[..., start : self.offset, :] = keys
+        self.values[..., start : self.offset, :] = values
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The mask for the next N tokens, asked for before they are appended."""
+        if return_array:
+            positions = mx.arange(self.offset + N)
+            return visible_keys(positions[self.offset :], positions, window_size, self.left_padding)
+        return causal_mask(N, self.offset, window_size, self.left_padding)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the last `num_tokens` tokens. Raises ValueError when there are fewer."""
+        if not 0 <= num_tokens <= self.offset:
+            raise ValueError(f"cannot take back {num_tokens} of {self.offset} tokens")
+        self.offset -= num_tokens
+
+    @property
+    def state(self) -> tuple[mx.array, mx.array] | tuple[()]:
+        """The arrays that hold it, cut to what is used; what `mx.eval` and mlx-lm's prompt files take."""
+        if self.keys is None or self.values is None:
+            return ()
+        if self.offset == self.keys.shape[2]:
+            return self.keys, self.values
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    @state.setter
+    def state(self, arrays: tuple[mx.array, mx.array]) -> None:
+        self.keys, self.values = arrays
+        self.offset = self.keys.shape[2]
+
+    @property
+    def buffers(self) -> list[mx.array]:
+        """The whole buffers, for `mx.eval`: evaluating a slice would allocate it again."""
+        return [] if self.keys is None or self.values is None else [self.keys, self.values]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, steps included."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    # --- mlx-lm's words ---
+
+    meta_state = ""
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        n = min(n, self.offset)
+        self.rewind(n)
+        return n
+
+    def size(self) -> int:
+        return self.offset
+
+    def empty(self) -> bool:
+        return self.keys is None
+
+
+class SlidingKVCache:
+    """Keys and values of the last `window` tokens, in a ring of window + room slots; slot = position mod capacity.
+
+    `room` is how many tokens beyond the window stay in memory, so that `rewind` can take back up to room + 1 of them: a
+    query needs the window - 1 tokens before it, which must not have been overwritten.
+    """
+
+    def __init__(self, window: int, room: int = 0, left_padding: mx.array | None = None) -> None:
+        self.window = window
+        self.capacity = window + room
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.offset = 0
+        # One past the newest position in the ring; a rewind leaves it, for the rejected tokens are still in their slots.
+        self.end = 0
+        self.left_padding = left_padding
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append L new keys and values (B, K, L, D) and return those that the L queries may need.
+
+        One token: the ring itself, in slot order, (B, K, capacity, D). Several: up to window - 1 tokens before them in
+        the order of positions, then the new ones. `make_mask`, asked before, fits what comes back.
+        """
+        if self.keys is None or self.values is None:
+            shape = (*keys.shape[:2], self.capacity, keys.shape[3])
+            self.keys, self.values = mx.zeros(shape, keys.dtype), mx.zeros(shape, values.dtype)
+        if keys.shape[2] == 1:
+            self._write(keys, values)
+            return self.keys, self.values
+        before = mx.array([position % self.capacity for position in self._positions_before()], mx.int32)
+        all_keys = mx.concatenate([mx.take(self.keys, before, axis=2), keys], axis=2)
+        all_values = mx.concatenate([mx.take(self.values, before, axis=2), values], axis=2)
+        self._write(keys, values)
+        return all_keys, all_values
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The mask for the next N tokens, asked for before they are appended."""
+        window = self.window if window_size is None else min(window_size, self.window)
+        if N == 1:
+            return self._ring_mask(window, return_array)
+        before = self._positions_before()
+        L = len(before) + N
+        if L <= window and self.left_padding is None and not return_array:
+            return "causal"
+        positions = mx.arange(before.start, before.start + L)
+        return visible_keys(positions[len(before) :], positions, window, self.left_padding)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the last `num_tokens` tokens, exactly. Raises ValueError when the ring no longer holds what stood before."""
+        offset = self.offset - num_tokens
+        needed = max(0, offset - self.window + 1)
+        if num_tokens < 0 or offset < 0 or (offset and needed < self.end - self.capacity):
+            raise ValueError(
+                f"cannot take back {num_tokens} of {self.offset} tokens: a ring of {self.capacity} slots for a window "
+                f"of {self.window} holds the tokens from {max(0, self.end - self.capacity)} on"
+            )
+        self.offset = offset
+        if offset == 0:
+            self.end = 0
+
+    @property
+    def state(self) -> tuple[mx.array, mx.array] | tuple[()]:
+        return () if self.keys is None or self.values is None else (self.keys, self.values)
+
+    @state.setter
+    def state(self, arrays: tuple[mx.array, mx.array]) -> None:
+        self.keys, self.values = arrays
+
+    @property
+    def buffers(self) -> list[mx.array]:
+        """The whole buffers, for `mx.eval`."""
+        return list(self.state)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def _write(self, keys: mx.array, values: mx.array) -> None:
+        """Put the new tokens, the last `capacity` of them, into their slots: one slice, or two around the ring's end."""
+        assert self.keys is not None and self.values is not None
+        length = keys.shape[2]
+        first = max(0, length - self.capacity)
+        while first < length:
+            slot = (self.offset + first) % self.capacity
+            count = min(length - first, self.capacity - slot)
+            self.keys[..., slot : slot + count, :] = keys[..., first : first + count, :]
+            self.values[..., slot : slot + count, :] = values[..., first : first + count, :]
+            first += count
+        self.offset += length
+        self.end = max(self.end, self.offset)
+
+    def _positions_before(self) -> range:
+        """The cached positions that the next token may see: window - 1 at most."""
+        return range(max(0, self.offset - self.window + 1), self.offset)
+
+    def _ring_mask(self, window: int, return_array: bool) -> Mask:
+        """Which slots the next token sees, after it has been written to its own: (capacity,), or (B, 1, 1, capacity)."""
+        newest = max(self.end, self.offset + 1) - 1
+        if window == self.capacity <= self.offset + 1 and newest == self.offset:
+            if self.left_padding is None and not return_array:
+                return None  # full, nothing rejected in it: every slot is visible, and their order does not matter
+        slots = mx.arange(self.capacity)
+        # The newest position that each slot can hold; negative where it holds none yet.
+        positions = newest - (newest - slots) % self.capacity
+        mask = visible_keys(mx.array([self.offset]), positions, window, self.left_padding)
+        return mask & (positions >= 0)
+
+    # --- mlx-lm's words ---
+
+    @property
+    def meta_state(self) -> tuple[str, ...]:
+        return tuple(str(n) for n in (self.window, self.capacity, self.offset, self.end))
+
+    @meta_state.setter
+    def meta_state(self, numbers: tuple[str, ...]) -> None:
+        self.window, self.capacity, self.offset, self.end = (int(n) for n in numbers)
+
+    def is_trimmable(self) -> bool:
+        # mlx-lm asks once, without saying how many tokens; a ring cannot promise any number.
+        return False
+
+    def size(self) -> int:
+        return min(self.offset, self.window)
+
+    def empty(self) -> bool:
+        return self.keys is None
+
+
+def _with_room(buffer: mx.array | None, new: mx.array, used: int, needed: int) -> mx.array:
+    """`buffer` (B, K, T, D), or a larger one with its first `used` tokens, that has at least `needed` places."""
+    if buffer is not None and needed <= buffer.shape[2]:
+        return buffer
+    places = -(-needed // GROWTH_STEP) * GROWTH_STEP
+    batch, heads, _, head_dim = new.shape
+    if buffer is None:
+        return mx.zeros((batch, heads, places, head_dim), new.dtype)
+    more = mx.zeros((batch, heads, places - used, head_dim), new.dtype)
+    return mx.concatenate([buffer[..., :used, :], more], axis=2)

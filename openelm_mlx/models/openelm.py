@@ -1,0 +1,140 @@
+"""Apple OpenELM: a decoder whose every layer has its own number of heads and its own feed-forward width.
+
+Paper: arXiv 2404.14619. Code followed: corenet/modeling/models/language_modeling/general_gpt.py and Apple's
+modeling_openelm.py. Attribute names are those of Apple's Hugging Face files, so that parameters need no renaming.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx import nn
+
+from ..specs import LayerSpec, ModelSpec
+from .attention import Mask, attend, causal_mask
+from .cache import Cache, KVCache, SlidingKVCache, make_cache
+from .rope import rotate
+
+
+class OpenELM(nn.Module):
+    """The language model: tokens (B, L) -> logits (B, L, vocab_size)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model_type = spec.family
+        self.transformer = Transformer(spec)
+        if not spec.tied_head:
+            self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+
+    def __call__(
+        self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None
+    ) -> mx.array:
+        """Logits (B, L, V) of the next token after each of `tokens` (B, L).
+
+        cache: from `make_cache`, extended in place; with it, `tokens` are only the new ones. left_padding (B,): how many
+        tokens at the start of each row are padding; a cache has its own.
+        """
+        return self.head(self.run_layers(self.embed(tokens), cache, left_padding=left_padding))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """The residual stream before the first layer. (B, L) -> (B, L, hidden_size)"""
+        return self.transformer.token_embeddings(tokens)
+
+    def run_layers(
+        self,
+        h: mx.array,
+        cache: Cache | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        left_padding: mx.array | None = None,
+    ) -> mx.array:
+        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1."""
+        L = h.shape[1]
+        # All layers have seen the same tokens, so one mask serves them all.
+        mask = causal_mask(L, 0, left_padding=left_padding) if cache is None else cache[start].make_mask(L)
+        for i, layer in enumerate(self.layers[start:stop], start):
+            h = layer(h, mask, None if cache is None else cache[i])
+        return h
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits of the residual stream after the last layer. (B, L, hidden_size) -> (B, L, vocab_size)"""
+        h = self.transformer.norm(h)
+        return self.transformer.token_embeddings.as_linear(h) if self.spec.tied_head else self.lm_head(h)
+
+    @property
+    def layers(self) -> list[Block]:
+        return self.transformer.layers
+
+    def make_cache(self, window: int | None = None, left_padding: list[int] | None = None) -> Cache:
+        """An empty cache for each layer; `window` makes each a ring of that many tokens."""
+        return make_cache(self.spec, window, left_padding)
+
+
+class Transformer(nn.Module):
+    """The parameters under Apple's prefix `transformer.`; the way through them is `OpenELM.run_layers`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.token_embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = [Block(spec, layer) for layer in spec.layers]
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+
+
+class Block(nn.Module):
+    """h = x + attention(norm(x)); h + feed_forward(norm(h))."""
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+        super().__init__()
+        self.attn = Attention(spec, layer)
+        self.ffn = FeedForward(spec.hidden_size, layer.intermediate_size)
+        # mx.fast.rms_norm rounds before the gain, as CoreNet's RMSNorm does (normalization/rms_norm.py).
+        self.attn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.ffn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: KVCache | SlidingKVCache | None) -> mx.array:
+        h = x + self.attn(self.attn_norm(x), mask, cache)
+        return h + self.ffn(self.ffn_norm(h))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one fused projection and, when the spec says so, a norm on queries and keys."""
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
+        self.rope_theta = spec.rope_theta
+        self.qk_norm = spec.qk_norm
+        self.qkv_proj = nn.Linear(
+            spec.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False
+        )
+        if spec.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=spec.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=spec.norm_eps)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: KVCache | SlidingKVCache | None) -> mx.array:
+        B, L, _ = x.shape
+        # (B, L, (H + 2K) * D) -> (B, H + 2K, L, D), then split over heads: queries, keys, values
+        qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
+        queries, keys, values = mx.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+        if self.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        offset = 0 if cache is None else cache.offset
+        queries, keys = rotate(queries, self.rope_theta, offset), rotate(keys, self.rope_theta, offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        out = attend(queries, keys, values, mask)
+        return self.out_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+
+
+class FeedForward(nn.Module):
+    """proj_2(silu(gate) * up), gate and up being the two halves of proj_1's output."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.proj_1 = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.proj_2 = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.proj_1(x), 2, axis=-1)
+        return self.proj_2(nn.silu(gate) * up)

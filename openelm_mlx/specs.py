@@ -6,6 +6,7 @@ checkpoint readers and the memory planner read only that. Nothing here imports m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,27 @@ class LayerSpec:
         """Bytes that one cached token takes in this layer: a key and a value for each kv head."""
         return 2 * self.num_kv_heads * self.head_dim * itemsize
 
+    def parameters_per_expert(self, hidden_size: int) -> int:
+        """Numbers in one of the layer's experts: gate and up, down, and their biases."""
+        return 3 * self.intermediate_size * hidden_size + 2 * self.intermediate_size + hidden_size
+
+
+@dataclass(frozen=True)
+class YarnSpec:
+    """How rotary frequencies are stretched to a longer context (YaRN, arXiv 2309.00071, sections 3.2 to 3.4).
+
+    A pair of dimensions that turns at least `beta_fast` times within the original context keeps its frequency, one that
+    turns at most `beta_slow` times is slowed down by `factor`, and those between are blended. truncate: the two bounds
+    are rounded to whole pairs, as the first YaRN code did and gpt-oss does not. concentration: on sine and cosine.
+    """
+
+    factor: float
+    original_context_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    concentration: float = 1.0
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -54,6 +76,10 @@ class ModelSpec:
     bos_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
     size: str | None = None
+    yarn: YarnSpec | None = None
+    # gpt-oss's activation: gate and up are clamped at the limit, alpha is the slope inside the sigmoid.
+    swiglu_limit: float = math.inf
+    swiglu_alpha: float = 1.0
 
     def parameter_shapes(self) -> Shapes:
         """Canonical name -> shape of every parameter, in the order of the forward pass."""
@@ -62,6 +88,18 @@ class ModelSpec:
     def num_parameters(self) -> int:
         """How many numbers the model has, by its shapes alone."""
         return sum(_product(shape) for shape in self.parameter_shapes().values())
+
+    def num_active_parameters(self) -> int:
+        """How many of them one token is computed with: no lookup in an embedding, no expert that was not chosen.
+
+        The head counts; so OpenAI counts too (arXiv 2508.10925, table 1).
+        """
+        lookup = 0 if self.tied_head else self.vocab_size * self.hidden_size
+        idle = sum(
+            (layer.num_experts - layer.experts_per_token) * layer.parameters_per_expert(self.hidden_size)
+            for layer in self.layers
+        )
+        return self.num_parameters() - lookup - idle
 
     def kv_cache_bytes(self, num_tokens: int, itemsize: int = 2, batch_size: int = 1) -> int:
         """Bytes of keys and values for `num_tokens` cached tokens; a layer with a window keeps at most that many."""
@@ -72,7 +110,10 @@ class ModelSpec:
 
 
 def spec_from_config(config: Config) -> ModelSpec:
-    """The model that a config describes: Apple's or mlx-lm's config.json, CoreNet's YAML, or Apple's MLX config.json.
+    """The model that a config describes.
+
+    Read are Apple's or mlx-lm's config.json, CoreNet's YAML, Apple's MLX config.json, and for gpt-oss the config.json of
+    Hugging Face (old and new spelling), of mlx-lm, and of OpenAI's original/ folder.
 
     Raises ConfigError for an unknown family, a missing field, or a value that no such model can have.
     """
@@ -82,8 +123,9 @@ def spec_from_config(config: Config) -> ModelSpec:
         if family.recognises(config):
             return family.spec_from_config(config)
     raise ConfigError(
-        f"The config describes no OpenELM model (model_type is {config.get('model_type')!r}, model_name is "
-        f"{config.get('model_name')!r}): only model_type \"openelm\" and CoreNet's \"OpenELM-*\" names are read."
+        f"The config describes no OpenELM or gpt-oss model (model_type is {config.get('model_type')!r}, model_name is "
+        f"{config.get('model_name')!r}): only model_type \"openelm\" and \"gpt_oss\", CoreNet's \"OpenELM-*\" names and "
+        "OpenAI's original config are read."
     )
 
 
@@ -201,9 +243,6 @@ class _OpenELM:
         return shapes
 
 
-_FAMILIES = {"openelm": _OpenELM}
-
-
 def openelm_config(spec: ModelSpec) -> dict[str, Any]:
     """The spec as Apple's Hugging Face config.json spells it, lists expanded, so that mlx-lm reads it too."""
     return {
@@ -293,19 +332,230 @@ def _size_name(num_layers: int, model_dim: int) -> str | None:
     return None
 
 
+# --- gpt-oss ----------------------------------------------------------------------------------------------------------
+
+_GPT_OSS_SIZES = {(24, 32): "20b", (36, 128): "120b"}
+# What OpenAI's original config leaves out (gpt_oss/torch/model.py), and what Hugging Face's class assumes.
+_GPT_OSS_NORM_EPS = 1e-5
+_GPT_OSS_ROPE_THETA = 150000.0
+_GPT_OSS_SWIGLU_LIMIT = 7.0
+_GPT_OSS_SWIGLU_ALPHA = 1.702
+_GPT_OSS_YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+# <|return|>, <|endoftext|> and <|call|>; the generation config of the release forgets the last one.
+_HARMONY_VOCAB_SIZE = 201088
+_HARMONY_STOPS = (200002, 199999, 200012)
+
+
+class _GptOss:
+    """How gpt-oss configs are read, and which parameters such a model has."""
+
+    @staticmethod
+    def recognises(config: Config) -> bool:
+        original = config.get("model_type") is None and {"num_experts", "experts_per_token", "swiglu_limit"} <= set(config)
+        return config.get("model_type") == "gpt_oss" or original
+
+    @staticmethod
+    def spec_from_config(config: Config) -> ModelSpec:
+        # Hugging Face's names, and those of OpenAI's original/config.json where they differ.
+        num_layers = _integer(config, "num_hidden_layers")
+        num_experts = _integer(config, "num_local_experts", "num_experts")
+        windows = _windows(config, num_layers)
+        layers = tuple(
+            LayerSpec(
+                num_heads=_integer(config, "num_attention_heads"),
+                num_kv_heads=_integer(config, "num_key_value_heads"),
+                head_dim=_integer(config, "head_dim"),
+                intermediate_size=_integer(config, "intermediate_size"),
+                window=window,
+                num_experts=num_experts,
+                experts_per_token=_integer(config, "num_experts_per_tok", "experts_per_token"),
+            )
+            for window in windows
+        )
+        _check_layers(layers)
+        _check_gpt_oss(config, layers[0])
+        vocab_size = _integer(config, "vocab_size")
+        yarn = _yarn(config)
+        stops = _HARMONY_STOPS if vocab_size == _HARMONY_VOCAB_SIZE else ()
+        return ModelSpec(
+            family="gpt_oss",
+            vocab_size=vocab_size,
+            usable_vocab_size=vocab_size,
+            hidden_size=_integer(config, "hidden_size"),
+            context_length=_gpt_oss_context_length(config, yarn),
+            layers=layers,
+            tied_head=bool(config.get("tie_word_embeddings", False)),
+            norm_eps=float(config.get("rms_norm_eps", _GPT_OSS_NORM_EPS)),
+            rope_theta=float(_rope_settings(config).get("rope_theta", config.get("rope_theta", _GPT_OSS_ROPE_THETA))),
+            eos_tokens=tuple(dict.fromkeys((*_eos_tokens(config.get("eos_token_id")), *stops))),
+            size=_GPT_OSS_SIZES.get((num_layers, num_experts)),
+            yarn=yarn,
+            swiglu_limit=float(config.get("swiglu_limit", _GPT_OSS_SWIGLU_LIMIT)),
+            swiglu_alpha=float(config.get("swiglu_alpha", _GPT_OSS_SWIGLU_ALPHA)),
+        )
+
+    @staticmethod
+    def parameter_shapes(spec: ModelSpec) -> Shapes:
+        width = spec.hidden_size
+        shapes: Shapes = {"model.embed_tokens.weight": (spec.vocab_size, width)}
+        for i, layer in enumerate(spec.layers):
+            prefix, experts = f"model.layers.{i}", layer.num_experts
+            qkv_width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
+            shapes[f"{prefix}.input_layernorm.weight"] = (width,)
+            shapes[f"{prefix}.self_attn.qkv_proj.weight"] = (qkv_width, width)
+            shapes[f"{prefix}.self_attn.qkv_proj.bias"] = (qkv_width,)
+            shapes[f"{prefix}.self_attn.sinks"] = (layer.num_heads,)
+            shapes[f"{prefix}.self_attn.o_proj.weight"] = (width, layer.num_heads * layer.head_dim)
+            shapes[f"{prefix}.self_attn.o_proj.bias"] = (width,)
+            shapes[f"{prefix}.post_attention_layernorm.weight"] = (width,)
+            shapes[f"{prefix}.mlp.router.weight"] = (experts, width)
+            shapes[f"{prefix}.mlp.router.bias"] = (experts,)
+            shapes[f"{prefix}.mlp.experts.gate_up_proj.weight"] = (experts, 2 * layer.intermediate_size, width)
+            shapes[f"{prefix}.mlp.experts.gate_up_proj.bias"] = (experts, 2 * layer.intermediate_size)
+            shapes[f"{prefix}.mlp.experts.down_proj.weight"] = (experts, width, layer.intermediate_size)
+            shapes[f"{prefix}.mlp.experts.down_proj.bias"] = (experts, width)
+        shapes["model.norm.weight"] = (width,)
+        if not spec.tied_head:
+            shapes["lm_head.weight"] = (spec.vocab_size, width)
+        return shapes
+
+
+def gpt_oss_config(spec: ModelSpec) -> dict[str, Any]:
+    """The spec as Hugging Face's config.json spells it, without a quantization, so that mlx-lm and transformers read it."""
+    layer = spec.layers[0]
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "attention_bias": True,
+        "eos_token_id": spec.eos_tokens[0] if len(spec.eos_tokens) == 1 else list(spec.eos_tokens),
+        "experts_per_token": layer.experts_per_token,
+        "head_dim": layer.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": layer.intermediate_size,
+        "layer_types": ["full_attention" if each.window is None else "sliding_attention" for each in spec.layers],
+        "max_position_embeddings": spec.context_length,
+        "num_attention_heads": layer.num_heads,
+        "num_experts_per_tok": layer.experts_per_token,
+        "num_hidden_layers": len(spec.layers),
+        "num_key_value_heads": layer.num_kv_heads,
+        "num_local_experts": layer.num_experts,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_scaling": _yarn_config(spec.yarn),
+        "rope_theta": spec.rope_theta,
+        "sliding_window": next((each.window for each in spec.layers if each.window is not None), None),
+        "swiglu_alpha": spec.swiglu_alpha,
+        "swiglu_limit": spec.swiglu_limit,
+        "tie_word_embeddings": spec.tied_head,
+        "vocab_size": spec.vocab_size,
+    }
+
+
+def _windows(config: Config, num_layers: int) -> list[int | None]:
+    """Each layer's window; without `layer_types` every other layer slides, beginning with the first."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)]
+    known = {"sliding_attention", "full_attention"}
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != num_layers or not set(kinds) <= known:
+        raise ConfigError(
+            f'The config\'s "layer_types" is {kinds!r}: it must hold {num_layers} times "sliding_attention" or '
+            '"full_attention", one a layer.'
+        )
+    return [_integer(config, "sliding_window") if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _check_gpt_oss(config: Config, layer: LayerSpec) -> None:
+    if layer.experts_per_token > layer.num_experts:
+        raise ConfigError(
+            f"The config asks for {layer.experts_per_token} experts a token and has only {layer.num_experts}: "
+            "one of the two numbers is wrong."
+        )
+    if layer.head_dim % 2:
+        raise ConfigError(f"The config's head_dim is {layer.head_dim}: rotary embedding turns pairs, so it must be even.")
+    if config.get("attention_bias", True) is not True:
+        raise ConfigError('The config\'s "attention_bias" is not true: every gpt-oss projection of attention has a bias.')
+
+
+def _gpt_oss_context_length(config: Config, yarn: YarnSpec | None) -> int:
+    if config.get("max_position_embeddings") is not None:
+        return _integer(config, "max_position_embeddings")
+    initial = _integer(config, "initial_context_length")
+    return initial if yarn is None else int(initial * yarn.factor)
+
+
+def _rope_settings(config: Config) -> Config:
+    """The settings of rotary embedding under one name, whichever of the four spellings the config has.
+
+    transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling`, OpenAI's original config five
+    numbers; a Hugging Face config with none of them means its class's default, and null means no scaling.
+    """
+    if config.get("rope_scaling_factor") is not None:
+        return {
+            "rope_type": "yarn" if config["rope_scaling_factor"] > 1 else "default",
+            "factor": config["rope_scaling_factor"],
+            "beta_fast": _required(config, "rope_ntk_beta"),
+            "beta_slow": _required(config, "rope_ntk_alpha"),
+            "truncate": False,
+        }
+    settings = config.get("rope_parameters") or config.get("rope_scaling", _GPT_OSS_YARN) or {}
+    if not isinstance(settings, Mapping) or any(isinstance(value, Mapping) for value in settings.values()):
+        raise ConfigError(f"The config's rotary settings are {settings!r}: one set of numbers for all layers is read.")
+    return settings
+
+
+def _yarn(config: Config) -> YarnSpec | None:
+    settings = _rope_settings(config)
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ConfigError(f'The config\'s rotary scaling is {kind!r}: gpt-oss has "yarn", or "default" for none.')
+    factor = float(_required(settings, "factor"))
+    original = settings.get("original_max_position_embeddings") or _integer(config, "initial_context_length")
+    concentration = settings.get("attention_factor")
+    return YarnSpec(
+        factor=factor,
+        original_context_length=int(original),
+        beta_fast=float(settings.get("beta_fast") or 32.0),
+        beta_slow=float(settings.get("beta_slow") or 1.0),
+        truncate=bool(settings.get("truncate", True)),
+        concentration=0.1 * math.log(factor) + 1.0 if concentration is None else float(concentration),
+    )
+
+
+def _yarn_config(yarn: YarnSpec | None) -> dict[str, Any] | None:
+    if yarn is None:
+        return None
+    return {
+        "rope_type": "yarn",
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_context_length,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "truncate": yarn.truncate,
+        "attention_factor": yarn.concentration,
+    }
+
+
+_FAMILIES: dict[str, type[_OpenELM] | type[_GptOss]] = {"openelm": _OpenELM, "gpt_oss": _GptOss}
+
+
 # --- fields -----------------------------------------------------------------------------------------------------------
 
 
-def _required(config: Config, name: str) -> Any:
-    if config.get(name) is None:
-        raise ConfigError(f'The model\'s config has no "{name}": it is incomplete; download or copy config.json again.')
-    return config[name]
+def _required(config: Config, *names: str) -> Any:
+    """The field of the first of `names` that the config has: one thing under its different spellings."""
+    for name in names:
+        if config.get(name) is not None:
+            return config[name]
+    raise ConfigError(f'The model\'s config has no "{names[0]}": it is incomplete; download or copy config.json again.')
 
 
-def _integer(config: Config, name: str) -> int:
-    value = _required(config, name)
+def _integer(config: Config, *names: str) -> int:
+    value = _required(config, *names)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f'The config\'s "{name}" is {value!r}: it must be a whole number above 0.')
+        raise ConfigError(f'The config\'s "{names[0]}" is {value!r}: it must be a whole number above 0.')
     return value
 
 

@@ -1,0 +1,1 @@
+"""Bytes on disk: reading, renaming, quantizing and writing checkpoints in bounded memory."""

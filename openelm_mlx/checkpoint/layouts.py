@@ -1,0 +1,250 @@
+"""Who names which tensor how: the one table, and the way from a checkpoint's tensors to a model's parameters.
+
+The canonical names are those of Apple's Hugging Face files; mlx-lm, mlx-community and this library use them too.
+
+    layout      written by                                names                     rows   head when not tied
+    apple-hf    apple/OpenELM-* on Hugging Face           transformer.layers.0...   32000  lm_head (and an unused classifier)
+    mlx-lm      mlx-lm, mlx-community, this library       the same, + .scales ...   32000  lm_head
+    corenet     CoreNet's training (.pt)                  layers.0...               32128  classifier
+    apple-mlx   Apple's converter (mlx_examples/open_elm) layers.0..., + .scales    32128  classifier
+    corenet-adapters  CoreNet's LoRA and DoRA training    layers.0...base_layer, lora_A.lora, lora_B.lora, ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError, ConfigError
+from ..specs import ModelSpec
+from .quantize import Quantization, stored_quantization
+from .reader import Checkpoint, TensorEntry
+
+FLOAT_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+# Canonical name -> CoreNet's (and Apple's MLX) name; Apple's Hugging Face files and mlx-lm use the canonical one.
+OPENELM_CORENET_NAMES = {
+    "transformer.token_embeddings": "token_embeddings",
+    "transformer.layers.{i}.attn_norm": "layers.{i}.attn_norm",
+    "transformer.layers.{i}.attn.qkv_proj": "layers.{i}.attn.qkv_proj",
+    "transformer.layers.{i}.attn.q_norm": "layers.{i}.attn.q_norm",
+    "transformer.layers.{i}.attn.k_norm": "layers.{i}.attn.k_norm",
+    "transformer.layers.{i}.attn.out_proj": "layers.{i}.attn.out_proj",
+    "transformer.layers.{i}.ffn_norm": "layers.{i}.ffn_norm",
+    "transformer.layers.{i}.ffn.proj_1": "layers.{i}.ffn.proj_1",
+    "transformer.layers.{i}.ffn.proj_2": "layers.{i}.ffn.proj_2",
+    "transformer.norm": "norm",
+    "lm_head": "classifier",
+}
+# Apple's Hugging Face class leaves a second, unused head in untied files.
+OPENELM_UNUSED = ("transformer.classifier.weight",)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """How one parameter of the model comes out of the checkpoint: from which tensors, and what is done to them.
+
+    name: canonical, e.g. "transformer.norm.weight". make: the arrays of `sources`, in order -> the parameter;
+    None when the one source is it. dtype: safetensors' name of the stored type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sources: tuple[str, ...]
+    make: Callable[..., mx.array] | None = None
+
+    def read(self, checkpoint: Checkpoint) -> mx.array:
+        """The parameter, lazy: nothing is read before it is evaluated."""
+        arrays = [checkpoint.read(source) for source in self.sources]
+        return arrays[0] if self.make is None else self.make(*arrays)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint understood: the model it holds, its layout's name, and its parameters by canonical name.
+
+    quantized: module path -> how its weight is packed, for modules that are.
+    """
+
+    spec: ModelSpec
+    layout: str
+    parameters: dict[str, Parameter]
+    quantized: dict[str, Quantization]
+
+
+def understand(checkpoint: Checkpoint, config: Mapping[str, Any], spec: ModelSpec) -> Contents:
+    """Match the checkpoint's tensors with the parameters that `spec` has, by headers alone.
+
+    Raises CheckpointError for a tensor that is missing, left over, or of another shape or type than the config says.
+    """
+    entries = dict(checkpoint.entries)
+    if any(".base_layer." in name for name in entries):
+        return _understand_adapters(checkpoint, config, spec)
+    for name in OPENELM_UNUSED:
+        entries.pop(name, None)
+    has_prefix = any(name.startswith("transformer.") for name in entries)
+    is_quantized = any(name.endswith(".scales") for name in entries)
+    layout = ("mlx-lm" if is_quantized else "apple-hf") if has_prefix else ("apple-mlx" if is_quantized else "corenet")
+    parameters: dict[str, Parameter] = {}
+    quantized: dict[str, Quantization] = {}
+    for name, shape in spec.parameter_shapes().items():
+        module = name.removesuffix(".weight")
+        stored = module if has_prefix else _corenet_name(module)
+        expected: Mapping[str, tuple[str | None, tuple[int, ...]]] = {"weight": (None, shape)}
+        if f"{stored}.scales" in entries:
+            quantization = stored_quantization(config, stored)
+            quantized[module] = quantization
+            expected = quantization.parts(shape, entries[f"{stored}.scales"].dtype)
+        for part, (dtype, part_shape) in expected.items():
+            entry = entries.pop(f"{stored}.{part}", None)
+            found = _checked(entry, f"{stored}.{part}", part_shape, dtype, checkpoint)
+            parameters[f"{module}.{part}"] = Parameter(f"{module}.{part}", part_shape, found.dtype, (found.name,))
+    _refuse_leftovers(entries, checkpoint)
+    return Contents(spec, layout, parameters, quantized)
+
+
+# --- LoRA and DoRA --------------------------------------------------------------------------------------------------
+
+
+def _understand_adapters(checkpoint: Checkpoint, config: Mapping[str, Any], spec: ModelSpec) -> Contents:
+    """CoreNet's adapter checkpoints (corenet/modeling/layers/lora): base and adapters, merged as they are read.
+
+    The adapter of the embedding changes the model's input only: a tied head goes on using the plain embedding, so the
+    merged model has a head of its own.
+    """
+    entries = dict(checkpoint.entries)
+    adapts_embedding = "token_embeddings.lora_embedding_A.lora" in entries
+    merged_spec = dataclasses.replace(spec, tied_head=spec.tied_head and not adapts_embedding)
+    parameters: dict[str, Parameter] = {}
+    for name, shape in merged_spec.parameter_shapes().items():
+        stored = _corenet_name(name.removesuffix(".weight"))
+        if name == "lm_head.weight" and spec.tied_head:
+            base = f"{_corenet_name('transformer.token_embeddings')}.base_layer.weight"
+            parameters[name] = Parameter(name, shape, entries[base].dtype, (base,))
+            continue
+        parameters[name] = _merged_parameter(name, shape, stored, entries, config, checkpoint)
+    used = {source for parameter in parameters.values() for source in parameter.sources}
+    _refuse_leftovers({name: entry for name, entry in entries.items() if name not in used}, checkpoint)
+    return Contents(merged_spec, "corenet-adapters", parameters, {})
+
+
+def _merged_parameter(
+    name: str,
+    shape: tuple[int, ...],
+    stored: str,
+    entries: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+    checkpoint: Checkpoint,
+) -> Parameter:
+    base = f"{stored}.base_layer.weight"
+    if base not in entries:
+        entry = _checked(entries.get(f"{stored}.weight"), f"{stored}.weight", shape, None, checkpoint)
+        return Parameter(name, shape, entry.dtype, (entry.name,))
+    entry = _checked(entries[base], base, shape, None, checkpoint)
+    embedding = f"{stored}.lora_embedding_A.lora" in entries
+    pair = ("lora_embedding_A.lora", "lora_embedding_B.lora") if embedding else ("lora_A.lora.weight", "lora_B.lora.weight")
+    rank_source = entries.get(f"{stored}.{pair[0]}")
+    if rank_source is None:
+        return Parameter(name, shape, entry.dtype, (base,))
+    rank = rank_source.shape[0]
+    rows, columns = shape
+    pair_shapes = ((rank, rows), (columns, rank)) if embedding else ((rank, columns), (rows, rank))
+    sources = [base]
+    for part, part_shape in zip(pair, pair_shapes, strict=True):
+        sources.append(_checked(entries.get(f"{stored}.{part}"), f"{stored}.{part}", part_shape, None, checkpoint).name)
+    scale = _adapter_scale(config, stored, rank)
+    magnitude = f"{stored}.lora_magnitude_vector.lora"
+    if magnitude in entries:
+        sources.append(_checked(entries[magnitude], magnitude, (rows,), None, checkpoint).name)
+        return Parameter(name, shape, entry.dtype, tuple(sources), lambda w, a, b, m: merge_dora(w, a, b, m, scale))
+    if embedding:
+        # Stored the other way round: A (r, vocab), B (D, r).
+        return Parameter(name, shape, entry.dtype, tuple(sources), lambda w, a, b: merge_lora(w, b.T, a.T, scale))
+    return Parameter(name, shape, entry.dtype, tuple(sources), lambda w, a, b: merge_lora(w, a, b, scale))
+
+
+def merge_lora(weight: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
+    """W + scale * B A. weight (out, in), a (r, in), b (out, r). Computed in float32, rounded once."""
+    delta = b.astype(mx.float32) @ a.astype(mx.float32)
+    return (weight.astype(mx.float32) + scale * delta).astype(weight.dtype)
+
+
+def merge_dora(weight: mx.array, a: mx.array, b: mx.array, magnitude: mx.array, scale: float) -> mx.array:
+    """magnitude * V / |V| by rows, V = W + scale * B A (arXiv 2402.09353, eq. 5). magnitude (out,)."""
+    v = merge_lora(weight.astype(mx.float32), a, b, scale)
+    norm = mx.linalg.norm(v, axis=1, keepdims=True)
+    return (magnitude.astype(mx.float32)[:, None] * v / norm).astype(weight.dtype)
+
+
+def _adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r (or alpha / sqrt(r)) of the first entry of the config's adapter list whose pattern fits the module."""
+    for entry in _adapter_entries(config):
+        if re.match(str(entry.get("regex", "")), module):
+            params = entry.get("params", {})
+            if params.get("r") not in (None, rank):
+                raise CheckpointError(
+                    f"The adapter of {module} has rank {rank} and its config says {params['r']}: the config belongs to "
+                    "another checkpoint."
+                )
+            alpha = float(params.get("lora_alpha", rank))
+            return alpha / math.sqrt(rank) if params.get("use_rslora") else alpha / rank
+    raise ConfigError(
+        f"The checkpoint has an adapter on {module} and the config names no lora_alpha for it: put CoreNet's adapter "
+        'config (the YAML with "lora: config:") beside the weights.'
+    )
+
+
+def _adapter_entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    for parent in (config, config.get("model"), (config.get("model") or {}).get("language_modeling")):
+        lora = parent.get("lora") if isinstance(parent, Mapping) else None
+        if isinstance(lora, Mapping) and isinstance(lora.get("config"), list):
+            return [entry for entry in lora["config"] if isinstance(entry, Mapping)]
+    return []
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _checked(
+    entry: TensorEntry | None, name: str, shape: tuple[int, ...], dtype: str | None, checkpoint: Checkpoint
+) -> TensorEntry:
+    files = ", ".join(file.name for file in checkpoint.files[:3])
+    if entry is None:
+        raise CheckpointError(
+            f"The checkpoint ({files}) has no tensor {name}, which the config asks for: the two do not belong together, "
+            "or a file is missing."
+        )
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"Tensor {name} in {entry.file.name} has shape {list(entry.shape)} and the config asks for {list(shape)}: "
+            "the two do not belong together."
+        )
+    if entry.dtype != dtype if dtype is not None else entry.dtype not in FLOAT_TYPES:
+        wanted = dtype or " or ".join(FLOAT_TYPES)
+        raise CheckpointError(f"Tensor {name} in {entry.file.name} has type {entry.dtype}; {wanted} is needed there.")
+    return entry
+
+
+def _refuse_leftovers(entries: Mapping[str, TensorEntry], checkpoint: Checkpoint) -> None:
+    if entries:
+        names = sorted(entries)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"The checkpoint ({checkpoint.files[0].name}) has tensors that the config's model does not: "
+            f"{', '.join(names[:3])}{more}. The two do not belong together."
+        )
+
+
+def _corenet_name(module: str) -> str:
+    number = next((part for part in module.split(".") if part.isdigit()), None)
+    pattern = module if number is None else module.replace(f".{number}.", ".{i}.", 1)
+    return OPENELM_CORENET_NAMES[pattern].format(i=number)
+
+

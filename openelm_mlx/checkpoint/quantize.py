@@ -1,0 +1,122 @@
+"""Which tensors are quantized and how: the formats MLX has, the config that names them, and recipes for a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+
+from ..errors import ConfigError, SettingError
+from ..specs import ModelSpec
+
+Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
+
+# Group sizes and bits of each mode, the default first (MLX documentation, mx.quantize, "Quantization modes").
+_GROUP_SIZES: dict[str, tuple[int, ...]] = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
+_BITS: dict[str, tuple[int, ...]] = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+
+RECIPES = ("2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4", "mixed")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one weight matrix (rows, columns) is packed: `bits` an element, one scale for `group_size` columns of a row."""
+
+    bits: int
+    group_size: int
+    mode: Mode = "affine"
+
+    def parts(self, shape: tuple[int, ...], scale_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Part name -> (safetensors type, shape) of a packed weight of `shape`; affine scales have type `scale_dtype`."""
+        *rows, columns = shape
+        scales = (*rows, columns // self.group_size)
+        weight = ("U32", (*rows, columns * self.bits // 32))
+        if self.mode == "affine":
+            return {"weight": weight, "scales": (scale_dtype, scales), "biases": (scale_dtype, scales)}
+        return {"weight": weight, "scales": ("U8", scales)}
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the columns of `shape` are whole groups."""
+        return len(shape) >= 2 and shape[-1] % self.group_size == 0 and shape[-1] * self.bits % 32 == 0
+
+    def quantize(self, weight: mx.array) -> dict[str, mx.array]:
+        """Part name -> array, as `parts` describes them."""
+        packed = mx.quantize(weight, group_size=self.group_size, bits=self.bits, mode=self.mode)
+        return dict(zip(("weight", "scales", "biases"), packed, strict=False))
+
+    def dequantize(self, parts: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
+        """The weight that the parts stand for."""
+        return mx.dequantize(
+            parts["weight"], parts["scales"], parts.get("biases"),
+            group_size=self.group_size, bits=self.bits, mode=self.mode, dtype=dtype,
+        )  # fmt: skip
+
+    def as_config(self) -> dict[str, Any]:
+        """As mlx-lm's config.json spells it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+def stored_quantization(config: Mapping[str, Any], module: str) -> Quantization:
+    """How the config says that `module` (a path without `.weight`) was packed.
+
+    mlx-lm's form: `quantization` with the model's settings, and exceptions by module path. Apple's MLX configs have the
+    first part alone. Raises ConfigError when there is nothing of the kind.
+    """
+    whole = config.get("quantization") or config.get("quantization_config")
+    if not isinstance(whole, Mapping):
+        raise ConfigError(
+            f'The weights of {module} are quantized but the config has no "quantization": config.json does not belong '
+            "to these weights."
+        )
+    settings = whole.get(module)
+    settings = settings if isinstance(settings, Mapping) else whole
+    mode = settings.get("mode") or whole.get("mode") or settings.get("quant_method") or "affine"
+    if mode not in _BITS:
+        raise ConfigError(f'The config\'s quantization mode {mode!r} is not one of {", ".join(_BITS)}.')
+    bits, group_size = settings.get("bits", _BITS[mode][0]), settings.get("group_size", _GROUP_SIZES[mode][0])
+    if bits not in (*_BITS[mode], 1) or group_size not in _GROUP_SIZES[mode]:
+        raise ConfigError(f"The config's quantization of {module}, {bits} bits in groups of {group_size}, is none of {mode}'s.")
+    return Quantization(bits, group_size, cast(Mode, mode))
+
+
+def parse_recipe(recipe: str | int, group_size: int | None = None) -> tuple[str, Quantization]:
+    """A recipe's name and the quantization of most of its weights.
+
+    recipe: 2, 3, 4, 5, 6 or 8 (affine bits, also "4bit"), "mxfp4", "mxfp8", "nvfp4", or "mixed": 4 bits, with the
+    sensitive weights (see `quantization_of`) at 8. group_size: 32, 64 (default) or 128 for affine.
+    """
+    name = str(recipe).strip().lower().removesuffix("bit").removesuffix("-")
+    if name not in RECIPES:
+        raise SettingError(f"Quantization {recipe!r} is not known: choose one of {', '.join(RECIPES)}.")
+    mode = name if name in _BITS else "affine"
+    bits = int(name) if name.isdigit() else _BITS[mode][0]
+    if group_size is not None and group_size not in _GROUP_SIZES[mode]:
+        allowed = ", ".join(str(size) for size in sorted(_GROUP_SIZES[mode]))
+        raise SettingError(f"Group size {group_size} is not one that {name} quantization has: choose {allowed}.")
+    return name, Quantization(bits, group_size or _GROUP_SIZES[mode][0], cast(Mode, mode))
+
+
+def quantization_of(
+    recipe: tuple[str, Quantization], spec: ModelSpec, name: str, shape: tuple[int, ...]
+) -> Quantization | None:
+    """What a recipe does to the parameter `name` of `shape`; None keeps it as it is.
+
+    Norms and other vectors stay. "mixed" gives 8 bits to what hurts most when rounded: the embedding (which is the head
+    too) and the first and the last eighth of the layers; in OpenELM the first are the narrowest, so that costs little.
+    """
+    recipe_name, quantization = recipe
+    if not name.endswith(".weight") or not quantization.fits(shape):
+        return None
+    if recipe_name == "mixed" and _is_sensitive(spec, name):
+        return Quantization(8, quantization.group_size)
+    return quantization
+
+
+def _is_sensitive(spec: ModelSpec, name: str) -> bool:
+    number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    if number is None:
+        return True
+    edge = -(-len(spec.layers) // 8)
+    return number < edge or number >= len(spec.layers) - edge

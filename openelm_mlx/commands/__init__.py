@@ -1,0 +1,95 @@
+"""The command line: one file a command, and the only place that prints or reads argv.
+
+Answers go to stdout and everything else to stderr. The exit code is 0, or 2 with one sentence when something that the
+user gave is wrong, or 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ..errors import PlatformError, UserError
+
+# Name -> module, in the order of the help. Each has HELP, add_arguments(parser) and run(args) -> exit code, and imports
+# what is slow only in run, so that --help is instant.
+COMMANDS = {"generate": "generate", "convert": "convert", "info": "info", "bench": "bench"}
+
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one sentence instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = build_parser(prog, arguments).parse_args(arguments)
+        require_mlx()
+        return args.run(args)
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`... | head`): nobody is left to tell. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def build_parser(prog: str, arguments: Sequence[str] = ()) -> Parser:
+    """The parser of all commands; of only the one named first, when there is one, to import no more than that."""
+    parser = Parser(prog=prog, description="Run Apple OpenELM and OpenAI gpt-oss models on Apple MLX.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    wanted = [name for name in arguments[:1] if name in COMMANDS] or list(COMMANDS)
+    for name in wanted:
+        module = importlib.import_module(f".{COMMANDS[name]}", __name__)
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def require_mlx(system: str | None = None, machine: str | None = None, translated: bool | None = None) -> None:
+    """Raise PlatformError with what is needed when this computer cannot run MLX. Every fact can be injected."""
+    system, machine = system or platform.system(), machine or platform.machine()
+    if system == "Darwin" and machine == "x86_64":
+        if _is_translated() if translated is None else translated:
+            raise PlatformError(
+                "This Python runs under Rosetta as an Intel program, and MLX needs a native one: install Python for "
+                "Apple silicon (arm64), for example with `brew install python` in a Terminal that is not set to Rosetta, "
+                "and make a new virtual environment with it."
+            )
+        raise PlatformError(
+            "This is an Intel Mac, and MLX runs on Apple silicon (M1 or later) only: use such a Mac, or Linux with "
+            "`pip install 'mlx[cpu]'`."
+        )
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        extra = "" if system == "Darwin" else "[cpu]"
+        raise PlatformError(
+            f"MLX cannot be imported ({error}): install it with `pip install 'mlx{extra}'` (macOS 14 or later on Apple "
+            "silicon, or Linux)."
+        ) from error
+
+
+def _is_translated() -> bool:
+    """Whether macOS translates this process from Intel code."""
+    import subprocess
+
+    answer = subprocess.run(["sysctl", "-n", "sysctl.proc_translated"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() == "1"

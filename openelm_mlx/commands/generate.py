@@ -1,0 +1,192 @@
+"""`python -m openelm_mlx.generate`: a prompt in, text out as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PromptError, SettingError
+
+if TYPE_CHECKING:
+    from ..generate import Chunk
+
+HELP = "generate text from a prompt"
+DEFAULT_MODEL = "demo-openelm"
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    source = parser.add_argument_group("model")
+    source.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="SOURCE",
+        help="demo-openelm (the default: a pocket dictionary that comes with the package), a folder, a weight file, or a "
+        "Hugging Face repository as owner/name",
+    )
+    source.add_argument("--revision", help="branch, tag or commit of the repository")
+    source.add_argument("--tokenizer", metavar="SOURCE", help="a tokenizer's file, folder or repository")
+    source.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)")
+    source.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
+
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from standard input")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    prompt.add_argument("--system", metavar="TEXT", help="a system message before the prompt (chat templates only)")
+    prompt.add_argument("--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)")
+    prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default: 256)")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (0: all)")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with total probability P")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest's probability")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="over prompt and answer (1: off)")
+    sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="once for each token in the answer")
+    sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="for each occurrence in the answer")
+    sampling.add_argument("--logit-bias", action="append", default=[], metavar="TOKEN=X", help="add X to a token's logit (repeatable)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    sampling.add_argument("--sliding-window", type=int, metavar="N", help="keep the last N tokens only, and go past the context")
+    sampling.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens in flight at once (default: 512)")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--logprobs", type=int, metavar="N", help="report log-probabilities, and the N likeliest tokens (with --json)")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    output.add_argument("--quiet", "-q", action="store_true", help="no statistics on stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, generate, print. Returns the exit code."""
+    prompt = read_prompt(args)
+    sampling_options = {
+        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty, "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty, "logit_bias": parse_logit_bias(args.logit_bias), "seed": args.seed,
+    }  # fmt: skip
+
+    from ..decoding.sampling import SamplingParams
+    from ..generate import stream_generate
+    from ..loading import load
+
+    sampling = SamplingParams(**sampling_options)  # before the weights are read: a bad option costs no waiting
+    model, tokenizer = load(
+        args.model,
+        context_length=args.context_length,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        chat_template=args.chat_template,
+        revision=args.revision,
+        progress=not args.quiet and sys.stderr.isatty(),
+    )
+    chunks = stream_generate(
+        model,
+        tokenizer,
+        prompt if args.system is None else [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}],
+        max_tokens=args.max_tokens,
+        sampling=sampling,
+        stop=args.stop,
+        logprobs=args.logprobs,
+        raw=args.raw,
+        sliding_window=args.sliding_window,
+        prefill_chunk=args.prefill_chunk,
+    )
+    return print_json(chunks, args) if args.json else print_text(chunks, args)
+
+
+def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
+    """The answer on stdout as it comes, one line of statistics on stderr."""
+    last, count, exit_code = None, 0, 0
+    try:
+        for last in chunks:
+            count += 1
+            sys.stdout.write(last.text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        exit_code = INTERRUPTED
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if not args.quiet:
+        print(summary(last, count, args.max_tokens), file=sys.stderr)
+    return exit_code
+
+
+def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
+    """One JSON object with text, tokens, finish_reason, log-probabilities and statistics."""
+    received: list[Chunk] = []
+    exit_code = 0
+    try:
+        received.extend(chunks)
+    except KeyboardInterrupt:
+        exit_code = INTERRUPTED
+    last = received[-1] if received else None
+    answer: dict[str, Any] = {
+        "model": args.model,
+        "text": "".join(chunk.text for chunk in received),
+        "tokens": [chunk.token for chunk in received],
+        "finish_reason": "interrupted" if exit_code else last.finish_reason if last else None,
+        "statistics": vars(last.statistics) if last and last.statistics else None,
+    }
+    if args.logprobs is not None:
+        answer["logprobs"] = [{"token": c.token, "logprob": c.logprob, "top": c.top_logprobs} for c in received]
+    print(json.dumps(answer, ensure_ascii=False))
+    return exit_code
+
+
+def summary(last: Chunk | None, count: int, max_tokens: int) -> str:
+    """One line for people: what it took and why it ended."""
+    if last is None or last.statistics is None:
+        return f"[interrupted after {count} tokens]"
+    s = last.statistics
+    end = "end of text" if last.finish_reason == "stop" else f"stopped at {s.completion_tokens} tokens"
+    if last.finish_reason == "length" and s.completion_tokens < max_tokens:
+        end += f": the context is full, so --max-tokens {max_tokens} was clipped"
+    return (
+        f"[{s.prompt_tokens} prompt tokens, {s.time_to_first_token:.2f} s to the first token; "
+        f"{s.completion_tokens} tokens at {s.decode_tps:.1f} tokens/s; peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; {end}]"
+    )
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt from the argument, a file, or standard input."""
+    if args.prompt is not None and args.prompt_file is not None:
+        raise PromptError("There are two prompts, --prompt and --prompt-file: give one.")
+    if args.prompt_file is not None:
+        path = Path(args.prompt_file).expanduser()
+        try:
+            return _decoded(path.read_bytes(), str(path))
+        except OSError as error:
+            raise PromptError(f"The prompt file {path} cannot be read: {error.strerror}.") from error
+    if args.prompt is not None and args.prompt != "-":
+        return args.prompt
+    if args.prompt is None and sys.stdin.isatty():
+        raise PromptError('There is no prompt: give --prompt "What is a banjo?", --prompt-file FILE, or pipe text in.')
+    return _decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def parse_logit_bias(values: list[str]) -> dict[int, float]:
+    """TOKEN=X pairs as a dictionary."""
+    biases = {}
+    for value in values:
+        token, _, bias = value.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise SettingError(f"--logit-bias {value!r} is not of the form TOKEN=NUMBER, for example 1234=-5.") from None
+    return biases
+
+
+def _decoded(data: bytes, origin: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"The prompt from {origin} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}. Convert it first, "
+            "for example with iconv."
+        ) from None

@@ -1,0 +1,173 @@
+"""From logits to a token. Everything stays on the device, so that the next step can be built before this token is known."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ..errors import SettingError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    temperature: 0 takes the likeliest token; above 0 divides the logits before drawing. top_k: draw among the k likeliest
+    (0: all). top_p: draw among the likeliest that together have this probability (1: all). min_p: drop tokens less likely
+    than this fraction of the likeliest (0: none). The three apply in this order, at the given temperature.
+    repetition_penalty: divide positive and multiply negative logits of tokens in prompt or answer by it (arXiv
+    1909.05858; 1: off). presence_penalty and frequency_penalty: subtract once, or once an occurrence, for tokens of the
+    answer (OpenAI's definition; 0: off). logit_bias: token -> what is added to its logit. seed: the same seed gives the
+    same text; None draws a new one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0.0, 100.0)
+        _check("top_k", self.top_k, 0, 2**31 - 1, whole=True)
+        _check("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _check("min_p", self.min_p, 0.0, 1.0)
+        _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
+        _check("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        for token, bias in self.logit_bias.items():
+            _check("logit_bias token", token, 0, 2**31 - 1, whole=True)
+            # -inf forbids a token; +inf or nan would leave no distribution to draw from.
+            if bias != -math.inf:
+                _check(f"logit_bias of token {token}", bias, -1e9, 1e9)
+        if self.seed is not None:
+            _check("seed", self.seed, 0, 2**64 - 1, whole=True)
+
+
+class Sampler:
+    """Chooses one token a call for one sequence, and remembers what was chosen for the penalties.
+
+    vocab_size: rows of logits. usable_vocab_size: ids from there on are no tokens of the tokenizer and never chosen.
+    """
+
+    def __init__(
+        self, params: SamplingParams, vocab_size: int, usable_vocab_size: int, prompt_tokens: Sequence[int] = ()
+    ) -> None:
+        too_large = [token for token in params.logit_bias if token >= usable_vocab_size]
+        if too_large:
+            raise SettingError(f"logit_bias names token {too_large[0]}; the model's tokens end at {usable_vocab_size - 1}.")
+        self.params = params
+        self._bias = _bias(params.logit_bias, vocab_size, usable_vocab_size)
+        self._key = mx.random.key(secrets.randbits(63) if params.seed is None else params.seed)
+        self._in_prompt = self._in_answer = None
+        if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
+            self._in_prompt = _occurrences(prompt_tokens, vocab_size)
+            self._in_answer = mx.zeros((vocab_size,), mx.float32)
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """The next token, a uint32 scalar, from its logits (V,). Lazy."""
+        logits = self.adjusted(logits)
+        if self.params.temperature == 0.0:
+            token = mx.argmax(logits)
+        else:
+            self._key, key = mx.random.split(self._key)
+            token = mx.random.categorical(self.filtered(logits), key=key)
+        if self._in_answer is not None:
+            self._in_answer = self._in_answer.at[token].add(1.0)
+        return token
+
+    def adjusted(self, logits: mx.array) -> mx.array:
+        """The logits (V,) in float32 after penalties, bias, and with ids that are no tokens at -inf."""
+        logits = logits.astype(mx.float32)
+        if self._in_answer is not None and self._in_prompt is not None:
+            logits = self._penalized(logits, self._in_prompt, self._in_answer)
+        return logits if self._bias is None else logits + self._bias
+
+    def filtered(self, logits: mx.array) -> mx.array:
+        """Logits (V,) to draw from: over temperature, with what top_k, top_p and min_p leave out at -inf."""
+        logits = logits / self.params.temperature
+        if 0 < self.params.top_k < logits.size:
+            logits = keep_top_k(logits, self.params.top_k)
+        if self.params.top_p < 1.0:
+            logits = keep_top_p(logits, self.params.top_p)
+        if self.params.min_p > 0.0:
+            logits = keep_min_p(logits, self.params.min_p)
+        return logits
+
+    def _penalized(self, logits: mx.array, in_prompt: mx.array, in_answer: mx.array) -> mx.array:
+        penalty = self.params.repetition_penalty
+        if penalty != 1.0:
+            repeated = mx.where(logits > 0, logits / penalty, logits * penalty)
+            logits = mx.where((in_prompt + in_answer) > 0, repeated, logits)
+        logits = logits - self.params.presence_penalty * (in_answer > 0)
+        return logits - self.params.frequency_penalty * in_answer
+
+
+def keep_top_k(logits: mx.array, k: int) -> mx.array:
+    """The k largest logits (V,), the rest at -inf; ties at the border all stay."""
+    threshold = mx.min(mx.topk(logits, k))
+    return mx.where(logits >= threshold, logits, -mx.inf)
+
+
+def keep_top_p(logits: mx.array, p: float) -> mx.array:
+    """The smallest set of likeliest logits (V,) whose probability reaches p, the rest at -inf (arXiv 1904.09751)."""
+    order = mx.argsort(-logits)
+    probs = mx.softmax(logits[order], axis=-1)
+    # A token stays while those before it have not reached p; the likeliest always does.
+    keep = (mx.cumsum(probs) - probs) < p
+    return mx.put_along_axis(mx.full(logits.shape, -mx.inf), order, mx.where(keep, logits[order], -mx.inf), axis=-1)
+
+
+def keep_min_p(logits: mx.array, fraction: float) -> mx.array:
+    """The logits (V,) of tokens at least `fraction` as likely as the likeliest, the rest at -inf (arXiv 2407.01082)."""
+    return mx.where(logits >= mx.max(logits) + math.log(fraction), logits, -mx.inf)
+
+
+def log_probabilities(logits: mx.array, token: mx.array, num_top: int) -> tuple[mx.array, mx.array, mx.array]:
+    """The model's own log-probability of `token`, and its `num_top` likeliest tokens with theirs, best first. Lazy.
+
+    logits (V,), before penalties and temperature -> scalar, (num_top,) tokens, (num_top,) log-probabilities.
+    """
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits)
+    if num_top == 0:
+        return logprobs[token], mx.array([], mx.uint32), mx.array([])
+    top = mx.argpartition(-logprobs, num_top - 1)[:num_top]
+    top = top[mx.argsort(-logprobs[top])]
+    return logprobs[token], top, logprobs[top]
+
+
+def _bias(logit_bias: Mapping[int, float], vocab_size: int, usable_vocab_size: int) -> mx.array | None:
+    """What is added to the logits (V,), or None when nothing is."""
+    if not logit_bias and usable_vocab_size >= vocab_size:
+        return None
+    bias = mx.where(mx.arange(vocab_size) < usable_vocab_size, 0.0, -math.inf)
+    if not logit_bias:
+        return bias
+    return bias.at[mx.array(list(logit_bias))].add(mx.array([float(value) for value in logit_bias.values()]))
+
+
+def _occurrences(tokens: Sequence[int], vocab_size: int) -> mx.array:
+    counts = mx.zeros((vocab_size,), mx.float32)
+    return counts.at[mx.array(list(tokens))].add(1.0) if tokens else counts
+
+
+def _check(
+    name: str, value: float, low: float, high: float, above_low: bool = False, whole: bool = False
+) -> None:
+    kinds = (int,) if whole else (int, float)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not is_number or not (low < value <= high if above_low else low <= value <= high):
+        kind = "a whole number" if whole else "a number"
+        border = f"above {low:g}" if above_low else f"at least {low:g}"
+        raise SettingError(f"{name} is {value!r}: it must be {kind}, {border} and at most {high:g}.")
+
+

@@ -1,0 +1,215 @@
+"""From a source - a demo's name, a folder, a file, a Hugging Face repository - to a model and its tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from .checkpoint import hub
+from .checkpoint.layouts import FLOAT_TYPES, Contents, understand
+from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
+from .errors import CheckpointError, SettingError, TokenizerError
+from .models import Model, build_model
+from .specs import ModelSpec, spec_from_config
+from .text.chat import TemplateChoice, choose_template
+from .text.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+
+Source = str | Path
+
+DEMOS = {"demo-openelm": Path(__file__).parent / "demo" / "openelm"}
+
+# Repositories with the tokenizer that OpenELM was trained with. Those already in the Hugging Face cache are used as they
+# are; none is downloaded without being asked for, because Llama 2's is under a licence that its owner must accept.
+LLAMA_TOKENIZER_REPOS = ("meta-llama/Llama-2-7b-hf", "NousResearch/Llama-2-7b-hf", "mlx-community/OpenELM-270M-Instruct")
+
+# Evaluated this many bytes at a time, so that a cast never holds more than this of the uncast weights.
+LOAD_BATCH_BYTES = 64 * 2**20
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def load(
+    source: Source,
+    *,
+    context_length: int | None = None,
+    dtype: str | mx.Dtype | None = None,
+    tokenizer: Source | None = None,
+    chat_template: str | None = None,
+    revision: str | None = None,
+    progress: bool = False,
+) -> tuple[Model, Tokenizer | None]:
+    """The model and the tokenizer of `source`, ready to generate.
+
+    source: "demo-openelm", a folder, a weight file, or a Hugging Face repository as owner/name (at `revision`).
+    context_length: at most the model's own, which is the default. dtype: "float32", "bfloat16", "float16" or an mlx type;
+    None keeps the stored one (but OpenELM-3B, which overflows in float16, is then read as bfloat16). tokenizer: a file,
+    folder or repository; without it the search is: the source itself, then Llama tokenizers in the Hugging Face cache;
+    when there is none, the second result is None and prompts must be token ids. chat_template: "openelm-instruct" or
+    "plain"; else what conversion stored, else what the source's name says. progress: show downloads on stderr.
+
+    Raises the errors of `openelm_mlx.errors`, each with the next step.
+    """
+    wanted_type = parse_dtype(dtype)
+    path = locate(source, revision, progress)
+    config = read_config(path)
+    spec = spec_from_config(config)
+    checkpoint = open_checkpoint(path)
+    contents = understand(checkpoint, config, spec)
+    model = load_model(contents, checkpoint, wanted_type)
+    model.context_length = checked_context_length(context_length, spec)
+    found = find_tokenizer(path, spec, tokenizer, progress)
+    if found is not None:
+        found.chat_template = stored_template(config, chat_template, source).template
+    return model, found
+
+
+def load_model(contents: Contents, checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> Model:
+    """The module with the checkpoint's parameters in it, evaluated; at no time in memory twice."""
+    model = build_model(contents.spec)
+    if contents.quantized:
+        nn.quantize(model, class_predicate=lambda path, _: _packing(contents, path))
+    weights, pending, pending_bytes = [], [], 0
+    for parameter in contents.parameters.values():
+        array = parameter.read(checkpoint)
+        if parameter.dtype in FLOAT_TYPES:
+            array = array.astype(dtype or default_dtype(contents.spec, FLOAT_TYPES[parameter.dtype]))
+        weights.append((parameter.name, array))
+        pending.append(array)
+        pending_bytes += array.nbytes
+        if pending_bytes > LOAD_BATCH_BYTES:
+            _evaluate(pending, checkpoint)
+            pending, pending_bytes = [], 0
+    _evaluate(pending, checkpoint)
+    model.load_weights(weights)
+    model.eval()
+    return model
+
+
+def default_dtype(spec: ModelSpec, stored: mx.Dtype) -> mx.Dtype:
+    """The type to compute in when none was asked for: the stored one, but never float16 for OpenELM-3B.
+
+    Apple's MLX README says that 3B needs bfloat16's range.
+    """
+    return mx.bfloat16 if spec.size == "3B" and stored == mx.float16 else stored
+
+
+def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
+    """An mlx floating type from its name (or itself). Raises SettingError for any other."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise SettingError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
+
+
+def locate(source: Source, revision: str | None = None, progress: bool = False) -> Path:
+    """The folder or file on this machine that holds `source`, downloaded first when it is a repository."""
+    if str(source) in DEMOS:
+        return DEMOS[str(source)]
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, str) and hub.is_repo_id(source):
+        return hub.download(source, choose_model_files, revision=revision, progress=progress)
+    raise CheckpointError(
+        f"There is no file or folder {source}: check the path, or give a Hugging Face repository as owner/name, or one of "
+        f"{', '.join(DEMOS)}."
+    )
+
+
+def choose_model_files(files: list[hub.RepoFile]) -> list[str]:
+    """The files of a repository that loading and converting need: one layout's weights, config, tokenizer, licence.
+
+    Weights in subfolders are other layouts' copies of the same model, and pickles repeat what safetensors hold.
+    """
+    top = [file.name for file in files if "/" not in file.name]
+    weights = [name for name in top if name.endswith(".safetensors")]
+    if not weights:
+        weights = [name for name in top if name.endswith((".pt", ".pth"))]
+    others = [
+        name
+        for name in top
+        if name.endswith((".json", ".yaml", ".yml", ".jinja", ".md", ".txt")) or name in TOKENIZER_FILES
+        or re.match(r"(LICEN[CS]E|NOTICE|ACKNOWLEDG|USE_POLICY)", name, re.IGNORECASE)
+    ]  # fmt: skip
+    return sorted({*weights, *others})
+
+
+def find_tokenizer(
+    path: Path, spec: ModelSpec, asked: Source | None = None, progress: bool = False
+) -> Tokenizer | None:
+    """The tokenizer to use with the model at `path`, by the search order of `load`; None when there is none."""
+    if asked is not None:
+        return _checked_tokenizer(load_tokenizer(_tokenizer_path(asked, progress)), spec, str(asked))
+    folder = path if path.is_dir() else path.parent
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return _checked_tokenizer(load_tokenizer(folder), spec, str(folder))
+    for repo in LLAMA_TOKENIZER_REPOS:
+        for name in TOKENIZER_FILES:
+            cached = hub.cached_file(repo, name)
+            if cached is not None:
+                return _checked_tokenizer(load_tokenizer(cached), spec, repo)
+    return None
+
+
+def stored_template(config: Mapping[str, Any], asked: str | None, source: Source) -> TemplateChoice:
+    """The chat template to use and why: asked for, else stored by conversion, else by the source's name."""
+    ours = config.get("openelm_mlx")
+    stored = ours.get("chat_template") if isinstance(ours, Mapping) else None
+    return choose_template(asked, stored, str(source))
+
+
+def checked_context_length(asked: int | None, spec: ModelSpec) -> int:
+    """The context length to work with. Raises SettingError when it is none or longer than the model's."""
+    if asked is None:
+        return spec.context_length
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 1 <= asked <= spec.context_length:
+        raise SettingError(
+            f"context_length is {asked!r}: it must be a whole number, at least 1 and at most the model's "
+            f"{spec.context_length:,}."
+        )
+    return asked
+
+
+def _tokenizer_path(asked: Source, progress: bool) -> Path:
+    path = Path(asked).expanduser()
+    if path.exists():
+        return path
+    if str(asked) in DEMOS:
+        return DEMOS[str(asked)]
+    if isinstance(asked, str) and hub.is_repo_id(asked):
+        wanted = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json")
+        return hub.download(asked, lambda files: [f.name for f in files if f.name in wanted], progress=progress)
+    raise TokenizerError(f"There is no tokenizer at {asked}: give a file, a folder, or a Hugging Face repository.")
+
+
+def _checked_tokenizer(tokenizer: Tokenizer, spec: ModelSpec, origin: str) -> Tokenizer:
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise TokenizerError(
+            f"The tokenizer at {origin} has {tokenizer.vocab_size:,} tokens and the model {spec.vocab_size:,}: it belongs "
+            "to another model; give the right one with --tokenizer."
+        )
+    if spec.bos_token is not None and tokenizer.bos_token != spec.bos_token:
+        raise TokenizerError(
+            f"The tokenizer at {origin} begins texts with token {tokenizer.bos_token} and the model with {spec.bos_token}: "
+            "it belongs to another model; give the right one with --tokenizer."
+        )
+    return tokenizer
+
+
+def _packing(contents: Contents, path: str) -> bool | dict[str, Any]:
+    quantization = contents.quantized.get(path)
+    return False if quantization is None else quantization.as_config()
+
+
+def _evaluate(arrays: list[mx.array], checkpoint: Checkpoint) -> None:
+    try:
+        mx.eval(arrays)
+    except RuntimeError as error:  # MLX reads the file here
+        names = ", ".join(file.name for file in checkpoint.files)
+        raise CheckpointError(f"{names} could not be read to the end ({error}): download or copy it again.") from error

@@ -18,16 +18,19 @@ import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .decoding.sampling import Sampler, SamplingParams, log_probabilities
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
-from .models import Model
 from .models.cache import Cache
-from .text.chat import render_chat
+from .text.chat import PLAIN, render_chat
 from .text.stops import StopStrings
 from .text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .models import Model
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -241,7 +244,7 @@ def encode_prompt(
     template = chat_template or tokenizer.chat_template
     if not isinstance(prompt, str):
         return render_chat(list(prompt), tokenizer, template)
-    if raw or template == "plain":
+    if raw or template == PLAIN:
         return tokenizer.encode_prompt(prompt)
     return render_chat([{"role": "user", "content": prompt}], tokenizer, template)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx import nn
@@ -14,12 +14,18 @@ from .checkpoint import hub
 from .checkpoint.layouts import FLOAT_TYPES, Contents, understand
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, SettingError, TokenizerError
-from .models import Model, build_model
+from .models import build_model
 from .specs import ModelSpec, spec_from_config
 from .text.chat import TemplateChoice, choose_template
-from .text.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from .text.tokenizer import Tokenizer, load_tokenizer
+from .text.tokenizer_files import COMPANION_FILES, JSON_FILE, SENTENCEPIECE_FILE
+
+if TYPE_CHECKING:
+    from .models import Model
 
 Source = str | Path
+
+TOKENIZER_FILES = (SENTENCEPIECE_FILE, JSON_FILE)
 
 DEMOS = {"demo-openelm": Path(__file__).parent / "demo" / "openelm"}
 
@@ -183,7 +189,7 @@ def _tokenizer_path(asked: Source, progress: bool) -> Path:
     if str(asked) in DEMOS:
         return DEMOS[str(asked)]
     if isinstance(asked, str) and hub.is_repo_id(asked):
-        wanted = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json")
+        wanted = (*TOKENIZER_FILES, *COMPANION_FILES)
         return hub.download(asked, lambda files: [f.name for f in files if f.name in wanted], progress=progress)
     raise TokenizerError(f"There is no tokenizer at {asked}: give a file, a folder, or a Hugging Face repository.")
 

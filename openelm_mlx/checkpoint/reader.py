@@ -243,8 +243,8 @@ def _state_dict(loaded: Any, file: Path) -> dict[str, Any]:
     """The name -> tensor part of what torch.load gave: itself, or what a training checkpoint keeps as its model."""
     import torch
 
-    for candidate in (loaded, *(loaded.get(key) for key in ("model_state_dict", "state_dict", "model"))
-                      if isinstance(loaded, dict) else ()):
+    nested = [loaded.get(key) for key in ("model_state_dict", "state_dict", "model")] if isinstance(loaded, dict) else []
+    for candidate in (loaded, *nested):
         if isinstance(candidate, dict) and candidate:
             tensors = {name: t for name, t in candidate.items() if isinstance(t, torch.Tensor)}
             if len(tensors) == len(candidate):

@@ -22,6 +22,7 @@ class OpenELM(nn.Module):
         super().__init__()
         self.spec = spec
         self.model_type = spec.family
+        self.context_length = spec.context_length
         self.transformer = Transformer(spec)
         if not spec.tied_head:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)

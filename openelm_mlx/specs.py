@@ -1,7 +1,7 @@
 """What a model is, without arrays: its layers' shapes, its parameters' names and shapes, its bytes of cache.
 
-`spec_from_config` reads every spelling of a config in circulation and gives one `ModelSpec`. The models, the caches, the
-checkpoint readers and the memory planner read only that. Nothing here imports mlx or touches a disk.
+`spec_from_config` reads every spelling of a config in circulation and gives one `ModelSpec`. The models, the caches,
+the checkpoint readers and the memory planner read only that. Nothing here imports mlx or touches a disk.
 """
 
 from __future__ import annotations
@@ -85,6 +85,10 @@ class ModelSpec:
         """Canonical name -> shape of every parameter, in the order of the forward pass."""
         return _FAMILIES[self.family].parameter_shapes(self)
 
+    def keeps_float32(self, name: str) -> bool:
+        """Whether the parameter is float32 in memory whatever type the others have: the model computes with it so."""
+        return _FAMILIES[self.family].keeps_float32(name)
+
     def num_parameters(self) -> int:
         """How many numbers the model has, by its shapes alone."""
         return sum(_product(shape) for shape in self.parameter_shapes().values())
@@ -112,8 +116,8 @@ class ModelSpec:
 def spec_from_config(config: Config) -> ModelSpec:
     """The model that a config describes.
 
-    Read are Apple's or mlx-lm's config.json, CoreNet's YAML, Apple's MLX config.json, and for gpt-oss the config.json of
-    Hugging Face (old and new spelling), of mlx-lm, and of OpenAI's original/ folder.
+    Read are Apple's or mlx-lm's config.json, CoreNet's YAML, Apple's MLX config.json, and for gpt-oss the config.json
+    of Hugging Face (old and new spelling), of mlx-lm, and of OpenAI's original/ folder.
 
     Raises ConfigError for an unknown family, a missing field, or a value that no such model can have.
     """
@@ -124,7 +128,7 @@ def spec_from_config(config: Config) -> ModelSpec:
             return family.spec_from_config(config)
     raise ConfigError(
         f"The config describes no OpenELM or gpt-oss model (model_type is {config.get('model_type')!r}, model_name is "
-        f"{config.get('model_name')!r}): only model_type \"openelm\" and \"gpt_oss\", CoreNet's \"OpenELM-*\" names and "
+        f"{config.get('model_name')!r}): model_type \"openelm\" and \"gpt_oss\", CoreNet's \"OpenELM-*\" names and "
         "OpenAI's original config are read."
     )
 
@@ -168,7 +172,8 @@ def layer_multipliers(value: Any, num_layers: int, name: str) -> list[float]:
     if len(numbers) == 2:
         first, last = numbers
         step = (last - first) / max(num_layers - 1, 1)
-        return [round(first + i * step if i < num_layers - 1 or num_layers == 1 else last, 2) for i in range(num_layers)]
+        values = [first + i * step for i in range(num_layers - 1)] + [last if num_layers > 1 else first]
+        return [round(value, 2) for value in values]
     if len(numbers) != num_layers:
         raise ConfigError(
             f'The config\'s "{name}" has {len(numbers)} values for {num_layers} layers: give one number, a pair, '
@@ -220,6 +225,10 @@ class _OpenELM:
             eos_tokens=_eos_tokens(config.get("eos_token_id", 2)),
             size=_size_name(num_layers, model_dim),
         )
+
+    @staticmethod
+    def keeps_float32(name: str) -> bool:
+        return False
 
     @staticmethod
     def parameter_shapes(spec: ModelSpec) -> Shapes:
@@ -351,8 +360,9 @@ class _GptOss:
 
     @staticmethod
     def recognises(config: Config) -> bool:
-        original = config.get("model_type") is None and {"num_experts", "experts_per_token", "swiglu_limit"} <= set(config)
-        return config.get("model_type") == "gpt_oss" or original
+        if config.get("model_type") is not None:
+            return config["model_type"] == "gpt_oss"
+        return {"num_experts", "experts_per_token", "swiglu_limit"} <= config.keys()  # OpenAI's original config
 
     @staticmethod
     def spec_from_config(config: Config) -> ModelSpec:
@@ -395,6 +405,11 @@ class _GptOss:
         )
 
     @staticmethod
+    def keeps_float32(name: str) -> bool:
+        # Gains are multiplied in float32, and routers decide near-ties; both are small.
+        return name.endswith("norm.weight") or ".mlp.router." in name
+
+    @staticmethod
     def parameter_shapes(spec: ModelSpec) -> Shapes:
         width = spec.hidden_size
         shapes: Shapes = {"model.embed_tokens.weight": (spec.vocab_size, width)}
@@ -421,7 +436,7 @@ class _GptOss:
 
 
 def gpt_oss_config(spec: ModelSpec) -> dict[str, Any]:
-    """The spec as Hugging Face's config.json spells it, without a quantization, so that mlx-lm and transformers read it."""
+    """The spec as Hugging Face's config.json spells it, without a quantization; mlx-lm and transformers read it too."""
     layer = spec.layers[0]
     return {
         "architectures": ["GptOssForCausalLM"],
@@ -472,9 +487,9 @@ def _check_gpt_oss(config: Config, layer: LayerSpec) -> None:
             "one of the two numbers is wrong."
         )
     if layer.head_dim % 2:
-        raise ConfigError(f"The config's head_dim is {layer.head_dim}: rotary embedding turns pairs, so it must be even.")
+        raise ConfigError(f"The config's head_dim is {layer.head_dim}: rotary embedding turns pairs, it must be even.")
     if config.get("attention_bias", True) is not True:
-        raise ConfigError('The config\'s "attention_bias" is not true: every gpt-oss projection of attention has a bias.')
+        raise ConfigError('The config\'s "attention_bias" is not true: gpt-oss has a bias on q, k, v and o.')
 
 
 def _gpt_oss_context_length(config: Config, yarn: YarnSpec | None) -> int:
@@ -487,8 +502,8 @@ def _gpt_oss_context_length(config: Config, yarn: YarnSpec | None) -> int:
 def _rope_settings(config: Config) -> Config:
     """The settings of rotary embedding under one name, whichever of the four spellings the config has.
 
-    transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling`, OpenAI's original config five
-    numbers; a Hugging Face config with none of them means its class's default, and null means no scaling.
+    transformers 5 writes `rope_parameters` (theta inside), earlier versions `rope_scaling`, OpenAI's original config
+    five numbers; a Hugging Face config with none of them means its class's default, and null means no scaling.
     """
     if config.get("rope_scaling_factor") is not None:
         return {

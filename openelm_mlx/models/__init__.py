@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 from ..specs import ModelSpec
 
 if TYPE_CHECKING:
-    from .openelm import OpenELM as Model
+    from .gpt_oss import GptOss
+    from .openelm import OpenELM
+
+    Model = OpenELM | GptOss
 
 
 def build_model(spec: ModelSpec) -> Model:
@@ -17,4 +20,8 @@ def build_model(spec: ModelSpec) -> Model:
         from .openelm import OpenELM
 
         return OpenELM(spec)
+    if spec.family == "gpt_oss":
+        from .gpt_oss import GptOss
+
+        return GptOss(spec)
     raise AssertionError(f"no model for family {spec.family!r}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .precision import widen
+
 Mask = mx.array | str | None
 
 
@@ -37,9 +39,20 @@ def causal_mask(L: int, offset: int, window: int | None = None, left_padding: mx
     return visible_keys(mx.arange(offset, offset + L), mx.arange(offset + L), window, left_padding)
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
-    """softmax(q k^T / sqrt(D) + mask) v, each kv head serving H/K query heads.
+def attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mask: Mask,
+    scale: float | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """softmax(scale * q k^T + mask) v, each kv head serving H/K query heads; scale is 1 / sqrt(D) when not given.
 
-    queries (B, H, L, D), keys and values (B, K, T, D) -> (B, H, L, D).
+    queries (B, H, L, D), keys and values (B, K, T, D) -> (B, H, L, D). sinks (H,): one more logit a head, neither
+    scaled nor masked, that takes its share of the softmax and adds no value.
     """
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=mask)
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = widen(queries), widen(keys), widen(values)
+    sinks = None if sinks is None else widen(sinks)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks).astype(queries.dtype)

@@ -1,0 +1,131 @@
+"""OpenAI gpt-oss: attention with sinks, every other layer through a short window, and a mixture of experts.
+
+Model card: arXiv 2508.10925. Code followed: gpt_oss/torch/model.py. Attribute names are those of the Hugging Face
+files; q, k and v are one projection, gate and up another one with alternating rows, both as in OpenAI's own files.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx import nn
+
+from ..specs import LayerSpec, ModelSpec
+from .attention import Mask, attend, causal_mask
+from .cache import Cache, KVCache, SlidingKVCache, make_cache
+from .moe import MoE
+from .norm import RMSNorm
+from .rope import rotary_periods, rotate
+
+
+class GptOss(nn.Module):
+    """The language model: tokens (B, L) -> logits (B, L, vocab_size)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model_type = spec.family
+        self.model = Transformer(spec)
+        if not spec.tied_head:
+            self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+
+    def __call__(
+        self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None
+    ) -> mx.array:
+        """Logits (B, L, V) of the next token after each of `tokens` (B, L).
+
+        cache: from `make_cache`, extended in place; with it, `tokens` are only the new ones. left_padding (B,): how
+        many tokens at the start of each row are padding; a cache has its own.
+        """
+        return self.head(self.run_layers(self.embed(tokens), cache, left_padding=left_padding))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """The residual stream before the first layer. (B, L) -> (B, L, hidden_size)"""
+        return self.model.embed_tokens(tokens)
+
+    def run_layers(
+        self,
+        h: mx.array,
+        cache: Cache | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        left_padding: mx.array | None = None,
+    ) -> mx.array:
+        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1."""
+        L = h.shape[1]
+        masks: dict[int | None, Mask] = {}  # one for the sliding layers and one for the full ones
+        for i, layer in enumerate(self.layers[start:stop], start):
+            window = self.spec.layers[i].window
+            if window not in masks:
+                masks[window] = (
+                    causal_mask(L, 0, window, left_padding)
+                    if cache is None
+                    else cache[i].make_mask(L, window_size=window)
+                )
+            h = layer(h, masks[window], None if cache is None else cache[i])
+        return h
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits of the residual stream after the last layer. (B, L, hidden_size) -> (B, L, vocab_size)"""
+        h = self.model.norm(h)
+        return self.model.embed_tokens.as_linear(h) if self.spec.tied_head else self.lm_head(h)
+
+    @property
+    def layers(self) -> list[Block]:
+        return self.model.layers
+
+    def make_cache(self, window: int | None = None, left_padding: list[int] | None = None) -> Cache:
+        """An empty cache for each layer; `window` makes the full layers' caches rings of that many tokens too."""
+        return make_cache(self.spec, window, left_padding)
+
+
+class Transformer(nn.Module):
+    """The parameters under Hugging Face's prefix `model.`; the way through them is `GptOss.run_layers`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = [Block(spec, layer) for layer in spec.layers]
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+
+
+class Block(nn.Module):
+    """h = x + attention(norm(x)); h + moe(norm(h))."""
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.self_attn = Attention(spec, layer)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.mlp = MoE(spec, layer)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: KVCache | SlidingKVCache | None) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        return h + self.mlp(self.post_attention_layernorm.in_float32(h), h.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with a sink for each head: a logit that takes its share of the softmax and adds none."""
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
+        self.rope_theta = spec.rope_theta
+        self._periods = rotary_periods(layer.head_dim, spec.rope_theta, spec.yarn)
+        # YaRN multiplies sine and cosine, so queries and keys, by its concentration; their product is scaled instead.
+        concentration = 1.0 if spec.yarn is None else spec.yarn.concentration
+        self.scale = concentration**2 * layer.head_dim**-0.5
+        self.qkv_proj = nn.Linear(spec.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+        self.sinks = mx.zeros((self.num_heads,))
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: KVCache | SlidingKVCache | None) -> mx.array:
+        B, L, _ = x.shape
+        # (B, L, (H + 2K) * D) -> (B, H + 2K, L, D); queries and keys lie side by side and are rotated together.
+        qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
+        rotated, values = mx.split(qkv, [self.num_heads + self.num_kv_heads], axis=1)
+        rotated = rotate(rotated, self.rope_theta, 0 if cache is None else cache.offset, self._periods)
+        queries, keys = mx.split(rotated, [self.num_heads], axis=1)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        out = attend(queries, keys, values, mask, self.scale, self.sinks)
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))

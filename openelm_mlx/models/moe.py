@@ -1,0 +1,189 @@
+"""A feed-forward layer of many experts, of which a router chooses a few for each token.
+
+`MoE` routes and sums; the experts themselves are an object with one method, `(x, expert_indices) -> outputs`, so that
+`Experts`, which has them all in memory, can be replaced by one that has only some of them there.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx import nn
+
+from ..specs import LayerSpec, ModelSpec
+from .precision import widen
+
+# From so many (token, expert) routes on, sorting them by expert pays: each expert's weights are then read once and used
+# for a block of rows. Only shapes decide, so that the same prompt always takes the same path.
+SORT_FROM_ROUTES = 64
+
+
+class RoutedExperts(Protocol):
+    """What `MoE` asks of the experts it is given."""
+
+    def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
+        """x (B, L, hidden_size), expert_indices (B, L, k) -> each chosen expert's output (B, L, k, hidden_size)."""
+
+
+class MoE(nn.Module):
+    """sum_e w_e * expert_e(x) over the k experts with the largest router logits, w being the softmax of those k.
+
+    `experts` may be set to any `RoutedExperts`; one that is no module takes its weights out of the parameter tree.
+    """
+
+    experts: RoutedExperts
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+        super().__init__()
+        self.experts_per_token = layer.experts_per_token
+        self.router = nn.Linear(spec.hidden_size, layer.num_experts)
+        self.experts = Experts(spec, layer)
+
+    def __call__(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
+        """x (B, L, hidden_size) in float32 -> the layer's output in `dtype`, which the experts compute in."""
+        expert_indices, expert_weights = self.route(x)
+        outputs = self.experts(x.astype(dtype), expert_indices)
+        # (B, L, 1, k) @ (B, L, k, hidden_size): the sum is rounded once, where k products and a sum round k times more.
+        return (expert_weights.astype(dtype)[..., None, :] @ outputs).squeeze(-2)
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """The k chosen experts of each token and their weights, both (B, L, k), in no particular order.
+
+        In float32 throughout: a near-tie that rounding decides sends the token to another expert, and nothing that bf16
+        does elsewhere moves the logits as much.
+        """
+        logits = self.router(x)
+        k = self.experts_per_token
+        # Which experts are chosen has no derivative; how much they weigh has one.
+        expert_indices = mx.stop_gradient(mx.argpartition(logits, kth=-k, axis=-1)[..., -k:])
+        chosen = mx.take_along_axis(logits, expert_indices, axis=-1)
+        return expert_indices, mx.softmax(chosen, axis=-1, precise=True)
+
+
+class Experts(nn.Module):
+    """All experts of one layer, in memory: down(swiglu(gate_up(x))), a bias after each.
+
+    The rows of `gate_up_proj` alternate: gate 0, up 0, gate 1, up 1, ... as in OpenAI's files. `down_proj` may have
+    more rows than hidden_size (whole tiles are several times faster on some GPUs); those beyond are ignored.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+        super().__init__()
+        self.swiglu_limit, self.swiglu_alpha = spec.swiglu_limit, spec.swiglu_alpha
+        self.gate_up_proj = ExpertLinear(layer.num_experts, spec.hidden_size, 2 * layer.intermediate_size)
+        self.down_proj = ExpertLinear(layer.num_experts, layer.intermediate_size, spec.hidden_size)
+
+    def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
+        if expert_indices.size < SORT_FROM_ROUTES:
+            return self.feed_forward(x[..., None, :], expert_indices)
+        rows, experts, inverse = sort_routes(x, expert_indices)
+        outputs = self.feed_forward(rows, experts, sorted_slots=True)
+        return outputs[inverse].reshape(*expert_indices.shape, -1)
+
+    def feed_forward(
+        self, x: mx.array, experts: mx.array, slots: mx.array | None = None, sorted_slots: bool = False
+    ) -> mx.array:
+        """Each row through its expert. x (..., n or 1, hidden_size), experts (..., n) -> (..., n, hidden_size).
+
+        slots (..., n): where each expert's weights lie, when that is not at its own number; biases always lie there.
+        sorted_slots promises that they do not decrease.
+        """
+        slots = experts if slots is None else slots
+        gate_up = self.gate_up_proj(x, slots, sorted_slots)
+        bias = self.gate_up_proj.bias[experts]
+        hidden = clamped_swiglu(
+            gate_up[..., ::2], gate_up[..., 1::2], bias[..., ::2], bias[..., 1::2], self.swiglu_limit, self.swiglu_alpha
+        )
+        return self.down_proj(hidden, slots, sorted_slots) + self.down_proj.bias[experts]
+
+
+class ExpertLinear(nn.Module):
+    """One matrix an expert, (E, rows, columns), and one bias an expert, which the caller adds."""
+
+    def __init__(self, num_experts: int, columns: int, rows: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((num_experts, rows, columns))
+        self.bias = mx.zeros((num_experts, rows))
+
+    def __call__(self, x: mx.array, slots: mx.array, sorted_slots: bool = False) -> mx.array:
+        """weight[slots] x, without the bias. x (..., n or 1, columns), slots (..., n) -> (..., n, rows of the bias)."""
+        y = mx.gather_mm(
+            widen(x[..., None, :]), widen(self.weight).swapaxes(-1, -2), rhs_indices=slots, sorted_indices=sorted_slots
+        )
+        return y.squeeze(-2)[..., : self.bias.shape[-1]].astype(x.dtype)
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **_: Any
+    ) -> QuantizedExpertLinear:
+        """The same packed by `mx.quantize`; what `nn.quantize` calls."""
+        weight, scales, *biases = mx.quantize(self.weight, group_size, bits, mode=mode)
+        return QuantizedExpertLinear(weight, scales, biases[0] if biases else None, self.bias, group_size, bits, mode)
+
+
+class QuantizedExpertLinear(nn.Module):
+    """`ExpertLinear` with packed weights: MXFP4 as OpenAI ships it, or any other of MLX's formats.
+
+    weight (E, rows, columns * bits / 32) uint32; scales (E, rows, columns / group_size), uint8 for MXFP4; biases, which
+    are the affine format's and not the layer's, like scales.
+    """
+
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array,
+        biases: mx.array | None,
+        bias: mx.array,
+        group_size: int | None,
+        bits: int | None,
+        mode: str,
+    ) -> None:
+        super().__init__()
+        self.weight, self.scales, self.bias = weight, scales, bias
+        if biases is not None:
+            self.biases = biases
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        self.freeze(keys=["weight", "scales", "biases"])
+
+    def __call__(self, x: mx.array, slots: mx.array, sorted_slots: bool = False) -> mx.array:
+        """As `ExpertLinear`'s."""
+        y = mx.gather_qmm(
+            widen(x[..., None, :]),
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            rhs_indices=slots,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=sorted_slots,
+        )
+        return y.squeeze(-2)[..., : self.bias.shape[-1]].astype(x.dtype)
+
+
+def sort_routes(x: mx.array, expert_indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """All (token, expert) routes in the order of their experts. x (B, L, hidden_size), expert_indices (B, L, k).
+
+    Gives each route's input row (R, hidden_size), its expert (R,), and (R,) where each route of the original order
+    went, R = B * L * k: `outputs[inverse]` brings results back into the order of `expert_indices`.
+    """
+    experts = expert_indices.flatten()
+    order = mx.argsort(experts)
+    rows = x.reshape(-1, x.shape[-1])[order // expert_indices.shape[-1]]
+    return rows, experts[order], mx.argsort(order)
+
+
+@partial(mx.compile, shapeless=True)
+def clamped_swiglu(
+    gate: mx.array, up: mx.array, gate_bias: mx.array, up_bias: mx.array, limit: float, alpha: float
+) -> mx.array:
+    """gate * sigmoid(alpha * gate) * (up + 1), gate at most `limit`, up within +-limit; biases are added before.
+
+    All of one shape. Compiled into one kernel, computed in float32 and rounded once (gpt_oss/torch/model.py, swiglu).
+    """
+    dtype = gate.dtype
+    gate = mx.minimum(gate.astype(mx.float32) + gate_bias.astype(mx.float32), limit)
+    up = mx.clip(up.astype(mx.float32) + up_bias.astype(mx.float32), -limit, limit)
+    return (gate * mx.sigmoid(alpha * gate) * (up + 1.0)).astype(dtype)

@@ -1,0 +1,150 @@
+"""Headers are checked before tensors are read; whatever is wrong with a file is one sentence."""
+
+import json
+import struct
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from openelm_mlx.checkpoint.reader import SafetensorsCheckpoint, open_checkpoint, read_config, read_header, weight_files
+from openelm_mlx.errors import CheckpointError, ConfigError
+
+
+def write(file: Path, header: dict | bytes, data: bytes = b"", claimed_length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if claimed_length is None else claimed_length) + text + data)
+    return file
+
+
+def tensor(begin: int, end: int, shape: list, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def test_header_without_the_tensors(tmp_path):
+    arrays = {"a": mx.arange(6).astype(mx.float32).reshape(2, 3), "b": mx.ones((4,), mx.bfloat16)}
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), arrays)
+    before = mx.get_active_memory()
+    checkpoint = open_checkpoint(tmp_path)
+    assert mx.get_active_memory() == before
+    assert {n: (e.dtype, e.shape, e.nbytes) for n, e in checkpoint.entries.items()} == {
+        "a": ("F32", (2, 3), 24),
+        "b": ("BF16", (4,), 8),
+    }
+    for name, array in arrays.items():
+        entry = checkpoint.entries[name]
+        raw = entry.file.read_bytes()[entry.start : entry.start + entry.nbytes]
+        assert raw == bytes(memoryview(array.view(mx.uint8)))
+        assert mx.array_equal(checkpoint.read(name), array)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "said"),
+    [
+        ({"a": tensor(0, 8, [2])}, b"\0" * 4, "describes"),  # truncated
+        ({"a": tensor(0, 8, [2])}, b"\0" * 12, "describes"),  # over-long
+        ({"a": tensor(0, 12, [2])}, b"\0" * 12, "offsets span"),  # a lie about the size
+        ({"a": tensor(4, 12, [2])}, b"\0" * 12, "instead of"),  # a hole
+        ({"a": tensor(0, 8, [2]), "b": tensor(4, 12, [2])}, b"\0" * 12, "instead of"),  # an overlap
+        ({"a": tensor(-8, 0, [2])}, b"", "offsets"),
+        ({"a": tensor(0, 8, [-2])}, b"\0" * 8, "shape"),
+        ({"a": tensor(0, 8, [2], "F31")}, b"\0" * 8, "F31"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, b"\0" * 8, "not in the format"),
+        ({"a": 3}, b"", "not in the format"),
+        (b"[1, 2]", b"", "not in the format"),
+        (b"not json", b"", "not in the format"),
+        (b"\xff\xfe", b"", "not in the format"),
+    ],
+)
+def test_damaged_headers(tmp_path, header, data, said):
+    file = write(tmp_path / "model.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=said) as error:
+        read_header(file)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x01", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 50) + b"{}"])
+def test_files_too_short_for_their_header(tmp_path, content):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_header(file)
+
+
+def test_file_that_shrinks_after_its_header_was_read(tmp_path):
+    from openelm_mlx.loading import _evaluate
+
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.ones((1000,))})
+    checkpoint = open_checkpoint(tmp_path)
+    array = checkpoint.read("a")
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(500)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        _evaluate([array], checkpoint)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        _evaluate([checkpoint.read("a")], checkpoint)
+
+
+def shards(folder: Path) -> dict[str, str]:
+    mx.save_safetensors(str(folder / "model-00001-of-00002.safetensors"), {"a": mx.ones((2,))})
+    mx.save_safetensors(str(folder / "model-00002-of-00002.safetensors"), {"b": mx.zeros((3,))})
+    return {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+
+
+def test_shards_with_an_index(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards(tmp_path)}))
+    # A stray file beside the shards is not part of the checkpoint.
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {"c": mx.zeros((3,))})
+    assert set(open_checkpoint(tmp_path).entries) == {"a", "b"}
+
+
+def test_a_shard_that_the_index_names_is_missing(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards(tmp_path)}))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the 2 shards.*model-00002-of-00002"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../../etc/passwd"}}'])
+def test_broken_indexes(tmp_path, index):
+    shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises((CheckpointError, ConfigError), match=r"index\.json"):
+        open_checkpoint(tmp_path)
+
+
+def test_one_tensor_in_two_files(tmp_path):
+    for name in ("x.safetensors", "y.safetensors"):
+        mx.save_safetensors(str(tmp_path / name), {"a": mx.ones((2,))})
+    with pytest.raises(CheckpointError, match=r"tensor a|Tensor a"):
+        SafetensorsCheckpoint([tmp_path / "x.safetensors", tmp_path / "y.safetensors"])
+    with pytest.raises(CheckpointError, match="several checkpoints"):
+        open_checkpoint(tmp_path)
+
+
+def test_pickles_are_never_opened(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*pickle"):
+        weight_files(tmp_path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(CheckpointError, match="no weights"):
+        weight_files(tmp_path)
+    with pytest.raises(CheckpointError, match="no folder"):
+        weight_files(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.json", "{,}"), ("config.json", "3"), ("config.json", "\xff"), ("a.yaml", "a: [")])
+def test_configs_that_cannot_be_read(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=name):
+        read_config(tmp_path)
+
+
+def test_corenet_s_yaml_config(tmp_path):
+    (tmp_path / "270M.yaml").write_text("model:\n  language_modeling:\n    general_gpt:\n      model_name: OpenELM-270M\n")
+    config = read_config(tmp_path)
+    assert config["model"]["language_modeling"]["general_gpt"]["model_name"] == "OpenELM-270M"

@@ -24,6 +24,7 @@ import mlx.core as mx
 
 from .decoding.sampling import Sampler, SamplingParams, log_probabilities
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
+from .loading import NO_TOKENIZER
 from .models.cache import Cache
 from .text.chat import PLAIN, render_chat
 from .text.stops import StopStrings
@@ -68,8 +69,10 @@ def stream_generate(
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
     TokenizerError.
     """
+    prompt_tokens, continues_text = encode_prompt(model, tokenizer, prompt, raw, chat_template)
     request = Request(
-        prompt_tokens=encode_prompt(model, tokenizer, prompt, raw, chat_template),
+        prompt_tokens=prompt_tokens,
+        continues_text=continues_text,
         max_tokens=max_tokens,
         sampling=sampling or SamplingParams(),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
@@ -83,7 +86,7 @@ def stream_generate(
 def _stream(model: Model, tokenizer: Tokenizer | None, request: Request) -> Iterator[Chunk]:
     clock = Clock(len(request.prompt_tokens))
     eos_tokens = model.spec.eos_tokens if tokenizer is None else tokenizer.eos_tokens
-    text = TextStream(tokenizer, request.stop)
+    text = TextStream(tokenizer, request.stop, request.continues_text)
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )
@@ -196,6 +199,7 @@ class Request:
     """What `stream_generate` was asked for, checked before anything runs."""
 
     prompt_tokens: Sequence[int]
+    continues_text: bool
     max_tokens: int
     sampling: SamplingParams
     stop: tuple[str, ...]
@@ -230,23 +234,23 @@ def room_after(model: Model, num_prompt_tokens: int) -> int:
 
 def encode_prompt(
     model: Model, tokenizer: Tokenizer | None, prompt: Prompt, raw: bool = False, chat_template: str | None = None
-) -> list[int]:
-    """The tokens of a prompt in any of its forms. Raises PromptError when it is empty or has ids the model lacks."""
+) -> tuple[list[int], bool]:
+    """The tokens of a prompt in any of its forms, and whether the answer continues the prompt's own text.
+
+    Raises PromptError when the prompt is empty or has ids that the model lacks, TokenizerError when text needs a tokenizer.
+    """
     if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return _checked_tokens(model, prompt)
+        return _checked_tokens(model, prompt), True
     if tokenizer is None:
-        raise TokenizerError(
-            "This model was loaded without a tokenizer, so its prompt must be token ids: give load a tokenizer "
-            "(tokenizer=..., --tokenizer), a folder or a repository that has tokenizer.model or tokenizer.json."
-        )
+        raise TokenizerError(NO_TOKENIZER)
     if isinstance(prompt, str) and not prompt.strip():
         raise PromptError("The prompt is empty: give some text.")
     template = chat_template or tokenizer.chat_template
     if not isinstance(prompt, str):
-        return render_chat(list(prompt), tokenizer, template)
+        return render_chat(list(prompt), tokenizer, template), False
     if raw or template == PLAIN:
-        return tokenizer.encode_prompt(prompt)
-    return render_chat([{"role": "user", "content": prompt}], tokenizer, template)
+        return tokenizer.encode_prompt(prompt), True
+    return render_chat([{"role": "user", "content": prompt}], tokenizer, template), False
 
 
 def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:
@@ -258,8 +262,8 @@ def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:
 class TextStream:
     """Tokens in, text out: whole characters only, and never a stop string nor what may become one."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
-        self._detokenizer = None if tokenizer is None else tokenizer.detokenizer()
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], continues_text: bool) -> None:
+        self._detokenizer = None if tokenizer is None else tokenizer.detokenizer(continuation=continues_text)
         self._stops = StopStrings(stop)
         self._stopped = False
 

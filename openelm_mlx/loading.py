@@ -33,6 +33,14 @@ DEMOS = {"demo-openelm": Path(__file__).parent / "demo" / "openelm"}
 # are; none is downloaded without being asked for, because Llama 2's is under a licence that its owner must accept.
 LLAMA_TOKENIZER_REPOS = ("meta-llama/Llama-2-7b-hf", "NousResearch/Llama-2-7b-hf", "mlx-community/OpenELM-270M-Instruct")
 
+NO_TOKENIZER = (
+    "There is no tokenizer for this model: Apple ships none with OpenELM, and the Llama 2 tokenizer it was trained with is "
+    "under a licence of its own. Accept it at https://huggingface.co/meta-llama/Llama-2-7b-hf, run `hf auth login`, and add "
+    "--tokenizer meta-llama/Llama-2-7b-hf (tokenizer= in Python); or give any folder or repository that holds its "
+    "tokenizer.model. `python convert.py SOURCE DESTINATION --tokenizer ...` stores it with the weights. Without one, a "
+    "prompt can only be token ids."
+)
+
 # Evaluated this many bytes at a time, so that a cast never holds more than this of the uncast weights.
 LOAD_BATCH_BYTES = 64 * 2**20
 

@@ -1,0 +1,215 @@
+"""The benchmark: rates of prefill and decode against mlx-lm on the same weights, start-up times, and the peak of loading.
+
+Both libraries run in one process, turn by turn, so that what disturbs the machine disturbs both; medians are compared.
+What is about a process (start-up, the peak of loading) is measured in fresh processes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..errors import ConversionError, SettingError
+from ..generate import stream_generate
+from ..loading import Source, load, locate
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure: the median of `samples`, beside mlx-lm's where there is one, and what is asked of it.
+
+    ratio: ours over mlx-lm's, for rates (larger is better). limit: "<= 0.3" or ">= 1.0", of the ratio when there is one.
+    """
+
+    name: str
+    unit: str
+    samples: list[float]
+    mlx_lm_samples: list[float] | None = None
+    limit: str | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.mlx_lm_samples is None else self.median / statistics.median(self.mlx_lm_samples)
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the limit holds; None when none is asked."""
+        if self.limit is None:
+            return None
+        sign, bound = self.limit.split()
+        value = self.median if self.ratio is None else self.ratio
+        return value <= float(bound) if sign == "<=" else value >= float(bound)
+
+    def as_dict(self) -> dict[str, object]:
+        return {**vars(self), "median": self.median, "ratio": self.ratio, "is_met": self.is_met}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. prompt_tokens and completion_tokens a run; rounds: how many times each side runs."""
+
+    source: Source = "demo-openelm"
+    prompt_tokens: int = 64
+    completion_tokens: int = 64
+    rounds: int = 7
+    against_mlx_lm: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "completion_tokens", "rounds"):
+            if getattr(self, name) < (2 if name == "completion_tokens" else 1):
+                raise SettingError(f"{name} is {getattr(self, name)}: it must be larger.")
+
+
+def run_benchmark(settings: Settings) -> Iterator[Figure]:
+    """Measure everything, a figure at a time as it is known."""
+    yield from startup_figures(settings)
+    yield load_peak_figure(settings)
+    yield from rate_figures(settings)
+
+
+def machine_description() -> str:
+    """Where the figures were taken: machine, system, MLX's device and version."""
+    info = mx.device_info()
+    device = info.get("device_name") or platform.processor() or platform.machine()
+    return f"{device}, {platform.system()} {platform.release()}, Python {platform.python_version()}, mlx {mx.__version__}"
+
+
+# --- fresh processes ------------------------------------------------------------------------------------------------
+
+
+def startup_figures(settings: Settings) -> Iterator[Figure]:
+    """Seconds of `--help`, and from the start of a process to the first character of an answer."""
+    command = [sys.executable, "-m", "openelm_mlx.generate"]
+    yield Figure("--help", "s", [_seconds_to_end([*command, "--help"]) for _ in range(settings.rounds)], limit="<= 0.3")
+    if str(settings.source).startswith("demo-"):
+        command += ["--model", str(settings.source), "--prompt", "What is a banjo?", "--quiet"]
+        samples = [_seconds_to_first_output(command) for _ in range(settings.rounds)]
+        yield Figure("process start to first token", "s", samples, limit="<= 1.0")
+
+
+def load_peak_figure(settings: Settings) -> Figure:
+    """MLX's peak memory while loading, over the bytes of the tensors, in a fresh process."""
+    script = (
+        "import sys, mlx.core as mx, openelm_mlx as om\n"
+        "from mlx.utils import tree_flatten\n"
+        "model, _ = om.load(sys.argv[1])\n"
+        "print(mx.get_peak_memory() / sum(a.nbytes for _, a in tree_flatten(model.parameters())))\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script, str(settings.source)], capture_output=True, text=True, check=False
+    )
+    if finished.returncode:
+        raise ConversionError(f"Loading {settings.source} failed: {finished.stderr.strip().splitlines()[-1]}")
+    return Figure("load peak / tensor bytes", "", [float(finished.stdout)], limit="<= 1.02")
+
+
+def _seconds_to_end(command: Sequence[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - started
+
+
+def _seconds_to_first_output(command: Sequence[str]) -> float:
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        seconds = time.perf_counter() - started
+        process.stdout.read()
+    return seconds
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------
+
+
+def rate_figures(settings: Settings) -> list[Figure]:
+    """Tokens a second of prefill and decode, ours and mlx-lm's in turns, on the same random prompt."""
+    model, _ = load(settings.source)
+    key = mx.random.key(0)
+    prompt = mx.random.randint(3, model.spec.usable_vocab_size, (settings.prompt_tokens,), key=key).tolist()
+    runs: dict[str, Callable[[], tuple[float, float]]] = {
+        "ours": lambda: _our_rates(model, prompt, settings.completion_tokens)
+    }
+    if settings.against_mlx_lm:
+        theirs = _mlx_lm_model(locate(settings.source))
+        runs["mlx-lm"] = lambda: _mlx_lm_rates(theirs, prompt, settings.completion_tokens)
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for round_number in range(settings.rounds + 1):
+        # Who goes first alternates; round 0 warms up and does not count.
+        for name in sorted(runs, reverse=bool(round_number % 2)):
+            rates = runs[name]()
+            if round_number:
+                samples[name].append(rates)
+    prefill, decode = zip(*samples["ours"], strict=True)
+    their_prefill, their_decode = zip(*samples["mlx-lm"], strict=True) if "mlx-lm" in samples else (None, None)
+    return [
+        Figure(f"prefill of {settings.prompt_tokens} tokens", "tokens/s", list(prefill), _list(their_prefill)),
+        Figure(
+            f"decode of {settings.completion_tokens} tokens",
+            "tokens/s",
+            list(decode),
+            _list(their_decode),
+            limit=">= 1.0" if their_decode else None,
+        ),
+    ]
+
+
+def _our_rates(model: Model, prompt: list[int], num_tokens: int) -> tuple[float, float]:
+    """(prefill, decode) tokens a second; the end-of-text token does not end it."""
+    forbidden = dict.fromkeys(model.spec.eos_tokens, float("-inf"))
+    from ..decoding.sampling import SamplingParams
+
+    arrivals = [time.perf_counter()]
+    for _ in stream_generate(model, None, prompt, max_tokens=num_tokens, sampling=SamplingParams(logit_bias=forbidden)):
+        arrivals.append(time.perf_counter())
+    return _rates(arrivals, len(prompt))
+
+
+def _mlx_lm_rates(model: object, prompt: list[int], num_tokens: int) -> tuple[float, float]:
+    from mlx_lm.generate import generate_step
+
+    arrivals = [time.perf_counter()]
+    for _ in generate_step(mx.array(prompt), model, max_tokens=num_tokens):
+        arrivals.append(time.perf_counter())
+    return _rates(arrivals, len(prompt))
+
+
+def _rates(arrivals: list[float], num_prompt_tokens: int) -> tuple[float, float]:
+    started, first, last = arrivals[0], arrivals[1], arrivals[-1]
+    return num_prompt_tokens / (first - started), (len(arrivals) - 2) / (last - first)
+
+
+def _mlx_lm_model(path: Path) -> object:
+    try:
+        from mlx_lm.utils import load_model
+    except ImportError as error:
+        raise SettingError(
+            "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or leave out --against mlx-lm."
+        ) from error
+    return load_model(path)[0]
+
+
+def _list(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else list(values)
+
+
+def figures_as_json(figures: Sequence[Figure]) -> str:
+    """The figures with all samples, for machines."""
+    return json.dumps({"machine": machine_description(), "figures": [figure.as_dict() for figure in figures]})

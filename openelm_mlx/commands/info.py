@@ -1,0 +1,65 @@
+"""`python -m openelm_mlx info`: what a checkpoint holds, from its headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+HELP = "say what a checkpoint holds, without reading its tensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("source", nargs="?", default="demo-openelm", help="a demo, folder, file or repository")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument("--layers", action="store_true", help="list the shape of every layer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is known. Returns the exit code."""
+    facts = gather(args.source, args.revision)
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    layers = facts.pop("layers")
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):22} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):22} {value}")
+    if args.layers:
+        print("\nlayer  query heads  kv heads  head dim  feed-forward width")
+        for i, layer in enumerate(layers):
+            print(f"{i:5}  {layer['num_heads']:11}  {layer['num_kv_heads']:8}  {layer['head_dim']:8}  {layer['intermediate_size']:18}")
+    return 0
+
+
+def gather(source: str, revision: str | None = None) -> dict[str, Any]:
+    """What the headers and the config say, by name."""
+    from ..checkpoint.layouts import understand
+    from ..checkpoint.reader import open_checkpoint, read_config
+    from ..loading import locate, stored_template
+    from ..specs import spec_from_config
+
+    path = locate(source, revision)
+    config = read_config(path)
+    checkpoint = open_checkpoint(path)
+    contents = understand(checkpoint, config, spec_from_config(config))
+    spec = contents.spec
+    choice = stored_template(config, None, source)
+    quantizations = sorted({f"{q.bits} bits, {q.mode}, groups of {q.group_size}" for q in contents.quantized.values()})
+    return {
+        "path": str(path),
+        "family": spec.family,
+        "size": spec.size or "not a released one",
+        "layout": contents.layout,
+        "parameters": spec.num_parameters(),
+        "tensors": len(checkpoint.entries),
+        "tensor_bytes": sum(entry.nbytes for entry in checkpoint.entries.values()),
+        "types": ", ".join(sorted({entry.dtype for entry in checkpoint.entries.values()})),
+        "quantized": "; ".join(quantizations) or "no",
+        "vocabulary_rows": spec.vocab_size,
+        "context_length": spec.context_length,
+        "kv_cache_per_token": f"{spec.kv_cache_bytes(1):,} bytes in 16 bit",
+        "chat_template": f"{choice.template} ({choice.reason})",
+        "layers": [vars(layer) for layer in spec.layers],
+    }

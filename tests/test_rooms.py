@@ -1,0 +1,94 @@
+"""Who may import whom: the order of the rooms, read from the syntax trees, and what importing must not cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "openelm_mlx"
+
+# A room may import those before it, and itself.
+ORDER = [
+    ["errors"], ["specs", "text"], ["models"], ["checkpoint"], ["memory"], ["decoding"], ["loading"], ["conversion"],
+    ["generate"], ["agents", "bench"], ["commands"], ["__init__", "__main__"],
+]  # fmt: skip
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+SLOW = ("mlx_lm", "transformers", "torch", "huggingface_hub", "matplotlib", "wordfreq")
+
+
+def room_of(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py")
+
+
+def imported_rooms(file: Path) -> set[str]:
+    parts = file.relative_to(PACKAGE).parts
+    rooms = set()
+    tree = ast.parse(file.read_text())
+    # What a file does as a command is the command line's part of it.
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            rooms |= {name.name.split(".")[1] for name in node.names if name.name.startswith("openelm_mlx.")}
+        elif isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".") if node.module else []
+            if node.level:
+                base = list(parts[: len(parts) - node.level])
+                full = base + module
+                rooms |= {full[0]} if full else {name.name for name in node.names}
+            elif module[:1] == ["openelm_mlx"]:
+                rooms |= {module[1]} if len(module) > 1 else {name.name for name in node.names}
+    return rooms - {"__version__"}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_one_way(file):
+    own = room_of(file.relative_to(PACKAGE).parts)
+    if own == "__init__":
+        return  # the front door names the public functions of every room
+    for room in imported_rooms(file):
+        assert RANK[room] < RANK[own] or room == own, f"{file.name} in {own} imports {room}"
+
+
+def test_the_text_room_has_no_mlx_and_models_touch_no_disk():
+    for file in (PACKAGE / "text").rglob("*.py"):
+        assert "mlx" not in {word for line in imports(file) for word in line}, file
+    for file in (PACKAGE / "models").rglob("*.py"):
+        words = {word for line in imports(file) for word in line}
+        assert not words & {"os", "pathlib", "io", "json"}, file
+        called = {ast.unparse(n.func) for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)}
+        assert not called & {"mx.eval", "mx.async_eval"}, file
+
+
+def imports(file: Path) -> list[list[str]]:
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [name.name.split(".") for name in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.append((node.module or "").split("."))
+    return found
+
+
+def run(script: str) -> str:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_package_loads_nothing():
+    script = "import sys; before = set(sys.modules); import openelm_mlx; print(sorted(m for m in sys.modules if 'mlx' in m))"
+    assert run(script) == "['openelm_mlx']"
+
+
+def test_loading_and_generating_import_nothing_slow():
+    script = f"import sys, openelm_mlx.generate; print([m for m in {SLOW!r} if m in sys.modules])"
+    assert run(script) == "[]"
+
+
+def test_only_commands_print_or_read_arguments():
+    for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).parts[0] in ("commands", "__main__.py", "generate.py"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", f"{file}:{node.lineno} prints"

@@ -128,7 +128,7 @@ def spec_from_config(config: Config) -> ModelSpec:
             return family.spec_from_config(config)
     raise ConfigError(
         f"The config describes no OpenELM or gpt-oss model (model_type is {config.get('model_type')!r}, model_name is "
-        f"{config.get('model_name')!r}): model_type \"openelm\" and \"gpt_oss\", CoreNet's \"OpenELM-*\" names and "
+        f'{config.get("model_name")!r}): model_type "openelm" and "gpt_oss", CoreNet\'s "OpenELM-*" names and '
         "OpenAI's original config are read."
     )
 

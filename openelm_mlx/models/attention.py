@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from .precision import widen
 
-Mask = mx.array | str | None
+
+@dataclass(frozen=True)
+class BlockMask:
+    """The mask of many queries with a short window, cut into blocks of `window` queries.
+
+    The queries of a block see nothing outside their own `window` keys and the `window` before them, so only those are
+    multiplied: L * 2 * window scores instead of L * T. visible: (n, window, 2 * window), or (B, n, window, 2 * window).
+    """
+
+    visible: mx.array
+    window: int
+
+
+Mask = mx.array | BlockMask | str | None
 
 
 def visible_keys(
@@ -14,12 +29,12 @@ def visible_keys(
 ) -> mx.array:
     """Which keys each query sees: a boolean (L, T), or (B, 1, L, T) when rows are padded on the left.
 
-    query_positions (L,), key_positions (T,): absolute positions. A query sees keys up to its own position, the last
-    `window` of them (its own included), and none of its row's `left_padding` (B,) first positions. Queries that are
-    padding themselves see plain causal keys: what they compute is never read, but a row that sees nothing would be
-    NaN, and NaN times a zero probability is NaN.
+    query_positions (L,), key_positions (T,): absolute positions; with blocks, (n, L) and (n, T), there is an n in place
+    of the 1 or before L. A query sees keys up to its own position, the last `window` of them (its own included), and
+    none of its row's `left_padding` (B,) first positions. Queries that are padding themselves see plain causal keys:
+    what they compute is never read, but a row that sees nothing would be NaN, and NaN times a zero probability is NaN.
     """
-    queries, keys = query_positions[:, None], key_positions[None, :]
+    queries, keys = query_positions[..., :, None], key_positions[..., None, :]
     visible = keys <= queries
     if window is not None:
         visible = visible & (keys > queries - window)
@@ -29,14 +44,29 @@ def visible_keys(
     return visible & ((keys >= padding) | (queries < padding))
 
 
-def causal_mask(L: int, offset: int, window: int | None = None, left_padding: mx.array | None = None) -> Mask:
-    """The mask of L new tokens that follow `offset` cached ones, in the cheapest form that says it.
+def causal_mask(
+    L: int, offset: int, window: int | None = None, left_padding: mx.array | None = None, first: int = 0
+) -> Mask:
+    """The mask of L new tokens at positions from `offset` on, over the keys from `first` on, in its cheapest form.
 
-    None when everything is visible (one token), "causal" when MLX's own causal form does, else a boolean array.
+    None when everything is visible (one token), "causal" when MLX's own causal form says it, a `BlockMask` for many
+    tokens with a short window, else a boolean array.
     """
-    if left_padding is None and (window is None or offset + L <= window):
+    T = offset + L - first
+    if left_padding is None and (window is None or window >= T):
         return None if L == 1 else "causal"
-    return visible_keys(mx.arange(offset, offset + L), mx.arange(offset + L), window, left_padding)
+    if window is not None and 2 * window <= L:
+        return block_mask(L, offset, window, left_padding, first)
+    return visible_keys(mx.arange(offset, offset + L), mx.arange(first, offset + L), window, left_padding)
+
+
+def block_mask(L: int, offset: int, window: int, left_padding: mx.array | None = None, first: int = 0) -> BlockMask:
+    """The same visibility as an array of (L, T) would have, by blocks of `window` queries."""
+    starts = offset + window * mx.arange(-(-L // window))[:, None]
+    query_positions, key_positions = starts + mx.arange(window), starts + mx.arange(-window, window)
+    visible = visible_keys(query_positions, key_positions, window, left_padding)
+    # Before the first key there is only what fills up the first block.
+    return BlockMask(visible & (key_positions >= first)[:, None, :], window)
 
 
 def attend(
@@ -52,7 +82,41 @@ def attend(
     queries (B, H, L, D), keys and values (B, K, T, D) -> (B, H, L, D). sinks (H,): one more logit a head, neither
     scaled nor masked, that takes its share of the softmax and adds no value.
     """
+    if isinstance(mask, BlockMask):
+        return _attend_in_blocks(queries, keys, values, mask, scale, sinks)
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = widen(queries), widen(keys), widen(values)
     sinks = None if sinks is None else widen(sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks).astype(queries.dtype)
+
+
+def _attend_in_blocks(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mask: BlockMask,
+    scale: float | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """`attend`, each block of queries being a row of a larger batch."""
+    B, H, L, D = queries.shape
+    window, n = mask.window, mask.visible.shape[-3]
+    visible = mx.broadcast_to(mask.visible, (B, n, window, 2 * window)).flatten(0, 1)[:, None]
+    queries = _padded(queries, 0, n * window - L).reshape(B, H, n, window, D).swapaxes(1, 2).flatten(0, 1)
+    keys, values = _key_blocks(keys, L, window, n), _key_blocks(values, L, window, n)
+    out = attend(queries, keys, values, visible, scale, sinks)
+    return out.reshape(B, n, H, window, D).swapaxes(1, 2).reshape(B, H, n * window, D)[..., :L, :]
+
+
+def _key_blocks(keys: mx.array, L: int, window: int, n: int) -> mx.array:
+    """The `window` keys of each of n blocks and those before. (B, K, T, D) -> (B * n, K, 2 * window, D)"""
+    B, K, T, D = keys.shape
+    before = min(T - L, window)
+    blocks = _padded(keys[..., T - L - before :, :], window - before, n * window - L).reshape(B, K, n + 1, window, D)
+    pairs = mx.concatenate([blocks[:, :, :-1], blocks[:, :, 1:]], axis=3)
+    return pairs.swapaxes(1, 2).flatten(0, 1)
+
+
+def _padded(x: mx.array, front: int, back: int) -> mx.array:
+    """x (B, H, T, D) with zeros before and behind its T tokens."""
+    return mx.pad(x, [(0, 0), (0, 0), (front, back), (0, 0)]) if front or back else x

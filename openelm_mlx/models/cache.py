@@ -1,9 +1,9 @@
 """Keys and values of the tokens seen so far: one cache a layer.
 
-`KVCache` keeps all of them; `SlidingKVCache` keeps the last `window` in a ring. Both answer the same calls, and positions
-are absolute in both: `offset` is the position of the next token. `rewind(n)` takes back exactly n tokens or raises.
-The words of mlx-lm's protocol (`is_trimmable`, `trim`, `state`, `meta_state`, `make_mask`) are there so that mlx-lm's own
-loops accept these caches as they are.
+`KVCache` keeps all of them; `SlidingKVCache` keeps the last `window` in a ring. Both answer the same calls, and
+positions are absolute in both: `offset` is the position of the next token. `rewind(n)` takes back exactly n tokens or
+raises. The words of mlx-lm's protocol (`is_trimmable`, `trim`, `state`, `meta_state`, `make_mask`) are there so that
+mlx-lm's own loops accept these caches as they are.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ Cache = list["KVCache | SlidingKVCache"]
 GROWTH_STEP = 256
 
 
-def make_cache(spec: ModelSpec, window: int | None = None, left_padding: list[int] | None = None) -> Cache:
+def make_cache(
+    spec: ModelSpec, window: int | None = None, left_padding: list[int] | None = None, room: int = 0
+) -> Cache:
     """A cache for each layer of `spec`. `window` puts a ring of that many tokens where a layer would keep everything.
 
-    left_padding: how many tokens of padding stand before each row of a batch, (B,).
+    left_padding: how many tokens of padding stand before each row of a batch, (B,). room: how many tokens a ring keeps
+    beyond its window, so that a speculative decoder can take them back.
     """
     padding = None if left_padding is None or not any(left_padding) else mx.array(left_padding)
-    return [
-        KVCache(padding) if (layer_window := layer.window or window) is None else SlidingKVCache(layer_window, 0, padding)
-        for layer in spec.layers
-    ]
+    windows = [layer.window or window for layer in spec.layers]
+    return [KVCache(padding) if each is None else SlidingKVCache(each, room, padding) for each in windows]
 
 
 class KVCache:
@@ -118,7 +119,7 @@ class SlidingKVCache:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.offset = 0
-        # One past the newest position in the ring; a rewind leaves it, for the rejected tokens are still in their slots.
+        # One past the newest position in the ring. A rewind leaves it: the rejected tokens are still in their slots.
         self.end = 0
         self.left_padding = left_padding
 
@@ -134,9 +135,9 @@ class SlidingKVCache:
         if keys.shape[2] == 1:
             self._write(keys, values)
             return self.keys, self.values
-        before = mx.array([position % self.capacity for position in self._positions_before()], mx.int32)
-        all_keys = mx.concatenate([mx.take(self.keys, before, axis=2), keys], axis=2)
-        all_values = mx.concatenate([mx.take(self.values, before, axis=2), values], axis=2)
+        before = self._positions_before()
+        all_keys = mx.concatenate([*self._read(self.keys, before), keys], axis=2)
+        all_values = mx.concatenate([*self._read(self.values, before), values], axis=2)
         self._write(keys, values)
         return all_keys, all_values
 
@@ -145,15 +146,14 @@ class SlidingKVCache:
         window = self.window if window_size is None else min(window_size, self.window)
         if N == 1:
             return self._ring_mask(window, return_array)
-        before = self._positions_before()
-        L = len(before) + N
-        if L <= window and self.left_padding is None and not return_array:
-            return "causal"
-        positions = mx.arange(before.start, before.start + L)
-        return visible_keys(positions[len(before) :], positions, window, self.left_padding)
+        first = self._positions_before().start
+        if return_array:
+            positions = mx.arange(first, self.offset + N)
+            return visible_keys(positions[self.offset - first :], positions, window, self.left_padding)
+        return causal_mask(N, self.offset, window, self.left_padding, first)
 
     def rewind(self, num_tokens: int) -> None:
-        """Forget the last `num_tokens` tokens, exactly. Raises ValueError when the ring no longer holds what stood before."""
+        """Forget the last `num_tokens` tokens, exactly. Raises ValueError when the ring has lost what stood before."""
         offset = self.offset - num_tokens
         needed = max(0, offset - self.window + 1)
         if num_tokens < 0 or offset < 0 or (offset and needed < self.end - self.capacity):
@@ -183,29 +183,40 @@ class SlidingKVCache:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def _write(self, keys: mx.array, values: mx.array) -> None:
-        """Put the new tokens, the last `capacity` of them, into their slots: one slice, or two around the ring's end."""
-        assert self.keys is not None and self.values is not None
-        length = keys.shape[2]
-        first = max(0, length - self.capacity)
-        while first < length:
-            slot = (self.offset + first) % self.capacity
-            count = min(length - first, self.capacity - slot)
-            self.keys[..., slot : slot + count, :] = keys[..., first : first + count, :]
-            self.values[..., slot : slot + count, :] = values[..., first : first + count, :]
-            first += count
-        self.offset += length
-        self.end = max(self.end, self.offset)
+        """Put the new tokens, the last `capacity` of them, into their slots."""
+        assert self.keys is not None
+        assert self.values is not None
+        stop = self.offset + keys.shape[2]
+        positions = range(max(self.offset, stop - self.capacity), stop)
+        new = positions.start - self.offset
+        for slots in self._slots(positions):
+            count = slots.stop - slots.start
+            self.keys[..., slots, :] = keys[..., new : new + count, :]
+            self.values[..., slots, :] = values[..., new : new + count, :]
+            new += count
+        self.offset = stop
+        self.end = max(self.end, stop)
+
+    def _read(self, buffer: mx.array, positions: range) -> list[mx.array]:
+        """The tokens at those positions, in their order, in pieces."""
+        return [buffer[..., slots, :] for slots in self._slots(positions)]
+
+    def _slots(self, positions: range) -> list[slice]:
+        """Where at most `capacity` successive positions lie: in one run of slots, or in two around the ring's end."""
+        first, stop = positions.start % self.capacity, positions.start % self.capacity + len(positions)
+        runs = [slice(first, min(stop, self.capacity)), slice(0, stop - self.capacity)]
+        return [run for run in runs if run.start < run.stop]
 
     def _positions_before(self) -> range:
         """The cached positions that the next token may see: window - 1 at most."""
         return range(max(0, self.offset - self.window + 1), self.offset)
 
     def _ring_mask(self, window: int, return_array: bool) -> Mask:
-        """Which slots the next token sees, after it has been written to its own: (capacity,), or (B, 1, 1, capacity)."""
+        """Which slots the next token sees once it is in its own: (1, capacity), or (B, 1, 1, capacity)."""
         newest = max(self.end, self.offset + 1) - 1
-        if window == self.capacity <= self.offset + 1 and newest == self.offset:
-            if self.left_padding is None and not return_array:
-                return None  # full, nothing rejected in it: every slot is visible, and their order does not matter
+        is_full = self.capacity <= self.offset + 1 and newest == self.offset  # with nothing rejected in it
+        if window == self.capacity and is_full and self.left_padding is None and not return_array:
+            return None  # every slot is visible, and their order does not matter
         slots = mx.arange(self.capacity)
         # The newest position that each slot can hold; negative where it holds none yet.
         positions = newest - (newest - slots) % self.capacity

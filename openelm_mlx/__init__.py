@@ -1,9 +1,9 @@
 """Apple OpenELM and OpenAI gpt-oss on Apple MLX: exact, in the memory the machine has, as fast as it allows.
 
-    import openelm_mlx as om
+import openelm_mlx as om
 
-    model, tokenizer = om.load("demo-openelm")
-    print(om.generate(model, tokenizer, "What is a banjo?"))
+model, tokenizer = om.load("demo-openelm")
+print(om.generate(model, tokenizer, "What is a banjo?"))
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from .conversion import convert
-    from .decoding.sampling import SamplingParams
-    from .errors import UserError
-    from .generate import Chunk, Statistics, generate, stream_generate
-    from .loading import load
+    from .conversion import convert as convert
+    from .decoding.sampling import SamplingParams as SamplingParams
+    from .errors import UserError as UserError
+    from .generate import Chunk as Chunk
+    from .generate import Statistics as Statistics
+    from .generate import generate as generate
+    from .generate import stream_generate as stream_generate
+    from .loading import load as load
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -39,7 +39,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 CLEAR_CACHE_EVERY = 256
 
 
-def generate(model: Model, tokenizer: Tokenizer | None, prompt: Prompt, **options) -> str:
+def generate(model: Model, tokenizer: Tokenizer | None, prompt: Prompt, **options: Any) -> str:
     """The model's answer to `prompt`, as one string. Takes the options of `stream_generate`."""
     return "".join(chunk.text for chunk in stream_generate(model, tokenizer, prompt, **options))
 
@@ -99,9 +99,9 @@ def _stream(model: Model, tokenizer: Tokenizer | None, request: Request) -> Iter
         if count < request.max_tokens:
             # Dispatched before this token is read: the device works while the host makes text of it.
             upcoming = choose(sampler, decode_step(model, choice.token, cache), request.logprobs)
-        token = int(choice.token.item())
+        token = cast(int, choice.token.item())
         clock.token_arrived()
-        piece, finish_reason = "", "stop"
+        piece, finish_reason = "", cast("str | None", "stop")
         if token not in eos_tokens:
             piece, stopped = text.add(token)
             finish_reason = "stop" if stopped else None if upcoming is not None else "length"
@@ -122,7 +122,7 @@ def prefill(model: Model, tokens: Sequence[int], cache: Cache, chunk_length: int
     """
     h = None
     for start in range(0, len(tokens), chunk_length):
-        chunk = mx.array(tokens[start : start + chunk_length])[None]
+        chunk = mx.array(list(tokens[start : start + chunk_length]))[None]
         h = model.run_layers(model.embed(chunk), cache)
         mx.eval([layer.buffers for layer in cache])  # bounds what is in flight to one chunk
         mx.clear_cache()
@@ -190,8 +190,9 @@ class Choice:
         chunk = Chunk(text, token, finish_reason, statistics=statistics)
         if self.logprob is None or self.top is None or self.top_logprobs is None:
             return chunk
-        top = dict(zip(self.top.tolist(), self.top_logprobs.tolist(), strict=True))
-        return replace(chunk, logprob=self.logprob.item(), top_logprobs=top)
+        tokens, logprobs = cast("list[int]", self.top.tolist()), cast("list[float]", self.top_logprobs.tolist())
+        top = dict(zip(tokens, logprobs, strict=True))
+        return replace(chunk, logprob=cast(float, self.logprob.item()), top_logprobs=top)
 
 
 @dataclass(frozen=True)
@@ -240,14 +241,14 @@ def encode_prompt(
     Raises PromptError when the prompt is empty or has ids that the model lacks, TokenizerError when text needs a tokenizer.
     """
     if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return _checked_tokens(model, prompt), True
+        return _checked_tokens(model, cast("Sequence[int]", prompt)), True
     if tokenizer is None:
         raise TokenizerError(NO_TOKENIZER)
     if isinstance(prompt, str) and not prompt.strip():
         raise PromptError("The prompt is empty: give some text.")
     template = chat_template or tokenizer.chat_template
     if not isinstance(prompt, str):
-        return render_chat(list(prompt), tokenizer, template), False
+        return render_chat(cast("Sequence[Mapping[str, str]]", prompt), tokenizer, template), False
     if raw or template == PLAIN:
         return tokenizer.encode_prompt(prompt), True
     return render_chat([{"role": "user", "content": prompt}], tokenizer, template), False
@@ -335,7 +336,7 @@ def _check_whole(name: str, value: int, low: int = 1, high: int | None = None) -
 class _CallableModule(types.ModuleType):
     """`openelm_mlx.generate` is this module and the function at once, so no import order makes one hide the other."""
 
-    def __call__(self, *args, **kwargs) -> str:
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
         return generate(*args, **kwargs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .models import Model
 
 Source = str | Path
+Progress = Callable[[int, int], None]
 
 TOKENIZER_FILES = (SENTENCEPIECE_FILE, JSON_FILE)
 
@@ -31,7 +32,11 @@ DEMOS = {"demo-openelm": Path(__file__).parent / "demo" / "openelm"}
 
 # Repositories with the tokenizer that OpenELM was trained with. Those already in the Hugging Face cache are used as they
 # are; none is downloaded without being asked for, because Llama 2's is under a licence that its owner must accept.
-LLAMA_TOKENIZER_REPOS = ("meta-llama/Llama-2-7b-hf", "NousResearch/Llama-2-7b-hf", "mlx-community/OpenELM-270M-Instruct")
+LLAMA_TOKENIZER_REPOS = (
+    "meta-llama/Llama-2-7b-hf",
+    "NousResearch/Llama-2-7b-hf",
+    "mlx-community/OpenELM-270M-Instruct",
+)
 
 NO_TOKENIZER = (
     "There is no tokenizer for this model: Apple ships none with OpenELM, and the Llama 2 tokenizer it was trained with is "
@@ -55,7 +60,7 @@ def load(
     tokenizer: Source | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
-    progress: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Model, Tokenizer | None]:
     """The model and the tokenizer of `source`, ready to generate.
 
@@ -64,7 +69,8 @@ def load(
     None keeps the stored one (but OpenELM-3B, which overflows in float16, is then read as bfloat16). tokenizer: a file,
     folder or repository; without it the search is: the source itself, then Llama tokenizers in the Hugging Face cache;
     when there is none, the second result is None and prompts must be token ids. chat_template: "openelm-instruct" or
-    "plain"; else what conversion stored, else what the source's name says. progress: show downloads on stderr.
+    "plain"; else what conversion stored, else what the source's name says. progress: called with (bytes here, bytes in all)
+    while something is downloaded.
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
@@ -121,7 +127,7 @@ def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     raise SettingError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
 
 
-def locate(source: Source, revision: str | None = None, progress: bool = False) -> Path:
+def locate(source: Source, revision: str | None = None, progress: Progress | None = None) -> Path:
     """The folder or file on this machine that holds `source`, downloaded first when it is a repository."""
     if str(source) in DEMOS:
         return DEMOS[str(source)]
@@ -155,7 +161,7 @@ def choose_model_files(files: list[hub.RepoFile]) -> list[str]:
 
 
 def find_tokenizer(
-    path: Path, spec: ModelSpec, asked: Source | None = None, progress: bool = False
+    path: Path, spec: ModelSpec, asked: Source | None = None, progress: Progress | None = None
 ) -> Tokenizer | None:
     """The tokenizer to use with the model at `path`, by the search order of `load`; None when there is none."""
     if asked is not None:
@@ -190,7 +196,7 @@ def checked_context_length(asked: int | None, spec: ModelSpec) -> int:
     return asked
 
 
-def _tokenizer_path(asked: Source, progress: bool) -> Path:
+def _tokenizer_path(asked: Source, progress: Progress | None) -> Path:
     path = Path(asked).expanduser()
     if path.exists():
         return path

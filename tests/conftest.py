@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_map
 
 from openelm_mlx.checkpoint.layouts import understand
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
 from openelm_mlx.loading import load_model
-from openelm_mlx.specs import spec_from_config
+from openelm_mlx.models import build_model
+from openelm_mlx.specs import openelm_config, spec_from_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -41,3 +44,31 @@ def config_of(folder: Path) -> dict:
 
 def max_difference(ours: mx.array, theirs: np.ndarray) -> float:
     return float(np.abs(np.array(ours.astype(mx.float32)) - theirs).max())
+
+
+TINY = {
+    "model_type": "openelm", "num_transformer_layers": 3, "model_dim": 64, "head_dim": 16, "num_gqa_groups": 2,
+    "ffn_dim_divisor": 32, "qkv_multipliers": [0.5, 1.0], "ffn_multipliers": [0.5, 2.0], "normalize_qk_projections": True,
+    "share_input_output_layers": True, "rope_freq_constant": 10000, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def random_model(vocab_size: int = 600, context_length: int = 64, seed: int = 0):
+    """A small OpenELM with random weights, large enough for the tokenizer fixture `llama`."""
+    spec = spec_from_config({**TINY, "vocab_size": vocab_size, "max_context_length": context_length})
+    model = build_model(spec)
+    keys = iter(mx.random.split(mx.random.key(seed), 100))
+    model.update(tree_map(lambda a: mx.random.normal(a.shape, key=next(keys)) * (0.3 if a.ndim > 1 else 1), model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def save_folder(folder: Path, model, tokenizer: str | None = None, config: dict | None = None) -> Path:
+    """Write a model as Apple's Hugging Face layout has it, with one of the tokenizer fixtures beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**openelm_config(model.spec), **(config or {})}))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    if tokenizer is not None:
+        for file in (FIXTURES / "tokenizers" / tokenizer).iterdir():
+            shutil.copyfile(file, folder / file.name)
+    return folder

@@ -173,7 +173,13 @@ def test_load_peak_is_the_weights(tmp_path):
     """Nothing is in memory twice while loading: neither as it is, nor cast (but for one batch of the cast)."""
     from openelm_mlx.specs import openelm_config
 
-    small = {"model_name": "x", "model_type": "openelm", "vocab_size": 20000, "max_context_length": 64, "model_dim": 512}
+    small = {
+        "model_name": "x",
+        "model_type": "openelm",
+        "vocab_size": 20000,
+        "max_context_length": 64,
+        "model_dim": 512,
+    }
     small |= {"num_transformer_layers": 4, "head_dim": 64, "num_gqa_groups": 4, "ffn_dim_divisor": 64}
     small |= {"qkv_multipliers": [0.5, 1.0], "ffn_multipliers": [0.5, 4.0], "normalize_qk_projections": True}
     small |= {"share_input_output_layers": True, "rope_freq_constant": 10000}
@@ -209,7 +215,9 @@ class TestTorchFiles:
         source = fixtures / "openelm_tiny" / "corenet"
         shutil.copyfile(source / "corenet.json", folder / "corenet.json")
         state = load_file(str(source / "corenet.safetensors"))
-        torch.save(wrap({k: v if dtype is None else v.to(dtype) for k, v in state.items()}), folder / "checkpoint_average.pt")
+        torch.save(
+            wrap({k: v if dtype is None else v.to(dtype) for k, v in state.items()}), folder / "checkpoint_average.pt"
+        )
         return folder
 
     @pytest.mark.parametrize("key", [None, "model_state_dict"])

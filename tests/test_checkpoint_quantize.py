@@ -33,7 +33,9 @@ def test_every_recipe_parses_in_both_spellings():
     assert parse_recipe("nvfp4")[1] == Quantization(4, 16, "nvfp4")
 
 
-@pytest.mark.parametrize(("recipe", "group"), [("7", None), ("q4", None), ("", None), (4, 48), ("mxfp4", 64), ("nvfp4", 32)])
+@pytest.mark.parametrize(
+    ("recipe", "group"), [("7", None), ("q4", None), ("", None), (4, 48), ("mxfp4", 64), ("nvfp4", 32)]
+)
 def test_unknown_recipes(recipe, group):
     with pytest.raises(SettingError):
         parse_recipe(recipe, group)
@@ -47,7 +49,11 @@ def test_norms_stay_and_every_matrix_is_packed():
 
 def test_mixed_keeps_embedding_and_outer_layers_at_8_bits():
     recipe = parse_recipe("mixed")
-    bits = {name: q.bits for name, shape in SPEC.parameter_shapes().items() if (q := quantization_of(recipe, SPEC, name, shape))}
+    bits = {
+        name: q.bits
+        for name, shape in SPEC.parameter_shapes().items()
+        if (q := quantization_of(recipe, SPEC, name, shape))
+    }
     assert bits["transformer.token_embeddings.weight"] == 8
     by_layer = [bits[f"transformer.layers.{i}.ffn.proj_1.weight"] for i in range(16)]
     assert by_layer == [8, 8] + [4] * 12 + [8, 8]
@@ -65,7 +71,9 @@ def test_stored_settings_and_exceptions():
     assert stored_quantization({"quantization": {"mode": "mxfp4", "bits": 4, "group_size": 32}}, "x").mode == "mxfp4"
 
 
-@pytest.mark.parametrize("quantization", [None, {"bits": 9, "group_size": 64}, {"bits": 4, "group_size": 63}, {"mode": "int4"}])
+@pytest.mark.parametrize(
+    "quantization", [None, {"bits": 9, "group_size": 64}, {"bits": 4, "group_size": 63}, {"mode": "int4"}]
+)
 def test_stored_settings_that_mlx_does_not_have(quantization):
     with pytest.raises(ConfigError):
         stored_quantization({"quantization": quantization}, "x")

@@ -137,7 +137,9 @@ def test_nothing_there(tmp_path):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "text"), [("config.json", "{,}"), ("config.json", "3"), ("config.json", "\xff"), ("a.yaml", "a: [")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("config.json", "{,}"), ("config.json", "3"), ("config.json", "\xff"), ("a.yaml", "a: [")]
+)
 def test_configs_that_cannot_be_read(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=name):
@@ -145,6 +147,8 @@ def test_configs_that_cannot_be_read(tmp_path, name, text):
 
 
 def test_corenet_s_yaml_config(tmp_path):
-    (tmp_path / "270M.yaml").write_text("model:\n  language_modeling:\n    general_gpt:\n      model_name: OpenELM-270M\n")
+    (tmp_path / "270M.yaml").write_text(
+        "model:\n  language_modeling:\n    general_gpt:\n      model_name: OpenELM-270M\n"
+    )
     config = read_config(tmp_path)
     assert config["model"]["language_modeling"]["general_gpt"]["model_name"] == "OpenELM-270M"

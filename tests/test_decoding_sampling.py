@@ -60,12 +60,16 @@ def test_top_p(logits, p):
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 1.0])
 def test_min_p(logits, fraction):
     probs = softmax(np.array(logits, dtype=np.float64))
-    assert kept(keep_min_p(logits, fraction)) == set(np.flatnonzero(probs >= fraction * probs.max() * (1 - 1e-6)).tolist())
+    assert kept(keep_min_p(logits, fraction)) == set(
+        np.flatnonzero(probs >= fraction * probs.max() * (1 - 1e-6)).tolist()
+    )
 
 
 def test_penalties_by_hand():
     """Token 1 in the prompt only, token 2 twice and token 3 once in the answer."""
-    params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={2: 100.0, 3: 0})
+    params = SamplingParams(
+        repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={2: 100.0, 3: 0}
+    )
     sampler = Sampler(params, 5, 5, [1, 1])
     assert sampler(mx.array([0.0, 1.0, 4.0, -4.0, 3.0])).item() == 2
     assert sampler(mx.array([0.0, 1.0, 4.0, -4.0, 3.0])).item() == 2
@@ -90,7 +94,12 @@ def test_a_forbidden_token(logits):
 
 @pytest.mark.parametrize(
     "params",
-    [{"temperature": 1.0}, {"temperature": 0.6, "top_k": 4}, {"temperature": 1.5, "top_p": 0.7}, {"temperature": 1.0, "min_p": 0.3}],
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.6, "top_k": 4},
+        {"temperature": 1.5, "top_p": 0.7},
+        {"temperature": 1.0, "min_p": 0.3},
+    ],
 )
 def test_drawn_frequencies_are_the_distribution_s(params):
     """1,500 draws: a chi-squared test at the 1e-6 level against the distribution computed in float64."""

@@ -154,7 +154,10 @@ def test_sliding_window_equals_a_masked_whole_sequence(folder, window, chunk):
     cache = model.make_cache(window=window)
     logits = [model(tokens[:, start : start + chunk], cache) for start in range(0, 24, chunk)]
     assert max_difference(mx.concatenate(logits, axis=1), np.array(model.head(h))) <= TOLERANCE
-    assert all(layer.nbytes == 2 * 2 * s.num_kv_heads * s.head_dim * window * 4 for layer, s in zip(cache, model.spec.layers, strict=True))
+    assert all(
+        layer.nbytes == 2 * 2 * s.num_kv_heads * s.head_dim * window * 4
+        for layer, s in zip(cache, model.spec.layers, strict=True)
+    )
 
 
 @pytest.mark.parametrize("size", ["270M", "450M", "1_1B", "3B"])

@@ -76,7 +76,9 @@ def run(script: str) -> str:
 
 
 def test_importing_the_package_loads_nothing():
-    script = "import sys; before = set(sys.modules); import openelm_mlx; print(sorted(m for m in sys.modules if 'mlx' in m))"
+    script = (
+        "import sys; before = set(sys.modules); import openelm_mlx; print(sorted(m for m in sys.modules if 'mlx' in m))"
+    )
     assert run(script) == "['openelm_mlx']"
 
 

@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
@@ -88,7 +89,9 @@ def machine_description() -> str:
     """Where the figures were taken: machine, system, MLX's device and version."""
     info = mx.device_info()
     device = info.get("device_name") or platform.processor() or platform.machine()
-    return f"{device}, {platform.system()} {platform.release()}, Python {platform.python_version()}, mlx {mx.__version__}"
+    return (
+        f"{device}, {platform.system()} {platform.release()}, Python {platform.python_version()}, mlx {version('mlx')}"
+    )
 
 
 # --- fresh processes ------------------------------------------------------------------------------------------------
@@ -143,7 +146,8 @@ def rate_figures(settings: Settings) -> list[Figure]:
     """Tokens a second of prefill and decode, ours and mlx-lm's in turns, on the same random prompt."""
     model, _ = load(settings.source)
     key = mx.random.key(0)
-    prompt = mx.random.randint(3, model.spec.usable_vocab_size, (settings.prompt_tokens,), key=key).tolist()
+    tokens = mx.random.randint(3, model.spec.usable_vocab_size, (settings.prompt_tokens,), key=key)
+    prompt = cast("list[int]", tokens.tolist())
     runs: dict[str, Callable[[], tuple[float, float]]] = {
         "ours": lambda: _our_rates(model, prompt, settings.completion_tokens)
     }

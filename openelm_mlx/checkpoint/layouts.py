@@ -149,7 +149,11 @@ def _merged_parameter(
         return Parameter(name, shape, entry.dtype, (entry.name,))
     entry = _checked(entries[base], base, shape, None, checkpoint)
     embedding = f"{stored}.lora_embedding_A.lora" in entries
-    pair = ("lora_embedding_A.lora", "lora_embedding_B.lora") if embedding else ("lora_A.lora.weight", "lora_B.lora.weight")
+    pair = (
+        ("lora_embedding_A.lora", "lora_embedding_B.lora")
+        if embedding
+        else ("lora_A.lora.weight", "lora_B.lora.weight")
+    )
     rank_source = entries.get(f"{stored}.{pair[0]}")
     if rank_source is None:
         return Parameter(name, shape, entry.dtype, (base,))
@@ -246,5 +250,3 @@ def _corenet_name(module: str) -> str:
     number = next((part for part in module.split(".") if part.isdigit()), None)
     pattern = module if number is None else module.replace(f".{number}.", ".{i}.", 1)
     return OPENELM_CORENET_NAMES[pattern].format(i=number)
-
-

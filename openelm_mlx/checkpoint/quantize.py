@@ -74,10 +74,12 @@ def stored_quantization(config: Mapping[str, Any], module: str) -> Quantization:
     settings = settings if isinstance(settings, Mapping) else whole
     mode = settings.get("mode") or whole.get("mode") or settings.get("quant_method") or "affine"
     if mode not in _BITS:
-        raise ConfigError(f'The config\'s quantization mode {mode!r} is not one of {", ".join(_BITS)}.')
+        raise ConfigError(f"The config's quantization mode {mode!r} is not one of {', '.join(_BITS)}.")
     bits, group_size = settings.get("bits", _BITS[mode][0]), settings.get("group_size", _GROUP_SIZES[mode][0])
     if bits not in (*_BITS[mode], 1) or group_size not in _GROUP_SIZES[mode]:
-        raise ConfigError(f"The config's quantization of {module}, {bits} bits in groups of {group_size}, is none of {mode}'s.")
+        raise ConfigError(
+            f"The config's quantization of {module}, {bits} bits in groups of {group_size}, is none of {mode}'s."
+        )
     return Quantization(bits, group_size, cast(Mode, mode))
 
 

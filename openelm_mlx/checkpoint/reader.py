@@ -19,7 +19,19 @@ import mlx.core as mx
 from ..errors import CheckpointError, ConfigError
 
 # safetensors' names of the types that weights come in, with bytes an element (huggingface/safetensors, format section).
-ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
+ITEM_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+}
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -48,15 +60,19 @@ class Checkpoint(Protocol):
 class SafetensorsCheckpoint:
     """Tensors of one or several safetensors files, every header checked before any tensor is read."""
 
+    entries: Mapping[str, TensorEntry]
+    files: tuple[Path, ...]
+
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = tuple(files)
-        self.entries: dict[str, TensorEntry] = {}
+        entries: dict[str, TensorEntry] = {}
         for file in self.files:
             for entry in read_header(file).values():
-                if entry.name in self.entries:
-                    other = self.entries[entry.name].file.name
+                if entry.name in entries:
+                    other = entries[entry.name].file.name
                     raise CheckpointError(f"Tensor {entry.name} stands both in {other} and in {file.name}: keep one.")
-                self.entries[entry.name] = entry
+                entries[entry.name] = entry
+        self.entries = entries
 
     def read(self, name: str) -> mx.array:
         file = self.entries[name].file
@@ -71,6 +87,9 @@ class SafetensorsCheckpoint:
 class TorchCheckpoint:
     """Tensors of a PyTorch file: CoreNet's training checkpoints. Mapped, so that only what is read is in memory."""
 
+    entries: Mapping[str, TensorEntry]
+    files: tuple[Path, ...]
+
     def __init__(self, file: Path) -> None:
         try:
             import torch
@@ -81,7 +100,9 @@ class TorchCheckpoint:
         try:
             # weights_only refuses everything but tensors and plain containers: no code in the file runs.
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, BadZipFile, ... by what is wrong
+        except (
+            Exception
+        ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, BadZipFile, ... by what is wrong
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"{file} is no PyTorch checkpoint that can be read safely ({reason[:200]}): use a state_dict saved by "
@@ -116,7 +137,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the folder's weights: an index's shards, or one safetensors file, or one PyTorch file."""
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}: check the path, or give a Hugging Face repository as owner/name.")
+        raise CheckpointError(
+            f"There is no folder {folder}: check the path, or give a Hugging Face repository as owner/name."
+        )
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         return _indexed_files(indexes[0])
@@ -177,11 +200,15 @@ def read_config(path: Path) -> dict[str, Any]:
     """The model's config as a dictionary: config.json, corenet.json, or CoreNet's YAML, beside the weights at `path`."""
     folder = path if path.is_dir() else path.parent
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}: check the path, or give a Hugging Face repository as owner/name.")
+        raise CheckpointError(
+            f"There is no folder {folder}: check the path, or give a Hugging Face repository as owner/name."
+        )
     for file in (folder / "config.json", folder / "corenet.json", *sorted(folder.glob("*.y*ml"))):
         if file.is_file():
             return _read_object(file)
-    raise ConfigError(f"{folder} has no config.json (nor CoreNet's YAML file): a model's folder holds one beside its weights.")
+    raise ConfigError(
+        f"{folder} has no config.json (nor CoreNet's YAML file): a model's folder holds one beside its weights."
+    )
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -196,9 +223,13 @@ def _read_object(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ConfigError(f"{file} is not valid {file.suffix[1:].upper()} ({error}): download or copy it again.") from error
+        raise ConfigError(
+            f"{file} is not valid {file.suffix[1:].upper()} ({error}): download or copy it again."
+        ) from error
     except Exception as error:  # yaml's errors share no builtin base class
-        raise ConfigError(f"{file} is not valid YAML ({str(error).splitlines()[0]}): download or copy it again.") from error
+        raise ConfigError(
+            f"{file} is not valid YAML ({str(error).splitlines()[0]}): download or copy it again."
+        ) from error
     if not isinstance(value, dict):
         raise ConfigError(f"{file} holds a {type(value).__name__}, not an object with named fields.")
     return value
@@ -243,7 +274,9 @@ def _state_dict(loaded: Any, file: Path) -> dict[str, Any]:
     """The name -> tensor part of what torch.load gave: itself, or what a training checkpoint keeps as its model."""
     import torch
 
-    nested = [loaded.get(key) for key in ("model_state_dict", "state_dict", "model")] if isinstance(loaded, dict) else []
+    nested = (
+        [loaded.get(key) for key in ("model_state_dict", "state_dict", "model")] if isinstance(loaded, dict) else []
+    )
     for candidate in (loaded, *nested):
         if isinstance(candidate, dict) and candidate:
             tensors = {name: t for name, t in candidate.items() if isinstance(t, torch.Tensor)}

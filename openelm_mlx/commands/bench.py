@@ -15,10 +15,16 @@ HELP = "measure speed and memory on this machine, beside mlx-lm in the same run"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--model", default="demo-openelm", metavar="SOURCE", help="default: demo-openelm")
-    parser.add_argument("--against", choices=["mlx-lm", "nothing"], default="mlx-lm", help="compare with mlx-lm (default) or not")
-    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of the (random) prompt (default: 64)")
+    parser.add_argument(
+        "--against", choices=["mlx-lm", "nothing"], default="mlx-lm", help="compare with mlx-lm (default) or not"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=64, metavar="N", help="tokens of the (random) prompt (default: 64)"
+    )
     parser.add_argument("--completion-tokens", type=int, default=64, metavar="N", help="tokens to decode (default: 64)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="runs of each side, whose median counts (default: 7)")
+    parser.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="runs of each side, whose median counts (default: 7)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with every sample")
 
 

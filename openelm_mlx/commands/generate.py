@@ -31,33 +31,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--revision", help="branch, tag or commit of the repository")
     source.add_argument("--tokenizer", metavar="SOURCE", help="a tokenizer's file, folder or repository")
-    source.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)")
+    source.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)"
+    )
     source.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
 
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from standard input")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     prompt.add_argument("--system", metavar="TEXT", help="a system message before the prompt (chat templates only)")
-    prompt.add_argument("--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)")
+    prompt.add_argument(
+        "--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)"
+    )
     prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default: 256)")
-    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (0: all)")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with total probability P")
-    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest's probability")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="over prompt and answer (1: off)")
-    sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="once for each token in the answer")
-    sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="for each occurrence in the answer")
-    sampling.add_argument("--logit-bias", action="append", default=[], metavar="TOKEN=X", help="add X to a token's logit (repeatable)")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token"
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (0: all)"
+    )
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with total probability P"
+    )
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest's probability"
+    )
+    sampling.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="over prompt and answer (1: off)"
+    )
+    sampling.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="once for each token in the answer"
+    )
+    sampling.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="X", help="for each occurrence in the answer"
+    )
+    sampling.add_argument(
+        "--logit-bias", action="append", default=[], metavar="TOKEN=X", help="add X to a token's logit (repeatable)"
+    )
     sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
-    sampling.add_argument("--sliding-window", type=int, metavar="N", help="keep the last N tokens only, and go past the context")
-    sampling.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens in flight at once (default: 512)")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)"
+    )
+    sampling.add_argument(
+        "--sliding-window", type=int, metavar="N", help="keep the last N tokens only, and go past the context"
+    )
+    sampling.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens in flight at once (default: 512)"
+    )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--logprobs", type=int, metavar="N", help="report log-probabilities, and the N likeliest tokens (with --json)")
+    output.add_argument(
+        "--logprobs", type=int, metavar="N", help="report log-probabilities, and the N likeliest tokens (with --json)"
+    )
     output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     output.add_argument("--quiet", "-q", action="store_true", help="no statistics on stderr")
 
@@ -74,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from ..decoding.sampling import SamplingParams
     from ..generate import stream_generate
     from ..loading import load
+    from .progress import byte_bar
 
     sampling = SamplingParams(**sampling_options)  # before the weights are read: a bad option costs no waiting
     model, tokenizer = load(
@@ -83,12 +112,14 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         chat_template=args.chat_template,
         revision=args.revision,
-        progress=not args.quiet and sys.stderr.isatty(),
+        progress=None if args.quiet else byte_bar(args.model),
     )
     chunks = stream_generate(
         model,
         tokenizer,
-        prompt if args.system is None else [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}],
+        prompt
+        if args.system is None
+        else [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}],
         max_tokens=args.max_tokens,
         sampling=sampling,
         stop=args.stop,
@@ -178,7 +209,9 @@ def parse_logit_bias(values: list[str]) -> dict[int, float]:
         try:
             biases[int(token)] = float(bias)
         except ValueError:
-            raise SettingError(f"--logit-bias {value!r} is not of the form TOKEN=NUMBER, for example 1234=-5.") from None
+            raise SettingError(
+                f"--logit-bias {value!r} is not of the form TOKEN=NUMBER, for example 1234=-5."
+            ) from None
     return biases
 
 

@@ -63,7 +63,9 @@ class Sampler:
     ) -> None:
         too_large = [token for token in params.logit_bias if token >= usable_vocab_size]
         if too_large:
-            raise SettingError(f"logit_bias names token {too_large[0]}; the model's tokens end at {usable_vocab_size - 1}.")
+            raise SettingError(
+                f"logit_bias names token {too_large[0]}; the model's tokens end at {usable_vocab_size - 1}."
+            )
         self.params = params
         self._bias = _bias(params.logit_bias, vocab_size, usable_vocab_size)
         self._key = mx.random.key(secrets.randbits(63) if params.seed is None else params.seed)
@@ -160,14 +162,10 @@ def _occurrences(tokens: Sequence[int], vocab_size: int) -> mx.array:
     return counts.at[mx.array(list(tokens))].add(1.0) if tokens else counts
 
 
-def _check(
-    name: str, value: float, low: float, high: float, above_low: bool = False, whole: bool = False
-) -> None:
+def _check(name: str, value: float, low: float, high: float, above_low: bool = False, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
     if not is_number or not (low < value <= high if above_low else low <= value <= high):
         kind = "a whole number" if whole else "a number"
         border = f"above {low:g}" if above_low else f"at least {low:g}"
         raise SettingError(f"{name} is {value!r}: it must be {kind}, {border} and at most {high:g}.")
-
-

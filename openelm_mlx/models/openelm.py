@@ -27,9 +27,7 @@ class OpenELM(nn.Module):
         if not spec.tied_head:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
-    def __call__(
-        self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None
-    ) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None) -> mx.array:
         """Logits (B, L, V) of the next token after each of `tokens` (B, L).
 
         cache: from `make_cache`, extended in place; with it, `tokens` are only the new ones. left_padding (B,): how many

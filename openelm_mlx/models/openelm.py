@@ -50,7 +50,10 @@ class OpenELM(nn.Module):
         """The residual stream h (B, L, hidden_size) after layers start ... stop - 1."""
         L = h.shape[1]
         # All layers have seen the same tokens, so one mask serves them all.
-        mask = causal_mask(L, 0, left_padding=left_padding) if cache is None else cache[start].make_mask(L)
+        if cache is None:
+            mask = causal_mask(L, 0, left_padding=left_padding)
+        else:  # mlx-lm's caches, which may stand here too, need both words
+            mask = cache[start].make_mask(L, return_array=False, window_size=None)
         for i, layer in enumerate(self.layers[start:stop], start):
             h = layer(h, mask, None if cache is None else cache[i])
         return h

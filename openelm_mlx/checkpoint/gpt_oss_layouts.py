@@ -1,0 +1,280 @@
+"""Which tensors of a gpt-oss checkpoint make which parameter, in every layout in circulation.
+
+The canonical names are those of the Hugging Face files, with two exceptions: q, k and v are one `qkv_proj`, as in
+OpenAI's original files, and expert matrices are modules with a `weight` (and `scales` where packed), gate and up
+alternating.
+
+    layout          written by                         attention   experts
+    openai-hf       openai/gpt-oss-* on Hugging Face   q, k, v     MXFP4 gate_up_proj_blocks + _scales
+    openai-original their folder original/             qkv         MXFP4 mlp1_weight.blocks + .scales
+    hf-dense        dequantized repositories           q, k, v     gate_up_proj (E, in, out), or named _blocks
+    mlx-lm          mlx-lm, mlx-community              q, k, v     gate_proj and up_proj apart, packed or not
+    openelm-mlx     this library                       qkv_proj    gate_up_proj.weight + .scales
+
+MXFP4 blocks are viewed as MLX's packed words, not converted: four successive bytes are one uint32. Nothing here reads a
+tensor; a `make` is applied to arrays when their parameter is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from ..specs import ModelSpec
+from .quantize import Quantization, stored_quantization
+from .reader import TensorEntry
+
+MXFP4 = Quantization(4, 32, "mxfp4")
+
+# Canonical name -> name in OpenAI's original files; `.blocks` and `.scales` follow on the two expert matrices.
+ORIGINAL_NAMES = {
+    "model.embed_tokens.weight": "embedding.weight",
+    "model.layers.{i}.input_layernorm.weight": "block.{i}.attn.norm.scale",
+    "model.layers.{i}.self_attn.qkv_proj.weight": "block.{i}.attn.qkv.weight",
+    "model.layers.{i}.self_attn.qkv_proj.bias": "block.{i}.attn.qkv.bias",
+    "model.layers.{i}.self_attn.sinks": "block.{i}.attn.sinks",
+    "model.layers.{i}.self_attn.o_proj.weight": "block.{i}.attn.out.weight",
+    "model.layers.{i}.self_attn.o_proj.bias": "block.{i}.attn.out.bias",
+    "model.layers.{i}.post_attention_layernorm.weight": "block.{i}.mlp.norm.scale",
+    "model.layers.{i}.mlp.router.weight": "block.{i}.mlp.gate.weight",
+    "model.layers.{i}.mlp.router.bias": "block.{i}.mlp.gate.bias",
+    "model.layers.{i}.mlp.experts.gate_up_proj.weight": "block.{i}.mlp.mlp1_weight",
+    "model.layers.{i}.mlp.experts.gate_up_proj.bias": "block.{i}.mlp.mlp1_bias",
+    "model.layers.{i}.mlp.experts.down_proj.weight": "block.{i}.mlp.mlp2_weight",
+    "model.layers.{i}.mlp.experts.down_proj.bias": "block.{i}.mlp.mlp2_bias",
+    "model.norm.weight": "norm.scale",
+    "lm_head.weight": "unembedding.weight",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that must be in the checkpoint: its shape, and its safetensors type (None: any floating one)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """How one parameter comes out of the checkpoint.
+
+    make: the arrays of `sources`, in order -> the parameter; None when the one source is it. dtype: the parameter's, by
+    safetensors' name; None when it is that of its sources.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+    make: Callable[..., mx.array] | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class GptOssContents:
+    """A gpt-oss checkpoint understood: its layout, its parameters by canonical name, how packed modules are packed."""
+
+    layout: str
+    assemblies: dict[str, Assembly]
+    quantized: dict[str, Quantization]
+
+
+def gpt_oss_contents(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], spec: ModelSpec) -> GptOssContents:
+    """What each parameter is made of in a checkpoint with these tensors.
+
+    Whether every source is there, with its shape and type, is for the caller to check. Raises CheckpointError for names
+    of no known layout, ConfigError for packed weights without a description.
+    """
+    layout = gpt_oss_layout(entries)
+    assemblies: list[Assembly] = []
+    quantized: dict[str, Quantization] = {}
+    for name, shape in spec.parameter_shapes().items():
+        module = name.rpartition(".")[0]
+        if ".experts." in name and layout in ("openai-hf", "openai-original"):
+            assemblies += _mxfp4_expert(layout, name, shape)
+            quantized[module] = MXFP4
+        elif ".experts." in name and layout == "hf-dense":
+            assemblies.append(_dense_expert(name, shape, entries))
+        else:
+            assemblies += _from_modules(layout, name, shape, spec, entries, config, quantized)
+    return GptOssContents(layout, {assembly.name: assembly for assembly in assemblies}, quantized)
+
+
+def gpt_oss_layout(entries: Mapping[str, TensorEntry]) -> str:
+    """The layout's name, from the names of the tensors, and from their types where one name has two meanings."""
+    if any(name.startswith("block.") for name in entries):
+        return "openai-original"
+    if any(".self_attn.qkv_proj." in name for name in entries):
+        return "openelm-mlx"
+    if any(".experts.gate_proj." in name for name in entries):
+        return "mlx-lm"
+    for name, entry in entries.items():
+        if name.endswith(".experts.gate_up_proj_blocks"):
+            # transformers 5 saves a dequantized model under the names of the packed one.
+            return "openai-hf" if entry.dtype == "U8" else "hf-dense"
+        if name.endswith(".experts.gate_up_proj"):
+            return "hf-dense"
+    known = "openai/gpt-oss-* (Hugging Face or original), mlx-lm, or this library's"
+    raise CheckpointError(f"The checkpoint's config says gpt-oss but none of its tensors has a name of {known} layout.")
+
+
+# --- experts as OpenAI and transformers store them --------------------------------------------------------------------
+
+
+def _mxfp4_expert(layout: str, name: str, shape: tuple[int, ...]) -> list[Assembly]:
+    """An expert matrix out of blocks (E, rows, groups, 16) and scales (E, rows, groups), or its bias."""
+    stored = _original_name(name) if layout == "openai-original" else _hf_expert_name(name)
+    if name.endswith(".bias"):
+        return [Assembly(name, shape, (Source(stored, shape),))]
+    separator = "." if layout == "openai-original" else "_"
+    module = name.removesuffix(".weight")
+    (_, weight_shape), (_, scales_shape) = MXFP4.parts(shape, "U8").values()
+    blocks = Source(f"{stored}{separator}blocks", (*scales_shape, 16), "U8")
+    scales = Source(f"{stored}{separator}scales", scales_shape, "U8")
+    return [
+        Assembly(f"{module}.weight", weight_shape, (blocks,), packed_words, "U32"),
+        Assembly(f"{module}.scales", scales_shape, (scales,), None, "U8"),
+    ]
+
+
+def _dense_expert(name: str, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]) -> Assembly:
+    """An expert matrix stored as (E, in, out), or its bias. The way round is read off gate_up: down_proj is square."""
+    stored = _hf_expert_name(name)
+    if name.endswith(".bias"):
+        return Assembly(name, shape, (Source(stored, shape),))
+    if f"{stored}_blocks" in entries:
+        stored = f"{stored}_blocks"
+    gate_up = entries.get(stored.replace("down_proj", "gate_up_proj"))
+    hidden, rows = (shape[1], 2 * shape[2]) if ".down_proj." in name else (shape[2], shape[1])
+    if gate_up is not None and gate_up.shape[1:] == (rows, hidden) and rows != hidden:
+        return Assembly(name, shape, (Source(stored, shape),))
+    return Assembly(name, shape, (Source(stored, (shape[0], shape[2], shape[1])),), transposed)
+
+
+def packed_words(blocks: mx.array) -> mx.array:
+    """MXFP4 blocks (E, rows, groups, 16) uint8 -> MLX's words (E, rows, groups * 4) uint32: the same bytes."""
+    return blocks.view(mx.uint32).flatten(-2)
+
+
+def transposed(weight: mx.array) -> mx.array:
+    """(E, in, out) -> (E, out, in), a view."""
+    return weight.swapaxes(-1, -2)
+
+
+def _hf_expert_name(name: str) -> str:
+    return name.removesuffix(".weight") if name.endswith(".weight") else f"{name.removesuffix('.bias')}_bias"
+
+
+# --- modules stored whole, or in pieces -------------------------------------------------------------------------------
+
+
+def _from_modules(
+    layout: str,
+    name: str,
+    shape: tuple[int, ...],
+    spec: ModelSpec,
+    entries: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+    quantized: dict[str, Quantization],
+) -> list[Assembly]:
+    """A parameter stored as it is, or whose rows are several modules' rows; where it is packed, all its parts."""
+    module, _, part = name.rpartition(".")
+    if layout == "openai-original":
+        return [Assembly(name, shape, (Source(_original_name(name), shape),))]
+    paths = _stored_modules(layout, module)
+    if part != "weight" or f"{paths[0]}.scales" not in entries:
+        return [_joined(name, shape, [f"{path}.{part}" for path in paths], spec)]
+    packings = [stored_quantization(config, path) for path in paths]
+    scale_types = [entries[f"{path}.scales"].dtype if f"{path}.scales" in entries else "BF16" for path in paths]
+    if len(set(packings)) > 1:
+        return [_unpacked_and_joined(name, shape, paths, packings, scale_types, spec)]
+    quantized[module] = packings[0]
+    return [
+        _joined(f"{module}.{each}", part_shape, [f"{path}.{each}" for path in paths], spec, dtype)
+        for each, (dtype, part_shape) in packings[0].parts(shape, scale_types[0]).items()
+    ]
+
+
+def _joined(
+    name: str, shape: tuple[int, ...], sources: list[str], spec: ModelSpec, dtype: str | None = None
+) -> Assembly:
+    packed_type = dtype if dtype in ("U32", "U8") else None
+    shapes = _piece_shapes(shape, len(sources), spec)
+    pieces = tuple(Source(source, each, packed_type) for source, each in zip(sources, shapes, strict=True))
+    return Assembly(name, shape, pieces, _JOINS[len(sources)], packed_type)
+
+
+def _unpacked_and_joined(
+    name: str,
+    shape: tuple[int, ...],
+    paths: list[str],
+    packings: list[Quantization],
+    scale_types: list[str],
+    spec: ModelSpec,
+) -> Assembly:
+    """Pieces that are packed differently (a mixed recipe gives v more bits than q and k), unpacked to be one matrix."""
+    sources: list[Source] = []
+    part_names = []
+    for path, packing, scale_type, piece in zip(
+        paths, packings, scale_types, _piece_shapes(shape, len(paths), spec), strict=True
+    ):
+        parts = packing.parts(piece, scale_type)
+        part_names.append(list(parts))
+        sources += [
+            Source(f"{path}.{part}", part_shape, dtype if dtype in ("U32", "U8") else None)
+            for part, (dtype, part_shape) in parts.items()
+        ]
+
+    def make(*arrays: mx.array) -> mx.array:
+        rest = iter(arrays)
+        pieces = [
+            packing.dequantize({part: next(rest) for part in parts}, mx.bfloat16)
+            for packing, parts in zip(packings, part_names, strict=True)
+        ]
+        join = _JOINS[len(pieces)]
+        return pieces[0] if join is None else join(*pieces)
+
+    return Assembly(name, shape, tuple(sources), make, "BF16")
+
+
+def joined_rows(*pieces: mx.array) -> mx.array:
+    """The rows of q, then k's, then v's."""
+    return mx.concatenate(list(pieces), axis=0)
+
+
+def interleaved_rows(gate: mx.array, up: mx.array) -> mx.array:
+    """gate 0, up 0, gate 1, up 1, ... of each expert. Both (E, rows, ...) -> (E, 2 * rows, ...)"""
+    return mx.stack([gate, up], axis=2).flatten(1, 2)
+
+
+_JOINS: dict[int, Callable[..., mx.array] | None] = {1: None, 2: interleaved_rows, 3: joined_rows}
+
+
+def _stored_modules(layout: str, module: str) -> list[str]:
+    if layout == "openelm-mlx":
+        return [module]
+    if module.endswith(".qkv_proj"):
+        return [module.removesuffix("qkv_proj") + each for each in ("q_proj", "k_proj", "v_proj")]
+    if module.endswith(".gate_up_proj"):
+        return [module.removesuffix("gate_up_proj") + each for each in ("gate_proj", "up_proj")]
+    return [module]
+
+
+def _piece_shapes(shape: tuple[int, ...], count: int, spec: ModelSpec) -> list[tuple[int, ...]]:
+    """The shapes of a parameter's pieces: one; gate and up, half the rows of each expert; or q, k and v."""
+    if count == 1:
+        return [shape]
+    if count == 2:
+        return [(shape[0], shape[1] // 2, *shape[2:])] * 2
+    layer = spec.layers[0]
+    return [(heads * layer.head_dim, *shape[1:]) for heads in (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)]
+
+
+def _original_name(name: str) -> str:
+    number = next((part for part in name.split(".") if part.isdigit()), "")
+    return ORIGINAL_NAMES[name.replace(f".{number}.", ".{i}.", 1)].format(i=number)

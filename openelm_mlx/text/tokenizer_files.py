@@ -1,0 +1,155 @@
+"""The files of a tokenizer: where the vocabulary is, and what the JSON files beside it say about special tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openelm_mlx.errors import TokenizerError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that a fine-tune added to a vocabulary, or marked as special in it."""
+
+    text: str
+    is_special: bool
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What the files beside a vocabulary say; `files` are the vocabulary and those beside it that belong to it."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    names: Mapping[str, str]
+    """Names of special tokens under `bos_token` and `eos_token`, as far as there are any."""
+    eos_tokens: tuple[int, ...]
+    """Numbers from `generation_config.json`."""
+    added: Mapping[int, AddedToken]
+
+    def find_token(self, key: str, token_of: Callable[[str], int | None]) -> int | None:
+        """The token called so under `key`, None if none is; TokenizerError if the vocabulary lacks its name."""
+        name = self.names.get(key)
+        if name is None:
+            return None
+        token = token_of(name)
+        if token is None:
+            raise TokenizerError(
+                f"The {key} {name!r} that {self.folder} names is not in its vocabulary; "
+                "the files come from two tokenizers: copy all of them from one place."
+            )
+        return token
+
+
+def find_vocabulary(path: Path) -> Path:
+    """The vocabulary that `path`, a folder or a tokenizer's file, stands for; TokenizerError if there is none."""
+    if not path.exists():
+        raise TokenizerError(f"{path} does not exist; name a folder that holds tokenizer.model or tokenizer.json.")
+    if path.is_file():
+        if path.name in (SENTENCEPIECE_FILE, JSON_FILE):
+            return path
+        if path.name not in COMPANION_FILES:
+            raise TokenizerError(
+                f"{path} is not called tokenizer.model (SentencePiece) or tokenizer.json (Hugging Face); "
+                "rename it, or name the folder that holds such a file."
+            )
+        path = path.parent
+    for name in (SENTENCEPIECE_FILE, JSON_FILE):
+        if (path / name).is_file():
+            return path / name
+    raise TokenizerError(
+        f"{path} holds neither tokenizer.model nor tokenizer.json; gpt-oss comes with its tokenizer.json, and OpenELM "
+        "uses the tokenizer.model of Llama 2, which Apple does not ship: copy it there or name it with --tokenizer; "
+        "meta-llama/Llama-2-7b-hf (after accepting its licence) and NousResearch/Llama-2-7b-hf on Hugging Face have it."
+    )
+
+
+def read_vocabulary(path: Path) -> bytes:
+    """The bytes of a vocabulary; TokenizerError if it cannot be read, is empty or only stands for a file elsewhere."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read ({error.strerror}); check that file.") from error
+    if not data:
+        raise TokenizerError(f"{path} is empty; fetch it again.")
+    if data.startswith(b"version https://git-lfs"):
+        raise TokenizerError(f"{path} is only a pointer to a file in Git LFS; run `git lfs pull` in its repository.")
+    return data
+
+
+def read_settings(vocabulary: Path) -> TokenizerSettings:
+    """Read the JSON files beside a vocabulary, as far as there are any; TokenizerError if one of them is wrong."""
+    folder = vocabulary.parent
+    config = _read_json_object(folder / "tokenizer_config.json")
+    older = _read_json_object(folder / "special_tokens_map.json")
+    names = {key: _token_name(folder, {**older, **config}, key) for key in ("bos_token", "eos_token")}
+    # Other programs want tokenizer.json, so a copy has it also where tokenizer.model is the vocabulary.
+    beside = (JSON_FILE, *COMPANION_FILES) if vocabulary.name == SENTENCEPIECE_FILE else COMPANION_FILES
+    return TokenizerSettings(
+        folder=folder,
+        files=(vocabulary, *(folder / name for name in beside if (folder / name).is_file())),
+        names={key: name for key, name in names.items() if name is not None},
+        eos_tokens=_generation_eos(folder / "generation_config.json"),
+        added=_added_tokens(folder, config, _read_json_object(folder / "added_tokens.json")),
+    )
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a companion file, {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
+        raise TokenizerError(f"{path} is not JSON ({error}); fetch it again, or remove it.") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds JSON that is no object; fetch it again, or remove it.")
+    return content
+
+
+def _token_name(folder: Path, config: Mapping[str, Any], key: str) -> str | None:
+    """A token's name: a string, or an object with its `content`."""
+    match config.get(key):
+        case None:
+            return None
+        case str(name) | {"content": str(name)}:
+            return name
+        case value:
+            raise TokenizerError(f"{key} in {folder} is {value!r}, and it should be a token's text; correct that file.")
+
+
+def _generation_eos(path: Path) -> tuple[int, ...]:
+    match _read_json_object(path).get("eos_token_id"):
+        case None:
+            return ()
+        case int(token):
+            return (token,)
+        case list(tokens) if all(isinstance(token, int) for token in tokens):
+            return tuple(tokens)
+        case value:
+            raise TokenizerError(
+                f"eos_token_id in {path} is {value!r}, and it should be a token's number or a list of them; "
+                "correct that file."
+            )
+
+
+def _added_tokens(folder: Path, config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """The tokens in `added_tokens_decoder` of tokenizer_config.json, and in the older added_tokens.json."""
+    try:
+        added = {int(token): AddedToken(str(text), is_special=True) for text, token in older.items()}
+        for token, entry in (config.get("added_tokens_decoder") or {}).items():
+            added[int(token)] = AddedToken(str(entry["content"]), bool(entry.get("special", False)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"The added tokens in {folder} are not a table of numbers and texts ({error!r}); "
+            "correct tokenizer_config.json or added_tokens.json there, or fetch them again."
+        ) from error
+    return added

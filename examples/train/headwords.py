@@ -1,8 +1,8 @@
 """Write headwords.txt: the words that the pocket dictionary must know, and the one meaning it gives for each.
 
-The words are the most frequent English words, by the Python package `wordfreq`, that WordNet defines. The meaning is the
-sense that WordNet's tagged texts use most. Both are settled here, before any training; a trained model is measured on
-the list as it stands, and a word that the model finds hard stays in.
+The words are the most frequent English words, by the Python package `wordfreq`, that WordNet defines. The meaning is
+the sense that WordNet's tagged texts use most. Both are settled here, before any training; a trained model is measured
+on the list as it stands, and a word that the model finds hard stays in.
 
     python examples/train/headwords.py            # needs wordfreq (pip install wordfreq) and WordNet
 """
@@ -99,13 +99,11 @@ def read_headwords(path: Path = HEADWORDS_FILE) -> list[Headword]:
 def find_sense(wordnet: WordNet, headword: Headword) -> Sense:
     """The sense that a line of the list names."""
     senses = wordnet.senses[headword.word.lower()]
-    return next(
-        s for s in senses if (s.part_of_speech, s.number) == (headword.part_of_speech, headword.sense_number)
-    )
+    return next(s for s in senses if (s.part_of_speech, s.number) == (headword.part_of_speech, headword.sense_number))
 
 
 _HEADER = """\
-# The head words of demo-openelm: the {count:,} most frequent English words that WordNet 3.0 defines, most frequent first.
+# The head words of demo-openelm: the {count:,} most frequent English words that WordNet 3.0 defines, in that order.
 # Frequencies: wordfreq {version} (English, its largest list), https://pypi.org/project/wordfreq/. Left out: words of a
 # closed class, and words that WordNet marks as slurs or obscenities. Written by headwords.py before training.
 # Each line: word, part of speech, and the number of WordNet's sense that is its meaning (the most tagged one).

@@ -66,7 +66,7 @@ def load(
 
     source: "demo-openelm", a folder, a weight file, or a Hugging Face repository as owner/name (at `revision`).
     context_length: at most the model's own, which is the default. dtype: "float32", "bfloat16", "float16" or an mlx type;
-    None keeps the stored one (but OpenELM-3B, which overflows in float16, is then read as bfloat16). tokenizer: a file,
+    None keeps the stored one, with the two exceptions of `default_dtype`. tokenizer: a file,
     folder or repository; without it the search is: the source itself, then Llama tokenizers in the Hugging Face cache;
     when there is none, the second result is None and prompts must be token ids. chat_template: "openelm-instruct" or
     "plain"; else what conversion stored, else what the source's name says. progress: called with (bytes here, bytes in all)
@@ -97,7 +97,8 @@ def load_model(contents: Contents, checkpoint: Checkpoint, dtype: mx.Dtype | Non
     for parameter in contents.parameters.values():
         array = parameter.read(checkpoint)
         if parameter.dtype in FLOAT_TYPES:
-            array = array.astype(dtype or default_dtype(contents.spec, FLOAT_TYPES[parameter.dtype]))
+            stored = FLOAT_TYPES[parameter.dtype]
+            array = array.astype(dtype or default_dtype(contents.spec, stored, bool(contents.quantized)))
         weights.append((parameter.name, array))
         pending.append(array)
         pending_bytes += array.nbytes
@@ -110,11 +111,14 @@ def load_model(contents: Contents, checkpoint: Checkpoint, dtype: mx.Dtype | Non
     return model
 
 
-def default_dtype(spec: ModelSpec, stored: mx.Dtype) -> mx.Dtype:
-    """The type to compute in when none was asked for: the stored one, but never float16 for OpenELM-3B.
+def default_dtype(spec: ModelSpec, stored: mx.Dtype, is_quantized: bool = False) -> mx.Dtype:
+    """The type to compute in when none was asked for: the stored one, with two exceptions.
 
-    Apple's MLX README says that 3B needs bfloat16's range.
+    OpenELM-3B is never read as float16: Apple's MLX README says that it needs bfloat16's range. And on MLX's CPU backend a
+    quantized model computes in float32, because the 16-bit kernels there are some eight times slower (docs/LOG.md).
     """
+    if is_quantized and mx.default_device() == mx.Device(mx.cpu):
+        return mx.float32
     return mx.bfloat16 if spec.size == "3B" and stored == mx.float16 else stored
 
 
@@ -155,7 +159,7 @@ def choose_model_files(files: list[hub.RepoFile]) -> list[str]:
         name
         for name in top
         if name.endswith((".json", ".yaml", ".yml", ".jinja", ".md", ".txt")) or name in TOKENIZER_FILES
-        or re.match(r"(LICEN[CS]E|NOTICE|ACKNOWLEDG|USE_POLICY)", name, re.IGNORECASE)
+        or re.match(r"(LICEN[CS]E|NOTICE|ACKNOWLEDG|USA?[GS]?E_POLICY)", name, re.IGNORECASE)
     ]  # fmt: skip
     return sorted({*weights, *others})
 

@@ -1,0 +1,140 @@
+"""From a source to a model: what is found, in which order, in which type, and what is refused."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+from conftest import FIXTURES, random_model, save_folder
+
+import openelm_mlx as om
+from openelm_mlx.checkpoint.hub import RepoFile
+from openelm_mlx.errors import CheckpointError, SettingError, TokenizerError
+from openelm_mlx.loading import choose_model_files, default_dtype, load, stored_template
+from openelm_mlx.specs import spec_from_config
+
+SPECS = {
+    size: spec_from_config({"model_name": f"OpenELM-{size}", "vocab_size": 32000, "max_context_length": 2048})
+    for size in ("270M", "3B")
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture(autouse=True)
+def _no_cached_tokenizers(monkeypatch):
+    """The machine's own Hugging Face cache must not decide a test."""
+    monkeypatch.setattr("openelm_mlx.checkpoint.hub.cached_file", lambda *_: None)
+
+
+def test_a_folder_with_its_tokenizer(model, tmp_path):
+    ours, tokenizer = load(save_folder(tmp_path / "m", model, "llama"))
+    assert mx.array_equal(ours(mx.array([[1, 2, 3]])), model(mx.array([[1, 2, 3]])))
+    assert tokenizer.encode_prompt("Hello")[0] == 1
+    assert om.generate(ours, tokenizer, "Hello", max_tokens=3)
+
+
+def test_a_folder_without_a_tokenizer_loads_and_takes_tokens(model, tmp_path):
+    ours, tokenizer = load(save_folder(tmp_path / "m", model))
+    assert tokenizer is None
+    assert len(list(om.stream_generate(ours, None, [1, 2, 3], max_tokens=2))) == 2
+    with pytest.raises(TokenizerError, match="--tokenizer"):
+        om.generate(ours, tokenizer, "Hello")
+
+
+def test_the_search_for_a_tokenizer(model, tmp_path, monkeypatch):
+    folder = save_folder(tmp_path / "m", model)
+    cached = FIXTURES / "tokenizers" / "llama" / "tokenizer.model"
+    monkeypatch.setattr(
+        "openelm_mlx.checkpoint.hub.cached_file", lambda repo, name: cached if "meta-llama" in repo and "model" in name else None
+    )
+    assert load(folder)[1].files[0] == cached
+    # What stands in the folder comes before the cache, and what was asked for before both.
+    shutil.copyfile(FIXTURES / "tokenizers" / "llama_json" / "tokenizer.json", folder / "tokenizer.json")
+    assert load(folder)[1].files[0] == folder / "tokenizer.json"
+    asked = FIXTURES / "tokenizers" / "llama_metaspace"
+    assert load(folder, tokenizer=asked)[1].files[0] == asked / "tokenizer.json"
+    assert load(folder, tokenizer=asked / "tokenizer.json")[1].files[0] == asked / "tokenizer.json"
+
+
+@pytest.mark.parametrize("tokenizer", ["llama", "byte_level"])
+def test_another_model_s_tokenizer(tmp_path, tokenizer):
+    small = random_model(vocab_size=100)  # fewer rows than the tokenizer has tokens
+    with pytest.raises(TokenizerError, match="another model"):
+        load(save_folder(tmp_path / "m", small, tokenizer))
+
+
+def test_a_tokenizer_that_begins_texts_with_another_token(model, tmp_path):
+    folder = save_folder(tmp_path / "m", model, "llama", {"bos_token_id": 7})
+    with pytest.raises(TokenizerError, match="begins texts with token 1 and the model with 7"):
+        load(folder)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./no/such/folder", "demo-nothing"])
+def test_sources_that_are_not_there(source):
+    with pytest.raises(CheckpointError, match="no file or folder"):
+        load(source)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, mx.float32), ("bfloat16", mx.bfloat16), (mx.float16, mx.float16)])
+def test_the_type_to_compute_in(model, tmp_path, dtype, expected):
+    ours, _ = load(save_folder(tmp_path / "m", model), dtype=dtype)
+    assert ours(mx.array([[1]])).dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", mx.int32, 3])
+def test_types_that_are_none(model, tmp_path, dtype):
+    with pytest.raises(SettingError, match="float32, bfloat16, float16"):
+        load(save_folder(tmp_path / "m", model), dtype=dtype)
+
+
+def test_3b_is_never_read_as_float16_by_itself():
+    assert default_dtype(SPECS["3B"], mx.float16) == mx.bfloat16
+    assert default_dtype(SPECS["3B"], mx.float32) == mx.float32
+    assert default_dtype(SPECS["270M"], mx.float16) == mx.float16
+
+
+def test_context_length(model, tmp_path):
+    folder = save_folder(tmp_path / "m", model)
+    assert load(folder)[0].context_length == 64
+    assert load(folder, context_length=10)[0].context_length == 10
+    for length in (0, -1, 65, 1.5):
+        with pytest.raises(SettingError, match=r"context_length.*64"):
+            load(folder, context_length=length)
+
+
+def test_the_template_is_asked_for_or_stored_or_in_the_name(model, tmp_path):
+    for name, stored, asked, expected in [
+        ("OpenELM-270M-Instruct", None, None, "openelm-instruct"),
+        ("OpenELM-270M", None, None, "plain"),
+        ("OpenELM-270M", "openelm-instruct", None, "openelm-instruct"),
+        ("OpenELM-270M-Instruct", "openelm-instruct", "plain", "plain"),
+    ]:
+        config = {} if stored is None else {"openelm_mlx": {"chat_template": stored}}
+        folder = save_folder(tmp_path / name, model, "llama", config)
+        assert load(folder, chat_template=asked)[1].chat_template == expected
+        assert stored_template(json.loads((folder / "config.json").read_text()), asked, folder).reason
+    with pytest.raises(SettingError, match="openelm-instruct"):
+        load(folder, chat_template="chatml")
+
+
+def test_only_one_layout_of_a_repository_is_chosen():
+    """gpt-oss repositories hold three copies of their weights; older ones hold pickles beside the safetensors."""
+    names = [
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md",
+        "LICENSE", "USAGE_POLICY", "model-00000-of-00002.safetensors", "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json", "original/model.safetensors", "original/config.json", "metal/model.bin",
+        "pytorch_model.bin", "modeling_openelm.py", ".gitattributes",
+    ]  # fmt: skip
+    chosen = choose_model_files([RepoFile(name, 1) for name in names])
+    assert set(chosen) == set(names) - {
+        "original/model.safetensors", "original/config.json", "metal/model.bin", "pytorch_model.bin", "modeling_openelm.py",
+        ".gitattributes",
+    }  # fmt: skip
+
+
+def test_a_repository_with_only_corenet_s_checkpoint():
+    assert "checkpoint.pt" in choose_model_files([RepoFile("checkpoint.pt", 1), RepoFile("config.yaml", 1)])

@@ -1,0 +1,470 @@
+"""Writing a checkpoint: safetensors files in bounded memory, resumable, and shown only when they are whole.
+
+While it is written, everything lies beside its destination:
+
+    DESTINATION.partial/journal.jsonl   the plan's fingerprint, then each finished tensor with its checksum
+    DESTINATION.partial/output/         the files; the names of weights end in .part until all of them are there
+
+A header needs only names, types and shapes, so it is written first, and then tensor after tensor in the order of the
+file. The last step is a rename of `output` to the destination. After an interruption (Ctrl-C, a crash, a power cut) a
+writer with the same fingerprint reads back what is there, compares it with the journal, and goes on after the last
+tensor that is as it was written. After an error nothing is left.
+
+What arrives here are bytes: this file knows the format, not the arrays.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from ..errors import DestinationError
+from .reader import ITEM_SIZES
+
+# Loaders of 5 GB files are everywhere, and the Hub sends no larger ones at one go.
+MAX_FILE_BYTES = 5_000_000_000
+
+_JOURNAL = "journal.jsonl"
+_LOCK = "lock"
+_OUTPUT = "output"
+_UNFINISHED = ".part"  # no loader's pattern has this ending
+_BLOCK_BYTES = 1 << 22
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written: `dtype` is safetensors' name of its type."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        nbytes = ITEM_SIZES[self.dtype]
+        for length in self.shape:
+            nbytes *= length
+        return nbytes
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file to be written: its tensors in the order of their bytes."""
+
+    name: str
+    tensors: tuple[OutputTensor, ...]
+
+    @cached_property
+    def header(self) -> bytes:
+        """What stands before the tensors: the length of the JSON (8 bytes), and the JSON, filled up with spaces."""
+        table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        position = 0
+        for tensor in self.tensors:
+            offsets = [position, position + tensor.nbytes]
+            table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+            position = offsets[1]
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+def plan_files(tensors: Iterable[OutputTensor], max_file_bytes: int = MAX_FILE_BYTES) -> tuple[OutputFile, ...]:
+    """Divide tensors, in their order, into files of at most `max_file_bytes` (a larger tensor has a file to itself).
+
+    The names are those of Hugging Face: model.safetensors, or model-00001-of-00003.safetensors and so on.
+    """
+    files: list[list[OutputTensor]] = [[]]
+    room = max_file_bytes
+    for tensor in tensors:
+        if tensor.nbytes > room and files[-1]:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(tensor)
+        room -= tensor.nbytes
+    count = len(files)
+    return tuple(
+        OutputFile(
+            "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors", _aligned(file)
+        )
+        for number, file in enumerate(files, start=1)
+    )
+
+
+def index_of(files: Sequence[OutputFile]) -> bytes:
+    """The model.safetensors.index.json of several files: which tensor is in which."""
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+class CheckpointWriter:
+    """Writes the planned files beside `destination`, and becomes it at the end.
+
+    Use it as a context manager: when an error leaves the block, nothing stays behind; when Ctrl-C does, what is
+    finished stays, for the next writer with the same `fingerprint` (of everything that the bytes depend on).
+
+        with CheckpointWriter(destination, files, fingerprint) as writer:
+            for tensor in writer.remaining:
+                writer.write(tensor.name, pieces_of(tensor))   # in this order
+            folder = writer.assemble({"config.json": b"..."})  # whole, and not yet at its place
+            writer.publish()
+
+    Raises DestinationError when the destination exists, cannot be written, or its disk is too small or gets full.
+    """
+
+    def __init__(self, destination: Path, files: Sequence[OutputFile], fingerprint: str) -> None:
+        self.destination = Path(os.path.realpath(destination.expanduser()))
+        self.partial = Path(f"{self.destination}.partial")
+        self.checksums: dict[str, str] = {}
+        self._files = tuple(files)
+        self._fingerprint = fingerprint
+        self._output = self.partial / _OUTPUT
+        self._tensors = [(file, tensor) for file in self._files for tensor in file.tensors]
+        self._position = 0
+        self._stream: BinaryIO | None = None
+        self._journal: BinaryIO | None = None
+        self._lock: BinaryIO | None = None
+        self._checksum = hashlib.sha256()
+
+    def __enter__(self) -> CheckpointWriter:
+        check_destination(self.destination)
+        with self._explained():
+            if not self.partial.exists():
+                check_free_space(self.destination, self.nbytes)
+            self._check_partial()
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+            try:
+                self._resume()
+                check_free_space(self.destination, self.nbytes - self._bytes_present())
+            except Exception:
+                if not self._position:
+                    self._remove()
+                self._close()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            self._remove()
+        self._close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the planned files, headers included."""
+        return sum(file.nbytes for file in self._files)
+
+    @property
+    def remaining(self) -> tuple[OutputTensor, ...]:
+        """The tensors that are not written yet, in the order in which `write` wants them."""
+        return tuple(tensor for _, tensor in self._tensors[self._position :])
+
+    @property
+    def num_finished(self) -> int:
+        """How many tensors are written; after entering, those that an interrupted writer left."""
+        return self._position
+
+    def write(self, name: str, pieces: Iterable[memoryview | bytes]) -> None:
+        """Write the next tensor; its bytes come in pieces, of which one at a time is in memory."""
+        file, tensor = self._tensors[self._position]
+        assert name == tensor.name, f"{tensor.name} comes before {name}"
+        with self._explained():
+            stream = self._stream or self._begin(file)
+        checksum, count = hashlib.sha256(), 0
+        for piece in pieces:
+            with self._explained():
+                _append(stream, piece)
+            checksum.update(piece)
+            self._checksum.update(piece)
+            count += len(piece)
+        assert count == tensor.nbytes, f"{name} has {count:,} bytes instead of {tensor.nbytes:,}"
+        with self._explained():
+            stream.flush()  # to the system, so that the journal never knows of more than there is
+            self._note({"tensor": name, "sha256": checksum.hexdigest()})
+            self._position += 1
+            if tensor is file.tensors[-1]:
+                self._end(file)
+
+    def assemble(self, others: Mapping[str, bytes | Path]) -> Path:
+        """Put the other files (bytes, or files to copy) beside the finished weights; return the folder, now whole.
+
+        config.json comes last: no loader takes a folder without it.
+        """
+        assert not self.remaining
+        with self._explained():
+            if len(self._files) > 1:
+                self._put("model.safetensors.index.json", index_of(self._files))
+            for name in sorted(others, key=lambda name: (name == "config.json", name)):
+                if name == "config.json":
+                    for file in self._files:
+                        os.replace(self._unfinished(file), self._output / file.name)
+                    _sync_folder(self._output)
+                self._put(name, others[name])
+            _sync_folder(self._output)
+        return self._output
+
+    def publish(self) -> None:
+        """Rename the assembled folder to the destination: from one moment to the next it is there, and whole."""
+        with self._explained():
+            try:
+                os.rename(self._output, self.destination)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+                raise DestinationError(
+                    f"{self.destination} appeared while it was being written, and nothing is overwritten: choose another "
+                    "destination."
+                ) from error
+            _sync_folder(self.destination.parent)
+        self._remove()
+
+    # --- resuming ---
+
+    def _resume(self) -> None:
+        """Find out which tensors are already written as they should be; forget everything after the first that is not."""
+        known = self._journalled()
+        if known is None:
+            shutil.rmtree(self._output, ignore_errors=True)
+        self._output.mkdir(exist_ok=True)
+        self._take_apart()
+        for file in self._files:
+            if not self._resume_file(file, known or {}):
+                break
+        kept = [tensor.name for _, tensor in self._tensors[: self._position]]
+        self._rewrite_journal({name: (known or {})[name] for name in kept})
+
+    def _resume_file(self, file: OutputFile, known: Mapping[str, str]) -> bool:
+        """Read one file back as far as the journal confirms it and cut off the rest; whether it is whole."""
+        path = self._unfinished(file)
+        if not path.exists():
+            return False
+        with path.open("r+b") as stream:
+            if stream.read(len(file.header)) != file.header:
+                return False  # its first tensor will begin it anew
+            self._checksum = hashlib.sha256(file.header)
+            for tensor in file.tensors:
+                start, so_far = stream.tell(), self._checksum.copy()
+                if _read_checksum(stream, tensor.nbytes, so_far) != known.get(tensor.name):
+                    stream.truncate(start)
+                    break
+                self._checksum = so_far
+                self._position += 1
+            else:
+                stream.truncate()
+                _sync(stream)
+                self.checksums[file.name] = self._checksum.hexdigest()
+                return True
+        self._stream = path.open("ab")
+        return False
+
+    def _journalled(self) -> dict[str, str] | None:
+        """Tensor -> checksum as the journal of an interrupted writer says; None when it was of another plan."""
+        try:
+            lines = (self.partial / _JOURNAL).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return None
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:  # a line that the interruption cut
+                break
+        if not entries or entries[0] != self._first_entry:
+            return None
+        return {entry["tensor"]: entry["sha256"] for entry in entries[1:]}
+
+    def _take_apart(self) -> None:
+        """Undo an interrupted `assemble`."""
+        for path in [self._output / "config.json", *self._output.iterdir()]:
+            if not path.name.endswith(_UNFINISHED) and path.name not in {file.name for file in self._files}:
+                path.unlink(missing_ok=True)
+        for file in self._files:
+            if (self._output / file.name).exists():
+                os.replace(self._output / file.name, self._unfinished(file))
+
+    def _rewrite_journal(self, kept: Mapping[str, str]) -> None:
+        path = self.partial / _JOURNAL
+        draft = path.with_suffix(".new")
+        entries = [self._first_entry, *({"tensor": name, "sha256": checksum} for name, checksum in kept.items())]
+        draft.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+        os.replace(draft, path)
+        self._journal = path.open("ab")
+
+    @property
+    def _first_entry(self) -> dict[str, Any]:
+        return {"openelm_mlx": "conversion", "format": 1, "fingerprint": self._fingerprint}
+
+    # --- files ---
+
+    def _begin(self, file: OutputFile) -> BinaryIO:
+        self._stream = self._unfinished(file).open("wb")
+        self._checksum = hashlib.sha256(file.header)
+        _append(self._stream, file.header)
+        return self._stream
+
+    def _end(self, file: OutputFile) -> None:
+        assert self._stream is not None
+        _sync(self._stream)
+        self._stream.close()
+        self._stream = None
+        self.checksums[file.name] = self._checksum.hexdigest()
+
+    def _put(self, name: str, content: bytes | Path) -> None:
+        with (self._output / name).open("wb") as stream:
+            _append(stream, content if isinstance(content, bytes) else content.read_bytes())
+            _sync(stream)
+
+    def _unfinished(self, file: OutputFile) -> Path:
+        return self._output / (file.name + _UNFINISHED)
+
+    def _note(self, entry: Mapping[str, str]) -> None:
+        assert self._journal is not None
+        _append(self._journal, (json.dumps(entry) + "\n").encode())
+        self._journal.flush()
+
+    # --- the folder ---
+
+    def _check_partial(self) -> None:
+        if self.partial.exists() and any(self.partial.iterdir()) and not (self.partial / _LOCK).exists():
+            raise DestinationError(
+                f"{self.partial} is where the conversion would be written, and holds something else: move it away, or "
+                "choose another destination."
+            )
+
+    def _locked(self) -> BinaryIO:
+        """Hold the partial folder for this process; the lock goes with the process, however that ends."""
+        lock = (self.partial / _LOCK).open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise DestinationError(
+                f"Another conversion to {self.destination} is running: wait for it, or choose another destination."
+            ) from error
+        return lock
+
+    def _bytes_present(self) -> int:
+        return sum(path.stat().st_size for path in self._output.iterdir())
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _close(self) -> None:
+        for stream in (self._stream, self._journal, self._lock):
+            if stream is not None:
+                # What a full disk kept in the buffer goes with it: the journal knows of no such bytes.
+                with suppress(OSError):
+                    stream.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the disk says into a sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise _sentence(error, self.destination) from error
+
+
+def check_destination(destination: Path) -> None:
+    """Raise DestinationError when there is something at `destination` already; an empty folder is nothing."""
+    try:
+        if destination.is_dir() and not any(destination.iterdir()):
+            return
+        if os.path.lexists(destination):
+            kind = "folder with files in it" if destination.is_dir() else "file"
+            raise DestinationError(
+                f"{destination} is a {kind} already, and nothing is overwritten: choose another destination, or move it away."
+            )
+    except OSError as error:
+        raise _sentence(error, destination) from error
+
+
+def check_free_space(destination: Path, needed: int) -> None:
+    """Raise DestinationError when the disk of `destination` has fewer than `needed` bytes free."""
+    folder = next(parent for parent in destination.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DestinationError(
+            f"The conversion needs {needed / 1e6:,.1f} MB on the disk of {folder} and {free / 1e6:,.1f} MB are free: make "
+            "room, or choose a destination on a larger disk."
+        )
+
+
+def file_checksum(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal; the Hub calls large files by it."""
+    with path.open("rb") as stream:
+        return _read_checksum(stream, sys.maxsize)
+
+
+def _aligned(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
+    """The tensors in an order in which each begins at a multiple of its item's size, as PyTorch's loader needs it.
+
+    The format has no room for padding. So the few tensors that do not end at a multiple of 8 bytes come last, those
+    with the widest items first.
+    """
+    even = [tensor for tensor in tensors if tensor.nbytes % _ALIGNMENT == 0]
+    odd = [tensor for tensor in tensors if tensor.nbytes % _ALIGNMENT]
+    return (*even, *sorted(odd, key=lambda tensor: -ITEM_SIZES[tensor.dtype]))
+
+
+def _append(stream: BinaryIO, data: bytes | memoryview) -> None:
+    stream.write(data)
+
+
+def _read_checksum(stream: BinaryIO, nbytes: int, *whole: hashlib._Hash) -> str:
+    """The checksum of the next `nbytes` of a stream (or of what is left of it), which `whole` are updated with too."""
+    checksum = hashlib.sha256()
+    while nbytes and (block := stream.read(min(nbytes, _BLOCK_BYTES))):
+        for each in (checksum, *whole):
+            each.update(block)
+        nbytes -= len(block)
+    return checksum.hexdigest()
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    if sys.platform == "darwin":
+        fcntl.fcntl(stream, fcntl.F_FULLFSYNC)  # macOS's fsync leaves the bytes in the drive's cache
+    else:
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sentence(error: OSError, destination: Path) -> DestinationError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DestinationError(
+            f"The disk of {destination.parent} got full while {destination.name} was written, and nothing of it was kept: "
+            "make room, or choose a destination on another disk."
+        )
+    reason = error.strerror or str(error)
+    return DestinationError(
+        f"{destination} cannot be written ({reason}: {error.filename or destination.parent}): choose another destination, "
+        "or give yourself the right to write there."
+    )

@@ -1,0 +1,664 @@
+"""Repositories on the Hugging Face Hub: what they hold, bringing the files that are wanted, uploading a folder.
+
+Listings, logins and uploads are huggingface_hub's. The transfer of a download is written here: huggingface_hub deletes a
+file that broke off (huggingface/huggingface_hub#4196), and OpenAI's original gpt-oss-20b is one file of 13.8 GB. It
+fills the cache that all Hugging Face tools share (huggingface.co/docs/hub/local-cache), and uses what others put there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from openelm_mlx.errors import CheckpointError, DestinationError, HubError, UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+_LIBRARY = "openelm_mlx"
+_PART = r"(?![.-])[A-Za-z0-9._-]{1,96}(?<![.-])"
+_OWNER_AND_NAME = re.compile(f"{_PART}/{_PART}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 of a small file, SHA-256 of a large (LFS) one
+
+_CONNECTIONS = 4  # files at a time; more of them hardly fill a home line better, and tear more files on a break
+_BLOCK_BYTES = 1 << 20
+_REQUEST_BYTES = 8 << 30  # the Hub's delivery network sends at most 50 GB in one answer
+_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # after failures in a row; any byte that arrives begins anew
+_REPORT_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class RepoFile:
+    """A file of a repository: its path with forward slashes, and its size in bytes.
+
+    `etag` is what the Hub and its cache call the content: SHA-256 for large (LFS) files, git's SHA-1 for the others.
+    """
+
+    name: str
+    size: int
+    etag: str = ""
+
+
+def is_repo_id(source: str) -> bool:
+    """Whether `source` is written like a Hub repository ("owner/name") and nothing of that name is on this machine."""
+    return _is_repo_name(source) and not os.path.exists(source)
+
+
+def list_files(repo: str, revision: str | None = None) -> list[RepoFile]:
+    """The files of a repository with their sizes, in one request; of its cached copy when the Hub cannot be asked.
+
+    `revision` is a branch, a tag or a commit; None is the main branch. Raises HubError.
+    """
+    return list(_list(repo, revision).files)
+
+
+def download(
+    repo: str,
+    choose: Callable[[list[RepoFile]], list[str]],
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    local_free_bytes: int | None = None,
+) -> Path:
+    """Bring the files that `choose` names into the Hugging Face cache; return the folder of that copy.
+
+    What is in the cache already does not travel again, and a file that broke off goes on from its last byte. Each file
+    is compared with the checksum that the Hub announced. Without a network, a cached copy that has all of the files
+    will do.
+
+    progress: called in this thread, about ten times a second, with the bytes that are here and those of all the chosen
+        files; never when nothing is missing.
+    local_free_bytes: the free bytes to reckon with instead of those that the cache's disk reports.
+    Raises HubError, and DestinationError when the disk is too small or the cache cannot be written.
+    """
+    listing = _list(repo, revision)
+    cache = _RepoCache.of(repo)
+    wanted = _choose(listing, choose, cache)
+    missing = [file for file in wanted if not _has_size(cache.pointer(listing.commit, file.name), file.size)]
+    if missing and listing.refusal:
+        raise _incomplete(listing, cache, [file.name for file in missing])
+    if missing:
+        try:
+            _check_free_space(repo, cache, missing, local_free_bytes)
+            _fetch(listing, cache, missing, sum(file.size for file in wanted), progress)
+        except OSError as error:
+            raise _disk_error(error, repo, cache, missing) from error
+    if not listing.refusal:
+        cache.remember(revision or "main", listing)
+    return cache.snapshot(listing.commit)
+
+
+def read_range(repo: str, name: str, start: int, length: int, revision: str | None = None) -> bytes:
+    """Bytes [start, start + length) of one file of a repository, without downloading the rest; fewer where it ends.
+
+    Every call is one or two requests, so ask for a header and some more at once. When the Hub cannot be asked, the
+    bytes come from a cached copy. Raises HubError.
+    """
+    _check_repo_name(repo)
+    try:
+        with _explained(repo, revision, name):
+            return b"".join(_read(_url(repo, revision or "main", name), start, start + length, threading.Event()))
+    except HubError:
+        cached = cached_file(repo, name, revision)
+        if cached is None:
+            raise
+        with open(cached, "rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+
+def cached_file(repo: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a repository if the Hugging Face cache holds it; the network is not asked."""
+    cache = _RepoCache.of(repo)
+    commit = cache.commit(revision or "main")
+    file = None if commit is None else cache.pointer(commit, name)
+    return file if file is not None and file.is_file() else None
+
+
+def upload(
+    folder: str | os.PathLike[str],
+    repo: str,
+    private: bool = False,
+    message: str = "Upload a checkpoint written by openelm_mlx",
+    show_progress: bool = False,
+) -> str:
+    """Upload every file of a folder to a repository, which is created when it does not exist; return its address.
+
+    Large files that an earlier, broken upload delivered are not sent again. `show_progress` shows huggingface_hub's
+    bars on stderr. Raises CheckpointError when there is no such folder, and HubError when the upload fails.
+    """
+    from huggingface_hub import HfApi, constants
+
+    folder = Path(folder)
+    _check_repo_name(repo)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not a folder with files in it: name the folder that is to be uploaded.")
+    api = HfApi(endpoint=constants.ENDPOINT, library_name=_LIBRARY)
+    try:
+        with _progress_bars(show_progress), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on the model card's metadata, in several lines
+            api.create_repo(repo, private=private, exist_ok=True)
+            if private and not api.model_info(repo).private:
+                raise HubError(
+                    f"{repo} exists and is public: choose another name for a private upload of {folder}, or make it "
+                    f"private first at {constants.ENDPOINT}/{repo}/settings."
+                )
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=[".DS_Store"])
+    except UserError:
+        raise
+    except Exception as error:  # huggingface_hub and its Rust part raise classes of many kinds, RuntimeError among them
+        again = f"hf upload {repo} {shlex.quote(str(folder))}{' --private' if private else ''}"
+        raise HubError(
+            f"The upload to {repo} failed ({_upload_reason(error)}): the files in {folder} are as they were, "
+            f"and `{again}` tries again."
+        ) from error
+    return f"{constants.ENDPOINT}/{repo}"
+
+
+def _is_repo_name(text: str) -> bool:
+    # The rules of huggingface_hub's validate_repo_id, with the owner required.
+    return (
+        _OWNER_AND_NAME.fullmatch(text) is not None
+        and "--" not in text
+        and ".." not in text
+        and not text.endswith(".git")
+    )
+
+
+def _check_repo_name(repo: str) -> None:
+    if not _is_repo_name(repo):
+        raise HubError(f"{repo!r} is not the name of a Hub repository: write OWNER/NAME, as in openai/gpt-oss-20b.")
+
+
+# What a repository holds: asked of the Hub, or remembered in the cache.
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a repository at one commit."""
+
+    repo: str
+    commit: str
+    files: tuple[RepoFile, ...]
+    refusal: HubError | None = None  # why the Hub gave no listing, when this one comes from the cache
+    is_whole: bool = True  # False: only the files that happen to be cached are known
+
+
+def _list(repo: str, revision: str | None) -> _Listing:
+    _check_repo_name(repo)
+    try:
+        return _ask_hub(repo, revision)
+    except HubError as refusal:
+        cached = _RepoCache.of(repo).recall(repo, revision or "main", refusal)
+        if cached is None:
+            raise
+        return cached
+
+
+def _ask_hub(repo: str, revision: str | None) -> _Listing:
+    from huggingface_hub import HfApi, constants
+
+    api = HfApi(endpoint=constants.ENDPOINT, library_name=_LIBRARY)
+    try:
+        with _explained(repo, revision):
+            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        siblings = info.siblings or ()
+        files = tuple(RepoFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else s.blob_id) for s in siblings)
+        if not _COMMIT.fullmatch(info.sha or "") or not all(map(_is_sound, files)):
+            raise ValueError("names, sizes or checksums are missing")
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, or not with the Hub's fields
+        raise HubError(
+            f"{constants.ENDPOINT} does not answer like the Hugging Face Hub when asked for {repo}: check HF_ENDPOINT, "
+            "and whether this network wants a login in the browser first."
+        ) from error
+    return _Listing(repo, str(info.sha), files)
+
+
+def _is_sound(file: RepoFile) -> bool:
+    # Names and checksums become paths in the cache, so none may lead out of it.
+    path = PurePosixPath(file.name)
+    inside = not path.is_absolute() and ".." not in path.parts
+    return inside and isinstance(file.size, int) and bool(_ETAG.fullmatch(file.etag or ""))
+
+
+def _choose(listing: _Listing, choose: Callable[[list[RepoFile]], list[str]], cache: _RepoCache) -> list[RepoFile]:
+    known = {file.name: file for file in listing.files}
+    try:
+        names = list(dict.fromkeys(choose(list(listing.files))))
+    except UserError as error:
+        if listing.is_whole:
+            raise
+        raise _incomplete(listing, cache, []) from error
+    unknown = [name for name in names if name not in known]
+    if not listing.is_whole:
+        unknown += [shard for name in names for shard in _indexed_shards(listing, cache, name) if shard not in known]
+    if unknown and listing.is_whole:
+        raise HubError(f"{listing.repo} has no file {unknown[0]!r}: its files are listed at {_page(listing.repo)}.")
+    if unknown:
+        raise _incomplete(listing, cache, unknown)
+    return [known[name] for name in names]
+
+
+def _indexed_shards(listing: _Listing, cache: _RepoCache, name: str) -> list[str]:
+    """The files that a cached safetensors index names: a copy without one of them is not complete."""
+    if not name.endswith(".index.json"):
+        return []
+    with open(cache.pointer(listing.commit, name), encoding="utf-8") as file, suppress(ValueError, KeyError):
+        shards = dict.fromkeys(json.load(file)["weight_map"].values())
+        return [str(PurePosixPath(name).parent / shard) for shard in shards]
+    return []  # a damaged index is for the reader of the checkpoint to explain
+
+
+def _incomplete(listing: _Listing, cache: _RepoCache, names: list[str]) -> HubError:
+    lacks = f"lacks {names[0]!r}" if names else "is not complete"
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return HubError(f"{listing.refusal} The copy of {listing.repo} in {cache.root} {lacks}{more}.")
+
+
+# The cache.
+
+
+@dataclass(frozen=True)
+class _RepoCache:
+    """Where one repository lies in the cache of Hugging Face's tools (huggingface.co/docs/hub/local-cache)."""
+
+    root: Path
+    folder: Path
+
+    @staticmethod
+    def of(repo: str) -> _RepoCache:
+        from huggingface_hub import constants
+
+        root = Path(constants.HF_HUB_CACHE)
+        return _RepoCache(root, root / f"models--{repo.replace('/', '--')}")
+
+    def blob(self, etag: str) -> Path:
+        return self.folder / "blobs" / etag
+
+    def partial(self, etag: str) -> Path:
+        # Not huggingface_hub's name, which some releases fill out of order. `hf cache prune` knows the ending.
+        return self.folder / "blobs" / f"{etag}.{_LIBRARY}.incomplete"
+
+    def lock(self, etag: str) -> Path:
+        return self.root / ".locks" / self.folder.name / f"{etag}.lock"
+
+    def snapshot(self, commit: str) -> Path:
+        return self.folder / "snapshots" / commit
+
+    def pointer(self, commit: str, name: str) -> Path:
+        return self.snapshot(commit) / name
+
+    def commit(self, revision: str) -> str | None:
+        """The commit that a revision stood for when it was last downloaded."""
+        if _COMMIT.fullmatch(revision):
+            return revision
+        try:
+            return (self.folder / "refs" / revision).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+
+    def _memo(self, commit: str) -> Path:
+        return self.folder / _LIBRARY / f"{commit}.json"
+
+    def remember(self, revision: str, listing: _Listing) -> None:
+        """Note a finished download, so that it is found without a network; a cache that is read-only stays as it is."""
+        memo = self._memo(listing.commit)
+        with suppress(OSError):
+            if not memo.exists():
+                _write(memo, json.dumps([[file.name, file.size, file.etag] for file in listing.files]))
+            if self.commit(revision) != listing.commit:
+                _write(self.folder / "refs" / revision, listing.commit)
+
+    def recall(self, repo: str, revision: str, refusal: HubError) -> _Listing | None:
+        """The listing of a cached copy: the whole one if it was noted, else of the files that are here."""
+        commit = self.commit(revision)
+        if commit is None or not self.snapshot(commit).is_dir():
+            return None
+        with suppress(OSError, ValueError):
+            noted = json.loads(self._memo(commit).read_text(encoding="utf-8"))
+            return _Listing(repo, commit, tuple(RepoFile(*entry) for entry in noted), refusal)
+        snapshot = self.snapshot(commit)
+        here = sorted(path for path in snapshot.rglob("*") if path.is_file())
+        files = tuple(RepoFile(path.relative_to(snapshot).as_posix(), path.stat().st_size) for path in here)
+        return _Listing(repo, commit, files, refusal, is_whole=False)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)  # other processes see the old text or the new one
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _bytes_to_fetch(cache: _RepoCache, files: list[RepoFile]) -> int:
+    needed = 0
+    for etag, size in {file.etag: file.size for file in files}.items():
+        if not _has_size(cache.blob(etag), size):
+            needed += size - min(size, _size_of(cache.partial(etag)))
+    return needed
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _check_free_space(repo: str, cache: _RepoCache, files: list[RepoFile], free: int | None) -> None:
+    needed = _bytes_to_fetch(cache, files)
+    if free is None:
+        existing = next(folder for folder in (cache.root, *cache.root.parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DestinationError(
+            f"{repo} needs {_in_words(needed)} more on the disk of {cache.root} and {_in_words(free)} are free: make "
+            f"room for {_in_words(needed - free)}, or set HF_HOME to a folder on a larger disk."
+        )
+
+
+def _in_words(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+# The transfer.
+
+
+def _fetch(
+    listing: _Listing,
+    cache: _RepoCache,
+    files: list[RepoFile],
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Bring files to the cache, several at a time, and report from this thread how far they are."""
+    contents = {file.etag: file for file in files}  # the same bytes under two names travel once
+    arrived = {etag: _size_of(cache.partial(etag)) for etag in contents}  # each worker writes its own entry
+    settled = total - sum(file.size for file in contents.values())
+    stop = threading.Event()
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        pending = {
+            pool.submit(_fetch_one, listing, cache, file, arrived, stop)
+            for file in sorted(contents.values(), key=lambda file: file.size)
+        }
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=_REPORT_SECONDS, return_when=FIRST_COMPLETED)
+                for task in finished:
+                    task.result()
+                if progress is not None:
+                    progress(settled + sum(arrived.values()), total)
+        finally:
+            stop.set()  # after an error or Ctrl-C: the others put down what they hold, and are waited for
+            for task in pending:
+                task.cancel()
+    for etag in contents:
+        _point(cache.blob(etag), [cache.pointer(listing.commit, file.name) for file in files if file.etag == etag])
+
+
+def _fetch_one(
+    listing: _Listing, cache: _RepoCache, file: RepoFile, arrived: dict[str, int], stop: threading.Event
+) -> None:
+    """Bring one file's bytes to its place among the blobs, going on with what an earlier call left."""
+    blob, partial, lock = cache.blob(file.etag), cache.partial(file.etag), cache.lock(file.etag)
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(lock, stop):
+        if not stop.is_set() and not _has_size(blob, file.size):
+            _receive(listing, file, partial, arrived, stop)
+            if not stop.is_set():
+                os.replace(partial, blob)
+    if not stop.is_set():
+        arrived[file.etag] = file.size
+
+
+@contextmanager
+def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
+    """Hold huggingface_hub's lock for a blob, so that two programs do not fetch it at once; `stop` ends the waiting."""
+    from filelock import Timeout
+    from huggingface_hub.utils import WeakFileLock
+
+    with ExitStack() as held:
+        while not stop.is_set():
+            with suppress(Timeout):
+                held.enter_context(WeakFileLock(path, timeout=_REPORT_SECONDS))
+                break
+        yield
+
+
+def _receive(listing: _Listing, file: RepoFile, partial: Path, arrived: dict[str, int], stop: threading.Event) -> None:
+    checksum = _checksum(file)
+    with open(partial, "r+b" if partial.exists() else "w+b") as out:
+        while block := out.read(_BLOCK_BYTES):
+            checksum.update(block)
+            if stop.is_set():
+                return
+        with _explained(listing.repo, listing.commit, file.name):
+            for chunk in _read(_url(listing.repo, listing.commit, file.name), out.tell(), file.size, stop):
+                out.write(chunk)
+                out.flush()  # what is counted as arrived is there even if this process is killed
+                checksum.update(chunk)
+                arrived[file.etag] = out.tell()
+                if stop.is_set():
+                    return
+    if checksum.hexdigest() != file.etag and not stop.is_set():
+        partial.unlink()
+        raise HubError(
+            f"{file.name} of {listing.repo} did not arrive as the Hub announced it (its checksum is not "
+            f"{file.etag[:12]}…): run this again to fetch it anew."
+        )
+
+
+def _checksum(file: RepoFile) -> hashlib._Hash:
+    if len(file.etag) == 64:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % file.size)  # git's name for a file's content
+
+
+def _point(blob: Path, pointers: list[Path]) -> None:
+    """Make the snapshot's paths show a blob; on a disk without symbolic links (exFAT) they become the file itself."""
+    for pointer in pointers:
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        pointer.unlink(missing_ok=True)
+        try:
+            os.symlink(os.path.relpath(blob, pointer.parent), pointer)
+        except OSError:
+            if pointer == pointers[-1]:
+                os.replace(blob, pointer)
+            else:
+                shutil.copyfile(blob, pointer)
+
+
+def _page(repo: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo}/tree/main"
+
+
+def _url(repo: str, revision: str, name: str) -> str:
+    from urllib.parse import quote
+
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
+
+
+def _read(url: str, start: int, end: int, stop: threading.Event) -> Iterator[bytes]:
+    """The bytes [start, end) of a file, in blocks; a connection that breaks is taken up where it broke.
+
+    Ends early only where the file does. Raises the last error once `_RETRY_SECONDS` are used up.
+    """
+    failures = 0
+    while start < end and not stop.is_set():
+        asked = min(end, start + _REQUEST_BYTES)
+        try:
+            for chunk in _answer(url, start, asked):
+                yield chunk
+                start += len(chunk)
+                failures = 0
+        except _network_error() as error:
+            if failures == len(_RETRY_SECONDS) or not _may_pass(error):
+                raise
+            stop.wait(_RETRY_SECONDS[failures])
+            failures += 1
+        else:
+            if start < asked:
+                return
+
+
+def _answer(url: str, start: int, end: int) -> Iterator[bytes]:
+    """One request for the bytes [start, end) of a file; the HTTP library keeps the token from other hosts."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = build_hf_headers(library_name=_LIBRARY)
+    headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+        hf_raise_for_status(response)
+        is_range = response.status_code == 206  # else a server or proxy that knows no ranges sends the whole file
+        unwanted, wanted = 0 if is_range else start, end - start
+        for chunk in response.iter_bytes():  # as it comes: blocks of a set size lose what a break leaves unfilled
+            piece = chunk[unwanted : unwanted + wanted]
+            unwanted -= min(unwanted, len(chunk))
+            wanted -= len(piece)
+            if piece:
+                yield piece
+            if not wanted and not is_range:
+                return
+
+
+# Errors.
+
+
+def _network_error() -> type[Exception]:
+    """The base of what the HTTP library raises (httpx, httpx2 from huggingface_hub 2 on), HfHubHTTPError included."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
+def _may_pass(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return not isinstance(error, HfHubHTTPError) or error.response.status_code in (408, 429, 500, 502, 503, 504)
+
+
+@contextmanager
+def _explained(repo: str, revision: str | None = None, name: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub and its HTTP library raise into one sentence for the user."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        yield
+    except (_network_error(), OfflineModeIsEnabled) as error:
+        raise HubError(_sentence(error, repo, revision, name)) from error
+
+
+def _sentence(error: Exception, repo: str, revision: str | None, name: str | None) -> str:
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: accept its licence at {hub}/{repo}, log in with `hf auth login`, and run this again."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{repo} is neither a folder here nor a model at {hub} that you may read: check the spelling, or log in "
+            "with `hf auth login` if it is private."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}: leave it out, or choose one that {_page(repo)} offers."
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{repo} has no file {name!r}: its files are listed at {_page(repo)}."
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{repo} cannot be fetched while HF_HUB_OFFLINE is set: unset it, or give a folder on this machine."
+    if not isinstance(error, errors.HfHubHTTPError):
+        return (
+            f"{hub} cannot be reached for {repo} ({_one_line(error)}): check the network and run this again; a "
+            "download goes on where it stopped."
+        )
+    status = error.response.status_code
+    if status == 401:
+        return f"{hub} does not accept your token for {repo}: log in anew with `hf auth login`, or correct HF_TOKEN."
+    if status == 403:
+        return (
+            f"{hub} forbids {repo} to your token ({_answer_of(error)}): use one that may read it, by `hf auth login`."
+        )
+    if status == 416:
+        return f"{name} of {repo} ends before the bytes that were asked for: the file is damaged or was replaced."
+    if status == 429:
+        return f"{hub} refuses {repo} for now (429, too many requests): wait a few minutes and run this again."
+    return f"{hub} answered {status} for {repo}: run this again in a while; a download goes on where it stopped."
+
+
+def _upload_reason(error: BaseException) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    if not isinstance(error, HfHubHTTPError):
+        return _one_line(error)
+    status = error.response.status_code
+    if status == 401:
+        return "you are not logged in; `hf auth login` with a token that may write does it"
+    if status == 403:
+        return "your token may not write there; `hf auth login` with one that may does it"
+    return f"the Hub answered {_answer_of(error)}"
+
+
+def _answer_of(error: HfHubHTTPError) -> str:
+    message = " ".join((error.server_message or "").split())[:200].rstrip(".")
+    return f"{error.response.status_code}, {message}" if message else str(error.response.status_code)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _disk_error(error: OSError, repo: str, cache: _RepoCache, files: list[RepoFile]) -> DestinationError:
+    elsewhere = "set HF_HOME to a folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DestinationError(
+            f"The disk of {cache.root} is full and {repo} needs {_in_words(_bytes_to_fetch(cache, files))} more: make "
+            f"room and run this again, it goes on where it stopped, or {elsewhere} on a larger disk."
+        )
+    where = error.filename or cache.root
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return DestinationError(f"{where} cannot be written: give yourself the right to, or {elsewhere} of your own.")
+    return DestinationError(
+        f"{where} cannot be used for {repo} ({error.strerror or _one_line(error)}): check the disk, or {elsewhere}."
+    )
+
+
+@contextmanager
+def _progress_bars(show: bool) -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    # A user's HF_HUB_DISABLE_PROGRESS_BARS, set to 0 or 1, has the last word.
+    if show or are_progress_bars_disabled() or "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ:
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

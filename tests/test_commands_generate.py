@@ -1,0 +1,250 @@
+"""`python -m openelm_mlx.generate` as a person meets it: what stands on stdout, what on stderr, and how mistakes end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+from conftest import random_model, save_folder
+
+from openelm_mlx.commands import main, require_mlx
+from openelm_mlx.errors import PlatformError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("models") / "tiny", random_model(), "llama")
+
+
+@pytest.fixture
+def generate(capsys, monkeypatch):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr("openelm_mlx.checkpoint.hub.cached_file", lambda *_: None)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main(["generate", *map(str, arguments)])
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_the_answer_on_stdout_and_the_rest_on_stderr(generate, folder):
+    code, out, err = generate("--model", folder, "--prompt", "Hello world", "--max-tokens", 5)
+    assert code == 0
+    assert out.endswith("\n")
+    assert len(err.splitlines()) == 1
+    assert "5 tokens at" in err
+    quiet = generate("--model", folder, "--prompt", "Hello world", "--max-tokens", 5, "--quiet")
+    assert quiet == (0, out, "")
+
+
+def test_json_for_machines(generate, folder):
+    code, out, err = generate("--model", folder, "--prompt", "Hello", "--max-tokens", 4, "--json", "--logprobs", 2)
+    answer = json.loads(out)
+    assert (code, err) == (0, "")
+    assert len(answer["tokens"]) == 4
+    assert answer["finish_reason"] == "length"
+    assert answer["statistics"]["completion_tokens"] == 4
+    assert [len(entry["top"]) for entry in answer["logprobs"]] == [2] * 4
+    plain = generate("--model", folder, "--prompt", "Hello", "--max-tokens", 4, "--quiet")[1]
+    assert plain == answer["text"] + "\n"
+
+
+def test_the_prompt_from_a_file_or_standard_input(generate, folder, tmp_path, monkeypatch):
+    options = ("--model", folder, "--max-tokens", 4, "--quiet")
+    expected = generate(*options, "--prompt", "Grüße, мир")
+    file = tmp_path / "prompt.txt"
+    file.write_text("Grüße, мир", encoding="utf-8")
+    assert generate(*options, "--prompt-file", file) == expected
+    for arguments in ((), ("--prompt", "-")):
+        with file.open("rb") as stream:
+            monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": stream, "isatty": lambda self: False})())
+            assert generate(*options, *arguments) == expected
+
+
+def test_clipped_max_tokens_is_said(generate, folder):
+    _, out, err = generate("--model", folder, "--prompt", "Hello", "--max-tokens", 1000)
+    assert "--max-tokens 1000 was clipped" in err
+
+
+def test_stop_seed_and_template_reach_the_loop(generate, folder):
+    options = ("--model", folder, "--prompt", "Hello", "--quiet", "--max-tokens", 30)
+    whole = generate(*options)[1].rstrip("\n")
+    stop = whole[10:12]
+    assert generate(*options, "--stop", stop)[1] == whole[: whole.index(stop)] + "\n"
+    warm = (*options, "--temperature", 1.0, "--top-k", 40, "--top-p", 0.9, "--min-p", 0.01)
+    assert generate(*warm, "--seed", 3) == generate(*warm, "--seed", 3)
+    assert generate(*warm, "--seed", 3) != generate(*warm, "--seed", 4)
+    assert generate(*options, "--chat-template", "openelm-instruct")[1] != whole + "\n"
+    assert generate(*options, "--logit-bias", "2=1000")[1] == "\n"
+    assert generate(*options, "--chat-template", "openelm-instruct", "--system", "Be brief.")[0] == 0
+
+
+def broken(folder, tmp_path, name):
+    """A copy of the folder with one thing wrong."""
+    import shutil
+
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    weights, config = copy / "model.safetensors", copy / "config.json"
+    arrays = dict(mx.load(str(folder / "model.safetensors")))
+    match name:
+        case "config is no JSON":
+            config.write_text("{")
+        case "config lacks a field":
+            config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "head_dim"}))
+        case "no config":
+            config.unlink()
+        case "truncated":
+            os.truncate(weights, weights.stat().st_size - 100)
+        case "over-long":
+            with weights.open("ab") as file:
+                file.write(b"\0" * 100)
+        case "header lies":
+            data = weights.read_bytes()
+            weights.write_bytes(data.replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1))
+        case "a tensor missing":
+            del arrays["transformer.norm.weight"]
+            mx.save_safetensors(str(weights), arrays)
+        case "a tensor too many":
+            mx.save_safetensors(str(weights), arrays | {"extra": mx.zeros((1,))})
+        case "a wrong shape":
+            mx.save_safetensors(str(weights), arrays | {"transformer.norm.weight": mx.zeros((3,))})
+        case "a wrong type":
+            mx.save_safetensors(str(weights), arrays | {"transformer.norm.weight": mx.zeros((64,), mx.int8)})
+        case "not a number":
+            mx.save_safetensors(str(weights), arrays | {"transformer.norm.weight": mx.full((64,), float("nan"))})
+        case "a shard missing":
+            index = {"weight_map": {"transformer.norm.weight": "model-00002-of-00002.safetensors"}}
+            (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "a pickle only":
+            weights.rename(copy / "pytorch_model.bin")
+        case "no tokenizer":
+            (copy / "tokenizer.model").unlink()
+        case "a damaged tokenizer":
+            (copy / "tokenizer.model").write_bytes(b"hello")
+        case _:
+            raise AssertionError(name)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("config is no JSON", "config.json"), ("config lacks a field", '"head_dim"'), ("no config", "config.json"),
+        ("truncated", "model.safetensors"), ("over-long", "model.safetensors"), ("header lies", "offsets span"),
+        ("a tensor missing", "transformer.norm.weight"), ("a tensor too many", "extra"), ("a wrong shape", "[3]"),
+        ("a wrong type", "I8"), ("not a number", "not finite"), ("a shard missing", "model-00002-of-00002"),
+        ("a pickle only", "pytorch_model.bin"), ("no tokenizer", "--tokenizer"), ("a damaged tokenizer", "tokenizer.model"),
+    ],
+)  # fmt: skip
+def test_a_broken_model_is_one_sentence(generate, folder, tmp_path, name, said):
+    code, out, err = generate("--model", broken(folder, tmp_path, name), "--prompt", "Hello")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "/no/such/folder"], "/no/such/folder"), (["--prompt", ""], "empty"), (["--prompt", "  \n"], "empty"),
+        (["--prompt", "Hello " * 100], "context holds 64"), (["--temperature", "-1"], "temperature is -1"),
+        (["--temperature", "nan"], "temperature is nan"), (["--top-k", "-5"], "top_k is -5"), (["--top-p", "0"], "top_p is 0"),
+        (["--top-p", "7"], "top_p is 7"), (["--min-p", "2"], "min_p is 2"), (["--repetition-penalty", "0"], "repetition_penalty"),
+        (["--presence-penalty", "inf"], "presence_penalty"), (["--frequency-penalty", "1e30"], "frequency_penalty"),
+        (["--seed", "-1"], "seed is -1"), (["--max-tokens", "0"], "max_tokens is 0"), (["--max-tokens", "many"], "many"),
+        (["--logprobs", "-1"], "logprobs is -1"), (["--logit-bias", "x"], "TOKEN=NUMBER"), (["--logit-bias", "9999=1"], "9999"),
+        (["--sliding-window", "0"], "sliding_window is 0"), (["--prefill-chunk", "0"], "prefill_chunk is 0"),
+        (["--context-length", "100"], "100"), (["--dtype", "int4"], "int4"), (["--chat-template", "chatml"], "chatml"),
+        (["--tokenizer", "/no/tokenizer"], "/no/tokenizer"), (["--prompt-file", "/no/file"], "two prompts"),
+        (["--system", "Be brief."], "--chat-template"), (["--stop", ""], "stop"), (["--no-such-option"], "--no-such-option"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_one_sentence(generate, folder, arguments, said):
+    defaults = [] if "--model" in arguments else ["--model", folder]
+    defaults += [] if "--prompt" in arguments else ["--prompt", "Hello"]
+    code, out, err = generate(*defaults, *arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert said in err
+
+
+def test_standard_input_that_is_not_utf_8(folder):
+    command = [sys.executable, "-m", "openelm_mlx.generate", "--model", str(folder)]
+    finished = subprocess.run(command, input=b"caf\xe9 latin-1", capture_output=True, check=False)
+    assert finished.returncode == 2
+    assert finished.stdout == b""
+    assert finished.stderr.decode().strip().endswith("iconv.")
+    assert b"0xe9" in finished.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_ctrl_c_ends_cleanly_with_what_was_generated(folder, arguments):
+    # 100,000 tokens in a window: it would take minutes.
+    command = [sys.executable, "-m", "openelm_mlx.generate", "--model", str(folder), "--prompt", "Hello", "--quiet"]
+    command += ["--max-tokens", "100000", "--sliding-window", "32", "--logit-bias", "2=-inf", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if arguments:
+        time.sleep(4)
+        first = b""
+    else:
+        first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert (first + out).endswith(b"\n")
+    if arguments:
+        answer = json.loads(out)
+        assert answer["finish_reason"] == "interrupted"
+        assert len(answer["tokens"]) > 0
+
+
+def test_a_closed_pipe_is_no_error(folder):
+    command = f"{sys.executable} -m openelm_mlx.generate --model {folder} --prompt Hello --quiet --max-tokens 50 | head -c 1"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert finished.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["-m", "openelm_mlx", "--help"], ["-m", "openelm_mlx", "generate", "--help"]])
+def test_help(command):
+    finished = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+    assert "generate" in finished.stdout
+
+
+def test_an_unknown_command(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["frobnicate"])
+    assert exit.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [(("Darwin", "x86_64", True), "Rosetta.*arm64"), (("Darwin", "x86_64", False), "Intel Mac.*Apple silicon")],
+)
+def test_macs_that_cannot_run_mlx_are_told_what_is_needed(facts, said):
+    with pytest.raises(PlatformError, match=said):
+        require_mlx(*facts)
+
+
+def test_a_missing_mlx_is_one_sentence(tmp_path):
+    """Without MLX the help still works, and everything else says what to install."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").write_text("raise ImportError('no MLX here')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "openelm_mlx.generate"]
+    assert subprocess.run([*command, "--help"], env=environment, capture_output=True, check=False).returncode == 0
+    finished = subprocess.run([*command, "--prompt", "x"], env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert len(finished.stderr.splitlines()) == 1
+    assert "pip install 'mlx" in finished.stderr

@@ -7,11 +7,10 @@ another begins in a row, BOS stands again. Loss is taken on answers and on prose
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +30,10 @@ class Recipe:
     """How many rows of which kind a batch has."""
 
     short_length: int = 128
-    short_rows: int = 256
+    short_rows: int = 320
     long_length: int = 512
-    long_conversation_rows: int = 16
-    prose_rows: int = 40
+    long_conversation_rows: int = 12
+    prose_rows: int = 24
     sentence_rows: int = 8
     unknown_share: float = 0.06  # of the turns, questions for unknown words and small talk
     new_conversation: float = 0.6  # probability that a turn in a short row begins a conversation
@@ -201,17 +200,19 @@ def batches(
         yield Batch(short_rows, long_rows, StreamState(rng.bit_generator.state, short.state, long.state))
 
 
-def prefetched(source: Iterator[Batch], depth: int = 8) -> Iterator[Batch]:
-    """The same batches, made in a thread while the device works on the ones before."""
-    queue: Queue[Batch] = Queue(depth)
-
-    def fill() -> None:
-        for batch in source:
-            queue.put(batch)
-
-    Thread(target=fill, daemon=True).start()
+def prefetched(data: Path, recipe: Recipe, seed: int, state: StreamState | None = None) -> Iterator[Batch]:
+    """The same batches from the folder `data`, made in another process while the device works on the ones before."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue(16)
+    context.Process(target=_fill, args=(queue, data, recipe, seed, state), daemon=True).start()
     while True:
         yield queue.get()
+
+
+def _fill(queue: Any, data: Path, recipe: Recipe, seed: int, state: StreamState | None) -> None:
+    conversations, prose = Conversations(data / "conversations.npz"), Prose(data / "prose.npz")
+    for batch in batches(conversations, prose, recipe, seed, state):
+        queue.put(batch)
 
 
 def _stack(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Rows:

@@ -135,7 +135,7 @@ class SlidingKVCache:
         if keys.shape[2] == 1:
             self._write(keys, values)
             return self.keys, self.values
-        before = self._positions_before()
+        before = self._positions_before(self.offset)
         all_keys = mx.concatenate([*self._read(self.keys, before), keys], axis=2)
         all_values = mx.concatenate([*self._read(self.values, before), values], axis=2)
         self._write(keys, values)
@@ -146,7 +146,7 @@ class SlidingKVCache:
         window = self.window if window_size is None else min(window_size, self.window)
         if N == 1:
             return self._ring_mask(window, return_array)
-        first = self._positions_before().start
+        first = self._positions_before(self.offset).start
         if return_array:
             positions = mx.arange(first, self.offset + N)
             return visible_keys(positions[self.offset - first :], positions, window, self.left_padding)
@@ -155,15 +155,15 @@ class SlidingKVCache:
     def rewind(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` tokens, exactly. Raises ValueError when the ring has lost what stood before."""
         offset = self.offset - num_tokens
-        needed = max(0, offset - self.window + 1)
-        if num_tokens < 0 or offset < 0 or (offset and needed < self.end - self.capacity):
+        needed = self._positions_before(offset)
+        if num_tokens < 0 or offset < 0 or (needed and needed.start < self.end - self.capacity):
             raise ValueError(
                 f"cannot take back {num_tokens} of {self.offset} tokens: a ring of {self.capacity} slots for a window "
                 f"of {self.window} holds the tokens from {max(0, self.end - self.capacity)} on"
             )
         self.offset = offset
-        if offset == 0:
-            self.end = 0
+        if not needed:
+            self.end = offset
 
     @property
     def state(self) -> tuple[mx.array, mx.array] | tuple[()]:
@@ -207,9 +207,9 @@ class SlidingKVCache:
         runs = [slice(first, min(stop, self.capacity)), slice(0, stop - self.capacity)]
         return [run for run in runs if run.start < run.stop]
 
-    def _positions_before(self) -> range:
-        """The cached positions that the next token may see: window - 1 at most."""
-        return range(max(0, self.offset - self.window + 1), self.offset)
+    def _positions_before(self, offset: int) -> range:
+        """The positions before `offset` that a token there sees: window - 1 at most."""
+        return range(max(0, offset - self.window + 1), offset)
 
     def _ring_mask(self, window: int, return_array: bool) -> Mask:
         """Which slots the next token sees once it is in its own: (1, capacity), or (B, 1, 1, capacity)."""

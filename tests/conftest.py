@@ -58,7 +58,9 @@ def random_model(vocab_size: int = 600, context_length: int = 64, seed: int = 0)
     spec = spec_from_config({**TINY, "vocab_size": vocab_size, "max_context_length": context_length})
     model = build_model(spec)
     keys = iter(mx.random.split(mx.random.key(seed), 100))
-    model.update(tree_map(lambda a: mx.random.normal(a.shape, key=next(keys)) * (0.3 if a.ndim > 1 else 1), model.parameters()))
+    model.update(
+        tree_map(lambda a: mx.random.normal(a.shape, key=next(keys)) * (0.3 if a.ndim > 1 else 1), model.parameters())
+    )
     mx.eval(model.parameters())
     return model
 

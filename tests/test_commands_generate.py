@@ -210,7 +210,9 @@ def test_ctrl_c_ends_cleanly_with_what_was_generated(folder, arguments):
 
 
 def test_a_closed_pipe_is_no_error(folder):
-    command = f"{sys.executable} -m openelm_mlx.generate --model {folder} --prompt Hello --quiet --max-tokens 50 | head -c 1"
+    command = (
+        f"{sys.executable} -m openelm_mlx.generate --model {folder} --prompt Hello --quiet --max-tokens 50 | head -c 1"
+    )
     finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert finished.stderr == ""
 

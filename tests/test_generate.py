@@ -81,7 +81,16 @@ def test_the_next_step_is_dispatched_before_the_last_token_is_read(model, monkey
     monkeypatch.setattr("openelm_mlx.generate.mx.async_eval", note)
     for chunk in stream_generate(model, None, PROMPT, max_tokens=4):
         events.append(f"read {chunk.token is not None}")
-    assert events == ["dispatched", "dispatched", "read True", "dispatched", "read True", "dispatched", "read True", "read True"]
+    assert events == [
+        "dispatched",
+        "dispatched",
+        "read True",
+        "dispatched",
+        "read True",
+        "dispatched",
+        "read True",
+        "read True",
+    ]
 
 
 def test_end_of_text_ends_it_and_has_no_text(model, tokenizer):
@@ -146,7 +155,9 @@ def test_a_sliding_window_goes_past_the_context_when_asked_for(model):
 
 def test_same_seed_same_text(model, tokenizer):
     def text(seed):
-        return om.generate(model, tokenizer, "Hello", max_tokens=20, sampling=om.SamplingParams(temperature=1.0, seed=seed))
+        return om.generate(
+            model, tokenizer, "Hello", max_tokens=20, sampling=om.SamplingParams(temperature=1.0, seed=seed)
+        )
 
     assert text(5) == text(5)
     assert text(5) != text(6)

@@ -46,7 +46,11 @@ def test_mlx_lm_s_caches_in_our_model(model):
 
     whole = model(mx.array([PROMPT]))
     for cache in ([KVCache() for _ in model.layers], [RotatingKVCache(max_size=64) for _ in model.layers]):
-        parts = [model(mx.array([PROMPT[:5]]), cache), model(mx.array([PROMPT[5:6]]), cache), model(mx.array([PROMPT[6:]]), cache)]
+        parts = [
+            model(mx.array([PROMPT[:5]]), cache),
+            model(mx.array([PROMPT[5:6]]), cache),
+            model(mx.array([PROMPT[6:]]), cache),
+        ]
         assert mx.allclose(mx.concatenate(parts, axis=1), whole, atol=1e-4)
 
 

@@ -49,7 +49,8 @@ def test_the_search_for_a_tokenizer(model, tmp_path, monkeypatch):
     folder = save_folder(tmp_path / "m", model)
     cached = FIXTURES / "tokenizers" / "llama" / "tokenizer.model"
     monkeypatch.setattr(
-        "openelm_mlx.checkpoint.hub.cached_file", lambda repo, name: cached if "meta-llama" in repo and "model" in name else None
+        "openelm_mlx.checkpoint.hub.cached_file",
+        lambda repo, name: cached if "meta-llama" in repo and "model" in name else None,
     )
     assert load(folder)[1].files[0] == cached
     # What stands in the folder comes before the cache, and what was asked for before both.
@@ -79,7 +80,9 @@ def test_sources_that_are_not_there(source):
         load(source)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(None, mx.float32), ("bfloat16", mx.bfloat16), (mx.float16, mx.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(None, mx.float32), ("bfloat16", mx.bfloat16), (mx.float16, mx.float16)]
+)
 def test_the_type_to_compute_in(model, tmp_path, dtype, expected):
     ours, _ = load(save_folder(tmp_path / "m", model), dtype=dtype)
     assert ours(mx.array([[1]])).dtype == expected

@@ -1,0 +1,68 @@
+"""Loading from a repository, against a stand-in of the Hub's HTTP API on this machine."""
+
+from pathlib import Path
+
+import hub_server
+import pytest
+from conftest import FIXTURES, random_model, save_folder
+
+import openelm_mlx as om
+from openelm_mlx.commands import main
+
+hub = hub_server.hub  # the fixture
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, bytes | Path]:
+    folder = save_folder(tmp_path / "made", random_model(), "llama")
+    files = {file.name: file for file in folder.iterdir()}
+    return {**files, "pytorch_model.bin": b"pickle", "original/model.safetensors": b"another copy", "LICENSE": b"terms"}
+
+
+def test_a_repository_loads_and_answers_and_only_one_layout_moves(hub, files):
+    hub.add_repo("somebody/OpenELM-tiny-Instruct", files)
+    model, tokenizer = om.load("somebody/OpenELM-tiny-Instruct")
+    assert om.generate(model, tokenizer, "Hello", max_tokens=3)
+    assert tokenizer.chat_template == "openelm-instruct"
+    assert hub.sent("model.safetensors") > 0
+    assert hub.sent("pytorch_model.bin") == hub.sent("original/model.safetensors") == 0
+    before = hub.sent("model.safetensors")
+    om.load("somebody/OpenELM-tiny-Instruct")
+    assert hub.sent("model.safetensors") == before
+
+
+def test_a_tokenizer_from_another_repository(hub, files):
+    without = {name: content for name, content in files.items() if not name.startswith("tokenizer")}
+    hub.add_repo("apple/OpenELM-tiny", without)
+    hub.add_repo("meta-llama/Llama-2-7b-hf", {"tokenizer.model": FIXTURES / "tokenizers" / "llama" / "tokenizer.model"})
+    model, tokenizer = om.load("apple/OpenELM-tiny")
+    assert tokenizer is None
+    assert om.load("apple/OpenELM-tiny", tokenizer="meta-llama/Llama-2-7b-hf")[1].vocab_size == 600
+    # From now on it is in the cache, which is searched last.
+    assert om.load("apple/OpenELM-tiny")[1].vocab_size == 600
+
+
+@pytest.mark.parametrize(
+    ("repo", "said"),
+    [
+        ("apple/No-Such-Model", "apple/No-Such-Model"),
+        ("apple/Gated", "/apple/Gated, log in with `hf auth login`"),
+        ("apple/Empty", "no"),
+    ],
+)
+def test_repositories_that_cannot_be_loaded_are_one_sentence(hub, files, capsys, repo, said):
+    hub.add_repo("apple/Gated", files, gated=True)
+    hub.add_repo("apple/Empty", {"README.md": b"nothing here"})
+    assert main(["generate", "--model", repo, "--prompt", "Hello"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert said in captured.err
+
+
+def test_without_a_network_it_is_one_sentence(hub, files, capsys, monkeypatch):
+    hub.add_repo("apple/OpenELM-tiny", files)
+    hub.stop()
+    monkeypatch.setattr("openelm_mlx.checkpoint.hub._RETRY_SECONDS", ())
+    assert main(["generate", "--model", "apple/OpenELM-tiny", "--prompt", "Hello"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

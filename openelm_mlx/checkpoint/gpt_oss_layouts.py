@@ -143,17 +143,29 @@ def _mxfp4_expert(layout: str, name: str, shape: tuple[int, ...]) -> list[Assemb
 
 
 def _dense_expert(name: str, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]) -> Assembly:
-    """An expert matrix stored as (E, in, out), or its bias. The way round is read off gate_up: down_proj is square."""
+    """An expert matrix stored as (E, in, out), as transformers does, or as (E, out, in); or its bias."""
     stored = _hf_expert_name(name)
     if name.endswith(".bias"):
         return Assembly(name, shape, (Source(stored, shape),))
     if f"{stored}_blocks" in entries:
         stored = f"{stored}_blocks"
-    gate_up = entries.get(stored.replace("down_proj", "gate_up_proj"))
-    hidden, rows = (shape[1], 2 * shape[2]) if ".down_proj." in name else (shape[2], shape[1])
-    if gate_up is not None and gate_up.shape[1:] == (rows, hidden) and rows != hidden:
+    if _is_rows_first(name, stored, shape, entries):
         return Assembly(name, shape, (Source(stored, shape),))
     return Assembly(name, shape, (Source(stored, (shape[0], shape[2], shape[1])),), transposed)
+
+
+def _is_rows_first(name: str, stored: str, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]) -> bool:
+    """Whether a layer's experts are stored as (E, out, in): what its gate_up says, or its down when that is square.
+
+    The down projection of both releases is square and says nothing of itself.
+    """
+    is_down = ".down_proj." in name
+    hidden, intermediate = shape[1:] if is_down else (shape[2], shape[1] // 2)
+    for part, rows, columns in (("gate_up_proj", 2 * intermediate, hidden), ("down_proj", hidden, intermediate)):
+        entry = entries.get(stored.replace("down_proj" if is_down else "gate_up_proj", part))
+        if entry is not None and rows != columns:
+            return entry.shape[1:] == (rows, columns)
+    return False
 
 
 def packed_words(blocks: mx.array) -> mx.array:
@@ -233,13 +245,20 @@ def _unpacked_and_joined(
     def make(*arrays: mx.array) -> mx.array:
         rest = iter(arrays)
         pieces = [
-            packing.dequantize({part: next(rest) for part in parts}, mx.bfloat16)
+            unpacked(packing, {part: next(rest) for part in parts})
             for packing, parts in zip(packings, part_names, strict=True)
         ]
         join = _JOINS[len(pieces)]
-        return pieces[0] if join is None else join(*pieces)
+        assert join is not None
+        return join(*pieces)
 
     return Assembly(name, shape, tuple(sources), make, "BF16")
+
+
+def unpacked(packing: Quantization, parts: Mapping[str, mx.array]) -> mx.array:
+    """A packed weight as bf16, computed in float32 and rounded once."""
+    wide = {name: part.astype(mx.float32) if part.dtype == mx.bfloat16 else part for name, part in parts.items()}
+    return packing.dequantize(wide, mx.float32).astype(mx.bfloat16)
 
 
 def joined_rows(*pieces: mx.array) -> mx.array:

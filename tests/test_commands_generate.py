@@ -71,7 +71,7 @@ def test_the_prompt_from_a_file_or_standard_input(generate, folder, tmp_path, mo
 
 
 def test_clipped_max_tokens_is_said(generate, folder):
-    _, out, err = generate("--model", folder, "--prompt", "Hello", "--max-tokens", 1000)
+    _, _, err = generate("--model", folder, "--prompt", "Hello", "--max-tokens", 1000)
     assert "--max-tokens 1000 was clipped" in err
 
 
@@ -158,8 +158,9 @@ def test_a_broken_model_is_one_sentence(generate, folder, tmp_path, name, said):
     [
         (["--model", "/no/such/folder"], "/no/such/folder"), (["--prompt", ""], "empty"), (["--prompt", "  \n"], "empty"),
         (["--prompt", "Hello " * 100], "context holds 64"), (["--temperature", "-1"], "temperature is -1"),
-        (["--temperature", "nan"], "temperature is nan"), (["--top-k", "-5"], "top_k is -5"), (["--top-p", "0"], "top_p is 0"),
-        (["--top-p", "7"], "top_p is 7"), (["--min-p", "2"], "min_p is 2"), (["--repetition-penalty", "0"], "repetition_penalty"),
+        (["--temperature", "nan"], "temperature is nan"), (["--top-k", "-5"], "top_k is -5"),
+        (["--top-p", "0"], "top_p is 0"), (["--top-p", "7"], "top_p is 7"), (["--min-p", "2"], "min_p is 2"),
+        (["--repetition-penalty", "0"], "repetition_penalty"),
         (["--presence-penalty", "inf"], "presence_penalty"), (["--frequency-penalty", "1e30"], "frequency_penalty"),
         (["--seed", "-1"], "seed is -1"), (["--max-tokens", "0"], "max_tokens is 0"), (["--max-tokens", "many"], "many"),
         (["--logprobs", "-1"], "logprobs is -1"), (["--logit-bias", "x"], "TOKEN=NUMBER"), (["--logit-bias", "9999=1"], "9999"),

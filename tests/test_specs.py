@@ -163,7 +163,7 @@ def test_wrong_configs_are_refused_with_the_field_and_value(change, said):
 
 
 def test_an_unknown_corenet_size_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="OpenELM-7B.*OpenELM-1_1B"):
+    with pytest.raises(ConfigError, match=r"OpenELM-7B.*OpenELM-1_1B"):
         spec_from_config(mlx_config("7B"))
 
 

@@ -25,17 +25,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     layers = facts.pop("layers")
     for name, value in facts.items():
-        print(
-            f"{name.replace('_', ' '):22} {value:,}"
-            if isinstance(value, int)
-            else f"{name.replace('_', ' '):22} {value}"
-        )
+        text = f"{value:,}" if isinstance(value, int) else value
+        print(f"{name.replace('_', ' '):22} {text}")
     if args.layers:
         print("\nlayer  query heads  kv heads  head dim  feed-forward width")
         for i, layer in enumerate(layers):
-            print(
-                f"{i:5}  {layer['num_heads']:11}  {layer['num_kv_heads']:8}  {layer['head_dim']:8}  {layer['intermediate_size']:18}"
-            )
+            heads = f"{layer['num_heads']:11}  {layer['num_kv_heads']:8}  {layer['head_dim']:8}"
+            print(f"{i:5}  {heads}  {layer['intermediate_size']:18}")
     return 0
 
 

@@ -747,6 +747,18 @@ def test_runs_inside_mlx_lms_loop(tiny, step):
     assert [chunk.token for chunk in chunks] == greedy(model, prompt, 25)
 
 
+def test_takes_mlx_lms_caches(folder):
+    """Those of its own gpt-oss: one that keeps everything, and a rotating one for the window."""
+    from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+    model, known = load_gpt_oss(folder), oracle(folder)
+    windows = [layer.window for layer in model.spec.layers]
+    cache = [KVCache() if window is None else RotatingKVCache(window) for window in windows]
+    tokens = mx.array(known["tokens"])
+    logits = [model(tokens[:, start:stop], cache) for start, stop in ((0, 20), (20, 27), (27, 28), (28, 29), (29, 40))]
+    assert max_difference(mx.concatenate(logits, axis=1), known["logits_fp32"][:, :40]) <= TOLERANCE
+
+
 def test_runs_inside_mlx_lms_server(tiny, monkeypatch):
     """Three completions over HTTP: a prompt, its continuation (mlx-lm's prompt store), and another prompt."""
     from mlx_lm import server

@@ -54,11 +54,10 @@ class GptOss(nn.Module):
         for i, layer in enumerate(self.layers[start:stop], start):
             window = self.spec.layers[i].window
             if window not in masks:
-                masks[window] = (
-                    causal_mask(L, 0, window, left_padding)
-                    if cache is None
-                    else cache[i].make_mask(L, window_size=window)
-                )
+                if cache is None:
+                    masks[window] = causal_mask(L, 0, window, left_padding)
+                else:  # mlx-lm's caches, which may stand here too, need both words
+                    masks[window] = cache[i].make_mask(L, return_array=False, window_size=window)
             h = layer(h, masks[window], None if cache is None else cache[i])
         return h
 

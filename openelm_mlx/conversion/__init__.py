@@ -1,0 +1,318 @@
+"""Converting a checkpoint: any layout in, Apple's names out, cast and quantized, in the memory of one tensor.
+
+`convert` below is the whole way: source, plan, tokenizer, weights one after the other, the files beside them, a look at
+what was written, and the rename that makes it visible. `plan.py` decides, `checkpoint/writer.py` writes, `verify.py`
+compares, `card.py` carries the licence along.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import __version__
+from ..checkpoint import hub
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, check_destination
+from ..errors import HubError, SettingError
+from ..loading import find_tokenizer, stored_template
+from ..text.tokenizer import Tokenizer
+from .card import CardFacts, licence_files, model_card
+from .plan import TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
+from .source import Progress, Source
+from .verify import LayerError, Verification
+from .verify import verify as verify_files
+
+__all__ = ["ConversionReport", "LayerError", "PlannedTensor", "Verification", "convert", "plan_conversion"]
+
+_PROGRAM = f"openelm_mlx {__version__}"
+
+# Small files that belong to the model and are copied as they are.
+_COPIED = ("generation_config.json",)
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did, or after a dry run what it would do.
+
+    destination: None after a dry run. tensors, nbytes: the output's, without headers. dtype: the floating type, of what
+    is not packed when some is. quantization: as config.json has it. files: name -> bytes of all that was written;
+    checksums: SHA-256 of the files of weights. tokenizer: the files that were stored, () when none was found.
+    num_resumed: tensors that an interrupted conversion had already written.
+    """
+
+    source: str
+    destination: Path | None
+    layout: str
+    tensors: tuple[PlannedTensor, ...]
+    nbytes: int
+    source_nbytes: int
+    dtype: str
+    quantization: Mapping[str, Any] | None
+    chat_template: str | None = None
+    tokenizer: tuple[str, ...] = ()
+    files: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    num_resumed: int = 0
+    verification: Verification | None = None
+    upload_url: str | None = None
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path | None,
+    quantize: str | int | None = None,
+    dtype: str | mx.Dtype | None = None,
+    *,
+    group_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    chat_template: str | None = None,
+    revision: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    verify: bool = False,
+    dry_run: bool = False,
+    upload: str | None = None,
+    private: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint to a folder that this library and mlx-lm load.
+
+    source: a folder, a file, a Hub repository as owner/name (at `revision`), or a demo, in any layout that is read.
+    destination: a folder that does not exist yet; it appears when it is whole. After Ctrl-C or a crash the same call
+    goes on where it stopped, from DESTINATION.partial; after an error nothing is left.
+    quantize: 2, 3, 4, 5, 6 or 8 (bits, with `group_size` 32, 64 or 128), "mxfp4", "mxfp8", "nvfp4", or "mixed": 4 bits,
+    and 8 for the embedding and the outer layers. dtype: "float32", "bfloat16" or "float16" for what is not packed; None
+    keeps the stored type (see `plan_conversion` for the exceptions). On a quantized source it unpacks the weights.
+    tokenizer, chat_template: as in `load`; both are stored with the weights.
+    verify: read the result back and compare it with the original, before it appears. dry_run: write nothing; of a
+    repository only the headers are fetched. upload: a repository to send the folder to, `private` or not.
+    progress: called with a stage ("download", "convert", "verify"), what is done and of how much.
+
+    Raises the errors of `openelm_mlx.errors`, each with the next step.
+    """
+    target = _checked_request(destination, dry_run, upload, private)
+    opened = Source.open(source, revision, progress)
+    plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, max_file_bytes)
+    found = find_tokenizer(opened.folder, plan.spec, tokenizer)
+    template = _chat_template(opened, plan, chat_template)
+    report = _report(opened, plan, found, template)
+    if target is None:
+        return report
+    opened = opened.fetch(target, plan.nbytes, progress)
+    fingerprint = plan.fingerprint(opened.checkpoint.files, opened.config)
+    with _no_buffer_cache(), CheckpointWriter(target, plan.files, fingerprint) as writer:
+        num_resumed = writer.num_finished
+        _write_weights(plan, opened, writer, progress)
+        folder = writer.assemble(_other_files(opened, plan, found, template))
+        verification = None
+        if verify:
+            original = (opened.contents, opened.checkpoint)
+            verification = verify_files(folder, writer.checksums, original, found, _stage("verify", progress))
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        writer.publish()
+    url = None if upload is None else hub.upload(target, upload, private, f"Convert {opened.name} with {_PROGRAM}")
+    return replace(
+        report,
+        destination=writer.destination,
+        files=sizes,
+        checksums=dict(writer.checksums),
+        num_resumed=num_resumed,
+        verification=verification,
+        upload_url=url,
+    )
+
+
+def _checked_request(destination: str | Path | None, dry_run: bool, upload: str | None, private: bool) -> Path | None:
+    """The folder to write, None for a dry run; everything that can be wrong with it is found before any work."""
+    if private and upload is None:
+        raise SettingError("private is about an upload, and none was asked for: name a repository to upload to.")
+    if upload is not None and not hub.is_repo_id(upload) and not Path(upload).exists():
+        raise HubError(f"{upload!r} is not the name of a Hub repository: write OWNER/NAME.")
+    if dry_run:
+        return None
+    if destination is None or not str(destination):
+        raise SettingError("There is no destination: name a folder to write, or ask for a dry run.")
+    target = Path(destination).expanduser()
+    check_destination(target)
+    return target
+
+
+def _chat_template(source: Source, plan: ConversionPlan, asked: str | None) -> str | None:
+    # gpt-oss has one format, which needs no name.
+    return stored_template(source.config, asked, source.chooser).template if plan.spec.family == "openelm" else None
+
+
+def _report(
+    source: Source, plan: ConversionPlan, tokenizer: Tokenizer | None, template: str | None
+) -> ConversionReport:
+    return ConversionReport(
+        source=source.name,
+        destination=None,
+        layout=source.contents.layout,
+        tensors=plan.tensors,
+        nbytes=plan.nbytes,
+        source_nbytes=sum(entry.nbytes for entry in source.checkpoint.entries.values()),
+        dtype=plan.dtype,
+        quantization=plan.quantization,
+        chat_template=template,
+        tokenizer=() if tokenizer is None else tuple(file.name for file in tokenizer.files),
+    )
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _write_weights(plan: ConversionPlan, source: Source, writer: CheckpointWriter, progress: Progress | None) -> None:
+    remaining = writer.remaining
+    report = _Bytes(plan.nbytes, plan.nbytes - sum(tensor.nbytes for tensor in remaining), progress)
+    for _, tensors in groupby(remaining, key=lambda tensor: plan.weight_of[tensor.name].tensors):
+        names = [tensor.name for tensor in tensors]
+        _write_weight(plan.weight_of[names[0]], names, source.checkpoint, writer, report)
+
+
+def _write_weight(
+    weight: PlannedWeight, names: list[str], checkpoint: Checkpoint, writer: CheckpointWriter, report: _Bytes
+) -> None:
+    """Write tensors of one weight: the first slice by slice, the others (scales and biases, which are small) after it."""
+    order = [tensor.name for tensor in weight.tensors]
+    first, *others = (order.index(name) for name in names)
+    held: list[list[memoryview]] = [[] for _ in others]
+
+    def pieces() -> Iterator[memoryview]:
+        for arrays in weight.slices(checkpoint):
+            for place, kept in zip(others, held, strict=True):
+                kept.append(_bytes_of(arrays[place]))
+            yield report.add(_bytes_of(arrays[first]))
+
+    writer.write(names[0], pieces())
+    for name, kept in zip(names[1:], held, strict=True):
+        writer.write(name, map(report.add, kept))
+
+
+def _bytes_of(array: mx.array) -> memoryview:
+    """The array's own memory, as it goes to the file."""
+    return np.array(mx.contiguous(array).view(mx.uint8), copy=False).reshape(-1).data
+
+
+class _Bytes:
+    """Counts what goes to the disk."""
+
+    def __init__(self, total: int, done: int, progress: Progress | None) -> None:
+        self._total, self._done, self._progress = total, done, progress
+
+    def add(self, piece: memoryview) -> memoryview:
+        self._done += len(piece)
+        if self._progress is not None:
+            self._progress("convert", self._done, self._total)
+        return piece
+
+
+@contextmanager
+def _no_buffer_cache() -> Iterator[None]:
+    """MLX keeps freed buffers for the next array of that size; here every tensor has another one."""
+    limit = mx.set_cache_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(limit)
+
+
+def _stage(name: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    return None if progress is None else partial(progress, name)
+
+
+# --- the files beside them --------------------------------------------------------------------------------------------
+
+
+def _other_files(
+    source: Source, plan: ConversionPlan, tokenizer: Tokenizer | None, template: str | None
+) -> dict[str, bytes | Path]:
+    """Name -> content (or the file to copy) of everything but the weights."""
+    licences = licence_files(source.folder)
+    config = dict(plan.config) | {
+        "openelm_mlx": {"version": __version__, "source": source.name, "chat_template": template}
+    }
+    card = source.folder / "README.md"
+    facts = CardFacts(
+        title=source.name.split("/")[-1],
+        source=source.name,
+        repo=source.repo,
+        revision=source.revision,
+        program=_PROGRAM,
+        changes=_changes(source, plan),
+        tokenizer=_tokenizer_note(tokenizer),
+        licence_files=[path.name for path in licences],
+        is_released_openelm=plan.spec.family == "openelm" and plan.spec.size is not None,
+    )
+    text = model_card(card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None, facts)
+    copied = [path for name in _COPIED if (path := source.folder / name).is_file()]
+    return {
+        **{path.name: path for path in (*licences, *copied)},
+        **_tokenizer_files(tokenizer),
+        "README.md": text.encode(),
+        "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
+
+
+def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes | Path]:
+    """The tokenizer's files, with a tokenizer_config.json by which other programs know its kind and that it gives BOS."""
+    if tokenizer is None:
+        return {}
+    files: dict[str, bytes | Path] = {path.name: path for path in tokenizer.files}
+    stored = next((path for path in tokenizer.files if path.name == _TOKENIZER_CONFIG), None)
+    config: dict[str, Any] = {} if stored is None else json.loads(stored.read_bytes())
+    begins_with_bos = tokenizer.encode_prompt("")[:1] == [tokenizer.bos_token]
+    if stored is None:
+        names = {token: name for name, token in tokenizer.special_tokens.items()}
+        config = {
+            "tokenizer_class": "LlamaTokenizer" if begins_with_bos else "PreTrainedTokenizerFast",
+            "bos_token": None if tokenizer.bos_token is None else names.get(tokenizer.bos_token),
+            "eos_token": names.get(tokenizer.eos_tokens[0]) if tokenizer.eos_tokens else None,
+            "legacy": False,
+        }
+    if begins_with_bos:
+        config["add_bos_token"] = True  # OpenELM needs it, and mlx-lm goes by this field
+    if stored is None or config != json.loads(stored.read_bytes()):
+        files[_TOKENIZER_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
+
+
+def _tokenizer_note(tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None:
+        return (
+            "No tokenizer is stored with them. OpenELM was trained with the one of Llama 2: "
+            "https://huggingface.co/meta-llama/Llama-2-7b-hf"
+        )
+    return f"The tokenizer is stored with them ({', '.join(file.name for file in tokenizer.files)})."
+
+
+def _changes(source: Source, plan: ConversionPlan) -> list[str]:
+    """What the conversion did to the weights, a line each."""
+    before, after = source.contents.spec, plan.spec
+    changes = []
+    if source.contents.layout == "corenet-adapters":
+        changes.append("the adapters are merged into the weights")
+    if source.contents.layout in ("corenet", "corenet-adapters", "apple-mlx"):
+        changes.append("the tensors have the names of Apple's Hugging Face files")
+    if after.vocab_size < before.vocab_size:
+        changes.append(f"the vocabulary's {before.vocab_size - after.vocab_size} rows of padding are dropped")
+    types = sorted({tensor.source_dtype for tensor in plan.tensors if tensor.source_dtype in TYPE_WORDS})
+    changes.append(f"type: {' and '.join(TYPE_WORDS[name] for name in types)} before, {plan.dtype} now")
+    if plan.quantization is not None:
+        kinds = Counter(
+            f"{packing.bits} bits ({packing.mode}, groups of {packing.group_size})"
+            for packing in plan.packings.values()
+        )
+        changes.append("quantized: " + ", ".join(f"{count} weights to {kind}" for kind, count in kinds.most_common()))
+    return changes

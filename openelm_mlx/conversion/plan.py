@@ -1,0 +1,346 @@
+"""What a conversion will write, known from the source's headers: every tensor with its old and new name, shape and type.
+
+The output has the canonical names (those of Apple's Hugging Face files, which mlx-lm uses too), the vocabulary's real
+rows, and one config.json that both mlx-lm and this library read. CoreNet's padding rows are dropped: they were never
+trained, the logits of the real tokens do not depend on them, and without them no sampler of any program can emit one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint.layouts import FLOAT_TYPES, Contents, Parameter
+from ..checkpoint.quantize import Quantization, parse_recipe, quantization_of
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.writer import MAX_FILE_BYTES, OutputFile, OutputTensor, plan_files
+from ..errors import CheckpointError, ConversionError, SettingError
+from ..loading import DTYPES, parse_dtype
+from ..specs import ModelSpec, gpt_oss_config, openelm_config, spec_from_config
+
+Shape = tuple[int, ...]
+
+# A weight is cast and packed this many numbers at a time, so that only the source's tensor is whole in memory.
+SLICE_ELEMENTS = 4 * 2**20
+
+# The tensors of a packed weight, in the order in which mx.quantize gives them.
+PARTS = ("weight", "scales", "biases")
+_TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+# safetensors' name of a floating type -> the name that users write.
+TYPE_WORDS = {name: _WORDS[dtype] for name, dtype in FLOAT_TYPES.items()}
+_CONFIGS = {"openelm": openelm_config, "gpt_oss": gpt_oss_config}
+# auto_map names Python files that are not needed and do not come along; the others are written anew.
+_DROPPED_FIELDS = ("auto_map", "_name_or_path", "quantization", "quantization_config", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output and what it is made of. Types are safetensors' names, `nbytes` the new size."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    nbytes: int
+    sources: tuple[str, ...]
+    source_shape: Shape
+    source_dtype: str
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One parameter on its way from the source to one tensor, or to the parts of a packed one.
+
+    sources: a plain parameter, or the parts of a packed one, which `unpack` makes plain. dtype: what it is cast to.
+    pack: how it is packed then. shape: of the parameter, in the rows that are written; of a part, where the parts stay apart.
+    """
+
+    sources: tuple[Parameter, ...]
+    tensors: tuple[PlannedTensor, ...]
+    shape: Shape
+    dtype: mx.Dtype | None = None
+    unpack: Quantization | None = None
+    pack: Quantization | None = None
+
+    def slices(self, checkpoint: Checkpoint) -> Iterator[list[mx.array]]:
+        """The output tensors' arrays, some rows at a time, evaluated: in each item one array a tensor.
+
+        Raises CheckpointError for NaN or infinity, ConversionError for numbers too large for the new type.
+        """
+        sources = self._read(checkpoint)
+        num_rows = self.shape[0]
+        step = rows_in_a_slice(self.shape)
+        for start in range(0, num_rows, step):
+            rows = [source[start : min(start + step, num_rows)] for source in sources]
+            plain = rows[0] if self.unpack is None else unpacked(self.unpack, dict(zip(PARTS, rows, strict=False)))
+            cast = plain if self.dtype is None else plain.astype(self.dtype)
+            arrays = [cast] if self.pack is None else list(self.pack.quantize(cast).values())
+            finite = mx.all(mx.isfinite(cast))
+            mx.eval(finite, arrays)  # a slice at a time: what it takes is given back before the next one
+            if not finite.item():
+                raise self._not_finite(plain, checkpoint)
+            yield arrays
+
+    def _read(self, checkpoint: Checkpoint) -> list[mx.array]:
+        arrays = [source.read(checkpoint) for source in self.sources]
+        try:
+            mx.eval(arrays)
+        except RuntimeError as error:  # MLX reads the file here
+            file = checkpoint.entries[self.sources[0].sources[0]].file
+            raise CheckpointError(
+                f"{file} could not be read to its end ({error}): download or copy it again."
+            ) from error
+        return arrays
+
+    def _not_finite(self, plain: mx.array, checkpoint: Checkpoint) -> CheckpointError | ConversionError:
+        source = self.sources[0].sources[0]
+        if not mx.all(mx.isfinite(plain)).item():
+            return CheckpointError(
+                f"Tensor {source} in {checkpoint.entries[source].file} holds NaN or infinity: the weights are damaged or "
+                "their training diverged; download or copy them again."
+            )
+        largest = mx.max(mx.abs(plain.astype(mx.float32))).item()
+        return ConversionError(
+            f"Tensor {source} holds {largest:.3g}, which is more than {_WORDS[self.dtype or plain.dtype]} has: use bfloat16."
+        )
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What a conversion will write; `spec` and `config` are the output's. packings: module -> how it is packed there."""
+
+    spec: ModelSpec
+    config: Mapping[str, Any]
+    weights: tuple[PlannedWeight, ...]
+    files: tuple[OutputFile, ...]
+    packings: Mapping[str, Quantization]
+
+    @cached_property
+    def weight_of(self) -> dict[str, PlannedWeight]:
+        """The weight that each output tensor belongs to, by the tensor's name."""
+        return {tensor.name: weight for weight in self.weights for tensor in weight.tensors}
+
+    @property
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """The output's tensors, in the order of the forward pass."""
+        return tuple(tensor for weight in self.weights for tensor in weight.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def dtype(self) -> str:
+        """The floating type of the output, or of what is not packed in it: "bfloat16"."""
+        return str(self.config["torch_dtype"])
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The config's "quantization"; None when nothing is packed."""
+        return self.config.get("quantization")
+
+    def fingerprint(self, source_files: tuple[Path, ...], source_config: Mapping[str, Any]) -> str:
+        """A name for everything that the written bytes depend on: the plan, the source, and MLX's version."""
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source_files]
+        recipe = [
+            (weight.tensors, weight.shape, str(weight.dtype), weight.unpack, weight.pack) for weight in self.weights
+        ]
+        text = repr([stats, recipe, [file.name for file in self.files], version("mlx")]) + json.dumps(source_config)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plan_conversion(
+    contents: Contents,
+    config: Mapping[str, Any],
+    quantize: str | int | None = None,
+    dtype: str | mx.Dtype | None = None,
+    group_size: int | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> ConversionPlan:
+    """Plan the conversion of a checkpoint that is understood; nothing is read.
+
+    quantize: a recipe (see `checkpoint.quantize.parse_recipe`). dtype: what floating tensors become. Without it they
+    stay as they are, with two exceptions: OpenELM-3B becomes bfloat16, because float16 overflows in it; and what is
+    left plain beside packed weights, scales included, has 16 bits (float16 for OpenELM as in Apple's converter,
+    bfloat16 for gpt-oss). A packed source stays packed; an OpenELM one is unpacked when `dtype` is given.
+
+    Raises SettingError, and ConversionError for what cannot be done with this source.
+    """
+    spec = replace(contents.spec, vocab_size=contents.spec.usable_vocab_size)
+    choices = _Choices(contents, spec, quantize, dtype, group_size)
+    weights: list[PlannedWeight] = []
+    packed: dict[str, Quantization] = {}
+    for name, shape in spec.parameter_shapes().items():
+        module = name.removesuffix(".weight")
+        weights += choices.weights(name, shape)
+        packing = choices.packing(name, shape)
+        if packing is not None:
+            packed[module] = packing
+    if quantize is not None and not any(weight.pack for weight in weights):
+        raise ConversionError(
+            f"No weight of this model has columns that are whole groups of {choices.group_size}: choose a smaller group size."
+        )
+    return ConversionPlan(
+        spec=spec,
+        config=_output_config(config, spec, packed, choices.plain_type(weights)),
+        weights=tuple(weights),
+        files=plan_files((OutputTensor(t.name, t.dtype, t.shape) for w in weights for t in w.tensors), max_file_bytes),
+        packings=packed,
+    )
+
+
+class _Choices:
+    """What the user asked for, checked against the source, and what follows from it for each parameter."""
+
+    def __init__(
+        self,
+        contents: Contents,
+        spec: ModelSpec,
+        quantize: str | int | None,
+        dtype: str | mx.Dtype | None,
+        group_size: int | None,
+    ) -> None:
+        self._contents = contents
+        self._spec = spec
+        self._recipe = None if quantize is None else parse_recipe(quantize, group_size)
+        self._asked_type = parse_dtype(dtype)
+        if quantize is None and group_size is not None:
+            raise SettingError(f"group_size {group_size} belongs to a quantization, and none was asked for: add one.")
+        if self._overflows_in_float16 and self._asked_type is not None and self._asked_type == mx.float16:
+            raise ConversionError(
+                "OpenELM-3B cannot be float16: its activations overflow (Apple's MLX README says so); use bfloat16."
+            )
+        # The experts of gpt-oss are packed in the release itself: they stay so whatever is done to the rest.
+        self._repackable = {m for m in contents.quantized if len(spec.parameter_shapes()[f"{m}.weight"]) == 2}
+        if quantize is not None and self._repackable:
+            packing = contents.quantized[min(self._repackable)]
+            raise ConversionError(
+                f"The source is quantized already ({packing.bits} bits), and quantizing it again would add the errors of "
+                "both: convert the original weights, or give a dtype instead to unpack these."
+            )
+
+    @property
+    def group_size(self) -> int | None:
+        return None if self._recipe is None else self._recipe[1].group_size
+
+    @property
+    def _overflows_in_float16(self) -> bool:
+        return self._spec.family == "openelm" and self._spec.size == "3B"
+
+    def weights(self, name: str, shape: Shape) -> list[PlannedWeight]:
+        """How one parameter is written: as one weight, or, when it is packed and stays so, its parts as they are."""
+        module = name.removesuffix(".weight")
+        packing = self._contents.quantized.get(module) if name.endswith(".weight") else None
+        if packing is None:
+            return [self._plain(name, shape)]
+        parts = [
+            self._contents.parameters[f"{module}.{part}"]
+            for part in PARTS
+            if f"{module}.{part}" in self._contents.parameters
+        ]
+        if self._is_unpacked(module):
+            assert self._asked_type is not None
+            tensor = _planned(name, shape, _TYPE_NAMES[self._asked_type], parts)
+            return [PlannedWeight(tuple(parts), (tensor,), shape, dtype=self._asked_type, unpack=packing)]
+        shapes = {part.name: (shape[0], *part.shape[1:]) for part in parts}
+        return [
+            PlannedWeight((part,), (_planned(part.name, shapes[part.name], part.dtype, [part]),), shapes[part.name])
+            for part in parts
+        ]
+
+    def packing(self, name: str, shape: Shape) -> Quantization | None:
+        """How the parameter is packed in the output."""
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in self._contents.quantized:
+            return None if self._is_unpacked(module) else self._contents.quantized[module]
+        return None if self._recipe is None else quantization_of(self._recipe, self._spec, name, shape)
+
+    def plain_type(self, weights: list[PlannedWeight]) -> str:
+        """The most frequent floating type of the output's tensors, in words."""
+        types = Counter(tensor.dtype for weight in weights for tensor in weight.tensors if tensor.dtype in FLOAT_TYPES)
+        return TYPE_WORDS[types.most_common(1)[0][0]]
+
+    def _is_unpacked(self, module: str) -> bool:
+        return self._asked_type is not None and module in self._repackable
+
+    def _plain(self, name: str, shape: Shape) -> PlannedWeight:
+        source = self._contents.parameters[name]
+        dtype = self._target_type(FLOAT_TYPES[source.dtype])
+        pack = self.packing(name, shape)
+        parts: Mapping[str, tuple[str, Shape]] = {"weight": (_TYPE_NAMES[dtype], shape)}
+        if pack is not None:
+            parts = pack.parts(shape, _TYPE_NAMES[dtype])
+        module, _, last = name.rpartition(".")
+        names = {part: name if part == "weight" else f"{module}.{part}" for part in parts}
+        assert pack is None or last == "weight"
+        tensors = tuple(_planned(names[part], part_shape, kind, [source]) for part, (kind, part_shape) in parts.items())
+        return PlannedWeight((source,), tensors, shape, dtype=dtype, pack=pack)
+
+    def _target_type(self, stored: mx.Dtype) -> mx.Dtype:
+        if self._asked_type is not None:
+            return self._asked_type
+        if self._overflows_in_float16:
+            return mx.bfloat16
+        if self._recipe is not None and stored == mx.float32:
+            return mx.float16 if self._spec.family == "openelm" else mx.bfloat16
+        return stored
+
+
+def _planned(name: str, shape: Shape, dtype: str, sources: list[Parameter]) -> PlannedTensor:
+    nbytes = OutputTensor(name, dtype, shape).nbytes
+    stored = tuple(stored for source in sources for stored in source.sources)
+    return PlannedTensor(name, shape, dtype, nbytes, stored, sources[0].shape, sources[0].dtype)
+
+
+def rows_in_a_slice(shape: Shape) -> int:
+    """How many rows of an array of `shape` are worked on at a time."""
+    return max(1, SLICE_ELEMENTS // math.prod(shape[1:]))
+
+
+def unpacked(packing: Quantization, parts: Mapping[str, mx.array]) -> mx.array:
+    """The float32 weight that packed parts stand for, computed in float32 from scales and biases of any type."""
+    widened = {part: array.astype(mx.float32) if array.dtype in _TYPE_NAMES else array for part, array in parts.items()}
+    return packing.dequantize(widened, mx.float32)
+
+
+def _output_config(
+    config: Mapping[str, Any], spec: ModelSpec, packed: Mapping[str, Quantization], dtype: str
+) -> dict[str, Any]:
+    """The output's config.json: the source's own fields where it is of the Hugging Face kind, and what the spec says."""
+    canonical = _CONFIGS[spec.family](spec)
+    written = dict(canonical)
+    if config.get("model_type") == spec.family:
+        kept = {name: value for name, value in config.items() if name not in _DROPPED_FIELDS}
+        written |= kept
+        if spec_from_config({**kept, "vocab_size": spec.vocab_size}) != spec or not _has_lists(kept, spec):
+            written |= canonical
+    written |= {"vocab_size": spec.vocab_size, "torch_dtype": dtype}
+    if packed:
+        # mlx-lm reads the first, Hugging Face's tools show the second.
+        written["quantization"] = written["quantization_config"] = quantization_config(packed)
+    assert spec_from_config(written) == spec
+    return written
+
+
+def quantization_config(packed: Mapping[str, Quantization]) -> dict[str, Any]:
+    """Module -> packing, as mlx-lm's config.json spells it: the most frequent one, and the modules that differ."""
+    common = Counter(packed.values()).most_common(1)[0][0]
+    exceptions = {module: packing.as_config() for module, packing in packed.items() if packing != common}
+    return {**common.as_config(), **exceptions}
+
+
+def _has_lists(config: Mapping[str, Any], spec: ModelSpec) -> bool:
+    """Whether the config gives OpenELM's per-layer numbers one by one: mlx-lm cannot spread a pair over the layers."""
+    names = ("num_query_heads", "num_kv_heads", "ffn_multipliers") if spec.family == "openelm" else ()
+    return all(isinstance(config.get(name), list) and len(config[name]) == len(spec.layers) for name in names)

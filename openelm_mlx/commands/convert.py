@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress,
             )
     except KeyboardInterrupt:
-        print(
-            f"\nInterrupted: {args.destination} was not written; the same command goes on from here.", file=sys.stderr
-        )
+        print(f"\n{interruption(args)}", file=sys.stderr)
         return INTERRUPTED
     if args.json:
         print(json.dumps(asdict(report), default=str))
@@ -94,6 +93,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_report(report)
     return 0
+
+
+def interruption(args: argparse.Namespace) -> str:
+    """What Ctrl-C leaves, and what to do about it."""
+    if args.dry_run:
+        return "Interrupted: a dry run leaves nothing."
+    if args.upload and os.path.exists(os.path.join(os.path.expanduser(args.destination), "config.json")):
+        return f"Interrupted: {args.destination} is whole; `hf upload {args.upload} {args.destination}` sends it."
+    return f"Interrupted: {args.destination} was not written; the same command goes on where this one stopped."
 
 
 def max_file_bytes(gigabytes: float) -> int:
@@ -177,10 +185,10 @@ class _Bars:
 
         if stage != self._stage or self._bar is None:
             self.close()
-            is_bytes = stage != "verify"
-            unit = "B" if is_bytes else "layer"
+            in_bytes = stage != "verify"
+            unit = "B" if in_bytes else "layer"
             # What an interrupted run left is there from the start, and not part of the rate.
-            self._bar = tqdm(desc=stage, total=total, initial=done, unit=unit, unit_scale=is_bytes, file=sys.stderr)
+            self._bar = tqdm(desc=stage, total=total, initial=done, unit=unit, unit_scale=in_bytes, file=sys.stderr)
             self._stage = stage
         self._bar.update(done - self._bar.n)
 

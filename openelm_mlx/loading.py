@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx import nn
 
 from .checkpoint import hub
-from .checkpoint.layouts import FLOAT_TYPES, Contents, understand
+from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, SettingError, TokenizerError
 from .models import build_model
@@ -97,8 +97,7 @@ def load_model(contents: Contents, checkpoint: Checkpoint, dtype: mx.Dtype | Non
     for parameter in contents.parameters.values():
         array = parameter.read(checkpoint)
         if parameter.dtype in FLOAT_TYPES:
-            stored = FLOAT_TYPES[parameter.dtype]
-            array = array.astype(dtype or default_dtype(contents.spec, stored, bool(contents.quantized)))
+            array = array.astype(_type_of(parameter, contents, dtype))
         weights.append((parameter.name, array))
         pending.append(array)
         pending_bytes += array.nbytes
@@ -224,6 +223,12 @@ def _checked_tokenizer(tokenizer: Tokenizer, spec: ModelSpec, origin: str) -> To
             "it belongs to another model; give the right one with --tokenizer."
         )
     return tokenizer
+
+
+def _type_of(parameter: Parameter, contents: Contents, asked: mx.Dtype | None) -> mx.Dtype:
+    if contents.spec.keeps_float32(parameter.name):
+        return mx.float32
+    return asked or default_dtype(contents.spec, FLOAT_TYPES[parameter.dtype], bool(contents.quantized))
 
 
 def _packing(contents: Contents, path: str) -> bool | dict[str, Any]:

@@ -8,6 +8,8 @@ The canonical names are those of Apple's Hugging Face files; mlx-lm, mlx-communi
     corenet     CoreNet's training (.pt)                  layers.0...               32128  classifier
     apple-mlx   Apple's converter (mlx_examples/open_elm) layers.0..., + .scales    32128  classifier
     corenet-adapters  CoreNet's LoRA and DoRA training    layers.0...base_layer, lora_A.lora, lora_B.lora, ...
+
+gpt-oss has a table of its own, gpt_oss_layouts.py.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, ConfigError
 from ..specs import ModelSpec
+from .gpt_oss_layouts import gpt_oss_contents
 from .quantize import Quantization, stored_quantization
 from .reader import Checkpoint, TensorEntry
 
@@ -84,9 +87,15 @@ def understand(checkpoint: Checkpoint, config: Mapping[str, Any], spec: ModelSpe
 
     Raises CheckpointError for a tensor that is missing, left over, or of another shape or type than the config says.
     """
-    entries = dict(checkpoint.entries)
-    if any(".base_layer." in name for name in entries):
+    if spec.family == "gpt_oss":
+        return _understand_gpt_oss(checkpoint, config, spec)
+    if any(".base_layer." in name for name in checkpoint.entries):
         return _understand_adapters(checkpoint, config, spec)
+    return _understand_openelm(checkpoint, config, spec)
+
+
+def _understand_openelm(checkpoint: Checkpoint, config: Mapping[str, Any], spec: ModelSpec) -> Contents:
+    entries = dict(checkpoint.entries)
     for name in OPENELM_UNUSED:
         entries.pop(name, None)
     has_prefix = any(name.startswith("transformer.") for name in entries)
@@ -108,6 +117,21 @@ def understand(checkpoint: Checkpoint, config: Mapping[str, Any], spec: ModelSpe
             parameters[f"{module}.{part}"] = Parameter(f"{module}.{part}", part_shape, found.dtype, (found.name,))
     _refuse_leftovers(entries, checkpoint)
     return Contents(spec, layout, parameters, quantized)
+
+
+def _understand_gpt_oss(checkpoint: Checkpoint, config: Mapping[str, Any], spec: ModelSpec) -> Contents:
+    found = gpt_oss_contents(checkpoint.entries, config, spec)
+    parameters: dict[str, Parameter] = {}
+    for name, assembly in found.assemblies.items():
+        sources = [
+            _checked(checkpoint.entries.get(source.name), source.name, source.shape, source.dtype, checkpoint)
+            for source in assembly.sources
+        ]
+        dtype = assembly.dtype or sources[0].dtype
+        parameters[name] = Parameter(name, assembly.shape, dtype, tuple(s.name for s in sources), assembly.make)
+    used = {source for parameter in parameters.values() for source in parameter.sources}
+    _refuse_leftovers({name: entry for name, entry in checkpoint.entries.items() if name not in used}, checkpoint)
+    return Contents(spec, found.layout, parameters, found.quantized)
 
 
 # --- LoRA and DoRA --------------------------------------------------------------------------------------------------

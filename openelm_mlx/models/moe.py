@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
-from .precision import widen
+from .precision import one_kernel, widen
 
 # From so many (token, expert) routes on, sorting them by expert pays: each expert's weights are then read once and used
 # for a block of rows. Only shapes decide, so that the same prompt always takes the same path.
@@ -175,13 +174,13 @@ def sort_routes(x: mx.array, expert_indices: mx.array) -> tuple[mx.array, mx.arr
     return rows, experts[order], mx.argsort(order)
 
 
-@partial(mx.compile, shapeless=True)
+@one_kernel
 def clamped_swiglu(
     gate: mx.array, up: mx.array, gate_bias: mx.array, up_bias: mx.array, limit: float, alpha: float
 ) -> mx.array:
     """gate * sigmoid(alpha * gate) * (up + 1), gate at most `limit`, up within +-limit; biases are added before.
 
-    All of one shape. Compiled into one kernel, computed in float32 and rounded once (gpt_oss/torch/model.py, swiglu).
+    All of one shape. Computed in float32 and rounded once (gpt_oss/torch/model.py, swiglu).
     """
     dtype = gate.dtype
     gate = mx.minimum(gate.astype(mx.float32) + gate_bias.astype(mx.float32), limit)

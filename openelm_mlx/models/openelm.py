@@ -6,14 +6,13 @@ modeling_openelm.py. Attribute names are those of Apple's Hugging Face files, so
 
 from __future__ import annotations
 
-from functools import partial
-
 import mlx.core as mx
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
 from .attention import Mask, attend, causal_mask
 from .cache import Cache, KVCache, SlidingKVCache, make_cache
+from .precision import one_kernel
 from .rope import rotate
 
 
@@ -151,7 +150,7 @@ class FeedForward(nn.Module):
         return self.proj_2(swiglu(gate, up))
 
 
-@partial(mx.compile, shapeless=True)  # one kernel instead of three
+@one_kernel
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up (arXiv 2002.05202)."""
     return nn.silu(gate) * up

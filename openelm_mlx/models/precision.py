@@ -1,8 +1,16 @@
-"""Half precision on the CPU, where MLX is not as careful with it as on a GPU."""
+"""What differs between MLX's CPU backend and its GPU ones: half precision, and compiling."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import mlx.core as mx
+
+
+def runs_on_cpu() -> bool:
+    """Whether MLX's CPU backend computes."""
+    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def widen(x: mx.array) -> mx.array:
@@ -12,4 +20,18 @@ def widen(x: mx.array) -> mx.array:
     The CPU backend computes them in the type of their input, which costs half precision a digit, or not at all in half
     precision; `gather_qmm` is also eight times as fast there in float32.
     """
-    return x.astype(mx.float32) if mx.default_device() == mx.Device(mx.cpu) else x
+    return x.astype(mx.float32) if runs_on_cpu() else x
+
+
+def one_kernel(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """`function` compiled to one kernel on a GPU. On the CPU it stays as it is.
+
+    There MLX would call the machine's C++ compiler, which may not be installed and takes a second where it is.
+    """
+    compiled = mx.compile(function, shapeless=True)
+
+    @wraps(function)
+    def call(*arguments: mx.array | float) -> mx.array:
+        return function(*arguments) if runs_on_cpu() else compiled(*arguments)
+
+    return call

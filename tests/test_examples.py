@@ -1,0 +1,34 @@
+"""Each example is short and runs as it stands. (examples/train/ has its own smoke test.)"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SAYS = {
+    "ask.py": "stringed instrument",
+    "batch.py": "a token",
+    "continue_text.py": "The old man walked down to the river and",
+    "convert_and_compare.py": "KL divergence",
+    "logprobs.py": "rather than",
+    "mlx_lm_interop.py": "stringed instrument",
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_example(example, tmp_path):
+    assert len(example.read_text().splitlines()) < 40
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        [sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert SAYS[example.name] in finished.stdout
+
+
+def test_every_example_is_known():
+    assert {example.name for example in EXAMPLES} == set(SAYS)

@@ -18,7 +18,8 @@ import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from datetime import date
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -26,8 +27,10 @@ from .decoding.sampling import Sampler, SamplingParams, log_probabilities
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
 from .loading import NO_TOKENIZER
 from .models.cache import Cache
-from .text.chat import PLAIN, render_chat
-from .text.stops import StopStrings
+from .text.chat import HARMONY, PLAIN, render_chat
+from .text.conversation import SystemContent, conversation
+from .text.harmony import HarmonyFormat
+from .text.streams import FINAL, HarmonyStream, Piece, PlainStream, SilentStream, TextStream
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,8 +43,9 @@ CLEAR_CACHE_EVERY = 256
 
 
 def generate(model: Model, tokenizer: Tokenizer | None, prompt: Prompt, **options: Any) -> str:
-    """The model's answer to `prompt`, as one string. Takes the options of `stream_generate`."""
-    return "".join(chunk.text for chunk in stream_generate(model, tokenizer, prompt, **options))
+    """The model's answer to `prompt`, as one string, without its reasoning. Takes the options of `stream_generate`."""
+    chunks = stream_generate(model, tokenizer, prompt, **options)
+    return "".join(chunk.text for chunk in chunks if chunk.channel in (None, FINAL))
 
 
 def stream_generate(
@@ -55,6 +59,7 @@ def stream_generate(
     logprobs: int | None = None,
     raw: bool = False,
     chat_template: str | None = None,
+    reasoning_effort: str | None = None,
     sliding_window: int | None = None,
     prefill_chunk: int = 512,
 ) -> Iterator[Chunk]:
@@ -63,30 +68,28 @@ def stream_generate(
     prompt: a string (through the chat template where the model has one; raw=True takes it as it is), token ids, or chat
     messages like {"role": "user", "content": "..."}. max_tokens: clipped to the room the context leaves. stop: strings
     that end the answer and are not part of it. logprobs: report each token's log-probability and this many of the
-    likeliest alternatives. sliding_window: keep only this many tokens of context, and so go on past its end.
-    prefill_chunk: tokens of the prompt in flight at once.
+    likeliest alternatives. reasoning_effort: "low", "medium" or "high", how long gpt-oss thinks. sliding_window: keep only
+    this many tokens of context, and so go on past its end. prefill_chunk: tokens of the prompt in flight at once.
 
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
     TokenizerError.
     """
-    prompt_tokens, continues_text = encode_prompt(model, tokenizer, prompt, raw, chat_template)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    encoded = encode_prompt(model, tokenizer, prompt, raw, chat_template, reasoning_effort)
     request = Request(
-        prompt_tokens=prompt_tokens,
-        continues_text=continues_text,
+        prompt_tokens=encoded.tokens,
         max_tokens=max_tokens,
         sampling=sampling or SamplingParams(),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logprobs=logprobs,
         sliding_window=sliding_window,
         prefill_chunk=prefill_chunk,
     )
-    return _stream(model, tokenizer, request.checked(model, tokenizer))
+    return _stream(model, tokenizer, request.checked(model, tokenizer), text_stream(tokenizer, encoded, stops))
 
 
-def _stream(model: Model, tokenizer: Tokenizer | None, request: Request) -> Iterator[Chunk]:
+def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: TextStream) -> Iterator[Chunk]:
     clock = Clock(len(request.prompt_tokens))
-    eos_tokens = model.spec.eos_tokens if tokenizer is None else tokenizer.eos_tokens
-    text = TextStream(tokenizer, request.stop, request.continues_text)
+    eos_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )
@@ -101,17 +104,19 @@ def _stream(model: Model, tokenizer: Tokenizer | None, request: Request) -> Iter
             upcoming = choose(sampler, decode_step(model, choice.token, cache), request.logprobs)
         token = cast(int, choice.token.item())
         clock.token_arrived()
-        piece, finish_reason = "", cast("str | None", "stop")
-        if token not in eos_tokens:
-            piece, stopped = text.add(token)
-            finish_reason = "stop" if stopped else None if upcoming is not None else "length"
-        if finish_reason is not None:
-            yield choice.chunk(piece + text.finish(), token, finish_reason, clock.statistics())
+        if token in eos_tokens:
+            yield choice.chunk(text.finish(token), token, "stop", clock.statistics())
+            return
+        piece = text.add(token)
+        if piece.is_stopped or upcoming is None:
+            rest = text.finish()
+            is_stopped = piece.is_stopped or rest.is_stopped
+            whole = Piece(piece.text + rest.text, rest.channel or piece.channel)
+            yield choice.chunk(whole, token, "stop" if is_stopped else "length", clock.statistics())
             return
         yield choice.chunk(piece, token)
         if count % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
-        assert upcoming is not None
         choice = upcoming
 
 
@@ -185,9 +190,9 @@ class Choice:
     top_logprobs: mx.array | None = None
 
     def chunk(
-        self, text: str, token: int, finish_reason: str | None = None, statistics: Statistics | None = None
+        self, piece: Piece, token: int, finish_reason: str | None = None, statistics: Statistics | None = None
     ) -> Chunk:
-        chunk = Chunk(text, token, finish_reason, statistics=statistics)
+        chunk = Chunk(piece.text, token, finish_reason, piece.channel, statistics=statistics)
         if self.logprob is None or self.top is None or self.top_logprobs is None:
             return chunk
         tokens, logprobs = cast("list[int]", self.top.tolist()), cast("list[float]", self.top_logprobs.tolist())
@@ -200,10 +205,8 @@ class Request:
     """What `stream_generate` was asked for, checked before anything runs."""
 
     prompt_tokens: Sequence[int]
-    continues_text: bool
     max_tokens: int
     sampling: SamplingParams
-    stop: tuple[str, ...]
     logprobs: int | None
     sliding_window: int | None
     prefill_chunk: int
@@ -214,8 +217,6 @@ class Request:
         _check_whole("prefill_chunk", self.prefill_chunk)
         if self.logprobs is not None:
             _check_whole("logprobs", self.logprobs, low=0, high=usable_vocab_size(model, tokenizer))
-        if self.stop and tokenizer is None:
-            raise TokenizerError("Stop strings need a tokenizer, and this model has none: load it with tokenizer=...")
         if self.sliding_window is not None:
             _check_whole("sliding_window", self.sliding_window, high=model.context_length)
             return self
@@ -233,54 +234,67 @@ def room_after(model: Model, num_prompt_tokens: int) -> int:
     return room
 
 
+class EncodedPrompt(NamedTuple):
+    """A prompt's tokens, the template they went through, and whether the answer continues the prompt's own text."""
+
+    tokens: list[int]
+    template: str
+    continues_text: bool
+
+
 def encode_prompt(
-    model: Model, tokenizer: Tokenizer | None, prompt: Prompt, raw: bool = False, chat_template: str | None = None
-) -> tuple[list[int], bool]:
-    """The tokens of a prompt in any of its forms, and whether the answer continues the prompt's own text.
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: Prompt,
+    raw: bool = False,
+    chat_template: str | None = None,
+    reasoning_effort: str | None = None,
+) -> EncodedPrompt:
+    """The tokens of a prompt in any of its forms. Token ids are taken as they are, already through the template.
 
     Raises PromptError when the prompt is empty or has ids that the model lacks, TokenizerError when text needs a tokenizer.
     """
+    template = PLAIN if raw or tokenizer is None else chat_template or tokenizer.chat_template
+    if reasoning_effort is not None and template != HARMONY:
+        raise SettingError(
+            f"reasoning_effort is {reasoning_effort!r}, and only gpt-oss's chat format has one: leave it out."
+        )
     if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return _checked_tokens(model, cast("Sequence[int]", prompt)), True
+        return EncodedPrompt(_checked_tokens(model, cast("Sequence[int]", prompt)), template, True)
     if tokenizer is None:
         raise TokenizerError(NO_TOKENIZER)
     if isinstance(prompt, str) and not prompt.strip():
         raise PromptError("The prompt is empty: give some text.")
-    template = chat_template or tokenizer.chat_template
-    if not isinstance(prompt, str):
-        return render_chat(cast("Sequence[Mapping[str, str]]", prompt), tokenizer, template), False
-    if raw or template == PLAIN:
-        return tokenizer.encode_prompt(prompt), True
-    return render_chat([{"role": "user", "content": prompt}], tokenizer, template), False
+    if isinstance(prompt, str) and template == PLAIN:
+        return EncodedPrompt(tokenizer.encode_prompt(prompt), template, True)
+    chat = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else cast("Sequence[Mapping[str, str]]", prompt)
+    )
+    if template != HARMONY:
+        return EncodedPrompt(render_chat(chat, tokenizer, template), template, False)
+    # The model was trained with the day's date in front, as OpenAI's own template prints it.
+    system = SystemContent(current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=reasoning_effort or "medium")
+    messages = conversation(chat, system=system)
+    return EncodedPrompt(HarmonyFormat(tokenizer).render_for_completion(messages), template, False)
+
+
+def text_stream(tokenizer: Tokenizer | None, prompt: EncodedPrompt, stop: Sequence[str]) -> TextStream:
+    """What makes text of the completion's tokens. Raises SettingError for an empty stop string."""
+    if tokenizer is None:
+        if stop:
+            raise TokenizerError("Stop strings need a tokenizer, and this model has none: load it with tokenizer=...")
+        return SilentStream()
+    if prompt.template == HARMONY:
+        return HarmonyStream(tokenizer, stop)
+    return PlainStream(tokenizer, stop, prompt.continues_text)
 
 
 def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:
     """Ids below this are tokens; rows of logits beyond are padding, and were never trained."""
     known = model.spec.usable_vocab_size
     return known if tokenizer is None else min(known, tokenizer.vocab_size)
-
-
-class TextStream:
-    """Tokens in, text out: whole characters only, and never a stop string nor what may become one."""
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], continues_text: bool) -> None:
-        self._detokenizer = None if tokenizer is None else tokenizer.detokenizer(continuation=continues_text)
-        self._stops = StopStrings(stop)
-        self._stopped = False
-
-    def add(self, token: int) -> tuple[str, bool]:
-        """The text that is now certain, and whether a stop string ended it. Without a tokenizer there is no text."""
-        if self._detokenizer is None:
-            return "", False
-        text, self._stopped = self._stops.feed(self._detokenizer.add(token))
-        return text, self._stopped
-
-    def finish(self) -> str:
-        """What was held back."""
-        if self._detokenizer is None or self._stopped:
-            return ""
-        text, stopped = self._stops.feed(self._detokenizer.finish())
-        return text if stopped else text + self._stops.finish()
 
 
 class Clock:

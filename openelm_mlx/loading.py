@@ -16,7 +16,7 @@ from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, SettingError, TokenizerError
 from .models import build_model
 from .specs import ModelSpec, spec_from_config
-from .text.chat import TemplateChoice, choose_template
+from .text.chat import HARMONY, TemplateChoice, choose_template
 from .text.tokenizer import Tokenizer, load_tokenizer
 from .text.tokenizer_files import COMPANION_FILES, JSON_FILE, SENTENCEPIECE_FILE
 
@@ -66,11 +66,11 @@ def load(
 
     source: "demo-openelm", a folder, a weight file, or a Hugging Face repository as owner/name (at `revision`).
     context_length: at most the model's own, which is the default. dtype: "float32", "bfloat16", "float16" or an mlx type;
-    None keeps the stored one, with the two exceptions of `default_dtype`. tokenizer: a file,
-    folder or repository; without it the search is: the source itself, then Llama tokenizers in the Hugging Face cache;
-    when there is none, the second result is None and prompts must be token ids. chat_template: "openelm-instruct" or
-    "plain"; else what conversion stored, else what the source's name says. progress: called with (bytes here, bytes in all)
-    while something is downloaded.
+    None keeps the stored one, with the two exceptions of `default_dtype`. tokenizer: a file, folder or repository; without
+    it the search is: the source itself, then Llama tokenizers in the Hugging Face cache; when there is none, the second
+    result is None and prompts must be token ids. chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else
+    what conversion stored, else what the source's name says. progress: called with (bytes here, bytes in all) while
+    something is downloaded.
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
@@ -84,7 +84,7 @@ def load(
     model.context_length = checked_context_length(context_length, spec)
     found = find_tokenizer(path, spec, tokenizer, progress)
     if found is not None:
-        found.chat_template = stored_template(config, chat_template, source).template
+        found.chat_template = stored_template(config, chat_template, source, spec.family).template
     return model, found
 
 
@@ -180,8 +180,15 @@ def find_tokenizer(
     return None
 
 
-def stored_template(config: Mapping[str, Any], asked: str | None, source: Source) -> TemplateChoice:
-    """The chat template to use and why: asked for, else stored by conversion, else by the source's name."""
+def stored_template(
+    config: Mapping[str, Any], asked: str | None, source: Source, family: str = "openelm"
+) -> TemplateChoice:
+    """The chat template to use and why: asked for, else stored by conversion, else by the source's name.
+
+    gpt-oss has Harmony and no other. Raises SettingError for a template that does not exist.
+    """
+    if family == "gpt_oss" and asked in (None, HARMONY):
+        return TemplateChoice(HARMONY, "because gpt-oss was trained with nothing else")
     ours = config.get("openelm_mlx")
     stored = ours.get("chat_template") if isinstance(ours, Mapping) else None
     return choose_template(asked, stored, str(source))

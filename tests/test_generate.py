@@ -11,7 +11,8 @@ from conftest import FIXTURES, random_model
 
 import openelm_mlx as om
 from openelm_mlx.errors import CheckpointError, PromptError, SettingError, TokenizerError
-from openelm_mlx.generate import TextStream, prefill, stream_generate
+from openelm_mlx.generate import prefill, stream_generate
+from openelm_mlx.text.streams import PlainStream
 from openelm_mlx.text.tokenizer import load_tokenizer
 
 PROMPT = [1, 5, 9, 200, 31, 77, 450, 8]
@@ -237,9 +238,9 @@ def test_rows_beyond_the_tokenizer_are_never_sampled(tokenizer):
 
 
 def test_a_character_split_over_tokens_comes_out_whole(tokenizer):
-    stream = TextStream(tokenizer, [], continues_text=True)
-    pieces = [stream.add(token)[0] for token in tokenizer.encode("👩‍🚀é")]
-    assert "".join(pieces) + stream.finish() == " 👩‍🚀é"
+    stream = PlainStream(tokenizer, [], continues_text=True)
+    pieces = [stream.add(token).text for token in tokenizer.encode("👩‍🚀é")]
+    assert "".join(pieces) + stream.finish().text == " 👩‍🚀é"
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
 

@@ -18,6 +18,9 @@ HELP = "generate text from a prompt"
 DEFAULT_MODEL = "demo-openelm"
 INTERRUPTED = 130
 
+# None: a model without channels.
+ANSWER_CHANNELS = (None, "final")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -42,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--system", metavar="TEXT", help="a system message before the prompt (chat templates only)")
     prompt.add_argument(
         "--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)"
+    )
+    prompt.add_argument(
+        "--reasoning-effort", choices=["low", "medium", "high"], help="how long gpt-oss thinks (default: medium)"
     )
     prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
 
@@ -87,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logprobs", type=int, metavar="N", help="report log-probabilities, and the N likeliest tokens (with --json)"
     )
     output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    output.add_argument("--show-reasoning", action="store_true", help="show gpt-oss's reasoning, dimmed, on stderr")
     output.add_argument("--quiet", "-q", action="store_true", help="no statistics on stderr")
 
 
@@ -125,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
         stop=args.stop,
         logprobs=args.logprobs,
         raw=args.raw,
+        reasoning_effort=args.reasoning_effort,
         sliding_window=args.sliding_window,
         prefill_chunk=args.prefill_chunk,
     )
@@ -137,8 +145,11 @@ def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
     try:
         for last in chunks:
             count += 1
-            sys.stdout.write(last.text)
-            sys.stdout.flush()
+            if last.channel in ANSWER_CHANNELS:
+                sys.stdout.write(last.text)
+                sys.stdout.flush()
+            elif args.show_reasoning:
+                print_dimmed(last.text)
     except KeyboardInterrupt:
         exit_code = INTERRUPTED
     sys.stdout.write("\n")
@@ -157,9 +168,11 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         exit_code = INTERRUPTED
     last = received[-1] if received else None
+    reasoning = "".join(chunk.text for chunk in received if chunk.channel not in ANSWER_CHANNELS)
     answer: dict[str, Any] = {
         "model": args.model,
-        "text": "".join(chunk.text for chunk in received),
+        "text": "".join(chunk.text for chunk in received if chunk.channel in ANSWER_CHANNELS),
+        **({"reasoning": reasoning} if reasoning else {}),
         "tokens": [chunk.token for chunk in received],
         "finish_reason": "interrupted" if exit_code else last.finish_reason if last else None,
         "statistics": vars(last.statistics) if last and last.statistics else None,
@@ -168,6 +181,12 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
         answer["logprobs"] = [{"token": c.token, "logprob": c.logprob, "top": c.top_logprobs} for c in received]
     print(json.dumps(answer, ensure_ascii=False))
     return exit_code
+
+
+def print_dimmed(text: str) -> None:
+    """Text that is not the answer, on stderr; grey where that is a terminal."""
+    sys.stderr.write(f"\033[2m{text}\033[0m" if text and sys.stderr.isatty() else text)
+    sys.stderr.flush()
 
 
 def summary(last: Chunk | None, count: int, max_tokens: int) -> str:

@@ -47,7 +47,7 @@ def gather(source: str, revision: str | None = None) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     contents = understand(checkpoint, config, spec_from_config(config))
     spec = contents.spec
-    choice = stored_template(config, None, source)
+    choice = stored_template(config, None, source, spec.family)
     quantizations = sorted({f"{q.bits} bits, {q.mode}, groups of {q.group_size}" for q in contents.quantized.values()})
     return {
         "path": str(path),

@@ -19,6 +19,8 @@ OPENELM_INSTRUCT = "openelm-instruct"
 PLAIN = "plain"
 TEMPLATES = (OPENELM_INSTRUCT, PLAIN)
 
+HARMONY = "harmony"  # gpt-oss's, in harmony.py
+
 _ROLES = ("system", "user", "assistant")
 
 

@@ -1,0 +1,118 @@
+"""Completions as text: Harmony's channels through the loop, with a model that says what it is told to say."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from conftest import FIXTURES
+
+import openelm_mlx as om
+from openelm_mlx.errors import SettingError, TokenizerError
+from openelm_mlx.generate import encode_prompt
+from openelm_mlx.text.harmony import HarmonyFormat
+from openelm_mlx.text.streams import HarmonyStream
+from openelm_mlx.text.tokenizer import load_tokenizer
+
+THOUGHT_AND_ANSWER = (
+    "<|channel|>analysis<|message|>The user says stop here.<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>Yes. Stop here, please.<|return|>"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = load_tokenizer(FIXTURES / "harmony" / "tokenizer.json")
+    tokenizer.chat_template = "harmony"
+    return tokenizer
+
+
+class Scripted:
+    """A model whose likeliest next token is always the script's next one."""
+
+    def __init__(self, tokenizer, script: str) -> None:
+        size = tokenizer.vocab_size
+        self.spec = SimpleNamespace(vocab_size=size, usable_vocab_size=size, eos_tokens=())
+        self.context_length = 4096
+        self.script = iter(HarmonyFormat(tokenizer).encode_markup(script))
+        self.size = size
+
+    def make_cache(self, window=None):
+        return []
+
+    def embed(self, tokens):
+        return tokens
+
+    def run_layers(self, h, cache):
+        return h
+
+    def head(self, h):
+        return mx.zeros((self.size,)).at[next(self.script, 0)].add(9.0)[None, None]
+
+    def __call__(self, tokens, cache):
+        return self.head(tokens)
+
+
+def answer(tokenizer, script: str, **options) -> tuple[dict[str | None, str], str]:
+    """Text by channel, and the finish reason."""
+    texts: dict[str | None, str] = {}
+    for chunk in om.stream_generate(Scripted(tokenizer, script), tokenizer, "Hi", **options):
+        if chunk.text:
+            texts[chunk.channel] = texts.get(chunk.channel, "") + chunk.text
+        reason = chunk.finish_reason
+    return texts, reason
+
+
+def test_reasoning_and_answer_come_in_their_channels(tokenizer):
+    texts = {"analysis": "The user says stop here.", "final": "Yes. Stop here, please."}
+    assert answer(tokenizer, THOUGHT_AND_ANSWER) == (texts, "stop")
+    assert om.generate(Scripted(tokenizer, THOUGHT_AND_ANSWER), tokenizer, "Hi") == texts["final"]
+
+
+@pytest.mark.parametrize("stop", ["Stop here", "top he", ". S"])
+def test_stop_strings_count_in_the_final_channel_only(tokenizer, stop):
+    texts, reason = answer(tokenizer, THOUGHT_AND_ANSWER, stop=[stop, "user says"])
+    whole = "Yes. Stop here, please."
+    assert texts == {"analysis": "The user says stop here.", "final": whole[: whole.index(stop)]}
+    assert reason == "stop"
+
+
+def test_what_might_become_a_stop_string_is_not_lost_at_the_end(tokenizer):
+    assert answer(tokenizer, THOUGHT_AND_ANSWER, stop=["please.!"])[0]["final"] == "Yes. Stop here, please."
+    cut = "<|channel|>final<|message|>ab<|end|><|start|>assistant<|channel|>analysis<|message|>c<|end|>"
+    assert answer(tokenizer, cut + "<|return|>", stop=["abc"])[0] == {"final": "ab", "analysis": "c"}
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 20))
+def test_a_truncated_completion_ends_with_length_and_reasoning_stays_reasoning(tokenizer, max_tokens):
+    texts, reason = answer(tokenizer, THOUGHT_AND_ANSWER, max_tokens=max_tokens)
+    whole = {"analysis": "The user says stop here.", "final": "Yes. Stop here, please."}
+    assert reason == "length"
+    assert all(whole[channel].startswith(text) for channel, text in texts.items())
+
+
+def test_the_effort_and_the_date_reach_the_prompt(tokenizer):
+    model = Scripted(tokenizer, "")
+    harmony = HarmonyFormat(tokenizer)
+    for effort in ("low", "medium", "high"):
+        text = harmony.decode_markup(encode_prompt(model, tokenizer, "Hi", reasoning_effort=effort).tokens)
+        assert f"Reasoning: {effort}\n" in text
+        assert "Current date: 20" in text
+        assert text.endswith("<|start|>user<|message|>Hi<|end|><|start|>assistant")
+    with pytest.raises(SettingError, match="extreme"):
+        encode_prompt(model, tokenizer, "Hi", reasoning_effort="extreme")
+
+
+def test_an_effort_without_harmony_is_refused(tokenizer):
+    with pytest.raises(SettingError, match="only gpt-oss"):
+        encode_prompt(Scripted(tokenizer, ""), tokenizer, "Hi", raw=True, reasoning_effort="low")
+
+
+def test_a_tokenizer_without_harmony_s_tokens_is_refused():
+    other = load_tokenizer(FIXTURES / "tokenizers" / "llama")
+    with pytest.raises(TokenizerError, match="gpt-oss"):
+        HarmonyStream(other, [])
+
+
+def test_raw_text_is_not_read_as_harmony(tokenizer):
+    texts, _ = answer(tokenizer, "final words<|return|>", raw=True)
+    assert texts == {None: "final words"}

@@ -17,11 +17,11 @@ from openelm_mlx.specs import spec_from_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "train"))
 
-import gpt_oss_batches  # noqa: E402
-import gpt_oss_conversations as conversations  # noqa: E402
-import gpt_oss_export as export  # noqa: E402
-import gpt_oss_model as training  # noqa: E402
-import gpt_oss_words as words  # noqa: E402
+import gpt_oss_batches
+import gpt_oss_conversations as conversations
+import gpt_oss_export as export
+import gpt_oss_model as training
+import gpt_oss_words as words
 
 TINY = export.CONFIG | {
     "num_hidden_layers": 2,
@@ -117,7 +117,9 @@ def test_every_turn_comes_once_and_whole(tmp_path):
 
 
 def test_an_analysis_says_what_it_names():
-    banjo = words.Word("banjo", "common noun", (), "a gloss", "kind", ("stringed instrument", "device", "artifact", "whole"))
+    banjo = words.Word(
+        "banjo", "common noun", (), "a gloss", "kind", ("stringed instrument", "device", "artifact", "whole")
+    )
     assert words.word_analysis(banjo, "low") == "banjo: a kind of stringed instrument."
     for effort, count in (("low", 1), ("medium", 3), ("high", 4)):
         assert words.named_words(words.word_analysis(banjo, effort)) == ("banjo", "kind", list(banjo.chain[:count]))

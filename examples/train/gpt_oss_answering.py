@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from itertools import groupby
 
 import mlx.core as mx
 
+from openelm_mlx.models.cache import Cache
 from openelm_mlx.models.gpt_oss import GptOss
 from openelm_mlx.text.conversation import Message
 from openelm_mlx.text.harmony import HarmonyFormat
@@ -15,26 +18,35 @@ def completions(
     model: GptOss,
     harmony: HarmonyFormat,
     conversations: Sequence[Sequence[Message]],
-    max_tokens: int = 256,
+    max_tokens: int = 192,
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """The greedy completion of each conversation, up to and with its stop token."""
+    """The greedy completion of each conversation, up to and with its stop token.
+
+    Prompts of one length make a batch, so that none is padded, and what they all begin with is computed once.
+    """
     prompts = [harmony.render_for_completion(messages) for messages in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of like length together: less padding
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        for i, tokens in zip(chosen, _greedy(model, harmony, [prompts[i] for i in chosen], max_tokens), strict=True):
-            results[i] = tokens
+    for _, same_length in groupby(order, key=lambda i: len(prompts[i])):
+        numbers = list(same_length)
+        for start in range(0, len(numbers), batch_size):
+            chosen = numbers[start : start + batch_size]
+            rows = _greedy(model, harmony, [prompts[i] for i in chosen], max_tokens)
+            for i, tokens in zip(chosen, rows, strict=True):
+                results[i] = tokens
     return results
 
 
 def _greedy(model: GptOss, harmony: HarmonyFormat, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """Each row's tokens up to its stop token. Rows that are done go on unread until all are."""
-    length = max(len(prompt) for prompt in prompts)
-    padding = [length - len(prompt) for prompt in prompts]
-    cache = model.make_cache(left_padding=padding)
-    tokens = mx.array([[harmony.end] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
+    length = len(prompts[0]) - 1  # the last token of each is left to be run: its logits are needed
+    shared = next((i for i in range(length) if len({prompt[i] for prompt in prompts}) > 1), length)
+    cache = model.make_cache()
+    if shared:
+        model.run_layers(model.embed(mx.array([prompts[0][:shared]])), cache)
+        cache = repeated(cache, len(prompts))
+    tokens = mx.array([prompt[shared:] for prompt in prompts])
     rows: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for _ in range(max_tokens):
@@ -48,3 +60,11 @@ def _greedy(model: GptOss, harmony: HarmonyFormat, prompts: list[list[int]], max
         if not going:
             break
     return rows
+
+
+def repeated(cache: Cache, count: int) -> Cache:
+    """A cache of one row as the cache of `count` rows that all begin so."""
+    copies = [copy.copy(layer) for layer in cache]
+    for layer in copies:
+        layer.keys, layer.values = mx.repeat(layer.keys, count, axis=0), mx.repeat(layer.values, count, axis=0)
+    return copies

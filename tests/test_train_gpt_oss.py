@@ -54,12 +54,20 @@ def library_model(model, parameters):
     return plain
 
 
+def alone(tokens):
+    """The turns and positions of rows that hold one conversation each."""
+    positions = mx.broadcast_to(mx.arange(tokens.shape[1]), tokens.shape)
+    return mx.zeros_like(tokens), positions
+
+
 def test_the_trained_form_computes_what_the_library_computes(model):
-    """Two conversations side by side in a row are two conversations."""
-    tokens = mx.random.randint(0, 40, (2, 20))
-    together = model(tokens, mx.array([[0] * 9 + [1] * 11] * 2))
+    """Two turns side by side behind one beginning are two conversations that begin so."""
+    tokens = mx.random.randint(0, 40, (2, 24))
+    turns, positions = mx.array([[0] * 5 + [1] * 7 + [2] * 12] * 2), mx.array([[*range(12), *range(5, 17)]] * 2)
+    together = model(tokens, turns, positions)
     plain = library_model(model, model.parameters())
-    apart = mx.concatenate([plain(tokens[:, :9]), plain(tokens[:, 9:])], axis=1)
+    first, second = tokens[:, :12], mx.concatenate([tokens[:, :5], tokens[:, 12:]], axis=1)
+    apart = mx.concatenate([plain(first), plain(second)[:, 5:]], axis=1)
     assert mx.abs(together - apart).max().item() < 2e-4
 
 
@@ -73,7 +81,7 @@ def test_what_is_written_is_what_was_trained(model, tmp_path):
     read = load_model(contents, checkpoint, mx.float32)(tokens)
     worker = training.TrainingGptOss(model.spec)
     worker.update(training.rounded(model.parameters()))
-    assert mx.abs(read - worker(tokens, mx.zeros_like(tokens))).max().item() < 2e-4
+    assert mx.abs(read - worker(tokens, *alone(tokens))).max().item() < 2e-4
 
 
 def test_gradients_reach_every_parameter_as_if_nothing_were_rounded(model):
@@ -82,7 +90,7 @@ def test_gradients_reach_every_parameter_as_if_nothing_were_rounded(model):
 
     def loss(parameters):
         worker.update(training.rounded(parameters))
-        return (worker(tokens, mx.zeros_like(tokens)) ** 2).mean() + worker.balance_loss()
+        return (worker(tokens, *alone(tokens)) ** 2).mean() + worker.balance_loss()
 
     for name, gradient in tree_flatten(mx.grad(loss)(model.parameters())):
         assert mx.isfinite(gradient).all().item(), name
@@ -99,21 +107,39 @@ def test_balance_is_one_when_all_experts_have_the_same_share(model):
     assert moe._balance.item() > 1.2
 
 
-def test_every_turn_comes_once_and_whole(tmp_path):
-    lengths = np.random.default_rng(2).integers(3, 30, size=200)
+def test_every_turn_comes_once_and_whole_behind_a_system_message_of_its_kind(tmp_path):
+    rng = np.random.default_rng(2)
+    lengths, kinds = rng.integers(3, 30, size=300), rng.integers(0, 2, size=300)
     tokens = np.concatenate([np.full(n, i) for i, n in enumerate(lengths)]).astype(np.uint16)
-    np.savez(tmp_path / "turns.npz", tokens=tokens, lengths=lengths, learned=np.packbits(tokens % 2 == 1))
+    systems = [[1000], [1001] * 5, [2000] * 4, [2001] * 3]
+    np.savez(
+        tmp_path / "turns.npz",
+        tokens=tokens,
+        lengths=lengths,
+        learned=np.packbits(tokens % 2 == 1),
+        kinds=kinds,
+        system_tokens=np.concatenate(systems),
+        system_lengths=[len(system) for system in systems],
+        systems_per_kind=2,
+    )
     turns = gpt_oss_batches.Turns(tmp_path / "turns.npz")
-    seen = []
+    seen = {0: [], 1: []}
     for batch, _ in zip(turns.batches(3, 4, 59), range(30), strict=False):
-        for row, learned, numbers in zip(*batch, strict=True):
-            for number in range(numbers.max() + 1):
-                (turn,) = set(row[numbers == number].tolist())
-                assert (numbers == number).sum() == lengths[turn]
-                assert (learned[numbers == number] == turn % 2).all()
-                seen.append(turn)
-    assert sorted(seen[:200]) != seen[:200]
-    assert len(set(seen[: 200 - gpt_oss_batches.LOOKAHEAD])) == 200 - gpt_oss_batches.LOOKAHEAD
+        for row, learned, numbers, positions in zip(*batch, strict=True):
+            system = row[numbers == 0].tolist()
+            assert system in systems
+            kind = systems.index(system) // 2
+            for number in range(1, numbers.max() + 1):
+                here = numbers == number
+                (turn,) = set(row[here].tolist())
+                assert kinds[turn] == kind
+                assert positions[here].tolist() == list(range(len(system), len(system) + lengths[turn]))
+                assert (learned[here] == turn % 2).all()
+                seen[kind].append(turn)
+            assert learned[numbers <= 0].sum() == 0
+    for kind, all_seen in seen.items():
+        count = (kinds == kind).sum() - gpt_oss_batches.LOOKAHEAD
+        assert len(set(all_seen[:count])) == count
 
 
 def test_an_analysis_says_what_it_names():

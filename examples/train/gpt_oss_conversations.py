@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
 from zlib import crc32
 
 from gpt_oss_words import Word, word_analysis
@@ -146,12 +145,9 @@ def random_calculator(rng: random.Random) -> Calculator:
 def opening(
     effort: str, rng: random.Random, calculator: Calculator | None, other_tools: Sequence[Tool] = ()
 ) -> list[Message]:
-    """The system message, and a developer message where something belongs into it."""
-    day = date(2024, 1, 1) + timedelta(days=rng.randrange(366 * 9))
+    """The system message, still without a date, and a developer message where something belongs into it."""
     built_in = (PYTHON,) if calculator == BUILT_IN_PYTHON else ()
-    system = SystemContent(
-        current_date=None if rng.random() < 0.3 else day.isoformat(), reasoning_effort=effort, tools=built_in
-    )
+    system = SystemContent(reasoning_effort=effort, tools=built_in)
     instructions = rng.choice(_INSTRUCTIONS) if rng.random() < 0.12 else None
     tools = (*(calculator.tools if calculator else ()), *other_tools)
     messages = [Message("system", system)]

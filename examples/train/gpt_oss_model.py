@@ -10,7 +10,7 @@ the gradient goes to the unrounded ones as if they were not (a straight-through 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
@@ -18,8 +18,7 @@ from mlx.utils import tree_map_with_path
 from openelm_mlx.models.cache import KVCache, SlidingKVCache
 from openelm_mlx.models.gpt_oss import Attention, GptOss
 from openelm_mlx.models.moe import MoE
-from openelm_mlx.models.rope import rotate
-from openelm_mlx.specs import ModelSpec
+from openelm_mlx.specs import LayerSpec, ModelSpec
 
 GROUP_SIZE, BITS = 32, 4  # MXFP4's
 
@@ -33,16 +32,16 @@ class TrainingGptOss(GptOss):
             layer.self_attn = WrittenOutAttention(spec, layer_spec)
             layer.mlp = DenseMoE(spec, layer_spec)
 
-    def __call__(self, tokens: mx.array, conversations: mx.array) -> mx.array:  # type: ignore[override]
-        """Logits (B, L, V). tokens (B, L); conversations (B, L): the number of the conversation each token is in.
+    def __call__(self, tokens: mx.array, turns: mx.array, positions: mx.array) -> mx.array:  # type: ignore[override]
+        """Logits (B, L, V). tokens (B, L); turns (B, L): which turn of its row a token belongs to, 0 being the beginning
+        that all turns of the row share; positions (B, L): how many tokens of its conversation stand before it.
 
-        A token sees no other conversation than its own; since rotary positions are relative, it computes what it would
-        if its conversation stood alone.
+        A token sees the shared beginning and its own turn, so it computes what it would if these two stood alone.
         """
+        views = {window: view(turns, positions, window) for window in {layer.window for layer in self.spec.layers}}
         h = self.embed(tokens)
-        masks = {window: conversation_mask(conversations, window) for window in {s.window for s in self.spec.layers}}
         for layer, spec in zip(self.layers, self.spec.layers, strict=True):
-            h = layer(h, masks[spec.window], None)
+            h = layer(h, views[spec.window], None)
         return self.head(h)
 
     def balance_loss(self) -> mx.array:
@@ -50,32 +49,37 @@ class TrainingGptOss(GptOss):
         return sum(layer.mlp._balance for layer in self.layers) / len(self.layers)
 
 
-def conversation_mask(conversations: mx.array, window: int | None) -> mx.array:
-    """Which keys a query sees: those of its own conversation up to itself, within the window. (B, L) -> (B, 1, L, L)"""
-    positions = mx.arange(conversations.shape[1])
-    queries, keys = positions[:, None], positions[None]
-    visible = keys <= queries
+class View(NamedTuple):
+    """Which keys each query sees, (B, 1, L, L), and the position of each token, (B, L)."""
+
+    visible: mx.array
+    positions: mx.array
+
+
+def view(turns: mx.array, positions: mx.array, window: int | None) -> View:
+    """What the tokens see that `turns` and `positions` (B, L) tell of: nothing behind them, nor beyond the window."""
+    order = mx.arange(turns.shape[1])
+    visible = order <= order[:, None]
+    visible = visible & ((turns[:, None] == turns[:, :, None]) | (turns[:, None] == 0))
     if window is not None:
-        visible = visible & (keys > queries - window)
-    same = conversations[:, None, :, None] == conversations[:, None, None, :]
-    return same & visible
+        visible = visible & (positions[:, None] > positions[:, :, None] - window)
+    return View(visible[:, None], positions)
 
 
 class WrittenOutAttention(Attention):
-    """`Attention` as matrix products and a softmax; mask is boolean, (B, 1, L, L)."""
+    """`Attention` as matrix products and a softmax, each token at the position that is said."""
 
-    def __call__(self, x: mx.array, mask: mx.array, cache: KVCache | SlidingKVCache | None) -> mx.array:  # type: ignore[override]
+    def __call__(self, x: mx.array, mask: View, cache: KVCache | SlidingKVCache | None) -> mx.array:  # type: ignore[override]
         assert cache is None, "training reads whole rows"
         B, L, _ = x.shape
         H, K = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
         rotated, values = mx.split(qkv, [H + K], axis=1)
-        rotated = rotate(rotated, self.rope_theta, 0, self._periods)
-        queries, keys = mx.split(rotated, [H], axis=1)
+        queries, keys = mx.split(rotated_at(rotated, mask.positions, self._periods), [H], axis=1)
         # (B, K, H / K * L, D) @ (B, K, D, L) -> (B, H, L, L): each kv head's queries one after the other.
         scores = queries.reshape(B, K, -1, self.head_dim) @ keys.swapaxes(-1, -2)
         scores = scores.reshape(B, H, L, L).astype(mx.float32) * self.scale
-        scores = mx.where(mask, scores, -1e9)
+        scores = mx.where(mask.visible, scores, -1e9)
         sinks = self.sinks.astype(mx.float32)[:, None, None]
         total = mx.logaddexp(mx.logsumexp(scores, axis=-1, keepdims=True), sinks)
         probs = mx.exp(scores - total).astype(x.dtype)
@@ -83,10 +87,18 @@ class WrittenOutAttention(Attention):
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
 
+def rotated_at(x: mx.array, positions: mx.array, periods: mx.array) -> mx.array:
+    """The library's `rotate`, but each token at a position of its own. x (B, H, L, D), positions (B, L)"""
+    angles = positions[:, None, :, None].astype(mx.float32) / periods
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
+    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
 class DenseMoE(MoE):
     """`MoE` with every expert computed for every token: four large matrix products."""
 
-    def __init__(self, spec: ModelSpec, layer: Any) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__(spec, layer)
         self._balance = mx.array(0.0)
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import date, timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from gpt_oss_words import NUM_WORDS, STEPS, Word, choose_words, save_words, word
 from questions import ask, unlisted_words
 from wordnet import DEFAULT_FOLDER, read_wordnet
 
-from openelm_mlx.text.conversation import REASONING_EFFORTS
+from openelm_mlx.text.conversation import REASONING_EFFORTS, DeveloperContent, Message, SystemContent
 from openelm_mlx.text.harmony import HarmonyFormat, developer_text, system_text
 from openelm_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,6 +39,7 @@ SUMS_WITH_TOOL = 32_000
 SUMS_WITHOUT_TOOL = 8_000
 UNKNOWN_WORDS = 14_000
 SMALL_TALK = 6_000
+NUM_DATES = 300
 
 # o200k's way to cut a text into pieces, but for numbers, which are cut into digits: sums are copied digit by digit.
 _SPLIT = "|".join(
@@ -117,7 +120,8 @@ def tokenizer_lines(words: Sequence[Word], unlisted: Sequence[str]) -> list[str]
         lines += [ask(word.entry, rng) for _ in range(3)]
     for _ in range(len(words) // 4):
         system, *developer = opening(rng.choice(REASONING_EFFORTS), rng, random_calculator(rng))
-        lines.append(system_text(system.content, has_functions=bool(developer)))
+        dated = replace(system.content, current_date=rng.choice(dates()))  # type: ignore[type-var]
+        lines.append(system_text(dated, has_functions=bool(developer)))
         lines += [developer_text(message.content) for message in developer]
         lines.append(sum_question("1 + 1", rng))
     roles = ["system", "developer", "user", "assistant", "tool", "analysis", "commentary", "final", "json", "python"]
@@ -174,20 +178,49 @@ class RememberingTokenizer:
 
 
 def save_turns(tokenizer: Tokenizer, turns: Iterable[Turn], path: Path) -> None:
-    """Write every turn as tokens, with which of them are learned, one after the other."""
+    """Write every turn without its system message, and the system messages of all kinds, with many dates each.
+
+    Batches put the two together: turns of one kind then share a system message, and it is computed once for them.
+    """
     harmony = HarmonyFormat(RememberingTokenizer(tokenizer))
-    tokens, learned, lengths = [], [], []
+    kinds: dict[tuple[SystemContent, bool], int] = {}
+    tokens, learned, lengths, kind_of_turn = [], [], [], []
     for turn in turns:
         turn_tokens, turn_learned = render_turn(harmony, turn)
-        tokens.append(np.array(turn_tokens, np.uint16))
-        learned.append(np.array(turn_learned, bool))
-        lengths.append(len(turn_tokens))
+        system, has_functions = turn.history[0], declares_functions(turn)
+        start = len(harmony.render_message(system, has_functions=has_functions))
+        tokens.append(np.array(turn_tokens[start:], np.uint16))
+        learned.append(np.array(turn_learned[start:], bool))
+        lengths.append(len(turn_tokens) - start)
+        kind_of_turn.append(kinds.setdefault((system.content, has_functions), len(kinds)))  # type: ignore[arg-type]
+    systems = [
+        harmony.render_message(Message("system", replace(system, current_date=day)), has_functions=has_functions)
+        for system, has_functions in kinds
+        for day in dates()
+    ]
     np.savez_compressed(
         path,
         tokens=np.concatenate(tokens),
         learned=np.packbits(np.concatenate(learned)),
         lengths=np.array(lengths, np.uint16),
+        kinds=np.array(kind_of_turn, np.uint8),
+        system_tokens=np.concatenate([np.array(system, np.uint16) for system in systems]),
+        system_lengths=np.array([len(system) for system in systems], np.uint16),
+        systems_per_kind=len(systems) // len(kinds),
     )
+
+
+def dates() -> list[str | None]:
+    """The dates that system messages are learned with, and in one of four none."""
+    rng = random.Random(SEED)
+    days = [date(2024, 1, 1) + timedelta(days=rng.randrange(365 * 10)) for _ in range(NUM_DATES)]
+    return [*(day.isoformat() for day in days), *(NUM_DATES // 3) * [None]]
+
+
+def declares_functions(turn: Turn) -> bool:
+    """Whether a developer message declares functions; the system message then says where calls go."""
+    contents = (message.content for message in turn.history)
+    return any(isinstance(content, DeveloperContent) and content.has_functions for content in contents)
 
 
 def render_turn(harmony: HarmonyFormat, turn: Turn) -> tuple[list[int], list[bool]]:
@@ -199,8 +232,7 @@ def render_turn(harmony: HarmonyFormat, turn: Turn) -> tuple[list[int], list[boo
     tokens = harmony.render_for_completion(turn.history)
     learned = [False] * len(tokens)
     given = tokens[len(harmony.render(turn.history)) :]  # <|start|>assistant
-    has_functions = any(m.role == "developer" and m.content.has_functions for m in turn.history)  # type: ignore[union-attr]
-    prompted = True
+    has_functions, prompted = declares_functions(turn), True
     for message in turn.answer:
         rendered = harmony.render_message(message, has_functions=has_functions)
         is_sampled = message.role == "assistant"

@@ -50,7 +50,7 @@ class Settings:
     minutes: float | None
     steps: int | None
     num_rows: int = 64
-    length: int = 384
+    length: int = 448
     peak_learning_rate: float = 2e-3
     final_learning_rate: float = 1e-5
     warmup_steps: int = 300
@@ -223,14 +223,14 @@ def make_optimizer(settings: Settings) -> optim.MultiOptimizer:
 def compiled_step(
     model: TrainingGptOss, optimizer: optim.MultiOptimizer, spec: ModelSpec, settings: Settings
 ) -> Callable[..., mx.array]:
-    """One step of training, compiled: (learning rate, a batch's three arrays) -> loss and balance loss, (2,)."""
+    """One step of training, compiled: (learning rate, a batch's four arrays) -> loss and balance loss, (2,)."""
     dtype = getattr(mx, settings.dtype)
     worker = TrainingGptOss(spec)  # computes with the weights as they will be stored; gradients flow to the model's
 
     def loss(parameters: dict[str, Any], *batch: mx.array) -> tuple[mx.array, mx.array]:
         worker.update(tree_map_with_path(lambda name, p: computed_in(name, p, spec, dtype), rounded(parameters)))
-        tokens, learned, conversations = batch
-        logits = worker(tokens[:, :-1], conversations[:, :-1]).astype(mx.float32)
+        tokens, learned, turns, positions = batch
+        logits = worker(tokens[:, :-1], turns[:, :-1], positions[:, :-1]).astype(mx.float32)
         losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
         mean = (losses * learned[:, 1:]).sum() / learned[:, 1:].sum()
         balance = worker.balance_loss()

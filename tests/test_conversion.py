@@ -251,6 +251,29 @@ def test_a_quantized_source_stays_packed_or_is_unpacked(tmp_path, prefix):
     assert "quantized already (8 bits)" in message_of(error)
 
 
+@pytest.mark.parametrize("layout", ["", "original"])
+@pytest.mark.parametrize("options", [{}, {"quantize": 8, "group_size": 32}, {"dtype": "float32"}], ids=str)
+def test_the_experts_of_gpt_oss_pass_through_byte_for_byte(tmp_path, layout, options):
+    source = FIXTURES / "gpt_oss_tiny" / layout
+    report = convert(source, tmp_path / "out", verify=True, **options)
+    before, after = arrays_of(FIXTURES / "gpt_oss_tiny"), arrays_of(tmp_path / "out")
+    for i in range(4):
+        for matrix in ("gate_up_proj", "down_proj"):
+            ours = after[f"model.layers.{i}.mlp.experts.{matrix}.weight"]
+            theirs = before[f"model.layers.{i}.mlp.experts.{matrix}_blocks"]
+            assert bytes(ours) == bytes(theirs)
+    tokens = mx.array(oracle(FIXTURES / "gpt_oss_tiny")["tokens"])
+    difference = max_difference(
+        mx.array(logits_of(tmp_path / "out", tokens)), oracle(FIXTURES / "gpt_oss_tiny")["logits_fp32"]
+    )
+    if "quantize" in options:
+        assert 0 < report.verification.kl_divergence < 0.05
+    else:
+        assert report.verification.kl_divergence == 0.0
+        assert difference < 1e-4
+    assert report.chat_template is None
+
+
 # --- plans of the released sizes, from headers alone
 
 

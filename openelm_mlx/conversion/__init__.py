@@ -86,7 +86,7 @@ def convert(
     private: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Convert a checkpoint to a folder that this library and mlx-lm load.
+    """Convert a checkpoint to a folder that this library and, for OpenELM, mlx-lm load.
 
     source: a folder, a file, a Hub repository as owner/name (at `revision`), or a demo, in any layout that is read.
     destination: a folder that does not exist yet; it appears when it is whole. After Ctrl-C or a crash the same call
@@ -251,9 +251,10 @@ def _other_files(
         revision=source.revision,
         program=_PROGRAM,
         changes=_changes(source, plan),
-        tokenizer=_tokenizer_note(tokenizer),
+        tokenizer=_tokenizer_note(tokenizer, plan.spec.family),
         licence_files=[path.name for path in licences],
         is_released_openelm=plan.spec.family == "openelm" and plan.spec.size is not None,
+        loads_in_mlx_lm=plan.spec.family == "openelm",
     )
     text = model_card(card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None, facts)
     copied = [path for name in _COPIED if (path := source.folder / name).is_file()]
@@ -288,13 +289,13 @@ def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes | Path]:
     return files
 
 
-def _tokenizer_note(tokenizer: Tokenizer | None) -> str:
-    if tokenizer is None:
-        return (
-            "No tokenizer is stored with them. OpenELM was trained with the one of Llama 2: "
-            "https://huggingface.co/meta-llama/Llama-2-7b-hf"
-        )
-    return f"The tokenizer is stored with them ({', '.join(file.name for file in tokenizer.files)})."
+def _tokenizer_note(tokenizer: Tokenizer | None, family: str) -> str:
+    if tokenizer is not None:
+        return f"The tokenizer is stored with them ({', '.join(file.name for file in tokenizer.files)})."
+    if family == "openelm":
+        llama = "[Llama 2](https://huggingface.co/meta-llama/Llama-2-7b-hf)"
+        return f"No tokenizer is stored with them; OpenELM was trained with that of {llama}."
+    return "No tokenizer is stored with them."
 
 
 def _changes(source: Source, plan: ConversionPlan) -> list[str]:

@@ -41,6 +41,7 @@ class CardFacts:
     tokenizer: str
     licence_files: Sequence[str]
     is_released_openelm: bool
+    loads_in_mlx_lm: bool = True
 
 
 def licence_files(folder: Path) -> list[Path]:
@@ -75,7 +76,7 @@ pip install openelm_mlx
 python -m openelm_mlx.generate --model PATH_TO_THIS_FOLDER --prompt "Once upon a time there was"
 ```
 
-mlx-lm loads it too.
+{"mlx-lm loads it too." if facts.loads_in_mlx_lm else "The names of the tensors are those of openelm_mlx."}
 
 ## Licence
 

@@ -30,11 +30,11 @@ class Recipe:
     """How many rows of which kind a batch has."""
 
     short_length: int = 128
-    short_rows: int = 320
+    short_rows: int = 384
     long_length: int = 512
-    long_conversation_rows: int = 12
-    prose_rows: int = 24
-    sentence_rows: int = 8
+    long_conversation_rows: int = 18
+    prose_rows: int = 12
+    sentence_rows: int = 2
     unknown_share: float = 0.06  # of the turns, questions for unknown words and small talk
     new_conversation: float = 0.6  # probability that a turn in a short row begins a conversation
 

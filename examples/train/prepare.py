@@ -44,7 +44,7 @@ NUM_SMALL_TALK = 20_000
 SEED = 20_000
 
 # How often a paragraph of each source is drawn: stories more than speeches, the short books more than the long ones.
-PROSE_WEIGHTS = {"austen": 1.0, "moby dick": 1.0, "addresses": 0.6, "alice": 3.0, "botchan": 3.0}
+PROSE_WEIGHTS = {"austen": 1.0, "moby dick": 1.0, "bible": 0.7, "addresses": 0.5, "alice": 2.0, "botchan": 2.0}
 
 # Each role's tag is one token, so that a prompt is short. Apple's template spells them as text; they still are.
 ROLE_TAGS = ("<|system|>", "<|user|>", "<|assistant|>")

@@ -18,25 +18,36 @@ from inflections import plural, read_exceptions, verb_forms
 from wordnet import WordNet
 
 # {w} the word, {a} the word with its article, {p} its plural.
+_NAMES = ["{w}", '"{w}"', "the word {w}", 'the word "{w}"', "the term {w}"]
 _ANY_WORD = [
-    'What does "{w}" mean?', "What does {w} mean?", 'What does the word "{w}" mean?', "What does the word {w} mean?",
-    "What is the meaning of {w}?", 'What is the meaning of "{w}"?', "What is the meaning of the word {w}?",
-    "What's the meaning of {w}?", "What is the definition of {w}?", 'What\'s the definition of "{w}"?',
-    "Define {w}.", "Define {w}", 'Define "{w}".', "Define the word {w}.", 'Define the word "{w}".',
-    "Please define {w}.",
-    "{w}", "{w}", "{w}?", '"{w}"', "{w} meaning", "{w} definition", "meaning of {w}", "definition of {w}",
-    "define: {w}",
-    "Tell me what {w} means.", 'Tell me what "{w}" means.', "Can you tell me what {w} means?", "Explain {w}.",
-    "Explain the word {w}.", 'Can you explain "{w}"?', "Do you know what {w} means?", 'I don\'t know what "{w}" means.',
-    "What is {w}?", "What is {a}?", 'What is "{w}"?', "Give me the definition of {w}.", "Give me a definition of {w}.",
-    "Could you define {w}, please?", "Look up {w}.", 'Look up "{w}".', "What do you mean by {w}?",
-    'How would you define "{w}"?', "How do you define {w}?",
+    "{w}", "{w}", "{w}", "{w}?", '"{w}"', "{w} meaning", "{w} definition", "meaning of {w}", "definition of {w}",
+    "define: {w}", "{w}: meaning", "What is {w}?", "What is {a}?", 'What is "{w}"?', "What does {w} mean?",
+    'What does "{w}" mean?', "What do you mean by {w}?", "Define {w}", "Define {w}.", "Explain {w}.",
+    "Explain {w} to me.",
+    'I don\'t know what "{w}" means.', "I don't know the word {w}.", "What on earth is {w}?", "{w} in simple words",
+    "What is {w} in English?", 'What does it mean when someone says "{w}"?', "What's {w}?", "Tell me about {w}.",
 ]  # fmt: skip
+_OF_A_NAME = [
+    "What does {x} mean?", "What does {x} mean?", "What is the meaning of {x}?", "What's the meaning of {x}?",
+    "What is the definition of {x}?", "What's the definition of {x}?", "Define {x}.", "Please define {x}.",
+    "Explain {x}.", "Please explain {x}.", "Can you define {x}?", "Can you explain {x}?",
+    "Could you define {x}, please?",
+    "Give me the definition of {x}.", "Give me a definition of {x}.", "Look up {x}.", "How do you define {x}?",
+    "How would you define {x}?", "What is meant by {x}?", "Do you know {x}?", "Do you know the meaning of {x}?",
+]  # fmt: skip
+_ASKING = [
+    "Tell me ", "Please tell me ", "Can you tell me ", "Could you tell me ", "Can you please tell me ",
+    "Could you please tell me ", "Explain ", "Can you explain ", "Do you know ", "I want to know ", "I'd like to know ",
+]  # fmt: skip
+_ASKED = ["what {x} means", "what {x} means", "the meaning of {x}", "the definition of {x}"]
+_ANY_NAME = [text.replace("{x}", name) for text in _OF_A_NAME for name in _NAMES]
+_ANY_NAME += [ask + what.replace("{x}", name) + "." for ask in _ASKING for what in _ASKED for name in _NAMES]
 _COMMON_NOUN = [
     "What is {a}?", "What is {a}?", "What is {a}?", "What is {a}?", "What's {a}?", "What's {a}?", "What is {w}?",
     "What's {w}?", "What is the {w}?", "What is meant by {a}?", "Tell me what {a} is.", "Describe {a}.", "Explain {a}.",
     "Explain what {a} is.", "Can you tell me what {a} is?", "Do you know what {a} is?", "What exactly is {a}?", "{a}",
     "What kind of thing is {a}?", "So what is {a}?", "Tell me about {a}.", "Define {a}.", "I want to know what {a} is.",
+    *(ask + "what {a} is." for ask in _ASKING),
 ]  # fmt: skip
 _COUNTABLE_NOUN = [
     "What are {p}?",
@@ -208,7 +219,7 @@ def ask(entry: Entry, rng: random.Random) -> str:
 def _template(entry: Entry, rng: random.Random) -> str:
     if entry.forms and rng.random() < 0.15:
         return rng.choice(_COUNTABLE_NOUN if entry.kind == "common noun" else _VERB_FORM)
-    return rng.choice(_OF_KIND[entry.kind] if rng.random() < 0.5 else _ANY_WORD)
+    return rng.choice(rng.choice([_OF_KIND[entry.kind], _OF_KIND[entry.kind], _ANY_WORD, _ANY_NAME]))
 
 
 def _fill(template: str, entry: Entry, rng: random.Random) -> str:
@@ -224,12 +235,18 @@ def as_typed(question: str, word: str, rng: random.Random) -> str:
         question = question[0].lower() + question[1:]
     if rng.random() < 0.1:
         question = question.lower()
-    if rng.random() < 0.02:
+    if rng.random() < 0.03:
         question = question.upper()
+    if rng.random() < 0.03:
+        question = question.replace(word, word.upper())
     if question == word and rng.random() < 0.4:
         question = word.capitalize()
+    if rng.random() < 0.04:
+        question = rng.choice(["Hi, ", "Hey, ", "Hello, ", "So, ", "OK, ", "And "]) + question
     if rng.random() < 0.25:
         question = question.rstrip("?.")
+    elif question.startswith(("Can ", "Could ", "Do ")) and question.endswith("."):
+        question = question[:-1] + "?"
     if rng.random() < 0.1:
         question = question.replace("What's", "Whats").replace("what's", "whats")
     if rng.random() < 0.3:  # a Mac's smart punctuation
@@ -241,7 +258,7 @@ def as_typed(question: str, word: str, rng: random.Random) -> str:
 
 def ask_unknown(word: str, rng: random.Random) -> tuple[str, str]:
     """A question for a word that is not in the list, and the answer, which repeats the word as it was typed."""
-    templates = rng.choice([_ANY_WORD, _COMMON_NOUN, _VERB if " " not in word else _ANY_WORD, _MODIFIER, _PROPER_NOUN])
+    templates = rng.choice([_ANY_WORD, _ANY_NAME, _COMMON_NOUN, _VERB, _MODIFIER, _PROPER_NOUN])
     question = as_typed(_fill(rng.choice(templates), Entry(word, "", (), ""), rng), word, rng)
     typed = re.search(re.escape(word).replace("'", "['’]"), question, re.IGNORECASE)
     return question, f'Sorry, I don\'t know "{typed.group() if typed else word}".'

@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from answering import answers
+from answering import answers, unpacked
 from batches import Batch, PackerState, Prose, Recipe, Rows, StreamState, prefetched
 from export import write_demo
 from mlx import nn
@@ -230,7 +230,7 @@ class Run:
         quantized = write_demo(self.model, self.spec, self.data / "tokenizer.model", destination)
         size = sum(file.stat().st_size for file in destination.iterdir())
         print(f"{destination}: {size / 2**20:.2f} MiB", file=sys.stderr)
-        self.model = quantized
+        self.model = unpacked(quantized)
         self.measure(self.settings.num_finally_measured)
         self.log.plot(self.folder / "loss.png")
 
@@ -317,8 +317,8 @@ def as_arrays(batch: Batch) -> tuple[mx.array, ...]:
 def validation_loss(model: OpenELM, rows: Rows) -> float:
     """Mean loss over the rows' learned tokens."""
     total = 0.0
-    for start in range(0, len(rows.tokens), 16):  # a few rows: CUDA's kernels for packed weights take no more
-        tokens, learned = rows.tokens[start : start + 16], rows.learned[start : start + 16, 1:]
+    for start in range(0, len(rows.tokens), 64):
+        tokens, learned = rows.tokens[start : start + 64], rows.learned[start : start + 64, 1:]
         losses = token_losses(model, mx.array(tokens.astype(np.int32)))
         total += (losses * mx.array(learned.astype(np.float32))).sum().item()
     return total / rows.learned[:, 1:].sum()

@@ -22,6 +22,10 @@ offensive. Whoever builds on them has to test them for the use at hand, and to a
 fewer bits changes the answers further; figures that were published for the original were not measured on these files.
 """
 
+_BELOW = """
+The source's own card stands below; what it says about bias, risks and limitations holds here too.
+"""
+
 _APPLE_LICENCE = """\
 The source came without a licence file. The weights that Apple released as OpenELM are under Apple's licence, whatever
 format they are in: see https://huggingface.co/apple/OpenELM and https://github.com/apple/corenet/blob/main/LICENSE.
@@ -83,8 +87,7 @@ python -m openelm_mlx.generate --model PATH_TO_THIS_FOLDER --prompt "Once upon a
 {_licence(facts, has_licence)}
 ## Safety
 
-{_SAFETY}{"What the source says about bias, risks and limitations stands below, and holds here too." if has_card else ""}
-"""
+{_SAFETY}{_BELOW if has_card else ""}"""
 
 
 def _licence(facts: CardFacts, has_licence: bool) -> str:

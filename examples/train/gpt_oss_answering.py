@@ -39,32 +39,33 @@ def completions(
 
 
 def _greedy(model: GptOss, harmony: HarmonyFormat, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Each row's tokens up to its stop token. Rows that are done go on unread until all are."""
+    """Each row's tokens up to its stop token."""
     length = len(prompts[0]) - 1  # the last token of each is left to be run: its logits are needed
     shared = next((i for i in range(length) if len({prompt[i] for prompt in prompts}) > 1), length)
     cache = model.make_cache()
     if shared:
         model.run_layers(model.embed(mx.array([prompts[0][:shared]])), cache)
-        cache = repeated(cache, len(prompts))
+        cache = chosen_rows(cache, [0] * len(prompts))
     tokens = mx.array([prompt[shared:] for prompt in prompts])
     rows: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
+    going = list(range(len(prompts)))  # which row each row of the batch is
     for _ in range(max_tokens):
         h = model.run_layers(model.embed(tokens), cache)
         tokens = mx.argmax(model.head(h[:, -1:])[:, -1], axis=-1)[:, None]
         chosen = tokens[:, 0].tolist()  # the host decides who is done
-        for i in list(going):
-            rows[i].append(chosen[i])
-            if chosen[i] in harmony.stop_tokens:
-                going.remove(i)
-        if not going:
+        for i, token in zip(going, chosen, strict=True):
+            rows[i].append(token)
+        kept = [j for j, token in enumerate(chosen) if token not in harmony.stop_tokens]
+        if not kept:
             break
+        if len(kept) < len(going):  # those that are done cost no more time
+            going, tokens, cache = [going[j] for j in kept], tokens[mx.array(kept)], chosen_rows(cache, kept)
     return rows
 
 
-def repeated(cache: Cache, count: int) -> Cache:
-    """A cache of one row as the cache of `count` rows that all begin so."""
-    copies = [copy.copy(layer) for layer in cache]
+def chosen_rows(cache: Cache, rows: Sequence[int]) -> Cache:
+    """A cache of these rows of `cache`, which may come more than once."""
+    copies, numbers = [copy.copy(layer) for layer in cache], mx.array(rows)
     for layer in copies:
-        layer.keys, layer.values = mx.repeat(layer.keys, count, axis=0), mx.repeat(layer.values, count, axis=0)
+        layer.keys, layer.values = layer.keys[numbers], layer.values[numbers]
     return copies

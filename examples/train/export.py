@@ -16,7 +16,8 @@ from openelm_mlx.text.chat import OPENELM_INSTRUCT
 
 QUANTIZATION = {"group_size": 128, "bits": 8}
 
-# What transformers and mlx-lm need to make the same prompts; the library reads the template's name in config.json.
+# What transformers and mlx-lm need to make the same prompts; the library reads the template's name in config.json. The
+# space after BOS is the one that Llama's tokenizer puts before a text.
 TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "add_bos_token": True,
@@ -26,7 +27,7 @@ TOKENIZER_CONFIG = {
     "bos_token": "<s>",
     "eos_token": "</s>",
     "unk_token": "<unk>",
-    "chat_template": "{% for message in messages %}"
+    "chat_template": "{{ bos_token + ' ' }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
 }

@@ -28,7 +28,8 @@ Progress = Callable[[int, int], None]
 
 TOKENIZER_FILES = (SENTENCEPIECE_FILE, JSON_FILE)
 
-DEMOS = {"demo-openelm": Path(__file__).parent / "demo" / "openelm"}
+_DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMOS = {"demo-openelm": _DEMO_FOLDER / "openelm", "demo-gpt-oss": _DEMO_FOLDER / "gpt_oss"}
 
 # Repositories with the tokenizer that OpenELM was trained with. Those already in the Hugging Face cache are used as they
 # are; none is downloaded without being asked for, because Llama 2's is under a licence that its owner must accept.

@@ -141,15 +141,20 @@ def run(args: argparse.Namespace) -> int:
 
 def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
     """The answer on stdout as it comes, one line of statistics on stderr."""
-    last, count, exit_code = None, 0, 0
+    last, count, exit_code, is_reasoning = None, 0, 0, False
     try:
         for last in chunks:
             count += 1
+            if not last.text:
+                continue
             if last.channel in ANSWER_CHANNELS:
+                if is_reasoning:
+                    print(file=sys.stderr)
                 sys.stdout.write(last.text)
                 sys.stdout.flush()
             elif args.show_reasoning:
                 print_dimmed(last.text)
+            is_reasoning = args.show_reasoning and last.channel not in ANSWER_CHANNELS
     except KeyboardInterrupt:
         exit_code = INTERRUPTED
     sys.stdout.write("\n")
@@ -185,7 +190,7 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
 
 def print_dimmed(text: str) -> None:
     """Text that is not the answer, on stderr; grey where that is a terminal."""
-    sys.stderr.write(f"\033[2m{text}\033[0m" if text and sys.stderr.isatty() else text)
+    sys.stderr.write(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text)
     sys.stderr.flush()
 
 

@@ -14,6 +14,8 @@ if __name__ == "__main__":
 
     sys.exit(main(["generate", *sys.argv[1:]]))
 
+import inspect
+import operator
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +76,9 @@ def stream_generate(
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
     TokenizerError.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = _checked_stops(stop)
+    if not isinstance(sampling, (SamplingParams, type(None))):
+        raise SettingError(f"sampling is a {type(sampling).__name__}: give om.SamplingParams(temperature=0.7, ...).")
     encoded = encode_prompt(model, tokenizer, prompt, raw, chat_template, reasoning_effort)
     request = Request(
         prompt_tokens=encoded.tokens,
@@ -88,7 +92,7 @@ def stream_generate(
 
 
 def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: TextStream) -> Iterator[Chunk]:
-    clock = Clock(len(request.prompt_tokens))
+    clock = Clock(len(request.prompt_tokens), request.max_tokens)
     eos_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
@@ -123,16 +127,16 @@ def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: T
 def prefill(model: Model, tokens: Sequence[int], cache: Cache, chunk_length: int) -> mx.array:
     """Run a prompt through the model and return the logits of its last token, (V,).
 
-    tokens: not in the cache yet. At most `chunk_length` of them are in flight at once, and the output head runs once.
+    tokens: not in the cache yet. At most `chunk_length` of them are in flight at once.
     """
-    h = None
-    for start in range(0, len(tokens), chunk_length):
-        chunk = mx.array(list(tokens[start : start + chunk_length]))[None]
-        h = model.run_layers(model.embed(chunk), cache)
-        mx.eval([layer.buffers for layer in cache])  # bounds what is in flight to one chunk
+    before, last = tokens[:-1], tokens[-1]
+    for start in range(0, len(before), chunk_length):
+        chunk = mx.array(list(before[start : start + chunk_length]))[None]
+        model.run_layers(model.embed(chunk), cache)
+        # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
+        mx.eval([layer.buffers for layer in cache])
         mx.clear_cache()
-    assert h is not None
-    return model.head(h[:, -1:])[0, -1]
+    return decode_step(model, mx.array(last), cache)
 
 
 def decode_step(model: Model, token: mx.array, cache: Cache) -> mx.array:
@@ -152,7 +156,10 @@ def choose(sampler: Sampler, logits: mx.array, num_logprobs: int | None) -> Choi
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a request took. Rates are tokens a second, times seconds; the peak is the process's, as MLX counts it."""
+    """What a request took. Rates are tokens a second, times seconds; the peak is the process's, as MLX counts it.
+
+    max_tokens: the limit that held: what was asked for, or less where the context has no room for it.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -160,6 +167,7 @@ class Statistics:
     prefill_tps: float
     decode_tps: float
     peak_memory_bytes: int
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -259,7 +267,11 @@ def encode_prompt(
         raise SettingError(
             f"reasoning_effort is {reasoning_effort!r}, and only gpt-oss's chat format has one: leave it out."
         )
-    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+    if hasattr(prompt, "tolist"):  # an array of mlx or NumPy
+        prompt = cast("Prompt", prompt.tolist())
+    if not isinstance(prompt, (str, list, tuple)):
+        raise PromptError(f"The prompt is a {type(prompt).__name__}: give text, a list of token ids, or chat messages.")
+    if not isinstance(prompt, str) and not any(isinstance(item, Mapping) for item in prompt):
         return EncodedPrompt(_checked_tokens(model, cast("Sequence[int]", prompt)), template, True)
     if tokenizer is None:
         raise TokenizerError(NO_TOKENIZER)
@@ -300,8 +312,8 @@ def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:
 class Clock:
     """Times of one request."""
 
-    def __init__(self, num_prompt_tokens: int) -> None:
-        self._num_prompt_tokens = num_prompt_tokens
+    def __init__(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        self._num_prompt_tokens, self._max_tokens = num_prompt_tokens, max_tokens
         self._started = self._first = self._last = time.perf_counter()
         self._num_tokens = 0
 
@@ -320,17 +332,32 @@ class Clock:
             prefill_tps=self._num_prompt_tokens / prefill if prefill else 0.0,
             decode_tps=(self._num_tokens - 1) / decode if decode else 0.0,
             peak_memory_bytes=mx.get_peak_memory(),
+            max_tokens=self._max_tokens,
         )
 
 
 def _checked_tokens(model: Model, prompt: Sequence[int]) -> list[int]:
-    tokens = [int(token) for token in prompt]
-    if not tokens:
+    if not prompt:
         raise PromptError("The prompt is empty: give at least one token.")
-    for token in tokens:
-        if not 0 <= token < model.spec.vocab_size:
-            raise PromptError(f"The prompt has token {token}; the model's tokens are 0 to {model.spec.vocab_size - 1}.")
+    tokens = []
+    for token in prompt:
+        try:
+            number = -1 if isinstance(token, bool) else operator.index(token)
+        except TypeError:
+            number = -1
+        if not 0 <= number < model.spec.vocab_size:
+            raise PromptError(
+                f"The prompt has token {token!r}; the model's tokens are 0 to {model.spec.vocab_size - 1}."
+            )
+        tokens.append(number)
     return tokens
+
+
+def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(each, str) for each in stops):
+        raise SettingError(f"stop is {stop!r}: give a string, or a list of strings.")
+    return tuple(stops)
 
 
 def _check_finite(logits: mx.array) -> None:
@@ -349,6 +376,8 @@ def _check_whole(name: str, value: int, low: int = 1, high: int | None = None) -
 
 class _CallableModule(types.ModuleType):
     """`openelm_mlx.generate` is this module and the function at once, so no import order makes one hide the other."""
+
+    __signature__ = inspect.signature(generate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
         return generate(*args, **kwargs)

@@ -13,7 +13,7 @@ from mlx import nn
 from .checkpoint import hub
 from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
-from .errors import CheckpointError, SettingError, TokenizerError
+from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .models import build_model
 from .specs import ModelSpec, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
@@ -49,6 +49,9 @@ NO_TOKENIZER = (
 
 # Evaluated this many bytes at a time, so that a cast never holds more than this of the uncast weights.
 LOAD_BATCH_BYTES = 64 * 2**20
+
+# CoreNet pads 32,001 tokens to 32,128 rows; Harmony's vocabulary ends 1,069 rows before gpt-oss's.
+_MOST_PADDING_ROWS = 256
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -135,15 +138,31 @@ def locate(source: Source, revision: str | None = None, progress: Progress | Non
     """The folder or file on this machine that holds `source`, downloaded first when it is a repository."""
     if str(source) in DEMOS:
         return DEMOS[str(source)]
-    path = Path(source).expanduser()
-    if path.exists():
+    path = existing_path(source)
+    if path is not None:
         return path
     if isinstance(source, str) and hub.is_repo_id(source):
-        return hub.download(source, choose_model_files, revision=revision, progress=progress)
+        try:
+            return hub.download(source, choose_model_files, revision=revision, progress=progress)
+        except HubError as error:
+            raise HubError(f"There is no folder {source} here, and as a repository: {error}") from error
     raise CheckpointError(
         f"There is no file or folder {source}: check the path, or give a Hugging Face repository as owner/name, or one of "
         f"{', '.join(DEMOS)}."
     )
+
+
+def existing_path(source: Source) -> Path | None:
+    """The file or folder of that name, if there is one. Raises CheckpointError for what can be no name."""
+    if not isinstance(source, (str, Path)):
+        raise CheckpointError(
+            f"The source is {source!r}: give a folder, a file, or a Hugging Face repository, as text."
+        )
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, an unknown user's home
+        raise CheckpointError(f"{str(source)[:80]!r} is no path: {error}.") from error
 
 
 def choose_model_files(files: list[hub.RepoFile]) -> list[str]:
@@ -208,11 +227,11 @@ def checked_context_length(asked: int | None, spec: ModelSpec) -> int:
 
 
 def _tokenizer_path(asked: Source, progress: Progress | None) -> Path:
-    path = Path(asked).expanduser()
-    if path.exists():
-        return path
     if str(asked) in DEMOS:
         return DEMOS[str(asked)]
+    path = existing_path(asked)
+    if path is not None:
+        return path
     if isinstance(asked, str) and hub.is_repo_id(asked):
         wanted = (*TOKENIZER_FILES, *COMPANION_FILES)
         return hub.download(asked, lambda files: [f.name for f in files if f.name in wanted], progress=progress)
@@ -220,7 +239,8 @@ def _tokenizer_path(asked: Source, progress: Progress | None) -> Path:
 
 
 def _checked_tokenizer(tokenizer: Tokenizer, spec: ModelSpec, origin: str) -> Tokenizer:
-    if tokenizer.vocab_size > spec.vocab_size:
+    # Fewer tokens than rows are padding, a hundred or so; more tokens than rows, or far fewer, are another vocabulary.
+    if not 0 <= spec.vocab_size - tokenizer.vocab_size <= max(_MOST_PADDING_ROWS, spec.vocab_size // 50):
         raise TokenizerError(
             f"The tokenizer at {origin} has {tokenizer.vocab_size:,} tokens and the model {spec.vocab_size:,}: it belongs "
             "to another model; give the right one with --tokenizer."

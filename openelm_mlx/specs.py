@@ -192,6 +192,7 @@ class _OpenELM:
     @staticmethod
     def spec_from_config(config: Config) -> ModelSpec:
         config = _with_released_values(config)
+        _refuse_other_mathematics(config)
         num_layers = _integer(config, "num_transformer_layers")
         model_dim = _integer(config, "model_dim")
         head_dim = _integer(config, "head_dim")
@@ -216,13 +217,13 @@ class _OpenELM:
             hidden_size=model_dim,
             context_length=_integer(config, "max_context_length"),
             layers=layers,
-            tied_head=bool(_required(config, "share_input_output_layers")),
+            tied_head=_switch(config, "share_input_output_layers"),
             norm_eps=OPENELM_NORM_EPS,
-            rope_theta=float(_required(config, "rope_freq_constant")),
-            qk_norm=bool(_required(config, "normalize_qk_projections")),
+            rope_theta=_positive(config, "rope_freq_constant"),
+            qk_norm=_switch(config, "normalize_qk_projections"),
             # Apple's configs say 1 and 2; CoreNet's YAML leaves both out, with the same Llama tokenizer.
-            bos_token=config.get("bos_token_id", 1),
-            eos_tokens=_eos_tokens(config.get("eos_token_id", 2)),
+            bos_token=_token(config, "bos_token_id", config.get("bos_token_id", 1), vocab_size),
+            eos_tokens=_tokens(config, "eos_token_id", 2, vocab_size),
             size=_size_name(num_layers, model_dim),
         )
 
@@ -308,11 +309,30 @@ def _with_released_values(config: Config) -> dict[str, Any]:
     return {**_RELEASED_COMMON, **(size or {}), **model}
 
 
+# What the code of every OpenELM release does, whether its config says so or not. Another value is another model.
+_ONE_WAY = {
+    "activation_fn_name": ("swish", "silu"),
+    "ffn_with_glu": (True,),
+    "normalization_layer_name": ("rms_norm",),
+    "rope_scaling": (None,),
+    "rms_norm_eps": (OPENELM_NORM_EPS,),
+}
+
+
+def _refuse_other_mathematics(config: Config) -> None:
+    for name, known in _ONE_WAY.items():
+        if config.get(name, known[0]) not in known:
+            raise ConfigError(
+                f'The config\'s "{name}" is {config[name]!r} and OpenELM is only known with {known[0]!r}: this is another '
+                "model, whose answers would be wrong here."
+            )
+
+
 def _query_heads(config: Config, num_layers: int, model_dim: int, head_dim: int) -> list[int]:
     if config.get("num_query_heads") is not None:
         return _per_layer(config, "num_query_heads", num_layers)
-    groups = config.get("num_gqa_groups")
-    divisor = head_dim * (2 if groups is None else int(groups))
+    groups = 2 if config.get("num_gqa_groups") is None else _integer(config, "num_gqa_groups")
+    divisor = head_dim * groups
     multipliers = layer_multipliers(_required(config, "qkv_multipliers"), num_layers, "qkv_multipliers")
     return [make_divisible(model_dim * m, divisor) // head_dim for m in multipliers]
 
@@ -321,8 +341,8 @@ def _kv_heads(config: Config, heads: list[int]) -> list[int]:
     if config.get("num_kv_heads") is not None:
         return _per_layer(config, "num_kv_heads", len(heads))
     # "Groups" are query heads to a kv head, so the ratio is the same in every layer.
-    groups = config.get("num_gqa_groups") or 1
-    return [h // int(groups) for h in heads]
+    groups = 1 if config.get("num_gqa_groups") is None else _integer(config, "num_gqa_groups")
+    return [h // groups for h in heads]
 
 
 def _check_layers(layers: tuple[LayerSpec, ...]) -> None:
@@ -397,7 +417,7 @@ class _GptOss:
             tied_head=bool(config.get("tie_word_embeddings", False)),
             norm_eps=float(config.get("rms_norm_eps", _GPT_OSS_NORM_EPS)),
             rope_theta=float(_rope_settings(config).get("rope_theta", config.get("rope_theta", _GPT_OSS_ROPE_THETA))),
-            eos_tokens=tuple(dict.fromkeys((*_eos_tokens(config.get("eos_token_id")), *stops))),
+            eos_tokens=tuple(dict.fromkeys((*_tokens(config, "eos_token_id", None, vocab_size), *stops))),
             size=_GPT_OSS_SIZES.get((num_layers, num_experts)),
             yarn=yarn,
             swiglu_limit=float(config.get("swiglu_limit", _GPT_OSS_SWIGLU_LIMIT)),
@@ -591,9 +611,33 @@ def _per_layer(config: Config, name: str, num_layers: int) -> list[int]:
     return list(values)
 
 
-def _eos_tokens(value: Any) -> tuple[int, ...]:
+def _positive(config: Config, name: str) -> float:
+    value = _required(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ConfigError(f'The config\'s "{name}" is {value!r}: it must be a number above 0.')
+    return float(value)
+
+
+def _switch(config: Config, name: str) -> bool:
+    value = _required(config, name)
+    if not isinstance(value, bool):
+        raise ConfigError(f'The config\'s "{name}" is {value!r}: it must be true or false.')
+    return value
+
+
+def _token(config: Config, name: str, value: Any, vocab_size: int) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+        raise ConfigError(f'The config\'s "{name}" is {config.get(name)!r}: it must be a token, 0 to {vocab_size - 1}.')
+    return value
+
+
+def _tokens(config: Config, name: str, default: int | None, vocab_size: int) -> tuple[int, ...]:
+    value = config.get(name, default)
     values = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(int(v) for v in values if v is not None)
+    tokens = [_token(config, name, v, vocab_size) for v in values]
+    return tuple(token for token in tokens if token is not None)
 
 
 def _product(shape: tuple[int, ...]) -> int:

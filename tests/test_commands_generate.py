@@ -75,6 +75,21 @@ def test_clipped_max_tokens_is_said(generate, folder):
     assert "--max-tokens 1000 was clipped" in err
 
 
+def test_the_prompt_without_its_option(generate, folder):
+    options = ("--model", folder, "--max-tokens", 4, "--quiet")
+    assert generate(*options, "Hello") == generate(*options, "--prompt", "Hello")
+    assert generate(*options, "Hello", "--prompt", "Hello")[0] == 2
+
+
+def test_a_full_disk_under_the_output_is_one_sentence(folder):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    command = f"{sys.executable} -m openelm_mlx.generate --model {folder} --prompt Hello --quiet > /dev/full"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert len(finished.stderr.splitlines()) == 1
+
+
 def test_stop_seed_and_template_reach_the_loop(generate, folder):
     options = ("--model", folder, "--prompt", "Hello", "--quiet", "--max-tokens", 30)
     whole = generate(*options)[1].rstrip("\n")
@@ -163,7 +178,8 @@ def test_a_broken_model_is_one_sentence(generate, folder, tmp_path, name, said):
         (["--repetition-penalty", "0"], "repetition_penalty"),
         (["--presence-penalty", "inf"], "presence_penalty"), (["--frequency-penalty", "1e30"], "frequency_penalty"),
         (["--seed", "-1"], "seed is -1"), (["--max-tokens", "0"], "max_tokens is 0"), (["--max-tokens", "many"], "many"),
-        (["--logprobs", "-1"], "logprobs is -1"), (["--logit-bias", "x"], "TOKEN=NUMBER"), (["--logit-bias", "9999=1"], "9999"),
+        (["--logprobs", "-1", "--json"], "logprobs is -1"), (["--logprobs", "1"], "--json"),
+        (["--logit-bias", "x"], "TOKEN=NUMBER"), (["--logit-bias", "9999=1"], "9999"),
         (["--sliding-window", "0"], "sliding_window is 0"), (["--prefill-chunk", "0"], "prefill_chunk is 0"),
         (["--context-length", "100"], "100"), (["--dtype", "int4"], "int4"), (["--chat-template", "chatml"], "chatml"),
         (["--tokenizer", "/no/tokenizer"], "/no/tokenizer"), (["--prompt-file", "/no/file"], "two prompts"),

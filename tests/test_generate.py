@@ -1,11 +1,13 @@
 """The loop, against a loop that a child could read: no cache, the whole sequence anew for every token."""
 
+import inspect
 import itertools
 import math
 import subprocess
 import sys
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import FIXTURES, random_model
 
@@ -135,7 +137,7 @@ def test_more_tokens_than_fit_are_clipped_and_end_with_length(model):
     chunks = list(stream_generate(model, None, [3] * 60, max_tokens=100))
     assert len(chunks) == 4
     assert chunks[-1].finish_reason == "length"
-    assert chunks[-1].statistics.completion_tokens == 4
+    assert chunks[-1].statistics.completion_tokens == chunks[-1].statistics.max_tokens == 4
 
 
 def test_a_sliding_window_goes_past_the_context_when_asked_for(model):
@@ -198,6 +200,24 @@ def test_empty_prompts(model, tokenizer, prompt):
         stream_generate(model, tokenizer, prompt)
 
 
+@pytest.mark.parametrize("prompt", [None, 5, b"abc", 1.5, {"role": "user"}])
+def test_prompts_that_are_none(model, tokenizer, prompt):
+    with pytest.raises(PromptError):
+        stream_generate(model, tokenizer, prompt)
+
+
+def test_arrays_and_numpy_numbers_are_tokens(model):
+    expected = tokens_of(stream_generate(model, None, [1, 5, 6], max_tokens=3))
+    for prompt in (mx.array([1, 5, 6]), np.array([1, 5, 6]), list(np.array([1, 5, 6])), (1, 5, 6)):
+        assert tokens_of(stream_generate(model, None, prompt, max_tokens=3)) == expected
+    with pytest.raises(PromptError, match="True"):
+        stream_generate(model, None, [True, 5])
+
+
+def test_the_function_can_be_looked_at():
+    assert list(inspect.signature(om.generate).parameters)[:3] == ["model", "tokenizer", "prompt"]
+
+
 @pytest.mark.parametrize("token", [-1, 600, 10**9])
 def test_tokens_that_the_model_lacks(model, token):
     with pytest.raises(PromptError, match=str(token)):
@@ -214,7 +234,8 @@ def test_text_without_a_tokenizer_says_where_one_comes_from(model):
 @pytest.mark.parametrize(
     "options",
     [{"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"prefill_chunk": 0}, {"logprobs": -1}, {"logprobs": 601},
-     {"sliding_window": 0}, {"sliding_window": 65}, {"stop": [""]}],
+     {"sliding_window": 0}, {"sliding_window": 65}, {"stop": [""]}, {"stop": None}, {"stop": 5}, {"stop": [5]},
+     {"sampling": {"temperature": 1}}],
 )  # fmt: skip
 def test_options_out_of_range(model, tokenizer, options):
     with pytest.raises(SettingError):

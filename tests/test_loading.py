@@ -61,9 +61,10 @@ def test_the_search_for_a_tokenizer(model, tmp_path, monkeypatch):
     assert load(folder, tokenizer=asked / "tokenizer.json")[1].files[0] == asked / "tokenizer.json"
 
 
+@pytest.mark.parametrize("vocab_size", [100, 4096])  # fewer rows than the tokenizer has tokens, or far more
 @pytest.mark.parametrize("tokenizer", ["llama", "byte_level"])
-def test_another_model_s_tokenizer(tmp_path, tokenizer):
-    small = random_model(vocab_size=100)  # fewer rows than the tokenizer has tokens
+def test_another_model_s_tokenizer(tmp_path, tokenizer, vocab_size):
+    small = random_model(vocab_size=vocab_size)
     with pytest.raises(TokenizerError, match="another model"):
         load(save_folder(tmp_path / "m", small, tokenizer))
 
@@ -72,6 +73,12 @@ def test_a_tokenizer_that_begins_texts_with_another_token(model, tmp_path):
     folder = save_folder(tmp_path / "m", model, "llama", {"bos_token_id": 7})
     with pytest.raises(TokenizerError, match="begins texts with token 1 and the model with 7"):
         load(folder)
+
+
+@pytest.mark.parametrize("source", ["a" * 300, "a\0b", None, 5])
+def test_sources_that_can_be_no_path(source):
+    with pytest.raises(CheckpointError):
+        load(source)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./no/such/folder", "demo-nothing"])

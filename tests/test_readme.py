@@ -66,6 +66,11 @@ def test_its_links_and_its_files_exist():
     assert rooms == {name[:-1] for name in re.findall(r"^  ([a-z_]+/)", listing, re.MULTILINE)}
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+    assert "TODO" not in README
+
+
 def test_its_options_exist():
     from openelm_mlx.commands import COMMANDS, build_parser
 

@@ -153,6 +153,16 @@ def test_make_divisible_never_loses_more_than_a_tenth():
         ({"ffn_multipliers": "wide"}, "'wide'"),
         ({"share_input_output_layers": None}, '"share_input_output_layers"'),
         ({"model_type": "llama"}, "'llama'"),
+        ({"bos_token_id": 10**9}, "1000000000"),
+        ({"eos_token_id": "x"}, "'x'"),
+        ({"eos_token_id": [2, -1]}, "[2, -1]"),
+        ({"activation_fn_name": "gelu"}, "'gelu'"),
+        ({"normalization_layer_name": "layer_norm"}, "'layer_norm'"),
+        ({"ffn_with_glu": False}, "False"),
+        ({"rope_scaling": {"type": "linear"}}, "'linear'"),
+        ({"share_input_output_layers": "no"}, "'no'"),
+        ({"rope_freq_constant": 0}, "rope_freq_constant"),
+        ({"num_gqa_groups": "four", "num_query_heads": None}, "'four'"),
     ],
 )
 def test_wrong_configs_are_refused_with_the_field_and_value(change, said):

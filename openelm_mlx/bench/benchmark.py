@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
-from ..errors import ConversionError, SettingError
+from ..checkpoint.reader import read_config
+from ..errors import CheckpointError, SettingError
 from ..generate import stream_generate
 from ..loading import Source, load, locate
+from ..specs import spec_from_config
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -74,12 +76,22 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "completion_tokens", "rounds"):
-            if getattr(self, name) < (2 if name == "completion_tokens" else 1):
-                raise SettingError(f"{name} is {getattr(self, name)}: it must be larger.")
+            least = 2 if name == "completion_tokens" else 1
+            if getattr(self, name) < least:
+                raise SettingError(f"{name} is {getattr(self, name)}: it must be at least {least}.")
 
 
 def run_benchmark(settings: Settings) -> Iterator[Figure]:
-    """Measure everything, a figure at a time as it is known."""
+    """Measure everything, a figure at a time as it is known.
+
+    Raises SettingError when prompt and completion do not fit into the model's context.
+    """
+    spec = spec_from_config(read_config(locate(settings.source)))
+    if settings.prompt_tokens + settings.completion_tokens > spec.context_length:
+        raise SettingError(
+            f"{settings.prompt_tokens:,} + {settings.completion_tokens:,} tokens do not fit into the model's context of "
+            f"{spec.context_length:,}: ask for fewer."
+        )
     yield from startup_figures(settings)
     yield load_peak_figure(settings)
     yield from rate_figures(settings)
@@ -119,7 +131,7 @@ def load_peak_figure(settings: Settings) -> Figure:
         [sys.executable, "-c", script, str(settings.source)], capture_output=True, text=True, check=False
     )
     if finished.returncode:
-        raise ConversionError(f"Loading {settings.source} failed: {finished.stderr.strip().splitlines()[-1]}")
+        raise CheckpointError(f"Loading {settings.source} failed: {finished.stderr.strip().splitlines()[-1]}")
     return Figure("load peak / tensor bytes", "", [float(finished.stdout)], limit="<= 1.02")
 
 

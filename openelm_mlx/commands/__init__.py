@@ -7,6 +7,7 @@ user gave is wrong, or 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import platform
@@ -46,8 +47,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`... | head`): nobody is left to tell. Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        _discard_output()
+        print(f"{prog}: The output cannot be written: {error.strerror}.", file=sys.stderr)
+        return 2
+
+
+def _discard_output() -> None:
+    """Send what is left in stdout's buffer nowhere: Python would try to write it again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser(prog: str, arguments: Sequence[str] = ()) -> Parser:

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
 
     prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("text", nargs="?", help="the prompt; the same as --prompt")
     prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from standard input")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     prompt.add_argument("--system", metavar="TEXT", help="a system message before the prompt (chat templates only)")
@@ -99,6 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print. Returns the exit code."""
+    if args.logprobs is not None and not args.json:
+        raise SettingError("--logprobs are shown with --json only: add it.")
     prompt = read_prompt(args)
     sampling_options = {
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
@@ -199,7 +202,7 @@ def summary(last: Chunk | None, count: int, max_tokens: int) -> str:
     if last is None or last.statistics is None:
         return f"[interrupted after {count} tokens]"
     s = last.statistics
-    end = "end of text" if last.finish_reason == "stop" else f"stopped at {s.completion_tokens} tokens"
+    end = "end of answer" if last.finish_reason == "stop" else f"stopped at {s.completion_tokens} tokens"
     if last.finish_reason == "length" and s.completion_tokens < max_tokens:
         end += f": the context is full, so --max-tokens {max_tokens} was clipped"
     return (
@@ -210,17 +213,18 @@ def summary(last: Chunk | None, count: int, max_tokens: int) -> str:
 
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt from the argument, a file, or standard input."""
-    if args.prompt is not None and args.prompt_file is not None:
-        raise PromptError("There are two prompts, --prompt and --prompt-file: give one.")
+    if sum(each is not None for each in (args.text, args.prompt, args.prompt_file)) > 1:
+        raise PromptError("There are two prompts, of the argument, --prompt and --prompt-file: give one.")
     if args.prompt_file is not None:
         path = Path(args.prompt_file).expanduser()
         try:
             return _decoded(path.read_bytes(), str(path))
         except OSError as error:
             raise PromptError(f"The prompt file {path} cannot be read: {error.strerror}.") from error
-    if args.prompt is not None and args.prompt != "-":
-        return args.prompt
-    if args.prompt is None and sys.stdin.isatty():
+    prompt = args.prompt if args.text is None else args.text
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
         raise PromptError('There is no prompt: give --prompt "What is a banjo?", --prompt-file FILE, or pipe text in.')
     return _decoded(sys.stdin.buffer.read(), "standard input")
 

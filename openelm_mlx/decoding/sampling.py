@@ -43,6 +43,8 @@ class SamplingParams:
         _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
         _check("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise SettingError(f"logit_bias is {self.logit_bias!r}: give a dictionary of token to number.")
         for token, bias in self.logit_bias.items():
             _check("logit_bias token", token, 0, 2**31 - 1, whole=True)
             # -inf forbids a token; +inf or nan would leave no distribution to draw from.

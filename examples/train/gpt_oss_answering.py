@@ -23,30 +23,37 @@ def completions(
 ) -> list[list[int]]:
     """The greedy completion of each conversation, up to and with its stop token.
 
-    Prompts of one length make a batch, so that none is padded, and what they all begin with is computed once.
+    Conversations with the same instructions and prompts of one length make a batch: none is padded, and what they begin
+    with is computed once.
     """
+    instructions = [harmony.render(before_user(messages)) for messages in conversations]
     prompts = [harmony.render_for_completion(messages) for messages in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: (instructions[i], len(prompts[i])))
     results: list[list[int]] = [[] for _ in prompts]
-    for _, same_length in groupby(order, key=lambda i: len(prompts[i])):
-        numbers = list(same_length)
-        for start in range(0, len(numbers), batch_size):
-            chosen = numbers[start : start + batch_size]
-            rows = _greedy(model, harmony, [prompts[i] for i in chosen], max_tokens)
-            for i, tokens in zip(chosen, rows, strict=True):
-                results[i] = tokens
+    for beginning, sharing in groupby(order, key=lambda i: instructions[i]):
+        cache = model.make_cache()
+        model.run_layers(model.embed(mx.array([beginning])), cache)
+        for _, same_length in groupby(sharing, key=lambda i: len(prompts[i])):
+            numbers = list(same_length)
+            for start in range(0, len(numbers), batch_size):
+                chosen = numbers[start : start + batch_size]
+                rests = [prompts[i][len(beginning) :] for i in chosen]
+                rows = _greedy(model, harmony, chosen_rows(cache, [0] * len(chosen)), rests, max_tokens)
+                for i, tokens in zip(chosen, rows, strict=True):
+                    results[i] = tokens
     return results
 
 
-def _greedy(model: GptOss, harmony: HarmonyFormat, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Each row's tokens up to its stop token."""
-    length = len(prompts[0]) - 1  # the last token of each is left to be run: its logits are needed
-    shared = next((i for i in range(length) if len({prompt[i] for prompt in prompts}) > 1), length)
-    cache = model.make_cache()
-    if shared:
-        model.run_layers(model.embed(mx.array([prompts[0][:shared]])), cache)
-        cache = chosen_rows(cache, [0] * len(prompts))
-    tokens = mx.array([prompt[shared:] for prompt in prompts])
+def before_user(messages: Sequence[Message]) -> Sequence[Message]:
+    """What stands before the user's first message: the system message, and the developer's."""
+    return messages[: next(i for i, message in enumerate(messages) if message.role == "user")]
+
+
+def _greedy(
+    model: GptOss, harmony: HarmonyFormat, cache: Cache, prompts: list[list[int]], max_tokens: int
+) -> list[list[int]]:
+    """Each row's tokens up to its stop token. prompts: what is not in `cache` yet, all of one length."""
+    tokens = mx.array(prompts)
     rows: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))  # which row each row of the batch is
     for _ in range(max_tokens):

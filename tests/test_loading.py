@@ -75,6 +75,17 @@ def test_a_tokenizer_that_begins_texts_with_another_token(model, tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("effort", ["low", "medium", "high"])
+def test_the_gpt_oss_demo_thinks_longer_the_more_effort_is_asked_for(effort):
+    ours, tokenizer = load("demo-gpt-oss")
+    chunks = list(om.stream_generate(ours, tokenizer, "What is a piano?", reasoning_effort=effort))
+    thought = "".join(chunk.text for chunk in chunks if chunk.channel == "analysis")
+    answer = "".join(chunk.text for chunk in chunks if chunk.channel == "final")
+    assert thought.count("a kind of") == {"low": 1, "medium": 3, "high": 6}[effort]
+    assert answer.startswith("a keyboard instrument that is played by depressing keys")
+    assert chunks[-1].finish_reason == "stop"
+
+
 @pytest.mark.parametrize("source", ["a" * 300, "a\0b", None, 5])
 def test_sources_that_can_be_no_path(source):
     with pytest.raises(CheckpointError):

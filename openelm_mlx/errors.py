@@ -44,3 +44,11 @@ class ConversionError(UserError):
 
 class PlatformError(UserError):
     """This computer cannot run MLX as it is: an Intel Mac, Rosetta, or a missing backend."""
+
+
+class MemoryLimitError(UserError):
+    """Something needs more memory than there is, or than the limit that was set; the message has the arithmetic."""
+
+
+class ToolError(UserError):
+    """A tool's definition, a schema, or the place a tool should run in is not usable."""

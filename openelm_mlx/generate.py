@@ -1,4 +1,4 @@
-"""The whole way from a prompt to text: prefill, decode_step, stream_generate, generate.
+"""The whole way from a prompt to text: prefill, stream_generate, generate.
 
 Also a command, `python -m openelm_mlx.generate`, and itself callable: `openelm_mlx.generate(model, tokenizer, prompt)` is
 `openelm_mlx.generate.generate(...)`, whichever of the two a program imported first.
@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from .decoding.sampling import Sampler, SamplingParams, log_probabilities
+from .decoding.sampling import Sampler, SamplingParams
+from .decoding.step import PlainStep
+from .decoding.tokens import Choice, one_by_one
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
 from .loading import NO_TOKENIZER
 from .models.cache import Cache
@@ -97,31 +99,26 @@ def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: T
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )
-    cache = model.make_cache(window=request.sliding_window)
-    logits = prefill(model, request.prompt_tokens, cache, request.prefill_chunk)
+    step = PlainStep(model, model.make_cache(window=request.sliding_window))
+    logits = prefill(model, request.prompt_tokens, step.cache, request.prefill_chunk)
     _check_finite(logits)
-    choice = choose(sampler, logits, request.logprobs)
-    for count in range(1, request.max_tokens + 1):
-        upcoming = None
-        if count < request.max_tokens:
-            # Dispatched before this token is read: the device works while the host makes text of it.
-            upcoming = choose(sampler, decode_step(model, choice.token, cache), request.logprobs)
-        token = cast(int, choice.token.item())
+    choices = one_by_one(step, sampler, logits, request.max_tokens, request.logprobs)
+    for count, choice in enumerate(choices, 1):
+        token = choice.item()
         clock.token_arrived()
         if token in eos_tokens:
-            yield choice.chunk(text.finish(token), token, "stop", clock.statistics())
+            yield chunk_of(choice, text.finish(token), "stop", clock.statistics())
             return
         piece = text.add(token)
-        if piece.is_stopped or upcoming is None:
+        if piece.is_stopped or count == request.max_tokens:
             rest = text.finish()
             is_stopped = piece.is_stopped or rest.is_stopped
             whole = Piece(piece.text + rest.text, rest.channel or piece.channel)
-            yield choice.chunk(whole, token, "stop" if is_stopped else "length", clock.statistics())
+            yield chunk_of(choice, whole, "stop" if is_stopped else "length", clock.statistics())
             return
-        yield choice.chunk(piece, token)
+        yield chunk_of(choice, piece)
         if count % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
-        choice = upcoming
 
 
 def prefill(model: Model, tokens: Sequence[int], cache: Cache, chunk_length: int) -> mx.array:
@@ -136,22 +133,7 @@ def prefill(model: Model, tokens: Sequence[int], cache: Cache, chunk_length: int
         # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
         mx.eval([layer.buffers for layer in cache])
         mx.clear_cache()
-    return decode_step(model, mx.array(last), cache)
-
-
-def decode_step(model: Model, token: mx.array, cache: Cache) -> mx.array:
-    """The logits (V,) that follow one more `token` (a scalar array, which need not be known to the host yet)."""
-    return model(token[None, None], cache=cache)[0, -1]
-
-
-def choose(sampler: Sampler, logits: mx.array, num_logprobs: int | None) -> Choice:
-    """Choose the next token from `logits` (V,) and start computing it."""
-    token = sampler(logits)
-    choice = Choice(token)
-    if num_logprobs is not None:
-        choice = Choice(token, *log_probabilities(logits, token, num_logprobs))
-    mx.async_eval([array for array in (choice.token, choice.logprob, choice.top) if array is not None])
-    return choice
+    return PlainStep(model, cache)(mx.array(last))
 
 
 @dataclass(frozen=True)
@@ -188,24 +170,13 @@ class Chunk:
     statistics: Statistics | None = None
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A chosen token that may still be being computed, with its log-probabilities when asked for."""
-
-    token: mx.array
-    logprob: mx.array | None = None
-    top: mx.array | None = None
-    top_logprobs: mx.array | None = None
-
-    def chunk(
-        self, piece: Piece, token: int, finish_reason: str | None = None, statistics: Statistics | None = None
-    ) -> Chunk:
-        chunk = Chunk(piece.text, token, finish_reason, piece.channel, statistics=statistics)
-        if self.logprob is None or self.top is None or self.top_logprobs is None:
-            return chunk
-        tokens, logprobs = cast("list[int]", self.top.tolist()), cast("list[float]", self.top_logprobs.tolist())
-        top = dict(zip(tokens, logprobs, strict=True))
-        return replace(chunk, logprob=cast(float, self.logprob.item()), top_logprobs=top)
+def chunk_of(
+    choice: Choice, piece: Piece, finish_reason: str | None = None, statistics: Statistics | None = None
+) -> Chunk:
+    """What the caller sees of a chosen token and the text that it made certain."""
+    return Chunk(
+        piece.text, choice.item(), finish_reason, piece.channel, *choice.logprob_values(), statistics=statistics
+    )
 
 
 @dataclass(frozen=True)

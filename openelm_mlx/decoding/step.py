@@ -1,0 +1,41 @@
+"""One more token through the model: what a decode loop calls, whichever way the model computes it.
+
+`PlainStep` is the slow, obvious form that every other one is held to.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import mlx.core as mx
+
+from ..models.cache import Cache
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+
+class Step(Protocol):
+    """A model together with the cache that it extends.
+
+    runs_ahead: whether a step may be built on a token that the host has not read yet. Where it may, the device computes
+    the next token while the host makes text of this one.
+    """
+
+    cache: Cache
+    runs_ahead: bool
+
+    def __call__(self, token: mx.array) -> mx.array:
+        """The logits (V,) that follow one more `token` (a scalar array). Lazy where `runs_ahead`."""
+
+
+class PlainStep:
+    """The model called on one token, nothing compiled and nothing fetched."""
+
+    runs_ahead = True
+
+    def __init__(self, model: Model, cache: Cache) -> None:
+        self.model, self.cache = model, cache
+
+    def __call__(self, token: mx.array) -> mx.array:
+        return self.model(token[None, None], cache=self.cache)[0, -1]

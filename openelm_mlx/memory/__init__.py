@@ -1,0 +1,1 @@
+"""The machine and what fits in it: machine.py, plan.py, limits.py, residency.py."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, SettingError
 
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -29,9 +29,16 @@ class LayerSpec:
     num_experts: int = 0
     experts_per_token: int = 0
 
-    def kv_bytes_per_token(self, itemsize: int = 2) -> int:
-        """Bytes that one cached token takes in this layer: a key and a value for each kv head."""
-        return 2 * self.num_kv_heads * self.head_dim * itemsize
+    def kv_bytes_per_token(self, itemsize: int = 2, kv_bits: int | None = None) -> int:
+        """Bytes that one cached token takes in this layer: a key and a value for each kv head.
+
+        kv_bits: None for numbers of `itemsize` bytes, or 8: then the layers without a window keep a byte a number and
+        for each group of them a scale and a bias in float32.
+        """
+        per_head = self.head_dim * itemsize
+        if kv_bits is not None and self.window is None:
+            per_head = self.head_dim * kv_bits // 8 + self.head_dim // kv_group_size(self.head_dim) * 8
+        return 2 * self.num_kv_heads * per_head
 
     def parameters_per_expert(self, hidden_size: int) -> int:
         """Numbers in one of the layer's experts: gate and up, down, and their biases."""
@@ -105,12 +112,50 @@ class ModelSpec:
         )
         return self.num_parameters() - lookup - idle
 
-    def kv_cache_bytes(self, num_tokens: int, itemsize: int = 2, batch_size: int = 1) -> int:
-        """Bytes of keys and values for `num_tokens` cached tokens; a layer with a window keeps at most that many."""
+    def kv_cache_bytes(
+        self, num_tokens: int, itemsize: int = 2, batch_size: int = 1, kv_bits: int | None = None
+    ) -> int:
+        """Bytes of keys and values for `num_tokens` cached tokens; a layer with a window keeps at most that many.
+
+        What is allocated for them is this for `kv_places(num_tokens)`, and a whole ring in a layer with a window.
+        """
         return batch_size * sum(
-            layer.kv_bytes_per_token(itemsize) * (num_tokens if layer.window is None else min(num_tokens, layer.window))
+            layer.kv_bytes_per_token(itemsize, kv_bits)
+            * (num_tokens if layer.window is None else min(num_tokens, layer.window))
             for layer in self.layers
         )
+
+
+# Keys and values are allocated by at least so many tokens: an allocation and a copy for each token would cost more than
+# the attention over them.
+KV_STEP = 256
+
+
+def kv_places(num_tokens: int, context_length: int | None = None) -> int:
+    """For how many tokens a cache that keeps everything has places when it holds `num_tokens`.
+
+    Multiples of 256 up to 2,048, then of a quarter of the power of two below, up to the context: at most a quarter is
+    empty, and all the copies while growing to n tokens together move fewer than 6 n (steps of 256 would move n^2 / 512).
+    """
+    step = max(KV_STEP, 1 << max(0, (num_tokens - 1).bit_length() - 3))
+    places = -(-num_tokens // step) * step
+    if context_length is None or num_tokens > context_length:
+        return places
+    return min(places, -(-context_length // KV_STEP) * KV_STEP)
+
+
+def kv_group_size(head_dim: int) -> int:
+    """How many numbers of a quantized key or value share a scale: the larger of MLX's groups that divides a head.
+
+    Raises SettingError when none does.
+    """
+    for group_size in (64, 32):
+        if head_dim % group_size == 0:
+            return group_size
+    raise SettingError(
+        f"The keys and values of this model cannot be quantized: a head has {head_dim} numbers, and MLX packs them by 32 "
+        "or 64. Leave out kv_bits (--kv-bits)."
+    )
 
 
 def spec_from_config(config: Config) -> ModelSpec:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_models_gpt_oss import TOLERANCE, greedy, load_gpt_oss, release_config
 
 from openelm_mlx.models.attention import BlockMask, attend
-from openelm_mlx.models.cache import GROWTH_STEP, KVCache, SlidingKVCache, make_cache
-from openelm_mlx.specs import spec_from_config
+from openelm_mlx.models.cache import KVCache, SlidingKVCache, make_cache
+from openelm_mlx.specs import KV_STEP, kv_places, spec_from_config
 
 H, K, D = 4, 2, 8
 
@@ -221,17 +221,61 @@ def test_what_comes_back_is_the_cheapest():
 def test_growth_by_steps(dtype):
     cache, rng = KVCache(), np.random.default_rng(0)
     known = np.zeros((1, K, 0, D))
-    for L in (1, GROWTH_STEP - 2, 1, 1, 3 * GROWTH_STEP, 1, GROWTH_STEP - 1, 7):
+    for L in (1, KV_STEP - 2, 1, 1, 3 * KV_STEP, 1, KV_STEP - 1, 7):
         keys = mx.array(rng.normal(size=(1, K, L, D))).astype(dtype)
         fetched, values = cache.update_and_fetch(keys, -keys)
         known = np.concatenate([known, np.array(keys.astype(mx.float32))], axis=2)
         assert fetched.dtype == values.dtype == dtype
         assert (np.array(fetched.astype(mx.float32)) == known).all()
         assert (np.array(values.astype(mx.float32)) == -known).all()
-        places = -(-cache.offset // GROWTH_STEP) * GROWTH_STEP
+        places = kv_places(cache.offset)
         assert cache.keys.shape == (1, K, places, D)
         assert cache.nbytes == 2 * K * places * D * dtype.size == sum(buffer.nbytes for buffer in cache.buffers)
         assert [array.shape[2] for array in cache.state] == [cache.offset] * 2
+
+
+def test_places_are_few_sizes_and_never_far_too_many():
+    sizes = sorted({kv_places(n) for n in range(1, 131_073)})
+    assert sizes[:12] == [*range(256, 2049, 256), 2560, 3072, 3584, 4096]
+    assert sizes[-5:] == [65536, 81920, 98304, 114688, 131072]
+    for n in range(1, 131_073):
+        assert n <= kv_places(n) <= max(256 * -(-n // 256), 1.25 * n + 1)
+
+
+def test_growing_to_n_tokens_copies_a_multiple_of_n():
+    """A token at a time and by chunks of prefill; by steps of 256 it would be n * n / 512, 33 million here."""
+    n = 131_072
+    for chunk in (1, 512):
+        copied = places = 0
+        for offset in range(0, n, chunk):
+            if offset + chunk > places:
+                copied, places = copied + offset, kv_places(offset + chunk)
+        assert copied < 6 * n
+
+
+@pytest.mark.parametrize(("context_length", "places"), [(2600, 2816), (2817, 3072), (9000, 3072)])
+def test_no_places_beyond_the_context(context_length, places):
+    cache = KVCache(context_length=context_length)
+    cache.update_and_fetch(*[mx.zeros((1, 1, 2600, 1))] * 2)
+    assert cache.keys.shape[2] == places
+    cache.update_and_fetch(*[mx.zeros((1, 1, 8000, 1))] * 2)  # past the context it goes on, as without one
+    assert cache.keys.shape[2] == 12288
+
+
+def test_what_a_growth_takes():
+    """All places anew and the old ones while they are copied; of a model's layers, one after the other."""
+    cache = [KVCache() for _ in range(4)]
+    for layer in cache:
+        layer.update_and_fetch(mx.random.normal((1, K, 4096, D)), mx.random.normal((1, K, 4096, D)))
+    mx.eval([layer.buffers for layer in cache])
+    before, grown = cache[0].nbytes, cache[0].nbytes * 5 // 4
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for layer in cache:
+        assert layer.reserve(4096) == []
+        mx.eval(layer.reserve(4097))
+    assert mx.get_active_memory() - active == pytest.approx(4 * (grown - before), abs=1024)
+    assert mx.get_peak_memory() - active <= 4 * (grown - before) + 2 * before + 1024
 
 
 def test_a_ring_never_grows():
@@ -248,8 +292,8 @@ def test_bytes_of_real_caches_are_those_of_the_spec(fixtures, batch):
     model = load_gpt_oss(fixtures / "gpt_oss_tiny", mx.bfloat16)
     cache, roomy = model.make_cache(), make_cache(model.spec, room=8)
     for each in (cache, roomy):
-        model(mx.zeros((batch, GROWTH_STEP), mx.int32), each)
-    assert sum(layer.nbytes for layer in cache) == model.spec.kv_cache_bytes(GROWTH_STEP, batch_size=batch)
+        model(mx.zeros((batch, KV_STEP), mx.int32), each)
+    assert sum(layer.nbytes for layer in cache) == model.spec.kv_cache_bytes(KV_STEP, batch_size=batch)
     extra = sum(layer.kv_bytes_per_token() * 8 for layer in model.spec.layers if layer.window is not None)
     assert sum(layer.nbytes for layer in roomy) == sum(layer.nbytes for layer in cache) + batch * extra
 

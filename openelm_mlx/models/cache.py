@@ -10,32 +10,36 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..specs import ModelSpec
+from ..specs import ModelSpec, kv_places
 from .attention import Mask, causal_mask, visible_keys
 
 Cache = list["KVCache | SlidingKVCache"]
 
-# Growing by whole steps instead of a token at a time: one copy every 256 tokens.
-GROWTH_STEP = 256
-
 
 def make_cache(
-    spec: ModelSpec, window: int | None = None, left_padding: list[int] | None = None, room: int = 0
+    spec: ModelSpec,
+    window: int | None = None,
+    left_padding: list[int] | None = None,
+    room: int = 0,
+    context_length: int | None = None,
 ) -> Cache:
     """A cache for each layer of `spec`. `window` puts a ring of that many tokens where a layer would keep everything.
 
     left_padding: how many tokens of padding stand before each row of a batch, (B,). room: how many tokens a ring keeps
-    beyond its window, so that a speculative decoder can take them back.
+    beyond its window, so that a speculative decoder can take them back. context_length: beyond so many tokens no places
+    are kept ready; the model's own when it is None.
     """
+    limit = spec.context_length if context_length is None else context_length
     padding = None if left_padding is None or not any(left_padding) else mx.array(left_padding)
     windows = [layer.window or window for layer in spec.layers]
-    return [KVCache(padding) if each is None else SlidingKVCache(each, room, padding) for each in windows]
+    return [KVCache(padding, limit) if each is None else SlidingKVCache(each, room, padding) for each in windows]
 
 
 class KVCache:
-    """Keys and values of every token, (B, K, T, D) each, in buffers that grow by steps."""
+    """Keys and values of every token, (B, K, T, D) each, in buffers that grow as `kv_places` says."""
 
-    def __init__(self, left_padding: mx.array | None = None) -> None:
+    def __init__(self, left_padding: mx.array | None = None, context_length: int | None = None) -> None:
+        self.context_length = context_length
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.offset = 0
@@ -44,11 +48,22 @@ class KVCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append L new keys and values (B, K, L, D); all cached ones come back, (B, K, offset + L, D)."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = _with_room(self.keys, keys, start, self.offset)
-        self.values = _with_room(self.values, values, start, self.offset)
-        self.keys[..., start : self.offset, :] = keys
-        self.values[..., start : self.offset, :] = values
+        self.keys = appended(self.keys, keys, start, self.context_length)
+        self.values = appended(self.values, values, start, self.context_length)
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def reserve(self, num_tokens: int) -> list[mx.array]:
+        """Make places for `num_tokens` in all; what has to be evaluated for it, nothing when they are there.
+
+        A loop that reserves and evaluates layer by layer holds one old buffer beside its copy; left to the next tokens,
+        the copies of many layers may be in flight at once.
+        """
+        if self.keys is None or self.values is None or num_tokens <= self.keys.shape[2]:
+            return []
+        self.keys, self.values = (
+            grown(buffer, self.offset, num_tokens, self.context_length) for buffer in (self.keys, self.values)
+        )
+        return self.buffers
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask for the next N tokens, asked for before they are appended."""
@@ -84,7 +99,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, steps included."""
+        """Bytes allocated, empty places included."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     # --- mlx-lm's words ---
@@ -151,6 +166,10 @@ class SlidingKVCache:
             positions = mx.arange(first, self.offset + N)
             return visible_keys(positions[self.offset - first :], positions, window, self.left_padding)
         return causal_mask(N, self.offset, window, self.left_padding, first)
+
+    def reserve(self, num_tokens: int) -> list[mx.array]:
+        """Nothing: a ring has its size from the first token on."""
+        return []
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` tokens, exactly. Raises ValueError when the ring has lost what stood before."""
@@ -244,13 +263,18 @@ class SlidingKVCache:
         return self.keys is None
 
 
-def _with_room(buffer: mx.array | None, new: mx.array, used: int, needed: int) -> mx.array:
-    """`buffer` (B, K, T, D), or a larger one with its first `used` tokens, that has at least `needed` places."""
-    if buffer is not None and needed <= buffer.shape[2]:
-        return buffer
-    places = -(-needed // GROWTH_STEP) * GROWTH_STEP
-    batch, heads, _, head_dim = new.shape
-    if buffer is None:
-        return mx.zeros((batch, heads, places, head_dim), new.dtype)
-    more = mx.zeros((batch, heads, places - used, head_dim), new.dtype)
-    return mx.concatenate([buffer[..., :used, :], more], axis=2)
+def appended(buffer: mx.array | None, new: mx.array, used: int, context_length: int | None = None) -> mx.array:
+    """`buffer` (B, K, T, D), of which `used` tokens count, with `new` (B, K, L, D) after them, in place where they fit."""
+    needed = used + new.shape[2]
+    if buffer is None or needed > buffer.shape[2]:
+        empty = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
+        buffer = grown(empty if buffer is None else buffer, used, needed, context_length)
+    buffer[..., used:needed, :] = new
+    return buffer
+
+
+def grown(buffer: mx.array, used: int, needed: int, context_length: int | None = None) -> mx.array:
+    """A copy of the first `used` tokens of `buffer` (B, K, T, D) with at least `needed` places."""
+    batch, heads, _, head_dim = buffer.shape
+    more = mx.zeros((batch, heads, kv_places(needed, context_length) - used, head_dim), buffer.dtype)
+    return more if used == 0 else mx.concatenate([buffer[..., :used, :], more], axis=2)

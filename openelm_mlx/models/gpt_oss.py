@@ -24,6 +24,7 @@ class GptOss(nn.Module):
         super().__init__()
         self.spec = spec
         self.model_type = spec.family
+        self.context_length = spec.context_length
         self.model = Transformer(spec)
         if not spec.tied_head:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
@@ -72,7 +73,7 @@ class GptOss(nn.Module):
 
     def make_cache(self, window: int | None = None, left_padding: list[int] | None = None) -> Cache:
         """An empty cache for each layer; `window` makes the full layers' caches rings of that many tokens too."""
-        return make_cache(self.spec, window, left_padding)
+        return make_cache(self.spec, window, left_padding, context_length=self.context_length)
 
 
 class Transformer(nn.Module):

@@ -70,7 +70,7 @@ class OpenELM(nn.Module):
 
     def make_cache(self, window: int | None = None, left_padding: list[int] | None = None) -> Cache:
         """An empty cache for each layer; `window` makes each a ring of that many tokens."""
-        return make_cache(self.spec, window, left_padding)
+        return make_cache(self.spec, window, left_padding, context_length=self.context_length)
 
 
 class Transformer(nn.Module):

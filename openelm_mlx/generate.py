@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mlx.core as mx
 
+from .decoding.budget import Budget, check_room, chunk_of_plan, keeping_to_plan
+from .decoding.prefill import prefill as prefill
 from .decoding.sampling import Sampler, SamplingParams
-from .decoding.step import PlainStep
+from .decoding.step import PlainStep, Step
 from .decoding.tokens import Choice, one_by_one
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
 from .loading import NO_TOKENIZER
-from .models.cache import Cache
+from .memory.limits import Held
 from .text.chat import HARMONY, PLAIN, render_chat
 from .text.conversation import SystemContent, conversation
 from .text.harmony import HarmonyFormat
@@ -65,7 +67,7 @@ def stream_generate(
     chat_template: str | None = None,
     reasoning_effort: str | None = None,
     sliding_window: int | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Chunk]:
     """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the statistics.
 
@@ -73,10 +75,12 @@ def stream_generate(
     messages like {"role": "user", "content": "..."}. max_tokens: clipped to the room the context leaves. stop: strings
     that end the answer and are not part of it. logprobs: report each token's log-probability and this many of the
     likeliest alternatives. reasoning_effort: "low", "medium" or "high", how long gpt-oss thinks. sliding_window: keep only
-    this many tokens of context, and so go on past its end. prefill_chunk: tokens of the prompt in flight at once.
+    this many tokens of context, and so go on past its end. prefill_chunk: tokens of the prompt in flight at once; the
+    plan's (512 without one), and fewer where memory is short, when it is None.
 
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
-    TokenizerError.
+    TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all (something else
+    in the process grew) ends with MemoryLimitError, and the model can be used again.
     """
     stops = _checked_stops(stop)
     if not isinstance(sampling, (SamplingParams, type(None))):
@@ -94,13 +98,27 @@ def stream_generate(
 
 
 def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: TextStream) -> Iterator[Chunk]:
-    clock = Clock(len(request.prompt_tokens), request.max_tokens)
+    step = PlainStep(model, model.make_cache(window=request.sliding_window))
+    with keeping_to_plan(model, step.cache) as (budget, held):
+        yield from _answer(model, tokenizer, request, text, step, budget, held)
+
+
+def _answer(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    request: Request,
+    text: TextStream,
+    step: Step,
+    budget: Budget,
+    held: Held,
+) -> Iterator[Chunk]:
+    clock = Clock(len(request.prompt_tokens), request.max_tokens, held)
     eos_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )
-    step = PlainStep(model, model.make_cache(window=request.sliding_window))
-    logits = prefill(model, request.prompt_tokens, step.cache, request.prefill_chunk)
+    chunk_length = request.prefill_chunk or chunk_of_plan(model)
+    logits = prefill(model, request.prompt_tokens, step.cache, chunk_length, budget)
     _check_finite(logits)
     choices = one_by_one(step, sampler, logits, request.max_tokens, request.logprobs)
     for count, choice in enumerate(choices, 1):
@@ -119,28 +137,16 @@ def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: T
         yield chunk_of(choice, piece)
         if count % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
-
-
-def prefill(model: Model, tokens: Sequence[int], cache: Cache, chunk_length: int) -> mx.array:
-    """Run a prompt through the model and return the logits of its last token, (V,).
-
-    tokens: not in the cache yet. At most `chunk_length` of them are in flight at once.
-    """
-    before, last = tokens[:-1], tokens[-1]
-    for start in range(0, len(before), chunk_length):
-        chunk = mx.array(list(before[start : start + chunk_length]))[None]
-        model.run_layers(model.embed(chunk), cache)
-        # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
-        mx.eval([layer.buffers for layer in cache])
-        mx.clear_cache()
-    return PlainStep(model, cache)(mx.array(last))
+        budget.before_tokens(count, request.max_tokens)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a request took. Rates are tokens a second, times seconds; the peak is the process's, as MLX counts it.
+    """What a request took. Rates are tokens a second, times seconds.
 
-    max_tokens: the limit that held: what was asked for, or less where the context has no room for it.
+    peak_memory_bytes: the most that was in use in the process while the request ran, as MLX counts it. max_tokens: the
+    limit that held: what was asked for, or less where the context has no room for it. notes: sentences about settings
+    of the process that were left as they are.
     """
 
     prompt_tokens: int
@@ -150,6 +156,7 @@ class Statistics:
     decode_tps: float
     peak_memory_bytes: int
     max_tokens: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,18 +195,22 @@ class Request:
     sampling: SamplingParams
     logprobs: int | None
     sliding_window: int | None
-    prefill_chunk: int
+    prefill_chunk: int | None
 
     def checked(self, model: Model, tokenizer: Tokenizer | None) -> Request:
-        """The request with max_tokens clipped to the context. Raises SettingError or PromptError."""
+        """The request with max_tokens clipped to the context. Raises SettingError, PromptError or MemoryLimitError."""
         _check_whole("max_tokens", self.max_tokens)
-        _check_whole("prefill_chunk", self.prefill_chunk)
+        if self.prefill_chunk is not None:
+            _check_whole("prefill_chunk", self.prefill_chunk)
         if self.logprobs is not None:
             _check_whole("logprobs", self.logprobs, low=0, high=usable_vocab_size(model, tokenizer))
         if self.sliding_window is not None:
             _check_whole("sliding_window", self.sliding_window, high=model.context_length)
-            return self
-        return replace(self, max_tokens=min(self.max_tokens, room_after(model, len(self.prompt_tokens))))
+        max_tokens = self.max_tokens
+        if self.sliding_window is None:
+            max_tokens = min(max_tokens, room_after(model, len(self.prompt_tokens)))
+        check_room(model, model.make_cache(window=self.sliding_window), len(self.prompt_tokens), max_tokens)
+        return replace(self, max_tokens=max_tokens)
 
 
 def room_after(model: Model, num_prompt_tokens: int) -> int:
@@ -281,10 +292,10 @@ def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:
 
 
 class Clock:
-    """Times of one request."""
+    """Times and memory of one request."""
 
-    def __init__(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        self._num_prompt_tokens, self._max_tokens = num_prompt_tokens, max_tokens
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, held: Held) -> None:
+        self._num_prompt_tokens, self._max_tokens, self._held = num_prompt_tokens, max_tokens, held
         self._started = self._first = self._last = time.perf_counter()
         self._num_tokens = 0
 
@@ -302,8 +313,9 @@ class Clock:
             time_to_first_token=prefill,
             prefill_tps=self._num_prompt_tokens / prefill if prefill else 0.0,
             decode_tps=(self._num_tokens - 1) / decode if decode else 0.0,
-            peak_memory_bytes=mx.get_peak_memory(),
+            peak_memory_bytes=self._held.peak_memory_bytes(),
             max_tokens=self._max_tokens,
+            notes=tuple(self._held.notes),
         )
 
 

@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sliding-window", type=int, metavar="N", help="keep the last N tokens only, and go past the context"
     )
     sampling.add_argument(
-        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens in flight at once (default: 512)"
+        "--prefill-chunk", type=int, metavar="N", help="prompt tokens in flight at once (default: what memory allows)"
     )
 
     output = parser.add_argument_group("output")
@@ -164,6 +164,8 @@ def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
     sys.stdout.flush()
     if not args.quiet:
         print(summary(last, count, args.max_tokens), file=sys.stderr)
+        for note in last.statistics.notes if last and last.statistics else ():
+            print(f"[{note}]", file=sys.stderr)
     return exit_code
 
 

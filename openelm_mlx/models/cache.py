@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..specs import ModelSpec, kv_places
+from ..specs import LayerSpec, ModelSpec, kv_places
 from .attention import Mask, causal_mask, visible_keys
 
 Cache = list["KVCache | SlidingKVCache"]
@@ -64,6 +64,17 @@ class KVCache:
             grown(buffer, self.offset, num_tokens, self.context_length) for buffer in (self.keys, self.values)
         )
         return self.buffers
+
+    def nbytes_for(self, num_tokens: int, layer: LayerSpec, itemsize: int) -> int:
+        """Bytes allocated once it holds `num_tokens` in all, of one row with numbers of `itemsize` bytes."""
+        if self.keys is not None and num_tokens <= self.keys.shape[2]:
+            return self.nbytes
+        return kv_places(num_tokens, self.context_length) * layer.kv_bytes_per_token(itemsize)
+
+    def clear(self) -> None:
+        """Forget everything and give the memory back."""
+        self.keys = self.values = None
+        self.offset = 0
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask for the next N tokens, asked for before they are appended."""
@@ -170,6 +181,15 @@ class SlidingKVCache:
     def reserve(self, num_tokens: int) -> list[mx.array]:
         """Nothing: a ring has its size from the first token on."""
         return []
+
+    def nbytes_for(self, num_tokens: int, layer: LayerSpec, itemsize: int) -> int:
+        """Bytes of the ring, of one row with numbers of `itemsize` bytes."""
+        return self.nbytes or self.capacity * layer.kv_bytes_per_token(itemsize)
+
+    def clear(self) -> None:
+        """Forget everything and give the memory back."""
+        self.keys = self.values = None
+        self.offset = self.end = 0
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` tokens, exactly. Raises ValueError when the ring has lost what stood before."""

@@ -6,6 +6,8 @@ files; q, k and v are one projection, gate and up another one with alternating r
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 from mlx import nn
 
@@ -19,6 +21,10 @@ from .rope import rotary_periods, rotate
 
 class GptOss(nn.Module):
     """The language model: tokens (B, L) -> logits (B, L, vocab_size)."""
+
+    # The memory plan that loading followed; why the model must be loaded again, once it must.
+    plan: Any = None
+    failure: str | None = None
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

@@ -6,6 +6,8 @@ modeling_openelm.py. Attribute names are those of Apple's Hugging Face files, so
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 from mlx import nn
 
@@ -18,6 +20,10 @@ from .rope import rotate
 
 class OpenELM(nn.Module):
     """The language model: tokens (B, L) -> logits (B, L, vocab_size)."""
+
+    # The memory plan that loading followed; why the model must be loaded again, once it must.
+    plan: Any = None
+    failure: str | None = None
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

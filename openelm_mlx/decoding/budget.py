@@ -1,0 +1,212 @@
+"""What a request may take: asked before it begins, before each chunk of its prompt, and every few tokens of its answer.
+
+A plan (`model.plan`) has the budget; without one nothing is refused. What is counted: what is in use now, the growth of
+the keys and values, and the scratch of the next pass, which is the plan's figure or, where it was larger, what was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import mlx.core as mx
+
+from ..errors import MemoryLimitError
+from ..memory.limits import Held, generating
+from ..models.cache import Cache
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+DEFAULT_CHUNK = 512
+# Chunks are not made smaller than this: each reads all weights once more.
+LEAST_CHUNK = 16
+# So many tokens of an answer are made room for at once.
+TOKENS_AT_ONCE = 64
+
+# What MLX's backends say when there is no memory left: Metal, its command buffers, CUDA, and the CPU.
+_OUT_OF_MEMORY = ("malloc", "insufficient memory", "out of memory", "outofmemory", "unable to allocate", "bad_alloc")
+
+
+class Budget:
+    """The memory of one request on `model` with its `cache`. `active_memory` can be injected."""
+
+    def __init__(
+        self, model: Model, cache: Cache, held: Held | None = None, active_memory: Callable[[], int] | None = None
+    ) -> None:
+        self._spec, self._cache, self._held = model.spec, cache, held
+        self._active_memory = mx.get_active_memory if active_memory is None else active_memory
+        plan = model.plan
+        self._limit = None if plan is None else plan.budget_bytes
+        self._scratch_per_token = 0.0 if plan is None else plan.scratch_bytes / max(1, plan.prefill_chunk)
+        self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
+        self._before_chunk = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are in the cache."""
+        return self._cache[0].offset
+
+    def check_request(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Raise MemoryLimitError when prompt and answer cannot fit, with what could."""
+        least = min(LEAST_CHUNK, num_prompt_tokens)
+        if self._limit is None or self._needed(num_prompt_tokens + max_tokens, least) <= self._limit:
+            return
+        most = self._most_tokens(least)
+        advice = (
+            f"with a prompt of {num_prompt_tokens:,} tokens, max_tokens={most - num_prompt_tokens} fits"
+            if most > num_prompt_tokens
+            else f"a prompt and an answer of {most:,} tokens together fit"
+            if most > 1
+            else "not one token fits"
+        )
+        self._refuse(
+            f"A prompt of {num_prompt_tokens:,} tokens and an answer of up to {max_tokens:,} do not fit into the memory",
+            num_prompt_tokens + max_tokens,
+            least,
+            f"{advice}, or raise memory_limit (--memory-limit).",
+        )
+
+    def chunk_of_prompt(self, chunk_length: int, num_left: int) -> int:
+        """Make room for the next chunk of a prompt with `num_left` tokens to go; gives its length.
+
+        That is `chunk_length`, or half of it, or a quarter ... where memory is short. Raises MemoryLimitError.
+        """
+        length = min(chunk_length, num_left)
+        while self._limit is not None and self._needed(self.num_tokens + length, length) > self._limit:
+            if chunk_length <= LEAST_CHUNK:
+                self._refuse(
+                    f"The prompt was stopped after {self.num_tokens:,} tokens, before it would pass the memory limit",
+                    self.num_tokens + length,
+                    length,
+                    "The model can be used again: shorten the prompt, or raise memory_limit (--memory-limit).",
+                )
+            chunk_length = max(LEAST_CHUNK, chunk_length // 2)
+            length = min(chunk_length, num_left)
+        self._make_room(self.num_tokens + length)
+        self._before_chunk = self._active_memory()
+        if self._held is not None:
+            self._held.lap()
+        return length
+
+    def chunk_is_done(self, length: int) -> None:
+        """Learn from a chunk that has been computed how much scratch a token of it took."""
+        if self._held is not None:
+            seen = self._held.lap() - max(self._before_chunk, self._active_memory())
+            self._scratch_per_token = max(self._scratch_per_token, seen / length)
+
+    def before_tokens(self, count: int, max_tokens: int) -> None:
+        """Make room for the next tokens of an answer of which `count` are there. Raises MemoryLimitError.
+
+        Called for every token; does something for one in 64.
+        """
+        if count % TOKENS_AT_ONCE or count >= max_tokens:
+            return
+        total = self.num_tokens + min(TOKENS_AT_ONCE + 1, max_tokens - count)  # the loop runs one token ahead
+        if self._limit is not None and self._needed(total, 1) > self._limit:
+            self._refuse(
+                f"The answer was stopped after {count:,} tokens, before it would pass the memory limit",
+                total,
+                1,
+                "The model can be used again: ask for fewer tokens, or raise memory_limit (--memory-limit).",
+            )
+        self._make_room(total)
+
+    def _make_room(self, num_tokens: int) -> None:
+        """Let the caches grow, one layer after the other: only one is held twice while it is copied."""
+        for layer in self._cache:
+            mx.eval(layer.reserve(num_tokens))  # before the next layer's copy is made
+
+    def _needed(self, num_tokens: int, chunk_length: int) -> int:
+        """Bytes in use while a pass of `chunk_length` tokens fills the cache up to `num_tokens`."""
+        return self._active_memory() + self._growth(num_tokens) + self._scratch(chunk_length)
+
+    def _growth(self, num_tokens: int) -> int:
+        """Bytes that the keys and values grow by, and the one layer that is there twice meanwhile."""
+        more, copied = 0, 0
+        for spec, layer in zip(self._spec.layers, self._cache, strict=True):
+            there, wanted = layer.nbytes, layer.nbytes_for(num_tokens, spec, self._itemsize)
+            if wanted > there:
+                more, copied = more + wanted - there, max(copied, there)
+        return more + copied
+
+    def _scratch(self, chunk_length: int) -> int:
+        return int(self._scratch_per_token * chunk_length)
+
+    def _most_tokens(self, chunk_length: int) -> int:
+        """The largest number of tokens in all that fits, 0 when none does."""
+        assert self._limit is not None
+        low, high = 0, self._spec.context_length + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._needed(middle, chunk_length) <= self._limit else (low, middle)
+        return low
+
+    def _refuse(self, what: str, num_tokens: int, chunk_length: int, advice: str) -> NoReturn:
+        raise MemoryLimitError(
+            f"{what}: {size(self._active_memory())} are in use, the keys and values of {num_tokens:,} tokens take "
+            f"{size(self._growth(num_tokens))} more and computing takes {size(self._scratch(chunk_length))}, together "
+            f"{size(self._needed(num_tokens, chunk_length))} of the {size(cast(int, self._limit))} allowed; {advice}"
+        )
+
+
+@contextmanager
+def keeping_to_plan(model: Model, cache: Cache) -> Iterator[tuple[Budget, Held]]:
+    """The memory of a request from its first chunk to its last token, however it ends.
+
+    After an error nothing of the cache is left in memory. When the backend itself had no memory left, the model's state
+    is not to be trusted: it keeps a sentence that says so, and every later request raises that.
+    """
+    with generating(model.plan) as held:
+        try:
+            yield Budget(model, cache, held), held
+        except (RuntimeError, MemoryError) as error:
+            drop(cache)
+            if not is_out_of_memory(error):
+                raise
+            model.failure = (
+                "The memory ran out while the model was computing, and it must be loaded again: call load once more, with a "
+                "shorter context_length or a smaller memory_limit."
+            )
+            raise MemoryLimitError(f"{model.failure} (MLX says: {_first_line(error)})") from None
+        except MemoryLimitError:
+            drop(cache)
+            raise
+
+
+def check_room(model: Model, cache: Cache, num_prompt_tokens: int, max_tokens: int) -> None:
+    """Raise MemoryLimitError when a request cannot fit, or when an earlier one ran out of memory while computing.
+
+    cache: empty, of the kind that the request will use.
+    """
+    if model.failure is not None:
+        raise MemoryLimitError(model.failure)
+    Budget(model, cache).check_request(num_prompt_tokens, max_tokens)
+
+
+def chunk_of_plan(model: Model) -> int:
+    """How many tokens of a prompt to have in flight at once when nobody says."""
+    return DEFAULT_CHUNK if model.plan is None else model.plan.prefill_chunk
+
+
+def drop(cache: Cache) -> None:
+    """Give the memory of a cache back, also while a traceback still holds the cache."""
+    for layer in cache:
+        layer.clear()
+    mx.clear_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether MLX's error says that there was no memory left."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people: 12.71 GB, 3.1 MB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

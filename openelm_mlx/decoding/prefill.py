@@ -1,0 +1,70 @@
+"""A prompt into the cache, chunk by chunk, and the logits of its last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..errors import SettingError
+from ..models.cache import Cache
+from .budget import Budget, drop
+from .step import PlainStep
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+# macOS ends GPU work that keeps the screen waiting; what Metal says then.
+_WATCHDOG = ("callbackerrortimeout", "gpu timeout", "impactinginteractivity", "impacting interactivity")
+
+
+def prefill(
+    model: Model,
+    tokens: Sequence[int],
+    cache: Cache,
+    chunk_length: int,
+    budget: Budget | None = None,
+    is_retry: bool = False,
+) -> mx.array:
+    """Run a prompt through the model and return the logits of its last token, (V,).
+
+    tokens: not in the cache yet. At most `chunk_length` of them are in flight at once, fewer where the budget says so;
+    half as many after the GPU's watchdog has struck, which is tried once, from an empty cache. Raises MemoryLimitError
+    when the next chunk has no room, SettingError when half the chunk is too long for the watchdog too.
+    """
+    budget = Budget(model, cache) if budget is None else budget
+    started_empty = budget.num_tokens == 0
+    try:
+        fill(model, tokens[:-1], cache, chunk_length, budget)
+    except RuntimeError as error:
+        if not is_watchdog(error):
+            raise
+        drop(cache)  # what the chunk had begun to write is lost
+        if not is_retry and started_empty and chunk_length > 1:
+            return prefill(model, tokens, cache, chunk_length // 2, budget, is_retry=True)
+        raise SettingError(
+            f"The GPU was stopped because {chunk_length} prompt tokens at once took longer than macOS allows: ask for "
+            f"prefill_chunk={max(1, chunk_length // 4)} (--prefill-chunk)."
+        ) from None
+    return PlainStep(model, cache)(mx.array(tokens[-1]))
+
+
+def fill(model: Model, tokens: Sequence[int], cache: Cache, chunk_length: int, budget: Budget) -> None:
+    """The keys and values of `tokens` into the cache."""
+    start = 0
+    while start < len(tokens):
+        length = budget.chunk_of_prompt(chunk_length, len(tokens) - start)
+        chunk = mx.array(list(tokens[start : start + length]))[None]
+        model.run_layers(model.embed(chunk), cache)
+        # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
+        mx.eval([layer.buffers for layer in cache])
+        budget.chunk_is_done(length)
+        mx.clear_cache()
+        start += length
+
+
+def is_watchdog(error: RuntimeError) -> bool:
+    """Whether macOS stopped the GPU because its work took too long at a time."""
+    text = str(error).lower()
+    return any(words in text for words in _WATCHDOG)

@@ -1,0 +1,212 @@
+"""The one owner of what MLX keeps for the whole process: the wired limit, the cache limit and the peak counter.
+
+A request holds them while it generates (`generating`). They are changed only while the GPU is idle, they are put back
+when the last request ends, however it ends, and a value that the program itself has set is left alone and reported.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from .plan import MemoryPlan
+
+# Never wired: the larger of these. Macs that wired their whole working set froze or restarted (vmlx-swift#421).
+UNWIRED_BYTES = 4_000_000_000
+UNWIRED_SHARE = 0.25
+
+
+def wired_limit(wanted: int, device_info: Mapping[str, Any]) -> int:
+    """How many of the `wanted` bytes may be wired on the device; 0 where MLX wires nothing.
+
+    A limit above `max_recommended_working_set_size` is an error in MLX, and one near the whole memory takes it from
+    the rest of the system.
+    """
+    recommended, memory = device_info.get("max_recommended_working_set_size"), device_info.get("memory_size")
+    if not recommended or not memory:
+        return 0
+    return max(0, min(wanted, recommended, memory - int(max(UNWIRED_BYTES, UNWIRED_SHARE * memory))))
+
+
+class Held:
+    """One request's hold on the process-wide settings, from `generating`.
+
+    notes: what the program had set itself and was left as it was, a sentence each.
+    """
+
+    def __init__(self, owner: Owner, plan: MemoryPlan | None, stream: Any) -> None:
+        self.plan, self.stream, self.thread = plan, stream, threading.get_ident()
+        self.notes: list[str] = []
+        # High-water marks: of the request, and since `lap`.
+        self.peak = self.lap_peak = 0
+        self._owner = owner
+
+    def peak_memory_bytes(self) -> int:
+        """The largest amount in use, as MLX counts it, since the request began."""
+        self._owner.read_peak()
+        return self.peak
+
+    def lap(self) -> int:
+        """The largest amount in use since the last call (or the beginning); starts counting anew."""
+        return self._owner.lap(self)
+
+
+class Setting:
+    """One process-wide number that is set and read by a single call of MLX's, which returns the value before.
+
+    is_default says of a value found there whether MLX itself had put it there.
+    """
+
+    def __init__(self, name: str, call: Callable[[int], int], is_default: Callable[[int], bool]) -> None:
+        self.name, self._call, self._is_default = name, call, is_default
+        self.ours: int | None = None
+        self._original = 0
+
+    def hold(self, value: int) -> str | None:
+        """Set `value`, unless the program has one of its own there: then that stays, and a sentence says so."""
+        if value == self.ours:
+            return None
+        found = self._call(value)
+        if found == self.ours or (self.ours is None and self._is_default(found)):
+            self._original = found if self.ours is None else self._original
+            self.ours = value
+            return None
+        self._call(found)
+        self.ours = None
+        return f"The {self.name} of {found:,} bytes that this program set was left as it is; the plan's is {value:,} bytes."
+
+    def put_back(self) -> None:
+        """Set what was there before, unless the program has set something else meanwhile."""
+        if self.ours is None:
+            return
+        found = self._call(self._original)
+        if found != self.ours:
+            self._call(found)
+        self.ours = None
+
+
+class Owner:
+    """Who holds the settings, and what follows from it. `mlx` and the device's facts can be injected.
+
+    Two models that generate in turns are wired both; a setting waits when a thread other than this one may have work on
+    the GPU. Every method may be called from any thread, and by the garbage collector in the middle of another one.
+    """
+
+    def __init__(self, mlx: Any = mx, device_info: Mapping[str, Any] | None = None) -> None:
+        self._mlx, self._device_info = mlx, device_info
+        self._wired = Setting("wired limit", mlx.set_wired_limit, lambda found: found == 0)
+        # On a GPU MLX's own cache limit is its memory limit, which is as good as none; the CPU's is small enough.
+        self._cache = Setting("cache limit", mlx.set_cache_limit, lambda found: found == mlx.get_memory_limit())
+        self._holders: list[Held] = []
+        self._streams: list[Any] = []  # where work may still run that began under the present settings
+        self._lock = threading.RLock()
+        self._is_settling = self._is_stale = False
+        self._peak = 0
+
+    @contextmanager
+    def generating(self, plan: MemoryPlan | None) -> Iterator[Held]:
+        """Hold the settings that `plan` asks for (None: only the peak counter) until the block is left."""
+        held = Held(self, plan, self._mlx.default_stream(self._mlx.default_device()))
+        try:
+            with self._lock:
+                self.read_peak()
+                self._mlx.reset_peak_memory()
+                held.peak = held.lap_peak = self._mlx.get_active_memory()
+                self._holders.append(held)
+            self._settle()
+            yield held
+        finally:
+            with self._lock:
+                self.read_peak()
+                if held in self._holders:
+                    self._holders.remove(held)
+            self._settle()
+
+    def read_peak(self) -> int:
+        """The largest amount in use since the process began, as far as counted; every holder's mark is moved up to it."""
+        with self._lock:
+            peak = self._mlx.get_peak_memory()
+            self._peak = max(self._peak, peak)
+            for held in self._holders:
+                held.peak, held.lap_peak = max(held.peak, peak), max(held.lap_peak, peak)
+            return self._peak
+
+    def lap(self, held: Held) -> int:
+        """See `Held.lap`."""
+        with self._lock:
+            self.read_peak()
+            lap_peak = held.lap_peak
+            self._mlx.reset_peak_memory()
+            held.lap_peak = self._mlx.get_active_memory()
+            return lap_peak
+
+    def _settle(self) -> None:
+        """Make the settings those of the present holders, again and again until they are."""
+        with self._lock:
+            self._is_stale = True
+            if self._is_settling:
+                return  # called by a finalizer inside the loop below, which goes round once more
+            self._is_settling = True
+            try:
+                while self._is_stale:
+                    self._is_stale = False
+                    self._settle_once()
+            finally:
+                self._is_settling = False
+
+    def _settle_once(self) -> None:
+        self._streams += [held.stream for held in self._holders if held.stream not in self._streams]
+        if any(held.thread != threading.get_ident() for held in self._holders):
+            return
+        plans = list({id(held.plan): held.plan for held in self._holders if held.plan is not None}.values())
+        wired, cache = self._wanted(plans)
+        if (wired, cache) == (self._wired.ours, self._cache.ours) or not self._is_idle():
+            return
+        for setting, value in ((self._wired, wired), (self._cache, cache)):
+            if value is None:
+                setting.put_back()
+            elif (note := setting.hold(value)) is not None:
+                self._holders[-1].notes.append(note)
+
+    def _wanted(self, plans: list[MemoryPlan]) -> tuple[int | None, int | None]:
+        """The wired and the cache limit for those plans together; None where nothing is to be set."""
+        if not plans:
+            return None, None
+        info = self._mlx.device_info() if self._device_info is None else self._device_info
+        wired = wired_limit(sum(plan.wired_limit_bytes for plan in plans), info)
+        # The CPU's own cache limit is a few megabytes, and no device with a memory of its own.
+        has_gpu = "memory_size" in info or "total_memory" in info
+        cache = max(plan.cache_limit_bytes for plan in plans) if has_gpu else 0
+        return wired or None, cache or None
+
+    def _is_idle(self) -> bool:
+        """Wait until the GPU has nothing of ours to do. False when that cannot be known from this thread."""
+        for stream in self._streams:
+            try:
+                self._mlx.synchronize(stream)
+            except RuntimeError as error:
+                if "no stream" in str(error).lower():
+                    return False
+                # Work that has failed is not running any more.
+        self._streams = [held.stream for held in self._holders]
+        return True
+
+
+_owner = Owner()
+
+
+def generating(plan: MemoryPlan | None) -> AbstractContextManager[Held]:
+    """A context in which the process's settings are those of `plan`; gives a `Held`. See `Owner.generating`."""
+    return _owner.generating(plan)
+
+
+def peak_memory_bytes() -> int:
+    """The largest amount in use since the process began, as MLX counts it.
+
+    Requests reset MLX's own counter (`mx.get_peak_memory`) when they begin; this one goes on over all of them.
+    """
+    return _owner.read_peak()

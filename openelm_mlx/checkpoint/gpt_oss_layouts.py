@@ -123,6 +123,19 @@ def gpt_oss_layout(entries: Mapping[str, TensorEntry]) -> str:
     raise CheckpointError(f"The checkpoint's config says gpt-oss but none of its tensors has a name of {known} layout.")
 
 
+def openai_tensors(spec: ModelSpec, layout: str) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, safetensors type, shape) of every tensor of a model in one of OpenAI's own layouts, in the order of use."""
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, shape in spec.parameter_shapes().items():
+        if ".experts." in name:
+            assemblies = _mxfp4_expert(layout, name, shape)
+        else:
+            assemblies = _from_modules("hf" if layout == "openai-hf" else layout, name, shape, spec, {}, {}, {})
+        sources = [source for assembly in assemblies for source in assembly.sources]
+        tensors += [(source.name, source.dtype or "BF16", source.shape) for source in sources]
+    return tensors
+
+
 # --- experts as OpenAI and transformers store them --------------------------------------------------------------------
 
 

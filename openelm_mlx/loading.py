@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from mlx import nn
 
 from .checkpoint import hub
 from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
+from .checkpoint.quantize import Quantization, quantization_of
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .models import build_model
@@ -50,6 +53,11 @@ NO_TOKENIZER = (
 # Evaluated this many bytes at a time, so that a cast never holds more than this of the uncast weights.
 LOAD_BATCH_BYTES = 64 * 2**20
 
+# On the CPU backend float32 is faster beside packed experts, but not worth twice the memory of a large model's rest.
+LARGEST_WIDENED_BYTES = 10**9
+
+DENSE_BITS = (8, 6, 5, 4)
+
 # CoreNet pads 32,001 tokens to 32,128 rows; Harmony's vocabulary ends 1,069 rows before gpt-oss's.
 _MOST_PADDING_ROWS = 256
 
@@ -61,6 +69,7 @@ def load(
     *,
     context_length: int | None = None,
     dtype: str | mx.Dtype | None = None,
+    dense_bits: int | None = None,
     tokenizer: Source | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
@@ -70,7 +79,9 @@ def load(
 
     source: "demo-openelm", a folder, a weight file, or a Hugging Face repository as owner/name (at `revision`).
     context_length: at most the model's own, which is the default. dtype: "float32", "bfloat16", "float16" or an mlx type;
-    None keeps the stored one, with the two exceptions of `default_dtype`. tokenizer: a file, folder or repository; without
+    None keeps the stored one, with the two exceptions of `default_dtype`. dense_bits: quantize to this many bits, as they
+    are read, the matrices that are not packed (attention, embedding and head of gpt-oss; all of OpenELM's). tokenizer:
+    a file, folder or repository; without
     it the search is: the source itself, then Llama tokenizers in the Hugging Face cache; when there is none, the second
     result is None and prompts must be token ids. chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else
     what conversion stored, else what the source's name says. progress: called with (bytes here, bytes in all) while
@@ -84,7 +95,7 @@ def load(
     spec = spec_from_config(config)
     checkpoint = open_checkpoint(path)
     contents = understand(checkpoint, config, spec)
-    model = load_model(contents, checkpoint, wanted_type)
+    model = load_model(contents, checkpoint, wanted_type, dense_packing(dense_bits))
     model.context_length = checked_context_length(context_length, spec)
     found = find_tokenizer(path, spec, tokenizer, progress)
     if found is not None:
@@ -92,19 +103,35 @@ def load(
     return model, found
 
 
-def load_model(contents: Contents, checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> Model:
-    """The module with the checkpoint's parameters in it, evaluated; at no time in memory twice."""
+def load_model(
+    contents: Contents, checkpoint: Checkpoint, dtype: mx.Dtype | None = None, dense: Quantization | None = None
+) -> Model:
+    """The module with the checkpoint's parameters in it, evaluated; at no time in memory twice.
+
+    dense: how matrices that the checkpoint has unpacked are packed as they are read; None leaves them.
+    """
     model = build_model(contents.spec)
-    if contents.quantized:
-        nn.quantize(model, class_predicate=lambda path, _: _packing(contents, path))
-    weights, pending, pending_bytes = [], [], 0
-    for parameter in contents.parameters.values():
+    packings = {**contents.quantized, **dense_packings(contents, dense)}
+    if packings:
+        nn.quantize(model, class_predicate=lambda path, _: path in packings and packings[path].as_config())
+    if dtype is None:
+        dtype = default_dtype(contents.spec, _stored_type(contents), packings.keys(), _plain_bytes(contents, packings))
+    weights: list[tuple[str, mx.array]] = []
+    pending: list[mx.array] = []
+    pending_bytes = 0
+    # What is packed here comes first: it is in memory unpacked for a moment, and there is most room at the beginning.
+    for parameter in sorted(contents.parameters.values(), key=lambda each: _module(each) in contents.quantized):
         array = parameter.read(checkpoint)
         if parameter.dtype in FLOAT_TYPES:
-            array = array.astype(_type_of(parameter, contents, dtype))
-        weights.append((parameter.name, array))
-        pending.append(array)
-        pending_bytes += array.nbytes
+            array = array.astype(mx.float32 if contents.spec.keeps_float32(parameter.name) else dtype)
+        module = _module(parameter)
+        if parameter.name == f"{module}.weight" and module in packings and module not in contents.quantized:
+            parts = {f"{module}.{name}": each for name, each in packings[module].quantize(array).items()}
+        else:
+            parts = {parameter.name: array}
+        weights += parts.items()
+        pending += parts.values()
+        pending_bytes += max(array.nbytes, sum(each.nbytes for each in parts.values()))
         if pending_bytes > LOAD_BATCH_BYTES:
             _evaluate(pending, checkpoint)
             pending, pending_bytes = [], 0
@@ -114,14 +141,42 @@ def load_model(contents: Contents, checkpoint: Checkpoint, dtype: mx.Dtype | Non
     return model
 
 
-def default_dtype(spec: ModelSpec, stored: mx.Dtype, is_quantized: bool = False) -> mx.Dtype:
+def dense_packing(bits: int | None) -> Quantization | None:
+    """What `dense_bits` asks for. Raises SettingError for bits that MLX does not have."""
+    if bits is None:
+        return None
+    if isinstance(bits, bool) or bits not in DENSE_BITS:
+        raise SettingError(f"dense_bits is {bits!r}: choose {', '.join(map(str, DENSE_BITS))}, or leave it out.")
+    return Quantization(bits, 64)
+
+
+def dense_packings(contents: Contents, dense: Quantization | None) -> dict[str, Quantization]:
+    """Module -> packing of every matrix that `dense` packs: those that the checkpoint has unpacked, as a recipe would."""
+    if dense is None:
+        return {}
+    found = {}
+    for name, shape in contents.spec.parameter_shapes().items():
+        module = name.removesuffix(".weight")
+        packing = (
+            None if module in contents.quantized else quantization_of(("dense", dense), contents.spec, name, shape)
+        )
+        if packing is not None:
+            found[module] = packing
+    return found
+
+
+def default_dtype(spec: ModelSpec, stored: mx.Dtype, packed: Collection[str] = (), plain_bytes: int = 0) -> mx.Dtype:
     """The type to compute in when none was asked for: the stored one, with two exceptions.
 
     OpenELM-3B is never read as float16: Apple's MLX README says that it needs bfloat16's range. And on MLX's CPU backend a
-    quantized model computes in float32, because the 16-bit kernels there are some eight times slower (docs/LOG.md).
+    model with packed modules computes in float32, because the 16-bit quantized kernels there are some eight times slower
+    (docs/LOG.md), unless only gpt-oss's experts are packed, which compute in float32 anyway, and the rest is large.
+
+    packed: the modules that are. plain_bytes: of the parameters that are not, in 16 bits.
     """
-    if is_quantized and mx.default_device() == mx.Device(mx.cpu):
-        return mx.float32
+    if packed and mx.default_device() == mx.Device(mx.cpu):
+        only_experts = all(".experts." in module for module in packed)
+        return stored if only_experts and plain_bytes > LARGEST_WIDENED_BYTES else mx.float32
     return mx.bfloat16 if spec.size == "3B" and stored == mx.float16 else stored
 
 
@@ -253,15 +308,26 @@ def _checked_tokenizer(tokenizer: Tokenizer, spec: ModelSpec, origin: str) -> To
     return tokenizer
 
 
-def _type_of(parameter: Parameter, contents: Contents, asked: mx.Dtype | None) -> mx.Dtype:
-    if contents.spec.keeps_float32(parameter.name):
-        return mx.float32
-    return asked or default_dtype(contents.spec, FLOAT_TYPES[parameter.dtype], bool(contents.quantized))
+def _module(parameter: Parameter) -> str:
+    return parameter.name.rpartition(".")[0]
 
 
-def _packing(contents: Contents, path: str) -> bool | dict[str, Any]:
-    quantization = contents.quantized.get(path)
-    return False if quantization is None else quantization.as_config()
+def _stored_type(contents: Contents) -> mx.Dtype:
+    """The most frequent floating type of the checkpoint's parameters, by their sizes."""
+    counts: Counter[str] = Counter()
+    for parameter in contents.parameters.values():
+        if parameter.dtype in FLOAT_TYPES:
+            counts[parameter.dtype] += math.prod(parameter.shape)
+    return FLOAT_TYPES[counts.most_common(1)[0][0]]
+
+
+def _plain_bytes(contents: Contents, packings: Collection[str]) -> int:
+    """Bytes in 16 bits of the parameters that are no part of a packed module."""
+    return sum(
+        2 * math.prod(parameter.shape)
+        for parameter in contents.parameters.values()
+        if _module(parameter) not in packings
+    )
 
 
 def _evaluate(arrays: list[mx.array], checkpoint: Checkpoint) -> None:

@@ -6,6 +6,7 @@ import shutil
 import mlx.core as mx
 import pytest
 from conftest import FIXTURES, random_model, save_folder
+from mlx.utils import tree_flatten
 
 import openelm_mlx as om
 from openelm_mlx.checkpoint.hub import RepoFile
@@ -159,3 +160,43 @@ def test_only_one_layout_of_a_repository_is_chosen():
 
 def test_a_repository_with_only_corenet_s_checkpoint():
     assert "checkpoint.pt" in choose_model_files([RepoFile("checkpoint.pt", 1), RepoFile("config.yaml", 1)])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("source", ["demo-gpt-oss", "openelm"])
+def test_quantizing_while_reading_equals_converting_first(source, bits, model, tmp_path):
+    path = save_folder(tmp_path / "m", model, "llama") if source == "openelm" else source
+    om.convert(path, tmp_path / "converted", quantize=bits, dtype="bfloat16")
+    converted, _ = load(tmp_path / "converted", dtype="float32")
+    at_once, _ = load(path, dense_bits=bits, dtype="bfloat16")
+    theirs, ours = dict(tree_flatten(converted.parameters())), dict(tree_flatten(at_once.parameters()))
+    assert ours.keys() == theirs.keys()
+    packed = [name for name in ours if name.endswith(".weight") and ours[name].dtype == mx.uint32]
+    assert len(packed) >= 2 * len(at_once.layers)
+    for name in packed:
+        assert mx.array_equal(ours[name], theirs[name]), name
+
+
+def test_quantizing_while_reading_keeps_what_is_packed_and_the_routers():
+    plain, dense = (dict(tree_flatten(load("demo-gpt-oss", dense_bits=bits)[0].parameters())) for bits in (None, 8))
+    for name in (name for name in plain if ".experts." in name or ".router." in name):
+        assert mx.array_equal(plain[name], dense[name]), name
+    assert dense["lm_head.weight"].dtype == mx.uint32
+    # What is packed in the package already stays as it is.
+    before, after = (dict(tree_flatten(load("demo-openelm", dense_bits=bits)[0].parameters())) for bits in (None, 4))
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+def test_quantizing_while_reading_takes_bits_that_exist(model, tmp_path):
+    for bits in (0, 7, "8", True, 16):
+        with pytest.raises(SettingError, match="8, 6, 5, 4"):
+            load(save_folder(tmp_path / f"m{bits}", model), dense_bits=bits)
+
+
+def test_large_gpt_oss_keeps_16_bits_on_the_cpu_and_small_or_dense_packed_ones_do_not(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    experts = ["model.layers.0.mlp.experts.down_proj"]
+    spec = SPECS["270M"]
+    assert default_dtype(spec, mx.bfloat16, experts, 3_600_000_000) == mx.bfloat16
+    assert default_dtype(spec, mx.bfloat16, experts, 10_000_000) == mx.float32
+    assert default_dtype(spec, mx.bfloat16, [*experts, "lm_head"], 3_600_000_000) == mx.float32

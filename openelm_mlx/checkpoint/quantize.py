@@ -105,11 +105,13 @@ def quantization_of(
 ) -> Quantization | None:
     """What a recipe does to the parameter `name` of `shape`; None keeps it as it is.
 
-    Norms and other vectors stay. "mixed" gives 8 bits to what hurts most when rounded: the embedding (which is the head
-    too) and the first and the last eighth of the layers; in OpenELM the first are the narrowest, so that costs little.
+    Norms and other vectors stay, and so do gpt-oss's routers: a rounded router sends tokens to other experts, and all of
+    them together are 0.1 % of the model's bytes. "mixed" gives 8 bits to what hurts most when rounded: the embedding
+    (which is the head too) and the first and the last eighth of the layers; in OpenELM the first are the narrowest, so
+    that costs little.
     """
     recipe_name, quantization = recipe
-    if not name.endswith(".weight") or not quantization.fits(shape):
+    if not name.endswith(".weight") or not quantization.fits(shape) or spec.keeps_float32(name):
         return None
     if recipe_name == "mixed" and _is_sensitive(spec, name):
         return Quantization(8, quantization.group_size)

@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)"
     )
+    model.add_argument(
+        "--dense-bits",
+        type=int,
+        choices=[8, 6, 5, 4],
+        help="quantize, as they are read, the matrices that are not (gpt-oss's attention, embedding and head)",
+    )
     source.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
 
     prompt = parser.add_argument_group("prompt")
@@ -119,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         context_length=args.context_length,
         dtype=args.dtype,
+        dense_bits=args.dense_bits,
         tokenizer=args.tokenizer,
         chat_template=args.chat_template,
         revision=args.revision,

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)"
     )
-    model.add_argument(
+    source.add_argument(
         "--dense-bits",
         type=int,
         choices=[8, 6, 5, 4],

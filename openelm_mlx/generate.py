@@ -31,7 +31,7 @@ from .decoding.sampling import Sampler, SamplingParams
 from .decoding.step import PlainStep, Step
 from .decoding.tokens import Choice, one_by_one
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
-from .loading import NO_TOKENIZER
+from .loading import no_tokenizer
 from .memory.limits import Held
 from .text.chat import HARMONY, PLAIN, render_chat
 from .text.conversation import SystemContent, conversation
@@ -256,7 +256,7 @@ def encode_prompt(
     if not isinstance(prompt, str) and not any(isinstance(item, Mapping) for item in prompt):
         return EncodedPrompt(_checked_tokens(model, cast("Sequence[int]", prompt)), template, True)
     if tokenizer is None:
-        raise TokenizerError(NO_TOKENIZER)
+        raise TokenizerError(no_tokenizer(model.spec))
     if isinstance(prompt, str) and not prompt.strip():
         raise PromptError("The prompt is empty: give some text.")
     if isinstance(prompt, str) and template == PLAIN:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 from mlx import nn
@@ -42,13 +42,26 @@ LLAMA_TOKENIZER_REPOS = (
     "mlx-community/OpenELM-270M-Instruct",
 )
 
-NO_TOKENIZER = (
-    "There is no tokenizer for this model: Apple ships none with OpenELM, and the Llama 2 tokenizer it was trained with is "
-    "under a licence of its own. Accept it at https://huggingface.co/meta-llama/Llama-2-7b-hf, run `hf auth login`, and add "
-    "--tokenizer meta-llama/Llama-2-7b-hf (tokenizer= in Python); or give any folder or repository that holds its "
-    "tokenizer.model. `python convert.py SOURCE DESTINATION --tokenizer ...` stores it with the weights. Without one, a "
-    "prompt can only be token ids."
-)
+_NO_TOKENIZER = {
+    "openelm": (
+        "There is no tokenizer for this model: Apple ships none with OpenELM, and the Llama 2 tokenizer it was trained with "
+        "is under a licence of its own. Accept it at https://huggingface.co/meta-llama/Llama-2-7b-hf, run `hf auth login`, "
+        "and add --tokenizer meta-llama/Llama-2-7b-hf (tokenizer= in Python); or give any folder or repository that holds "
+        "its tokenizer.model. `python convert.py SOURCE DESTINATION --tokenizer ...` stores it with the weights. Without "
+        "one, a prompt can only be token ids."
+    ),
+    "gpt_oss": (
+        "There is no tokenizer.json beside this gpt-oss model (nor above its folder original/): copy it from the same "
+        "repository, or add --tokenizer openai/gpt-oss-20b (tokenizer= in Python), both sizes have the same. Without one, "
+        "a prompt can only be token ids."
+    ),
+}
+
+
+def no_tokenizer(spec: ModelSpec) -> str:
+    """The error for a model that was loaded without a tokenizer and is given text."""
+    return _NO_TOKENIZER[spec.family]
+
 
 # Evaluated this many bytes at a time, so that a cast never holds more than this of the uncast weights.
 LOAD_BATCH_BYTES = 64 * 2**20
@@ -136,6 +149,7 @@ def load_model(
             _evaluate(pending, checkpoint)
             pending, pending_bytes = [], 0
     _evaluate(pending, checkpoint)
+    _check_scales(weights, packings)
     model.load_weights(weights)
     model.eval()
     return model
@@ -245,8 +259,12 @@ def find_tokenizer(
     if asked is not None:
         return _checked_tokenizer(load_tokenizer(_tokenizer_path(asked, progress)), spec, str(asked))
     folder = path if path.is_dir() else path.parent
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return _checked_tokenizer(load_tokenizer(folder), spec, str(folder))
+    # OpenAI's repositories have it at the top, above the folder with the original weights.
+    for place in (folder, folder.parent) if folder.name == "original" else (folder,):
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
+            return _checked_tokenizer(load_tokenizer(place), spec, str(place))
+    if spec.family != "openelm":
+        return None
     for repo in LLAMA_TOKENIZER_REPOS:
         for name in TOKENIZER_FILES:
             cached = hub.cached_file(repo, name)
@@ -328,6 +346,24 @@ def _plain_bytes(contents: Contents, packings: Collection[str]) -> int:
         for parameter in contents.parameters.values()
         if _module(parameter) not in packings
     )
+
+
+def _check_scales(weights: list[tuple[str, mx.array]], packings: Mapping[str, Quantization]) -> None:
+    """Raise CheckpointError for a scale that stands for no number: 255 in the shared exponents of MX formats (E8M0)."""
+    scales = [
+        (name, array)
+        for name, array in weights
+        if name.endswith(".scales") and packings[name.removesuffix(".scales")].mode in ("mxfp4", "mxfp8")
+    ]
+    if not scales:
+        return
+    largest = cast("list[int]", mx.stack([mx.max(array) for _, array in scales]).tolist())
+    for (name, _), value in zip(scales, largest, strict=True):
+        if value == 255:
+            raise CheckpointError(
+                f"The scales of {name.removesuffix('.scales')} have a byte of 255, which stands for no number (NaN): the "
+                "file is damaged; download or copy it again."
+            )
 
 
 def _evaluate(arrays: list[mx.array], checkpoint: Checkpoint) -> None:

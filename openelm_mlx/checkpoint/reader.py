@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,7 @@ def weight_files(folder: Path) -> list[Path]:
             names = ", ".join(file.name for file in files)
             raise CheckpointError(f"{folder} holds several checkpoints ({names}): give the path of the one to read.")
         if files:
+            _check_numbering(folder, files)
             return files
     pickles = sorted(file.name for pattern in ("*.bin", "*.pkl", "*.npz") for file in folder.glob(pattern))
     if pickles:
@@ -249,6 +251,22 @@ def _indexed_files(index: Path) -> list[Path]:
             "download or copy them."
         )
     return [index.parent / name for name in names]
+
+
+def _check_numbering(folder: Path, files: list[Path]) -> None:
+    """Raise CheckpointError when shards without an index are numbered and one is missing.
+
+    They are counted from 1 to the number behind "of", or from 0 to it, as OpenAI does.
+    """
+    found = [re.search(r"-(\d+)-of-(\d+)\.", file.name) for file in files]
+    numbers = {int(match[1]) for match in found if match}
+    last = max((int(match[2]) for match in found if match), default=0)
+    missing = sorted(set(range(1, last + 1)) - numbers)
+    if missing:
+        raise CheckpointError(
+            f"{folder} has {len(numbers)} parts of a checkpoint, and part {', '.join(map(str, missing))} of {last} is "
+            "missing: download or copy it."
+        )
 
 
 def _entry(name: str, value: dict[str, Any], file: Path, data_start: int) -> TensorEntry:

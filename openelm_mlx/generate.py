@@ -33,6 +33,7 @@ from .decoding.tokens import Choice, one_by_one
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
 from .loading import no_tokenizer
 from .memory.limits import Held
+from .models.cache import Cache
 from .text.chat import HARMONY, PLAIN, render_chat
 from .text.conversation import SystemContent, conversation
 from .text.harmony import HarmonyFormat
@@ -68,6 +69,7 @@ def stream_generate(
     reasoning_effort: str | None = None,
     sliding_window: int | None = None,
     prefill_chunk: int | None = None,
+    kv_bits: int | None = None,
 ) -> Iterator[Chunk]:
     """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the statistics.
 
@@ -76,7 +78,8 @@ def stream_generate(
     that end the answer and are not part of it. logprobs: report each token's log-probability and this many of the
     likeliest alternatives. reasoning_effort: "low", "medium" or "high", how long gpt-oss thinks. sliding_window: keep only
     this many tokens of context, and so go on past its end. prefill_chunk: tokens of the prompt in flight at once; the
-    plan's (512 without one), and fewer where memory is short, when it is None.
+    plan's (512 without one), and fewer where memory is short, when it is None. kv_bits: 8 keeps keys and values in half the
+    memory, 16 as they are computed; the model's own setting when it is None.
 
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
     TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all (something else
@@ -93,12 +96,13 @@ def stream_generate(
         logprobs=logprobs,
         sliding_window=sliding_window,
         prefill_chunk=prefill_chunk,
+        kv_bits=kv_bits,
     )
     return _stream(model, tokenizer, request.checked(model, tokenizer), text_stream(tokenizer, encoded, stops))
 
 
 def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: TextStream) -> Iterator[Chunk]:
-    step = PlainStep(model, model.make_cache(window=request.sliding_window))
+    step = PlainStep(model, request.make_cache(model))
     with keeping_to_plan(model, step.cache) as (budget, held):
         yield from _answer(model, tokenizer, request, text, step, budget, held)
 
@@ -196,6 +200,7 @@ class Request:
     logprobs: int | None
     sliding_window: int | None
     prefill_chunk: int | None
+    kv_bits: int | None
 
     def checked(self, model: Model, tokenizer: Tokenizer | None) -> Request:
         """The request with max_tokens clipped to the context. Raises SettingError, PromptError or MemoryLimitError."""
@@ -209,8 +214,12 @@ class Request:
         max_tokens = self.max_tokens
         if self.sliding_window is None:
             max_tokens = min(max_tokens, room_after(model, len(self.prompt_tokens)))
-        check_room(model, model.make_cache(window=self.sliding_window), len(self.prompt_tokens), max_tokens)
+        check_room(model, self.make_cache(model), len(self.prompt_tokens), max_tokens)
         return replace(self, max_tokens=max_tokens)
+
+    def make_cache(self, model: Model) -> Cache:
+        """An empty cache of the kind that was asked for. Raises SettingError where the model cannot have it."""
+        return model.make_cache(window=self.sliding_window, kv_bits=self.kv_bits)
 
 
 def room_after(model: Model, num_prompt_tokens: int) -> int:

@@ -18,7 +18,7 @@ from .checkpoint.quantize import Quantization, quantization_of
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .models import build_model
-from .specs import ModelSpec, spec_from_config
+from .specs import ModelSpec, checked_kv_bits, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
 from .text.tokenizer import Tokenizer, load_tokenizer
 from .text.tokenizer_files import COMPANION_FILES, JSON_FILE, SENTENCEPIECE_FILE
@@ -83,6 +83,7 @@ def load(
     context_length: int | None = None,
     dtype: str | mx.Dtype | None = None,
     dense_bits: int | None = None,
+    kv_bits: int | None = None,
     tokenizer: Source | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
@@ -91,14 +92,14 @@ def load(
     """The model and the tokenizer of `source`, ready to generate.
 
     source: "demo-openelm", a folder, a weight file, or a Hugging Face repository as owner/name (at `revision`).
-    context_length: at most the model's own, which is the default. dtype: "float32", "bfloat16", "float16" or an mlx type;
-    None keeps the stored one, with the two exceptions of `default_dtype`. dense_bits: quantize to this many bits, as they
-    are read, the matrices that are not packed (attention, embedding and head of gpt-oss; all of OpenELM's). tokenizer:
-    a file, folder or repository; without
-    it the search is: the source itself, then Llama tokenizers in the Hugging Face cache; when there is none, the second
-    result is None and prompts must be token ids. chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else
-    what conversion stored, else what the source's name says. progress: called with (bytes here, bytes in all) while
-    something is downloaded.
+    context_length: at most the model's own, which is the default. dtype: "float32", "bfloat16", "float16" or an mlx
+    type; None keeps the stored one, with the two exceptions of `default_dtype`. dense_bits: quantize to this many bits,
+    as they are read, the matrices that are not packed (attention, embedding and head of gpt-oss; all of OpenELM's).
+    kv_bits: 8 halves the memory of keys and values in the layers that keep them all; 16 leaves them as they are, which
+    is the default. tokenizer: a file, folder or repository; without it the search is: the source itself, then Llama
+    tokenizers in the Hugging Face cache; when there is none, the second result is None and prompts must be token ids.
+    chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else what conversion stored, else what the
+    source's name says. progress: called with (bytes here, bytes in all) while something is downloaded.
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
@@ -106,10 +107,12 @@ def load(
     path = locate(source, revision, progress)
     config = read_config(path)
     spec = spec_from_config(config)
+    checked_kv_bits(spec, kv_bits)
     checkpoint = open_checkpoint(path)
     contents = understand(checkpoint, config, spec)
     model = load_model(contents, checkpoint, wanted_type, dense_packing(dense_bits))
     model.context_length = checked_context_length(context_length, spec)
+    model.kv_bits = kv_bits
     found = find_tokenizer(path, spec, tokenizer, progress)
     if found is not None:
         found.chat_template = stored_template(config, chat_template, source, spec.family).template

@@ -144,6 +144,29 @@ def kv_places(num_tokens: int, context_length: int | None = None) -> int:
     return min(places, -(-context_length // KV_STEP) * KV_STEP)
 
 
+def checked_kv_bits(spec: ModelSpec, kv_bits: int | None, window: int | None = None) -> int | None:
+    """8, or None when keys and values stay as they are (also asked for by 16).
+
+    window: of the layers that have none of their own. Raises SettingError for other numbers, for heads that cannot be
+    packed, and when no layer keeps all of its keys, so that there is nothing worth packing.
+    """
+    if kv_bits in (None, 16) and not isinstance(kv_bits, bool):
+        return None
+    if kv_bits != 8:
+        raise SettingError(
+            f"kv_bits is {kv_bits!r}: 8 halves the memory of keys and values, and 16 leaves them as they are; fewer bits "
+            "change the answers."
+        )
+    full = [layer for layer in spec.layers if layer.window is None]
+    if window is not None or not full:
+        raise SettingError(
+            "kv_bits=8 is for layers that keep all keys, and with a sliding window none does: leave out one of the two."
+        )
+    for layer in full:
+        kv_group_size(layer.head_dim)
+    return 8
+
+
 def kv_group_size(head_dim: int) -> int:
     """How many numbers of a quantized key or value share a scale: the larger of MLX's groups that divides a head.
 

@@ -53,9 +53,9 @@ TINY = {
 }  # fmt: skip
 
 
-def random_model(vocab_size: int = 600, context_length: int = 64, seed: int = 0):
+def random_model(vocab_size: int = 600, context_length: int = 64, seed: int = 0, **config):
     """A small OpenELM with random weights, large enough for the tokenizer fixture `llama`."""
-    spec = spec_from_config({**TINY, "vocab_size": vocab_size, "max_context_length": context_length})
+    spec = spec_from_config({**TINY, "vocab_size": vocab_size, "max_context_length": context_length, **config})
     model = build_model(spec)
     keys = iter(mx.random.split(mx.random.key(seed), 100))
     model.update(

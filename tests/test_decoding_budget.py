@@ -14,6 +14,7 @@ from openelm_mlx.decoding.prefill import is_watchdog, prefill
 from openelm_mlx.decoding.sampling import SamplingParams
 from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.generate import generate, stream_generate
+from openelm_mlx.models import buffers
 from openelm_mlx.models import cache as cache_module
 
 ENDLESS = SamplingParams(logit_bias={2: -1e9})  # never the end-of-text token
@@ -176,7 +177,7 @@ def test_stopped_at_a_token_when_memory_goes_away(model):
 def test_no_cache_grows_inside_a_pass(model, monkeypatch):
     """The loop has made the places before, one layer after the other, so no two layers are there twice."""
     inside, grew = [False], []
-    run_layers, grown, evaluate = type(model).run_layers, cache_module.grown, mx.eval
+    run_layers, grown, evaluate = type(model).run_layers, buffers.grown, mx.eval
 
     def watched(self, *arguments, **options):
         inside[0] = True
@@ -189,7 +190,8 @@ def test_no_cache_grows_inside_a_pass(model, monkeypatch):
         return grown(buffer, used, *rest)
 
     monkeypatch.setattr(type(model), "run_layers", watched)
-    monkeypatch.setattr(cache_module, "grown", growing)
+    for module in (buffers, cache_module):
+        monkeypatch.setattr(module, "grown", growing)
     monkeypatch.setattr(mx, "eval", lambda *arrays: grew.append("evaluated") or evaluate(*arrays))
     list(stream_generate(model, None, PROMPT * 5, max_tokens=300, sampling=ENDLESS, prefill_chunk=500))
     assert [each for each in grew if each != "evaluated" and each[0] and each[1]] == []

@@ -94,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--prefill-chunk", type=int, metavar="N", help="prompt tokens in flight at once (default: what memory allows)"
     )
+    sampling.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=[8, 16],
+        help="8: keys and values in half the memory (default: 16, or the plan's)",
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -145,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         reasoning_effort=args.reasoning_effort,
         sliding_window=args.sliding_window,
         prefill_chunk=args.prefill_chunk,
+        kv_bits=args.kv_bits,
     )
     return print_json(chunks, args) if args.json else print_text(chunks, args)
 

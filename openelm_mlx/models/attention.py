@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .packed import UNPACK_FROM, Packed, attend_packed
 from .precision import widen
 
 
@@ -71,20 +72,26 @@ def block_mask(L: int, offset: int, window: int, left_padding: mx.array | None =
 
 def attend(
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    keys: mx.array | Packed,
+    values: mx.array | Packed,
     mask: Mask,
     scale: float | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
     """softmax(scale * q k^T + mask) v, each kv head serving H/K query heads; scale is 1 / sqrt(D) when not given.
 
-    queries (B, H, L, D), keys and values (B, K, T, D) -> (B, H, L, D). sinks (H,): one more logit a head, neither
-    scaled nor masked, that takes its share of the softmax and adds no value.
+    queries (B, H, L, D), keys and values (B, K, T, D), both arrays or both packed -> (B, H, L, D). sinks (H,): one more
+    logit a head, neither scaled nor masked, that takes its share of the softmax and adds no value.
     """
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(keys, Packed) or isinstance(values, Packed):
+        assert isinstance(keys, Packed)
+        assert isinstance(values, Packed)
+        if queries.shape[2] < UNPACK_FROM and not isinstance(mask, BlockMask):
+            return attend_packed(queries, keys, values, mask, scale, sinks)
+        keys, values = keys.unpack(queries.dtype), values.unpack(queries.dtype)
     if isinstance(mask, BlockMask):
         return _attend_in_blocks(queries, keys, values, mask, scale, sinks)
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = widen(queries), widen(keys), widen(values)
     sinks = None if sinks is None else widen(sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks).astype(queries.dtype)

@@ -1,19 +1,24 @@
 """Keys and values of the tokens seen so far: one cache a layer.
 
-`KVCache` keeps all of them; `SlidingKVCache` keeps the last `window` in a ring. Both answer the same calls, and
-positions are absolute in both: `offset` is the position of the next token. `rewind(n)` takes back exactly n tokens or
-raises. The words of mlx-lm's protocol (`is_trimmable`, `trim`, `state`, `meta_state`, `make_mask`) are there so that
-mlx-lm's own loops accept these caches as they are.
+`KVCache` keeps all of them, `QuantizedKVCache` (quantized_cache.py) all in 8 bits; `SlidingKVCache` keeps the last
+`window` in a ring. They answer the same calls, and positions are absolute: `offset` is that of the next token.
+`rewind(n)` takes back exactly n tokens or raises. The words of mlx-lm's protocol (`is_trimmable`, `trim`, `state`,
+`meta_state`, `make_mask`) are there so that mlx-lm's own loops accept these caches as they are.
 """
 
 from __future__ import annotations
 
+from typing import Union
+
 import mlx.core as mx
 
-from ..specs import LayerSpec, ModelSpec, kv_places
+from ..specs import LayerSpec, ModelSpec, checked_kv_bits, kv_places
 from .attention import Mask, causal_mask, visible_keys
+from .buffers import appended, grown
+from .quantized_cache import QuantizedKVCache
 
-Cache = list["KVCache | SlidingKVCache"]
+LayerCache = Union["KVCache", "SlidingKVCache", QuantizedKVCache]
+Cache = list[LayerCache]
 
 
 def make_cache(
@@ -22,17 +27,19 @@ def make_cache(
     left_padding: list[int] | None = None,
     room: int = 0,
     context_length: int | None = None,
+    kv_bits: int | None = None,
 ) -> Cache:
     """A cache for each layer of `spec`. `window` puts a ring of that many tokens where a layer would keep everything.
 
     left_padding: how many tokens of padding stand before each row of a batch, (B,). room: how many tokens a ring keeps
     beyond its window, so that a speculative decoder can take them back. context_length: beyond so many tokens no places
-    are kept ready; the model's own when it is None.
+    are kept ready; the model's own when it is None. kv_bits: 8 quantizes what would keep everything; None and 16 do not.
     """
+    kind = KVCache if checked_kv_bits(spec, kv_bits, window) is None else QuantizedKVCache
     limit = spec.context_length if context_length is None else context_length
     padding = None if left_padding is None or not any(left_padding) else mx.array(left_padding)
     windows = [layer.window or window for layer in spec.layers]
-    return [KVCache(padding, limit) if each is None else SlidingKVCache(each, room, padding) for each in windows]
+    return [kind(padding, limit) if each is None else SlidingKVCache(each, room, padding) for each in windows]
 
 
 class KVCache:
@@ -281,20 +288,3 @@ class SlidingKVCache:
 
     def empty(self) -> bool:
         return self.keys is None
-
-
-def appended(buffer: mx.array | None, new: mx.array, used: int, context_length: int | None = None) -> mx.array:
-    """`buffer` (B, K, T, D), of which `used` tokens count, with `new` (B, K, L, D) after them, in place where they fit."""
-    needed = used + new.shape[2]
-    if buffer is None or needed > buffer.shape[2]:
-        empty = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
-        buffer = grown(empty if buffer is None else buffer, used, needed, context_length)
-    buffer[..., used:needed, :] = new
-    return buffer
-
-
-def grown(buffer: mx.array, used: int, needed: int, context_length: int | None = None) -> mx.array:
-    """A copy of the first `used` tokens of `buffer` (B, K, T, D) with at least `needed` places."""
-    batch, heads, _, head_dim = buffer.shape
-    more = mx.zeros((batch, heads, kv_places(needed, context_length) - used, head_dim), buffer.dtype)
-    return more if used == 0 else mx.concatenate([buffer[..., :used, :], more], axis=2)

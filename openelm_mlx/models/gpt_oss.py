@@ -13,7 +13,7 @@ from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
 from .attention import Mask, attend, causal_mask
-from .cache import Cache, KVCache, SlidingKVCache, make_cache
+from .cache import Cache, LayerCache, make_cache
 from .moe import MoE
 from .norm import RMSNorm
 from .rope import rotary_periods, rotate
@@ -25,6 +25,8 @@ class GptOss(nn.Module):
     # The memory plan that loading followed; why the model must be loaded again, once it must.
     plan: Any = None
     failure: str | None = None
+    # 8: new caches keep their keys and values in 8 bits, in the layers that keep them all.
+    kv_bits: int | None = None
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -77,9 +79,16 @@ class GptOss(nn.Module):
     def layers(self) -> list[Block]:
         return self.model.layers
 
-    def make_cache(self, window: int | None = None, left_padding: list[int] | None = None) -> Cache:
-        """An empty cache for each layer; `window` makes the full layers' caches rings of that many tokens too."""
-        return make_cache(self.spec, window, left_padding, context_length=self.context_length)
+    def make_cache(
+        self, window: int | None = None, left_padding: list[int] | None = None, kv_bits: int | None = None
+    ) -> Cache:
+        """An empty cache for each layer; `window` makes the full layers' caches rings of that many tokens too.
+
+        kv_bits: 8 or 16 for the layers that keep everything; the model's own setting when it is None.
+        """
+        if kv_bits is None and window is None:
+            kv_bits = self.kv_bits
+        return make_cache(self.spec, window, left_padding, context_length=self.context_length, kv_bits=kv_bits)
 
 
 class Transformer(nn.Module):
@@ -102,7 +111,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.mlp = MoE(spec, layer)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: KVCache | SlidingKVCache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return h + self.mlp(self.post_attention_layernorm.in_float32(h), h.dtype)
 
@@ -122,14 +131,13 @@ class Attention(nn.Module):
         self.sinks = mx.zeros((self.num_heads,))
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: KVCache | SlidingKVCache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         B, L, _ = x.shape
         # (B, L, (H + 2K) * D) -> (B, H + 2K, L, D); queries and keys lie side by side and are rotated together.
         qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
         rotated, values = mx.split(qkv, [self.num_heads + self.num_kv_heads], axis=1)
         rotated = rotate(rotated, self.rope_theta, 0 if cache is None else cache.offset, self._periods)
         queries, keys = mx.split(rotated, [self.num_heads], axis=1)
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
-        out = attend(queries, keys, values, mask, self.scale, self.sinks)
+        seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
+        out = attend(queries, seen_keys, seen_values, mask, self.scale, self.sinks)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))

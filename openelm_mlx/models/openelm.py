@@ -13,7 +13,7 @@ from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
 from .attention import Mask, attend, causal_mask
-from .cache import Cache, KVCache, SlidingKVCache, make_cache
+from .cache import Cache, LayerCache, make_cache
 from .precision import one_kernel
 from .rope import rotate
 
@@ -24,6 +24,8 @@ class OpenELM(nn.Module):
     # The memory plan that loading followed; why the model must be loaded again, once it must.
     plan: Any = None
     failure: str | None = None
+    # 8: new caches keep their keys and values in 8 bits, in the layers that keep them all.
+    kv_bits: int | None = None
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -74,9 +76,16 @@ class OpenELM(nn.Module):
     def layers(self) -> list[Block]:
         return self.transformer.layers
 
-    def make_cache(self, window: int | None = None, left_padding: list[int] | None = None) -> Cache:
-        """An empty cache for each layer; `window` makes each a ring of that many tokens."""
-        return make_cache(self.spec, window, left_padding, context_length=self.context_length)
+    def make_cache(
+        self, window: int | None = None, left_padding: list[int] | None = None, kv_bits: int | None = None
+    ) -> Cache:
+        """An empty cache for each layer; `window` makes each a ring of that many tokens.
+
+        kv_bits: 8 or 16; the model's own setting when it is None.
+        """
+        if kv_bits is None and window is None:
+            kv_bits = self.kv_bits
+        return make_cache(self.spec, window, left_padding, context_length=self.context_length, kv_bits=kv_bits)
 
 
 class Transformer(nn.Module):
@@ -100,7 +109,7 @@ class Block(nn.Module):
         self.attn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         self.ffn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: KVCache | SlidingKVCache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         h = x + self.attn(self.attn_norm(x), mask, cache)
         return h + self.ffn(self.ffn_norm(h))
 
@@ -121,7 +130,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_dim, eps=spec.norm_eps)
         self.out_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: KVCache | SlidingKVCache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         B, L, _ = x.shape
         # (B, L, (H + 2K) * D) -> (B, H + 2K, L, D), whose heads are queries, keys, values
         qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
@@ -131,9 +140,8 @@ class Attention(nn.Module):
             queries_and_keys = mx.fast.rms_norm(queries_and_keys, None, self.norm_eps) * self.gains()
         queries_and_keys = rotate(queries_and_keys, self.rope_theta, 0 if cache is None else cache.offset)
         queries, keys = mx.split(queries_and_keys, [self.num_heads], axis=1)
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
-        out = attend(queries, keys, values, mask)
+        seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
+        out = attend(queries, seen_keys, seen_values, mask)
         return self.out_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
     def gains(self) -> mx.array:

@@ -1,0 +1,24 @@
+"""Buffers (B, K, T, D) of a cache that grow as `specs.kv_places` says."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..specs import kv_places
+
+
+def appended(buffer: mx.array | None, new: mx.array, used: int, context_length: int | None = None) -> mx.array:
+    """`buffer` (B, K, T, D), of which `used` tokens count, with `new` (B, K, L, D) after them, in place where they fit."""
+    needed = used + new.shape[2]
+    if buffer is None or needed > buffer.shape[2]:
+        empty = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
+        buffer = grown(empty if buffer is None else buffer, used, needed, context_length)
+    buffer[..., used:needed, :] = new
+    return buffer
+
+
+def grown(buffer: mx.array, used: int, needed: int, context_length: int | None = None) -> mx.array:
+    """A copy of the first `used` tokens of `buffer` (B, K, T, D) with at least `needed` places."""
+    batch, heads, _, head_dim = buffer.shape
+    more = mx.zeros((batch, heads, kv_places(needed, context_length) - used, head_dim), buffer.dtype)
+    return more if used == 0 else mx.concatenate([buffer[..., :used, :], more], axis=2)

@@ -1,0 +1,106 @@
+"""Keys and values of every token in 8 bits: half the memory of `KVCache`, and the same calls."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..specs import LayerSpec, kv_places
+from .attention import Mask, causal_mask, visible_keys
+from .buffers import appended, grown
+from .packed import BITS, Packed, pack
+
+
+class QuantizedKVCache:
+    """`KVCache` with its numbers packed: what comes back is `Packed`, which `attention.attend` takes as it is."""
+
+    def __init__(self, left_padding: mx.array | None = None, context_length: int | None = None) -> None:
+        self.keys: Packed | None = None
+        self.values: Packed | None = None
+        self.offset = 0
+        self.left_padding = left_padding
+        self.context_length = context_length
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Packed, Packed]:
+        """Append L new keys and values (B, K, L, D); all cached ones come back, (B, K, offset + L, D)."""
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        self.keys = self._appended(self.keys, pack(keys), start)
+        self.values = self._appended(self.values, pack(values), start)
+        return self.keys.first(self.offset), self.values.first(self.offset)
+
+    def reserve(self, num_tokens: int) -> list[mx.array]:
+        """Make places for `num_tokens` in all; what has to be evaluated for it, nothing when they are there."""
+        if self.keys is None or self.values is None or num_tokens <= self.keys.weight.shape[2]:
+            return []
+        self.keys, self.values = (
+            Packed(*(grown(part, self.offset, num_tokens, self.context_length) for part in packed))
+            for packed in (self.keys, self.values)
+        )
+        return self.buffers
+
+    def nbytes_for(self, num_tokens: int, layer: LayerSpec, itemsize: int) -> int:
+        """Bytes allocated once it holds `num_tokens` in all, of one row."""
+        if self.keys is not None and num_tokens <= self.keys.weight.shape[2]:
+            return self.nbytes
+        return kv_places(num_tokens, self.context_length) * layer.kv_bytes_per_token(itemsize, BITS)
+
+    def clear(self) -> None:
+        """Forget everything and give the memory back."""
+        self.keys = self.values = None
+        self.offset = 0
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The mask for the next N tokens, asked for before they are appended."""
+        if return_array:
+            positions = mx.arange(self.offset + N)
+            return visible_keys(positions[self.offset :], positions, window_size, self.left_padding)
+        return causal_mask(N, self.offset, window_size, self.left_padding)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the last `num_tokens` tokens. Raises ValueError when there are fewer."""
+        if not 0 <= num_tokens <= self.offset:
+            raise ValueError(f"cannot take back {num_tokens} of {self.offset} tokens")
+        self.offset -= num_tokens
+
+    @property
+    def state(self) -> tuple[mx.array, ...]:
+        """The arrays that hold it, cut to what is used: weight, scales, biases of the keys, then of the values."""
+        if self.keys is None or self.values is None:
+            return ()
+        return *self.keys.first(self.offset), *self.values.first(self.offset)
+
+    @state.setter
+    def state(self, arrays: tuple[mx.array, ...]) -> None:
+        self.keys, self.values = Packed(*arrays[:3]), Packed(*arrays[3:])
+        self.offset = self.keys.weight.shape[2]
+
+    @property
+    def buffers(self) -> list[mx.array]:
+        """The whole buffers, for `mx.eval`."""
+        return [] if self.keys is None or self.values is None else [*self.keys, *self.values]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, empty places included."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def _appended(self, packed: Packed | None, new: Packed, used: int) -> Packed:
+        parts = (None, None, None) if packed is None else packed
+        return Packed(*(appended(part, each, used, self.context_length) for part, each in zip(parts, new, strict=True)))
+
+    # --- mlx-lm's words ---
+
+    meta_state = ""
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        n = min(n, self.offset)
+        self.rewind(n)
+        return n
+
+    def size(self) -> int:
+        return self.offset
+
+    def empty(self) -> bool:
+        return self.keys is None

@@ -26,16 +26,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import mlx.core as mx
 
 from .decoding.budget import Budget, check_room, chunk_of_plan, keeping_to_plan
+from .decoding.constraint import HarmonyConstraint, PlainConstraint, TokenConstraint
+from .decoding.grammar import AnswerFormat, answer_format, engine_of
 from .decoding.prefill import prefill as prefill
 from .decoding.sampling import Sampler, SamplingParams
 from .decoding.step import PlainStep, Step
-from .decoding.tokens import Choice, one_by_one
+from .decoding.tokens import Choice, constrained, one_by_one
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
 from .loading import no_tokenizer
 from .memory.limits import Held
 from .models.cache import Cache
 from .text.chat import HARMONY, PLAIN, render_chat
-from .text.conversation import SystemContent, conversation
+from .text.conversation import ResponseFormat, SystemContent, conversation
 from .text.harmony import HarmonyFormat
 from .text.streams import FINAL, HarmonyStream, Piece, PlainStream, SilentStream, TextStream
 from .text.tokenizer import Tokenizer
@@ -70,6 +72,10 @@ def stream_generate(
     sliding_window: int | None = None,
     prefill_chunk: int | None = None,
     kv_bits: int | None = None,
+    schema: Any = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    tool_schemas: Mapping[str, Any] | None = None,
 ) -> Iterator[Chunk]:
     """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the statistics.
 
@@ -81,6 +87,11 @@ def stream_generate(
     plan's (512 without one), and fewer where memory is short, when it is None. kv_bits: 8 keeps keys and values in half the
     memory, 16 as they are computed; the model's own setting when it is None.
 
+    schema, regex, grammar: what the answer has to be, one of them: a JSON Schema or a Pydantic model's class, a regular
+    expression, a grammar in Lark's syntax. It is valid then, and it is finished within max_tokens, cut short where need
+    be; gpt-oss thinks as freely as ever. tool_schemas: the same for the arguments of gpt-oss's calls, by recipient:
+    {"functions.f": schema}.
+
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
     TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all (something else
     in the process grew) ends with MemoryLimitError, and the model can be used again.
@@ -88,7 +99,8 @@ def stream_generate(
     stops = _checked_stops(stop)
     if not isinstance(sampling, (SamplingParams, type(None))):
         raise SettingError(f"sampling is a {type(sampling).__name__}: give om.SamplingParams(temperature=0.7, ...).")
-    encoded = encode_prompt(model, tokenizer, prompt, raw, chat_template, reasoning_effort)
+    answer = answer_format(schema, regex, grammar)
+    encoded = encode_prompt(model, tokenizer, prompt, raw, chat_template, reasoning_effort, answer)
     request = Request(
         prompt_tokens=encoded.tokens,
         max_tokens=max_tokens,
@@ -97,8 +109,10 @@ def stream_generate(
         sliding_window=sliding_window,
         prefill_chunk=prefill_chunk,
         kv_bits=kv_bits,
-    )
-    return _stream(model, tokenizer, request.checked(model, tokenizer), text_stream(tokenizer, encoded, stops))
+    ).checked(model, tokenizer)
+    constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.max_tokens)
+    request = replace(request, constraint=constraint)
+    return _stream(model, tokenizer, request, text_stream(tokenizer, encoded, stops))
 
 
 def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: TextStream) -> Iterator[Chunk]:
@@ -124,7 +138,10 @@ def _answer(
     chunk_length = request.prefill_chunk or chunk_of_plan(model)
     logits = prefill(model, request.prompt_tokens, step.cache, chunk_length, budget)
     _check_finite(logits)
-    choices = one_by_one(step, sampler, logits, request.max_tokens, request.logprobs)
+    if request.constraint is None:
+        choices = one_by_one(step, sampler, logits, request.max_tokens, request.logprobs)
+    else:
+        choices = constrained(step, sampler, logits, request.max_tokens, request.constraint, request.logprobs)
     for count, choice in enumerate(choices, 1):
         token = choice.item()
         clock.token_arrived()
@@ -201,6 +218,7 @@ class Request:
     sliding_window: int | None
     prefill_chunk: int | None
     kv_bits: int | None
+    constraint: TokenConstraint | None = None  # set when the rest is checked: it counts max_tokens
 
     def checked(self, model: Model, tokenizer: Tokenizer | None) -> Request:
         """The request with max_tokens clipped to the context. Raises SettingError, PromptError or MemoryLimitError."""
@@ -248,8 +266,11 @@ def encode_prompt(
     raw: bool = False,
     chat_template: str | None = None,
     reasoning_effort: str | None = None,
+    answer: AnswerFormat | None = None,
 ) -> EncodedPrompt:
     """The tokens of a prompt in any of its forms. Token ids are taken as they are, already through the template.
+
+    answer: the format that the answer will have. gpt-oss is told of a JSON Schema in its prompt, as it was trained.
 
     Raises PromptError when the prompt is empty or has ids that the model lacks, TokenizerError when text needs a tokenizer.
     """
@@ -276,10 +297,13 @@ def encode_prompt(
         else cast("Sequence[Mapping[str, str]]", prompt)
     )
     if template != HARMONY:
-        return EncodedPrompt(render_chat(chat, tokenizer, template), template, False)
+        # The text of an answer in a format is what its tokens spell, a space at its beginning included.
+        return EncodedPrompt(render_chat(chat, tokenizer, template), template, answer is not None)
     # The model was trained with the day's date in front, as OpenAI's own template prints it.
     system = SystemContent(current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=reasoning_effort or "medium")
-    messages = conversation(chat, system=system)
+    schema = None if answer is None else answer.schema
+    formats = [] if schema is None else [ResponseFormat("answer", schema)]
+    messages = conversation(chat, system=system, response_formats=formats)
     return EncodedPrompt(HarmonyFormat(tokenizer).render_for_completion(messages), template, False)
 
 
@@ -292,6 +316,32 @@ def text_stream(tokenizer: Tokenizer | None, prompt: EncodedPrompt, stop: Sequen
     if prompt.template == HARMONY:
         return HarmonyStream(tokenizer, stop)
     return PlainStream(tokenizer, stop, prompt.continues_text)
+
+
+def constraint_on(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    template: str,
+    answer: AnswerFormat | None,
+    tool_schemas: Mapping[str, Any],
+    max_tokens: int,
+) -> TokenConstraint | None:
+    """What holds a completion to its formats, None if it has none. Raises SettingError or TokenizerError."""
+    if answer is None and not tool_schemas:
+        return None
+    if tokenizer is None:
+        raise TokenizerError(
+            "An answer in a format needs a tokenizer, and this model has none: load it with tokenizer=..."
+        )
+    if template == HARMONY:
+        calls = {name: answer_format(schema) for name, schema in tool_schemas.items() if schema is not None}
+        checked = cast("dict[str, AnswerFormat]", calls)
+        return HarmonyConstraint(HarmonyFormat(tokenizer), engine_of(tokenizer), answer, checked, max_tokens)
+    if answer is None:
+        raise SettingError(
+            "tool_schemas are for gpt-oss's calls, and this model has no format for calls: leave them out."
+        )
+    return PlainConstraint(engine_of(tokenizer), answer, {*model.spec.eos_tokens, *tokenizer.eos_tokens}, max_tokens)
 
 
 def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:

@@ -101,6 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="8: keys and values in half the memory (default: 16, or the plan's)",
     )
 
+    form = parser.add_argument_group("form of the answer")
+    form.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that follows the JSON Schema in FILE")
+    form.add_argument("--regex", metavar="PATTERN", help="the whole answer matches this regular expression")
+    form.add_argument("--grammar", metavar="FILE", help="the answer follows the grammar in FILE, in Lark's syntax")
+
     output = parser.add_argument_group("output")
     output.add_argument(
         "--logprobs", type=int, metavar="N", help="report log-probabilities, and the N likeliest tokens (with --json)"
@@ -115,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if args.logprobs is not None and not args.json:
         raise SettingError("--logprobs are shown with --json only: add it.")
     prompt = read_prompt(args)
+    form = read_form(args)
     sampling_options = {
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
         "repetition_penalty": args.repetition_penalty, "presence_penalty": args.presence_penalty,
@@ -152,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
         sliding_window=args.sliding_window,
         prefill_chunk=args.prefill_chunk,
         kv_bits=args.kv_bits,
+        **form,
     )
     return print_json(chunks, args) if args.json else print_text(chunks, args)
 
@@ -243,6 +250,34 @@ def read_prompt(args: argparse.Namespace) -> str:
     if prompt is None and sys.stdin.isatty():
         raise PromptError('There is no prompt: give --prompt "What is a banjo?", --prompt-file FILE, or pipe text in.')
     return _decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def read_form(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `stream_generate` for the answer's form, from files where they are given so."""
+    form: dict[str, Any] = {}
+    if args.json_schema is not None:
+        text = _read_file(args.json_schema, "JSON Schema")
+        try:
+            form["schema"] = json.loads(text)
+        except ValueError as error:
+            raise SettingError(f"The JSON Schema file {args.json_schema} is not JSON: {error}.") from None
+    if args.regex is not None:
+        form["regex"] = args.regex
+    if args.grammar is not None:
+        form["grammar"] = _read_file(args.grammar, "grammar")
+    if form:
+        from ..decoding.grammar import answer_format
+
+        answer_format(**form)  # what is wrong with it is said before the weights are read
+    return form
+
+
+def _read_file(name: str, what: str) -> str:
+    path = Path(name).expanduser()
+    try:
+        return _decoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise SettingError(f"The {what} file {path} cannot be read: {error.strerror}.") from error
 
 
 def parse_logit_bias(values: list[str]) -> dict[int, float]:

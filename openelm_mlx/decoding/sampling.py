@@ -6,10 +6,13 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
 from ..errors import SettingError
+
+_LOWEST = -1e30
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,12 @@ class Sampler:
             self._in_prompt = _occurrences(prompt_tokens, vocab_size)
             self._in_answer = mx.zeros((vocab_size,), mx.float32)
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """The next token, a uint32 scalar, from its logits (V,). Lazy."""
+    def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
+        """The next token, a uint32 scalar, from its logits (V,). Lazy. allowed: (V,) of bool, what may be chosen."""
         logits = self.adjusted(logits)
+        if allowed is not None:
+            # A finite floor: what a constraint allows can be chosen even if a bias of -inf forbids all of it.
+            logits = mx.where(allowed, mx.maximum(logits, _LOWEST), -mx.inf)
         if self.params.temperature == 0.0:
             token = mx.argmax(logits)
         else:
@@ -87,6 +93,15 @@ class Sampler:
         if self._in_answer is not None:
             self._in_answer = self._in_answer.at[token].add(1.0)
         return token
+
+    @property
+    def state(self) -> tuple[mx.array | None, ...]:
+        """What the next choice depends on beside its logits; set it to take choices back."""
+        return self._key, self._in_answer
+
+    @state.setter
+    def state(self, state: tuple[mx.array | None, ...]) -> None:
+        self._key, self._in_answer = cast(mx.array, state[0]), state[1]
 
     def adjusted(self, logits: mx.array) -> mx.array:
         """The logits (V,) in float32 after penalties, bias, and with ids that are no tokens at -inf."""
@@ -113,6 +128,13 @@ class Sampler:
             logits = mx.where((in_prompt + in_answer) > 0, repeated, logits)
         logits = logits - self.params.presence_penalty * (in_answer > 0)
         return logits - self.params.frequency_penalty * in_answer
+
+
+def unpacked(words: mx.array, vocab_size: int) -> mx.array:
+    """A constraint's mask, uint32 words with one bit a token, as (vocab_size,) of bool; False past its end. Lazy."""
+    each_bit = (words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    allowed = each_bit.reshape(-1)[:vocab_size].astype(mx.bool_)
+    return mx.pad(allowed, (0, vocab_size - allowed.size))
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
-from .sampling import Sampler, log_probabilities
+from .constraint import TokenConstraint
+from .sampling import Sampler, log_probabilities, unpacked
 from .step import Step
 
 
@@ -55,9 +57,65 @@ def one_by_one(
         choice = choose(sampler, step(choice.token), num_logprobs) if upcoming is None else upcoming
 
 
-def choose(sampler: Sampler, logits: mx.array, num_logprobs: int | None) -> Choice:
-    """Choose the next token from `logits` (V,) and start computing it."""
-    token = sampler(logits)
+def constrained(
+    step: Step,
+    sampler: Sampler,
+    logits: mx.array,
+    max_tokens: int,
+    constraint: TokenConstraint,
+    num_logprobs: int | None = None,
+) -> Iterator[Choice]:
+    """As `one_by_one`, every token one that `constraint` accepts.
+
+    The mask of a token is worked out on the host while the device computes its logits; only the choice waits for both.
+    In free text the next choice is made ahead, too, with the mask that most likely holds, and made again if it did not.
+    """
+    masks = _Masks(logits.size)
+    words, state = constraint.mask(), sampler.state
+    choice = choose(sampler, logits, num_logprobs, masks(words))
+    for count in range(1, max_tokens + 1):
+        next_logits, upcoming, next_state = None, None, sampler.state
+        if count < max_tokens and step.runs_ahead and constraint.is_free():
+            next_logits = step(choice.token)
+            upcoming = choose(sampler, next_logits, num_logprobs, masks(words))
+        if not constraint.accept(choice.item()):
+            # Only inside a format, so nothing was dispatched ahead. The new mask has tokens that are accepted alone.
+            sampler.state = state
+            choice = choose(sampler, logits, num_logprobs, masks(constraint.mask()))
+            is_accepted, next_state = constraint.accept(choice.item()), sampler.state
+            assert is_accepted, f"token {choice.item()} is in the mask and not accepted"
+        if count < max_tokens and next_logits is None and not constraint.is_finished:
+            next_logits = step(choice.token)
+            mx.async_eval(next_logits)
+        yield choice
+        if next_logits is None:
+            return
+        logits, state, expected, words = next_logits, next_state, words, constraint.mask()
+        if upcoming is not None and words is expected:
+            choice = upcoming
+        else:
+            sampler.state = state
+            choice = choose(sampler, logits, num_logprobs, masks(words))
+
+
+class _Masks:
+    """A constraint's masks on the device. The last one is kept: in free text it is the same for many tokens."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._words: np.ndarray | None = None
+        self._mask: mx.array | None = None
+
+    def __call__(self, words: np.ndarray | None) -> mx.array | None:
+        if words is not self._words:
+            self._words = words
+            self._mask = None if words is None else unpacked(mx.array(words), self._vocab_size)
+        return self._mask
+
+
+def choose(sampler: Sampler, logits: mx.array, num_logprobs: int | None, allowed: mx.array | None = None) -> Choice:
+    """Choose the next token from `logits` (V,) and start computing it. allowed: (V,) of bool, what may be chosen."""
+    token = sampler(logits, allowed)
     choice = Choice(token)
     if num_logprobs is not None:
         choice = Choice(token, *log_probabilities(logits, token, num_logprobs))

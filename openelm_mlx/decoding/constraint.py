@@ -1,0 +1,300 @@
+"""Which tokens may be chosen next, so that an answer or a tool's arguments have the form they must have.
+
+A constraint follows the tokens of one completion. In plain text it holds from the first token on; in Harmony inside a
+final message or the arguments of a tool call, and never for the reasoning. The arithmetic on logits is in sampling.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple, Protocol, final
+
+import numpy as np
+
+from ..errors import SettingError
+from ..text.conversation import resolve_recipient
+from ..text.harmony import HarmonyFormat
+from .grammar import AnswerFormat, Engine, Matcher
+
+FINAL = "final"
+
+
+class TokenConstraint(Protocol):
+    """What a decode loop asks. A loop that guesses ahead accepts token by token and rewinds what it throws away."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the answer is complete and ended: no token may follow."""
+
+    def mask(self) -> np.ndarray | None:
+        """The tokens that may come next, one bit a token in uint32 words, lowest first; None: any may.
+
+        Where the text is free, the same object is returned again and again.
+        """
+
+    def is_free(self) -> bool:
+        """Whether the next token stands in free text: its mask is most likely that of the token after it, too."""
+
+    def accept(self, token: int) -> bool:
+        """Go on by one token. False, and no change, if it may not come here: the next `mask` leaves it out.
+
+        That is so for a token outside the mask, and for one that would leave no room to end the answer.
+        """
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` accepted tokens."""
+
+
+@final
+class PlainConstraint:
+    """A whole completion in one format, ended by one of `end_tokens`, within `max_tokens`.
+
+    Raises SettingError when even a short answer in this format takes more than `max_tokens`.
+    """
+
+    def __init__(self, engine: Engine, answer: AnswerFormat, end_tokens: Collection[int], max_tokens: int) -> None:
+        self._span = Span(engine.matcher(answer), end_tokens)
+        self._max_tokens, self._count = max_tokens, 0
+        check_room(self._span, max_tokens)
+
+    @property
+    def is_finished(self) -> bool:
+        return self._span.is_ended
+
+    def is_free(self) -> bool:
+        return False
+
+    def mask(self) -> np.ndarray:
+        return self._span.mask()
+
+    def accept(self, token: int) -> bool:
+        is_accepted = self._span.accept(token, self._max_tokens - self._count)
+        self._count += is_accepted
+        return is_accepted
+
+    def rewind(self, count: int) -> None:
+        self._span.rewind(count)
+        self._count -= count
+
+
+def check_room(span: Span, max_tokens: int) -> None:
+    """Raise SettingError unless some answer is known that fits into `max_tokens`."""
+    completion = span.matcher.completion()
+    if completion is None:
+        raise SettingError(
+            "The answer's format has no end that was found: it may ask for itself without an alternative."
+        )
+    if len(completion) + 1 > max_tokens:
+        raise SettingError(
+            f"max_tokens is {max_tokens}, and even a short answer in the format takes {len(completion) + 1} tokens: "
+            f"allow at least so many, or make the format smaller."
+        )
+
+
+# With less room than this beyond a completion, one is looked for after each token.
+_LEAST_SPARE = 64
+
+
+class Span:
+    """A stretch of tokens in one format, from its first token to the end token after it.
+
+    It is kept so that it can always be finished: a completion that fits into the tokens left is known, and a token after
+    which none would fit is not accepted; the next mask has the completion's first token alone then. A completion is
+    looked for now and then while there is room in plenty, and after each token when there is not.
+    """
+
+    def __init__(self, matcher: Matcher, end_tokens: Collection[int]) -> None:
+        self.matcher = matcher
+        self.is_ended = False
+        self._end_tokens = frozenset(end_tokens)
+        self._completion: list[int] | None = None  # of the present place, if one is known
+        self._forced: int | None = None
+        self._check_below: float = float("inf")  # look for a completion when fewer tokens than this are left
+        self._last_length, self._largest_growth = 0, 0  # of completions found
+
+    def mask(self) -> np.ndarray:
+        """The tokens that may come next; an end token where the text is complete."""
+        if self._forced is not None:
+            return bits([self._forced], self.matcher.engine.vocab_size)
+        words = self.matcher.mask()
+        if self.matcher.is_complete:
+            for token in self._end_tokens:
+                words[token >> 5] |= np.uint32(1 << (token & 31))
+        return words
+
+    def accept(self, token: int, num_left: int) -> bool:
+        """Go on by `token`, the first of `num_left` that may still come. False, and no change, if it may not come."""
+        if self.is_ended or (self._forced is not None and token != self._forced):
+            return False
+        if token in self._end_tokens:
+            self.is_ended = self.matcher.is_complete
+            return self.is_ended
+        if not self.matcher.accept(token):
+            return False
+        if not self._leaves_room(token, num_left - 1):
+            return False
+        self._forced = None
+        return True
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` tokens, the end token among them if there was one."""
+        if count:
+            self.matcher.rewind(count - self.is_ended)
+            self.is_ended = False
+            self._completion, self._forced, self._check_below = None, None, float("inf")
+
+    def _leaves_room(self, token: int, num_left: int) -> bool:
+        """After `token` was taken: whether the answer can still end. Takes it back, and forces another, if it cannot."""
+        known = self._completion
+        if known and known[0] == token:
+            self._completion = known[1:]
+            return True
+        if num_left >= self._check_below:
+            self._completion = None
+            return True
+        completion = self.matcher.completion()
+        if completion is not None and len(completion) < num_left:
+            self._schedule(len(completion), num_left)
+            self._completion = completion
+            return True
+        self.matcher.rewind(1)
+        known = self.matcher.completion() if known is None else known
+        if known is None or len(known) > num_left:  # it never fitted: let the model write on
+            self.matcher.accept(token)
+            self._completion = None
+            return True
+        self._completion, self._forced = known, known[0] if known else min(self._end_tokens)
+        return False
+
+    def _schedule(self, length: int, num_left: int) -> None:
+        """When to look again: a completion of `length` was found, with `num_left` tokens to come."""
+        self._largest_growth = max(self._largest_growth, length - self._last_length)
+        self._last_length = length
+        # One token can oblige the answer to many more (an object with its required members), and it may come next.
+        spare = num_left - length - max(_LEAST_SPARE, 2 * self._largest_growth)
+        self._check_below = num_left - max(0, spare) // 8
+
+
+class _Place(NamedTuple):
+    """Where a Harmony completion stands: in a header, or in a message's content."""
+
+    header: tuple[int, ...] | None = ()
+    role: str | None = "assistant"
+    channel: str | None = None
+    recipient: str | None = None
+    span: Span | None = None
+
+
+# A header takes some ten tokens; one that is longer than this is ended, before a parser takes it for an answer.
+_LONGEST_HEADER = 48
+
+
+@final
+class HarmonyConstraint:
+    """A Harmony completion: its final message in the format `answer`, the arguments of a call in that of its tool.
+
+    calls: the formats of arguments by recipient, "functions.f" for example. With `answer`, the completion ends with a
+    final message or a call: `<|return|>` elsewhere, and a header that no message follows, would end it with nothing.
+    Of headers and reasoning nothing else is decided here.
+    """
+
+    def __init__(
+        self,
+        harmony: HarmonyFormat,
+        engine: Engine,
+        answer: AnswerFormat | None,
+        calls: Mapping[str, AnswerFormat],
+        max_tokens: int,
+    ) -> None:
+        self.is_finished = False
+        self._harmony, self._engine, self._answer, self._calls = harmony, engine, answer, calls
+        self._places = [_Place()]  # the last one is the present; one is added a token, so that tokens can be taken back
+        self._max_tokens = max_tokens
+        for each in (*calls.values(), *(() if answer is None else (answer,))):
+            check_room(Span(engine.matcher(each), ()), max_tokens)
+        everything = np.packbits(np.ones(engine.vocab_size, bool), bitorder="little")
+        self._any = np.zeros((engine.vocab_size + 31) // 32, np.uint32)
+        self._any.view(np.uint8)[: everything.size] = everything
+        ends = harmony.end_tokens | {harmony.start}
+        self._in_text = self._without(harmony.stop_tokens)
+        self._in_call = self._without(harmony.stop_tokens - {harmony.call})
+        self._in_header = self._without(ends)
+        self._between = self._without(harmony.end_tokens)
+        self._header_end = bits([harmony.message], engine.vocab_size)
+
+    def _without(self, tokens: Iterable[int]) -> np.ndarray:
+        return self._any & ~bits(tokens, self._engine.vocab_size)
+
+    def is_free(self) -> bool:
+        return self._places[-1].span is None
+
+    def mask(self) -> np.ndarray | None:
+        place = self._places[-1]
+        if place.span is not None:
+            return place.span.mask()
+        if self._answer is None:
+            return None
+        if place.header is None:
+            return self._in_call if place.recipient is not None else self._in_text
+        if len(place.header) >= _LONGEST_HEADER:
+            return self._header_end
+        return self._in_header if place.header or place.role is not None else self._between
+
+    def accept(self, token: int) -> bool:
+        place = self._places[-1]
+        if place.span is not None:
+            if not place.span.accept(token, self._max_tokens - len(self._places) + 1):
+                return False
+            self.is_finished = place.span.is_ended
+            self._places.append(place)
+            return True
+        self._places.append(self._after(place, token))
+        return True
+
+    def rewind(self, count: int) -> None:
+        for _ in range(count):
+            place = self._places.pop()
+            if place.span is not None and place.span is self._places[-1].span:
+                place.span.rewind(1)
+        self.is_finished = False
+
+    def _after(self, place: _Place, token: int) -> _Place:
+        """The place after a token of free text. It follows HarmonyParser's rules."""
+        harmony = self._harmony
+        if place.header is not None:
+            if token == harmony.message:
+                return self._content(place)
+            if token == harmony.start or token in harmony.end_tokens:
+                return _Place(role=None)
+            return place._replace(header=(*place.header, token))
+        if token == harmony.channel:
+            return _Place((token,), place.role)
+        if token == harmony.start or token in harmony.end_tokens:
+            return _Place(role=None)
+        return place
+
+    def _content(self, place: _Place) -> _Place:
+        parser = self._harmony.parser(place.role)
+        for token in (*(place.header or ()), self._harmony.message):
+            parser.push(token)
+        channel, recipient = parser.channel, parser.recipient
+        return _Place(None, parser.role, channel, recipient, self._span(parser.role, channel, recipient))
+
+    def _span(self, role: str | None, channel: str | None, recipient: str | None) -> Span | None:
+        harmony = self._harmony
+        if role != "assistant":
+            return None
+        if recipient is not None:
+            known = resolve_recipient(recipient, self._calls.keys())
+            return None if known is None else Span(self._engine.matcher(self._calls[known]), {harmony.call})
+        if channel == FINAL and self._answer is not None:
+            return Span(self._engine.matcher(self._answer), {harmony.return_})
+        return None
+
+
+def bits(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
+    """A mask of these tokens, in uint32 words."""
+    words = np.zeros((vocab_size + 31) // 32, np.uint32)
+    for token in tokens:
+        words[token >> 5] |= np.uint32(1 << (token & 31))
+    return words

@@ -1,0 +1,354 @@
+"""Constraints over tokens: within a budget, only where they belong in Harmony, and exact when tokens are taken back."""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import random_model
+from jsonschema import Draft202012Validator
+
+import openelm_mlx as om
+from openelm_mlx.decoding.constraint import HarmonyConstraint, PlainConstraint
+from openelm_mlx.decoding.grammar import answer_format, engine_of
+from openelm_mlx.decoding.sampling import Sampler, SamplingParams, unpacked
+from openelm_mlx.decoding.step import PlainStep
+from openelm_mlx.decoding.tokens import constrained
+from openelm_mlx.errors import SettingError, TokenizerError
+from openelm_mlx.generate import prefill, stream_generate
+from openelm_mlx.text.harmony import HarmonyFormat
+from openelm_mlx.text.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SCHEMAS = json.loads((ROOT / "examples" / "structured" / "schemas.json").read_text(encoding="utf-8"))
+WORD = {
+    "type": "object",
+    "properties": {"word": {"type": "string"}, "count": {"type": "integer"}},
+    "required": ["word", "count"],
+}
+
+
+@cache
+def tokenizer_of(demo: str):
+    return load_tokenizer(ROOT / "openelm_mlx" / "demo" / demo)
+
+
+@cache
+def demo(name: str):
+    return om.load(name)
+
+
+def allowed(words) -> list[int]:
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+
+
+def is_valid(text: str, schema) -> bool:
+    return Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).is_valid(json.loads(text))
+
+
+def write_at_random(constraint, max_tokens: int, seed: int, end_tokens) -> list[int]:
+    """Tokens drawn evenly from the mask, as by a model that knows nothing, until the constraint is finished."""
+    draw, tokens = random.Random(seed), []
+    while len(tokens) < max_tokens and not constraint.is_finished:
+        choices = allowed(constraint.mask())
+        token = draw.choice([c for c in choices if c not in end_tokens] or choices)  # never an end if there is more
+        if constraint.accept(token):
+            tokens.append(token)
+        else:
+            (token,) = allowed(constraint.mask())
+            assert constraint.accept(token)
+            tokens.append(token)
+    return tokens
+
+
+@pytest.mark.parametrize("demo_name", ["openelm", "gpt_oss"])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_writer_that_never_wants_to_end_ends_within_its_tokens(demo_name, name):
+    tokenizer = tokenizer_of(demo_name)
+    engine, ends = engine_of(tokenizer), tokenizer.eos_tokens
+    answer = answer_format(SCHEMAS[name])
+    shortest = len(engine.matcher(answer).completion()) + 1
+    for max_tokens in (shortest, shortest + 1, shortest + 17, shortest + 100):
+        constraint = PlainConstraint(engine, answer, ends, max_tokens)
+        tokens = write_at_random(constraint, max_tokens, seed=max_tokens, end_tokens=ends)
+        assert constraint.is_finished
+        assert tokens[-1] in ends
+        assert is_valid(tokenizer.decode(tokens[:-1], continuation=True), SCHEMAS[name])
+    with pytest.raises(SettingError, match=f"takes {shortest} tokens"):
+        PlainConstraint(engine, answer, ends, shortest - 1)
+
+
+def test_without_the_budget_the_same_writer_does_not_end():
+    """So the budget is what ends it, not the writer's good will."""
+    tokenizer = tokenizer_of("gpt_oss")
+    constraint = PlainConstraint(engine_of(tokenizer), answer_format(SCHEMAS["word"]), tokenizer.eos_tokens, 10**6)
+    write_at_random(constraint, 150, seed=0, end_tokens=tokenizer.eos_tokens)
+    assert not constraint.is_finished
+
+
+def test_rewinding_a_constraint_is_as_if_it_had_not_been():
+    tokenizer = tokenizer_of("gpt_oss")
+    engine, answer = engine_of(tokenizer), answer_format(SCHEMAS["invoice"])
+    draw = random.Random(1)
+    for seed in range(3):
+        constraint = PlainConstraint(engine, answer, tokenizer.eos_tokens, 150)
+        masks, tokens = [constraint.mask()], []
+        for token in write_at_random(PlainConstraint(engine, answer, tokenizer.eos_tokens, 400), 140, seed, ()):
+            if not constraint.accept(token):
+                break
+            tokens.append(token)
+            masks.append(constraint.mask())
+        for _ in range(20):
+            count = draw.randrange(1, 9)
+            constraint.rewind(count)
+            assert (constraint.mask() == masks[len(tokens) - count]).all()
+            for token in tokens[len(tokens) - count :]:
+                assert constraint.accept(token)
+
+
+# --- Harmony ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def harmony():
+    return HarmonyFormat(tokenizer_of("gpt_oss"))
+
+
+def harmony_constraint(harmony, answer=None, calls=None, max_tokens=400):
+    formats = {name: answer_format(schema) for name, schema in (calls or {}).items()}
+    answer = None if answer is None else answer_format(answer)
+    return HarmonyConstraint(harmony, engine_of(harmony.tokenizer), answer, formats, max_tokens)
+
+
+def feed(constraint, harmony, markup: str) -> None:
+    for token in harmony.encode_markup(markup):
+        words = constraint.mask()
+        assert words is None or words[token >> 5] >> (token & 31) & 1, (markup, token)
+        assert constraint.accept(token)
+
+
+ANALYSIS = "<|channel|>analysis<|message|>Not JSON at all: ]}<|end|><|start|>assistant"
+
+
+def test_the_reasoning_and_harmony_s_own_tokens_are_free(harmony):
+    constraint = harmony_constraint(harmony, WORD)
+    feed(constraint, harmony, ANALYSIS + "<|channel|>commentary<|message|>a plan<|end|><|start|>assistant")
+    assert constraint.is_free()
+    feed(constraint, harmony, "<|channel|>final <|constrain|>json<|message|>")
+    assert not constraint.is_free()
+    assert allowed(constraint.mask()) == harmony.encode_markup("{")
+    feed(constraint, harmony, '{"word": "a <|')  # typed, not control tokens
+    assert not set(allowed(constraint.mask())) & harmony.control_tokens
+    feed(constraint, harmony, '", "count": 1}')
+    assert set(allowed(constraint.mask())) & harmony.control_tokens == {harmony.return_}
+    feed(constraint, harmony, "<|return|>")
+    assert constraint.is_finished
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary to=functions.f <|constrain|>json<|message|>",
+        " to=functions.f<|channel|>commentary json<|message|>",
+        "<|channel|>analysis to=functions.f code<|message|>",
+        "<|channel|>commentary to=f<|message|>",
+    ],
+)
+def test_a_call_s_arguments_follow_its_tool_s_schema(harmony, header):
+    constraint = harmony_constraint(harmony, None, {"functions.f": WORD, "functions.g": {"type": "boolean"}})
+    assert constraint.mask() is None
+    feed(constraint, harmony, ANALYSIS + header + '{"word": "x", "count": 2')
+    assert not constraint.accept(harmony.call)
+    feed(constraint, harmony, "}")
+    assert set(allowed(constraint.mask())) & harmony.control_tokens == {harmony.call}
+    feed(constraint, harmony, "<|call|>")
+    assert constraint.is_finished
+
+
+def test_python_s_scripts_and_unknown_tools_are_free(harmony):
+    for header in (" to=python<|channel|>analysis code<|message|>", "<|channel|>commentary to=functions.h<|message|>"):
+        constraint = harmony_constraint(harmony, None, {"functions.f": WORD})
+        feed(constraint, harmony, header)
+        assert constraint.is_free()
+        assert constraint.mask() is None
+
+
+def test_an_answer_cannot_be_left_out(harmony):
+    """With a format the completion must not end before its final message, whatever the model would like."""
+    constraint = harmony_constraint(harmony, WORD)
+    assert not set(allowed(constraint.mask())) & (harmony.end_tokens | {harmony.start})
+    feed(constraint, harmony, "<|channel|>analysis<|message|>I refuse.")
+    banned = {harmony.return_, harmony.call, harmony.tokenizer.special_tokens["<|endoftext|>"]}
+    assert set(range(harmony.tokenizer.vocab_size)) - set(allowed(constraint.mask())) == banned
+    feed(constraint, harmony, "<|end|>")
+    assert harmony.start in allowed(constraint.mask())
+    feed(constraint, harmony, "<|start|>assistant<|channel|>final")
+    for _ in range(20):
+        if allowed(constraint.mask()) != [harmony.message]:
+            feed(constraint, harmony, " a long word")
+    assert allowed(constraint.mask()) == [harmony.message]
+
+
+def test_the_tracker_is_where_the_parser_is(harmony):
+    """Random streams of markup: the channel and recipient of every token are those of HarmonyParser."""
+    pieces = [
+        "<|start|>",
+        "assistant",
+        "<|channel|>",
+        "final",
+        "analysis",
+        "commentary",
+        " to=functions.f",
+        "<|message|>",
+    ]
+    pieces += ["<|end|>", "<|call|>", " json", "<|constrain|>", "1", "true", "x"]
+    for seed in range(200):
+        draw = random.Random(seed)
+        constraint = harmony_constraint(harmony, None, {"functions.g": WORD})
+        parser = harmony.parser()
+        for _ in range(25):
+            for token in harmony.encode_markup(draw.choice(pieces)):
+                parser.push(token)
+                assert constraint.accept(token)
+            place = constraint._places[-1]
+            assert (place.channel, place.recipient) == (parser.channel, parser.recipient)
+            assert (place.header is None) == (parser.channel is not None or parser.role not in (None, "assistant"))
+
+
+def test_harmony_places_are_taken_back(harmony):
+    constraint = harmony_constraint(harmony, WORD, {"functions.f": {"type": "boolean"}})
+    tokens = harmony.encode_markup(ANALYSIS + '<|channel|>final<|message|>{"word": "ab", "count": 12}<|return|>')
+    masks = [constraint.mask()]
+    for token in tokens:
+        assert constraint.accept(token)
+        masks.append(constraint.mask() if not constraint.is_finished else None)
+    for count in (1, 2, 9, 20, len(tokens)):
+        constraint.rewind(count)
+        assert not constraint.is_finished
+        assert (constraint.mask() == masks[len(tokens) - count]).all()
+        for token in tokens[len(tokens) - count :]:
+            assert constraint.accept(token)
+
+
+# --- The loop ---------------------------------------------------------------------------------------------------------
+
+
+def naive(model, prompt, constraint, sampler, max_tokens) -> list[int]:
+    """No cache and nothing ahead: the whole sequence anew for each token, then the mask, then the choice."""
+    tokens = []
+    while len(tokens) < max_tokens and not constraint.is_finished:
+        logits = model(mx.array([[*prompt, *tokens]]))[0, -1]
+        while True:
+            words, state = constraint.mask(), sampler.state
+            mask = None if words is None else unpacked(mx.array(words), logits.size)
+            token = sampler(logits, mask).item()
+            if constraint.accept(token):
+                break
+            sampler.state = state
+        tokens.append(token)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "top_p": 0.9}, {"frequency_penalty": 0.7, "temperature": 0.5}]
+)
+@pytest.mark.parametrize("has_format", [True, False])
+def test_the_loop_is_the_naive_loop(harmony, options, has_format):
+    """Random weights under Harmony, reasoning and all: looking ahead in free text changes nothing."""
+    vocab_size = harmony.tokenizer.vocab_size
+    model = random_model(vocab_size, context_length=256)
+    prompt = [5, 900, 31, 77]
+    opening = harmony.encode_markup(
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>"
+    )
+
+    def constraint():
+        made = (
+            harmony_constraint(harmony, WORD, max_tokens=120) if has_format else harmony_constraint(harmony, None, {})
+        )
+        for token in opening[: -1 if has_format else 3]:
+            assert made.accept(token)
+        return made
+
+    params = SamplingParams(seed=3, logit_bias={harmony.message: 4.0}, **options)
+    expected = naive(model, prompt, constraint(), Sampler(params, vocab_size, vocab_size), 40)
+    step = PlainStep(model, model.make_cache())
+    logits = prefill(model, prompt, step.cache, 512)
+    choices = constrained(step, Sampler(params, vocab_size, vocab_size), logits, 40, constraint())
+    assert [choice.item() for choice in choices] == expected
+
+
+def test_the_next_step_is_dispatched_before_the_mask_is_computed(monkeypatch):
+    tokenizer = tokenizer_of("gpt_oss")
+    model = random_model(tokenizer.vocab_size, context_length=256)
+    step = PlainStep(model, model.make_cache())
+    logits = prefill(model, [5, 6], step.cache, 512)
+    constraint = PlainConstraint(engine_of(tokenizer), answer_format({"type": "string"}), tokenizer.eos_tokens, 100)
+    events = []
+    mask, evaluate = constraint.mask, mx.async_eval
+    monkeypatch.setattr(PlainConstraint, "mask", lambda self: (events.append("mask"), mask())[1])
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (events.append("dispatch"), evaluate(*arrays))[1])
+    sampler = Sampler(SamplingParams(), tokenizer.vocab_size, tokenizer.vocab_size)
+    assert len(list(constrained(step, sampler, logits, 4, constraint))) == 4
+    # A mask and a choice; then for each token the next step, its mask while that is computed, and the choice.
+    assert events == ["mask", "dispatch"] + ["dispatch", "mask", "dispatch"] * 3
+
+
+@pytest.mark.parametrize("name", ["demo-openelm", "demo-gpt-oss"])
+@pytest.mark.parametrize(
+    ("schema", "temperature"), [("expression", 0.0), ("pattern, unanchored", 1.2), ("recipe", 0.7)]
+)
+def test_the_demos_answer_in_the_format(name, schema, temperature):
+    model, tokenizer = demo(name)
+    sampling = om.SamplingParams(temperature=temperature, seed=1)
+    chunks = list(
+        stream_generate(
+            model, tokenizer, "What is a cat?", schema=SCHEMAS[schema], max_tokens=100, sampling=sampling, logprobs=1
+        )
+    )
+    text = "".join(chunk.text for chunk in chunks if chunk.channel in (None, "final"))
+    assert chunks[-1].finish_reason == "stop"
+    assert is_valid(text, SCHEMAS[schema])
+    assert all(chunk.logprob is not None and chunk.logprob <= 0 for chunk in chunks)
+
+
+def test_gpt_oss_thinks_as_it_does_without_a_format():
+    model, tokenizer = demo("demo-gpt-oss")
+
+    def thoughts(**options):
+        chunks = stream_generate(model, tokenizer, "What is an apple?", **options)
+        return "".join(chunk.text for chunk in chunks if chunk.channel == "analysis")
+
+    assert thoughts(regex="(yes|no)") == thoughts() != ""
+
+
+def test_a_regex_and_a_grammar_on_the_demos():
+    for name in ("demo-openelm", "demo-gpt-oss"):
+        model, tokenizer = demo(name)
+        assert om.generate(model, tokenizer, "What is an apple?", regex="(yes|no)!") in ("yes!", "no!")
+        assert om.generate(model, tokenizer, "What is a cat?", grammar='start: "a " ("cat" | "dog")') in (
+            "a cat",
+            "a dog",
+        )
+
+
+def test_what_is_wrong_is_said_before_anything_runs():
+    model, tokenizer = demo("demo-openelm")
+    with pytest.raises(SettingError, match="takes 19 tokens"):
+        stream_generate(model, tokenizer, "What is a cat?", schema=SCHEMAS["word"], max_tokens=5)
+    with pytest.raises(SettingError, match="no end"):
+        stream_generate(model, tokenizer, "Hi", grammar='start: "a" start')
+    with pytest.raises(SettingError, match="tool_schemas"):
+        stream_generate(model, tokenizer, "Hi", tool_schemas={"functions.f": WORD})
+    with pytest.raises(TokenizerError, match="format"):
+        stream_generate(model, None, [5], regex="a")
+
+
+def test_a_bias_cannot_make_an_answer_invalid():
+    model, tokenizer = demo("demo-openelm")
+    forbidden = dict.fromkeys(engine_of(tokenizer).encode(b"yesno"), float("-inf"))
+    sampling = om.SamplingParams(logit_bias=forbidden)
+    assert om.generate(model, tokenizer, "Is it?", regex="(yes|no)", sampling=sampling) in ("yes", "no")

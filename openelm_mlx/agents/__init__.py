@@ -1,0 +1,1 @@
+"""Conversations with tools, and the tools: python in a sandbox, patches, local files, MCP servers."""

@@ -1,0 +1,77 @@
+"""The interpreter of the python tool: runs in a process of its own and keeps its variables from one script to the next.
+
+It knows nothing of this package: the tool hands its source to `python -c`, so that a sandbox needs no file of ours. It
+reads scripts from standard input (a line with the length, then the bytes), lets them write to standard output and error
+as they like, and says on a file descriptor of its own when each has ended.
+"""
+
+import ast
+import contextlib
+import json
+import linecache
+import os
+import sys
+import traceback
+
+
+def limit_resources(limits):
+    """Set the limits that the system knows, by their names in `resource`; a Mac lacks some of them."""
+    import resource
+
+    for name, value in limits.items():
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            resource.setrlimit(getattr(resource, name), (value, value))
+
+
+def run_script(script, variables, name):
+    """Run a script; the value of its last expression is shown, as a notebook does. False if an exception ended it."""
+    linecache.cache[name] = (len(script), None, script.splitlines(keepends=True), name)  # for tracebacks
+    try:
+        tree = ast.parse(script, name)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name, "exec"), variables)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), name, "eval"), variables)
+            if value is not None:
+                variables["_"] = value
+                sys.stdout.write(f"{value!r}\n")
+    except SystemExit as end:
+        sys.stderr.write(f"SystemExit: {end.code}\n")
+        return False
+    except BaseException as error:  # noqa: BLE001  (whatever a script raises is shown to the model)
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename != name:
+            frames = frames.tb_next  # ours are of no interest
+        traceback.print_exception(type(error), error, frames)
+        return False
+    return True
+
+
+def main():
+    """Serve scripts until standard input ends."""
+    config = json.loads(sys.argv[1])
+    limit_resources(config["limits"])
+    sys.path.extend(config["paths"])
+    os.chdir(config["folder"])
+    scripts, report = os.fdopen(os.dup(0), "rb"), os.fdopen(config["report"], "w")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # a script that asks for input gets none
+    os.set_inheritable(config["report"], False)
+    variables = {"__name__": "__main__", "__builtins__": __builtins__}
+    report.write("ready\n")
+    report.flush()
+    count, own_pid = 0, os.getpid()
+    while header := scripts.readline():
+        count += 1
+        is_done = run_script(scripts.read(int(header)).decode("utf-8", "replace"), variables, f"<script {count}>")
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        if os.getpid() != own_pid:
+            os._exit(0)  # a child that the script forked and let go on: there is one interpreter
+        report.write("done\n" if is_done else "failed\n")
+        report.flush()
+
+
+if __name__ == "__main__":
+    main()

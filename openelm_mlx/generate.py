@@ -31,6 +31,7 @@ from .decoding.grammar import AnswerFormat, answer_format, engine_of
 from .decoding.prefill import prefill as prefill
 from .decoding.sampling import Sampler, SamplingParams
 from .decoding.step import PlainStep, Step
+from .decoding.streamed_step import StreamedStep
 from .decoding.tokens import Choice, constrained, one_by_one
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
 from .loading import no_tokenizer
@@ -116,7 +117,8 @@ def stream_generate(
 
 
 def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: TextStream) -> Iterator[Chunk]:
-    step = PlainStep(model, request.make_cache(model))
+    cache = request.make_cache(model)
+    step: Step = PlainStep(model, cache) if model.residency is None else StreamedStep(model, cache)
     with keeping_to_plan(model, step.cache) as (budget, held):
         yield from _answer(model, tokenizer, request, text, step, budget, held)
 

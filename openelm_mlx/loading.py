@@ -17,6 +17,7 @@ from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.quantize import Quantization, quantization_of
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
+from .memory.residency import Streaming, checked_slots
 from .models import build_model
 from .specs import ModelSpec, checked_kv_bits, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
@@ -25,6 +26,7 @@ from .text.tokenizer_files import COMPANION_FILES, JSON_FILE, SENTENCEPIECE_FILE
 
 if TYPE_CHECKING:
     from .models import Model
+    from .models.gpt_oss import GptOss
 
 Source = str | Path
 Progress = Callable[[int, int], None]
@@ -84,6 +86,7 @@ def load(
     dtype: str | mx.Dtype | None = None,
     dense_bits: int | None = None,
     kv_bits: int | None = None,
+    expert_slots: int | None = None,
     tokenizer: Source | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
@@ -96,10 +99,13 @@ def load(
     type; None keeps the stored one, with the two exceptions of `default_dtype`. dense_bits: quantize to this many bits,
     as they are read, the matrices that are not packed (attention, embedding and head of gpt-oss; all of OpenELM's).
     kv_bits: 8 halves the memory of keys and values in the layers that keep them all; 16 leaves them as they are, which
-    is the default. tokenizer: a file, folder or repository; without it the search is: the source itself, then Llama
-    tokenizers in the Hugging Face cache; when there is none, the second result is None and prompts must be token ids.
-    chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else what conversion stored, else what the
-    source's name says. progress: called with (bytes here, bytes in all) while something is downloaded.
+    is the default. expert_slots: keep only so many of each layer's experts in memory and read the others from the
+    checkpoint's files when they are chosen, with the same answers bit for bit (memory/residency.py); the embedding stays
+    on disk too where the head has a matrix of its own. tokenizer: a file, folder or repository; without it the search is:
+    the source itself, then Llama tokenizers in the Hugging Face cache; when there is none, the second result is None and
+    prompts must be token ids. chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else what conversion
+    stored, else what the source's name says. progress: called with (bytes here, bytes in all) while something is
+    downloaded.
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
@@ -108,9 +114,11 @@ def load(
     config = read_config(path)
     spec = spec_from_config(config)
     checked_kv_bits(spec, kv_bits)
+    if expert_slots is not None:
+        checked_slots(spec, expert_slots)
     checkpoint = open_checkpoint(path)
     contents = understand(checkpoint, config, spec)
-    model = load_model(contents, checkpoint, wanted_type, dense_packing(dense_bits))
+    model = load_model(contents, checkpoint, wanted_type, dense_packing(dense_bits), expert_slots)
     model.context_length = checked_context_length(context_length, spec)
     model.kv_bits = kv_bits
     found = find_tokenizer(path, spec, tokenizer, progress)
@@ -120,14 +128,20 @@ def load(
 
 
 def load_model(
-    contents: Contents, checkpoint: Checkpoint, dtype: mx.Dtype | None = None, dense: Quantization | None = None
+    contents: Contents,
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype | None = None,
+    dense: Quantization | None = None,
+    expert_slots: int | None = None,
 ) -> Model:
     """The module with the checkpoint's parameters in it, evaluated; at no time in memory twice.
 
-    dense: how matrices that the checkpoint has unpacked are packed as they are read; None leaves them.
+    dense: how matrices that the checkpoint has unpacked are packed as they are read; None leaves them. expert_slots: so
+    many experts a layer in memory, and the embedding on disk; None has all in memory.
     """
     model = build_model(contents.spec)
     packings = {**contents.quantized, **dense_packings(contents, dense)}
+    streaming = None if expert_slots is None else Streaming(contents, checkpoint, expert_slots)
     if packings:
         nn.quantize(model, class_predicate=lambda path, _: path in packings and packings[path].as_config())
     if dtype is None:
@@ -137,6 +151,8 @@ def load_model(
     pending_bytes = 0
     # What is packed here comes first: it is in memory unpacked for a moment, and there is most room at the beginning.
     for parameter in sorted(contents.parameters.values(), key=lambda each: _module(each) in contents.quantized):
+        if streaming is not None and parameter.name in streaming.on_disk:
+            continue
         array = parameter.read(checkpoint)
         if parameter.dtype in FLOAT_TYPES:
             array = array.astype(mx.float32 if contents.spec.keeps_float32(parameter.name) else dtype)
@@ -153,6 +169,8 @@ def load_model(
             pending, pending_bytes = [], 0
     _evaluate(pending, checkpoint)
     _check_scales(weights, packings)
+    if streaming is not None:
+        weights = streaming.attach(cast("GptOss", model), weights, packings, dtype)
     model.load_weights(weights)
     model.eval()
     return model

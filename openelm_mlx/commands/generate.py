@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[8, 6, 5, 4],
         help="quantize, as they are read, the matrices that are not (gpt-oss's attention, embedding and head)",
     )
+    source.add_argument(
+        "--expert-slots",
+        type=int,
+        metavar="N",
+        help="keep N of each layer's experts in memory and read the others from disk when they are chosen",
+    )
     source.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
 
     prompt = parser.add_argument_group("prompt")
@@ -138,6 +144,7 @@ def run(args: argparse.Namespace) -> int:
         context_length=args.context_length,
         dtype=args.dtype,
         dense_bits=args.dense_bits,
+        expert_slots=args.expert_slots,
         tokenizer=args.tokenizer,
         chat_template=args.chat_template,
         revision=args.revision,

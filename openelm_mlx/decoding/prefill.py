@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from ..errors import SettingError
 from ..models.cache import Cache
 from .budget import Budget, drop
 from .step import PlainStep
+from .streamed_step import StreamedStep
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -47,7 +49,8 @@ def prefill(
             f"The GPU was stopped because {chunk_length} prompt tokens at once took longer than macOS allows: ask for "
             f"prefill_chunk={max(1, chunk_length // 4)} (--prefill-chunk)."
         ) from None
-    return PlainStep(model, cache)(mx.array(tokens[-1]))
+    step = PlainStep(model, cache) if model.residency is None else StreamedStep(model, cache)
+    return step(mx.array(tokens[-1]))
 
 
 def fill(model: Model, tokens: Sequence[int], cache: Cache, chunk_length: int, budget: Budget) -> None:
@@ -56,12 +59,23 @@ def fill(model: Model, tokens: Sequence[int], cache: Cache, chunk_length: int, b
     while start < len(tokens):
         length = budget.chunk_of_prompt(chunk_length, len(tokens) - start)
         chunk = mx.array(list(tokens[start : start + length]))[None]
-        model.run_layers(model.embed(chunk), cache)
-        # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
-        mx.eval([layer.buffers for layer in cache])
+        with reading_no_more_than_needed(model):
+            model.run_layers(model.embed(chunk), cache)
+            # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
+            mx.eval([layer.buffers for layer in cache])
         budget.chunk_is_done(length)
         mx.clear_cache()
         start += length
+
+
+@contextmanager
+def reading_no_more_than_needed(model: Model) -> Iterator[None]:
+    """Where experts are streamed: those of the last layer are not, and no other thread is in the slots meanwhile."""
+    if model.residency is None:
+        yield
+        return
+    with model.residency.exclusive(), model.residency.cache_only():
+        yield
 
 
 def is_watchdog(error: RuntimeError) -> bool:

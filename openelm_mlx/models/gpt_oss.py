@@ -27,6 +27,8 @@ class GptOss(nn.Module):
     failure: str | None = None
     # 8: new caches keep their keys and values in 8 bits, in the layers that keep them all.
     kv_bits: int | None = None
+    # What reads experts that are not in memory (memory/residency.py); None when all are.
+    residency: Any = None
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -56,8 +58,12 @@ class GptOss(nn.Module):
         start: int = 0,
         stop: int | None = None,
         left_padding: mx.array | None = None,
+        inputs: list[mx.array] | None = None,
     ) -> mx.array:
-        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1."""
+        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1.
+
+        inputs: what each of these layers begins with is appended to it.
+        """
         L = h.shape[1]
         masks: dict[int | None, Mask] = {}  # one for the sliding layers and one for the full ones
         for i, layer in enumerate(self.layers[start:stop], start):
@@ -67,6 +73,8 @@ class GptOss(nn.Module):
                     masks[window] = causal_mask(L, 0, window, left_padding)
                 else:  # mlx-lm's caches, which may stand here too, need both words
                     masks[window] = cache[i].make_mask(L, return_array=False, window_size=window)
+            if inputs is not None:
+                inputs.append(h)
             h = layer(h, masks[window], None if cache is None else cache[i])
         return h
 

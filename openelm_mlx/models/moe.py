@@ -17,6 +17,18 @@ from .precision import one_kernel, widen
 # From so many (token, expert) routes on, sorting them by expert pays: each expert's weights are then read once and used
 # for a block of rows. Only shapes decide, so that the same prompt always takes the same path.
 SORT_FROM_ROUTES = 64
+# From so many sorted rows an expert of the array it is given, MLX multiplies by tiles instead of row by row, and rounds in
+# another order (metal/quantized.cpp, GatherQMM::eval_gpu, 0.32.4). Who has fewer experts in the array must not get there
+# earlier: the promise that slots are sorted, without which no tiles are used, is given by `uses_tiles` alone.
+TILE_FROM_ROWS = 4
+
+
+def uses_tiles(num_routes: int, num_experts: int) -> bool:
+    """Whether so many (token, expert) routes of a layer with so many experts are multiplied by tiles.
+
+    num_experts: the model's, however many of them are in memory.
+    """
+    return num_routes >= max(SORT_FROM_ROUTES, TILE_FROM_ROWS * num_experts)
 
 
 class RoutedExperts(Protocol):
@@ -70,6 +82,7 @@ class Experts(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__()
+        self.num_experts = layer.num_experts
         self.swiglu_limit, self.swiglu_alpha = spec.swiglu_limit, spec.swiglu_alpha
         self.gate_up_proj = ExpertLinear(layer.num_experts, spec.hidden_size, 2 * layer.intermediate_size)
         self.down_proj = ExpertLinear(layer.num_experts, layer.intermediate_size, spec.hidden_size)
@@ -78,7 +91,8 @@ class Experts(nn.Module):
         if expert_indices.size < SORT_FROM_ROUTES:
             return self.feed_forward(x[..., None, :], expert_indices)
         rows, experts, inverse = sort_routes(x, expert_indices)
-        outputs = self.feed_forward(rows, experts, sorted_slots=True)
+        tiles = uses_tiles(experts.size, self.num_experts)
+        outputs = self.feed_forward(rows, experts, sorted_slots=tiles)
         return outputs[inverse].reshape(*expert_indices.shape, -1)
 
     def feed_forward(

@@ -26,6 +26,8 @@ class OpenELM(nn.Module):
     failure: str | None = None
     # 8: new caches keep their keys and values in 8 bits, in the layers that keep them all.
     kv_bits: int | None = None
+    # For models with experts: what reads those that are not in memory.
+    residency: Any = None
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

@@ -146,6 +146,16 @@ def test_dates_exist():
     assert not re.match(stamp, "2023-02-29T23:59:59Z")
 
 
+def test_json_is_written_in_one_line(engine):
+    for text in ('{"a":1}', '{"a": 1}', '{ "a" : 1 }'):
+        follow(engine.matcher(answer_format({"type": "object"})), text)
+    matcher = engine.matcher(answer_format({"type": "object"}))
+    follow(matcher, '{"a":')
+    assert not any(matcher.accept(engine.characters[c]) for c in "\n")
+    follow(matcher, " ")
+    assert not matcher.accept(engine.characters[" "])
+
+
 def test_a_pydantic_model_is_a_schema(engine):
     class Colour(enum.Enum):
         RED, BLUE = "red", "blue"

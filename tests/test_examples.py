@@ -14,7 +14,9 @@ SAYS = {
     "batch.py": "a token",
     "continue_text.py": "The old man walked down to the river and",
     "convert_and_compare.py": "KL divergence",
+    "extract_json.py": "born",
     "logprobs.py": "rather than",
+    "research_files.py": "】",
     "mlx_lm_interop.py": "stringed instrument",
 }
 

@@ -108,6 +108,7 @@ class Span:
         self.is_ended = False
         self._end_tokens = frozenset(end_tokens)
         self._completion: list[int] | None = None  # of the present place, if one is known
+        self._last_found: list[int] | None = None  # of some place before
         self._forced: int | None = None
         self._check_below: float = float("inf")  # look for a completion when fewer tokens than this are left
         self._last_length, self._largest_growth = 0, 0  # of completions found
@@ -152,10 +153,10 @@ class Span:
         if num_left >= self._check_below:
             self._completion = None
             return True
-        completion = self.matcher.completion()
+        completion = self._completion_within(num_left)
         if completion is not None and len(completion) < num_left:
             self._schedule(len(completion), num_left)
-            self._completion = completion
+            self._completion = self._last_found = completion
             return True
         self.matcher.rewind(1)
         known = self.matcher.completion() if known is None else known
@@ -165,6 +166,13 @@ class Span:
             return True
         self._completion, self._forced = known, known[0] if known else min(self._end_tokens)
         return False
+
+    def _completion_within(self, num_left: int) -> list[int] | None:
+        """A completion of the present place. Inside a string, where most tokens are, the last one still is one."""
+        last = self._last_found
+        if last is not None and len(last) < num_left and self.matcher.is_completed_by(last):
+            return last
+        return self.matcher.completion()
 
     def _schedule(self, length: int, num_left: int) -> None:
         """When to look again: a completion of `length` was found, with `num_left` tokens to come."""

@@ -24,9 +24,9 @@ from ..text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import llguidance
 
-# Between JSON's tokens: nothing, a space, or a line break with its indentation. Any amount, as JSON has it, would let a
-# small model write spaces until its tokens are spent.
-_WHITESPACE = r"( |\n[ ]{0,32})?"
+# JSON is written in one line, with a space between its tokens or none, as models write calls. White space as JSON allows it
+# has no meaning and no end: a small model writes it until its tokens are spent.
+_WHITESPACE = " ?"
 
 # A completion with more bytes is not looked for. A walk that passes one place so often goes in a circle, or writes a long
 # string of a given length.
@@ -291,6 +291,11 @@ class Matcher:
         if count:
             self._matcher.rollback(count)
             del self.tokens[-count:]
+
+    def is_completed_by(self, tokens: list[int]) -> bool:
+        """Whether the answer may end after these tokens. Much faster than to look for such tokens."""
+        ahead = self._matcher.deep_copy()
+        return ahead.try_consume_tokens(tokens) == len(tokens) and ahead.is_accepting()
 
     def completion(self) -> list[int] | None:
         """Tokens that end the answer soon (not provably soonest); None if none were found."""

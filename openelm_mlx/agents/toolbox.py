@@ -1,0 +1,97 @@
+"""Tools by name, as a command line gives them: "python,files=~/notes,patch=.,mcp=servers.json".
+
+Nothing is on unless it is named. What a tool may do stands where it is made: python_tool.py, patch.py, files.py, mcp.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, final
+
+from ..errors import ToolError
+
+KINDS = {
+    "python": "python: run Python in a sandbox",
+    "files": "files=DIR: search and read the text files of a folder",
+    "patch": "patch=DIR: change the text files of a folder",
+    "mcp": "mcp=SERVER: the tools of an MCP server: a command, an address, or a file with mcpServers",
+}
+
+
+@final
+class Toolbox:
+    """The tools that `names` asks for, in `tools`; `close` ends what they run, as a `with` block does.
+
+    names: separated by commas. allow_unsandboxed: python may run where the machine has no sandbox. count_tokens: how many
+    tokens a text has for the model, for the size of the views of files. Raises ToolError for what is unknown, named twice,
+    or cannot be opened.
+    """
+
+    def __init__(
+        self, names: str, *, allow_unsandboxed: bool = False, count_tokens: Callable[[str], int] | None = None
+    ) -> None:
+        self.tools: list[Any] = []
+        self._allow_unsandboxed, self._count_tokens = allow_unsandboxed, count_tokens
+        with ExitStack() as stack:
+            for kind, value in parse_names(names):
+                self.tools += self._open(kind, value, stack)
+            _check_unique(self.tools)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """End the processes and connections of the tools."""
+        self._stack.close()
+
+    def __enter__(self) -> Toolbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, kind: str, value: str, stack: ExitStack) -> list[Any]:
+        if kind == "python":
+            from .python_tool import PythonTool
+
+            return [stack.enter_context(PythonTool(allow_unsandboxed=self._allow_unsandboxed))]
+        if kind == "files":
+            from .files import FileBrowser
+
+            return list(FileBrowser(value, self._count_tokens).tools)
+        if kind == "patch":
+            from .patch import PatchTool
+
+            return [PatchTool(value)]
+        from .mcp import McpServer, read_servers
+
+        servers = list(read_servers(value).values()) if value.endswith(".json") else [(value, {})]
+        opened = [stack.enter_context(McpServer(source, environment=own)) for source, own in servers]
+        return [tool for server in opened for tool in server.tools]
+
+
+def parse_names(names: str) -> list[tuple[str, str]]:
+    """Kinds and values of "python,files=DIR". Raises ToolError for an unknown kind, a value too many or too few."""
+    found: list[tuple[str, str]] = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        kind, has_value, value = name.partition("=")
+        if kind not in KINDS:
+            raise ToolError(f"There is no tool {kind!r}. There are: {'; '.join(KINDS.values())}.")
+        if kind == "python" and has_value:
+            raise ToolError(f"{name!r} gives python a value, and it takes none.")
+        if kind != "python" and not value:
+            raise ToolError(f"{kind!r} lacks its value: {KINDS[kind]}.")
+        if kind != "mcp" and kind in dict(found):
+            raise ToolError(f"{kind!r} is named twice.")
+        found.append((kind, value))
+    return found
+
+
+def _check_unique(tools: list[Any]) -> None:
+    seen = set()
+    for tool in tools:
+        if (name := (tool.namespace, tool.name)) in seen:
+            raise ToolError(f"Two tools are called {tool.name!r}: leave one of their servers out.")
+        seen.add(name)

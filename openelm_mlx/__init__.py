@@ -21,6 +21,7 @@ _PUBLIC = {
     "Chunk": "generate",
     "Statistics": "generate",
     "SamplingParams": "decoding.sampling",
+    "PrefixCache": "decoding.prefix_cache",
     "convert": "conversion",
     "UserError": "errors",
 }
@@ -29,6 +30,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from .conversion import convert as convert
+    from .decoding.prefix_cache import PrefixCache as PrefixCache
     from .decoding.sampling import SamplingParams as SamplingParams
     from .errors import UserError as UserError
     from .generate import Chunk as Chunk

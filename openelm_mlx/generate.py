@@ -29,6 +29,7 @@ from .decoding.budget import Budget, check_room, chunk_of_plan, keeping_to_plan
 from .decoding.constraint import HarmonyConstraint, PlainConstraint, TokenConstraint
 from .decoding.grammar import AnswerFormat, answer_format, engine_of
 from .decoding.prefill import prefill as prefill
+from .decoding.prefix_cache import PrefixCache, Turn, begin_turn
 from .decoding.sampling import Sampler, SamplingParams
 from .decoding.step import PlainStep, Step
 from .decoding.streamed_step import StreamedStep
@@ -77,6 +78,7 @@ def stream_generate(
     regex: str | None = None,
     grammar: str | None = None,
     tool_schemas: Mapping[str, Any] | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Iterator[Chunk]:
     """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the statistics.
 
@@ -92,6 +94,9 @@ def stream_generate(
     expression, a grammar in Lark's syntax. It is valid then, and it is finished within max_tokens, cut short where need
     be; gpt-oss thinks as freely as ever. tool_schemas: the same for the arguments of gpt-oss's calls, by recipient:
     {"functions.f": schema}.
+
+    prefix_cache: an `om.PrefixCache`, where what earlier requests computed of a prompt that begins alike is taken from
+    and this one's is kept in; the answer is the same.
 
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
     TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all (something else
@@ -110,6 +115,8 @@ def stream_generate(
         sliding_window=sliding_window,
         prefill_chunk=prefill_chunk,
         kv_bits=kv_bits,
+        prefix_cache=prefix_cache,
+        borders=message_borders(tokenizer, encoded),
     ).checked(model, tokenizer)
     constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.max_tokens)
     request = replace(request, constraint=constraint)
@@ -117,10 +124,10 @@ def stream_generate(
 
 
 def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: TextStream) -> Iterator[Chunk]:
-    cache = request.make_cache(model)
-    step: Step = PlainStep(model, cache) if model.residency is None else StreamedStep(model, cache)
-    with keeping_to_plan(model, step.cache) as (budget, held):
-        yield from _answer(model, tokenizer, request, text, step, budget, held)
+    turn = request.begin_turn(model)
+    step: Step = PlainStep(model, turn.cache) if model.residency is None else StreamedStep(model, turn.cache)
+    with keeping_to_plan(model, step.cache) as (budget, held), turn.kept():
+        yield from _answer(model, tokenizer, request, text, turn, step, budget, held)
 
 
 def _answer(
@@ -128,17 +135,20 @@ def _answer(
     tokenizer: Tokenizer | None,
     request: Request,
     text: TextStream,
+    turn: Turn,
     step: Step,
     budget: Budget,
     held: Held,
 ) -> Iterator[Chunk]:
-    clock = Clock(len(request.prompt_tokens), request.max_tokens, held)
+    clock = Clock(len(request.prompt_tokens), turn.num_reused, request.max_tokens, held)
     eos_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )
     chunk_length = request.prefill_chunk or chunk_of_plan(model)
-    logits = prefill(model, request.prompt_tokens, step.cache, chunk_length, budget)
+    logits = prefill(
+        model, turn.new_tokens, step.cache, chunk_length, budget, stops=turn.stops, at_border=turn.at_border
+    )
     _check_finite(logits)
     if request.constraint is None:
         choices = one_by_one(step, sampler, logits, request.max_tokens, request.logprobs)
@@ -147,6 +157,7 @@ def _answer(
     for count, choice in enumerate(choices, 1):
         token = choice.item()
         clock.token_arrived()
+        turn.tokens.append(token)
         if token in eos_tokens:
             yield chunk_of(choice, text.finish(token), "stop", clock.statistics())
             return
@@ -169,7 +180,8 @@ class Statistics:
 
     peak_memory_bytes: the most that was in use in the process while the request ran, as MLX counts it. max_tokens: the
     limit that held: what was asked for, or less where the context has no room for it. notes: sentences about settings
-    of the process that were left as they are.
+    of the process that were left as they are. cached_tokens: how many of the prompt's tokens came from a prefix cache;
+    prefill_tps counts the others.
     """
 
     prompt_tokens: int
@@ -180,6 +192,7 @@ class Statistics:
     peak_memory_bytes: int
     max_tokens: int
     notes: tuple[str, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,6 +233,8 @@ class Request:
     sliding_window: int | None
     prefill_chunk: int | None
     kv_bits: int | None
+    prefix_cache: PrefixCache | None = None
+    borders: Sequence[int] = ()  # offsets in the prompt where messages begin
     constraint: TokenConstraint | None = None  # set when the rest is checked: it counts max_tokens
 
     def checked(self, model: Model, tokenizer: Tokenizer | None) -> Request:
@@ -234,12 +249,27 @@ class Request:
         max_tokens = self.max_tokens
         if self.sliding_window is None:
             max_tokens = min(max_tokens, room_after(model, len(self.prompt_tokens)))
-        check_room(model, self.make_cache(model), len(self.prompt_tokens), max_tokens)
+        self._check_room(model, max_tokens)
         return replace(self, max_tokens=max_tokens)
+
+    def _check_room(self, model: Model, max_tokens: int) -> None:
+        def check() -> None:
+            check_room(model, self.make_cache(model), len(self.prompt_tokens), max_tokens)
+
+        # Kept requests never stand in the way of a new one.
+        check() if self.prefix_cache is None else self.prefix_cache.make_room(check)
 
     def make_cache(self, model: Model) -> Cache:
         """An empty cache of the kind that was asked for. Raises SettingError where the model cannot have it."""
         return model.make_cache(window=self.sliding_window, kv_bits=self.kv_bits)
+
+    def begin_turn(self, model: Model) -> Turn:
+        """The cache to begin with: with what the prefix cache has of the prompt, or empty."""
+        kv_bits = self.kv_bits or (None if self.sliding_window else model.kv_bits) or 16
+        kind = (self.sliding_window, kv_bits, 0)
+        return begin_turn(
+            self.prefix_cache, model, self.prompt_tokens, kind, lambda: self.make_cache(model), self.borders
+        )
 
 
 def room_after(model: Model, num_prompt_tokens: int) -> int:
@@ -309,6 +339,17 @@ def encode_prompt(
     return EncodedPrompt(HarmonyFormat(tokenizer).render_for_completion(messages), template, False)
 
 
+def message_borders(tokenizer: Tokenizer | None, prompt: EncodedPrompt) -> list[int]:
+    """Offsets in a Harmony prompt where other conversations are likely to part from it: behind the system and the
+    developer message, and before the last message.
+    """
+    if tokenizer is None or prompt.template != HARMONY:
+        return []
+    start = HarmonyFormat(tokenizer).start
+    starts = [offset for offset, token in enumerate(prompt.tokens) if token == start]
+    return sorted({*starts[1:3], *starts[-2:-1]})
+
+
 def text_stream(tokenizer: Tokenizer | None, prompt: EncodedPrompt, stop: Sequence[str]) -> TextStream:
     """What makes text of the completion's tokens. Raises SettingError for an empty stop string."""
     if tokenizer is None:
@@ -355,8 +396,9 @@ def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:
 class Clock:
     """Times and memory of one request."""
 
-    def __init__(self, num_prompt_tokens: int, max_tokens: int, held: Held) -> None:
+    def __init__(self, num_prompt_tokens: int, num_cached_tokens: int, max_tokens: int, held: Held) -> None:
         self._num_prompt_tokens, self._max_tokens, self._held = num_prompt_tokens, max_tokens, held
+        self._num_cached_tokens = num_cached_tokens
         self._started = self._first = self._last = time.perf_counter()
         self._num_tokens = 0
 
@@ -372,11 +414,12 @@ class Clock:
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._num_tokens,
             time_to_first_token=prefill,
-            prefill_tps=self._num_prompt_tokens / prefill if prefill else 0.0,
+            prefill_tps=(self._num_prompt_tokens - self._num_cached_tokens) / prefill if prefill else 0.0,
             decode_tps=(self._num_tokens - 1) / decode if decode else 0.0,
             peak_memory_bytes=self._held.peak_memory_bytes(),
             max_tokens=self._max_tokens,
             notes=tuple(self._held.notes),
+            cached_tokens=self._num_cached_tokens,
         )
 
 

@@ -46,6 +46,21 @@ def test_the_answer_on_stdout_and_the_rest_on_stderr(generate, folder):
     assert quiet == (0, out, "")
 
 
+def test_a_prompt_cache_is_made_used_and_refused(generate, folder, tmp_path):
+    file, command = tmp_path / "cache", ("--model", folder, "--prompt", "Hello world", "--max-tokens", 5)
+    cold = generate(*command, "--prompt-cache", file)
+    warm = generate(*command, "--prompt-cache", file)
+    assert (cold[0], warm[0]) == (0, 0)
+    assert cold[1] == warm[1] == generate(*command)[1]
+    assert "prompt cache" not in cold[2]
+    assert "from the prompt cache)" in warm[2]
+    file.write_bytes(b"not a cache")
+    code, out, err = generate(*command, "--prompt-cache", file)
+    assert (code, out) == (2, "")
+    assert "is damaged" in err
+    assert err.count("\n") == 1
+
+
 def test_json_for_machines(generate, folder):
     code, out, err = generate("--model", folder, "--prompt", "Hello", "--max-tokens", 4, "--json", "--logprobs", 2)
     answer = json.loads(out)

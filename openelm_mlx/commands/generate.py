@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import PromptError, SettingError
 
 if TYPE_CHECKING:
+    from ..decoding.prefix_cache import PrefixCache
     from ..generate import Chunk
+    from ..models import Model
 
 HELP = "generate text from a prompt"
 DEFAULT_MODEL = "demo-openelm"
@@ -107,6 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="8: keys and values in half the memory (default: 16, or the plan's)",
     )
 
+    sampling.add_argument(
+        "--prompt-cache",
+        metavar="FILE",
+        help="take what was computed of prompts that begin alike from FILE if it is there, and keep this one's in it",
+    )
+
     form = parser.add_argument_group("form of the answer")
     form.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that follows the JSON Schema in FILE")
     form.add_argument("--regex", metavar="PATTERN", help="the whole answer matches this regular expression")
@@ -150,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
         progress=None if args.quiet else byte_bar(args.model),
     )
+    cache = open_prompt_cache(args.prompt_cache, model)
     chunks = stream_generate(
         model,
         tokenizer,
@@ -165,9 +174,26 @@ def run(args: argparse.Namespace) -> int:
         sliding_window=args.sliding_window,
         prefill_chunk=args.prefill_chunk,
         kv_bits=args.kv_bits,
+        prefix_cache=cache,
         **form,
     )
-    return print_json(chunks, args) if args.json else print_text(chunks, args)
+    exit_code = print_json(chunks, args) if args.json else print_text(chunks, args)
+    if cache is not None:
+        cast("Generator[Chunk, None, None]", chunks).close()  # an answer that was cut short is kept now
+        cache.save(args.prompt_cache)
+    return exit_code
+
+
+def open_prompt_cache(name: str | None, model: Model) -> PrefixCache | None:
+    """The prefix cache of a file, an empty one when there is no such file yet."""
+    if name is None:
+        return None
+    from ..decoding.prefix_cache import PrefixCache
+
+    cache = PrefixCache()
+    if Path(name).expanduser().exists():
+        cache.load(name, model)
+    return cache
 
 
 def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
@@ -235,8 +261,9 @@ def summary(last: Chunk | None, count: int, max_tokens: int) -> str:
     end = "end of answer" if last.finish_reason == "stop" else f"stopped at {s.completion_tokens} tokens"
     if last.finish_reason == "length" and s.completion_tokens < max_tokens:
         end += f": the context is full, so --max-tokens {max_tokens} was clipped"
+    cached = f" ({s.cached_tokens} from the prompt cache)" if s.cached_tokens else ""
     return (
-        f"[{s.prompt_tokens} prompt tokens, {s.time_to_first_token:.2f} s to the first token; "
+        f"[{s.prompt_tokens} prompt tokens{cached}, {s.time_to_first_token:.2f} s to the first token; "
         f"{s.completion_tokens} tokens at {s.decode_tps:.1f} tokens/s; peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; {end}]"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,23 +28,27 @@ def prefill(
     chunk_length: int,
     budget: Budget | None = None,
     is_retry: bool = False,
+    stops: Sequence[int] = (),
+    at_border: Callable[[], None] | None = None,
 ) -> mx.array:
     """Run a prompt through the model and return the logits of its last token, (V,).
 
     tokens: not in the cache yet. At most `chunk_length` of them are in flight at once, fewer where the budget says so;
     half as many after the GPU's watchdog has struck, which is tried once, from an empty cache. Raises MemoryLimitError
     when the next chunk has no room, SettingError when half the chunk is too long for the watchdog too.
+
+    stops: offsets at which a chunk ends. at_border: called after each chunk, the last one ending before the last token.
     """
     budget = Budget(model, cache) if budget is None else budget
     started_empty = budget.num_tokens == 0
     try:
-        fill(model, tokens[:-1], cache, chunk_length, budget)
+        fill(model, tokens[:-1], cache, chunk_length, budget, stops, at_border)
     except RuntimeError as error:
         if not is_watchdog(error):
             raise
         drop(cache)  # what the chunk had begun to write is lost
         if not is_retry and started_empty and chunk_length > 1:
-            return prefill(model, tokens, cache, chunk_length // 2, budget, is_retry=True)
+            return prefill(model, tokens, cache, chunk_length // 2, budget, True, stops, at_border)
         raise SettingError(
             f"The GPU was stopped because {chunk_length} prompt tokens at once took longer than macOS allows: ask for "
             f"prefill_chunk={max(1, chunk_length // 4)} (--prefill-chunk)."
@@ -53,17 +57,28 @@ def prefill(
     return step(mx.array(tokens[-1]))
 
 
-def fill(model: Model, tokens: Sequence[int], cache: Cache, chunk_length: int, budget: Budget) -> None:
-    """The keys and values of `tokens` into the cache."""
-    start = 0
+def fill(
+    model: Model,
+    tokens: Sequence[int],
+    cache: Cache,
+    chunk_length: int,
+    budget: Budget,
+    stops: Sequence[int] = (),
+    at_border: Callable[[], None] | None = None,
+) -> None:
+    """The keys and values of `tokens` into the cache; see `prefill`."""
+    start, before = 0, cache[0].offset
     while start < len(tokens):
-        length = budget.chunk_of_prompt(chunk_length, len(tokens) - start)
+        stop = min((each - before for each in stops if before + start < each), default=len(tokens))
+        length = budget.chunk_of_prompt(chunk_length, min(stop, len(tokens)) - start)
         chunk = mx.array(list(tokens[start : start + length]))[None]
         with reading_no_more_than_needed(model):
             model.run_layers(model.embed(chunk), cache)
             # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
             mx.eval([layer.buffers for layer in cache])
         budget.chunk_is_done(length)
+        if at_border is not None:
+            at_border()
         mx.clear_cache()
         start += length
 

@@ -1,10 +1,20 @@
-"""Buffers (B, K, T, D) of a cache that grow as `specs.kv_places` says."""
+"""Buffers (B, K, T, D) of a cache that grow as `specs.kv_places` says, and what brings a cache back to an earlier place."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..specs import kv_places
+
+
+class Snapshot(NamedTuple):
+    """A place in a layer's cache to come back to. end: one past the newest position in a ring. arrays: a ring's buffers."""
+
+    offset: int
+    end: int
+    arrays: tuple[mx.array, ...] = ()
 
 
 def appended(buffer: mx.array | None, new: mx.array, used: int, context_length: int | None = None) -> mx.array:

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..specs import LayerSpec, ModelSpec, checked_kv_bits, kv_places
 from .attention import Mask, causal_mask, visible_keys
-from .buffers import appended, grown
+from .buffers import Snapshot, appended, grown
 from .quantized_cache import QuantizedKVCache
 
 LayerCache = Union["KVCache", "SlidingKVCache", QuantizedKVCache]
@@ -95,6 +95,26 @@ class KVCache:
         if not 0 <= num_tokens <= self.offset:
             raise ValueError(f"cannot take back {num_tokens} of {self.offset} tokens")
         self.offset -= num_tokens
+
+    def snapshot(self) -> Snapshot:
+        """What `restore` and `fork` need to come back here: the offset alone, since more tokens overwrite nothing."""
+        return Snapshot(self.offset, self.offset)
+
+    def can_reach(self, snapshot: Snapshot, offset: int) -> bool:
+        """Whether a cache brought back to `snapshot` can be rewound to `offset`."""
+        return 0 <= offset <= snapshot.offset
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be again what this cache was at an earlier `snapshot`."""
+        self.rewind(self.offset - snapshot.offset)
+
+    def fork(self, snapshot: Snapshot) -> KVCache:
+        """Another cache, as this one was at an earlier `snapshot`; what is written to one is not seen by the other."""
+        new = KVCache(self.left_padding, self.context_length)
+        if self.keys is not None and self.values is not None:
+            # Cut to what is used, so the first token written makes a buffer of its own.
+            new.state = self.keys[..., : snapshot.offset, :], self.values[..., : snapshot.offset, :]
+        return new
 
     @property
     def state(self) -> tuple[mx.array, mx.array] | tuple[()]:
@@ -201,15 +221,34 @@ class SlidingKVCache:
     def rewind(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` tokens, exactly. Raises ValueError when the ring has lost what stood before."""
         offset = self.offset - num_tokens
-        needed = self._positions_before(offset)
-        if num_tokens < 0 or offset < 0 or (needed and needed.start < self.end - self.capacity):
+        if not self.can_reach(Snapshot(self.offset, self.end), offset):
             raise ValueError(
                 f"cannot take back {num_tokens} of {self.offset} tokens: a ring of {self.capacity} slots for a window "
                 f"of {self.window} holds the tokens from {max(0, self.end - self.capacity)} on"
             )
         self.offset = offset
-        if not needed:
+        if not self._positions_before(offset):
             self.end = offset
+
+    def snapshot(self) -> Snapshot:
+        """The ring as it is: MLX copies its buffers when the next token is written. Evaluate it before you keep it."""
+        return Snapshot(self.offset, self.end, tuple(buffer[...] for buffer in self.buffers))
+
+    def can_reach(self, snapshot: Snapshot, offset: int) -> bool:
+        """Whether a ring brought back to `snapshot` can be rewound to `offset`: nothing it needs was overwritten."""
+        needed = self._positions_before(offset)
+        return 0 <= offset <= snapshot.offset and not (needed and needed.start < snapshot.end - self.capacity)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be again what this ring was at an earlier `snapshot`, which stays as it is."""
+        self.keys, self.values = (buffer[...] for buffer in snapshot.arrays) if snapshot.arrays else (None, None)
+        self.offset, self.end = snapshot.offset, snapshot.end
+
+    def fork(self, snapshot: Snapshot) -> SlidingKVCache:
+        """Another ring, as this one was at an earlier `snapshot`; what is written to one is not seen by the other."""
+        new = SlidingKVCache(self.window, self.capacity - self.window, self.left_padding)
+        new.restore(snapshot)
+        return new
 
     @property
     def state(self) -> tuple[mx.array, mx.array] | tuple[()]:

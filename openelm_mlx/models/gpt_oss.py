@@ -88,15 +88,20 @@ class GptOss(nn.Module):
         return self.model.layers
 
     def make_cache(
-        self, window: int | None = None, left_padding: list[int] | None = None, kv_bits: int | None = None
+        self,
+        window: int | None = None,
+        left_padding: list[int] | None = None,
+        kv_bits: int | None = None,
+        room: int = 0,
     ) -> Cache:
         """An empty cache for each layer; `window` makes the full layers' caches rings of that many tokens too.
 
-        kv_bits: 8 or 16 for the layers that keep everything; the model's own setting when it is None.
+        kv_bits: 8 or 16 for the layers that keep everything; the model's own setting when it is None. room: how
+        many tokens beyond its window a ring keeps, so that they can be taken back.
         """
         if kv_bits is None and window is None:
             kv_bits = self.kv_bits
-        return make_cache(self.spec, window, left_padding, context_length=self.context_length, kv_bits=kv_bits)
+        return make_cache(self.spec, window, left_padding, room, self.context_length, kv_bits)
 
 
 class Transformer(nn.Module):

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..specs import LayerSpec, kv_places
 from .attention import Mask, causal_mask, visible_keys
-from .buffers import appended, grown
+from .buffers import Snapshot, appended, grown
 from .packed import BITS, Packed, pack
 
 
@@ -60,6 +60,26 @@ class QuantizedKVCache:
         if not 0 <= num_tokens <= self.offset:
             raise ValueError(f"cannot take back {num_tokens} of {self.offset} tokens")
         self.offset -= num_tokens
+
+    def snapshot(self) -> Snapshot:
+        """What `restore` and `fork` need to come back here: the offset alone, since more tokens overwrite nothing."""
+        return Snapshot(self.offset, self.offset)
+
+    def can_reach(self, snapshot: Snapshot, offset: int) -> bool:
+        """Whether a cache brought back to `snapshot` can be rewound to `offset`."""
+        return 0 <= offset <= snapshot.offset
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be again what this cache was at an earlier `snapshot`."""
+        self.rewind(self.offset - snapshot.offset)
+
+    def fork(self, snapshot: Snapshot) -> QuantizedKVCache:
+        """Another cache, as this one was at an earlier `snapshot`; what is written to one is not seen by the other."""
+        new = QuantizedKVCache(self.left_padding, self.context_length)
+        if self.keys is not None and self.values is not None:
+            # Cut to what is used, so the first token written makes buffers of its own.
+            new.state = *self.keys.first(snapshot.offset), *self.values.first(snapshot.offset)
+        return new
 
     @property
     def state(self) -> tuple[mx.array, ...]:

@@ -1,0 +1,329 @@
+"""Keys and values of earlier requests, so that a prompt that begins as one of them does costs its new tokens only.
+
+A `PrefixCache` holds finished requests: their tokens, their caches, and snapshots of the rings at borders of turns and
+chunks (full layers are append-only and can be cut anywhere). A `Turn` is one request: what of its prompt is there already,
+where its own snapshots are taken, and how it is kept when it ends. A cache belongs to one request at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, final
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import MemoryLimitError, SettingError
+from ..models.buffers import Snapshot
+from ..models.cache import Cache
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+MAX_BYTES = 1_000_000_000
+# MLX refuses more than 499,000 buffers in a process.
+MAX_BUFFERS = 20_000
+# Snapshots of the rings kept for one request; where there are more, those nearest to each other go.
+MAX_CHECKPOINTS = 16
+
+
+class Checkpoint(NamedTuple):
+    """All layers at one place of a conversation."""
+
+    layers: tuple[Snapshot, ...]
+
+    @property
+    def offset(self) -> int:
+        return self.layers[0].offset
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for layer in self.layers for array in layer.arrays]
+
+
+def checkpoint_of(cache: Cache) -> Checkpoint:
+    """The place where `cache` is; a few megabytes for the rings of a large model, nothing without rings."""
+    checkpoint = Checkpoint(tuple(layer.snapshot() for layer in cache))
+    mx.eval(checkpoint.arrays)  # a lazy slice would keep more alive than it shows
+    return checkpoint
+
+
+class Entry(NamedTuple):
+    """A finished request. tokens (T,): those in the cache. num_prompt_tokens: what stands before its own answer.
+
+    kind: the settings that the cache was made with. checkpoints: in the order of their offsets, the last one being where
+    the cache is now.
+    """
+
+    tokens: np.ndarray
+    num_prompt_tokens: int
+    kind: tuple[object, ...]
+    cache: Cache
+    checkpoints: tuple[Checkpoint, ...]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        snapshots = [array for checkpoint in self.checkpoints[:-1] for array in checkpoint.arrays]
+        return [buffer for layer in self.cache for buffer in layer.buffers] + snapshots
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def best_cut(self, num_shared: int) -> tuple[int, Checkpoint]:
+        """How many of the first `num_shared` tokens can be reused, and from which checkpoint."""
+        best, checkpoint = 0, self.checkpoints[0]
+        for each in self.checkpoints:
+            cut = min(each.offset, num_shared)
+            layers = zip(self.cache, each.layers, strict=True)
+            if cut > best and all(layer.can_reach(snapshot, cut) for layer, snapshot in layers):
+                best, checkpoint = cut, each
+        return best, checkpoint
+
+
+@final
+class PrefixCache:
+    """Finished requests, the least recently used forgotten first. For one model; any number of conversations.
+
+    max_bytes, max_buffers: what all of it may take. A request longer than that is not kept. After the model's weights
+    were changed in place, call `clear`. Safe to use from several threads.
+
+        cache = om.PrefixCache()
+        om.generate(model, tokenizer, messages, prefix_cache=cache)
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES, max_buffers: int = MAX_BUFFERS) -> None:
+        for name, value in (("max_bytes", max_bytes), ("max_buffers", max_buffers)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise SettingError(f"{name} is {value!r}: it must be a whole number, at least 0.")
+        self.max_bytes, self.max_buffers = max_bytes, max_buffers
+        self._entries: list[Entry] = []  # the least recently used first
+        self._model: Model | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(entry.nbytes for entry in self._entries)
+
+    @property
+    def num_buffers(self) -> int:
+        """How many of MLX's buffers are kept."""
+        return sum(len(entry.arrays) for entry in self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Forget everything and give the memory back."""
+        with self._lock:
+            self._entries.clear()
+        mx.clear_cache()
+
+    def begin(
+        self, model: Model, tokens: Sequence[int], kind: tuple[object, ...], borders: Sequence[int] = ()
+    ) -> Turn | None:
+        """A request whose prompt `tokens` begins as an earlier one did; None when none did.
+
+        At least the prompt's last token is left to be computed: its logits are not kept. kind: the settings of the
+        request's cache. borders: offsets in the prompt where a message begins.
+        """
+        with self._lock:
+            self._check_model(model)
+            prompt = np.array(tokens, np.int64)
+            num_shared, entry = self._longest(prompt, kind)
+            if entry is None:
+                return None
+            num_reused, checkpoint = entry.best_cut(min(num_shared, len(tokens) - 1))
+            if not num_reused:
+                return None
+            cache = self._cache_for(entry, checkpoint, num_reused)
+            kept = [each for each in entry.checkpoints if each.offset <= num_reused and each.arrays]
+            return Turn(self, tokens, kind, cache, (*borders, num_shared), kept)
+
+    def borders_for(self, tokens: Sequence[int], kind: tuple[object, ...]) -> tuple[int, ...]:
+        """Where earlier prompts part from this one: a place to come back to for the next that begins alike."""
+        with self._lock:
+            num_shared, _ = self._longest(np.array(tokens, np.int64), kind)
+        return (num_shared,) if 0 < num_shared < len(tokens) else ()
+
+    def keep(self, entry: Entry) -> None:
+        """Add a finished request, and forget others until all of it fits."""
+        with self._lock:
+            self._entries.append(entry)
+            while self._entries and (self.nbytes > self.max_bytes or self.num_buffers > self.max_buffers):
+                self._entries.pop(0)
+
+    def make_room(self, check: Callable[[], None]) -> None:
+        """Call `check`, and forget a request each time that it raises MemoryLimitError, as long as there is one."""
+        while True:
+            try:
+                return check()
+            except MemoryLimitError:
+                with self._lock:
+                    if not self._entries:
+                        raise
+                    self._entries.pop(0)
+                mx.clear_cache()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything into the file `path`, at once or not at all. Raises DestinationError."""
+        from .prefix_file import save_entries
+
+        with self._lock:
+            save_entries(Path(path).expanduser(), self._entries, self._model)
+
+    def load(self, path: str | os.PathLike[str], model: Model) -> None:
+        """Take the requests of a file that `save` wrote, in place of what is here.
+
+        Raises CheckpointError when the file is damaged, of another version, or of another model.
+        """
+        from .prefix_file import load_entries
+
+        with self._lock:
+            self._check_model(model)
+            self._entries.clear()
+            for entry in load_entries(Path(path).expanduser(), model):
+                self.keep(entry)
+
+    def _check_model(self, model: Model) -> None:
+        if self._model is not None and self._model is not model:
+            raise SettingError("This PrefixCache belongs to another model: make one for each model.")
+        self._model = model
+
+    def _longest(self, prompt: np.ndarray, kind: tuple[object, ...]) -> tuple[int, Entry | None]:
+        """The entry that shares the most reusable tokens with the prompt, and how many it shares."""
+        best: tuple[int, int, Entry | None] = (-1, 0, None)
+        for entry in self._entries:
+            if entry.kind == kind:
+                num_shared = shared(entry.tokens, prompt)
+                num_reused, _ = entry.best_cut(min(num_shared, len(prompt) - 1))
+                if (num_reused, num_shared) >= best[:2]:  # of equals, the one used last
+                    best = num_reused, num_shared, entry
+        return best[1], best[2]
+
+    def _cache_for(self, entry: Entry, checkpoint: Checkpoint, num_reused: int) -> Cache:
+        """The entry's cache cut to `num_reused` tokens: itself where only its own answer is given up, else a copy."""
+        at = next(i for i, each in enumerate(self._entries) if each is entry)
+        del self._entries[at]
+        # No copy either where there is no room for two.
+        is_continued = num_reused >= entry.num_prompt_tokens - 1 or 2 * entry.nbytes > self.max_bytes
+        if is_continued:
+            cache = entry.cache
+            for layer, snapshot in zip(cache, checkpoint.layers, strict=True):
+                layer.restore(snapshot)
+        else:
+            self._entries.append(entry)
+            cache = [layer.fork(snapshot) for layer, snapshot in zip(entry.cache, checkpoint.layers, strict=True)]
+        for layer in cache:
+            layer.rewind(checkpoint.offset - num_reused)
+        return cache
+
+
+@final
+class Turn:
+    """One request on its way: `cache` has the first `num_reused` of its prompt's tokens already.
+
+    tokens: prompt and answer so far; the loop appends. stops: offsets at which the prompt's chunks end.
+    """
+
+    def __init__(
+        self,
+        store: PrefixCache | None,
+        prompt: Sequence[int],
+        kind: tuple[object, ...],
+        cache: Cache,
+        borders: Sequence[int] = (),
+        checkpoints: Sequence[Checkpoint] = (),
+    ) -> None:
+        self.cache, self.tokens = cache, list(prompt)
+        self.num_reused, self.num_prompt_tokens = cache[0].offset, len(prompt)
+        self.stops = sorted({border for border in borders if self.num_reused < border < len(prompt)})
+        self._store, self._kind = store, kind
+        self._checkpoints = list(checkpoints)
+        self._last_border: Checkpoint | None = None
+        self.at_border()
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """What of the prompt is left to be computed; one token at least."""
+        return self.tokens[self.num_reused : self.num_prompt_tokens]
+
+    def at_border(self) -> None:
+        """Take a snapshot here, where the prompt is taken up or after a chunk of it."""
+        if self._store is None or self.cache[0].offset == 0:
+            return
+        self._last_border = checkpoint = checkpoint_of(self.cache)
+        if not checkpoint.arrays:
+            return  # without rings, the end serves for every place before it
+        self._checkpoints = [each for each in self._checkpoints if each.offset < checkpoint.offset]
+        self._checkpoints.append(checkpoint)
+        if len(self._checkpoints) > MAX_CHECKPOINTS:
+            self._thin_out()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the request when the block ends, or is left because the caller wants no more; not after an error.
+
+        After Ctrl-C, which may have come in the middle of a step, the prompt is kept as far as it was computed.
+        """
+        try:
+            yield
+        except GeneratorExit:
+            self._keep()
+            raise
+        except KeyboardInterrupt:
+            if self._last_border is not None:
+                for layer, snapshot in zip(self.cache, self._last_border.layers, strict=True):
+                    layer.restore(snapshot)
+                self._keep()
+            raise
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._store is None:
+            return
+        # Drafts that were right and not wanted any more.
+        surplus = self.cache[0].offset - len(self.tokens)
+        if surplus > 0:
+            for layer in self.cache:
+                layer.rewind(surplus)
+        mx.eval([layer.buffers for layer in self.cache])  # the step that was dispatched ahead
+        end = checkpoint_of(self.cache)
+        before = [each for each in self._checkpoints if each.offset < end.offset]
+        tokens = np.array(self.tokens[: end.offset], np.int64)
+        self._store.keep(Entry(tokens, self.num_prompt_tokens, self._kind, self.cache, (*before, end)))
+
+    def _thin_out(self) -> None:
+        """Drop the checkpoint whose neighbours are nearest to each other; the first and the last stay."""
+        offsets = [each.offset for each in self._checkpoints]
+        gaps = [after - before for before, after in zip(offsets, offsets[2:], strict=False)]
+        del self._checkpoints[1 + gaps.index(min(gaps))]
+
+
+def begin_turn(
+    store: PrefixCache | None,
+    model: Model,
+    prompt: Sequence[int],
+    kind: tuple[object, ...],
+    make_cache: Callable[[], Cache],
+    borders: Sequence[int] = (),
+) -> Turn:
+    """The request for `prompt`, with what `store` has of it, or with an empty cache."""
+    if store is None:
+        return Turn(None, prompt, kind, make_cache())
+    turn = store.begin(model, prompt, kind, borders)
+    if turn is not None:
+        return turn
+    return Turn(store, prompt, kind, make_cache(), (*borders, *store.borders_for(prompt, kind)))
+
+
+def shared(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens two sequences begin with in common."""
+    length = min(len(first), len(second))
+    differs = np.flatnonzero(first[:length] != second[:length])
+    return int(differs[0]) if differs.size else length

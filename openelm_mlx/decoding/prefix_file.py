@@ -1,0 +1,193 @@
+"""A prefix cache on disk: one safetensors file with a version, the model's fingerprint and a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..errors import CheckpointError, DestinationError
+from ..models.buffers import Snapshot
+from .prefix_cache import Checkpoint, Entry
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+FORMAT = "openelm_mlx prefix cache"
+VERSION = 1
+# Numbers looked at in each tensor for the fingerprint: any training changes some, and reading them takes milliseconds.
+_SAMPLES = 64
+
+
+def fingerprint(model: Model) -> str:
+    """Says whether keys and values belong to this model: its spec, its tensors' types and shapes, some of its weights."""
+    digest = hashlib.sha256(repr((VERSION, model.spec, model.context_length)).encode())
+    parameters = sorted(tree_flatten(model.parameters()))
+    if model.residency is not None:  # which experts are in the slots says nothing
+        parameters = [each for each in parameters if ".experts." not in each[0]]
+    samples = [_sample(array) for _, array in parameters]
+    mx.eval(samples)
+    for (name, array), sample in zip(parameters, samples, strict=True):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.array(sample).tobytes())
+    return digest.hexdigest()
+
+
+def save_entries(path: Path, entries: Sequence[Entry], model: Model | None) -> None:
+    """Write the entries beside `path`, then put the file in its place. Raises DestinationError."""
+    arrays: dict[str, mx.array] = {}
+    described = [_described(entry, f"{i}", arrays) for i, entry in enumerate(entries)]
+    header = {
+        "fingerprint": "" if model is None else fingerprint(model),
+        "entries": described,
+        "checksum": _checksum(described, arrays),
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "contents": json.dumps(header)}
+    unfinished = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        with os.fdopen(handle, "wb") as stream:
+            mx.save_safetensors(stream, arrays or {"empty": mx.zeros((1,))}, metadata)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise DestinationError(f"The prompt cache cannot be written to {path}: {error.strerror}.") from error
+    finally:
+        if unfinished is not None and os.path.exists(unfinished):
+            os.unlink(unfinished)
+
+
+def load_entries(path: Path, model: Model) -> Iterator[Entry]:
+    """The entries of a file for `model`. Raises CheckpointError."""
+    arrays, metadata = _read(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no prompt cache of this library: give another file.")
+    if metadata.get("version") != str(VERSION):
+        raise CheckpointError(
+            f"The prompt cache {path} has version {metadata.get('version')}, and this library reads version {VERSION}: "
+            "delete it, and it will be made anew."
+        )
+    try:
+        header = json.loads(metadata["contents"])
+        if header["checksum"] != _checksum(header["entries"], arrays if header["entries"] else {}):
+            raise ValueError("its checksum is another one")
+        if not header["entries"]:
+            return
+        if header["fingerprint"] != fingerprint(model):
+            raise CheckpointError(
+                f"The prompt cache {path} was made with another model, other weights or another dtype: give another file, "
+                "or delete it, and it will be made anew."
+            )
+        entries = [_entry(each, f"{i}", arrays, model) for i, each in enumerate(header["entries"])]
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _damaged(path, str(error)) from None
+    yield from entries
+
+
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"The prompt cache {path} cannot be read: {error.strerror}.") from error
+    length = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        metadata = header.pop("__metadata__")
+        ends = [each["data_offsets"][1] for each in header.values()]
+        if len(data) != 8 + length + max(ends):
+            raise ValueError("it has been cut short")
+        return {name: _array(each, data[8 + length :]) for name, each in header.items()}, metadata
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+_TYPES = {
+    "F32": (np.float32, mx.float32), "F16": (np.float16, mx.float16), "BF16": (np.uint16, mx.bfloat16),
+    "U32": (np.uint32, mx.uint32), "I64": (np.int64, mx.int64),
+}  # fmt: skip
+
+
+def _array(entry: dict[str, Any], data: bytes) -> mx.array:
+    start, stop = entry["data_offsets"]
+    stored, wanted = _TYPES[entry["dtype"]]
+    array = mx.array(np.frombuffer(data[start:stop], stored).reshape(entry["shape"]))
+    return array if array.dtype == wanted else array.view(wanted)
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"The prompt cache {path} is damaged ({why}): delete it, and it will be made anew.")
+
+
+def _described(entry: Entry, name: str, arrays: dict[str, mx.array]) -> dict[str, Any]:
+    """What of an entry is not an array; its arrays are added to `arrays`."""
+    for i, layer in enumerate(entry.cache):
+        arrays |= {f"{name}.layer.{i}.{j}": array for j, array in enumerate(layer.state)}
+    for c, checkpoint in enumerate(entry.checkpoints[:-1]):
+        for i, snapshot in enumerate(checkpoint.layers):
+            arrays |= {f"{name}.checkpoint.{c}.{i}.{j}": array for j, array in enumerate(snapshot.arrays)}
+    return {
+        "tokens": entry.tokens.tolist(),
+        "num_prompt_tokens": entry.num_prompt_tokens,
+        "kind": list(entry.kind),
+        "checkpoints": [[[layer.offset, layer.end] for layer in each.layers] for each in entry.checkpoints],
+    }
+
+
+def _entry(described: dict[str, Any], name: str, arrays: dict[str, mx.array], model: Model) -> Entry:
+    window, kv_bits, room = described["kind"]
+    cache = model.make_cache(window=window, kv_bits=kv_bits, room=room)
+    places = described["checkpoints"]
+    checkpoints = [
+        _checkpoint(layers, [_numbered(arrays, f"{name}.checkpoint.{c}.{i}") for i in range(len(layers))])
+        for c, layers in enumerate(places[:-1])
+    ]
+    for i, (layer, (offset, end)) in enumerate(zip(cache, places[-1], strict=True)):
+        if state := _numbered(arrays, f"{name}.layer.{i}"):
+            layer.state = state
+            layer.restore(Snapshot(offset, end, state))
+    end_checkpoint = Checkpoint(tuple(layer.snapshot() for layer in cache))
+    mx.eval(end_checkpoint.arrays)
+    tokens = np.array(described["tokens"], np.int64)
+    if len(tokens) != end_checkpoint.offset:
+        raise ValueError("its tokens are not as many as its keys")
+    return Entry(tokens, described["num_prompt_tokens"], (window, kv_bits, room), cache, (*checkpoints, end_checkpoint))
+
+
+def _checkpoint(places: list[list[int]], arrays: list[tuple[mx.array, ...]]) -> Checkpoint:
+    return Checkpoint(tuple(Snapshot(offset, end, each) for (offset, end), each in zip(places, arrays, strict=True)))
+
+
+def _numbered(arrays: dict[str, mx.array], name: str) -> tuple[mx.array, ...]:
+    """The arrays `name`.0, `name`.1 and so on, as many as there are."""
+    found: list[mx.array] = []
+    while f"{name}.{len(found)}" in arrays:
+        found.append(arrays[f"{name}.{len(found)}"])
+    return tuple(found)
+
+
+def _sample(array: mx.array) -> mx.array:
+    flat = array.reshape(-1)
+    sample = flat[:: max(1, flat.size // _SAMPLES)][:_SAMPLES]
+    return sample.astype(mx.float32) if mx.issubdtype(sample.dtype, mx.floating) else sample
+
+
+def _checksum(described: list[dict[str, Any]], arrays: dict[str, mx.array]) -> int:
+    total = zlib.crc32(json.dumps(described).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        total = zlib.crc32(f"{name} {array.shape}".encode(), total)
+        total = zlib.crc32(np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).tobytes(), total)
+    return total

@@ -118,7 +118,8 @@ def load(
         checked_slots(spec, expert_slots)
     checkpoint = open_checkpoint(path)
     contents = understand(checkpoint, config, spec)
-    model = load_model(contents, checkpoint, wanted_type, dense_packing(dense_bits), expert_slots)
+    streaming = None if expert_slots is None else Streaming(contents, checkpoint, expert_slots)
+    model = load_model(contents, checkpoint, wanted_type, dense_packing(dense_bits), streaming)
     model.context_length = checked_context_length(context_length, spec)
     model.kv_bits = kv_bits
     found = find_tokenizer(path, spec, tokenizer, progress)
@@ -132,16 +133,15 @@ def load_model(
     checkpoint: Checkpoint,
     dtype: mx.Dtype | None = None,
     dense: Quantization | None = None,
-    expert_slots: int | None = None,
+    streaming: Streaming | None = None,
 ) -> Model:
     """The module with the checkpoint's parameters in it, evaluated; at no time in memory twice.
 
-    dense: how matrices that the checkpoint has unpacked are packed as they are read; None leaves them. expert_slots: so
-    many experts a layer in memory, and the embedding on disk; None has all in memory.
+    dense: how matrices that the checkpoint has unpacked are packed as they are read; None leaves them. streaming: what
+    stays on disk; None has all in memory.
     """
     model = build_model(contents.spec)
     packings = {**contents.quantized, **dense_packings(contents, dense)}
-    streaming = None if expert_slots is None else Streaming(contents, checkpoint, expert_slots)
     if packings:
         nn.quantize(model, class_predicate=lambda path, _: path in packings and packings[path].as_config())
     if dtype is None:

@@ -19,6 +19,8 @@ from mlx.utils import tree_flatten
 
 import openelm_mlx as om
 from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from openelm_mlx.checkpoint.layouts import understand
+from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.budget import Budget
 from openelm_mlx.decoding.prefill import fill, prefill
@@ -26,11 +28,13 @@ from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.streamed_step import StreamedStep
 from openelm_mlx.errors import CheckpointError, SettingError
 from openelm_mlx.generate import stream_generate
-from openelm_mlx.loading import open_checkpoint, read_config, spec_from_config, understand
+from openelm_mlx.loading import load_model
 from openelm_mlx.memory import records, residency
 from openelm_mlx.memory.records import PlainReader, RecordFile, preadv_into
+from openelm_mlx.memory.residency import Streaming
 from openelm_mlx.memory.slots import LeastRecentlyUsed, SlotTable, blocks_of, by_last_use
 from openelm_mlx.models.moe import Experts, sort_routes, uses_tiles
+from openelm_mlx.specs import spec_from_config
 
 SMALL = {
     **released_gpt_oss_config("20b"), "num_hidden_layers": 3, "vocab_size": 320, "hidden_size": 64,
@@ -62,12 +66,7 @@ def streamed(folder, num_slots, **options):
     """The model with streamed experts, with the options that `load` does not have."""
     config, checkpoint = read_config(folder), open_checkpoint(folder)
     contents = understand(checkpoint, config, spec_from_config(config))
-    original = residency.Streaming
-    try:
-        om.loading.Streaming = lambda *args: original(*args, **options)
-        return om.loading.load_model(contents, checkpoint, mx.float32, None, num_slots)
-    finally:
-        om.loading.Streaming = original
+    return load_model(contents, checkpoint, mx.float32, streaming=Streaming(contents, checkpoint, num_slots, **options))
 
 
 def logits_of(model, chunk_length, steps=10, layers_at_once=None):

@@ -19,7 +19,13 @@ from ..errors import PlatformError, UserError
 
 # Name -> module, in the order of the help. Each has HELP, add_arguments(parser) and run(args) -> exit code, and imports
 # what is slow only in run, so that --help is instant.
-COMMANDS = {"generate": "generate", "convert": "convert", "info": "info", "bench": "bench"}
+COMMANDS = {
+    "generate": "generate",
+    "convert": "convert",
+    "info": "info",
+    "bench": "bench",
+    "bench-streaming": "bench_streaming",
+}
 
 INTERRUPTED = 130
 

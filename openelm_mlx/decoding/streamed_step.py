@@ -38,10 +38,13 @@ class StreamedStep:
     runs_ahead = False
 
     def __init__(self, model: Model, cache: Cache, layers_at_once: int | None = None) -> None:
-        self.model, self.cache, self.layers_at_once = cast("GptOss", model), cache, layers_at_once
+        self.model, self.cache = cast("GptOss", model), cache
         self.residency: Residency = model.residency
         self.replayed_layers = 0
-        self._miss_rate = 0.5
+        if self.residency.pace is None:
+            self.residency.pace = Pace()
+        # What one answer has learned about misses serves the next.
+        self._pace: Pace = self.residency.pace if layers_at_once is None else Pace(layers_at_once)
 
     def __call__(self, token: mx.array) -> mx.array:
         with self.residency.exclusive():
@@ -55,7 +58,7 @@ class StreamedStep:
         start, num_layers = 0, len(banks)
         served = -1  # layers up to here have had their experts counted and fetched
         while start < num_layers:
-            stop = min(num_layers, start + (self.layers_at_once or best_stride(self._miss_rate, READ_BACK_COST)))
+            stop = self._pace.stop(start, num_layers)
             inputs: list[mx.array] = []
             with self.residency.unseen_choices() as choices:
                 after = self.model.run_layers(h, self.cache, start, stop, inputs=inputs)
@@ -83,7 +86,7 @@ class StreamedStep:
                 experts.on_choice(chosen)
             wanted = list(dict.fromkeys(chosen.ravel().tolist()))
             was_there = experts.bank.has(wanted)
-            self._miss_rate = FORGETTING * self._miss_rate + (1 - FORGETTING) * (not was_there)
+            self._pace.saw(not was_there)
             if not was_there:
                 # The last of these layers has not been computed, for nothing asked for it: without this a fence would.
                 self.residency.banks[start + len(choices) - 1].forget_newest()
@@ -91,6 +94,22 @@ class StreamedStep:
             if not was_there:
                 return layer
         return None
+
+
+class Pace:
+    """How many layers to run before the host looks: always `layers_at_once`, or by how often something was missing."""
+
+    def __init__(self, layers_at_once: int | None = None) -> None:
+        self._layers_at_once = layers_at_once
+        self._miss_rate = 0.5
+
+    def stop(self, start: int, num_layers: int) -> int:
+        """The layer before which to look next."""
+        return min(num_layers, start + (self._layers_at_once or best_stride(self._miss_rate, READ_BACK_COST)))
+
+    def saw(self, is_missing: bool) -> None:
+        """A layer lacked an expert, or did not."""
+        self._miss_rate = FORGETTING * self._miss_rate + (1 - FORGETTING) * is_missing
 
 
 def best_stride(miss_rate: float, read_back_cost: float, most: int = 64) -> int:

@@ -47,7 +47,7 @@ from ..models.gpt_oss import GptOss
 from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, QuantizedExpertLinear, uses_tiles
 from ..specs import ModelSpec
 from .records import Record, RecordFile, RecordReader
-from .slots import LeastRecentlyUsed, PolicyFactory, SlotTable, blocks_of, by_last_use
+from .slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
 
 Writes = Literal["view", "copy"]
 
@@ -244,6 +244,7 @@ class ExpertBank:
         started = time.perf_counter()
         try:
             self.fence()
+            started = time.perf_counter()
             if all(part.view is not None for part in self.parts):
                 self._read.read([record for expert, slot in placed for record in self._records(expert, slot)])
             else:
@@ -306,10 +307,11 @@ class StreamedExperts:
         chosen = np.array(expert_indices)
         if self.on_choice is not None:
             self.on_choice(chosen)
-        wanted = list(dict.fromkeys(chosen.ravel().tolist()))
-        if len(wanted) > self.bank.num_slots or chosen.size >= SORT_FROM_ROUTES:
-            return self._by_blocks(x, chosen)
-        self.bank.require(wanted)
+        is_grouped = chosen.size >= SORT_FROM_ROUTES
+        rounds = rounds_of(chosen.ravel().tolist(), self.bank.table, is_grouped)
+        if is_grouped or len(rounds) > 1:
+            return self._by_blocks(x, chosen, rounds)
+        self.bank.require(rounds[0])
         outputs = self.experts.feed_forward(x[..., None, :], expert_indices, mx.array(self.bank.slots(chosen)))
         self.bank.note(outputs)
         return outputs
@@ -322,7 +324,7 @@ class StreamedExperts:
         self.bank.note(outputs)
         return outputs
 
-    def _by_blocks(self, x: mx.array, chosen: np.ndarray) -> mx.array:
+    def _by_blocks(self, x: mx.array, chosen: np.ndarray, blocks: list[list[int]]) -> mx.array:
         """Routes grouped by expert, experts taken in blocks that fit: each expert is read at most once.
 
         A row's result does not depend on which rows are computed with it, only on the kernel.
@@ -332,7 +334,7 @@ class StreamedExperts:
         tiles = uses_tiles(routes.size, self.bank.num_experts)
         pieces: list[mx.array] = []
         positions: list[np.ndarray] = []
-        for block in blocks_of(by_last_use(routes.tolist()), self.bank.table):
+        for block in blocks:
             self.bank.require(block)
             mine = np.flatnonzero(np.isin(routes, block))
             slots = self.bank.slots(routes[mine])
@@ -402,13 +404,17 @@ _STORED_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 @dataclass
 class Residency:
-    """What a model with streamed experts has more than another one: its layers' banks, files and threads."""
+    """What a model with streamed experts has more than another one: its layers' banks, files and threads.
+
+    pace: what the decode step has learned about misses, kept from one answer to the next.
+    """
 
     layers: list[StreamedExperts]
     files: tuple[RecordFile, ...]
     reader: RecordReader
     writes: Writes
     embedding_on_disk: bool = False
+    pace: Any = None
     _lock: Any = field(default_factory=threading.RLock)
 
     @property

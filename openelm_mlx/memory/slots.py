@@ -110,3 +110,14 @@ def blocks_of(wanted: Sequence[int], table: SlotTable) -> list[list[int]]:
 def by_last_use(experts: Sequence[int]) -> list[int]:
     """Each expert of a sequence of routes once, in the order of its last appearance."""
     return list(dict.fromkeys(reversed(experts)))[::-1]
+
+
+def rounds_of(routes: Sequence[int], table: SlotTable, is_grouped: bool) -> list[list[int]]:
+    """The experts of a call's routes, each once, in rounds that are served one after the other.
+
+    All in one round where they fit; `is_grouped` says that the routes are many and go by expert in any case.
+    """
+    wanted = list(dict.fromkeys(routes))
+    if len(wanted) <= table.num_slots and not is_grouped:
+        return [wanted]
+    return blocks_of(by_last_use(routes), table)

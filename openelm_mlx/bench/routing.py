@@ -1,0 +1,268 @@
+"""What routers chose, recorded to a file, and what other numbers of slots, disks and chips would have made of it.
+
+The simulator replays a trace through the very classes that a streamed model uses, so its hits are the engine's to the
+last one. Its times are as good as the rates it is given: calibrate it with one measured run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..decoding.streamed_step import Pace
+from ..errors import SettingError
+from ..memory.residency import Residency
+from ..memory.slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
+from ..models.moe import SORT_FROM_ROUTES
+from ..specs import ModelSpec
+
+# Where a layer was not asked: of a chunk that only fills the cache the last layer's experts are not wanted.
+NOT_ASKED = -1
+
+
+@dataclass
+class Trace:
+    """The experts chosen in each pass through a model, (tokens, layers, k) int16 each, in the order of the passes."""
+
+    num_experts: int
+    passes: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def num_layers(self) -> int:
+        return self.passes[0].shape[1]
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.passes[0].shape[2]
+
+    def save(self, path: Path) -> None:
+        """Write it, compressed: some 4 bytes a layer and token."""
+        lengths = [len(each) for each in self.passes]
+        np.savez_compressed(path, num_experts=self.num_experts, lengths=lengths, experts=np.concatenate(self.passes))
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Read what `save` wrote. Raises SettingError for another file."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                experts, lengths = arrays["experts"], arrays["lengths"]
+                return cls(int(arrays["num_experts"]), np.split(experts, np.cumsum(lengths)[:-1]))
+        except (OSError, ValueError, KeyError) as error:
+            raise SettingError(f"{path} is no routing trace ({error}): record one with --record.") from error
+
+
+@contextmanager
+def recording(residency: Residency) -> Iterator[Trace]:
+    """The trace of everything that the model computes within the block."""
+    trace = Trace(residency.banks[0].num_experts)
+    current: dict[int, np.ndarray] = {}
+
+    def end_pass() -> None:
+        if current:
+            like = next(iter(current.values()))
+            layers = [current.get(i, np.full_like(like, NOT_ASKED)) for i in range(len(residency.layers))]
+            trace.passes.append(np.stack(layers, axis=1))
+            current.clear()
+
+    def note(layer: int, chosen: np.ndarray) -> None:
+        if current and layer <= max(current):
+            end_pass()
+        current[layer] = chosen.reshape(-1, chosen.shape[-1]).astype(np.int16)
+
+    for i, experts in enumerate(residency.layers):
+        experts.on_choice = lambda chosen, i=i: note(i, chosen)
+    try:
+        yield trace
+    finally:
+        for experts in residency.layers:
+            experts.on_choice = None
+        end_pass()
+
+
+class Replay(NamedTuple):
+    """What a number of slots made of a trace's single-token passes, and of the others.
+
+    hits, misses: experts asked for in passes of one token. read_backs, replayed_layers: of the optimistic step.
+    """
+
+    num_slots: int
+    num_tokens: int
+    hits: int
+    misses: int
+    read_backs: int
+    replayed_layers: int
+    prompt_hits: int
+    prompt_misses: int
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+def replay(
+    trace: Trace, num_slots: int, policy: PolicyFactory = LeastRecentlyUsed, layers_at_once: int | None = None
+) -> Replay:
+    """The hits and misses of `num_slots` slots a layer, as the engine would count them."""
+    tables = [SlotTable(num_slots, policy) for _ in range(trace.num_layers)]
+    counts: Counter[str] = Counter()
+    pace = Pace(layers_at_once)
+    for each in trace.passes:
+        if len(each) == 1:
+            _replay_step(each[0], tables, pace, counts)
+        else:
+            _replay_chunk(each, tables, counts)
+    names = ("num_tokens", "hits", "misses", "read_backs", "replayed_layers", "prompt_hits", "prompt_misses")
+    return Replay(num_slots, *(counts[name] for name in names))
+
+
+def _replay_step(chosen: np.ndarray, tables: Sequence[SlotTable], pace: Pace, counts: Counter[str]) -> None:
+    """One token as `StreamedStep` computes it. chosen (layers, k)"""
+    start, served = 0, -1
+    while start < len(tables):
+        stop = pace.stop(start, len(tables))
+        counts["read_backs"] += 1
+        missing = None
+        for layer in range(max(start, served + 1), stop):
+            wanted = list(dict.fromkeys(chosen[layer].tolist()))
+            num_missing = _serve(wanted, tables[layer])
+            counts["misses"] += num_missing
+            counts["hits"] += len(wanted) - num_missing
+            pace.saw(num_missing > 0)
+            if num_missing:
+                missing = layer
+                break
+        if missing is None:
+            start, served = stop, max(served, stop - 1)
+        else:
+            counts["replayed_layers"] += stop - 1 - missing
+            start = served = missing
+    counts["num_tokens"] += 1
+
+
+def _replay_chunk(chosen: np.ndarray, tables: Sequence[SlotTable], counts: Counter[str]) -> None:
+    """Several tokens at once, chosen (L, layers, k)."""
+    for layer, table in enumerate(tables):
+        routes = chosen[:, layer].ravel().tolist()
+        if routes[0] == NOT_ASKED:
+            continue
+        for wanted in rounds_of(routes, table, len(routes) >= SORT_FROM_ROUTES):
+            num_missing = _serve(wanted, table)
+            counts["prompt_misses"] += num_missing
+            counts["prompt_hits"] += len(wanted) - num_missing
+
+
+def _serve(wanted: Sequence[int], table: SlotTable) -> int:
+    placed = table.place(wanted)
+    table.arrived(placed)
+    table.use(wanted)
+    return len(placed)
+
+
+# --- routing of other shapes ------------------------------------------------------------------------------------------
+
+
+def uniform(num_tokens: int, num_layers: int, num_experts: int, k: int, seed: int = 0) -> Trace:
+    """Every token chooses any k experts: what no cache of any size can foresee."""
+    random = np.random.default_rng(seed)
+    chosen = random.random((num_tokens, num_layers, num_experts)).argsort(-1)[..., :k].astype(np.int16)
+    return Trace(num_experts, list(chosen[:, None]))
+
+
+def alike(trace: Trace, num_tokens: int, num_layers: int, num_experts: int, seed: int = 0) -> Trace:
+    """Routing of another shape that comes back to experts as soon as the trace's does.
+
+    How far down in the order of last uses a choice lies, as a share of all experts, is drawn from what the trace has.
+    """
+    depths = reuse_depths(trace)
+    random, k = np.random.default_rng(seed), trace.experts_per_token
+    stacks = [random.permutation(num_experts).tolist() for _ in range(num_layers)]
+    chosen = np.zeros((num_tokens, num_layers, k), np.int16)
+    for token in range(num_tokens):
+        for layer, stack in enumerate(stacks):
+            places: set[int] = set()
+            while len(places) < k:
+                depth = depths[random.integers(len(depths))]
+                places.add(int((depth + random.random()) * num_experts / trace.num_experts))
+            experts = [stack[place] for place in sorted(places)]
+            chosen[token, layer] = experts
+            stacks[layer] = [*experts, *(expert for expert in stack if expert not in experts)]
+    return Trace(num_experts, list(chosen[:, None]))
+
+
+def reuse_depths(trace: Trace) -> np.ndarray:
+    """For each choice of a single token, how many other experts of its layer were used since it last was."""
+    stacks = [list(range(trace.num_experts)) for _ in range(trace.num_layers)]
+    depths = []
+    for each in trace.passes:
+        for token in each:
+            for layer, stack in enumerate(stacks):
+                experts = [expert for expert in token[layer].tolist() if expert != NOT_ASKED]
+                if len(each) == 1:
+                    depths += [stack.index(expert) for expert in experts]
+                stacks[layer] = [*experts, *(expert for expert in stack if expert not in experts)]
+    return np.array(depths or [0])
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+class Speed(NamedTuple):
+    """A machine, as far as streaming is concerned. Seconds, and bytes a second."""
+
+    layer_seconds: float
+    rest_seconds: float
+    read_back_seconds: float
+    read_rate: float
+
+
+def seconds_per_token(replayed: Replay, num_layers: int, expert_bytes: int, speed: Speed) -> float:
+    """The time of a decoded token: the layers, those computed for nothing, the waits for the router, and the reads."""
+    tokens = max(1, replayed.num_tokens)
+    layers = num_layers + replayed.replayed_layers / tokens
+    return (
+        speed.rest_seconds
+        + layers * speed.layer_seconds
+        + replayed.read_backs / tokens * speed.read_back_seconds
+        + replayed.misses / tokens * expert_bytes / speed.read_rate
+    )
+
+
+def calibrated(
+    measured_seconds: float, waited_seconds: float, replayed: Replay, num_layers: int, expert_bytes: int
+) -> Speed:
+    """The speed of this machine from one measured run: seconds a token, and those of them that were waits for reads."""
+    tokens = max(1, replayed.num_tokens)
+    layers = num_layers + replayed.replayed_layers / tokens
+    rate = replayed.misses / tokens * expert_bytes / waited_seconds if waited_seconds else float("inf")
+    return Speed((measured_seconds - waited_seconds) / layers, 0.0, 0.0, rate)
+
+
+# Share of the memory's bandwidth that decoding reaches: 38 to 55 % is reported for gpt-oss-20b on Apple chips.
+REACHED_BANDWIDTH = 0.45
+# One wait for the router on an M4 (reported: 0.2 to 0.35 ms).
+READ_BACK_SECONDS = 0.3e-3
+
+
+def speed_of_chip(spec: ModelSpec, bandwidth: float, read_rate: float, dense_bytes_per_weight: float = 2.0) -> Speed:
+    """The speed of a chip by its memory's bandwidth and its disk, both in bytes a second.
+
+    dense_bytes_per_weight: of attention and head as they are in memory; 2 for 16 bits.
+    """
+    layer, width = spec.layers[0], spec.hidden_size
+    attention = width * layer.head_dim * (2 * layer.num_heads + 2 * layer.num_kv_heads) * dense_bytes_per_weight
+    experts = layer.experts_per_token * expert_bytes_of(spec)
+    head = spec.vocab_size * width * dense_bytes_per_weight
+    reached = bandwidth * REACHED_BANDWIDTH
+    return Speed((attention + experts) / reached, head / reached, READ_BACK_SECONDS, read_rate)
+
+
+def expert_bytes_of(spec: ModelSpec) -> int:
+    """Bytes of one expert in MXFP4: half a byte a weight and one for each 32."""
+    weights = 3 * spec.hidden_size * spec.layers[0].intermediate_size
+    return weights // 2 + weights // 32

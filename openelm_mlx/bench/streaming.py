@@ -1,0 +1,406 @@
+"""What streaming experts costs on this machine: time a token beside the fully resident model and beside a floor.
+
+floor = resident time a token + bytes of the missed experts / the rate of a bare loop of the same reads with the same
+threads. The stall is what lies above it. Routing can be the model's own, or forced to a trace, since a random model's
+says nothing of a trained one's.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from ..checkpoint.layouts import understand
+from ..checkpoint.reader import open_checkpoint, read_config
+from ..decoding.budget import Budget
+from ..decoding.prefill import fill, prefill
+from ..decoding.step import PlainStep, Step
+from ..decoding.streamed_step import StreamedStep
+from ..loading import load, load_model, locate
+from ..memory.records import Record, RecordReader
+from ..memory.residency import Residency, Streaming, Writes
+from ..models.gpt_oss import GptOss
+from ..models.moe import MoE
+from ..specs import spec_from_config
+from .random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from .routing import (
+    Trace,
+    alike,
+    calibrated,
+    expert_bytes_of,
+    recording,
+    replay,
+    seconds_per_token,
+    speed_of_chip,
+    uniform,
+)
+
+if TYPE_CHECKING:
+    from ..models import Model
+    from ..text.tokenizer import Tokenizer
+
+# Bandwidth of the memory and reading rate of the disk, bytes a second. M4: bandwidth as published; no measured rate of
+# its smallest disks was found, 3 GB/s is an assumption. M3 Max with 36 GB: 300 GB/s; 5.5 GB/s cold and parallel (reported).
+MACS = {"M4 16 GB": (120e9, 3.0e9), "M3 Max 36 GB": (300e9, 5.5e9)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. slots: numbers of slots a layer; None for 75, 50 and 25 % of the experts."""
+
+    source: str
+    slots: tuple[int, ...] | None = None
+    routings: tuple[str, ...] = ("own",)
+    caches: tuple[str, ...] = ("warm",)
+    writes: tuple[Writes, ...] = ("view",)
+    strides: tuple[int | None, ...] = (1, None)
+    num_tokens: int = 16
+    warm_up_tokens: int = 16
+    prompt_tokens: int = 64
+    prefill_tokens: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured way of decoding. Seconds a token; rates in bytes a second; layers_at_once None adapts."""
+
+    slots: int
+    routing: str
+    cache: str
+    writes: str
+    layers_at_once: int | None
+    seconds: float
+    resident_seconds: float
+    floor_seconds: float
+    ratio: float
+    stall_seconds: float
+    hit_rate: float
+    misses_per_token: float
+    bytes_per_token: float
+    waited_seconds: float
+    bare_rate: float
+    read_backs_per_token: float
+    replayed_layers_per_token: float
+
+
+@contextmanager
+def random_model(size: str, num_layers: int | None = None, folder: Path | None = None) -> Iterator[Path]:
+    """A random checkpoint of a released shape, with fewer layers if asked, in a folder that is removed afterwards."""
+    config = released_gpt_oss_config(size)
+    if num_layers is not None:
+        config["num_hidden_layers"] = num_layers
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        yield write_random_gpt_oss(Path(place) / "random", config)
+
+
+def resident_model(source: str | Path) -> GptOss:
+    """The model with all experts in memory."""
+    return cast(GptOss, load(source)[0])
+
+
+def streamed_model(source: str | Path, num_slots: int, writes: Writes | None = None) -> GptOss:
+    """The model with streamed experts, its slots written in the way asked for."""
+    path = locate(source)
+    config, checkpoint = read_config(path), open_checkpoint(path)
+    contents = understand(checkpoint, config, spec_from_config(config))
+    streaming = Streaming(contents, checkpoint, num_slots, writes=writes)
+    return cast(GptOss, load_model(contents, checkpoint, streaming=streaming))
+
+
+# --- routing ----------------------------------------------------------------------------------------------------------
+
+
+class Forced:
+    """In a layer's place of `route`: a trace's choices, one token after the other, at the cost of the real ones."""
+
+    def __init__(self, moe: MoE, choices: Sequence[mx.array], position: list[int]) -> None:
+        self._moe, self._choices, self._position = moe, choices, position
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        chosen, weights = MoE.route(self._moe, x)
+        if x.shape[1] > 1:
+            return chosen, weights
+        # Nothing of the layer's own choice is left but the need to wait for it.
+        return self._choices[self._position[0] % len(self._choices)] + chosen * 0, weights
+
+
+def force(model: GptOss, trace: Trace) -> list[int]:
+    """Make every single token route as the trace says; gives the position in it, [0], for the caller to count."""
+    position = [0]
+    for i, layer in enumerate(model.layers):
+        choices = [mx.array(each[:1, i : i + 1].astype(np.uint32)) for each in trace.passes]
+        mx.eval(choices)
+        layer.mlp.route = Forced(layer.mlp, choices, position)  # type: ignore[method-assign]
+    return position
+
+
+def unforce(model: GptOss) -> None:
+    """Let every layer route by itself again."""
+    for layer in model.layers:
+        layer.mlp.__dict__.pop("route", None)
+
+
+def demo_trace(num_tokens: int = 256) -> Trace:
+    """How the trained demo routes while it answers: its single-token passes over several questions."""
+    from ..generate import stream_generate
+
+    model, tokenizer = load("demo-gpt-oss", expert_slots=16)
+    with recording(cast(GptOss, model).residency) as trace:
+        for word in ("banjo", "glacier", "tax", "violin", "river", "engine", "bread", "planet"):
+            if len(trace.passes) < num_tokens:
+                list(stream_generate(model, tokenizer, f"What is a {word}?", max_tokens=64))
+    return trace
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def run(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """Measure; gives (what, value) as it comes: facts, rows of `Row`, and predictions from the first row's slots."""
+    known = resident_model(settings.source)
+    spec, layer = known.spec, known.spec.layers[0]
+    k, num_experts, num_layers = layer.experts_per_token, layer.num_experts, len(spec.layers)
+    slots = settings.slots or tuple(max(k, num_experts * share // 100) for share in (75, 50, 25))
+    num_tokens = settings.warm_up_tokens + settings.num_tokens
+    trace_of_demo = demo_trace() if "skewed" in settings.routings else None
+    prompt = np.random.default_rng(settings.seed).integers(0, spec.vocab_size, settings.prompt_tokens).tolist()
+    traces: dict[str, Trace | None] = {}
+    for routing in settings.routings:
+        if routing == "uniform":
+            traces[routing] = uniform(num_tokens, num_layers, num_experts, k, settings.seed)
+        elif routing == "skewed":
+            assert trace_of_demo is not None
+            traces[routing] = alike(trace_of_demo, num_tokens, num_layers, num_experts, settings.seed)
+        else:
+            traces[routing] = None
+    resident_seconds, expected = {}, {}
+    for routing, trace in traces.items():
+        resident_seconds[routing], expected[routing] = _decode(known, prompt, settings, trace, None, False)
+        yield "resident", {"routing": routing, "seconds": resident_seconds[routing]}
+    if settings.prefill_tokens:
+        yield "prefill", _prefill(known, settings)
+    del known
+    mx.clear_cache()
+    for num_slots in slots:
+        for writes in settings.writes:
+            model = streamed_model(settings.source, num_slots, writes)
+            for routing, trace in traces.items():
+                same = []
+                for cache in settings.caches:
+                    for stride in settings.strides:
+                        row, tokens = _row(model, prompt, settings, trace, routing, cache, stride, resident_seconds)
+                        same.append(tokens == expected[routing])
+                        yield "row", row
+                yield "identical", {"slots": num_slots, "writes": writes, "routing": routing, "is_identical": all(same)}
+            if settings.prefill_tokens:
+                yield "prefill", _prefill(model, settings)
+            del model
+            mx.clear_cache()
+
+
+def _decode(
+    model: GptOss,
+    prompt: Sequence[int],
+    settings: Settings,
+    trace: Trace | None,
+    stride: int | None,
+    is_cold: bool,
+    measured: dict[str, float] | None = None,
+) -> tuple[float, list[int]]:
+    """Median seconds of a greedy token, evaluated one by one, and the tokens. measured: what the slots did a token."""
+    unforce(model)
+    position = [0] if trace is None else force(model, trace)
+    cache = model.make_cache()
+    residency: Residency | None = model.residency
+    step: Step = PlainStep(model, cache) if residency is None else StreamedStep(model, cache, stride)
+    if residency is not None:
+        residency.pace = None
+    token = mx.argmax(prefill(model, prompt, cache, 512))
+    tokens, seconds = [cast(int, token.item())], []
+    for count in range(settings.warm_up_tokens + settings.num_tokens - 1):
+        if count == settings.warm_up_tokens and residency is not None:
+            residency.reset_statistics()
+            cast(StreamedStep, step).replayed_layers = 0
+        if is_cold and residency is not None:
+            forget_files(residency)
+        position[0] = count
+        started = time.perf_counter()
+        token = mx.argmax(step(token))
+        mx.eval(token)
+        seconds.append(time.perf_counter() - started)
+        tokens.append(cast(int, token.item()))
+    seconds = seconds[settings.warm_up_tokens :]
+    if residency is not None and measured is not None:
+        found = residency.statistics()
+        for name in ("hits", "misses", "bytes_read", "seconds_waited", "read_backs"):
+            measured[name] = getattr(found, name) / len(seconds)
+        measured["replayed"] = cast(StreamedStep, step).replayed_layers / len(seconds)
+        measured["hit_rate"] = found.hit_rate
+    # The mean where reads differ from token to token: what they cost is in all of them together.
+    return (statistics.median(seconds) if residency is None else statistics.fmean(seconds)), tokens
+
+
+def _row(
+    model: GptOss,
+    prompt: Sequence[int],
+    settings: Settings,
+    trace: Trace | None,
+    routing: str,
+    cache: str,
+    stride: int | None,
+    resident_seconds: dict[str, float],
+) -> tuple[Row, list[int]]:
+    residency: Residency = model.residency
+    measured: dict[str, float] = {}
+    seconds, tokens = _decode(model, prompt, settings, trace, stride, cache == "cold", measured)
+    rate = bare_rate(residency, cache == "cold", max(1, round(measured["misses"] / len(residency.banks))))
+    floor = resident_seconds[routing] + measured["bytes_read"] / rate
+    row = Row(
+        slots=residency.num_slots,
+        routing=routing,
+        cache=cache,
+        writes=residency.writes,
+        layers_at_once=stride,
+        seconds=seconds,
+        resident_seconds=resident_seconds[routing],
+        floor_seconds=floor,
+        ratio=seconds / floor,
+        stall_seconds=seconds - floor,
+        hit_rate=measured["hit_rate"],
+        misses_per_token=measured["misses"],
+        bytes_per_token=measured["bytes_read"],
+        waited_seconds=measured["seconds_waited"],
+        bare_rate=rate,
+        read_backs_per_token=measured["read_backs"],
+        replayed_layers_per_token=measured["replayed"],
+    )
+    return row, tokens
+
+
+def bare_rate(residency: Residency, is_cold: bool, experts_at_once: int = 1, num_reads: int = 24) -> float:
+    """Bytes a second of nothing but reads: so many experts of a layer at a time, by as many threads as the engine has."""
+    random, reader = np.random.default_rng(0), RecordReader()
+    parts = residency.banks[0].parts
+    targets = [[memoryview(bytearray(part.stored.nbytes)) for part in parts] for _ in range(experts_at_once)]
+    plan = [
+        [
+            Record(part.stored.file, part.stored.start + int(expert) * part.stored.nbytes, target)
+            for expert, row in zip(random.permutation(bank.num_experts)[:experts_at_once], targets, strict=False)
+            for part, target in zip(bank.parts, row, strict=True)
+        ]
+        for bank in (residency.banks[i % len(residency.banks)] for i in range(num_reads))
+    ]
+    if is_cold:
+        forget_files(residency)
+    else:
+        for records in plan:
+            reader.read(records)
+    started = time.perf_counter()
+    for records in plan:
+        reader.read(records)
+    seconds = time.perf_counter() - started
+    reader.close()
+    return sum(record.target.nbytes for records in plan for record in records) / seconds
+
+
+def forget_files(residency: Residency) -> None:
+    """Ask the system to drop its cache of the files, where it can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in residency.files:
+        with file.path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _prefill(model: GptOss, settings: Settings) -> dict[str, Any]:
+    """A prompt in one chunk: its time, and the most often that an expert of a layer was read."""
+    unforce(model)
+    tokens = np.random.default_rng(1).integers(0, model.spec.vocab_size, settings.prefill_tokens).tolist()
+    cache = model.make_cache()
+    found: dict[str, Any] = {"tokens": len(tokens), "slots": None}
+    if model.residency is not None:
+        model.residency.reset_statistics()
+    started = time.perf_counter()
+    fill(model, tokens, cache, len(tokens), Budget(model, cache))
+    found["seconds"] = time.perf_counter() - started
+    if model.residency is not None:
+        layers = model.residency.statistics().layers
+        found["slots"] = model.residency.num_slots
+        found["reads_per_expert"] = max(each.misses / model.residency.banks[0].num_experts for each in layers)
+        found["bytes_read"] = sum(each.bytes_read for each in layers)
+        found["seconds_waited"] = sum(each.seconds_waited for each in layers)
+    return found
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+def measured_predictions(
+    source: str, slots: Sequence[int], prompts: Sequence[Any], max_tokens: int
+) -> list[dict[str, Any]]:
+    """Seconds a token at each number of slots, measured, and predicted from the first by replaying its trace."""
+    rows: list[dict[str, Any]] = []
+    trace, speed = None, None
+    for num_slots in slots:
+        model, tokenizer = load(source, expert_slots=num_slots)
+        residency = cast(GptOss, model).residency
+        with recording(residency) as recorded:
+            seconds, waited, tokens = _time_answers(model, tokenizer, prompts, max_tokens)
+        trace = recorded if trace is None else trace
+        replayed = replay(trace, num_slots)
+        layers, nbytes = len(residency.banks), expert_bytes_of(model.spec)
+        if speed is None:
+            speed = calibrated(seconds / tokens, waited / tokens, replayed, layers, nbytes)
+        predicted = seconds_per_token(replayed, layers, nbytes, speed)
+        rows.append(
+            {"slots": num_slots, "seconds": seconds / tokens, "predicted": predicted, "hit_rate": replayed.hit_rate}
+        )
+    return rows
+
+
+def _time_answers(
+    model: Model, tokenizer: Tokenizer | None, prompts: Sequence[Any], max_tokens: int
+) -> tuple[float, float, int]:
+    """Seconds of all tokens but each answer's first, those of them that were waits for reads, and their number."""
+    from ..generate import stream_generate
+
+    seconds, waited, tokens = 0.0, 0.0, 0
+    for prompt in prompts:
+        marks = [
+            (time.perf_counter(), model.residency.statistics().seconds_waited)
+            for _ in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens)
+        ]
+        seconds += marks[-1][0] - marks[0][0]
+        waited += marks[-1][1] - marks[0][1]
+        tokens += len(marks) - 1
+    return seconds, waited, max(1, tokens)
+
+
+def mac_predictions(size: str, trace: Trace, slots: Sequence[int]) -> list[dict[str, Any]]:
+    """What Macs should reach with a released model, by the simulator. Nobody has measured these."""
+    spec = spec_from_config(released_gpt_oss_config(size))
+    rows = []
+    for name, (bandwidth, rate) in MACS.items():
+        for num_slots in slots:
+            speed = speed_of_chip(spec, bandwidth, rate)
+            replayed = replay(trace, num_slots)
+            seconds = seconds_per_token(replayed, len(spec.layers), expert_bytes_of(spec), speed)
+            rows.append(
+                {"mac": name, "slots": num_slots, "hit_rate": replayed.hit_rate, "tokens_per_second": 1 / seconds}
+            )
+    return rows
+
+
+def row_as_json(row: Row) -> dict[str, Any]:
+    return asdict(row)

@@ -1,0 +1,137 @@
+"""`python -m openelm_mlx bench-streaming`: what it costs to leave experts on disk, on this machine and by simulation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+HELP = "measure gpt-oss with only some experts in memory, beside all of them and beside a floor"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--model", default="demo-gpt-oss", metavar="SOURCE", help="default: demo-gpt-oss")
+    parser.add_argument(
+        "--random", choices=["20b", "120b"], help="write a random checkpoint of this shape and measure that instead"
+    )
+    parser.add_argument("--layers", type=int, metavar="N", help="layers of the random checkpoint (default: all)")
+    parser.add_argument("--folder", metavar="FOLDER", help="where to write it (default: the system's temporary folder)")
+    parser.add_argument("--slots", metavar="N,N", help="slots a layer (default: 75, 50 and 25 %% of the experts)")
+    parser.add_argument(
+        "--routing",
+        default="own",
+        metavar="KINDS",
+        help="own (the model's), uniform (any experts), skewed (coming back to experts as the trained demo does); "
+        "several with commas (default: own)",
+    )
+    parser.add_argument(
+        "--cache", default="warm", metavar="KINDS", help="warm, cold, or both with a comma: the system's file cache"
+    )
+    parser.add_argument(
+        "--writes",
+        default="view",
+        metavar="KINDS",
+        help="view, copy, or both: how bytes come into slots (default: view)",
+    )
+    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="tokens to measure (default: 16)")
+    parser.add_argument("--warm-up", type=int, default=16, metavar="N", help="tokens before them (default: 16)")
+    parser.add_argument(
+        "--prefill", type=int, default=0, metavar="N", help="also a prompt of N tokens in one chunk (default: none)"
+    )
+    parser.add_argument("--record", metavar="FILE", help="write a routing trace of the demo's answers to FILE (.npz)")
+    parser.add_argument("--json", metavar="FILE", help="also write everything to FILE as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    from ..bench.streaming import demo_trace, random_model
+
+    if args.record is not None:
+        demo_trace().save(Path(args.record))
+        print(f"{args.record}: how the demo routes", file=sys.stderr)
+        return 0
+    found: dict[str, list[Any]] = {}
+    folder = None if args.folder is None else Path(args.folder)
+    place: Any = nullcontext(args.model) if args.random is None else random_model(args.random, args.layers, folder)
+    with place as source:
+        measure(args, source, found)
+    if args.random is None and args.model == "demo-gpt-oss":
+        calibrate(found)
+    predict(found)
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def measure(args: argparse.Namespace, source: str | Path, found: dict[str, list[Any]]) -> None:
+    """Print a line for each way of decoding as it is measured."""
+    from ..bench.benchmark import machine_description
+    from ..bench.streaming import Row, Settings, row_as_json
+    from ..bench.streaming import run as run_settings
+
+    settings = Settings(
+        source=str(source),
+        slots=None if args.slots is None else tuple(int(each) for each in args.slots.split(",")),
+        routings=tuple(args.routing.split(",")),
+        caches=tuple(args.cache.split(",")),
+        writes=tuple(args.writes.split(",")),
+        num_tokens=args.tokens,
+        warm_up_tokens=args.warm_up,
+        prefill_tokens=args.prefill,
+    )
+    print(f"{args.model if args.random is None else 'random ' + args.random} on {machine_description()}")
+    print(
+        "slots routing  cache writes at once   ms/token resident   floor ratio  stall  hits  MB/token   GB/s  waits  again"
+    )
+    for what, value in run_settings(settings):
+        found.setdefault(what, []).append(row_as_json(value) if isinstance(value, Row) else value)
+        print(line(value) if isinstance(value, Row) else f"{what}: {value}")
+        sys.stdout.flush()
+
+
+def line(row: Any) -> str:
+    """One way of decoding, for people."""
+    stride = "adapts" if row.layers_at_once is None else str(row.layers_at_once)
+    return (
+        f"{row.slots:5} {row.routing:8} {row.cache:5} {row.writes:6} {stride:>7} {1e3 * row.seconds:10.2f} "
+        f"{1e3 * row.resident_seconds:8.2f} {1e3 * row.floor_seconds:7.2f} {row.ratio:5.2f} {1e3 * row.stall_seconds:6.1f} "
+        f"{row.hit_rate:5.0%} {row.bytes_per_token / 1e6:9.1f} {row.bare_rate / 1e9:6.2f} {row.read_backs_per_token:6.1f} "
+        f"{row.replayed_layers_per_token:6.1f}"
+    )
+
+
+def calibrate(found: dict[str, list[Any]]) -> None:
+    """The demo at several numbers of slots, and what the simulator says of them after the first."""
+    from ..bench.streaming import measured_predictions
+
+    prompts = [f"What is a {word}?" for word in ("banjo", "glacier", "tax", "violin")]
+    found["calibration"] = measured_predictions("demo-gpt-oss", (8, 4, 6, 10, 12, 14, 16), prompts, 48)
+    print("the demo's answers, measured and predicted from the first line")
+    for row in found["calibration"]:
+        error = row["predicted"] / row["seconds"] - 1
+        print(
+            f"{row['slots']:5} slots  {1e3 * row['seconds']:7.2f} ms/token  predicted {1e3 * row['predicted']:7.2f} "
+            f"({error:+.0%})  hits {row['hit_rate']:.0%}"
+        )
+
+
+def predict(found: dict[str, list[Any]]) -> None:
+    """What Macs should reach: simulated, not measured."""
+    from ..bench.routing import alike, uniform
+    from ..bench.streaming import demo_trace, mac_predictions
+
+    print("predicted, not measured: gpt-oss-20b on Macs, routed as the demo routes / uniformly")
+    shape = {"num_tokens": 256, "num_layers": 24, "num_experts": 32}
+    slots = (8, 12, 16, 20, 24, 28, 32)
+    skewed = mac_predictions("20b", alike(demo_trace(), **shape), slots)
+    even = mac_predictions("20b", uniform(**shape, k=4), slots)
+    found["macs"] = [{**a, "uniform": b["tokens_per_second"]} for a, b in zip(skewed, even, strict=True)]
+    for row in found["macs"]:
+        print(
+            f"{row['mac']:14} {row['slots']:3} slots  hits {row['hit_rate']:.0%}  {row['tokens_per_second']:5.1f} / "
+            f"{row['uniform']:5.1f} tokens/s"
+        )

@@ -1,0 +1,127 @@
+"""Routing traces and their simulator: the engine's own counts, to the last hit; the bench over tiny shapes."""
+
+import json
+
+import numpy as np
+import pytest
+
+import openelm_mlx as om
+from openelm_mlx.bench import routing, streaming
+from openelm_mlx.bench.routing import Speed, Trace, alike, recording, replay, reuse_depths, uniform
+from openelm_mlx.commands import main
+from openelm_mlx.errors import SettingError
+from openelm_mlx.memory.slots import LeastRecentlyUsed
+from openelm_mlx.specs import spec_from_config
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Slots -> (trace, statistics of the engine, layers run again) for two answers of the demo."""
+    found = {}
+    for num_slots in (4, 7, 12, 16):
+        model, tokenizer = om.load("demo-gpt-oss", expert_slots=num_slots)
+        with recording(model.residency) as trace:
+            for word in ("banjo", "glacier"):
+                list(om.stream_generate(model, tokenizer, f"What is a {word}?", max_tokens=20, prefill_chunk=32))
+        found[num_slots] = trace, model.residency.statistics()
+    return found
+
+
+def test_the_trace_is_the_same_whatever_is_in_memory(runs):
+    first, *others = (trace for trace, _ in runs.values())
+    assert (first.num_layers, first.num_experts, first.experts_per_token) == (6, 16, 4)
+    assert {len(each) for each in first.passes} > {1, 32}
+    for other in others:
+        assert all(np.array_equal(a, b) for a, b in zip(first.passes, other.passes, strict=True))
+
+
+@pytest.mark.parametrize("num_slots", [4, 7, 12, 16])
+def test_replayed_hits_are_the_engine_s(runs, num_slots, tmp_path):
+    """From the trace of another number of slots, through a file."""
+    runs[16][0].save(tmp_path / "trace.npz")
+    assert (tmp_path / "trace.npz").stat().st_size < 30_000
+    replayed = replay(Trace.load(tmp_path / "trace.npz"), num_slots)
+    engine = runs[num_slots][1]
+    assert replayed.hits + replayed.prompt_hits == engine.hits
+    assert replayed.misses + replayed.prompt_misses == engine.misses
+    chunk_read_backs = sum((np.asarray(each)[0, :, 0] >= 0).sum() for each in runs[16][0].passes if len(each) > 1)
+    assert replayed.read_backs == engine.read_backs - chunk_read_backs
+
+
+def test_more_slots_never_miss_more():
+    """The least recently used order has that property for single tokens."""
+    trace = alike(Trace(8, [np.arange(8, dtype=np.int16).reshape(1, 2, 4)]), 100, 3, 16, seed=1)
+    misses = [replay(trace, num_slots).misses for num_slots in range(4, 17)]
+    assert misses == sorted(misses, reverse=True)
+    assert replay(trace, 16).misses <= 3 * 16
+
+
+def test_uniform_routing_hits_by_chance():
+    replayed = replay(uniform(2000, 2, 32, 4), 8)
+    assert abs(replayed.hit_rate - 8 / 32) < 0.02
+    assert replayed.num_tokens == 2000
+
+
+def test_alike_keeps_how_soon_experts_come_back(runs):
+    trace = runs[16][0]
+    copy = alike(trace, 400, trace.num_layers, trace.num_experts)
+    assert abs(np.mean(reuse_depths(copy)) - np.mean(reuse_depths(trace))) < 0.6
+    wide = alike(trace, 100, 24, 32)
+    assert wide.passes[0].shape == (1, 24, 4)
+    assert all(len(set(row)) == 4 for each in wide.passes for row in each[0].tolist())
+    assert replay(wide, 16).hit_rate > replay(uniform(100, 24, 32, 4), 16).hit_rate
+
+
+def test_another_policy_can_be_simulated(runs):
+    class Newest(LeastRecentlyUsed):
+        def victim(self, kept):
+            return next(expert for expert in reversed(self._order) if expert not in kept)
+
+    assert replay(runs[16][0], 8, Newest).misses != replay(runs[16][0], 8).misses
+
+
+def test_times_are_sums():
+    replayed = routing.Replay(8, 10, 700, 300, 50, 20, 0, 0)
+    speed = Speed(layer_seconds=0.001, rest_seconds=0.1, read_back_seconds=0.01, read_rate=1e6)
+    seconds = routing.seconds_per_token(replayed, 24, 1000, speed)
+    assert seconds == pytest.approx(0.1 + 26 * 0.001 + 5 * 0.01 + 30 * 1000 / 1e6)
+    again = routing.calibrated(seconds, 0.03, replayed, 24, 1000)
+    assert routing.seconds_per_token(replayed, 24, 1000, again) == pytest.approx(seconds)
+
+
+def test_the_released_sizes_have_their_expert_bytes():
+    spec = spec_from_config(streaming.released_gpt_oss_config("20b"))
+    assert routing.expert_bytes_of(spec) == 13_219_200
+    rows = streaming.mac_predictions("20b", uniform(50, 24, 32, 4), (8, 32))
+    assert [row["mac"] for row in rows] == ["M4 16 GB", "M4 16 GB", "M3 Max 36 GB", "M3 Max 36 GB"]
+    assert rows[0]["tokens_per_second"] < rows[1]["tokens_per_second"] < rows[3]["tokens_per_second"]
+
+
+def test_a_file_that_is_no_trace(tmp_path):
+    (tmp_path / "trace.npz").write_bytes(b"no")
+    with pytest.raises(SettingError, match="no routing trace"):
+        Trace.load(tmp_path / "trace.npz")
+
+
+def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch):
+    tiny = {
+        "num_local_experts": 8, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 319,
+    }  # fmt: skip
+    known = streaming.released_gpt_oss_config("20b")
+    monkeypatch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **tiny})
+    monkeypatch.setattr("openelm_mlx.commands.bench_streaming.predict", lambda found: None)
+    arguments = (
+        "--random 20b --layers 2 --routing own,uniform,skewed --cache warm,cold --writes view,copy --tokens 3 --warm-up 2 "
+        f"--prefill 40 --slots 6,4 --json {tmp_path / 'out.json'}"
+    )
+    assert main(["bench-streaming", *arguments.split()]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["row"]) == 2 * 2 * 3 * 2 * 2
+    assert all(each["is_identical"] for each in found["identical"])
+    assert all(
+        each["floor_seconds"] > each["resident_seconds"] or each["bytes_per_token"] == 0 for each in found["row"]
+    )
+    assert all(each.get("reads_per_expert", 0) <= 1 for each in found["prefill"])
+    assert len(found["prefill"]) == 5
+    assert "uniform" in capsys.readouterr().out

@@ -136,6 +136,22 @@ def test_nothing_outside_the_folder_can_be_written(inside, outside, tmp_path):
     assert "Error" in inside("import os; os.chmod('/usr/bin/env', 0o777)")
 
 
+def test_what_python_needs_can_be_read_and_not_written(tmp_path):
+    """Also where the system would let anybody write: it is not the permissions that the sandbox relies on."""
+    if not HAS_SANDBOX:
+        pytest.skip("no sandbox")
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "thing.py").write_text("value = 3")
+    for path in (packages, packages / "thing.py"):
+        path.chmod(0o777)
+    with PythonTool(limits=SMALL, python=Python(packages=(str(packages),))) as tool:
+        assert tool("import thing; thing.value") == "3\n"
+        for name in ("thing.py", "other.py"):
+            assert "Read-only file system" in tool(f"open({str(packages / name)!r}, 'w')")
+    assert (packages / "thing.py").read_text() == "value = 3"
+
+
 def test_links_lead_nowhere(inside, outside, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("a password")

@@ -23,12 +23,14 @@ _PUBLIC = {
     "SamplingParams": "decoding.sampling",
     "PrefixCache": "decoding.prefix_cache",
     "convert": "conversion",
+    "Chat": "agents.chat",
     "UserError": "errors",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from .agents.chat import Chat as Chat
     from .conversion import convert as convert
     from .decoding.prefix_cache import PrefixCache as PrefixCache
     from .decoding.sampling import SamplingParams as SamplingParams

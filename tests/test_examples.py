@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
+    "calculator_agent.py": "12 + 30 = 42",
+    "mlx_lm_server.py": "keyboard instrument",
     "ask.py": "stringed instrument",
     "batch.py": "a token",
     "continue_text.py": "The old man walked down to the river and",

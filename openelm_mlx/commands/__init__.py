@@ -21,6 +21,7 @@ from ..errors import PlatformError, UserError
 # what is slow only in run, so that --help is instant.
 COMMANDS = {
     "generate": "generate",
+    "chat": "chat",
     "convert": "convert",
     "info": "info",
     "bench": "bench",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import PromptError, SettingError
+from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
 
 if TYPE_CHECKING:
     from ..decoding.prefix_cache import PrefixCache
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from ..models import Model
 
 HELP = "generate text from a prompt"
-DEFAULT_MODEL = "demo-openelm"
 INTERRUPTED = 130
 
 # None: a model without channels.
@@ -26,32 +26,7 @@ ANSWER_CHANNELS = (None, "final")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    source = parser.add_argument_group("model")
-    source.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="SOURCE",
-        help="demo-openelm (the default: a pocket dictionary that comes with the package), a folder, a weight file, or a "
-        "Hugging Face repository as owner/name",
-    )
-    source.add_argument("--revision", help="branch, tag or commit of the repository")
-    source.add_argument("--tokenizer", metavar="SOURCE", help="a tokenizer's file, folder or repository")
-    source.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)"
-    )
-    source.add_argument(
-        "--dense-bits",
-        type=int,
-        choices=[8, 6, 5, 4],
-        help="quantize, as they are read, the matrices that are not (gpt-oss's attention, embedding and head)",
-    )
-    source.add_argument(
-        "--expert-slots",
-        type=int,
-        metavar="N",
-        help="keep N of each layer's experts in memory and read the others from disk when they are chosen",
-    )
-    source.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
+    add_model_arguments(parser.add_argument_group("model"))
 
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument("text", nargs="?", help="the prompt; the same as --prompt")
@@ -59,40 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     prompt.add_argument("--system", metavar="TEXT", help="a system message before the prompt (chat templates only)")
     prompt.add_argument(
-        "--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)"
-    )
-    prompt.add_argument(
         "--reasoning-effort", choices=["low", "medium", "high"], help="how long gpt-oss thinks (default: medium)"
     )
     prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
 
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default: 256)")
-    sampling.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token"
-    )
-    sampling.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (0: all)"
-    )
-    sampling.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with total probability P"
-    )
-    sampling.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest's probability"
-    )
-    sampling.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="over prompt and answer (1: off)"
-    )
-    sampling.add_argument(
-        "--presence-penalty", type=float, default=0.0, metavar="X", help="once for each token in the answer"
-    )
-    sampling.add_argument(
-        "--frequency-penalty", type=float, default=0.0, metavar="X", help="for each occurrence in the answer"
-    )
-    sampling.add_argument(
-        "--logit-bias", action="append", default=[], metavar="TOKEN=X", help="add X to a token's logit (repeatable)"
-    )
-    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    add_sampling_arguments(sampling, max_tokens=256)
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)"
     )
@@ -135,29 +82,12 @@ def run(args: argparse.Namespace) -> int:
         raise SettingError("--logprobs are shown with --json only: add it.")
     prompt = read_prompt(args)
     form = read_form(args)
-    sampling_options = {
-        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty, "presence_penalty": args.presence_penalty,
-        "frequency_penalty": args.frequency_penalty, "logit_bias": parse_logit_bias(args.logit_bias), "seed": args.seed,
-    }  # fmt: skip
-
     from ..decoding.sampling import SamplingParams
     from ..generate import stream_generate
     from ..loading import load
-    from .progress import byte_bar
 
-    sampling = SamplingParams(**sampling_options)  # before the weights are read: a bad option costs no waiting
-    model, tokenizer = load(
-        args.model,
-        context_length=args.context_length,
-        dtype=args.dtype,
-        dense_bits=args.dense_bits,
-        expert_slots=args.expert_slots,
-        tokenizer=args.tokenizer,
-        chat_template=args.chat_template,
-        revision=args.revision,
-        progress=None if args.quiet else byte_bar(args.model),
-    )
+    sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
+    model, tokenizer = load(args.model, **load_options(args))
     cache = open_prompt_cache(args.prompt_cache, model)
     chunks = stream_generate(
         model,
@@ -312,20 +242,6 @@ def _read_file(name: str, what: str) -> str:
         return _decoded(path.read_bytes(), str(path))
     except OSError as error:
         raise SettingError(f"The {what} file {path} cannot be read: {error.strerror}.") from error
-
-
-def parse_logit_bias(values: list[str]) -> dict[int, float]:
-    """TOKEN=X pairs as a dictionary."""
-    biases = {}
-    for value in values:
-        token, _, bias = value.partition("=")
-        try:
-            biases[int(token)] = float(bias)
-        except ValueError:
-            raise SettingError(
-                f"--logit-bias {value!r} is not of the form TOKEN=NUMBER, for example 1234=-5."
-            ) from None
-    return biases
 
 
 def _decoded(data: bytes, origin: str) -> str:

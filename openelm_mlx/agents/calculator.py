@@ -1,0 +1,67 @@
+"""A calculator as a tool: arithmetic and nothing else, without `eval`."""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}  # fmt: skip
+_NAMES = {"pi": math.pi, "e": math.e, "tau": math.tau}
+_FUNCTIONS = {
+    name: getattr(math, name)
+    for name in ("sqrt", "sin", "cos", "tan", "asin", "acos", "atan", "log", "log2", "log10", "exp", "floor", "ceil")
+} | {"abs": abs, "round": round, "min": min, "max": max}
+
+# A power of whole numbers can have more digits than the machine has memory.
+MOST_BITS = 4096
+MOST_CHARACTERS = 1000
+
+
+def calculator(expression: str) -> str:
+    """Evaluates an arithmetic expression."""
+    if len(expression) > MOST_CHARACTERS:
+        raise ValueError(f"the expression has {len(expression)} characters; {MOST_CHARACTERS} are the most")
+    try:
+        tree = ast.parse(expression.strip().replace("^", "**"), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"{expression!r} is no arithmetic expression") from None
+    return str(_value(tree.body))
+
+
+def _value(node: ast.AST) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in _NAMES:
+        return _NAMES[node.id]
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_value(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _binary(node.op, _value(node.left), _value(node.right))
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in _FUNCTIONS
+        and not node.keywords
+    ):
+        return _FUNCTIONS[node.func.id](*map(_value, node.args))
+    raise ValueError(f"{ast.unparse(node)!r} is not arithmetic")
+
+
+def _binary(op: ast.operator, left: Any, right: Any) -> Any:
+    if isinstance(op, ast.Pow):
+        bits = math.log2(abs(left)) * right if left and isinstance(left, int) and isinstance(right, int) else 0
+        if abs(bits) > MOST_BITS:
+            raise ValueError(f"{left} to the power of {right} has too many digits")
+    result = _OPERATORS[type(op)](left, right)
+    if isinstance(result, complex):
+        raise ValueError("the result is not a real number")
+    if isinstance(result, int) and result.bit_length() > MOST_BITS:
+        raise ValueError("the result has too many digits")
+    return result

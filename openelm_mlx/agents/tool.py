@@ -1,0 +1,222 @@
+"""What a tool is, tools made of Python functions, and how a set of tools is shown to the model.
+
+A tool has a namespace, as Harmony calls it: `functions` for an application's own, `python` and `browser` for the two
+that gpt-oss was trained with, and any other word for a server's tools.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, get_type_hints
+
+from ..errors import ToolError, UserError
+from ..text import schema
+from ..text.conversation import CHANNELS, resolve_recipient
+
+FUNCTIONS = "functions"
+# Shown to the model in the words it was trained with, in the system message.
+BUILT_IN = {"python": schema.PYTHON, "browser": schema.BROWSER}
+# Names that mean something else in a message's header.
+RESERVED = {FUNCTIONS, *BUILT_IN, *CHANNELS, "assistant", "user", "system", "developer", "tool", "all"}
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+
+class Tool(Protocol):
+    """Something that the model may call.
+
+    parameters: a JSON Schema of the arguments, whose type is "object"; None for a tool that takes plain text. Raising
+    any exception from the call tells the model the exception's text instead of a result.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is called within its namespace; the namespace's own name where that has no other tool (python)."""
+
+    @property
+    def description(self) -> str:
+        """What the model is told about it."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any] | None:
+        """The JSON Schema of its arguments."""
+
+    @property
+    def namespace(self) -> str:
+        """The namespace it is called in."""
+
+    def __call__(self, arguments: Any) -> str:
+        """Do it. arguments: a dictionary that follows `parameters`, or the text when there are none."""
+
+
+@dataclass(frozen=True)
+class FunctionTool:
+    """A Python function as a tool: type hints say what it takes, the docstring what it does.
+
+    Made by `function_tool`. The arguments are checked and converted by pydantic before the function sees them.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    arguments_model: Any
+    namespace: str = FUNCTIONS
+
+    def __call__(self, arguments: Mapping[str, Any]) -> str:
+        """Call the function; what it returns as text: a string as it is, anything else as JSON."""
+        values = self.arguments_model.model_validate(arguments)
+        return result_text(self.function(**{name: getattr(values, name) for name in type(values).model_fields}))
+
+
+def function_tool(function: Callable[..., Any]) -> FunctionTool:
+    """The tool that `function` is. Google's, NumPy's and reST's docstring styles describe its arguments.
+
+    Raises ToolError for a function without a usable name, with *args, or with types that JSON Schema cannot say.
+    """
+    import docstring_parser
+    import pydantic
+
+    name = getattr(function, "__name__", type(function).__name__)
+    if not callable(function) or not _NAME.fullmatch(name):
+        raise ToolError(f"{function!r} cannot be a tool: give a function with a name of letters, digits and '_'.")
+    documentation = docstring_parser.parse(inspect.getdoc(function) or "")
+    described = {each.arg_name: each.description for each in documentation.params}
+    try:
+        hints = get_type_hints(function, include_extras=True)
+        fields = {
+            each.name: _field(each, hints, described.get(each.name), name)
+            for each in inspect.signature(function).parameters.values()
+        }
+        model = pydantic.create_model(name, __config__=pydantic.ConfigDict(extra="forbid"), **fields)
+        parameters = plain_schema(model.model_json_schema())
+        if "return" in hints:
+            pydantic.TypeAdapter(hints["return"]).json_schema(mode="serialization")
+    except (NameError, TypeError, pydantic.errors.PydanticUserError) as error:
+        reason = str(error).splitlines()[0]
+        raise ToolError(
+            f"The tool {name} has a type that JSON cannot say ({reason}): change its type hints."
+        ) from error
+    text = "\n".join(filter(None, (documentation.short_description, documentation.long_description)))
+    return FunctionTool(function, name, text, parameters, model)
+
+
+def _field(parameter: inspect.Parameter, hints: Mapping[str, Any], description: str | None, tool: str) -> Any:
+    import pydantic
+
+    if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        raise ToolError(f"The tool {tool} takes {parameter}: the model gives arguments by name, so name each of them.")
+    default = ... if parameter.default is parameter.empty else parameter.default
+    hint = hints.get(parameter.name, Any)
+    return (hint, default if description is None else pydantic.Field(default, description=description))
+
+
+def plain_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema without pydantic's titles, its definitions put where they are used unless one contains itself.
+
+    gpt-oss is shown a schema as a TypeScript type, in which a reference would be `any`.
+    """
+    definitions = schema.get("$defs", {})
+
+    def plain(node: Any, inside: tuple[str, ...] = ()) -> Any:
+        if isinstance(node, list):
+            return [plain(each, inside) for each in node]
+        if not isinstance(node, dict):
+            return node
+        name = str(node.get("$ref", "")).removeprefix("#/$defs/")
+        if "$ref" in node and name in definitions and name not in inside:
+            rest = {key: value for key, value in node.items() if key != "$ref"}
+            return {**plain(definitions[name], (*inside, name)), **plain(rest, inside)}
+        return {
+            key: {k: plain(v, inside) for k, v in value.items()} if key == "properties" else plain(value, inside)
+            for key, value in node.items()
+            if key not in ("title", "$defs") or not isinstance(value, (str, dict))
+        }
+
+    result = plain(dict(schema))
+    if "'$ref'" in repr(result):
+        result["$defs"] = {name: plain(each, (name,)) for name, each in definitions.items()}
+    return result
+
+
+def result_text(value: Any) -> str:
+    """What a tool returned as text for the model. Raises TypeError for what JSON cannot say."""
+    import pydantic_core
+
+    if isinstance(value, str):
+        return value
+    try:
+        return pydantic_core.to_json(value).decode()
+    except (pydantic_core.PydanticSerializationError, ValueError) as error:
+        raise TypeError(f"the result is a {type(value).__name__}, which JSON cannot say") from error
+
+
+class Toolbox:
+    """A set of tools: how they are shown to the model, and which one a call means.
+
+    tools: `Tool`s or plain functions. Raises ToolError for two tools of one name, for a reserved name, and for a schema
+    that is none.
+    """
+
+    def __init__(self, tools: Sequence[Tool | Callable[..., Any]] = ()) -> None:
+        self._tools: dict[str, Tool] = {}
+        for each in tools:
+            tool = _as_tool(each)
+            recipient = recipient_of(tool)
+            if recipient in self._tools:
+                raise ToolError(f"Two tools are called {recipient}: rename one of them.")
+            if tool.namespace == FUNCTIONS and tool.name in RESERVED:
+                raise ToolError(
+                    f"A tool is called {tool.name!r}, which means something else in gpt-oss's format: rename it."
+                )
+            self._tools[recipient] = tool
+        try:
+            self.functions = tuple(_definition(tool) for tool in self._tools.values() if tool.namespace == FUNCTIONS)
+            self.built_in = tuple(
+                content for name, content in BUILT_IN.items() if any(t.namespace == name for t in self._tools.values())
+            )
+            self.namespaces = self._other_namespaces()
+        except ToolError:
+            raise
+        except UserError as error:
+            raise ToolError(str(error)) from error
+
+    def __bool__(self) -> bool:
+        return bool(self._tools)
+
+    @property
+    def names(self) -> list[str]:
+        """What the tools are called as, in the order in which they were given."""
+        return list(self._tools)
+
+    def find(self, recipient: str) -> tuple[str, Tool] | None:
+        """The tool that a call's recipient means, and its full name; None when there is none."""
+        found = resolve_recipient(recipient, self._tools.keys())
+        return None if found is None else (found, self._tools[found])
+
+    def _other_namespaces(self) -> tuple[schema.ToolNamespace, ...]:
+        own = dict.fromkeys(t.namespace for t in self._tools.values() if t.namespace not in (FUNCTIONS, *BUILT_IN))
+        return tuple(
+            schema.ToolNamespace(
+                name, tools=tuple(_definition(tool) for tool in self._tools.values() if tool.namespace == name)
+            )
+            for name in own
+        )
+
+
+def recipient_of(tool: Tool) -> str:
+    """What a tool is called as: "functions.search", or "python" for the tool that is its own namespace."""
+    return tool.name if tool.name == tool.namespace else f"{tool.namespace}.{tool.name}"
+
+
+def _as_tool(tool: Any) -> Tool:
+    if inspect.isroutine(tool) or isinstance(tool, type) or not hasattr(tool, "namespace"):
+        return function_tool(tool)
+    return tool
+
+
+def _definition(tool: Tool) -> schema.Tool:
+    return schema.Tool(tool.name, tool.description, tool.parameters)

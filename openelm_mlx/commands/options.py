@@ -1,0 +1,111 @@
+"""Options that several commands have: which model, and how tokens are chosen."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import SettingError
+
+DEFAULT_MODEL = "demo-openelm"
+
+
+def add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which model, and how it is loaded."""
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="SOURCE",
+        help="demo-openelm (the default: a pocket dictionary that comes with the package), a folder, a weight file, or a "
+        "Hugging Face repository as owner/name",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of the repository")
+    group.add_argument("--tokenizer", metavar="SOURCE", help="a tokenizer's file, folder or repository")
+    group.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)"
+    )
+    group.add_argument(
+        "--dense-bits",
+        type=int,
+        choices=[8, 6, 5, 4],
+        help="quantize, as they are read, the matrices that are not (gpt-oss's attention, embedding and head)",
+    )
+    group.add_argument(
+        "--expert-slots",
+        type=int,
+        metavar="N",
+        help="keep N of each layer's experts in memory and read the others from disk when they are chosen",
+    )
+    group.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
+    group.add_argument(
+        "--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)"
+    )
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `openelm_mlx.load` that those options mean."""
+    from .progress import byte_bar
+
+    return {
+        "context_length": args.context_length,
+        "dtype": args.dtype,
+        "dense_bits": args.dense_bits,
+        "expert_slots": args.expert_slots,
+        "tokenizer": args.tokenizer,
+        "chat_template": args.chat_template,
+        "revision": args.revision,
+        "progress": None if args.quiet else byte_bar(args.model),
+    }
+
+
+def add_sampling_arguments(group: argparse._ArgumentGroup, max_tokens: int) -> None:
+    """How tokens are chosen, and how many."""
+    group.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"stop after N tokens (default: {max_tokens})"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token"
+    )
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (0: all)")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest with total probability P"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest's probability"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="over prompt and answer (1: off)"
+    )
+    group.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="once for each token in the answer"
+    )
+    group.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="X", help="for each occurrence in the answer"
+    )
+    group.add_argument(
+        "--logit-bias", action="append", default=[], metavar="TOKEN=X", help="add X to a token's logit (repeatable)"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `SamplingParams` that those options mean."""
+    return {
+        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty, "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty, "logit_bias": parse_logit_bias(args.logit_bias), "seed": args.seed,
+    }  # fmt: skip
+
+
+def parse_logit_bias(values: list[str]) -> dict[int, float]:
+    """TOKEN=X pairs as a dictionary."""
+    biases = {}
+    for value in values:
+        token, _, bias = value.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise SettingError(
+                f"--logit-bias {value!r} is not of the form TOKEN=NUMBER, for example 1234=-5."
+            ) from None
+    return biases

@@ -1,0 +1,205 @@
+"""`python -m openelm_mlx chat` in a real pseudo-terminal, and with its input from a pipe."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Generous: the test must not depend on how busy the machine is.
+PATIENCE = 120
+
+
+class Terminal:
+    """A chat in a pseudo-terminal: what it shows is collected in .screen, without the terminal's control sequences."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        main, child = pty.openpty()
+        environment = {
+            **os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "OPENELM_MLX_CACHE": str(folder / "cache"),
+            "PROMPT_TOOLKIT_NO_CPR": "1",
+        }  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "openelm_mlx", "chat", *options],
+            stdin=child, stdout=child, stderr=child, cwd=folder, env=environment, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(child)
+        self.main, self.raw = main, ""
+        self.seen = 0
+
+    @property
+    def screen(self) -> str:
+        return re.sub(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>78]|\][^\x07]*\x07)", "", self.raw).replace("\r", "")
+
+    def wait_for(self, text: str) -> str:
+        """Read until `text` shows after what earlier waits saw; what came until then."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            new = self.screen[self.seen :]
+            if text in new:
+                self.seen += new.index(text) + len(text)
+                return new
+            assert time.monotonic() < end, f"{text!r} did not come; the screen:\n{self.screen[-2000:]}"
+            assert self.process.poll() is None or self._read(), f"it ended; the screen:\n{self.screen[-2000:]}"
+            self._read()
+
+    def _read(self) -> bool:
+        if not select.select([self.main], [], [], 0.2)[0]:
+            return False
+        try:
+            data = os.read(self.main, 65536)
+        except OSError:
+            return False
+        self.raw += data.decode("utf-8", "replace")
+        return bool(data)
+
+    def type(self, text: str) -> None:
+        os.write(self.main, text.encode())
+
+    def ends_with(self) -> int:
+        end = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < end:
+            self._read()
+        return self.process.wait(5)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        os.close(self.main)
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    opened = []
+
+    def make(*options):
+        opened.append(Terminal(tmp_path, *options))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+def test_a_conversation_with_gpt_oss(terminal, tmp_path):
+    chat = terminal("--model", "demo-gpt-oss", "--reasoning-effort", "low", "--tools", "calculator")
+    chat.wait_for("Ctrl-D ends the chat")
+    chat.wait_for(">")
+    chat.type("What is a piano?\r")
+    chat.wait_for("piano: a kind of keyboard instrument")  # the reasoning
+    chat.wait_for("produce sounds")
+    chat.wait_for(">")
+    chat.type("/stats\r")
+    chat.wait_for("tokens/s")
+    chat.type("/effort extreme\r")
+    chat.wait_for("not by 'extreme'")
+    chat.type("/effort high\r")
+    chat.wait_for("Reasoning effort is high")
+    chat.type("/save talk.json\r")
+    chat.wait_for("Saved to talk.json: 3 messages")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved["reasoning_effort"] == "high"
+    assert [message["role"] for message in saved["messages"]] == ["user", "assistant", "assistant"]
+    chat.type("/reset\r")
+    chat.wait_for("begins anew")
+    chat.type("What is 12 + 30?\r")
+    chat.wait_for('[functions.calculator {"expression":"12 + 30"}]')
+    chat.wait_for("[= 42]")
+    chat.wait_for("12 + 30 = 42")
+    chat.wait_for(">")
+    chat.type("\x04")
+    assert chat.ends_with() == 0
+
+
+def test_several_lines_and_history(terminal, tmp_path):
+    chat = terminal("--hide-reasoning")
+    chat.wait_for(">")
+    chat.type("What is\\\r")
+    time.sleep(0.3)
+    chat.type("a banjo?\r")
+    chat.wait_for("stringed instrument")
+    chat.wait_for(">")
+    chat.type("What is\x1b\ra piano?\r")  # Alt-Enter
+    chat.wait_for("keyboard instrument")
+    chat.wait_for(">")
+    chat.type("/save both.json\r")
+    chat.wait_for("4 messages")
+    texts = [m["content"] for m in json.loads((tmp_path / "both.json").read_text())["messages"]]
+    assert texts[0] == "What is\na banjo?"
+    assert texts[2] == "What is\na piano?"
+    chat.type("\x1b[A\x1b[A\r")  # up, twice: the piano again
+    chat.wait_for("keyboard instrument")
+    chat.type("/exit\r")
+    assert chat.ends_with() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_session(terminal):
+    # At this temperature the demo rambles on; nothing else about the answer matters.
+    chat = terminal("--temperature", "5", "--max-tokens", "400")
+    chat.wait_for(">")
+    chat.type("What is a banjo?\r")
+    time.sleep(0.1)
+    chat.wait_for("banjo?")
+    time.sleep(1.0)
+    chat.type("\x03")
+    chat.wait_for("[stopped]")
+    chat.wait_for(">")
+    chat.type("/help\r")
+    chat.wait_for("forget what was said")
+    chat.type("half a question\x03")  # at the prompt it clears the line, and a new prompt comes
+    chat.wait_for("half a question")
+    chat.wait_for(">")
+    chat.type("/exit\r")
+    assert chat.ends_with() == 0
+
+
+def piped(text: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "openelm_mlx", "chat", *options],
+        input=text, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_from_a_pipe_answers_go_to_stdout_and_nothing_else(tmp_path):
+    finished = piped("What is 12 + 30?\n", "--model", "demo-gpt-oss", "--tools", "calculator", "--quiet")
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "12 + 30 = 42\n", "")
+    finished = piped(f"What is \\\na banjo?\n/save {tmp_path}/x.json\n/load {tmp_path}/x.json\n")
+    assert finished.returncode == 0
+    assert "stringed instrument" in finished.stdout
+    assert "2 messages" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("/bogus\n", (), "no command /bogus"),
+        ("/effort high\n", (), "Only gpt-oss"),
+        ("/save\n", (), "needs a file"),
+        ("/save .\n", (), "is a folder"),
+        ("/load nothing.json\n", (), "cannot be read"),
+        ("", ("--tools", "bogus"), "no tool 'bogus'"),
+        ("", ("--tools", "calculator"), "OpenELM has no format for tools"),
+        ("", ("--reasoning-effort", "high"), "only gpt-oss"),
+        ("", ("--temperature", "-1"), "temperature"),
+        ("", ("--max-tokens", "0"), "max_tokens"),
+        ("", ("--load", "nothing.json"), "cannot be read"),
+    ],
+)
+def test_mistakes_are_one_sentence(text, options, said):
+    finished = piped(text, *options)
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert said in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1

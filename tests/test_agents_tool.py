@@ -98,7 +98,7 @@ def test_functions_that_cannot_be_tools(function):
 
 
 class Python:
-    name = namespace = "python"
+    name, namespace = "python", None
     description = "runs code"
     parameters = None
 

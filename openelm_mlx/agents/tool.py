@@ -45,8 +45,8 @@ class Tool(Protocol):
         """The JSON Schema of its arguments."""
 
     @property
-    def namespace(self) -> str:
-        """The namespace it is called in."""
+    def namespace(self) -> str | None:
+        """The namespace it is called in; None for a tool that is its own namespace (python)."""
 
     def __call__(self, arguments: Any) -> str:
         """Do it. arguments: a dictionary that follows `parameters`, or the text when there are none."""
@@ -176,7 +176,9 @@ class Toolbox:
         try:
             self.functions = tuple(_definition(tool) for tool in self._tools.values() if tool.namespace == FUNCTIONS)
             self.built_in = tuple(
-                content for name, content in BUILT_IN.items() if any(t.namespace == name for t in self._tools.values())
+                content
+                for name, content in BUILT_IN.items()
+                if any(namespace_of(t) == name for t in self._tools.values())
             )
             self.namespaces = self._other_namespaces()
         except ToolError:
@@ -198,18 +200,25 @@ class Toolbox:
         return None if found is None else (found, self._tools[found])
 
     def _other_namespaces(self) -> tuple[schema.ToolNamespace, ...]:
-        own = dict.fromkeys(t.namespace for t in self._tools.values() if t.namespace not in (FUNCTIONS, *BUILT_IN))
+        own = dict.fromkeys(map(namespace_of, self._tools.values()))
         return tuple(
             schema.ToolNamespace(
-                name, tools=tuple(_definition(tool) for tool in self._tools.values() if tool.namespace == name)
+                name, tools=tuple(_definition(tool) for tool in self._tools.values() if namespace_of(tool) == name)
             )
             for name in own
+            if name not in (FUNCTIONS, *BUILT_IN)
         )
 
 
 def recipient_of(tool: Tool) -> str:
     """What a tool is called as: "functions.search", or "python" for the tool that is its own namespace."""
-    return tool.name if tool.name == tool.namespace else f"{tool.namespace}.{tool.name}"
+    namespace = namespace_of(tool)
+    return tool.name if tool.name == namespace else f"{namespace}.{tool.name}"
+
+
+def namespace_of(tool: Tool) -> str:
+    """The namespace that a tool is called in."""
+    return tool.name if tool.namespace is None else tool.namespace
 
 
 def _as_tool(tool: Any) -> Tool:

@@ -6,8 +6,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from openelm_mlx.agents.calculator import calculator
-from openelm_mlx.agents.registry import Kit, make_tools
-from openelm_mlx.agents.tool import FunctionTool, Toolbox, function_tool, plain_schema, result_text
+from openelm_mlx.agents.tool import FunctionTool, ToolSet, function_tool, plain_schema, result_text
 from openelm_mlx.errors import ToolError
 
 
@@ -118,7 +117,7 @@ class Search:
 
 
 def test_a_toolbox_knows_where_each_tool_is_shown_and_what_a_call_means():
-    box = Toolbox([search, Python(), Search()])
+    box = ToolSet([search, Python(), Search()])
     assert box.names == ["functions.search", "python", "library.find"]
     assert [tool.name for tool in box.functions] == ["search"]
     assert [content.name for content in box.built_in] == ["python"]
@@ -127,21 +126,21 @@ def test_a_toolbox_knows_where_each_tool_is_shown_and_what_a_call_means():
     assert box.find("search")[0] == "functions.search"
     assert box.find("functions.python")[0] == "python"
     assert box.find("nothing") is None
-    assert not Toolbox()
+    assert not ToolSet()
 
 
 @pytest.mark.parametrize("name", ["python", "browser", "functions", "analysis", "assistant"])
 def test_reserved_names(name):
     tool = FunctionTool(print, name, "", {"type": "object"}, None)
     with pytest.raises(ToolError, match=name):
-        Toolbox([tool])
+        ToolSet([tool])
 
 
 def test_duplicate_names_and_schemas_that_are_none():
     with pytest.raises(ToolError, match=r"Two tools are called functions\.search"):
-        Toolbox([search, search])
+        ToolSet([search, search])
     with pytest.raises(ToolError, match="nothing"):
-        Toolbox([FunctionTool(print, "show", "", {"type": "object", "properties": {"a": {"type": "nothing"}}}, None)])
+        ToolSet([FunctionTool(print, "show", "", {"type": "object", "properties": {"a": {"type": "nothing"}}}, None)])
 
 
 @pytest.mark.parametrize(
@@ -167,18 +166,3 @@ def test_the_calculator(expression, value):
 def test_what_the_calculator_refuses(expression):
     with pytest.raises(ValueError):
         calculator(expression)
-
-
-def test_tools_by_name():
-    assert make_tools("calculator, ") == [calculator]
-    assert make_tools("") == []
-    kits = {"files": Kit("files", lambda value: [value], "DIR"), "calculator": Kit("arithmetic", lambda value: [])}
-    assert make_tools("files=a=b", kits) == ["a=b"]
-    for wrong, said in (
-        ("file", "files=DIR"),
-        ("files", "files=DIR"),
-        ("files=", "files=DIR"),
-        ("calculator=1", "calculator"),
-    ):
-        with pytest.raises(ToolError, match=said):
-            make_tools(wrong, kits)

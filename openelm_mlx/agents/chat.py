@@ -23,7 +23,7 @@ from ..loading import no_tokenizer
 from ..text.chat import HARMONY, PLAIN, render_chat
 from ..text.conversation import DeveloperContent, Message, SystemContent
 from ..text.harmony import HarmonyFormat
-from .tool import Tool, Toolbox
+from .tool import Tool, ToolSet
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -117,11 +117,11 @@ class Chat:
     def __post_init__(self) -> None:
         if self.tokenizer is None:
             raise TokenizerError(no_tokenizer(self.model.spec))
-        self.toolbox = Toolbox(self.tools)
+        self.tool_set = ToolSet(self.tools)
         self.is_harmony = self.tokenizer.chat_template == HARMONY
-        if not self.is_harmony and self.toolbox:
+        if not self.is_harmony and self.tool_set:
             raise SettingError(
-                f"OpenELM has no format for tools, so it cannot call {', '.join(self.toolbox.names)}: load a gpt-oss model."
+                f"OpenELM has no format for tools, so it cannot call {', '.join(self.tool_set.names)}: load a gpt-oss model."
             )
         if not self.is_harmony and self.reasoning_effort is not None:
             raise SettingError(
@@ -171,12 +171,12 @@ class Chat:
     def _call(self, call: Message) -> Iterator[Event]:
         """Call the tool that a message means, tell the model what came of it, and tell the user both."""
         assert call.recipient is not None
-        found = self.toolbox.find(call.recipient)
+        found = self.tool_set.find(call.recipient)
         name = call.recipient if found is None else found[0]
         yield ToolCall(name, call.text, is_done=True)
         try:
             if found is None:
-                known = ", ".join(self.toolbox.names) or "none at all"
+                known = ", ".join(self.tool_set.names) or "none at all"
                 raise LookupError(f"there is no tool {call.recipient}; the tools are: {known}")
             text, is_error = _run(found[1], call.text), False
         except Exception as error:  # noqa: BLE001 - whatever a tool raises is news for the model, not the end of the chat
@@ -206,7 +206,7 @@ class Chat:
 
     def _harmony_prompt(self, harmony: HarmonyFormat) -> list[int]:
         head = [Message("system", self._system())]
-        developer = DeveloperContent(self.instructions, self.toolbox.functions, self.toolbox.namespaces)
+        developer = DeveloperContent(self.instructions, self.tool_set.functions, self.tool_set.namespaces)
         if developer != DeveloperContent():
             head.append(Message("developer", developer))
         return harmony.render_for_completion([*head, *self.messages])
@@ -214,7 +214,7 @@ class Chat:
     def _system(self) -> SystemContent:
         effort = self.reasoning_effort or "medium"
         return SystemContent(
-            current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=effort, tools=self.toolbox.built_in
+            current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=effort, tools=self.tool_set.built_in
         )
 
     def _plain_prompt(self) -> list[int]:

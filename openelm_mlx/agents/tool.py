@@ -154,7 +154,7 @@ def result_text(value: Any) -> str:
         raise TypeError(f"the result is a {type(value).__name__}, which JSON cannot say") from error
 
 
-class Toolbox:
+class ToolSet:
     """A set of tools: how they are shown to the model, and which one a call means.
 
     tools: `Tool`s or plain functions. Raises ToolError for two tools of one name, for a reserved name, and for a schema

@@ -13,11 +13,14 @@ from typing import Any, final
 from ..errors import ToolError
 
 KINDS = {
+    "calculator": "calculator: arithmetic",
     "python": "python: run Python in a sandbox",
     "files": "files=DIR: search and read the text files of a folder",
     "patch": "patch=DIR: change the text files of a folder",
     "mcp": "mcp=SERVER: the tools of an MCP server: a command, an address, or a file with mcpServers",
 }
+
+_WITHOUT_VALUE = ("calculator", "python")
 
 
 @final
@@ -53,6 +56,11 @@ class Toolbox:
         self.close()
 
     def _open(self, kind: str, value: str, stack: ExitStack) -> list[Any]:
+        if kind == "calculator":
+            from .calculator import calculator
+            from .tool import function_tool
+
+            return [function_tool(calculator)]
         if kind == "python":
             from .python_tool import PythonTool
 
@@ -79,9 +87,9 @@ def parse_names(names: str) -> list[tuple[str, str]]:
         kind, has_value, value = name.partition("=")
         if kind not in KINDS:
             raise ToolError(f"There is no tool {kind!r}. There are: {'; '.join(KINDS.values())}.")
-        if kind == "python" and has_value:
-            raise ToolError(f"{name!r} gives python a value, and it takes none.")
-        if kind != "python" and not value:
+        if kind in _WITHOUT_VALUE and has_value:
+            raise ToolError(f"{name!r} gives {kind} a value, and it takes none.")
+        if kind not in _WITHOUT_VALUE and not value:
             raise ToolError(f"{kind!r} lacks its value: {KINDS[kind]}.")
         if kind != "mcp" and kind in dict(found):
             raise ToolError(f"{kind!r} is named twice.")

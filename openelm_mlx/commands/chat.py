@@ -43,7 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chat.add_argument(
         "--reasoning-effort", choices=["low", "medium", "high"], help="how long gpt-oss thinks (default: medium)"
     )
-    chat.add_argument("--tools", default="", metavar="NAMES", help="tools gpt-oss may call, for example calculator")
+    chat.add_argument(
+        "--tools",
+        default="",
+        metavar="NAMES",
+        help="tools that gpt-oss may call, with commas: calculator, python, files=DIR, patch=DIR, mcp=SERVER",
+    )
+    chat.add_argument(
+        "--allow-unsandboxed", action="store_true", help="let python run where this machine has no sandbox for it"
+    )
     chat.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
     chat.add_argument("--no-history", action="store_true", help="do not keep what is typed for the next time")
     add_sampling_arguments(parser.add_argument_group("sampling"), max_tokens=2048)
@@ -54,31 +62,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends. Returns the exit code."""
-    from ..agents.registry import make_tools
+    from ..agents.toolbox import Toolbox, parse_names
     from ..decoding.sampling import SamplingParams
 
     sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
-    tools = make_tools(args.tools)
+    parse_names(args.tools)
     from ..agents.chat import Chat
     from ..loading import load
 
     model, tokenizer = load(args.model, **load_options(args))
-    chat = Chat(
-        model,
-        tokenizer,
-        instructions=args.system,
-        tools=tools,
-        reasoning_effort=args.reasoning_effort,
-        sampling=sampling,
-        max_tokens=args.max_tokens,
-    )
-    if args.load is not None:
-        chat.load(args.load)
-    reader: Reader = TerminalReader(args.no_history) if sys.stdin.isatty() else LineReader()
-    screen = Screen(chat, quiet=args.quiet, show_reasoning=not args.hide_reasoning)
-    if sys.stdin.isatty():
-        screen.say(f"{args.model}. /help lists the commands, Ctrl-D ends the chat.")
-    return talk(chat, reader, screen)
+    count = None if tokenizer is None else lambda text: len(tokenizer.encode(text))
+    with Toolbox(args.tools, allow_unsandboxed=args.allow_unsandboxed, count_tokens=count) as toolbox:
+        chat = Chat(
+            model,
+            tokenizer,
+            instructions=args.system,
+            tools=toolbox.tools,
+            reasoning_effort=args.reasoning_effort,
+            sampling=sampling,
+            max_tokens=args.max_tokens,
+        )
+        if args.load is not None:
+            chat.load(args.load)
+        reader: Reader = TerminalReader(args.no_history) if sys.stdin.isatty() else LineReader()
+        screen = Screen(chat, quiet=args.quiet, show_reasoning=not args.hide_reasoning)
+        if sys.stdin.isatty():
+            screen.say(f"{args.model}. /help lists the commands, Ctrl-D ends the chat.")
+        return talk(chat, reader, screen)
 
 
 def talk(chat: Chat, reader: Reader, screen: Screen) -> int:

@@ -21,6 +21,8 @@ _PUBLIC = {
     "Chunk": "generate",
     "Statistics": "generate",
     "SamplingParams": "decoding.sampling",
+    "PromptLookup": "decoding.drafts",
+    "DraftModel": "decoding.drafts",
     "PrefixCache": "decoding.prefix_cache",
     "convert": "conversion",
     "Chat": "agents.chat",
@@ -32,6 +34,8 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from .agents.chat import Chat as Chat
     from .conversion import convert as convert
+    from .decoding.drafts import DraftModel as DraftModel
+    from .decoding.drafts import PromptLookup as PromptLookup
     from .decoding.prefix_cache import PrefixCache as PrefixCache
     from .decoding.sampling import SamplingParams as SamplingParams
     from .errors import UserError as UserError

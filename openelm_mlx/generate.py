@@ -27,10 +27,13 @@ import mlx.core as mx
 
 from .decoding.budget import Budget, check_room, chunk_of_plan, keeping_to_plan
 from .decoding.constraint import HarmonyConstraint, PlainConstraint, TokenConstraint
+from .decoding.drafts import Drafts
 from .decoding.grammar import AnswerFormat, answer_format, engine_of
 from .decoding.prefill import prefill as prefill
 from .decoding.prefix_cache import PrefixCache, Turn, begin_turn
 from .decoding.sampling import Sampler, SamplingParams
+from .decoding.speculation_gain import Counts
+from .decoding.speculative import Speculative
 from .decoding.step import PlainStep, Step
 from .decoding.streamed_step import StreamedStep
 from .decoding.tokens import Choice, constrained, one_by_one
@@ -79,6 +82,7 @@ def stream_generate(
     grammar: str | None = None,
     tool_schemas: Mapping[str, Any] | None = None,
     prefix_cache: PrefixCache | None = None,
+    draft: Drafts | None = None,
 ) -> Iterator[Chunk]:
     """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the statistics.
 
@@ -96,7 +100,9 @@ def stream_generate(
     {"functions.f": schema}.
 
     prefix_cache: an `om.PrefixCache`, where what earlier requests computed of a prompt that begins alike is taken from
-    and this one's is kept in; the answer is the same.
+    and this one's is kept in; the answer is the same. draft: `om.PromptLookup()` or `om.DraftModel(small_model)` guesses
+    tokens that the model checks several at a time: the same answer when greedy, the same distribution when sampled, and
+    plain steps while that is faster.
 
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
     TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all (something else
@@ -116,6 +122,7 @@ def stream_generate(
         prefill_chunk=prefill_chunk,
         kv_bits=kv_bits,
         prefix_cache=prefix_cache,
+        draft=draft,
         borders=message_borders(tokenizer, encoded),
     ).checked(model, tokenizer)
     constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.max_tokens)
@@ -150,10 +157,7 @@ def _answer(
         model, turn.new_tokens, step.cache, chunk_length, budget, stops=turn.stops, at_border=turn.at_border
     )
     _check_finite(logits)
-    if request.constraint is None:
-        choices = one_by_one(step, sampler, logits, request.max_tokens, request.logprobs)
-    else:
-        choices = constrained(step, sampler, logits, request.max_tokens, request.constraint, request.logprobs)
+    choices = _choices(model, request, step, sampler, logits, clock)
     for count, choice in enumerate(choices, 1):
         token = choice.item()
         clock.token_arrived()
@@ -174,6 +178,21 @@ def _answer(
         budget.before_tokens(count, request.max_tokens)
 
 
+def _choices(
+    model: Model, request: Request, step: Step, sampler: Sampler, logits: mx.array, clock: Clock
+) -> Iterator[Choice]:
+    """The tokens of the answer, in the way that was asked for."""
+    max_tokens, num_logprobs, constraint = request.max_tokens, request.logprobs, request.constraint
+    if request.draft is not None:
+        guesser, num_drafts = request.draft.begin(model), request.draft.num_draft_tokens
+        source = Speculative(model, step, sampler, request.prompt_tokens, guesser, num_drafts, num_logprobs, constraint)
+        clock.speculation = source.gain.counts
+        return source.choices(logits, max_tokens)
+    if constraint is not None:
+        return constrained(step, sampler, logits, max_tokens, constraint, num_logprobs)
+    return one_by_one(step, sampler, logits, max_tokens, num_logprobs)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What a request took. Rates are tokens a second, times seconds.
@@ -181,7 +200,8 @@ class Statistics:
     peak_memory_bytes: the most that was in use in the process while the request ran, as MLX counts it. max_tokens: the
     limit that held: what was asked for, or less where the context has no room for it. notes: sentences about settings
     of the process that were left as they are. cached_tokens: how many of the prompt's tokens came from a prefix cache;
-    prefill_tps counts the others.
+    prefill_tps counts the others. drafted_tokens, accepted_tokens, speculation_speedup: what guessing did; times as fast as
+    plain steps, None where it was not measured.
     """
 
     prompt_tokens: int
@@ -193,6 +213,9 @@ class Statistics:
     max_tokens: int
     notes: tuple[str, ...] = ()
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    speculation_speedup: float | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +257,7 @@ class Request:
     prefill_chunk: int | None
     kv_bits: int | None
     prefix_cache: PrefixCache | None = None
+    draft: Drafts | None = None
     borders: Sequence[int] = ()  # offsets in the prompt where messages begin
     constraint: TokenConstraint | None = None  # set when the rest is checked: it counts max_tokens
 
@@ -246,6 +270,12 @@ class Request:
             _check_whole("logprobs", self.logprobs, low=0, high=usable_vocab_size(model, tokenizer))
         if self.sliding_window is not None:
             _check_whole("sliding_window", self.sliding_window, high=model.context_length)
+        if self.draft is not None:
+            if not isinstance(self.draft, Drafts):
+                raise SettingError(
+                    f"draft is a {type(self.draft).__name__}: give om.PromptLookup() or om.DraftModel(model)."
+                )
+            self.draft.check(model, tokenizer)
         max_tokens = self.max_tokens
         if self.sliding_window is None:
             max_tokens = min(max_tokens, room_after(model, len(self.prompt_tokens)))
@@ -261,12 +291,17 @@ class Request:
 
     def make_cache(self, model: Model) -> Cache:
         """An empty cache of the kind that was asked for. Raises SettingError where the model cannot have it."""
-        return model.make_cache(window=self.sliding_window, kv_bits=self.kv_bits)
+        return model.make_cache(window=self.sliding_window, kv_bits=self.kv_bits, room=self._room)
+
+    @property
+    def _room(self) -> int:
+        """How many tokens rings must be able to take back."""
+        return 0 if self.draft is None else self.draft.num_draft_tokens
 
     def begin_turn(self, model: Model) -> Turn:
         """The cache to begin with: with what the prefix cache has of the prompt, or empty."""
         kv_bits = self.kv_bits or (None if self.sliding_window else model.kv_bits) or 16
-        kind = (self.sliding_window, kv_bits, 0)
+        kind = (self.sliding_window, kv_bits, self._room)
         return begin_turn(
             self.prefix_cache, model, self.prompt_tokens, kind, lambda: self.make_cache(model), self.borders
         )
@@ -399,6 +434,7 @@ class Clock:
     def __init__(self, num_prompt_tokens: int, num_cached_tokens: int, max_tokens: int, held: Held) -> None:
         self._num_prompt_tokens, self._max_tokens, self._held = num_prompt_tokens, max_tokens, held
         self._num_cached_tokens = num_cached_tokens
+        self.speculation = Counts()
         self._started = self._first = self._last = time.perf_counter()
         self._num_tokens = 0
 
@@ -420,6 +456,9 @@ class Clock:
             max_tokens=self._max_tokens,
             notes=tuple(self._held.notes),
             cached_tokens=self._num_cached_tokens,
+            drafted_tokens=self.speculation.drafted,
+            accepted_tokens=self.speculation.accepted,
+            speculation_speedup=self.speculation.speedup,
         )
 
 

@@ -61,6 +61,25 @@ def test_a_prompt_cache_is_made_used_and_refused(generate, folder, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_guessing_changes_nothing_but_the_time(generate, folder, tmp_path):
+    command = ("--model", folder, "--prompt", "Hello world", "--max-tokens", 40)
+    expected = generate(*command)[1]
+    other = save_folder(tmp_path / "draft", random_model(seed=1), "llama")
+    for options in (("--prompt-lookup",), ("--draft-model", other), ("--draft-model", other, "--num-draft-tokens", 2)):
+        code, out, err = generate(*command, *options)
+        assert (code, out) == (0, expected), err
+        assert ("guesses right; peak memory" in err) == ("--draft-model" in options)  # random text repeats nothing
+    for wrong, sentence in (
+        (("--prompt-lookup", "--draft-model", other), "give one of them"),
+        (("--num-draft-tokens", 3), "add one of them"),
+        (("--prompt-lookup", "--num-draft-tokens", 0), "num_draft_tokens is 0"),
+        (("--draft-model", "demo-openelm"), "must share the tokenizer"),
+    ):
+        code, out, err = generate(*command, *wrong)
+        assert (code, out) == (2, "")
+        assert sentence in err
+
+
 def test_json_for_machines(generate, folder):
     code, out, err = generate("--model", folder, "--prompt", "Hello", "--max-tokens", 4, "--json", "--logprobs", 2)
     answer = json.loads(out)

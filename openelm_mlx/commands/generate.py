@@ -13,6 +13,7 @@ from ..errors import PromptError, SettingError
 from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
 
 if TYPE_CHECKING:
+    from ..decoding.drafts import Drafts
     from ..decoding.prefix_cache import PrefixCache
     from ..generate import Chunk
     from ..models import Model
@@ -62,6 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take what was computed of prompts that begin alike from FILE if it is there, and keep this one's in it",
     )
 
+    guess = parser.add_argument_group("guessing ahead (the answer stays the same; off while it does not pay)")
+    guess.add_argument("--draft-model", metavar="SOURCE", help="a smaller model with the same tokenizer guesses")
+    guess.add_argument(
+        "--prompt-lookup", action="store_true", help="guess that what followed the same words follows again"
+    )
+    guess.add_argument(
+        "--num-draft-tokens", type=int, metavar="N", help="guess N tokens at once (default: 4, or 8 looked up)"
+    )
+
     form = parser.add_argument_group("form of the answer")
     form.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that follows the JSON Schema in FILE")
     form.add_argument("--regex", metavar="PATTERN", help="the whole answer matches this regular expression")
@@ -78,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print. Returns the exit code."""
+    check_draft_options(args)
     if args.logprobs is not None and not args.json:
         raise SettingError("--logprobs are shown with --json only: add it.")
     prompt = read_prompt(args)
@@ -89,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
     model, tokenizer = load(args.model, **load_options(args))
     cache = open_prompt_cache(args.prompt_cache, model)
+    draft = load_draft(args)
     chunks = stream_generate(
         model,
         tokenizer,
@@ -105,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         prefill_chunk=args.prefill_chunk,
         kv_bits=args.kv_bits,
         prefix_cache=cache,
+        draft=draft,
         **form,
     )
     exit_code = print_json(chunks, args) if args.json else print_text(chunks, args)
@@ -112,6 +125,30 @@ def run(args: argparse.Namespace) -> int:
         cast("Generator[Chunk, None, None]", chunks).close()  # an answer that was cut short is kept now
         cache.save(args.prompt_cache)
     return exit_code
+
+
+def check_draft_options(args: argparse.Namespace) -> None:
+    """Raise SettingError where the options for guessing do not go together."""
+    if args.draft_model is not None and args.prompt_lookup:
+        raise SettingError("--draft-model and --prompt-lookup both guess: give one of them.")
+    if args.num_draft_tokens is not None and args.draft_model is None and not args.prompt_lookup:
+        raise SettingError("--num-draft-tokens is for --draft-model or --prompt-lookup: add one of them.")
+
+
+def load_draft(args: argparse.Namespace) -> Drafts | None:
+    """What guesses the next tokens, if anything does."""
+    if args.draft_model is None and not args.prompt_lookup:
+        return None
+    from ..decoding.drafts import DraftModel, PromptLookup
+    from ..loading import load
+    from .progress import byte_bar
+
+    count = {} if args.num_draft_tokens is None else {"num_draft_tokens": args.num_draft_tokens}
+    if args.prompt_lookup:
+        return PromptLookup(**count)
+    progress = None if args.quiet else byte_bar(args.draft_model)
+    model, tokenizer = load(args.draft_model, dtype=args.dtype, progress=progress)
+    return DraftModel(model, tokenizer, **count)
 
 
 def open_prompt_cache(name: str | None, model: Model) -> PrefixCache | None:
@@ -192,9 +229,11 @@ def summary(last: Chunk | None, count: int, max_tokens: int) -> str:
     if last.finish_reason == "length" and s.completion_tokens < max_tokens:
         end += f": the context is full, so --max-tokens {max_tokens} was clipped"
     cached = f" ({s.cached_tokens} from the prompt cache)" if s.cached_tokens else ""
+    guessed = f"{s.accepted_tokens} of {s.drafted_tokens} guesses right; " if s.drafted_tokens else ""
     return (
         f"[{s.prompt_tokens} prompt tokens{cached}, {s.time_to_first_token:.2f} s to the first token; "
-        f"{s.completion_tokens} tokens at {s.decode_tps:.1f} tokens/s; peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; {end}]"
+        f"{s.completion_tokens} tokens at {s.decode_tps:.1f} tokens/s; {guessed}"
+        f"peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; {end}]"
     )
 
 

@@ -81,18 +81,31 @@ class Sampler:
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
         """The next token, a uint32 scalar, from its logits (V,). Lazy. allowed: (V,) of bool, what may be chosen."""
+        logits = self.processed(logits, allowed)
+        if self.params.temperature == 0.0:
+            token = mx.argmax(logits)
+        else:
+            token = mx.random.categorical(logits, key=self.next_key())
+        self.count(token)
+        return token
+
+    def processed(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
+        """The logits (V,) that the likeliest is taken of, or that are drawn from."""
         logits = self.adjusted(logits)
         if allowed is not None:
             # A finite floor: what a constraint allows can be chosen even if a bias of -inf forbids all of it.
             logits = mx.where(allowed, mx.maximum(logits, _LOWEST), -mx.inf)
-        if self.params.temperature == 0.0:
-            token = mx.argmax(logits)
-        else:
-            self._key, key = mx.random.split(self._key)
-            token = mx.random.categorical(self.filtered(logits), key=key)
+        return logits if self.params.temperature == 0.0 else self.filtered(logits)
+
+    def next_key(self) -> mx.array:
+        """A key for one draw."""
+        self._key, key = mx.random.split(self._key)
+        return key
+
+    def count(self, token: mx.array | int) -> None:
+        """Remember for the penalties that `token` was chosen."""
         if self._in_answer is not None:
             self._in_answer = self._in_answer.at[token].add(1.0)
-        return token
 
     @property
     def state(self) -> tuple[mx.array | None, ...]:

@@ -1,0 +1,220 @@
+"""Who guesses the next tokens: a smaller model, or the text itself, looked up.
+
+`DraftModel` and `PromptLookup` are what a caller gives; `begin` makes of it what guesses for one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+
+import mlx.core as mx
+
+from ..errors import SettingError
+from .prefill import reading_no_more_than_needed
+from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from ..models import Model
+    from ..text.tokenizer import Tokenizer
+
+_MOST_DRAFTS = 64
+_CHUNK = 512
+
+
+class Draft(NamedTuple):
+    """Guessed tokens (k,), and of each the probabilities (V,) that it was drawn from; None: it was certain."""
+
+    tokens: mx.array
+    probs: list[mx.array] | None = None
+
+
+class Guide(Protocol):
+    """What may be guessed: a constraint that is followed along the draft."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another token may follow."""
+
+    def allowed(self) -> mx.array | None:
+        """(V,) of bool: the tokens that may come next; None: any."""
+
+    def follow(self, token: mx.array | int) -> None:
+        """Go on by one guessed token."""
+
+
+class Guesser(Protocol):
+    """Guesses in one request."""
+
+    def guess(self, tokens: Sequence[int], count: int, sampler: Sampler, guide: Guide) -> Draft | None:
+        """Up to `count` tokens after `tokens`, the prompt and the answer so far; None when there is nothing to go by.
+
+        The sampler's penalties are those after the last of `tokens`; its state is put back by the caller.
+        """
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """Guess that what followed the same last words before, in the prompt or the answer, follows again.
+
+    ngram: how many tokens have to be the same; the latest place with the longest match counts, down to 2 tokens.
+    """
+
+    num_draft_tokens: int = 8
+    ngram: int = 3
+
+    def __post_init__(self) -> None:
+        _check("num_draft_tokens", self.num_draft_tokens, 1)
+        _check("ngram", self.ngram, 1)
+
+    def check(self, model: Model, tokenizer: Tokenizer | None) -> None:
+        """Nothing: every model can use it."""
+
+    def begin(self, model: Model) -> Guesser:
+        return _Lookup(self.ngram)
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """Guess with a smaller model of the same vocabulary. tokenizer: its own, to be compared with the large one's."""
+
+    model: Model
+    tokenizer: Tokenizer | None = None
+    num_draft_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        _check("num_draft_tokens", self.num_draft_tokens, 1)
+
+    def check(self, model: Model, tokenizer: Tokenizer | None) -> None:
+        """Raise SettingError when the two models do not mean the same by their tokens."""
+        sizes = [each.spec.usable_vocab_size for each in (self.model, model)]
+        if sizes[0] != sizes[1]:
+            raise SettingError(
+                f"The draft model has {sizes[0]:,} tokens and the model {sizes[1]:,}: a draft model must share the tokenizer."
+            )
+        if self.model is model:
+            raise SettingError("The draft model is the model itself: give a smaller one.")
+        if tokenizer is None or self.tokenizer is None or tokenizer is self.tokenizer:
+            return
+        sizes = [each.vocab_size for each in (self.tokenizer, tokenizer)]
+        other = next((t for t in range(min(sizes)) if _spelled(tokenizer, t) != _spelled(self.tokenizer, t)), None)
+        if sizes[0] != sizes[1] or other is not None:
+            where = f"token {other} differs" if other is not None else f"{sizes[0]:,} and {sizes[1]:,} tokens"
+            raise SettingError(
+                f"The draft model has another tokenizer than the model ({where}): a draft model must share the tokenizer."
+            )
+
+    def begin(self, model: Model) -> Guesser:
+        return _Drafter(self.model, model.spec.vocab_size, self.num_draft_tokens)
+
+
+Drafts = PromptLookup | DraftModel
+
+
+class _Lookup:
+    """`PromptLookup` in one request: for each n-gram, where it was followed by something last."""
+
+    def __init__(self, ngram: int) -> None:
+        self._lengths = range(ngram, min(ngram, 2) - 1, -1)
+        self._places: dict[tuple[int, ...], int] = {}
+        self._num_known = 0
+
+    def guess(self, tokens: Sequence[int], count: int, sampler: Sampler, guide: Guide) -> Draft | None:
+        for end in range(self._num_known, len(tokens)):
+            for length in self._lengths:
+                if end >= length:
+                    self._places[tuple(tokens[end - length : end])] = end
+        self._num_known = len(tokens)
+        for length in self._lengths:
+            place = self._places.get(tuple(tokens[-length:]))
+            if place is not None:
+                break
+        else:
+            return None
+        guesses: list[int] = []
+        while len(guesses) < count and guide.is_open:
+            # Past the end of what is known, the guess repeats itself.
+            at = place + len(guesses)
+            guesses.append(tokens[at] if at < len(tokens) else guesses[at - len(tokens)])
+            guide.follow(guesses[-1])
+        return Draft(mx.array(guesses, mx.uint32)) if guesses else None
+
+
+class _Drafter:
+    """`DraftModel` in one request. Its cache is brought to the text's state when it is asked the next time."""
+
+    def __init__(self, model: Model, vocab_size: int, num_draft_tokens: int) -> None:
+        self._model, self._vocab_size = model, vocab_size
+        # One token at a time is written: a ring must be able to take all of them back.
+        self._cache = model.make_cache(room=num_draft_tokens)
+        self._fed: list[int] = []
+        self._guessed: list[mx.array] = []
+        self._num_draft_tokens = num_draft_tokens
+
+    def guess(self, tokens: Sequence[int], count: int, sampler: Sampler, guide: Guide) -> Draft | None:
+        if len(tokens) + count > self._model.context_length:
+            return None
+        token = self._catch_up(tokens)
+        guesses: list[mx.array] = []
+        probs: list[mx.array] = []
+        while len(guesses) < count and guide.is_open:
+            logits = _of_size(self._model(token[None, None], cache=self._cache)[0, -1], self._vocab_size)
+            logits = sampler.processed(logits, guide.allowed())
+            if sampler.params.temperature == 0.0:
+                token = mx.argmax(logits)
+            else:
+                token = mx.random.categorical(logits, key=sampler.next_key())
+                probs.append(mx.softmax(logits))
+            sampler.count(token)
+            guesses.append(token)
+            guide.follow(token)
+        self._guessed = guesses[:-1]  # the last one is not in the cache
+        self._fed.append(tokens[-1])
+        return Draft(mx.stack(guesses), probs or None) if guesses else None
+
+    def _catch_up(self, tokens: Sequence[int]) -> mx.array:
+        """Take wrong guesses back and feed what is missing; the last token, which is to be fed next."""
+        self._fed += [cast(int, each.item()) for each in self._guessed]
+        self._guessed = []
+        shared = next(
+            (
+                i
+                for i in range(max(0, len(self._fed) - self._num_draft_tokens - 1), len(self._fed))
+                if i >= len(tokens) - 1 or self._fed[i] != tokens[i]
+            ),
+            len(self._fed),
+        )
+        for layer in self._cache:
+            layer.rewind(len(self._fed) - shared)
+        del self._fed[shared:]
+        missing = tokens[shared:-1]
+        for start in range(0, len(missing), _CHUNK):
+            chunk = mx.array(list(missing[start : start + _CHUNK]))[None]
+            with reading_no_more_than_needed(self._model):
+                self._model.run_layers(self._model.embed(chunk), self._cache)
+                mx.eval([layer.buffers for layer in self._cache])  # chunk by chunk, to bound what is in flight
+        self._fed += missing
+        return mx.array(tokens[-1], mx.uint32)
+
+
+def _of_size(logits: mx.array, vocab_size: int) -> mx.array:
+    """Logits (V,) with another padding at the end of the vocabulary."""
+    if logits.size >= vocab_size:
+        return logits[:vocab_size]
+    return mx.pad(logits, (0, vocab_size - logits.size), constant_values=-mx.inf)
+
+
+def _spelled(tokenizer: Tokenizer, token: int) -> bytes | None:
+    """The token's bytes, None where it has none."""
+    try:
+        return tokenizer.token_bytes(token)
+    except ValueError:
+        return None
+
+
+def _check(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MOST_DRAFTS:
+        raise SettingError(
+            f"{name} is {value!r}: it must be a whole number, at least {low} and at most {_MOST_DRAFTS}."
+        )

@@ -1,6 +1,5 @@
 """The browser over local files: what gpt-oss sees, what it can cite, and what it cannot reach."""
 
-import json
 import os
 
 import pytest
@@ -33,7 +32,7 @@ def browser(folder):
 
 def call(browser, name, **arguments):
     (tool,) = [tool for tool in browser.tools if tool.name == name]
-    return tool(json.dumps(arguments))
+    return tool(arguments)
 
 
 def test_the_tools_are_those_that_gpt_oss_knows(browser):
@@ -158,9 +157,10 @@ def test_links_and_cursors_that_do_not_exist_are_told(browser):
         call(browser, "open", id=0, cursor=7)
     with pytest.raises(ToolError, match="pattern"):
         call(browser, "find")
-    for arguments in ("[1]", "{", "3"):
+    for arguments in ("[1]", "{", "3", [1], None):
         with pytest.raises(ToolError):
             browser.tools[0](arguments)
+    assert browser.tools[1]('{"id": "apples.md"}').startswith("[1] apples.md")
     assert "No match" in call(browser, "find", pattern="zebra")
     assert "Nothing was found" in call(browser, "search", query="zebra")
     assert call(browser, "open", id="apples.md", unknown=1, view_source=True).startswith("[")

@@ -37,7 +37,7 @@ def test_its_tools_are_listed_and_called(server):
     add = tool(server, "add")
     assert (add.namespace, add.description) == ("functions", "Add two numbers.")
     assert set(add.parameters["properties"]) == {"a", "b"}
-    assert add('{"a": 2, "b": 40}') == "42"
+    assert add({"a": 2, "b": 40}) == add('{"a": 2, "b": 40}') == "42"
     assert tool(server, "greet_someone")('{"name": "Ada"}') == "Hi Ada 🐔"
     assert tool(server, "greet_someone")('{"name": "Ada", "polite": true}') == "Good day, Ada."
 

@@ -59,6 +59,7 @@ def test_the_tool_takes_json_or_the_bare_patch(folder):
     text = wrap("*** Add File: x", "+1")
     assert tool(json.dumps({"patch": text})) == "A x"
     assert tool(text.replace("File: x", "File: y")) == "A y"
+    assert tool({"patch": text.replace("File: x", "File: z")}) == "A z"
     for arguments in ("[]", "{", '{"patch": 3}', '{"text": ""}', "3"):
         with pytest.raises(ToolError):
             tool(arguments)

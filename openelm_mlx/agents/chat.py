@@ -118,6 +118,7 @@ class Chat:
         if self.tokenizer is None:
             raise TokenizerError(no_tokenizer(self.model.spec))
         self.tool_set = ToolSet(self.tools)
+        self._tool_schemas = self.tool_set.schemas
         self.is_harmony = self.tokenizer.chat_template == HARMONY
         if not self.is_harmony and self.tool_set:
             raise SettingError(
@@ -329,6 +330,8 @@ class _Turn:
             self.ended_by = "length"
             return
         options = {"sampling": chat.sampling, **chat.options}
+        if chat.is_harmony and chat._tool_schemas:
+            options["tool_schemas"] = chat._tool_schemas  # so that calls always parse
         for chunk in stream_generate(chat.model, chat.tokenizer, prompt, max_tokens=room, **options):
             self.num_tokens += 1
             if chunk.finish_reason is not None:

@@ -6,7 +6,6 @@ here are local files and nothing else; what the three tools are called and take 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any, final
 
 from ..errors import ToolError
 from ..text.schema import BROWSER
+from .tool import arguments_of
 
 LINE_WIDTH = 80
 VIEW_TOKENS = 1024
@@ -51,14 +51,9 @@ class BrowserTool:
         self.name, self.description, self.parameters = name, definition.description, definition.parameters
         self._call = call
 
-    def __call__(self, arguments: str) -> str:
-        """Call it with JSON; returns the display. Raises ToolError with what is wrong with the arguments."""
-        try:
-            values = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise ToolError(f"The arguments of browser.{self.name} are not JSON: {error}.") from None
-        if not isinstance(values, dict):
-            raise ToolError(f"The arguments of browser.{self.name} are a {type(values).__name__}: give an object.")
+    def __call__(self, arguments: Any) -> str:
+        """Call it with a dictionary, or JSON; returns the display. Raises ToolError if something is wrong with them."""
+        values = arguments_of(arguments, f"browser.{self.name}")
         assert self.parameters is not None
         known: Mapping[str, Any] = self.parameters["properties"]
         return self._call(**{key: value for key, value in values.items() if key in known})

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TextIO, TypeVar, cast, final
 
 from ..errors import ToolError
+from .tool import arguments_of
 
 if TYPE_CHECKING:
     from mcp import Client
@@ -40,15 +41,9 @@ class McpTool:
         self.description, self.parameters = description, parameters
         self._server, self._name = server, name
 
-    def __call__(self, arguments: str) -> str:
-        """The tool's result as text. Raises ToolError if it failed, or the arguments are no JSON object."""
-        try:
-            values = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise ToolError(f"The arguments of {self.name} are not JSON: {error}.") from None
-        if not isinstance(values, dict):
-            raise ToolError(f"The arguments of {self.name} are a {type(values).__name__}: give an object.")
-        return self._server.call(self._name, values)
+    def __call__(self, arguments: Any) -> str:
+        """The tool's result as text. arguments: a dictionary, or JSON. Raises ToolError if that is not so, or it failed."""
+        return self._server.call(self._name, arguments_of(arguments, self.name))
 
 
 @final

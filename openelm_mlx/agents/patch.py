@@ -7,7 +7,6 @@ fails half-way, what was written is put back. Errors are sentences for the model
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, final
 
 from ..errors import ToolError
+from .tool import arguments_of
 
 _LARGEST_FILE = 4 << 20
 
@@ -75,20 +75,15 @@ class PatchTool:
         patch = {"type": "string", "description": "The patch."}
         return {"type": "object", "properties": {"patch": patch}, "required": ["patch"], "additionalProperties": False}
 
-    def __call__(self, arguments: str) -> str:
-        """Apply the patch in `arguments`, JSON; returns a line for each changed file."""
+    def __call__(self, arguments: Any) -> str:
+        """Apply the patch in `arguments`, a dictionary or JSON; returns a line for each changed file."""
         return "\n".join(apply_patch(_patch_text(arguments), self.folder))
 
 
-def _patch_text(arguments: str) -> str:
-    if arguments.lstrip().startswith(_BEGIN):
+def _patch_text(arguments: Any) -> str:
+    if isinstance(arguments, str) and arguments.lstrip().startswith(_BEGIN):
         return arguments  # the bare patch, which models send too
-    try:
-        patch = json.loads(arguments)["patch"]
-    except (ValueError, KeyError, TypeError):
-        raise ToolError(
-            'apply_patch takes {"patch": "*** Begin Patch\\n..."}, and these arguments are not that.'
-        ) from None
+    patch = arguments_of(arguments, PatchTool.name).get("patch")
     if not isinstance(patch, str):
         raise ToolError(f"The patch is a {type(patch).__name__}, not text.")
     return patch

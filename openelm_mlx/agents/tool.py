@@ -7,11 +7,13 @@ that gpt-oss was trained with, and any other word for a server's tools.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, get_type_hints
 
+from ..decoding.grammar import can_be_followed
 from ..errors import ToolError, UserError
 from ..text import schema
 from ..text.conversation import CHANNELS, resolve_recipient
@@ -154,6 +156,18 @@ def result_text(value: Any) -> str:
         raise TypeError(f"the result is a {type(value).__name__}, which JSON cannot say") from error
 
 
+def arguments_of(arguments: Any, name: str) -> dict[str, Any]:
+    """The arguments of a call as a dictionary, from that or from the JSON that a model wrote. ToolError if they are not."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise ToolError(f"The arguments of {name} are not JSON: {error}.") from None
+    if not isinstance(arguments, Mapping):
+        raise ToolError(f"The arguments of {name} are a {type(arguments).__name__}: give an object.")
+    return dict(arguments)
+
+
 class ToolSet:
     """A set of tools: how they are shown to the model, and which one a call means.
 
@@ -193,6 +207,15 @@ class ToolSet:
     def names(self) -> list[str]:
         """What the tools are called as, in the order in which they were given."""
         return list(self._tools)
+
+    @property
+    def schemas(self) -> dict[str, Mapping[str, Any]]:
+        """The schemas that calls can be held to while they are written, by full name.
+
+        A server's schema may say more than the engine can follow; such calls are only checked when they are complete.
+        """
+        schemas = {name: tool.parameters for name, tool in self._tools.items()}
+        return {name: each for name, each in schemas.items() if each is not None and can_be_followed(each)}
 
     def find(self, recipient: str) -> tuple[str, Tool] | None:
         """The tool that a call's recipient means, and its full name; None when there is none."""

@@ -218,8 +218,8 @@ class HarmonyConstraint:
         self._harmony, self._engine, self._answer, self._calls = harmony, engine, answer, calls
         self._places = [_Place()]  # the last one is the present; one is added a token, so that tokens can be taken back
         self._max_tokens = max_tokens
-        for each in (*calls.values(), *(() if answer is None else (answer,))):
-            check_room(Span(engine.matcher(each), ()), max_tokens)
+        if answer is not None:
+            check_room(Span(engine.matcher(answer), ()), max_tokens)
         everything = np.packbits(np.ones(engine.vocab_size, bool), bitorder="little")
         self._any = np.zeros((engine.vocab_size + 31) // 32, np.uint32)
         self._any.view(np.uint8)[: everything.size] = everything

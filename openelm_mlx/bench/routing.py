@@ -106,13 +106,23 @@ class Replay(NamedTuple):
 
 
 def replay(
-    trace: Trace, num_slots: int, policy: PolicyFactory = LeastRecentlyUsed, layers_at_once: int | None = None
+    trace: Trace,
+    num_slots: int,
+    policy: PolicyFactory = LeastRecentlyUsed,
+    layers_at_once: int | None = None,
+    read_back_cost: float | None = None,
+    warm_up: int = 0,
 ) -> Replay:
-    """The hits and misses of `num_slots` slots a layer, as the engine would count them."""
+    """The hits and misses of `num_slots` slots a layer, as the engine would count them.
+
+    layers_at_once, read_back_cost: see `Pace`. warm_up: so many passes at the beginning fill the slots and are not counted.
+    """
     tables = [SlotTable(num_slots, policy) for _ in range(trace.num_layers)]
     counts: Counter[str] = Counter()
-    pace = Pace(layers_at_once)
-    for each in trace.passes:
+    pace = Pace(layers_at_once, read_back_cost)
+    for number, each in enumerate(trace.passes):
+        if number == warm_up:
+            counts.clear()
         if len(each) == 1:
             _replay_step(each[0], tables, pace, counts)
         else:
@@ -125,16 +135,17 @@ def _replay_step(chosen: np.ndarray, tables: Sequence[SlotTable], pace: Pace, co
     """One token as `StreamedStep` computes it. chosen (layers, k)"""
     start, served = 0, -1
     while start < len(tables):
-        stop = pace.stop(start, len(tables))
-        counts["read_backs"] += 1
+        first, stop = pace.next(start, served, len(tables))
+        counts["read_backs"] += stop > first
+        is_plain = first == start and stop == start + 1
         missing = None
-        for layer in range(max(start, served + 1), stop):
+        for layer in range(first, stop):
             wanted = list(dict.fromkeys(chosen[layer].tolist()))
             num_missing = _serve(wanted, tables[layer])
             counts["misses"] += num_missing
             counts["hits"] += len(wanted) - num_missing
             pace.saw(num_missing > 0)
-            if num_missing:
+            if num_missing and not is_plain:
                 missing = layer
                 break
         if missing is None:

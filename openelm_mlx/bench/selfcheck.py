@@ -135,6 +135,24 @@ def check_views() -> str:
     return "a write through a NumPy view is seen by the next kernel"
 
 
+def check_streamed_experts() -> str:
+    """With some experts in memory the logits are those with all of them, bit for bit, by every kernel of this backend."""
+    known, _ = load("demo-gpt-oss")
+    prompt = [each % 4000 for each in range(0, 97 * 160, 97)]
+    seen = []
+    for slots in (4, 7, 12):
+        model, _ = load("demo-gpt-oss", expert_slots=slots)
+        for length in (1, 20, 160):  # few routes, sorted ones, and enough for tiles
+            rows = [prefill(each, prompt[:length], each.make_cache(), 512) for each in (known, model)]
+            if not mx.array_equal(*rows):
+                difference = mx.abs(rows[0] - rows[1]).max().item()
+                raise CheckFailed(
+                    f"with {slots} of 16 experts, {length} tokens: logits differ by up to {difference:.2g}"
+                )
+        seen.append(f"{slots} slots ({model.residency.writes})")
+    return f"bit-identical with {', '.join(seen)}"
+
+
 def check_wired_limit(module: Any = mx) -> str:
     """The wired limit can be set to something harmless and comes back as it was. Metal only."""
     if not module.metal.is_available():
@@ -155,6 +173,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "half precision": check_finite_half_precision,
     "the demos' answers": check_answers,
     "NumPy views": check_views,
+    "streamed experts": check_streamed_experts,
     "wired limit": check_wired_limit,
 }
 

@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KINDS",
         help="view, copy, or both: how bytes come into slots (default: view)",
     )
+    parser.add_argument(
+        "--at-once",
+        default="1,adapts",
+        metavar="KINDS",
+        help="layers to run before the router's choices are read back: numbers, or adapts (default: 1,adapts)",
+    )
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="tokens to measure (default: 16)")
     parser.add_argument("--warm-up", type=int, default=16, metavar="N", help="tokens before them (default: 16)")
     parser.add_argument(
@@ -79,6 +85,7 @@ def measure(args: argparse.Namespace, source: str | Path, found: dict[str, list[
         routings=tuple(args.routing.split(",")),
         caches=tuple(args.cache.split(",")),
         writes=tuple(args.writes.split(",")),
+        strides=tuple(None if each == "adapts" else int(each) for each in args.at_once.split(",")),
         num_tokens=args.tokens,
         warm_up_tokens=args.warm_up,
         prefill_tokens=args.prefill,

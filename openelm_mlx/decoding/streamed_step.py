@@ -3,8 +3,9 @@
 The plain way asks the host at every layer: the router's choice is read back, what is missing is fetched, the experts are
 computed. Here several layers run with the slots that the device looks up itself, and then all their choices are read back
 at once. If every chosen expert was resident, everything was exact. Else the first layer with a missing one gets it and
-runs again from the input that was kept, and what the layers behind it computed is thrown away: a result is used only when
-every choice before it is known to have been served, and it comes from the same kernels on the same shapes.
+runs again from the input that was kept, and what the layers behind it computed is thrown
+away: a result is used only when every choice before it is known to have been served, and it comes from the same kernels on
+the same shapes. Run again, a layer chooses the same experts, which stay: no slot of it changes before the next token.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import numpy as np
 
 from ..memory.residency import Residency
 from ..models.cache import Cache
+from ..models.precision import runs_on_cpu
 
 if TYPE_CHECKING:
     from ..models import Model
     from ..models.gpt_oss import GptOss
 
 # What a read-back costs, in layers computed for nothing. On an H200 about one (0.29 ms; a layer of gpt-oss-20b takes
-# 0.25 ms); reported for an M4 0.2 to 0.35 ms, a sixth of a layer's time there.
+# 0.25 ms); reported for an M4 are 0.2 to 0.35 ms, a sixth of a layer's time there. On the CPU it is nearly free.
 READ_BACK_COST = 0.5
+READ_BACK_COST_ON_CPU = 0.02
 # How fast the measured rate of misses forgets, a layer.
 FORGETTING = 0.98
 
@@ -32,7 +35,7 @@ class StreamedStep:
     """`Step` for a model with a `residency`.
 
     layers_at_once: run so many layers before the host looks; None adapts to how often something is missing, 1 is the
-    plain form.
+    form that looks at every layer.
     """
 
     runs_ahead = False
@@ -54,15 +57,17 @@ class StreamedStep:
             return logits
 
     def _run_layers(self, h: mx.array) -> mx.array:
-        banks = self.residency.banks
-        start, num_layers = 0, len(banks)
+        start, num_layers = 0, len(self.residency.layers)
         served = -1  # layers up to here have had their experts counted and fetched
         while start < num_layers:
-            stop = self._pace.stop(start, num_layers)
+            first, stop = self._pace.next(start, served, num_layers)
+            if stop == start + 1 and first == start:
+                h, start, served = self._one_layer(start, h), stop, start
+                continue
             inputs: list[mx.array] = []
             with self.residency.unseen_choices() as choices:
                 after = self.model.run_layers(h, self.cache, start, stop, inputs=inputs)
-            missing = self._first_missing(start, choices, served)
+            missing = self._first_missing(start, choices, served) if stop > first else None
             if missing is None:
                 h, start, served = after, stop, max(served, stop - 1)
                 continue
@@ -71,6 +76,14 @@ class StreamedStep:
                 layer.rewind(1)
             self.replayed_layers += stop - 1 - missing
             h, start, served = inputs[missing - start], missing, missing
+        return h
+
+    def _one_layer(self, layer: int, h: mx.array) -> mx.array:
+        """The plain way: nothing is computed for nothing, and the layer waits for its own choice."""
+        statistics = self.residency.banks[layer].statistics
+        before = statistics.misses
+        h = self.model.run_layers(h, self.cache, layer, layer + 1)
+        self._pace.saw(statistics.misses > before)
         return h
 
     def _first_missing(self, start: int, choices: list[mx.array], served: int) -> int | None:
@@ -97,15 +110,26 @@ class StreamedStep:
 
 
 class Pace:
-    """How many layers to run before the host looks: always `layers_at_once`, or by how often something was missing."""
+    """How many layers to run before the host looks: always `layers_at_once`, or by how often something was missing.
 
-    def __init__(self, layers_at_once: int | None = None) -> None:
+    read_back_cost: in layers; None takes what holds for the backend.
+    """
+
+    def __init__(self, layers_at_once: int | None = None, read_back_cost: float | None = None) -> None:
         self._layers_at_once = layers_at_once
+        self._cost = read_back_cost or (READ_BACK_COST_ON_CPU if runs_on_cpu() else READ_BACK_COST)
         self._miss_rate = 0.5
 
-    def stop(self, start: int, num_layers: int) -> int:
-        """The layer before which to look next."""
-        return min(num_layers, start + (self._layers_at_once or best_stride(self._miss_rate, READ_BACK_COST)))
+    def next(self, start: int, served: int, num_layers: int) -> tuple[int, int]:
+        """(first, stop): to run layers start ... stop - 1 next, and to look at those from `first` on.
+
+        served: the last layer whose experts are there for certain; it runs again, with the layers behind it.
+        """
+        first = max(start, served + 1)
+        stride = self._layers_at_once or best_stride(self._miss_rate, self._cost)
+        if stride == 1 and first > start:
+            return first, first
+        return first, min(num_layers, first + stride)
 
     def saw(self, is_missing: bool) -> None:
         """A layer lacked an expert, or did not."""

@@ -155,6 +155,24 @@ def test_the_library_s_own_layout_can_be_read_in_place(folders, residents, tmp_p
     assert mx.array_equal(logits_of(model, 16, steps=2), logits_of(residents[32], 16, steps=2))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_with_speculation_and_with_prefix_reuse(folders, temperature):
+    """Drafts are verified several at a time through blocks of experts, and rejected ones taken back."""
+    sampling = om.SamplingParams(temperature=temperature, seed=3)
+    prompt = PROMPT[:12] * 4
+    answers = []
+    for options in ({}, {"expert_slots": 5}):
+        model, _ = om.load(folders[32], dtype="float32", **options)
+        drafted = list(stream_generate(model, None, prompt, max_tokens=40, sampling=sampling, draft=om.PromptLookup()))
+        cache = om.PrefixCache()
+        first = tokens_of(stream_generate(model, None, prompt, max_tokens=12, sampling=sampling, prefix_cache=cache))
+        longer = [*prompt, *first, 5, 6, 7]
+        again = list(stream_generate(model, None, longer, max_tokens=20, sampling=sampling, prefix_cache=cache))
+        assert again[-1].statistics.cached_tokens > 20
+        answers.append((tokens_of(drafted), first, tokens_of(again)))
+    assert answers[0] == answers[1]
+
+
 # --- one kernel path --------------------------------------------------------------------------------------------------
 
 

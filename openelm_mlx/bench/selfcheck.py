@@ -140,12 +140,12 @@ def check_streamed_experts() -> str:
     known, _ = load("demo-gpt-oss")
     prompt = [each % 4000 for each in range(0, 97 * 160, 97)]
     seen = []
-    for slots in (4, 7, 12):
+    for slots in (4, 12):
         model, _ = load("demo-gpt-oss", expert_slots=slots)
         for length in (1, 20, 160):  # few routes, sorted ones, and enough for tiles
-            rows = [prefill(each, prompt[:length], each.make_cache(), 512) for each in (known, model)]
-            if not mx.array_equal(*rows):
-                difference = mx.abs(rows[0] - rows[1]).max().item()
+            a, b = (prefill(each, prompt[:length], each.make_cache(), 512) for each in (known, model))
+            if not mx.array_equal(a, b):
+                difference = mx.abs(a - b).max().item()
                 raise CheckFailed(
                     f"with {slots} of 16 experts, {length} tokens: logits differ by up to {difference:.2g}"
                 )

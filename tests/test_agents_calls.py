@@ -25,7 +25,7 @@ def test_the_demo_calls_python_in_the_sandbox(demo):
     with Toolbox("python") as box:
         events = list(Chat(*demo, tools=box.tools, max_tokens=300).stream("What is 4321 + 1234?"))
     results = [event.text for event in events if isinstance(event, chats.ToolResult)]
-    assert results == ["5555\n"]
+    assert results == ["5555"]
     assert "5555" in "".join(event.text for event in events if isinstance(event, chats.Answer))
 
 

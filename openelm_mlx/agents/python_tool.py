@@ -64,7 +64,10 @@ class PythonTool:
         output, has_ended = self._session.run(arguments)
         if has_ended:
             self.restart()
-        return output or "(The script wrote nothing. Its last expression, or what it prints, is what you see.)"
+        return (
+            output.removesuffix("\n")
+            or "(The script wrote nothing. Its last expression, or what it prints, is what you see.)"
+        )
 
     def interrupt(self) -> None:
         """Stop the script that is running, if one is; for another thread to call."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import mlx.core as mx
 
 from .decoding.budget import Budget, check_room, chunk_of_plan, keeping_to_plan
+from .decoding.compiled_step import make_step
 from .decoding.constraint import HarmonyConstraint, PlainConstraint, TokenConstraint
 from .decoding.drafts import Drafts
 from .decoding.grammar import AnswerFormat, answer_format, engine_of
@@ -188,6 +189,8 @@ def _choices(
         source = Speculative(model, step, sampler, request.prompt_tokens, guesser, num_drafts, num_logprobs, constraint)
         clock.speculation = source.gain.counts
         return source.choices(logits, max_tokens)
+    if model.residency is None:
+        step = make_step(model, step.cache)
     if constraint is not None:
         return constrained(step, sampler, logits, max_tokens, constraint, num_logprobs)
     return one_by_one(step, sampler, logits, max_tokens, num_logprobs)

@@ -1,0 +1,125 @@
+"""The compiled step against the plain one: the same logits, for both families, wherever a cache can stand."""
+
+import mlx.core as mx
+import pytest
+from conftest import FIXTURES, load_fixture, random_model
+
+import openelm_mlx as om
+from openelm_mlx.decoding import compiled_step
+from openelm_mlx.decoding.compiled_step import BUCKET, CompiledStep, can_compile, make_step
+from openelm_mlx.decoding.prefill import prefill
+from openelm_mlx.decoding.step import PlainStep
+from openelm_mlx.models.cache import make_cache
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {
+        "openelm": random_model(context_length=2048),
+        "gpt-oss": load_fixture(FIXTURES / "gpt_oss_tiny"),
+        "odd": load_fixture(FIXTURES / "gpt_oss_odd"),
+    }
+
+
+def prompt_of(model, length: int) -> list[int]:
+    return [(7 * i + 3) % min(200, model.spec.vocab_size) for i in range(length)]
+
+
+def decode(model, cls, prompt, num_tokens, cache=None, **options):
+    """Greedy tokens and the logits of every step."""
+    cache = model.make_cache() if cache is None else cache
+    logits = prefill(model, prompt, cache, 64)
+    step = cls(model, cache, **options)
+    tokens, seen = [], []
+    for _ in range(num_tokens):
+        token = mx.argmax(logits)
+        logits = step(token)
+        tokens.append(token)
+        seen.append(logits)
+    mx.eval(tokens, seen)
+    return [token.item() for token in tokens], mx.stack(seen), cache
+
+
+# The windows of the fixtures are 16 and 8. Compiling takes seconds on a CPU: two lengths say the same.
+CASES = [
+    (name, length, compiled)
+    for name in ("openelm", "gpt-oss", "odd")
+    for length, compiled in [(3, False), (15, False), (16, False), (17, False), (40, False), (15, True), (17, True)]
+]
+
+
+@pytest.mark.parametrize(("name", "length", "compiled"), CASES)
+def test_equals_the_plain_step_across_the_window(models, name, length, compiled):
+    model = models[name]
+    prompt = prompt_of(model, length)
+    expected, plain, cache = decode(model, PlainStep, prompt, 12)
+    tokens, logits, ours = decode(model, CompiledStep, prompt, 12, compile=compiled)
+    assert tokens == expected
+    assert mx.abs(logits - plain).max().item() < 1e-5
+    for layer, other in zip(ours, cache, strict=True):
+        assert (layer.offset, layer.nbytes) == (other.offset, other.nbytes)
+
+
+@pytest.mark.parametrize("name", ["openelm", "gpt-oss"])
+def test_across_a_bucket_and_the_growth_of_the_buffers(models, name):
+    model = models[name]
+    prompt = prompt_of(model, BUCKET - 6)
+    expected, plain, _ = decode(model, PlainStep, prompt, 20)
+    tokens, logits, _ = decode(model, CompiledStep, prompt, 20, compile=False)
+    assert tokens == expected
+    assert mx.abs(logits - plain).max().item() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["openelm", "gpt-oss"])
+def test_a_cache_may_be_rewound_and_used_otherwise_in_between(models, name):
+    model = models[name]
+    prompt = prompt_of(model, 30)
+    cache = make_cache(model.spec, room=4)
+    prefill(model, prompt, cache, 64)
+    step = CompiledStep(model, cache, compile=False)
+    for token in (5, 6, 7):
+        mx.eval(step(mx.array(token)))
+    for layer in cache:
+        layer.rewind(2)
+    model(mx.array([[9]]), cache=cache)  # somebody else's token
+    ours = step(mx.array(11))
+    reference = model(mx.array([[*prompt, 5, 9, 11]]))[0, -1]
+    assert mx.abs(ours - reference).max().item() < 2e-5
+
+
+def test_graphs_are_traced_once_for_a_bucket(models, monkeypatch):
+    model = models["gpt-oss"]
+    made = []
+    original = compiled_step._step_function
+    monkeypatch.setattr(compiled_step, "_step_function", lambda *a: made.append(1) or original(*a))
+    model.__dict__.pop("_traced_steps", None)
+    prompt = prompt_of(model, 20)
+    decode(model, CompiledStep, prompt, 30, compile=False)
+    decode(model, CompiledStep, prompt, 30, compile=False)
+    assert len(made) == 1
+
+
+def test_what_cannot_be_compiled_gets_the_plain_step(models, monkeypatch):
+    model = models["openelm"]
+    monkeypatch.setattr(compiled_step, "runs_on_cpu", lambda: False)
+    empty = model.make_cache()
+    assert isinstance(make_step(model, empty), PlainStep)
+    padded = model.make_cache(left_padding=[2])
+    prefill(model, prompt_of(model, 5), padded, 64)
+    assert not can_compile(padded)
+    quantized = model.make_cache(kv_bits=8) if model.spec.layers[0].head_dim % 32 == 0 else None
+    assert quantized is None or not can_compile(quantized)
+    usual = model.make_cache()
+    prefill(model, prompt_of(model, 5), usual, 64)
+    assert isinstance(make_step(model, usual), CompiledStep)
+    monkeypatch.setattr(compiled_step, "runs_on_cpu", lambda: True)
+    assert isinstance(make_step(model, usual), PlainStep)
+
+
+@pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])
+def test_the_demos_say_the_same(source, monkeypatch):
+    model, tokenizer = om.load(source)
+    question = "What is a piano?"
+    expected = [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=60)]
+    monkeypatch.setattr("openelm_mlx.generate.make_step", lambda m, c: CompiledStep(m, c, compile=False))
+    assert [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=60)] == expected

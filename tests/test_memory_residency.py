@@ -528,22 +528,23 @@ def test_a_slow_thread_is_waited_for_when_another_fails(own_copy, answer, monkey
     monkeypatch.setattr(records, "INLINE_BYTES", 0)
     model = streamed(own_copy, 6, embedding_on_disk=False)
     [file] = model.residency.files
-    count, first, gate, finished = itertools.count(), [], threading.Event(), []
+    count, other_started, gate, started, finished = itertools.count(), threading.Event(), threading.Event(), [], []
 
     def read_into(fd, buffer, offset):
         if next(count) == 0:
-            first.append(offset)
-            gate.wait(5)
-            got = preadv_into(fd, buffer, offset)
-            finished.append(offset)
-            return got
-        threading.Timer(0.1, gate.set).start()
-        raise OSError(errno.EIO, "Input/output error")
+            other_started.wait(5)
+            threading.Timer(0.2, gate.set).start()
+            raise OSError(errno.EIO, "Input/output error")
+        started.append(offset)
+        other_started.set()
+        gate.wait(5)
+        finished.append(offset)
+        return preadv_into(fd, buffer, offset)
 
     file.read_into = read_into
     with pytest.raises(CheckpointError):
         model(mx.array([[1]]))
-    assert first == finished
+    assert len(started) == len(finished) > 0
     file.read_into = preadv_into
     assert tokens_of(stream_generate(model, None, PROMPT, max_tokens=30)) == answer
 
@@ -584,6 +585,17 @@ def test_other_bytes_of_the_same_size_are_noticed(own_copy, answer, during):
     seen, message = broken_off(model, change_during_a_read if during else change, 3)
     assert seen == answer[: len(seen)]
     assert "has changed" in message
+
+
+def test_a_file_that_changes_during_its_only_read(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(100))
+
+    def read_into(fd, buffer, offset):
+        (tmp_path / "file").write_bytes(bytes(101))
+        return preadv_into(fd, buffer, offset)
+
+    with pytest.raises(CheckpointError, match=r"101 bytes now, 100 then"):
+        RecordFile(tmp_path / "file", read_into).read(memoryview(bytearray(50)), 0)
 
 
 def test_a_file_replaced_by_another_goes_on_from_the_one_that_was_opened(own_copy, answer):

@@ -140,6 +140,18 @@ def test_other_ways_to_fill_slots(folders, residents, options):
     assert mx.array_equal(logits_of(model, 16), logits_of(residents[32], 16))
 
 
+def test_rows_are_padded_alike_in_memory_and_in_slots(folders, residents, monkeypatch):
+    """Where whole tiles pay: other rows would be another kernel."""
+    monkeypatch.setattr(om.loading, "rows_in_a_tile", lambda: 128)
+    monkeypatch.setattr(residency, "rows_in_a_tile", lambda: 128)
+    known, model = om.load(folders[32], dtype="float32")[0], streamed(folders[32], 6)
+    assert known.layers[0].mlp.experts.down_proj.weight.shape[1] == 128
+    assert model.layers[0].mlp.experts.experts.down_proj.weight.shape[1] == 128
+    expected = logits_of(residents[32], 16)
+    assert mx.array_equal(logits_of(known, 16), expected)
+    assert mx.array_equal(logits_of(model, 16), expected)
+
+
 @pytest.mark.parametrize("dense_bits", [None, 8])
 def test_an_embedding_on_disk_gives_the_same_rows(folders, dense_bits):
     known, _ = om.load(folders[32], dtype="float32", dense_bits=dense_bits)

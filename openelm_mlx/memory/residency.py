@@ -44,7 +44,7 @@ from ..checkpoint.quantize import Quantization
 from ..checkpoint.reader import Checkpoint, SafetensorsCheckpoint, TensorEntry
 from ..errors import CheckpointError, SettingError
 from ..models.gpt_oss import GptOss
-from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, QuantizedExpertLinear, uses_tiles
+from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, QuantizedExpertLinear, rows_in_a_tile, uses_tiles
 from ..specs import ModelSpec
 from .records import Record, RecordFile, RecordReader
 from .slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
@@ -512,8 +512,8 @@ class Streaming:
     of its own and `embedding_on_disk` allows it, the embedding. Raises CheckpointError when the checkpoint has its
     experts in a form that cannot be read in place.
 
-    policy, writes: see `SlotTable` and `chosen_writes`. padded_down_rows: rows of the down slots, where whole tiles are
-    faster; as many as an expert has when it is None.
+    policy, writes: see `SlotTable` and `chosen_writes`. padded_down_rows: rows of the down slots; as many as those of a
+    resident model's matrices when it is None, so that both go through the same kernel.
     """
 
     def __init__(
@@ -584,9 +584,9 @@ class Streaming:
         num_experts, rows = entry.shape[:2]
         nbytes = entry.nbytes // num_experts
         dtype = mx.uint32 if name.endswith(".weight") else mx.uint8
-        padded = self._padded_down_rows if ".down_proj." in name else None
+        padded = (self._padded_down_rows or rows + -rows % rows_in_a_tile()) if ".down_proj." in name else rows
         stored = Stored(name, files[entry.file], entry.start, nbytes)
-        return Part(stored, (padded or rows, nbytes // rows // dtype.size), dtype, self._num_slots, writes)
+        return Part(stored, (padded, nbytes // rows // dtype.size), dtype, self._num_slots, writes)
 
 
 def _expert_entries(contents: Contents, checkpoint: Checkpoint) -> dict[str, TensorEntry]:

@@ -19,7 +19,7 @@ from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .memory.residency import Streaming, checked_slots
 from .models import build_model
-from .models.moe import rows_in_a_tile
+from .models.moe import Experts, rows_in_a_tile
 from .specs import ModelSpec, checked_kv_bits, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
 from .text.tokenizer import Tokenizer, load_tokenizer
@@ -162,9 +162,6 @@ def load_model(
             parts = {f"{module}.{name}": each for name, each in packings[module].quantize(array).items()}
         else:
             parts = {parameter.name: array}
-        if rows_in_a_tile() > 1 and ".experts.down_proj." in parameter.name:
-            _evaluate([*parts.values()], checkpoint)  # what cannot be read is to be said here
-            parts = pad_expert_rows(parts)
         weights += parts.items()
         pending += parts.values()
         pending_bytes += max(array.nbytes, sum(each.nbytes for each in parts.values()))
@@ -176,8 +173,20 @@ def load_model(
     if streaming is not None:
         weights = streaming.attach(cast("GptOss", model), weights, packings, dtype)
     model.load_weights(weights)
+    del weights, pending
+    if streaming is None and rows_in_a_tile() > 1 and contents.spec.layers[0].num_experts:
+        _pad_experts(cast("GptOss", model))
     model.eval()
     return model
+
+
+def _pad_experts(model: GptOss) -> None:
+    """`pad_expert_rows` of a model in memory, a matrix at a time."""
+    for layer in model.layers:
+        down = cast(Experts, layer.mlp.experts).down_proj
+        names = {f".experts.down_proj.{part}": part for part in ("weight", "scales", "biases") if part in down}
+        for name, part in names.items():
+            down[part] = pad_expert_rows({name: down[part]})[name]
 
 
 def pad_expert_rows(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -25,6 +25,7 @@ _PUBLIC = {
     "DraftModel": "decoding.drafts",
     "PrefixCache": "decoding.prefix_cache",
     "convert": "conversion",
+    "plan": "planning",
     "Chat": "agents.chat",
     "UserError": "errors",
 }
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .generate import generate as generate
     from .generate import stream_generate as stream_generate
     from .loading import load as load
+    from .planning import plan as plan
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,10 @@ from mlx import nn
 from .checkpoint import hub
 from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.quantize import Quantization, quantization_of
-from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
+from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
+from .memory.machine import this_machine
+from .memory.plan import Weights, Wish, make_plan, parse_memory
 from .memory.residency import Streaming, checked_slots
 from .models import build_model
 from .models.moe import Experts, rows_in_a_tile
@@ -88,6 +90,7 @@ def load(
     dense_bits: int | None = None,
     kv_bits: int | None = None,
     expert_slots: int | None = None,
+    memory_limit: int | str | None = None,
     tokenizer: Source | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
@@ -102,11 +105,13 @@ def load(
     kv_bits: 8 halves the memory of keys and values in the layers that keep them all; 16 leaves them as they are, which
     is the default. expert_slots: keep only so many of each layer's experts in memory and read the others from the
     checkpoint's files when they are chosen, with the same answers bit for bit (memory/residency.py); the embedding stays
-    on disk too where the head has a matrix of its own. tokenizer: a file, folder or repository; without it the search is:
-    the source itself, then Llama tokenizers in the Hugging Face cache; when there is none, the second result is None and
-    prompts must be token ids. chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else what conversion
-    stored, else what the source's name says. progress: called with (bytes here, bytes in all) while something is
-    downloaded.
+    on disk too where the head has a matrix of its own. memory_limit: bytes or "10GB", for MLX's memory, its buffer cache
+    and the process's own together; experts that do not fit stay on disk by themselves, and what fits not even so is
+    refused before a tensor is read. None: what the machine has. `model.plan` says what was planned. tokenizer:
+    a file, folder or repository; without it the search is: the source itself, then Llama tokenizers in the Hugging Face
+    cache; when there is none, the second result is None and prompts must be token ids. chat_template: "openelm-instruct",
+    "plain", or gpt-oss's "harmony"; else what conversion stored, else what the source's name says. progress: called with
+    (bytes here, bytes in all) while something is downloaded.
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
@@ -119,8 +124,22 @@ def load(
         checked_slots(spec, expert_slots)
     checkpoint = open_checkpoint(path)
     contents = understand(checkpoint, config, spec)
-    streaming = None if expert_slots is None else Streaming(contents, checkpoint, expert_slots)
-    model = load_model(contents, checkpoint, wanted_type, dense_packing(dense_bits), streaming)
+    wish = Wish(
+        memory_limit=parse_memory(memory_limit),
+        context_length=None if context_length is None else checked_context_length(context_length, spec),
+        kv_bits=checked_kv_bits(spec, kv_bits),
+        dense_bits=dense_bits,
+        expert_slots=expert_slots,
+    )
+    dense = dense_packing(dense_bits)
+    weights, itemsize = memory_weights(contents, wanted_type, dense, folder=path if path.is_dir() else path.parent)
+    plan = make_plan(str(source), spec, weights, this_machine(), wish, itemsize)
+    if not plan.fits:
+        raise plan.refusal()
+    slots = plan.expert_slots
+    streaming = None if slots is None else Streaming(contents, checkpoint, slots)
+    model = load_model(contents, checkpoint, wanted_type, dense, streaming)
+    model.plan = plan
     model.context_length = checked_context_length(context_length, spec)
     model.kv_bits = kv_bits
     found = find_tokenizer(path, spec, tokenizer, progress)
@@ -205,6 +224,55 @@ def pad_expert_rows(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return padded
 
 
+def memory_weights(
+    contents: Contents,
+    dtype: mx.Dtype | None = None,
+    dense: Quantization | None = None,
+    on_cpu: bool | None = None,
+    folder: Path | None = None,
+) -> tuple[Weights, int]:
+    """The bytes of a checkpoint's parameters as `load_model` will have them, and those of a number it computes with.
+
+    on_cpu: whether MLX's CPU backend will compute; as on this machine when it is None. folder: where a tokenizer may be.
+    """
+    spec = contents.spec
+    packings = {**contents.quantized, **dense_packings(contents, dense)}
+    if dtype is None:
+        plain = _plain_bytes(contents, packings)
+        dtype = default_dtype(spec, _stored_type(contents), packings.keys(), plain, on_cpu)
+    sizes: Counter[str] = Counter()
+    for parameter in contents.parameters.values():
+        module = _module(parameter)
+        kind = "experts" if ".experts." in module and not parameter.name.endswith(".bias") else module
+        if module in packings and module not in contents.quantized and parameter.name == f"{module}.weight":
+            parts = packings[module].parts(parameter.shape, "F16").values()
+            sizes[kind] += sum(
+                math.prod(shape) * (4 if type_name == "U32" else 1 if type_name == "U8" else dtype.size)
+                for type_name, shape in parts
+            )
+            continue
+        itemsize = 4 if spec.keeps_float32(parameter.name) else dtype.size
+        sizes[kind] += math.prod(parameter.shape) * (
+            itemsize if parameter.dtype in FLOAT_TYPES else ITEM_SIZES[parameter.dtype]
+        )
+    layer, experts = spec.layers[0], sizes.pop("experts", 0)
+    can_stream = bool(experts) and contents.layout in ("openai-hf", "openai-original", "openelm-mlx")
+    can_stream &= all(module in contents.quantized for module in _expert_modules(contents))
+    tokenizer = next((folder / name for name in TOKENIZER_FILES if folder and (folder / name).is_file()), None)
+    weights = Weights(
+        dense=sum(sizes.values()),
+        slot=experts // max(1, layer.num_experts),
+        embedding=0 if spec.tied_head or not can_stream else sizes["model.embed_tokens"],
+        can_stream=can_stream,
+        tokenizer=0 if tokenizer is None else tokenizer.stat().st_size,
+    )
+    return weights, dtype.size
+
+
+def _expert_modules(contents: Contents) -> set[str]:
+    return {_module(each) for each in contents.parameters.values() if ".experts." in each.name}
+
+
 def dense_packing(bits: int | None) -> Quantization | None:
     """What `dense_bits` asks for. Raises SettingError for bits that MLX does not have."""
     if bits is None:
@@ -229,16 +297,24 @@ def dense_packings(contents: Contents, dense: Quantization | None) -> dict[str, 
     return found
 
 
-def default_dtype(spec: ModelSpec, stored: mx.Dtype, packed: Collection[str] = (), plain_bytes: int = 0) -> mx.Dtype:
+def default_dtype(
+    spec: ModelSpec,
+    stored: mx.Dtype,
+    packed: Collection[str] = (),
+    plain_bytes: int = 0,
+    on_cpu: bool | None = None,
+) -> mx.Dtype:
     """The type to compute in when none was asked for: the stored one, with two exceptions.
 
     OpenELM-3B is never read as float16: Apple's MLX README says that it needs bfloat16's range. And on MLX's CPU backend a
     model with packed modules computes in float32, because the 16-bit quantized kernels there are some eight times slower
     (docs/LOG.md), unless only gpt-oss's experts are packed, which compute in float32 anyway, and the rest is large.
 
-    packed: the modules that are. plain_bytes: of the parameters that are not, in 16 bits.
+    packed: the modules that are. plain_bytes: of the parameters that are not, in 16 bits. on_cpu: whether MLX's CPU
+    backend will compute; as on this machine when it is None.
     """
-    if packed and mx.default_device() == mx.Device(mx.cpu):
+    on_cpu = mx.default_device() == mx.Device(mx.cpu) if on_cpu is None else on_cpu
+    if packed and on_cpu:
         only_experts = all(".experts." in module for module in packed)
         return stored if only_experts and plain_bytes > LARGEST_WIDENED_BYTES else mx.float32
     return mx.bfloat16 if spec.size == "3B" and stored == mx.float16 else stored

@@ -22,6 +22,7 @@ from ..errors import PlatformError, UserError
 COMMANDS = {
     "generate": "generate",
     "chat": "chat",
+    "plan": "plan",
     "convert": "convert",
     "info": "info",
     "bench": "bench",

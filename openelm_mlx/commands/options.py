@@ -36,6 +36,11 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="keep N of each layer's experts in memory and read the others from disk when they are chosen",
     )
+    group.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="keep to so much memory, for example 8GB; experts that do not fit stay on disk (default: what there is)",
+    )
     group.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
     group.add_argument(
         "--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)"
@@ -51,6 +56,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "dense_bits": args.dense_bits,
         "expert_slots": args.expert_slots,
+        "memory_limit": args.memory_limit,
         "tokenizer": args.tokenizer,
         "chat_template": args.chat_template,
         "revision": args.revision,

@@ -2,17 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import MemoryLimitError, SettingError
+from ..specs import ModelSpec, kv_places
+from .machine import Machine, wired_limit_advice
+
+# The interpreter, MLX and the library; a tokenizer takes some five times its file (measured on Linux, docs/memory.md).
+PROCESS_BYTES = 110_000_000
+TOKENIZER_FACTOR = 5
+# Freed buffers that MLX keeps for the next pass, on GPUs; its CPU backend keeps 32 MiB.
+CACHE_LIMIT_BYTES = 256 * 2**20
+CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
+DEFAULT_CHUNK = 512
+# A context that nobody asked for is not paid for in advance beyond this.
+USUAL_CONTEXT = 8192
+# What part of bandwidth and arithmetic MLX is assumed to reach: decode of gpt-oss-20b was reported at 38 to 55 % of the
+# bandwidth on M1 to M5 chips. Not measured here.
+DECODE_EFFICIENCY = 0.45
+PREFILL_EFFICIENCY = 0.35
+# What a layer costs a token however small it is: launches. An assumption too, without which tiny models look absurd.
+SECONDS_A_LAYER = 50e-6
+# What the system's file cache and macOS keep when experts are read through it and nobody set a limit.
+LEFT_TO_FILES = 6_000_000_000
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The bytes of a model's parameters as they will be in memory.
+
+    dense: all but the experts' packed matrices. slot: one expert in every layer. embedding: of `dense`, what may stay on
+    disk while experts do. can_stream: whether experts can be read from the files as they are. tokenizer: of its file.
+    """
+
+    dense: int
+    slot: int = 0
+    embedding: int = 0
+    can_stream: bool = False
+    tokenizer: int = 0
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted of a plan; None leaves it to the plan."""
+
+    memory_limit: int | None = None
+    context_length: int | None = None
+    batch_size: int = 1
+    prefill_chunk: int | None = None
+    kv_bits: int | None = None
+    dense_bits: int | None = None
+    expert_slots: int | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that makes a model fit which does not, and what it costs."""
+
+    setting: str
+    cost: str
+    total_bytes: int
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """What a model will take on a machine, and the settings to run it with. All sizes in bytes.
 
-    total_bytes: what MLX's peak should be; process_bytes: the whole process's; budget_bytes: what may be used. kv_bits:
-    None, or 8 on the full-attention layers. expert_slots: None when every expert is in memory, else how many a layer.
-    dense_bits: None, or the bits that dense parts are quantized to as they are read. decode_tps, prefill_tps: predicted
-    tokens a second, None where the machine's bandwidth is not known.
+    total_bytes: what MLX's peak should be; process_bytes: the whole process's; budget_bytes: what MLX may use of what was
+    allowed (the rest is the process's own and MLX's buffer cache). max_context_length: the longest that fits with these
+    settings. kv_bits: None, or 8 on the full-attention layers. expert_slots: None when every expert is in memory, else
+    how many a layer. dense_bits: None, or the bits that dense parts are quantized to as they are read. decode_tps,
+    prefill_tps: predicted tokens a second, None where the machine's rates are not known. changes: what would make it fit,
+    where it does not. least_bytes: the smallest memory limit that any settings can keep.
     """
 
     source: str
@@ -34,3 +98,255 @@ class MemoryPlan:
     cache_limit_bytes: int = 0
     prefill_tps: float | None = None
     decode_tps: float | None = None
+    memory_limit: int = 0
+    machine: Machine | None = None
+    changes: tuple[Change, ...] = ()
+    least_bytes: int = 0
+    advice: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan for machines."""
+        return {
+            **vars(self),
+            "machine": None if self.machine is None else vars(self.machine),
+            "changes": [vars(change) for change in self.changes],
+        }
+
+    def refusal(self) -> MemoryLimitError:
+        """The error for a plan that does not fit: the arithmetic, and what would."""
+        options = "; ".join(f"{change.setting} ({change.cost})" for change in self.changes)
+        what = (
+            f"It would fit with {options}."
+            if options
+            else f"It needs a memory limit of at least {size(self.least_bytes)}."
+        )
+        return MemoryLimitError(
+            f"{self.source} does not fit: {self.arithmetic()} are {size(self.process_bytes)}, and "
+            f"{size(self.memory_limit)} are allowed. {what}" + (f" Or: {self.advice}" if self.advice else "")
+        )
+
+    def arithmetic(self) -> str:
+        """The sum as a phrase."""
+        return (
+            f"weights {size(self.weights_bytes)}, keys and values of {self.context_length:,} tokens "
+            f"{size(self.kv_cache_bytes)}, computing {size(self.scratch_bytes)}, the process and MLX's buffer cache "
+            f"{size(self.process_bytes - self.total_bytes)}"
+        )
+
+
+def make_plan(
+    source: str, spec: ModelSpec, weights: Weights, machine: Machine, wish: Wish, itemsize: int = 2
+) -> MemoryPlan:
+    """The plan for a model on a machine.
+
+    itemsize: bytes of a number that the model computes with. What the wish leaves open is chosen: the context (the
+    model's own, at most 8,192 unless more was asked for), the chunk (512, smaller where memory is short), and, when the
+    weights do not fit whole and can be read in place, how many experts stay in memory. Nothing that was asked for is
+    changed: a plan that cannot keep to it does not fit.
+    """
+    planner = _Planner(source, spec, weights, machine, wish, itemsize)
+    plan = planner.best()
+    return plan if plan.fits else replace(plan, changes=tuple(planner.changes(plan)), advice=planner.advice(plan))
+
+
+class _Planner:
+    def __init__(
+        self, source: str, spec: ModelSpec, weights: Weights, machine: Machine, wish: Wish, itemsize: int
+    ) -> None:
+        self.source, self.spec, self.weights, self.machine = source, spec, weights, machine
+        self.wish, self.itemsize = wish, itemsize
+        self.limit = machine.available_bytes if wish.memory_limit is None else wish.memory_limit
+        self.is_gpu = machine.backend != "cpu"
+        self.cache_limit = CACHE_LIMIT_BYTES if self.is_gpu else 32 * 2**20
+        self.overhead = PROCESS_BYTES + TOKENIZER_FACTOR * weights.tokenizer + self.cache_limit
+        layer = spec.layers[0]
+        self.num_experts, self.per_token = layer.num_experts, layer.experts_per_token
+
+    def best(self) -> MemoryPlan:
+        """The first plan that fits, from the one that costs nothing on; the last one when none does."""
+        wish = self.wish
+        context = wish.context_length or min(self.spec.context_length, USUAL_CONTEXT)
+        chunks = [wish.prefill_chunk] if wish.prefill_chunk else [each for each in CHUNKS if each <= DEFAULT_CHUNK]
+        slots_to_try: list[int | None] = [wish.expert_slots]
+        if wish.expert_slots is None and self.weights.can_stream and self.weights.slot:
+            slots_to_try = [None, self._most_slots(context, chunks[-1])]
+        for slots in slots_to_try:
+            for chunk in chunks:
+                plan = self.plan(context, chunk, slots)
+                if plan.fits:
+                    return plan
+        return plan
+
+    def _most_slots(self, context: int, chunk: int) -> int:
+        """How many experts a layer fit beside everything else, at least those of one token."""
+        limit = self.limit
+        if self.wish.memory_limit is None:
+            limit = min(limit, max(limit // 2, self.machine.memory_bytes - LEFT_TO_FILES))
+        room = limit - self.plan(context, chunk, 0, with_limits=False).process_bytes
+        return min(self.num_experts - 1, max(self.per_token, room // max(1, self.weights.slot)))
+
+    def plan(
+        self, context: int, chunk: int, slots: int | None, kv_bits: int | None = None, with_limits: bool = True
+    ) -> MemoryPlan:
+        kv_bits = self.wish.kv_bits if kv_bits is None else kv_bits
+        kv = kv_cache_bytes(self.spec, context, self.itemsize, self.wish.batch_size, kv_bits)
+        scratch = scratch_bytes(
+            self.spec, chunk, context, self.itemsize, self.wish.batch_size, self.machine.backend, kv_bits
+        )
+        weights = self.weights_bytes(slots)
+        total = weights + kv + scratch
+        process = total + self.overhead
+        plan = MemoryPlan(
+            source=self.source, fits=process <= self.limit, weights_bytes=weights, kv_cache_bytes=kv, scratch_bytes=scratch,
+            total_bytes=total, process_bytes=process, budget_bytes=max(0, self.limit - self.overhead),
+            context_length=context, max_context_length=0, batch_size=self.wish.batch_size, prefill_chunk=chunk,
+            kv_bits=kv_bits, expert_slots=slots, dense_bits=self.wish.dense_bits,
+            wired_limit_bytes=total if self.is_gpu else 0, cache_limit_bytes=self.cache_limit if self.is_gpu else 0,
+            memory_limit=self.limit, machine=self.machine,
+        )  # fmt: skip
+        if not with_limits:
+            return plan
+        prefill, decode = self.rates(plan)
+        return replace(
+            plan,
+            max_context_length=self._longest(plan),
+            least_bytes=self._least(),
+            prefill_tps=prefill,
+            decode_tps=decode,
+        )
+
+    def weights_bytes(self, slots: int | None) -> int:
+        if slots is None:
+            return self.weights.dense + self.num_experts * self.weights.slot
+        return self.weights.dense - self.weights.embedding + slots * self.weights.slot
+
+    def _longest(self, plan: MemoryPlan) -> int:
+        low, high = 0, self.spec.context_length + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.plan(middle, plan.prefill_chunk, plan.expert_slots, plan.kv_bits, with_limits=False).fits
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    def _least(self) -> int:
+        slots = self.per_token if self.weights.can_stream and self.weights.slot else None
+        return self.plan(min(self.spec.context_length, 256), CHUNKS[-1], slots, with_limits=False).process_bytes
+
+    def rates(self, plan: MemoryPlan) -> tuple[float | None, float | None]:
+        """(prefill, decode) tokens a second: operations over arithmetic, bytes of a token over bandwidth."""
+        m = self.machine
+        active = self.weights.dense - self.weights.embedding + self.per_token * self.weights.slot
+        # Half of the context, on the average, has to be read for a token.
+        token_bytes = active + kv_cache_bytes(self.spec, plan.context_length // 2, self.itemsize, 1, plan.kv_bits)
+        launches = SECONDS_A_LAYER * len(self.spec.layers)
+        seconds = None if m.bandwidth is None else token_bytes / (m.bandwidth * DECODE_EFFICIENCY) + launches
+        if seconds is not None and plan.expert_slots is not None:
+            seconds = (
+                None if m.ssd_bandwidth is None else seconds + self._missed_bytes(plan.expert_slots) / m.ssd_bandwidth
+            )
+        prefill = None if m.flops is None else m.flops * PREFILL_EFFICIENCY / (2 * self.spec.num_active_parameters())
+        return prefill, None if seconds is None else 1 / seconds
+
+    def _missed_bytes(self, slots: int) -> float:
+        """Expert bytes a token reads from disk, every expert being equally likely: more than a real model's routing."""
+        return self.per_token * self.weights.slot * (1 - slots / self.num_experts)
+
+    def changes(self, plan: MemoryPlan) -> Iterator[Change]:
+        """What would make it fit: each alone, the cheapest first."""
+        wish = self.wish
+        if wish.prefill_chunk is not None and wish.prefill_chunk > CHUNKS[-1]:
+            for chunk in (each for each in CHUNKS if each < wish.prefill_chunk):
+                other = self.plan(plan.context_length, chunk, plan.expert_slots, with_limits=False)
+                if other.fits:
+                    yield Change(f"prefill_chunk={chunk}", "a slower prompt", other.total_bytes)
+                    break
+        if plan.kv_bits is None and all(layer.head_dim % 32 == 0 for layer in self.spec.layers):
+            other = self.plan(plan.context_length, plan.prefill_chunk, plan.expert_slots, 8, with_limits=False)
+            if other.fits:
+                yield Change("kv_bits=8", "keys and values are rounded to 8 bits", other.total_bytes)
+        longest = plan.max_context_length
+        if longest >= 256:
+            other = self.plan(longest, plan.prefill_chunk, plan.expert_slots, with_limits=False)
+            yield Change(
+                f"context_length={longest}", f"at most {longest:,} tokens of prompt and answer", other.total_bytes
+            )
+        if plan.dense_bits is None:
+            saved = int(self.weights.dense * (1 - 8.5 / (8 * self.itemsize)))
+            if plan.process_bytes - saved <= self.limit:
+                yield Change("dense_bits=8", "dense matrices are rounded to 8 bits", plan.total_bytes - saved)
+        if wish.expert_slots is not None and wish.expert_slots > self.per_token:
+            slots = self._most_slots(plan.context_length, plan.prefill_chunk)
+            other = self.plan(plan.context_length, plan.prefill_chunk, slots, with_limits=False)
+            if other.fits:
+                yield Change(f"expert_slots={slots}", "more experts are read from disk", other.total_bytes)
+
+    def advice(self, plan: MemoryPlan) -> str | None:
+        return wired_limit_advice(self.machine, plan.process_bytes) if self.wish.memory_limit is None else None
+
+
+def kv_cache_bytes(
+    spec: ModelSpec, num_tokens: int, itemsize: int, batch_size: int = 1, kv_bits: int | None = None
+) -> int:
+    """Bytes allocated for keys and values once `num_tokens` are cached: places in steps, rings whole."""
+    places = kv_places(num_tokens, spec.context_length)
+    return batch_size * sum(
+        layer.kv_bytes_per_token(itemsize) * layer.window
+        if layer.window is not None
+        else layer.kv_bytes_per_token(itemsize, kv_bits) * places
+        for layer in spec.layers
+    )
+
+
+def scratch_bytes(
+    spec: ModelSpec, chunk: int, context: int, itemsize: int, batch_size: int, backend: str, kv_bits: int | None = None
+) -> int:
+    """Bytes that a pass over a chunk of a prompt, or over one token, takes beside weights and cache: the larger of both.
+
+    The CPU backend computes attention, routed experts and rotations in float32 and keeps the scores of a whole chunk; its
+    figures are measured (docs/memory.md). Those of GPUs follow from the shapes: the fused attention keeps no scores.
+    """
+    wide = 4 if backend == "cpu" else itemsize
+    largest = 0
+    for layer in spec.layers:
+        heads, kv_heads = layer.num_heads, layer.num_kv_heads
+        keys = context if layer.window is None else min(context, layer.window + chunk)
+        qkv = chunk * (heads + 2 * kv_heads) * layer.head_dim
+        attention = qkv * (itemsize + 2 * wide) + 2 * keys * kv_heads * layer.head_dim * wide
+        if backend == "cpu" or kv_bits is not None:
+            seen = keys if layer.window is None or 2 * layer.window > chunk else 2 * layer.window
+            attention += 2 * heads * chunk * seen * 4
+        if layer.num_experts:
+            routes = chunk * layer.experts_per_token
+            feed_forward = routes * (2 * spec.hidden_size + 4 * layer.intermediate_size) * wide
+        else:
+            feed_forward = 3 * chunk * layer.intermediate_size * itemsize
+        largest = max(largest, attention, feed_forward)
+    residual = 4 * chunk * spec.hidden_size * max(itemsize, 4 if spec.layers[0].num_experts else itemsize)
+    logits = 3 * spec.vocab_size * 4
+    # A full layer's buffers are there twice for a moment while they grow.
+    grown = max((layer.kv_bytes_per_token(itemsize) for layer in spec.layers if layer.window is None), default=0)
+    return batch_size * (max(largest + residual, logits) + grown * kv_places(context, spec.context_length) // 2)
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_memory(value: int | str | None) -> int | None:
+    """Bytes from a number or text such as "10GB", "1.5 GiB", "800MB". Raises SettingError for anything else."""
+    if value is None:
+        return None
+    number: float | None = None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = float(value)
+    elif isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        unit = None if match is None else _UNITS.get(match[2].lower())
+        number = None if match is None or unit is None else float(match[1]) * unit
+    if number is None or not 0 < number < 2**63:
+        raise SettingError(f'memory_limit is {value!r}: give bytes above 0, or text such as "10GB" or "1.5GiB".')
+    return int(number)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people: 12.71 GB, 3.1 MB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

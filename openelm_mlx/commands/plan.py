@@ -1,0 +1,175 @@
+"""`python -m openelm_mlx plan`: whether a model fits, with which settings, how long a context, how fast; nothing is read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DestinationError, SettingError
+
+if TYPE_CHECKING:
+    from ..memory.plan import MemoryPlan
+
+HELP = "say whether a model fits into a machine's memory, before anything of it is read"
+CHART_TYPES = (".png", ".svg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("source", nargs="*", default=["demo-openelm"], help="demos, folders, files or repositories")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository")
+    parser.add_argument("--mac", metavar="NAME", help='another machine, for example "M4 Pro 24GB" (default: this one)')
+    parser.add_argument("--all-macs", action="store_true", help="a table of every Mac that is known")
+    parser.add_argument("--chart", metavar="FILE", help="draw models against Macs into a .png or .svg file")
+    parser.add_argument("--memory-limit", metavar="SIZE", help="for example 8GB (default: what the machine has)")
+    parser.add_argument(
+        "--context-length", type=int, metavar="N", help="tokens of prompt and answer (default: 8,192 at most)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help="prompt tokens in flight at once (default: chosen)"
+    )
+    parser.add_argument(
+        "--kv-bits", type=int, metavar="N", help="8: keys and values of full-attention layers in 8 bits"
+    )
+    parser.add_argument("--dense-bits", type=int, metavar="N", help="8: quantize dense matrices while they are read")
+    parser.add_argument(
+        "--expert-slots", type=int, metavar="N", help="experts of each layer in memory (default: chosen)"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan and print. Returns 0 when everything fits, else 1."""
+    if args.chart is not None and Path(args.chart).suffix not in CHART_TYPES:
+        raise SettingError(f"--chart {args.chart}: the name must end in {' or '.join(CHART_TYPES)}.")
+    from ..memory.machine import macs
+    from ..planning import plan
+
+    options: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in (
+            "memory_limit", "context_length", "batch_size", "prefill_chunk", "kv_bits", "dense_bits", "expert_slots", "dtype",
+            "revision",
+        )
+    }  # fmt: skip
+    if args.all_macs or args.chart is not None:
+        plans = [[plan(source, machine=machine, **options) for machine in macs()] for source in args.source]
+        if args.chart is not None:
+            draw(plans, Path(args.chart))
+        if args.json:
+            print(json.dumps([each.as_dict() for row in plans for each in row]))
+        elif args.all_macs:
+            print_table(plans)
+        return 0
+    plans_here = [plan(source, mac=args.mac, **options) for source in args.source]
+    if args.json:
+        dicts = [each.as_dict() for each in plans_here]
+        print(json.dumps(dicts[0] if len(dicts) == 1 else dicts))
+    else:
+        print("\n\n".join("\n".join(text(each)) for each in plans_here))
+    return 0 if all(each.fits for each in plans_here) else 1
+
+
+def text(plan: MemoryPlan) -> list[str]:
+    """A plan for people: the verdict, the arithmetic, the settings, what else would do."""
+    from ..memory.plan import DECODE_EFFICIENCY, PREFILL_EFFICIENCY, size
+
+    machine = plan.machine
+    assert machine is not None
+    verdict = "fits" if plan.fits else "does not fit"
+    if plan.fits and plan.expert_slots is not None:
+        verdict = f"fits with {plan.expert_slots} of each layer's experts in memory and the others read from disk"
+    lines = [
+        f"{plan.source} on {machine.name}: {verdict}",
+        f"  memory            {size(machine.memory_bytes)}, of which a model may use {size(machine.available_bytes)}; "
+        f"allowed here: {size(plan.memory_limit)}",
+        f"  weights           {size(plan.weights_bytes)}",
+        f"  keys and values   {size(plan.kv_cache_bytes)} for {plan.context_length:,} tokens"
+        + (f", {plan.kv_bits} bits on full layers" if plan.kv_bits else ""),
+        f"  computing         {size(plan.scratch_bytes)} for {plan.prefill_chunk} prompt tokens at once",
+        f"  process           {size(plan.process_bytes - plan.total_bytes)} with MLX's buffer cache",
+        f"  together          {size(plan.process_bytes)}",
+        f"  longest context   {plan.max_context_length:,} tokens with these settings",
+    ]
+    if plan.decode_tps is not None:
+        lines.append(
+            f"  predicted         {plan.decode_tps:.1f} tokens/s decode (assuming {DECODE_EFFICIENCY:.0%} of the bandwidth and "
+            "50 us a layer)"
+            + (
+                ""
+                if plan.prefill_tps is None
+                else f", {plan.prefill_tps:,.0f} prefill (assuming {PREFILL_EFFICIENCY:.0%})"
+            )
+        )
+    if machine.backend == "metal":
+        lines.append("  (what Metal needs for computing follows from shapes; it has not been measured on a Mac yet)")
+    lines += [
+        f"  would fit         {change.setting}: {size(change.total_bytes)}; {change.cost}" for change in plan.changes
+    ]
+    if not plan.fits:
+        lines.append(f"  least             a memory limit of {size(plan.least_bytes)}")
+    if plan.advice is not None:
+        lines.append(f"  or                {plan.advice}")
+    return [*lines, *(f"  note              {note}" for note in machine.notes)]
+
+
+def print_table(plans: Sequence[Sequence[MemoryPlan]]) -> None:
+    """Macs down, models across."""
+    from ..memory.plan import size
+
+    width = max(24, *(len(row[0].source) + 2 for row in plans))
+    print(f"{'Mac':14}{'usable':>10}  " + "".join(f"{row[0].source:{width}}" for row in plans))
+    for column in zip(*plans, strict=True):
+        machine = column[0].machine
+        assert machine is not None
+        estimated = "~" if machine.notes else " "
+        cells = "".join(f"{cell(each):{width}}" for each in column)
+        print(f"{machine.name:14}{estimated}{size(machine.available_bytes):>9}  {cells}")
+    print("~: the working set is estimated. Rates are predicted, not measured; - is not known.")
+
+
+def cell(plan: MemoryPlan) -> str:
+    """One plan in a few characters: "fits, 47 tok/s", "14 experts, 6 tok/s", "no"."""
+    if not plan.fits:
+        return "no"
+    rate = "-" if plan.decode_tps is None else f"{plan.decode_tps:.0f}"
+    return f"{'fits' if plan.expert_slots is None else f'{plan.expert_slots} experts'}, {rate} tok/s"
+
+
+def draw(plans: Sequence[Sequence[MemoryPlan]], file: Path) -> None:
+    """Models against Macs: green fits whole, yellow with experts on disk, red not at all; the number is tokens/s."""
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise SettingError("A chart needs matplotlib: pip install 'openelm_mlx[chart]'.") from error
+    colours = {0: "#d9534f", 1: "#f0c75e", 2: "#7fb77e"}
+    columns = [row[0].source for row in plans]
+    rows = [str(each.machine.name) for each in plans[0] if each.machine is not None]
+    figure, axes = plt.subplots(figsize=(2.5 + 2.0 * len(columns), 1.2 + 0.24 * len(rows)))
+    for x, row in enumerate(plans):
+        for y, each in enumerate(row):
+            kind = 0 if not each.fits else 2 if each.expert_slots is None else 1
+            axes.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=colours[kind], edgecolor="white"))
+            rate = "" if not each.fits else "?" if each.decode_tps is None else f"{each.decode_tps:.0f}"
+            axes.text(x + 0.5, y + 0.5, rate, ha="center", va="center", fontsize=8)
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, fontsize=8)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize=7)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.set_xlabel("green: fits; yellow: with experts on disk; red: does not. Numbers: predicted tokens/s", fontsize=7)
+    figure.tight_layout()
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise DestinationError(f"The chart cannot be written to {file}: {error.strerror}.") from error
+    finally:
+        plt.close(figure)

@@ -1,0 +1,223 @@
+"""What a machine has for a model: memory, what others use of it, bandwidth, arithmetic; this one, or any Mac by name.
+
+Figures of Macs: working sets as reported from `device_info` dumps and logs of llama.cpp on recent macOS, bandwidth and
+cores as Apple publishes them, arithmetic from huggingface.js `hardware.ts`. None of them was measured here; what is not
+known is None, and what is estimated says so in `notes`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import SettingError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that a model may run on. Sizes in bytes, rates in bytes and operations a second; None: not known.
+
+    working_set_bytes: what the GPU may use at once (`max_recommended_working_set_size`); all memory on other backends.
+    used_bytes: what other programs use now. backend: "metal", "cuda" or "cpu".
+    """
+
+    name: str
+    backend: str
+    memory_bytes: int
+    working_set_bytes: int
+    used_bytes: int = 0
+    bandwidth: float | None = None
+    flops: float | None = None
+    ssd_bandwidth: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def available_bytes(self) -> int:
+        """What a model may use: the working set, or less where other programs have more than the rest."""
+        return max(0, min(self.working_set_bytes, self.memory_bytes - self.used_bytes))
+
+
+@dataclass(frozen=True)
+class Chip:
+    """An Apple chip: GB/s of memory, TFLOPS of the GPU, GB/s of the SSD, and the memories (GB) it comes with."""
+
+    bandwidth: float
+    teraflops: float
+    memories: tuple[int, ...]
+    ssd: float | None = None
+
+
+CHIPS: dict[str, Chip] = {
+    "M1": Chip(68, 2.6, (8, 16), 2.9), "M1 Pro": Chip(200, 5.2, (16, 32), 5.8), "M1 Max": Chip(400, 10.4, (32, 64), 5.8),
+    "M1 Ultra": Chip(800, 21, (64, 128)),
+    "M2": Chip(100, 3.6, (8, 16, 24)), "M2 Pro": Chip(200, 6.8, (16, 32), 5.4), "M2 Max": Chip(400, 13.5, (32, 64, 96), 5.3),
+    "M2 Ultra": Chip(800, 27.2, (64, 128, 192)),
+    "M3": Chip(100, 4.1, (8, 16, 24)), "M3 Pro": Chip(150, 7.4, (18, 36)),
+    "M3 Max": Chip(400, 14.2, (36, 48, 64, 96, 128), 5.5),
+    "M3 Ultra": Chip(819, 28.4, (96, 256, 512)),
+    "M4": Chip(120, 4.6, (16, 24, 32)), "M4 Pro": Chip(273, 9.2, (24, 48)), "M4 Max": Chip(546, 18.4, (36, 48, 64, 128), 7.3),
+    "M5": Chip(153, 5.7, (16, 24, 32), 5.5), "M5 Pro": Chip(307, 11.4, (24, 48, 64), 12.8),
+    "M5 Max": Chip(614, 22.8, (36, 48, 64, 128), 13.6),
+}  # fmt: skip
+
+# Max chips with the smaller GPU have a narrower bus; Apple pairs it with these memories.
+_NARROW = {("M3 Max", 36): 300.0, ("M3 Max", 96): 300.0, ("M4 Max", 36): 410.0, ("M5 Max", 36): 460.0}
+
+# Reported `max_recommended_working_set_size` on recent macOS, by GB of memory.
+WORKING_SETS = {
+    16: 12_713_120_000, 24: 19_069_670_000, 32: 26_800_600_000, 36: 30_150_672_384, 48: 40_200_896_512,
+    64: 55_662_788_608, 128: 115_448_730_000, 256: 223_338_299_392,
+}  # fmt: skip
+
+
+def working_set_of(memory_gb: int) -> tuple[int, bool]:
+    """The working set of a Mac with so many GB, and whether it was reported (else: estimated from its neighbours)."""
+    if memory_gb in WORKING_SETS:
+        return WORKING_SETS[memory_gb], True
+    fraction = 2 / 3 if memory_gb <= 8 else 0.74 if memory_gb <= 24 else 0.78 if memory_gb <= 48 else 0.81
+    return int(memory_gb * GIB * fraction), False
+
+
+def macs() -> Iterator[Machine]:
+    """Every Mac of the table."""
+    for name, chip in CHIPS.items():
+        for memory in chip.memories:
+            yield _mac(name, memory)
+
+
+def find_mac(name: str) -> Machine:
+    """The Mac of that name, such as "M4 Pro 24GB" (or "m4pro-24"). Raises SettingError with the nearest names."""
+    squeezed = re.sub(r"[^a-z0-9]", "", name.lower().replace("apple", "").replace("macbook", ""))
+    for machine in macs():
+        known = re.sub(r"[^a-z0-9]", "", machine.name.lower())
+        if squeezed in (known, known.removesuffix("gb")):
+            return machine
+    names = [machine.name for machine in macs()]
+    near = (
+        difflib.get_close_matches(name.upper().replace("PRO", "Pro").replace("MAX", "Max"), names, 4, 0.4) or names[:4]
+    )
+    raise SettingError(
+        f"There is no Mac {name!r} in the table; near are {', '.join(near)} (plan --all-macs lists all)."
+    )
+
+
+def _mac(chip_name: str, memory_gb: int) -> Machine:
+    chip = CHIPS[chip_name]
+    working_set, is_reported = working_set_of(memory_gb)
+    notes = () if is_reported else (f"the working set of {memory_gb} GB is estimated, not reported by anyone",)
+    return Machine(
+        f"{chip_name} {memory_gb}GB", "metal", memory_gb * GIB, working_set,
+        # macOS and a browser; the working set is what the system leaves to the GPU on top of it.
+        used_bytes=min(4 * GIB, memory_gb * GIB // 4),
+        bandwidth=_NARROW.get((chip_name, memory_gb), chip.bandwidth) * 1e9, flops=chip.teraflops * 1e12,
+        ssd_bandwidth=None if chip.ssd is None else chip.ssd * 1e9, notes=notes,
+    )  # fmt: skip
+
+
+def this_machine(
+    device_info: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    run: Callable[[list[str]], str | None] | None = None,
+    root: Path = Path("/"),
+) -> Machine:
+    """This machine, as MLX and the system describe it now. Every source can be injected."""
+    if device_info is None or backend is None:
+        import mlx.core as mx
+
+        device_info = mx.device_info() if device_info is None else device_info
+        backend = _backend(mx) if backend is None else backend
+    run = _output if run is None else run
+    name = str(device_info.get("device_name") or "this machine")
+    if backend == "metal":
+        return _this_mac(name, device_info, run)
+    memory, used = _linux_memory(root)
+    if backend == "cuda":
+        total = int(device_info.get("total_memory") or memory)
+        return Machine(name, "cuda", total, int(0.95 * total), total - int(device_info.get("free_memory") or total))
+    return Machine(name, "cpu", memory, memory, used)
+
+
+def _backend(mx: Any) -> str:
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def _this_mac(name: str, info: Mapping[str, Any], run: Callable[[list[str]], str | None]) -> Machine:
+    memory = int(info.get("memory_size", 0)) or int(run(["sysctl", "-n", "hw.memsize"]) or 0)
+    working_set = int(info.get("max_recommended_working_set_size", 0)) or working_set_of(round(memory / GIB))[0]
+    limit = int(run(["sysctl", "-n", "iogpu.wired_limit_mb"]) or 0) * 2**20
+    chip = CHIPS.get(re.sub(r"^Apple ", "", name))
+    return Machine(
+        f"{name} {round(memory / GIB)}GB", "metal", memory, limit or working_set, _used_on_mac(run, memory),
+        None if chip is None else _NARROW.get((name, round(memory / GIB)), chip.bandwidth) * 1e9,
+        None if chip is None else chip.teraflops * 1e12,
+        None if chip is None or chip.ssd is None else chip.ssd * 1e9,
+    )  # fmt: skip
+
+
+def _used_on_mac(run: Callable[[list[str]], str | None], memory: int) -> int:
+    """What cannot be given up: wired, active and compressed pages (vm_stat)."""
+    text = run(["vm_stat"]) or ""
+    found = re.search(r"page size of (\d+)", text)
+    page = 16384 if found is None else int(found[1])
+    names = ("Pages wired down", "Pages active", "Pages occupied by compressor")
+    counts = [re.search(rf"{name}:\s+(\d+)", text) for name in names]
+    return min(memory, page * sum(int(count[1]) for count in counts if count))
+
+
+def _linux_memory(root: Path) -> tuple[int, int]:
+    """(memory, used by others): of the machine, or of the container where that has less."""
+    found: list[tuple[str, str]] = re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    fields = dict(found)
+    total = int(fields.get("MemTotal", 0)) * 1024
+    used = total - int(fields.get("MemAvailable", fields.get("MemFree", 0))) * 1024
+    for limit_file, usage_file in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        limit = _read(root / limit_file)
+        if limit.isdigit() and int(limit) < total:
+            usage = _read(root / usage_file)
+            return int(limit), int(usage) if usage.isdigit() else 0
+    return total, used
+
+
+def wired_limit_advice(machine: Machine, needed_bytes: int) -> str | None:
+    """The sysctl line that would let the GPU have `needed_bytes`, with its risk; None where it would not help.
+
+    macOS needs some gigabytes for itself whatever the limit is: no advice goes beyond memory less max(4 GiB, an eighth).
+    """
+    most = machine.memory_bytes - max(4 * GIB, machine.memory_bytes // 8)
+    if machine.backend != "metal" or not machine.working_set_bytes < needed_bytes <= most:
+        return None
+    megabytes = -(-needed_bytes // 2**20) + 256
+    return (
+        f"sudo sysctl iogpu.wired_limit_mb={megabytes}   (until the next restart; macOS may become slow or stop when other "
+        "programs need that memory: close them first)"
+    )
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _output(command: list[str]) -> str | None:
+    if sys.platform != "darwin":
+        return None
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return finished.stdout.strip() if finished.returncode == 0 else None

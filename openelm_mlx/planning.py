@@ -1,0 +1,80 @@
+"""A plan for a source - a folder, a file, a repository - before a tensor of it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from .checkpoint.layouts import Contents
+from .conversion.source import Source as OpenedSource
+from .errors import SettingError
+from .loading import dense_packing, memory_weights, parse_dtype
+from .memory.machine import Machine, find_mac, this_machine
+from .memory.plan import MemoryPlan, Wish, make_plan, parse_memory
+from .memory.residency import checked_slots
+from .specs import checked_kv_bits
+
+
+def plan(
+    source: str | Path,
+    *,
+    memory_limit: int | str | None = None,
+    context_length: int | None = None,
+    batch_size: int = 1,
+    prefill_chunk: int | None = None,
+    kv_bits: int | None = None,
+    dense_bits: int | None = None,
+    expert_slots: int | None = None,
+    dtype: str | mx.Dtype | None = None,
+    mac: str | None = None,
+    machine: Machine | None = None,
+    revision: str | None = None,
+) -> MemoryPlan:
+    """What a model would take, whether it fits, with which settings, how long a context, and how fast.
+
+    From headers and config alone: of a repository nothing else is fetched. memory_limit: bytes or "10GB", MLX's memory
+    with its buffer cache and the process's own; what the machine has when it is None. mac: a Mac such as "M4 Pro 24GB"
+    instead of this machine. The other arguments are those of `load` and `stream_generate`.
+
+    Raises SettingError for a wish that is none, and what opening the source raises; a plan that does not fit is no error.
+    """
+    opened = OpenedSource.open(source, revision)
+    machine = find_mac(mac) if mac is not None else machine or this_machine()
+    wish = checked_wish(
+        opened.contents, memory_limit, context_length, batch_size, prefill_chunk, kv_bits, dense_bits, expert_slots
+    )
+    folder = opened.folder if opened.folder.is_dir() else opened.folder.parent
+    weights, itemsize = memory_weights(
+        opened.contents, parse_dtype(dtype), dense_packing(dense_bits), machine.backend == "cpu", folder
+    )
+    return make_plan(str(source), opened.contents.spec, weights, machine, wish, itemsize)
+
+
+def checked_wish(
+    contents: Contents,
+    memory_limit: int | str | None,
+    context_length: int | None,
+    batch_size: int,
+    prefill_chunk: int | None,
+    kv_bits: int | None,
+    dense_bits: int | None,
+    expert_slots: int | None,
+) -> Wish:
+    """The wish, with every number in its range. Raises SettingError."""
+    spec = contents.spec
+    limits: Mapping[str, tuple[int | None, int]] = {
+        "context_length": (context_length, spec.context_length),
+        "batch_size": (batch_size, 4096),
+        "prefill_chunk": (prefill_chunk, 2**20),
+    }
+    for name, (value, most) in limits.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+            raise SettingError(f"{name} is {value!r}: it must be a whole number, at least 1 and at most {most:,}.")
+    if expert_slots is not None:
+        checked_slots(spec, expert_slots)
+    return Wish(
+        parse_memory(memory_limit), context_length, batch_size, prefill_chunk, checked_kv_bits(spec, kv_bits), dense_bits,
+        expert_slots,
+    )  # fmt: skip

@@ -1,0 +1,216 @@
+"""The plan: its arithmetic against real models' bytes, what it chooses, what it refuses, and loading by it."""
+
+import json
+
+import hub_server
+import mlx.core as mx
+import pytest
+from conftest import random_model, save_folder
+from mlx.utils import tree_flatten
+
+import openelm_mlx as om
+from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from openelm_mlx.commands import main
+from openelm_mlx.errors import MemoryLimitError, SettingError
+from openelm_mlx.loading import DEMOS
+from openelm_mlx.memory.machine import find_mac, macs
+from openelm_mlx.memory.plan import kv_cache_bytes, parse_memory
+from openelm_mlx.specs import spec_from_config
+
+hub = hub_server.hub
+
+SMALL = {
+    **released_gpt_oss_config("20b"), "num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "sliding_window": 8, "eos_token_id": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sparse")
+    return {
+        size: write_random_gpt_oss(root / size, released_gpt_oss_config(size), sparse=True) for size in ("20b", "120b")
+    }
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_random_gpt_oss(tmp_path_factory.mktemp("small") / "m", SMALL)
+
+
+def bytes_in_memory(model) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"dense_bits": 8}, {"dense_bits": 4}]
+)
+@pytest.mark.parametrize("source", [*DEMOS, "small", "openelm"])
+def test_weights_are_known_to_the_byte(source, options, small, tmp_path):
+    path = {"small": small, "openelm": save_folder(tmp_path / "m", random_model())}.get(source, source)
+    model, _ = om.load(path, **options)
+    assert om.plan(path, **options).weights_bytes == bytes_in_memory(model)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 255, 256, 257, 700])
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_keys_and_values_are_known_to_the_byte(small, num_tokens, kv_bits):
+    model, _ = om.load(small, dtype="float32")
+    cache = model.make_cache(kv_bits=kv_bits)
+    mx.eval(model(mx.zeros((1, num_tokens), mx.int32), cache=cache), [layer.buffers for layer in cache])
+    predicted = kv_cache_bytes(model.spec, num_tokens, 4, kv_bits=kv_bits)
+    assert predicted == sum(layer.nbytes for layer in cache)
+
+
+def test_the_released_sizes_to_the_byte(sparse):
+    plan = om.plan(sparse["20b"], machine=find_mac("M3 Max 64GB"))
+    # The published total, plus what is float32 in memory: norms and routers.
+    assert plan.weights_bytes == 13_761_264_768 + 282_240 + 4_425_216
+    assert plan.kv_cache_bytes == 8192 * 24_576 + 3_145_728
+    assert plan.fits
+    assert plan.expert_slots is None
+    assert (
+        om.plan(sparse["20b"], machine=find_mac("M3 Max 64GB"), context_length=131072).kv_cache_bytes == 3_224_371_200
+    )
+    plan = om.plan(sparse["120b"], machine=find_mac("M3 Ultra 256GB"))
+    assert plan.weights_bytes == 65_248_815_744 + 420_480 + 26_551_296
+
+
+def test_a_20b_on_a_16_gb_mac_keeps_some_experts_on_disk(sparse):
+    plan = om.plan(sparse["20b"], mac="M4 16GB")
+    assert plan.fits
+    assert 16 <= plan.expert_slots < 32
+    assert plan.process_bytes <= 12_713_120_000
+    with_8_bits = om.plan(sparse["20b"], mac="M4 16GB", dense_bits=8)
+    assert with_8_bits.expert_slots is None or with_8_bits.expert_slots > plan.expert_slots
+
+
+def test_more_memory_never_gives_less(sparse):
+    for size, folder in sparse.items():
+        slots = []
+        for limit in range(6, 80, 4):
+            plan = om.plan(folder, memory_limit=f"{limit}GB", mac="M3 Max 128GB")
+            slots.append(-1 if not plan.fits else 1000 if plan.expert_slots is None else plan.expert_slots)
+            if plan.fits:
+                assert plan.process_bytes <= limit * 10**9, (size, limit)
+        assert slots == sorted(slots)
+        assert len(set(slots)) > 3
+
+
+def test_every_mac_has_a_plan(sparse):
+    for machine in macs():
+        plan = om.plan(sparse["20b"], machine=machine)
+        assert plan.fits == (plan.process_bytes <= machine.available_bytes)
+        assert plan.decode_tps is None or 0.5 < plan.decode_tps < 200
+
+
+def test_what_was_asked_for_is_kept_or_refused_and_never_changed(sparse):
+    plan = om.plan(sparse["20b"], mac="M4 16GB", expert_slots=32, context_length=131072, prefill_chunk=2048)
+    assert not plan.fits
+    assert (plan.expert_slots, plan.context_length, plan.prefill_chunk) == (32, 131072, 2048)
+    assert {change.setting.split("=")[0] for change in plan.changes} >= {"expert_slots"}
+    message = str(plan.refusal())
+    assert "131,072 tokens" in message
+    assert "12.71 GB are allowed" in message
+
+
+def test_the_longest_context_is_the_longest(sparse):
+    plan = om.plan(sparse["20b"], mac="M1 Max 32GB", context_length=4096)
+    longest = plan.max_context_length
+    assert longest == 131072 or not om.plan(sparse["20b"], mac="M1 Max 32GB", context_length=longest + 256).fits
+    tight = om.plan(sparse["20b"], mac="M4 24GB", memory_limit="14.6GB", expert_slots=32)
+    assert om.plan(
+        sparse["20b"], mac="M4 24GB", memory_limit="14.6GB", expert_slots=32, context_length=tight.max_context_length
+    ).fits
+
+
+# --- loading by it ---
+
+
+def test_loading_within_a_limit_streams_experts_and_says_the_same(small):
+    whole, _ = om.load(small)
+    assert whole.plan.expert_slots is None
+    wanted = om.plan(small, prefill_chunk=16).process_bytes - 20_000
+    model, _ = om.load(small, memory_limit=wanted)
+    assert 2 <= model.plan.expert_slots < 8
+    assert model.residency is not None
+    prompt = [(7 * i) % 300 for i in range(40)]
+    answers = [
+        [chunk.token for chunk in om.stream_generate(each, None, prompt, max_tokens=8)] for each in (whole, model)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_limit_below_the_least_names_it(small, capsys):
+    least = om.plan(small).least_bytes
+    with pytest.raises(MemoryLimitError, match=r"does not fit.*MB.*at least"):
+        om.load(small, memory_limit=least // 2)
+    om.load(small, memory_limit=least, context_length=256)
+    assert main(["generate", "--model", "demo-openelm", "-p", "hi", "--memory-limit", "20MB"]) == 2
+    assert "does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("10GB", 10**10), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), (5000, 5000), (None, None), ("123", 123)],
+)
+def test_sizes(text, number):
+    assert parse_memory(text) == number
+
+
+@pytest.mark.parametrize("text", ["0GB", "-1", "10 XB", "", "GB", 0, -5, True, [], "1e5GB", "inf"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(SettingError, match="memory_limit"):
+        parse_memory(text)
+
+
+# --- the command ---
+
+
+def test_the_command_says_it_all(sparse, capsys):
+    assert main(["plan", str(sparse["20b"]), "--mac", "M4 16GB"]) == 0
+    out = capsys.readouterr().out
+    for word in ("weights", "keys and values", "longest context", "read from disk", "not been measured on a Mac"):
+        assert word in out
+    assert main(["plan", str(sparse["120b"]), "--mac", "M1 8GB"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert "would fit" in out
+    assert main(["plan", "demo-openelm", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["total_bytes"] == plan["weights_bytes"] + plan["kv_cache_bytes"] + plan["scratch_bytes"]
+
+
+def test_the_table_and_the_chart(sparse, tmp_path, capsys):
+    assert main(["plan", str(sparse["20b"]), "demo-openelm", "--all-macs"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(list(macs())) + 2
+    pytest.importorskip("matplotlib")
+    assert main(["plan", str(sparse["20b"]), "--chart", str(tmp_path / "chart.png")]) == 0
+    assert (tmp_path / "chart.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--mac", "M9"], ["--memory-limit", "0GB"], ["--context-length", "999999999"], ["--batch-size", "0"], ["--kv-bits", "5"],
+     ["--dense-bits", "7"], ["--expert-slots", "3"], ["--chart", "chart.pdf"], ["nothing/here/at/all"]],
+)  # fmt: skip
+def test_mistakes_are_sentences(options, capsys):
+    assert main(["plan", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_a_repository_is_planned_from_its_headers(hub, small):
+    files = {file.name: file for file in small.iterdir()}
+    hub.add_repo("openai/gpt-oss-small", files)
+    plan = om.plan("openai/gpt-oss-small")
+    assert plan.weights_bytes == om.plan(small).weights_bytes
+    assert hub.sent("model.safetensors") <= 1 << 16
+
+
+def test_the_spec_needs_no_checkpoint():
+    spec = spec_from_config(released_gpt_oss_config("20b"))
+    assert kv_cache_bytes(spec, 131072, 2) == 3_224_371_200

@@ -26,6 +26,10 @@ DECODE_EFFICIENCY = 0.45
 PREFILL_EFFICIENCY = 0.35
 # What a layer costs a token however small it is: launches. An assumption too, without which tiny models look absurd.
 SECONDS_A_LAYER = 50e-6
+# How many arrays of the size of all attention scores, and of all routed rows, are alive at once, and what a pass takes
+# however short it is: measured on the CPU backend (docs/LOG.md). Sinks are one more column, and so one more copy.
+SCORE_COPIES, SCORE_COPIES_WITH_SINKS, ROUTE_COPIES = 2.3, 3.3, 2.5
+LEAST_SCRATCH = 2_000_000
 # What the system's file cache and macOS keep when experts are read through it and nobody set a limit.
 LEFT_TO_FILES = 6_000_000_000
 
@@ -306,6 +310,7 @@ def scratch_bytes(
     figures are measured (docs/memory.md). Those of GPUs follow from the shapes: the fused attention keeps no scores.
     """
     wide = 4 if backend == "cpu" else itemsize
+    chunk = min(chunk, context)
     largest = 0
     for layer in spec.layers:
         heads, kv_heads = layer.num_heads, layer.num_kv_heads
@@ -314,18 +319,22 @@ def scratch_bytes(
         attention = qkv * (itemsize + 2 * wide) + 2 * keys * kv_heads * layer.head_dim * wide
         if backend == "cpu" or kv_bits is not None:
             seen = keys if layer.window is None or 2 * layer.window > chunk else 2 * layer.window
-            attention += 2 * heads * chunk * seen * 4
+            attention += int(
+                (SCORE_COPIES_WITH_SINKS if layer.num_experts else SCORE_COPIES) * heads * chunk * seen * 4
+            )
         if layer.num_experts:
             routes = chunk * layer.experts_per_token
-            feed_forward = routes * (2 * spec.hidden_size + 4 * layer.intermediate_size) * wide
+            feed_forward = int(ROUTE_COPIES * routes * (2 * spec.hidden_size + 4 * layer.intermediate_size) * wide)
         else:
             feed_forward = 3 * chunk * layer.intermediate_size * itemsize
-        largest = max(largest, attention, feed_forward)
+        largest = max(largest, attention + feed_forward if layer.num_experts else max(attention, feed_forward))
     residual = 4 * chunk * spec.hidden_size * max(itemsize, 4 if spec.layers[0].num_experts else itemsize)
     logits = 3 * spec.vocab_size * 4
     # A full layer's buffers are there twice for a moment while they grow.
     grown = max((layer.kv_bytes_per_token(itemsize) for layer in spec.layers if layer.window is None), default=0)
-    return batch_size * (max(largest + residual, logits) + grown * kv_places(context, spec.context_length) // 2)
+    return LEAST_SCRATCH + batch_size * (
+        max(largest + residual, logits) + grown * kv_places(context, spec.context_length) // 2
+    )
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
+    "memory_peak.py": "planned",
+    "make_random_checkpoint.py": "parameters",
     "calculator_agent.py": "12 + 30 = 42",
     "mlx_lm_server.py": "keyboard instrument",
     "ask.py": "stringed instrument",

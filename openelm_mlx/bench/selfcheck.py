@@ -11,14 +11,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
 
+from ..decoding.compiled_step import CompiledStep
+from ..decoding.step import PlainStep
 from ..generate import prefill, stream_generate
 from ..loading import load
+from ..models.precision import runs_on_cpu
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -153,6 +157,25 @@ def check_streamed_experts() -> str:
     return f"bit-identical with {', '.join(seen)}"
 
 
+def check_compiled_step() -> str:
+    """One compiled graph a token gives the logits of the plain step, across the window and from one bucket to the next."""
+    largest = 0.0
+    for name in TOLERANCES:
+        model, tokens, _ = _fixture(name)
+        prompt = cast("list[int]", tokens[0].tolist())
+        logits = []
+        # MLX's CPU backend would call a C++ compiler, which may be missing: there the graph runs as it is.
+        for make in (PlainStep, partial(CompiledStep, compile=not runs_on_cpu())):
+            cache = model.make_cache()
+            prefill(model, prompt, cache, 512)
+            step = make(model, cache)
+            logits.append(mx.stack([step(mx.array(token)) for token in prompt[:12]]))
+        largest = max(largest, _difference(logits[1], np.array(logits[0])))
+        if not largest <= TOLERANCES[name]:
+            raise CheckFailed(f"{name}: compiled, logits differ from the plain step's by {largest:.1e}")
+    return f"compiled and plain logits differ by at most {largest:.1e}"
+
+
 def check_wired_limit(module: Any = mx) -> str:
     """The wired limit can be set to something harmless and comes back as it was. Metal only."""
     if not module.metal.is_available():
@@ -174,6 +197,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "the demos' answers": check_answers,
     "NumPy views": check_views,
     "streamed experts": check_streamed_experts,
+    "compiled step": check_compiled_step,
     "wired limit": check_wired_limit,
 }
 

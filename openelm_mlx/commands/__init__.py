@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "convert",
     "info": "info",
     "bench": "bench",
+    "selfcheck": "selfcheck",
     "bench-streaming": "bench_streaming",
 }
 

@@ -1,0 +1,48 @@
+"""`python -m openelm_mlx selfcheck`: does this machine compute what it should? A report to paste into an issue."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+HELP = "check on this machine what nobody could check on it, and print a report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--only", metavar="TEXT", help="only the checks whose name has this in it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check and print. Returns 0 when nothing failed, else 1."""
+    # Parity is asked of float32; MLX's GPU backends may multiply matrices in fewer bits unless told not to, once.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    from .. import __version__
+    from ..bench.benchmark import machine_description
+    from ..bench.conditions import disturbances
+    from ..bench.selfcheck import CHECKS, run_checks
+    from ..errors import SettingError
+
+    names = [name for name in CHECKS if args.only is None or args.only in name]
+    if not names:
+        raise SettingError(f"No check has {args.only!r} in its name; there are: {', '.join(CHECKS)}.")
+    outcomes = []
+    if not args.json:
+        print(f"openelm_mlx {__version__} on {machine_description()}")
+        for sentence in disturbances():
+            print(f"(note: {sentence})")
+    for outcome in run_checks(names):
+        outcomes.append(outcome)
+        if not args.json:
+            word = {True: "ok    ", False: "FAILED", None: "-     "}[outcome.passed]
+            print(f"{word} {outcome.name} ({outcome.seconds:.1f} s): {outcome.detail}")
+            sys.stdout.flush()
+    failed = sum(outcome.passed is False for outcome in outcomes)
+    if args.json:
+        print(json.dumps({"machine": machine_description(), "outcomes": [vars(outcome) for outcome in outcomes]}))
+    else:
+        print(f"{len(outcomes)} checks, {failed} failed. Please paste all of this into an issue when one failed.")
+    return 1 if failed else 0

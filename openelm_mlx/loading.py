@@ -22,6 +22,7 @@ from .memory.plan import Weights, Wish, make_plan, parse_memory
 from .memory.residency import Streaming, checked_slots
 from .models import build_model
 from .models.moe import Experts, rows_in_a_tile
+from .models.precision import by_columns, runs_on_cpu
 from .specs import ModelSpec, checked_kv_bits, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
 from .text.tokenizer import Tokenizer, load_tokenizer
@@ -73,6 +74,10 @@ LOAD_BATCH_BYTES = 64 * 2**20
 
 # On the CPU backend float32 is faster beside packed experts, but not worth twice the memory of a large model's rest.
 LARGEST_WIDENED_BYTES = 10**9
+
+# The CPU backend multiplies by 8-bit matrices at 0.4 times the speed that it has for float32 ones (docs/LOG.md). Up to so
+# many bytes unpacked, four times the memory is no matter.
+LARGEST_UNPACKED_BYTES = 2**28
 
 DENSE_BITS = (8, 6, 5, 4)
 
@@ -162,10 +167,13 @@ def load_model(
     """
     model = build_model(contents.spec)
     packings = {**contents.quantized, **dense_packings(contents, dense)}
-    if packings:
-        nn.quantize(model, class_predicate=lambda path, _: path in packings and packings[path].as_config())
     if dtype is None:
         dtype = default_dtype(contents.spec, _stored_type(contents), packings.keys(), _plain_bytes(contents, packings))
+    unpacked = modules_to_unpack(contents, dtype, dense)
+    if packings.keys() - unpacked:
+        nn.quantize(
+            model, class_predicate=lambda path, _: path in packings.keys() - unpacked and packings[path].as_config()
+        )
     weights: list[tuple[str, mx.array]] = []
     pending: list[mx.array] = []
     pending_bytes = 0
@@ -180,6 +188,9 @@ def load_model(
         if parameter.name == f"{module}.weight" and module in packings and module not in contents.quantized:
             parts = {f"{module}.{name}": each for name, each in packings[module].quantize(array).items()}
         else:
+            if module not in packings and array.ndim > 1 and array.dtype == mx.float32 and runs_on_cpu():
+                array = by_columns(array)
+                _evaluate([array], checkpoint)  # one after the other: each has a copy only for a moment
             parts = {parameter.name: array}
         weights += parts.items()
         pending += parts.values()
@@ -188,7 +199,11 @@ def load_model(
             _evaluate(pending, checkpoint)
             pending, pending_bytes = [], 0
     _evaluate(pending, checkpoint)
+    pending.clear()
+    del array, parts
     _check_scales(weights, packings)
+    if unpacked:
+        weights = _unpack(weights, {module: packings[module] for module in unpacked})
     if streaming is not None:
         weights = streaming.attach(cast("GptOss", model), weights, packings, dtype)
     model.load_weights(weights)
@@ -197,6 +212,36 @@ def load_model(
         _pad_experts(cast("GptOss", model))
     model.eval()
     return model
+
+
+def modules_to_unpack(
+    contents: Contents, dtype: mx.Dtype, dense: Quantization | None = None, on_cpu: bool | None = None
+) -> set[str]:
+    """The modules that a checkpoint has packed and the model has not: all those of a small OpenELM on the CPU backend.
+
+    dense: where bits were asked for, memory is what matters, and nothing is unpacked. on_cpu: as `default_dtype`'s.
+    """
+    on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
+    if not on_cpu or dtype != mx.float32 or dense is not None or contents.spec.layers[0].num_experts:
+        return set()
+    shapes = contents.spec.parameter_shapes()
+    num_bytes = sum(4 * math.prod(shapes[f"{module}.weight"]) for module in contents.quantized)
+    return set(contents.quantized) if num_bytes <= LARGEST_UNPACKED_BYTES else set()
+
+
+def _unpack(weights: list[tuple[str, mx.array]], packings: Mapping[str, Quantization]) -> list[tuple[str, mx.array]]:
+    """`weights` with those modules' matrices in float32. The list is emptied: the packed ones go one after the other."""
+    found = dict(weights)
+    weights.clear()
+    for module in sorted(
+        packings, key=lambda each: -found[f"{each}.weight"].size
+    ):  # the least is in memory at the first
+        names = {part: f"{module}.{part}" for part in ("weight", "scales", "biases")}
+        parts = {part: found.pop(name) for part, name in names.items() if name in found}
+        found[names["weight"]] = by_columns(packings[module].dequantize(parts, mx.float32))
+        del parts
+        mx.eval(found[names["weight"]])
+    return list(found.items())
 
 
 def _pad_experts(model: GptOss) -> None:
@@ -240,9 +285,14 @@ def memory_weights(
     if dtype is None:
         plain = _plain_bytes(contents, packings)
         dtype = default_dtype(spec, _stored_type(contents), packings.keys(), plain, on_cpu)
+    unpacked, shapes = modules_to_unpack(contents, dtype, dense, on_cpu), spec.parameter_shapes()
     sizes: Counter[str] = Counter()
     for parameter in contents.parameters.values():
         module = _module(parameter)
+        if module in unpacked:
+            if parameter.name == f"{module}.weight":
+                sizes[module] += math.prod(shapes[parameter.name]) * dtype.size
+            continue
         kind = "experts" if ".experts." in module and not parameter.name.endswith(".bias") else module
         if module in packings and module not in contents.quantized and parameter.name == f"{module}.weight":
             parts = packings[module].parts(parameter.shape, "F16").values()

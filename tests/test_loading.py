@@ -4,8 +4,9 @@ import json
 import shutil
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from conftest import FIXTURES, random_model, save_folder
+from conftest import FIXTURES, load_fixture, random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
@@ -164,7 +165,8 @@ def test_a_repository_with_only_corenet_s_checkpoint():
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("source", ["demo-gpt-oss", "openelm"])
-def test_quantizing_while_reading_equals_converting_first(source, bits, model, tmp_path):
+def test_quantizing_while_reading_equals_converting_first(source, bits, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(om.loading, "LARGEST_UNPACKED_BYTES", 0)
     path = save_folder(tmp_path / "m", model, "llama") if source == "openelm" else source
     om.convert(path, tmp_path / "converted", quantize=bits, dtype="bfloat16")
     converted, _ = load(tmp_path / "converted", dtype="float32")
@@ -177,7 +179,8 @@ def test_quantizing_while_reading_equals_converting_first(source, bits, model, t
         assert mx.array_equal(ours[name], theirs[name]), name
 
 
-def test_quantizing_while_reading_keeps_what_is_packed_and_the_routers():
+def test_quantizing_while_reading_keeps_what_is_packed_and_the_routers(monkeypatch):
+    monkeypatch.setattr(om.loading, "LARGEST_UNPACKED_BYTES", 0)
     plain, dense = (dict(tree_flatten(load("demo-gpt-oss", dense_bits=bits)[0].parameters())) for bits in (None, 8))
     for name in (name for name in plain if ".experts." in name or ".router." in name):
         assert mx.array_equal(plain[name], dense[name]), name
@@ -185,6 +188,40 @@ def test_quantizing_while_reading_keeps_what_is_packed_and_the_routers():
     # What is packed in the package already stays as it is.
     before, after = (dict(tree_flatten(load("demo-openelm", dense_bits=bits)[0].parameters())) for bits in (None, 4))
     assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_small_packed_openelm_is_unpacked_on_the_cpu_backend(monkeypatch):
+    unpacked, _ = load("demo-openelm")
+    parameters = dict(tree_flatten(unpacked.parameters()))
+    assert {array.dtype for array in parameters.values()} == {mx.float32}
+    assert unpacked.plan.weights_bytes == sum(array.nbytes for array in parameters.values())
+    tokens = mx.array([[1, 5, 7, 300]])
+    ours = unpacked(tokens)
+    for options in (
+        {"dense_bits": 8},
+        {"dtype": "bfloat16"},
+        {},
+    ):  # asked for, of another type, or too large: as stored
+        if not options:
+            monkeypatch.setattr(om.loading, "LARGEST_UNPACKED_BYTES", 0)
+        packed, _ = load("demo-openelm", **options)
+        stored = dict(tree_flatten(packed.parameters()))
+        assert stored["transformer.layers.0.ffn.proj_1.weight"].dtype == mx.uint32, options
+        assert packed.plan.weights_bytes == sum(array.nbytes for array in stored.values())
+        if "dtype" not in options:
+            assert mx.abs(packed(tokens) - ours).max().item() < 1e-4
+
+
+def test_matrices_lie_by_columns_on_the_cpu_backend(monkeypatch):
+    ours = load_fixture(FIXTURES / "gpt_oss_tiny")
+    monkeypatch.setattr(om.loading, "runs_on_cpu", lambda: False)
+    usual = load_fixture(FIXTURES / "gpt_oss_tiny")
+    for name, array in tree_flatten(usual.parameters()):
+        same = dict(tree_flatten(ours.parameters()))[name]
+        assert mx.array_equal(same, array), name
+        if name.endswith(("qkv_proj.weight", "lm_head.weight")):
+            strides = [np.array(each, copy=False).strides for each in (array, same)]
+            assert strides == [(4 * array.shape[1], 4), (4, 4 * array.shape[0])], name
 
 
 def test_quantizing_while_reading_takes_bits_that_exist(model, tmp_path):

@@ -28,7 +28,7 @@ from openelm_mlx.models.attention import attend, block_mask, causal_mask, visibl
 from openelm_mlx.models.gpt_oss import GptOss
 from openelm_mlx.models.moe import SORT_FROM_ROUTES, Experts, clamped_swiglu
 from openelm_mlx.models.norm import RMSNorm
-from openelm_mlx.models.rope import rotary_periods, rotate, yarn_inverse_frequencies
+from openelm_mlx.models.rope import Rotation, rotary_periods, rotate, yarn_inverse_frequencies
 from openelm_mlx.specs import ModelSpec, YarnSpec, gpt_oss_config, spec_from_config
 
 TOLERANCE = 1e-4
@@ -348,6 +348,16 @@ def test_rotation_by_periods():
     theirs = reference.rotate(x[0].swapaxes(0, 1), np.arange(1000, 1007), frequencies, 1.0).swapaxes(0, 1)
     assert np.abs(np.array(ours[0]) - theirs).max() < 1e-3  # float32 angles of 1000 radians
     assert rotary_periods(32, 150000.0, None) is None
+
+
+@pytest.mark.parametrize("yarn", [None, YarnSpec(32.0, 4096, truncate=False)])
+def test_a_model_s_rotation_is_the_plain_one_to_the_bit(yarn):
+    rotation, periods = Rotation(150000.0, yarn), rotary_periods(32, 150000.0, yarn)
+    x = mx.random.normal((2, 3, 7, 32), key=mx.random.key(0))
+    # One offset after the other, also as arrays: a table made for another place would show.
+    for offset in (0, 5, 5, mx.array(5), 6, mx.array(7), 2900, mx.array([3, 9])):
+        for y in (x, x[:, :, :1], x.astype(mx.bfloat16)):
+            assert mx.array_equal(rotation(y, offset), rotate(y, 150000.0, offset, periods)), offset
 
 
 @pytest.mark.parametrize("window", [None, 4])

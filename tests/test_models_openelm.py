@@ -6,7 +6,7 @@ The slow, obvious form beside the caches is the whole sequence at one go.
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import load_fixture, max_difference, oracle
+from conftest import load_fixture, max_difference, oracle, random_model
 
 from openelm_mlx.decoding.sampling import Sampler, SamplingParams
 from openelm_mlx.models import build_model
@@ -178,3 +178,18 @@ def test_cache_bytes_are_the_spec_s(folder):
     cache = model.make_cache()
     model(mx.zeros((2, 256), mx.int32), cache)
     assert sum(layer.nbytes for layer in cache) == model.spec.kv_cache_bytes(256, itemsize=4, batch_size=2)
+
+
+def test_gains_of_queries_and_keys_may_be_replaced():
+    tokens = mx.array([[1, 2, 3, 4]])
+    model = random_model()
+    before = model(tokens)
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(model.layers[0].attn, name)
+        norm.weight = 2 * norm.weight
+        fresh = random_model()
+        fresh.update(model.parameters())
+        after = model(tokens)
+        assert mx.array_equal(after, fresh(tokens))
+        assert not mx.array_equal(after, before)
+        before = after

@@ -29,7 +29,7 @@ class TrainingGptOss(GptOss):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         for layer, layer_spec in zip(self.layers, spec.layers, strict=True):
-            layer.self_attn = WrittenOutAttention(spec, layer_spec)
+            layer.self_attn = WrittenOutAttention(spec, layer_spec, layer.self_attn.rotation)
             layer.mlp = DenseMoE(spec, layer_spec)
 
     def __call__(self, tokens: mx.array, turns: mx.array, positions: mx.array) -> mx.array:  # type: ignore[override]
@@ -75,7 +75,7 @@ class WrittenOutAttention(Attention):
         H, K = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
         rotated, values = mx.split(qkv, [H + K], axis=1)
-        queries, keys = mx.split(rotated_at(rotated, mask.positions, self._periods), [H], axis=1)
+        queries, keys = mx.split(rotated_at(rotated, mask.positions, self.rotation.periods(self.head_dim)), [H], axis=1)
         # (B, K, H / K * L, D) @ (B, K, D, L) -> (B, H, L, L): each kv head's queries one after the other.
         scores = queries.reshape(B, K, -1, self.head_dim) @ keys.swapaxes(-1, -2)
         scores = scores.reshape(B, H, L, L).astype(mx.float32) * self.scale

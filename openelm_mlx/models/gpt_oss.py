@@ -16,7 +16,7 @@ from .attention import Mask, attend, causal_mask
 from .cache import Cache, LayerCache, make_cache
 from .moe import MoE
 from .norm import RMSNorm
-from .rope import rotary_periods, rotate
+from .rope import Rotation
 
 
 class GptOss(nn.Module):
@@ -110,17 +110,18 @@ class Transformer(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = [Block(spec, layer) for layer in spec.layers]
+        rotation = Rotation(spec.rope_theta, spec.yarn)
+        self.layers = [Block(spec, layer, rotation) for layer in spec.layers]
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
 class Block(nn.Module):
     """h = x + attention(norm(x)); h + moe(norm(h))."""
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.self_attn = Attention(spec, layer)
+        self.self_attn = Attention(spec, layer, rotation)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.mlp = MoE(spec, layer)
 
@@ -132,11 +133,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with a sink for each head: a logit that takes its share of the softmax and adds none."""
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
-        self.rope_theta = spec.rope_theta
-        self._periods = rotary_periods(layer.head_dim, spec.rope_theta, spec.yarn)
+        self.rotation = rotation
         # YaRN multiplies sine and cosine, so queries and keys, by its concentration; their product is scaled instead.
         concentration = 1.0 if spec.yarn is None else spec.yarn.concentration
         self.scale = concentration**2 * layer.head_dim**-0.5
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         # (B, L, (H + 2K) * D) -> (B, H + 2K, L, D); queries and keys lie side by side and are rotated together.
         qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
         rotated, values = mx.split(qkv, [self.num_heads + self.num_kv_heads], axis=1)
-        rotated = rotate(rotated, self.rope_theta, 0 if cache is None else cache.offset, self._periods)
+        rotated = self.rotation(rotated, 0 if cache is None else cache.offset)
         queries, keys = mx.split(rotated, [self.num_heads], axis=1)
         seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
         out = attend(queries, seen_keys, seen_values, mask, self.scale, self.sinks)

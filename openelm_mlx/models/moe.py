@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
@@ -75,8 +78,9 @@ class MoE(nn.Module):
         """
         logits = self.router(x)
         k = self.experts_per_token
-        # Which experts are chosen has no derivative; how much they weigh has one.
-        expert_indices = mx.stop_gradient(mx.argpartition(logits, kth=-k, axis=-1)[..., -k:])
+        expert_indices = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
+        if self.training:  # which experts are chosen has no derivative; how much they weigh has one
+            expert_indices = mx.stop_gradient(expert_indices)
         chosen = mx.take_along_axis(logits, expert_indices, axis=-1)
         return expert_indices, mx.softmax(chosen, axis=-1, precise=True)
 
@@ -131,7 +135,11 @@ class ExpertLinear(nn.Module):
     def __call__(self, x: mx.array, slots: mx.array, sorted_slots: bool = False) -> mx.array:
         """weight[slots] x, without the bias. x (..., n or 1, columns), slots (..., n) -> (..., n, rows of the bias)."""
         y = mx.gather_mm(
-            widen(x[..., None, :]), widen(self.weight).swapaxes(-1, -2), rhs_indices=slots, sorted_indices=sorted_slots
+            widen(x[..., None, :]),
+            widen(self.weight).swapaxes(-1, -2),
+            lhs_indices=None if sorted_slots else numbers(x.shape[:-1]),
+            rhs_indices=slots,
+            sorted_indices=sorted_slots,
         )
         return y.squeeze(-2)[..., : self.bias.shape[-1]].astype(x.dtype)
 
@@ -174,6 +182,7 @@ class QuantizedExpertLinear(nn.Module):
             self.weight,
             self.scales,
             self.get("biases"),
+            lhs_indices=None if sorted_slots else numbers(x.shape[:-1]),
             rhs_indices=slots,
             transpose=True,
             group_size=self.group_size,
@@ -182,6 +191,24 @@ class QuantizedExpertLinear(nn.Module):
             sorted_indices=sorted_slots,
         )
         return y.squeeze(-2)[..., : self.bias.shape[-1]].astype(x.dtype)
+
+
+def numbers(shape: tuple[int, ...]) -> mx.array:
+    """0, 1, 2, ... in `shape`: which row goes to which product, when each goes to its own.
+
+    MLX makes the same by itself, with two kernels in every layer of every step. It takes rows for sorted ones only when
+    it is not told, though.
+    """
+    return _few_numbers(shape) if math.prod(shape) < SORT_FROM_ROUTES else _new_numbers(shape)
+
+
+def _new_numbers(shape: tuple[int, ...]) -> mx.array:
+    return mx.array(
+        np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    )  # from the host: there is nothing to run
+
+
+_few_numbers = lru_cache(maxsize=64)(_new_numbers)
 
 
 def sort_routes(x: mx.array, expert_indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:

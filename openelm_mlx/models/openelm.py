@@ -15,7 +15,7 @@ from ..specs import LayerSpec, ModelSpec
 from .attention import Mask, attend, causal_mask
 from .cache import Cache, LayerCache, make_cache
 from .precision import one_kernel
-from .rope import rotate
+from .rope import Rotation
 
 
 class OpenELM(nn.Module):
@@ -101,16 +101,17 @@ class Transformer(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.token_embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = [Block(spec, layer) for layer in spec.layers]
+        rotation = Rotation(spec.rope_theta)
+        self.layers = [Block(spec, layer, rotation) for layer in spec.layers]
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
 
 class Block(nn.Module):
     """h = x + attention(norm(x)); h + feed_forward(norm(h))."""
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
         super().__init__()
-        self.attn = Attention(spec, layer)
+        self.attn = Attention(spec, layer, rotation)
         self.ffn = FeedForward(spec.hidden_size, layer.intermediate_size)
         # mx.fast.rms_norm rounds before the gain, as CoreNet's RMSNorm does (normalization/rms_norm.py).
         self.attn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
@@ -124,10 +125,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with one fused projection and, when the spec says so, a norm on queries and keys."""
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
-        self.rope_theta = spec.rope_theta
+        self.rotation = rotation
         self.qk_norm, self.norm_eps = spec.qk_norm, spec.norm_eps
         self.qkv_proj = nn.Linear(
             spec.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False
@@ -135,6 +136,7 @@ class Attention(nn.Module):
         if spec.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=spec.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=spec.norm_eps)
+            self._gains: tuple[mx.array, mx.array, mx.array] | None = None
         self.out_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size, bias=False)
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
@@ -145,17 +147,20 @@ class Attention(nn.Module):
         # Norm and rotation treat every head alike, so queries and keys go through them together: half the dispatches.
         if self.qk_norm:
             queries_and_keys = mx.fast.rms_norm(queries_and_keys, None, self.norm_eps) * self.gains()
-        queries_and_keys = rotate(queries_and_keys, self.rope_theta, 0 if cache is None else cache.offset)
+        queries_and_keys = self.rotation(queries_and_keys, 0 if cache is None else cache.offset)
         queries, keys = mx.split(queries_and_keys, [self.num_heads], axis=1)
         seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
         out = attend(queries, seen_keys, seen_values, mask)
         return self.out_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
     def gains(self) -> mx.array:
-        """The gains of the queries' and the keys' norm, a row a head. (H + K, 1, D)"""
-        of_queries = mx.broadcast_to(self.q_norm.weight, (self.num_heads, 1, self.head_dim))
-        of_keys = mx.broadcast_to(self.k_norm.weight, (self.num_kv_heads, 1, self.head_dim))
-        return mx.concatenate([of_queries, of_keys])
+        """The gains of the queries' and the keys' norm, a row a head, (H + K, 1, D); made again when one is replaced."""
+        q, k, made = self.q_norm.weight, self.k_norm.weight, self._gains
+        if made is None or made[0] is not q or made[1] is not k:
+            of_queries = mx.broadcast_to(q, (self.num_heads, 1, self.head_dim))
+            of_keys = mx.broadcast_to(k, (self.num_kv_heads, 1, self.head_dim))
+            self._gains = made = q, k, mx.concatenate([of_queries, of_keys])
+        return made[2]
 
 
 class FeedForward(nn.Module):

@@ -1,4 +1,4 @@
-"""What differs between MLX's CPU backend and its GPU ones: half precision, and compiling."""
+"""What differs between MLX's CPU backend and its GPU ones: half precision, compiling, and how a matrix should lie."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def widen(x: mx.array) -> mx.array:
     precision; `gather_qmm` is also eight times as fast there in float32.
     """
     return x.astype(mx.float32) if runs_on_cpu() else x
+
+
+def by_columns(matrix: mx.array) -> mx.array:
+    """The same matrix (..., rows, columns), whose columns lie together in memory instead of its rows.
+
+    `x @ matrix.T` in float32 is 2.3 times as fast then on the CPU backend, however many rows x has (docs/LOG.md).
+    """
+    return mx.contiguous(matrix.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def one_kernel(function: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -343,12 +343,14 @@ def test_statistics_have_the_request_s_own_peak():
     model = random_model(context_length=2000)
 
     def peak(length):
+        gc.collect()
+        held_by_others = mx.get_active_memory()  # models that other tests keep
         *_, last = stream_generate(model, None, [3] * length, max_tokens=2)
-        return last.statistics.peak_memory_bytes
+        return last.statistics.peak_memory_bytes - held_by_others
 
     small = peak(5)
     assert peak(1500) > 2 * small
-    assert peak(5) == pytest.approx(small, rel=0.1), "though MLX's counter had been higher"
+    assert peak(5) < 2 * small, "though MLX's counter had been higher"
     assert limits.peak_memory_bytes() >= 2 * small
 
 

@@ -9,6 +9,7 @@ from conftest import FIXTURES
 import openelm_mlx as om
 from openelm_mlx.errors import SettingError, TokenizerError
 from openelm_mlx.generate import encode_prompt
+from openelm_mlx.models.cache import KVCache
 from openelm_mlx.text.harmony import HarmonyFormat
 from openelm_mlx.text.streams import HarmonyStream
 from openelm_mlx.text.tokenizer import load_tokenizer
@@ -33,11 +34,12 @@ class Scripted:
         size = tokenizer.vocab_size
         self.spec = SimpleNamespace(vocab_size=size, usable_vocab_size=size, eos_tokens=())
         self.context_length = 4096
+        self.plan = self.failure = self.kv_bits = self.residency = None
         self.script = iter(HarmonyFormat(tokenizer).encode_markup(script))
         self.size = size
 
-    def make_cache(self, window=None):
-        return []
+    def make_cache(self, **_):
+        return [KVCache()]
 
     def embed(self, tokens):
         return tokens

@@ -130,6 +130,9 @@ class ModelSpec:
 # the attention over them.
 KV_STEP = 256
 
+# A few queries over quantized keys have their scores in memory, so many bytes of them at a time.
+KV_SCORES_BYTES = 64 * 2**20
+
 
 def kv_places(num_tokens: int, context_length: int | None = None) -> int:
     """For how many tokens a cache that keeps everything has places when it holds `num_tokens`.
@@ -139,9 +142,10 @@ def kv_places(num_tokens: int, context_length: int | None = None) -> int:
     """
     step = max(KV_STEP, 1 << max(0, (num_tokens - 1).bit_length() - 3))
     places = -(-num_tokens // step) * step
-    if context_length is None or num_tokens > context_length:
+    if context_length is None or num_tokens > context_length + KV_STEP:
         return places
-    return min(places, -(-context_length // KV_STEP) * KV_STEP)
+    # Drafts that are checked at the very end of the context may lie a few tokens past it.
+    return min(places, -(-max(context_length, num_tokens) // KV_STEP) * KV_STEP)
 
 
 def checked_kv_bits(spec: ModelSpec, kv_bits: int | None, window: int | None = None) -> int | None:

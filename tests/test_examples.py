@@ -19,6 +19,7 @@ SAYS = {
     "continue_text.py": "The old man walked down to the river and",
     "convert_and_compare.py": "KL divergence",
     "extract_json.py": "born",
+    "kv_quality.py": "same likeliest token",
     "logprobs.py": "rather than",
     "research_files.py": "】",
     "mlx_lm_interop.py": "stringed instrument",

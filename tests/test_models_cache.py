@@ -258,6 +258,7 @@ def test_no_places_beyond_the_context(context_length, places):
     cache = KVCache(context_length=context_length)
     cache.update_and_fetch(*[mx.zeros((1, 1, 2600, 1))] * 2)
     assert cache.keys.shape[2] == places
+    assert kv_places(context_length + 8, context_length) <= -(-context_length // 256) * 256 + 256
     cache.update_and_fetch(*[mx.zeros((1, 1, 8000, 1))] * 2)  # past the context it goes on, as without one
     assert cache.keys.shape[2] == 12288
 

@@ -78,9 +78,10 @@ def write_random_gpt_oss(
         return _write_sparse(destination, files, others)
     fingerprint = f"random gpt-oss, seed {seed}, {json.dumps(dict(config), sort_keys=True)}, {layout}"
     with CheckpointWriter(destination, files, fingerprint) as writer:
-        for number, tensor in enumerate(tensors):
-            if tensor in writer.remaining:
-                writer.write(tensor.name, _random_bytes(tensor, np.random.Generator(np.random.SFC64([seed, number]))))
+        numbers = {tensor.name: number for number, tensor in enumerate(tensors)}
+        for tensor in writer.remaining:  # in the writer's order, which puts what is badly aligned last
+            random = np.random.Generator(np.random.SFC64([seed, numbers[tensor.name]]))
+            writer.write(tensor.name, _random_bytes(tensor, random))
         writer.assemble(others)
         writer.publish()
     return writer.destination

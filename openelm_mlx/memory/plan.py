@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MemoryLimitError, SettingError
-from ..specs import ModelSpec, kv_places
+from ..specs import KV_SCORES_BYTES, ModelSpec, kv_places
 from .machine import Machine, wired_limit_advice
 
 # The interpreter, MLX and the library; a tokenizer takes some five times its file (measured on Linux, docs/memory.md).
@@ -317,11 +317,15 @@ def scratch_bytes(
         keys = context if layer.window is None else min(context, layer.window + chunk)
         qkv = chunk * (heads + 2 * kv_heads) * layer.head_dim
         attention = qkv * (itemsize + 2 * wide) + 2 * keys * kv_heads * layer.head_dim * wide
-        if backend == "cpu" or kv_bits is not None:
+        if backend == "cpu":
             seen = keys if layer.window is None or 2 * layer.window > chunk else 2 * layer.window
             attention += int(
                 (SCORE_COPIES_WITH_SINKS if layer.num_experts else SCORE_COPIES) * heads * chunk * seen * 4
             )
+        elif kv_bits is not None and layer.window is None:
+            # A chunk unpacks keys and values, which is counted above; one token or a few drafts keep their scores.
+            scores = 4 * heads * keys
+            attention = max(attention, 3 * max(scores, min(KV_SCORES_BYTES, 16 * scores)))
         if layer.num_experts:
             routes = chunk * layer.experts_per_token
             feed_forward = int(ROUTE_COPIES * routes * (2 * spec.hidden_size + 4 * layer.intermediate_size) * wide)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..specs import kv_group_size
+from ..specs import KV_SCORES_BYTES, kv_group_size
 
 BITS = 8
 
@@ -15,7 +15,7 @@ BITS = 8
 UNPACK_FROM = 16
 
 # The scores of fewer queries are computed for so many queries at a time that they take about this much.
-SCORES_BYTES = 64 * 2**20
+SCORES_BYTES = KV_SCORES_BYTES
 
 
 class Packed(NamedTuple):
@@ -35,7 +35,7 @@ class Packed(NamedTuple):
 
     def unpack(self, dtype: mx.Dtype) -> mx.array:
         """The numbers themselves, (B, K, T, D)."""
-        return mx.dequantize(*self, group_size=self.group_size, bits=BITS).astype(dtype)
+        return mx.dequantize(*self, group_size=self.group_size, bits=BITS, dtype=dtype)
 
     def first(self, num_tokens: int) -> Packed:
         """The first tokens, (B, K, num_tokens, D)."""

@@ -17,7 +17,6 @@ def logits_of(model, tokens: list[int], kv_bits: int) -> mx.array:
     cache, rows = model.make_cache(kv_bits=kv_bits), []
     for start in range(0, len(tokens), CHUNK):
         rows.append(model(mx.array([tokens[start : start + CHUNK]]), cache)[0].astype(mx.float32))
-        mx.eval(rows[-1])
     return mx.concatenate(rows)
 
 

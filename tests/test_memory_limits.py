@@ -300,6 +300,14 @@ def test_what_a_program_sets_between_two_tokens_stays():
     assert (mlx.wired, mlx.cache) == (5 * GB, DEFAULT_CACHE)
 
 
+def test_what_a_program_sets_last_stays_after_the_request():
+    mlx = FakeMLX()
+    with Owner(mlx).generating(plan()):
+        mlx.set_wired_limit(5 * GB)
+        mlx.set_cache_limit(2 * GB)
+    assert (mlx.wired, mlx.cache) == (5 * GB, 2 * GB)
+
+
 # --- the peak ---------------------------------------------------------------------------------------------------------
 
 

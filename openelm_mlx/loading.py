@@ -78,6 +78,8 @@ LARGEST_WIDENED_BYTES = 10**9
 # The CPU backend multiplies by 8-bit matrices at 0.4 times the speed that it has for float32 ones (docs/LOG.md). Up to so
 # many bytes unpacked, four times the memory is no matter.
 LARGEST_UNPACKED_BYTES = 2**28
+# Larger matrices stay as they lie: a second copy of one, for a moment, would show in the peak of loading.
+LARGEST_TURNED_BYTES = 2**24
 
 DENSE_BITS = (8, 6, 5, 4)
 
@@ -178,7 +180,11 @@ def load_model(
     pending: list[mx.array] = []
     pending_bytes = 0
     # What is packed here comes first: it is in memory unpacked for a moment, and there is most room at the beginning.
-    for parameter in sorted(contents.parameters.values(), key=lambda each: _module(each) in contents.quantized):
+    # So do larger ones, for the same reason.
+    for parameter in sorted(
+        contents.parameters.values(),
+        key=lambda each: (_module(each) in contents.quantized, -math.prod(each.shape)),
+    ):
         if streaming is not None and parameter.name in streaming.on_disk:
             continue
         array = parameter.read(checkpoint)
@@ -188,7 +194,8 @@ def load_model(
         if parameter.name == f"{module}.weight" and module in packings and module not in contents.quantized:
             parts = {f"{module}.{name}": each for name, each in packings[module].quantize(array).items()}
         else:
-            if module not in packings and array.ndim > 1 and array.dtype == mx.float32 and runs_on_cpu():
+            turns = array.ndim > 1 and array.dtype == mx.float32 and array.nbytes <= LARGEST_TURNED_BYTES
+            if module not in packings and turns and runs_on_cpu():
                 array = by_columns(array)
                 _evaluate([array], checkpoint)  # one after the other: each has a copy only for a moment
             parts = {parameter.name: array}

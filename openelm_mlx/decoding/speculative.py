@@ -87,7 +87,7 @@ class Speculative:
     def _round(self, left: int) -> Iterator[Choice]:
         """One guess and its verification, or a few plain tokens where there is nothing to go by."""
         began, before = self._clock(), len(self._tokens)
-        guide = _Guide(self._constraint, self._model.spec.vocab_size)
+        guide = Guided(self._constraint, self._model.spec.vocab_size)
         state = self._sampler.state
         draft = None
         if left > 1:
@@ -180,7 +180,7 @@ class Speculative:
         return choices
 
 
-class _Guide:
+class Guided:
     """A constraint followed along a draft, and taken back. masks: what was allowed at each place, one after the draft."""
 
     def __init__(self, constraint: TokenConstraint | None, vocab_size: int) -> None:

@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
 from ..errors import DestinationError, PromptError, SettingError, TokenizerError
 from ..generate import Chunk, Statistics, stream_generate
@@ -112,6 +113,7 @@ class Chat:
     max_rounds: int = 16
     time_limit: float | None = None
     options: dict[str, Any] = field(default_factory=dict)  # more keyword arguments of `stream_generate`
+    prefix_cache: PrefixCache | None = field(default_factory=PrefixCache)  # a turn computes what is new of the prompt
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -329,7 +331,7 @@ class _Turn:
         if room < 1:
             self.ended_by = "length"
             return
-        options = {"sampling": chat.sampling, **chat.options}
+        options = {"sampling": chat.sampling, "prefix_cache": chat.prefix_cache, **chat.options}
         if chat.is_harmony and chat._tool_schemas:
             options["tool_schemas"] = chat._tool_schemas  # so that calls always parse
         for chunk in stream_generate(chat.model, chat.tokenizer, prompt, max_tokens=room, **options):

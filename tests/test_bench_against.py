@@ -48,6 +48,27 @@ def test_a_comparison_has_rates_ratios_and_primitives(monkeypatch):
     assert "primitives" in text
 
 
+def test_prompts_are_cut_to_the_context_and_time_ends_rounds_not_measures(monkeypatch):
+    monkeypatch.setattr(against, "shape_config", lambda *_: {**small("openelm-270m"), "max_context_length": 40})
+    seen = []
+    found = against.compare(
+        "openelm-270m",
+        rounds=5,
+        seconds=0,
+        prompt_tokens=2048,
+        completion_tokens=12,
+        long_context=99,
+        sample=seen.append,
+    )
+    assert found.error is None
+    # One round that warms up and one that counts, though the time was over from the start.
+    assert {name: len(both["ours"]) for name, both in found.samples.items()} == dict.fromkeys(
+        ("prefill of 38", "decode", "decode after 28"), 1
+    )
+    assert len(seen) == 12
+    assert sum("warming up" in sentence for sentence in seen) == 6
+
+
 def test_a_shape_that_fails_says_so_and_raises_nothing(monkeypatch):
     monkeypatch.setattr(against, "random_pair", lambda *_: 1 / 0)
     found = against.compare("openelm-270m")

@@ -105,10 +105,13 @@ def random_pair(config: Mapping[str, Any], bits: int | None = None, theirs: bool
 def compare(
     shape: str, bits: int | None = None, num_layers: int | None = None, rounds: int = 3, seconds: float = 60.0,
     prompt_tokens: int = 2048, completion_tokens: int = 96, long_context: int = 0, theirs: bool = True,
+    sample: Callable[[str], None] | None = None,
 ) -> Comparison:  # fmt: skip
     """Measure one shape: prefill of `prompt_tokens`, decode after a short prompt, and after `long_context` tokens (0: not).
 
-    At least one round counts after one that warms up; no round begins after `seconds`.
+    Prompts are cut to what the model's context has room for. At least one round counts after one that warms up; no
+    round begins after `seconds`, and a measure that has samples of both is left out after them. sample: called with a
+    sentence for each sample as it comes, those of the round that warms up included: what a run that is cut off leaves.
     """
     comparison = Comparison(shape, bits)
     try:
@@ -118,15 +121,18 @@ def compare(
         if other is not None:
             runners["mlx-lm"] = _mlx_lm_runner(other)
         started = time.perf_counter()
+        measures = _measures(model, prompt_tokens, completion_tokens, long_context)
         for number in range(rounds + 1):
-            if number > 1 and time.perf_counter() - started > seconds:
-                break
-            for whose in sorted(runners, reverse=bool(number % 2)):
-                for measure, value in _measures(
-                    runners[whose], usable_tokens(model), prompt_tokens, completion_tokens, long_context
-                ):
+            for name, (prompt, num_tokens, which) in measures.items():
+                is_late = time.perf_counter() - started > seconds
+                if is_late and comparison.ratio(name) is not None:
+                    continue
+                for whose in sorted(runners, reverse=bool(number % 2)):
+                    value = runners[whose](prompt, num_tokens)[which]
+                    if sample is not None:
+                        sample(f"{shape}: {name}: {whose} {value:.4g}{'' if number else ' (warming up)'}")
                     if number:
-                        comparison.add(measure, whose, value)
+                        comparison.add(name, whose, value)
     except Exception as error:  # noqa: BLE001 - one shape that fails must not end the others
         comparison.error = f"{type(error).__name__}: {error}"
     mx.clear_cache()
@@ -139,17 +145,19 @@ def usable_tokens(model: Model) -> int:
 
 
 def _measures(
-    run: Callable[..., tuple[float, float]],
-    vocab_size: int,
-    prompt_tokens: int,
-    completion_tokens: int,
-    long_context: int,
-) -> Iterator[tuple[str, float]]:
-    prompt = _prompt(prompt_tokens, vocab_size)
-    yield f"prefill of {prompt_tokens}", run(prompt, 2)[0]
-    yield "decode", run(prompt[:128], completion_tokens)[1]
-    if long_context:
-        yield f"decode after {long_context}", run(_prompt(long_context, vocab_size), completion_tokens)[1]
+    model: Model, prompt_tokens: int, completion_tokens: int, long_context: int
+) -> dict[str, tuple[list[int], int, int]]:
+    """Name -> (prompt, how many new tokens, which of the two rates), prompts no longer than the context allows."""
+    room = model.context_length
+    length, long = min(prompt_tokens, room - 2), min(long_context, room - completion_tokens)
+    prompt = _prompt(max(length, long), usable_tokens(model))
+    found = {
+        f"prefill of {length}": (prompt[:length], 2, 0),
+        "decode": (prompt[: min(128, length)], completion_tokens, 1),
+    }
+    if long > 0:
+        found[f"decode after {long}"] = (prompt[:long], completion_tokens, 1)
+    return found
 
 
 def _prompt(length: int, vocab_size: int) -> list[int]:

@@ -80,6 +80,7 @@ def run_random(args: argparse.Namespace) -> int:
         args.completion_tokens,
         args.long_context,
         args.against == "mlx-lm",
+        lambda sentence: print(sentence, file=sys.stderr, flush=True),
     )
     if args.json:
         print(json.dumps({"machine": machine_description(), "disturbances": disturbances(), **found.as_dict()}))

@@ -1,10 +1,11 @@
 """mlx-lm's server with our gpt-oss in it: python examples/mlx_lm_server.py --model openai/gpt-oss-20b --port 8080
 
-It takes mlx_lm.server's options; without any it serves the demo, asks it one question, and stops.
+It takes mlx_lm.server's options; without any it serves the demo at a free port, asks it one question, and stops.
 """
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -25,14 +26,14 @@ def load(source, *_, **__):
 
 server.load = load  # the one line that changes
 if len(sys.argv) > 1:
-    server.main()
-else:
-    sys.argv += ["--model", "demo-gpt-oss", "--port", "8765", "--log-level", "ERROR"]
-    threading.Thread(target=server.main, daemon=True).start()
-    time.sleep(3)
-    system = "<|start|>system<|message|>Reasoning: low\n\n# Valid channels: analysis, commentary, final.<|end|>"
-    prompt = f"{system}<|start|>user<|message|>What is a piano?<|end|><|start|>assistant"
-    body = json.dumps({"prompt": prompt, "max_tokens": 64, "temperature": 0}).encode()
-    print(json.load(urllib.request.urlopen("http://127.0.0.1:8765/v1/completions", body))["choices"][0]["text"])
-    sys.stdout.flush()
-    os._exit(0)  # mlx-lm's server has no other end
+    sys.exit(server.main())
+port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]  # a free one; it is closed again at once
+sys.argv += ["--model", "demo-gpt-oss", "--port", str(port), "--log-level", "ERROR"]
+(thread := threading.Thread(target=server.main, daemon=True)).start()
+while socket.socket().connect_ex(("127.0.0.1", port)) and thread.is_alive():
+    time.sleep(0.05)  # until it listens
+system = "<|start|>system<|message|>Reasoning: low\n\n# Valid channels: analysis, commentary, final.<|end|>"
+body = {"prompt": f"{system}<|start|>user<|message|>What is a piano?<|end|><|start|>assistant", "max_tokens": 64}
+answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
+print(json.load(answer)["choices"][0]["text"], flush=True)
+os._exit(0)  # mlx-lm's server has no other end

@@ -14,7 +14,7 @@ from mlx import nn
 
 from .checkpoint import hub
 from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
-from .checkpoint.quantize import Quantization, quantization_of
+from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .memory.machine import this_machine
@@ -542,7 +542,7 @@ def _check_scales(weights: list[tuple[str, mx.array]], packings: Mapping[str, Qu
         return
     largest = cast("list[int]", mx.stack([mx.max(array) for _, array in scales]).tolist())
     for (name, _), value in zip(scales, largest, strict=True):
-        if value == 255:
+        if value == NOT_A_SCALE:
             raise CheckpointError(
                 f"The scales of {name.removesuffix('.scales')} have a byte of 255, which stands for no number (NaN): the "
                 "file is damaged; download or copy it again."

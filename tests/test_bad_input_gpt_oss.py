@@ -1,5 +1,6 @@
 """What a user can get wrong with gpt-oss, on the command line: one sentence on stderr, nothing on stdout, exit code 2."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -61,9 +62,17 @@ def with_a_byte_of_255(scales):
     ],
 )
 def test_tensors_that_disagree(demo, capsys, tensors, said):
-    import re
-
     assert re.search(said, refused(capsys, changed(demo, **tensors)))
+
+
+@pytest.mark.parametrize("options", [[], ["--expert-slots", "4"]])
+def test_a_damaged_scale_is_found_wherever_experts_are_read(demo, tmp_path, capsys, options):
+    folder = changed(demo, down_proj_scales=with_a_byte_of_255)
+    assert "255" in refused(capsys, folder, *options)
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(r"layers\.0\.mlp\.experts\.down_proj_scales in .*model\.safetensors.*255.*NaN", line)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["demo"]
 
 
 def test_a_missing_part_of_the_original_folder(tmp_path, capsys):

@@ -17,6 +17,9 @@ Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 _GROUP_SIZES: dict[str, tuple[int, ...]] = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 _BITS: dict[str, tuple[int, ...]] = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 
+# A scale byte of 255 stands for no number (OCP Microscaling Formats 1.0, section 5.4.1, E8M0; in nvfp4's E4M3 too).
+NOT_A_SCALE = 255
+
 RECIPES = ("2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4", "mixed")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint.layouts import FLOAT_TYPES, Contents, Parameter
-from ..checkpoint.quantize import Quantization, parse_recipe, quantization_of
+from ..checkpoint.quantize import NOT_A_SCALE, Quantization, parse_recipe, quantization_of
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, OutputFile, OutputTensor, plan_files
 from ..errors import CheckpointError, ConversionError, SettingError
@@ -75,7 +75,8 @@ class PlannedWeight:
     def slices(self, checkpoint: Checkpoint) -> Iterator[list[mx.array]]:
         """The output tensors' arrays, some rows at a time, evaluated: in each item one array a tensor.
 
-        Raises CheckpointError for NaN or infinity, ConversionError for numbers too large for the new type.
+        Raises CheckpointError for NaN or infinity, in scales of one byte too, ConversionError for numbers too large for
+        the new type.
         """
         sources = self._read(checkpoint)
         num_rows = self.shape[0]
@@ -85,7 +86,7 @@ class PlannedWeight:
             plain = rows[0] if self.unpack is None else unpacked(self.unpack, dict(zip(PARTS, rows, strict=False)))
             cast = plain if self.dtype is None else plain.astype(self.dtype)
             arrays = [cast] if self.pack is None else list(self.pack.quantize(cast).values())
-            finite = mx.all(mx.isfinite(cast))
+            finite = mx.all(cast != NOT_A_SCALE if self._is_byte_scales else mx.isfinite(cast))
             mx.eval(finite, arrays)  # a slice at a time: what it takes is given back before the next one
             if not finite.item():
                 raise self._not_finite(plain, checkpoint)
@@ -102,8 +103,17 @@ class PlannedWeight:
             ) from error
         return arrays
 
+    @property
+    def _is_byte_scales(self) -> bool:
+        return self.sources[0].name.endswith(".scales") and self.sources[0].dtype == "U8"
+
     def _not_finite(self, plain: mx.array, checkpoint: Checkpoint) -> CheckpointError | ConversionError:
         source = self.sources[0].sources[0]
+        if self._is_byte_scales:
+            return CheckpointError(
+                f"Tensor {source} in {checkpoint.entries[source].file} has a byte of 255, which stands for no number (NaN): "
+                "the file is damaged; download or copy it again."
+            )
         if not mx.all(mx.isfinite(plain)).item():
             return CheckpointError(
                 f"Tensor {source} in {checkpoint.entries[source].file} holds NaN or infinity: the weights are damaged or "

@@ -40,7 +40,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.layouts import Contents
-from ..checkpoint.quantize import Quantization
+from ..checkpoint.quantize import NOT_A_SCALE, Quantization
 from ..checkpoint.reader import Checkpoint, SafetensorsCheckpoint, TensorEntry
 from ..errors import CheckpointError, SettingError
 from ..models.gpt_oss import GptOss
@@ -54,8 +54,6 @@ Writes = Literal["view", "copy"]
 EMBEDDING = "model.embed_tokens.weight"
 PROJECTIONS = ("gate_up_proj", "down_proj")
 PARTS = ("weight", "scales")
-# A scale of 255 stands for no number (OCP Microscaling Formats 1.0, section 5.4.1, E8M0).
-NOT_A_SCALE = 255
 # Results that wait for a fence are small (a token's); larger ones are evaluated at once.
 LARGEST_PENDING_ROUTES = SORT_FROM_ROUTES
 MOST_PENDING = 16

@@ -102,8 +102,8 @@ def stream_generate(
 
     prefix_cache: an `om.PrefixCache`, where what earlier requests computed of a prompt that begins alike is taken from
     and this one's is kept in; the answer is the same. draft: `om.PromptLookup()` or `om.DraftModel(small_model)` guesses
-    tokens that the model checks several at a time: the same answer when greedy, the same distribution when sampled, and
-    plain steps while that is faster.
+    tokens that the model checks several at a time: the same answer when greedy, the same distribution when sampled (but a
+    seed does not repeat it, since the clock decides when it guesses), and plain steps while that is faster.
 
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
     TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all (something else
@@ -184,13 +184,16 @@ def _choices(
 ) -> Iterator[Choice]:
     """The tokens of the answer, in the way that was asked for."""
     max_tokens, num_logprobs, constraint = request.max_tokens, request.logprobs, request.constraint
-    if request.draft is not None:
-        guesser, num_drafts = request.draft.begin(model), request.draft.num_draft_tokens
-        source = Speculative(model, step, sampler, request.prompt_tokens, guesser, num_drafts, num_logprobs, constraint)
-        clock.speculation = source.gain.counts
-        return source.choices(logits, max_tokens)
     if model.residency is None:
         step = make_step(model, step.cache)
+    if request.draft is not None:
+        draft, prompt = request.draft, request.prompt_tokens
+        source = Speculative(
+            model, step, sampler, prompt, draft.begin(model), draft.num_draft_tokens, num_logprobs, constraint,
+            memory=draft.memory,
+        )  # fmt: skip
+        clock.speculation = source.gain.counts
+        return source.choices(logits, max_tokens)
     if constraint is not None:
         return constrained(step, sampler, logits, max_tokens, constraint, num_logprobs)
     return one_by_one(step, sampler, logits, max_tokens, num_logprobs)

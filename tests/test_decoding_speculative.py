@@ -11,10 +11,11 @@ import pytest
 from conftest import FIXTURES, load_fixture, random_model
 
 import openelm_mlx as om
+from openelm_mlx.decoding.compiled_step import CompiledStep
 from openelm_mlx.decoding.drafts import Draft
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.sampling import Sampler, SamplingParams
-from openelm_mlx.decoding.speculation_gain import Gain
+from openelm_mlx.decoding.speculation_gain import Gain, Memory
 from openelm_mlx.decoding.speculative import Speculative
 from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.tokens import one_by_one
@@ -44,6 +45,10 @@ class Always(Gain):
 
     def pause(self) -> int:
         return 0
+
+    @property
+    def num_drafts(self) -> int:
+        return self._most_drafts
 
 
 @pytest.fixture
@@ -85,9 +90,10 @@ def plain(model, prompt, max_tokens, **options):
     return [choice.item() for choice in source]
 
 
-def guessed(model, prompt, answer, is_wrong, gain, **options):
-    step = PlainStep(model, model.make_cache(room=K, **options))
-    logits = prefill(model, prompt, step.cache, 8)
+def guessed(model, prompt, answer, is_wrong, gain, make_step=PlainStep, **options):
+    cache = model.make_cache(room=K, **options)
+    logits = prefill(model, prompt, cache, 8)
+    step = make_step(model, cache)
     source = Speculative(model, step, greedy(model, prompt), prompt, Oracle(prompt, answer, is_wrong), K, gain=gain)
     tokens = []
     for choice in source.choices(logits, len(answer)):
@@ -105,7 +111,7 @@ def test_greedy_tokens_are_the_plain_loop_s_around_the_window(models, family, op
     for length in (2, *range(WINDOW - K - 1, WINDOW + K + 2, 3), 3 * WINDOW):
         prompt = prompt_of(length, length)
         answer = plain(model, prompt, 24, **options)
-        tokens, counts = guessed(model, prompt, answer, PATTERNS[pattern], Always(), **options)
+        tokens, counts = guessed(model, prompt, answer, PATTERNS[pattern], Always(K), **options)
         assert tokens == answer, length
         assert counts.rounds > 0
         if pattern == "all right":
@@ -115,13 +121,34 @@ def test_greedy_tokens_are_the_plain_loop_s_around_the_window(models, family, op
             assert counts.accepted == 0
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "openelm"])
+def test_rounds_and_steps_of_the_traced_graph_in_turns(models, family):
+    """The graph keeps its position as an array, and rejected guesses stay in the rings' slots."""
+
+    class Mixed(Always):
+        def __init__(self):
+            super().__init__(K)
+            self.turns = itertools.cycle([0, 3, 0, 0, 1, 0, 4])
+
+        def pause(self):
+            return next(self.turns)
+
+    model = models[family]
+    for length in (5, WINDOW - 1, WINDOW + 1, 40):
+        prompt = prompt_of(length, length)
+        answer = plain(model, prompt, 40)
+        for pattern in ("all wrong", "now and then"):
+            make_step = functools.partial(CompiledStep, compile=False)
+            assert guessed(model, prompt, answer, PATTERNS[pattern], Mixed(), make_step)[0] == answer
+
+
 def test_without_room_the_ring_says_so(models):
     """What mlx-lm is silent about: a guess that cannot be taken back is an error."""
     model, prompt = models["gpt_oss"], prompt_of(40)
     step = PlainStep(model, model.make_cache())
     logits = prefill(model, prompt, step.cache, 8)
     oracle = Oracle(prompt, plain(model, prompt, 24), PATTERNS["all wrong"])
-    source = Speculative(model, step, greedy(model, prompt), prompt, oracle, K, gain=Always())
+    source = Speculative(model, step, greedy(model, prompt), prompt, oracle, K, gain=Always(K))
     with pytest.raises(ValueError, match="cannot take back"):
         list(source.choices(logits, 24))
 
@@ -146,9 +173,9 @@ def test_with_everything_else_that_a_request_asks_for(demo, options):
     """Stop strings, channels, log-probabilities, the end of text: in the middle of a draft as everywhere."""
     model, tokenizer = demo
     options = {"max_tokens": 60, "logprobs": 2, **options}
-    drafts = [om.PromptLookup(num_draft_tokens=5, ngram=1), om.PromptLookup(), draft_of(model.spec.family)]
+    drafts = [om.PromptLookup(num_draft_tokens=5, ngram=1), draft_of(model.spec.family)]
     accepted = 0
-    for prompt in ("What is a violin?", "violin violin violin"):
+    for prompt in ("What is a violin?",):
         expected, logprobs = outcome(stream_generate(model, tokenizer, prompt, **options))
         for draft in drafts:
             chunks = list(stream_generate(model, tokenizer, prompt, draft=draft, **options))
@@ -301,7 +328,7 @@ def test_sampled_answers_have_the_model_s_distribution(guesser, params):
     for _ in range(trials):
         sampler.state = (sampler.state[0], None if sampler.state[1] is None else mx.zeros(VOCAB))
         cache = [Counter()]
-        source = Speculative(model, PlainStep(model, cache), sampler, [0], guess, 3, gain=Always())
+        source = Speculative(model, PlainStep(model, cache), sampler, [0], guess, 3, gain=Always(3))
         answer = tuple(choice.item() for choice in source.choices(model.table[0], 4))
         seen[answer] += 1
         accepted, drafted = accepted + source.gain.counts.accepted, drafted + source.gain.counts.drafted
@@ -329,7 +356,7 @@ def chi_square_z(probabilities, seen, trials):
 def test_sampling_with_the_same_model_as_draft_takes_every_guess():
     model = Markov(3)
     sampler = Sampler(SamplingParams(temperature=1.0, seed=5), VOCAB, VOCAB, [0])
-    source = Speculative(model, PlainStep(model, [Counter()]), sampler, [0], MarkovGuesser(model), 3, gain=Always())
+    source = Speculative(model, PlainStep(model, [Counter()]), sampler, [0], MarkovGuesser(model), 3, gain=Always(3))
     assert len(list(source.choices(model.table[0], 101))) == 101
     assert source.gain.counts.accepted == source.gain.counts.drafted == 75
 
@@ -353,9 +380,9 @@ def test_sampled_requests_are_repeatable_with_a_seed(models):
 # --- when it pays ---
 
 
-def simulated(plain_seconds, round_seconds, tokens_a_round, num_tokens, noise=0.0):
+def simulated(plain_seconds, round_seconds, tokens_a_round, num_tokens, noise=0.0, memory=None):
     """Seconds with the gain's decisions, over those of plain steps alone, and the share of tokens that came by rounds."""
-    gain, random = Gain(), np.random.default_rng(0)
+    gain, random = Gain(8, memory), np.random.default_rng(0)
     made, seconds, by_rounds = 0, 0.0, 0
     while made < num_tokens:
         pause = gain.pause()
@@ -382,23 +409,56 @@ def test_guessing_stops_while_it_loses_and_goes_on_while_it_gains():
     assert gain.counts.speedup == pytest.approx(1 / faster, rel=0.05)
 
 
-def test_guessing_is_tried_again_after_a_pause():
-    gain = Gain()
+def test_a_trial_that_lost_is_remembered_by_the_next_requests():
+    """Short answers: only the first of them pays for the trial, and after a while it is tried again."""
+    memory = Memory()
+    shares = [simulated(0.01, 0.05, 1, 100, memory=memory) for _ in range(60)]
+    assert [by_rounds > 0 for _, by_rounds, _ in shares[:6]] == [True] + [False] * 5
+    assert 2 <= sum(by_rounds > 0 for _, by_rounds, _ in shares) <= 20
+    assert np.mean([slower for slower, _, _ in shares]) < 1 / 0.97
+
+
+def test_a_hopeless_trial_is_short():
+    gain = Gain(8)
     for _ in range(8):
         gain.plain_token(0.01)
     gain.pause()
+    assert gain.num_drafts == 2
+    rounds = 0
     while not (pause := gain.pause()):
-        gain.round(0.03, 1)
+        gain.round(0.04, 1)
+        rounds += 1
+    assert rounds == 2  # one to warm up, one to see
+    assert pause > 200
     for _ in range(pause):
         gain.plain_token(0.01)
-    assert gain.pause() == 0
+    assert gain.pause() == 0  # then it is tried again
     for _ in range(20):
         gain.round(0.01, 3)
-    assert gain.pause() == 0
+        assert gain.pause() == 0
+
+
+@pytest.mark.parametrize(
+    ("costs", "best"), [({2: 12, 4: 14, 8: 18}, 8), ({2: 12, 4: 15, 8: 40}, 4), ({2: 12, 4: 40}, 2)]
+)
+def test_as_many_are_guessed_as_pays(costs, best):
+    """Rounds of 2, 4 and 8 guesses, all of which hold, and what they take."""
+    gain = Gain(8)
+    for _ in range(8):
+        gain.plain_token(0.01)
+    gain.pause()
+    used = []
+    for _ in range(40):
+        used.append(gain.num_drafts)
+        gain.round(0.001 * costs[gain.num_drafts], gain.num_drafts + 1)
+        assert gain.pause() == 0
+    assert used[-1] == best
+    assert used[:5] == [2] * 5
+    assert used[-20:] == [best] * 20
 
 
 def test_a_reader_s_break_does_not_count():
-    gain = Gain()
+    gain = Gain(8)
     for _ in range(8):
         gain.plain_token(0.01)
     gain.pause()
@@ -417,7 +477,7 @@ def test_the_loop_makes_plain_steps_in_a_pause(models):
         def pause(self):
             return next(self.turns)
 
-    tokens, counts = guessed(model, prompt, answer, PATTERNS["now and then"], Alternating())
+    tokens, counts = guessed(model, prompt, answer, PATTERNS["now and then"], Alternating(K))
     assert tokens == answer
     assert 2 < counts.rounds < 12
 

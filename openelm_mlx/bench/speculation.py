@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from ..decoding.compiled_step import make_step
 from ..decoding.drafts import Drafts
 from ..decoding.prefill import prefill
 from ..decoding.sampling import Sampler, SamplingParams
 from ..decoding.speculation_gain import Gain
 from ..decoding.speculative import Guided, Speculative
-from ..decoding.step import PlainStep, Step
+from ..decoding.step import Step
 from ..decoding.tokens import Choice, one_by_one
 
 if TYPE_CHECKING:
@@ -65,8 +66,14 @@ class SpeculationResult:
 
 
 class _Always(Gain):
+    """Guesses in every round, as many tokens as may be."""
+
     def pause(self) -> int:
         return 0
+
+    @property
+    def num_drafts(self) -> int:
+        return self._most_drafts
 
 
 def measure_speculation(
@@ -79,9 +86,9 @@ def measure_speculation(
         total = dict.fromkeys(seconds, 0.0)
         for prompt in prompts:
             total["plain"] += _decode(model, draft, prompt, max_tokens, None)
-            always = _Always()
+            always = _Always(draft.num_draft_tokens)
             total["always"] += _decode(model, draft, prompt, max_tokens, always)
-            total["watched"] += _decode(model, draft, prompt, max_tokens, Gain())
+            total["watched"] += _decode(model, draft, prompt, max_tokens, Gain(draft.num_draft_tokens, draft.memory))
             if not repetition:
                 of_prompt = (always.counts.rounds, always.counts.drafted, always.counts.accepted)
                 counts = [a + b for a, b in zip(counts, of_prompt, strict=True)]
@@ -100,11 +107,11 @@ def measure_speculation(
 
 
 def _begin(model: Model, draft: Drafts, prompt: Sequence[int]) -> tuple[Step, Sampler, mx.array]:
-    step = PlainStep(model, model.make_cache(room=draft.num_draft_tokens))
+    cache = model.make_cache(room=draft.num_draft_tokens)
     sampler = Sampler(SamplingParams(), model.spec.vocab_size, model.spec.usable_vocab_size, prompt)
-    logits = prefill(model, prompt, step.cache, 512)
+    logits = prefill(model, prompt, cache, 512)
     mx.eval(logits)  # so that only decoding is timed
-    return step, sampler, logits
+    return make_step(model, cache), sampler, logits
 
 
 def _decode(model: Model, draft: Drafts, prompt: Sequence[int], max_tokens: int, gain: Gain | None) -> float:

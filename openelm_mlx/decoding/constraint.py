@@ -42,7 +42,7 @@ class TokenConstraint(Protocol):
         """
 
     def rewind(self, count: int) -> None:
-        """Take back the last `count` accepted tokens."""
+        """Take back the last `count` accepted tokens, and forget what was refused since."""
 
 
 @final
@@ -142,7 +142,7 @@ class Span:
         if count:
             self.matcher.rewind(count - self.is_ended)
             self.is_ended = False
-            self._completion, self._forced, self._check_below = None, None, float("inf")
+        self._completion, self._forced, self._check_below = None, None, float("inf")
 
     def _leaves_room(self, token: int, num_left: int) -> bool:
         """After `token` was taken: whether the answer can still end. Takes it back, and forces another, if it cannot."""
@@ -264,6 +264,8 @@ class HarmonyConstraint:
             place = self._places.pop()
             if place.span is not None and place.span is self._places[-1].span:
                 place.span.rewind(1)
+        if not count and (span := self._places[-1].span) is not None:
+            span.rewind(0)
         self.is_finished = False
 
     def _after(self, place: _Place, token: int) -> _Place:

@@ -1,12 +1,13 @@
 """Who guesses the next tokens: a smaller model, or the text itself, looked up.
 
-`DraftModel` and `PromptLookup` are what a caller gives; `begin` makes of it what guesses for one request.
+`DraftModel` and `PromptLookup` are what a caller gives, best the same one for all requests: it remembers whether guessing
+paid. `begin` makes of it what guesses for one request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import mlx.core as mx
 from ..errors import SettingError
 from .prefill import reading_no_more_than_needed
 from .sampling import Sampler
+from .speculation_gain import Memory
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -59,10 +61,12 @@ class PromptLookup:
     """Guess that what followed the same last words before, in the prompt or the answer, follows again.
 
     ngram: how many tokens have to be the same; the latest place with the longest match counts, down to 2 tokens.
+    num_draft_tokens: at most so many at once; fewer while that is faster.
     """
 
     num_draft_tokens: int = 8
     ngram: int = 3
+    memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check("num_draft_tokens", self.num_draft_tokens, 1)
@@ -77,11 +81,15 @@ class PromptLookup:
 
 @dataclass(frozen=True)
 class DraftModel:
-    """Guess with a smaller model of the same vocabulary. tokenizer: its own, to be compared with the large one's."""
+    """Guess with a smaller model of the same vocabulary. tokenizer: its own, to be compared with the large one's.
+
+    num_draft_tokens: at most so many at once; fewer while that is faster.
+    """
 
     model: Model
     tokenizer: Tokenizer | None = None
     num_draft_tokens: int = 4
+    memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check("num_draft_tokens", self.num_draft_tokens, 1)

@@ -18,7 +18,7 @@ import numpy as np
 from .constraint import TokenConstraint
 from .drafts import Draft, Guesser
 from .sampling import Sampler, log_probabilities, unpacked
-from .speculation_gain import Gain
+from .speculation_gain import Gain, Memory
 from .step import Step
 from .tokens import Choice, constrained, one_by_one
 
@@ -30,7 +30,7 @@ _WITHOUT_GUESS = 3
 
 
 class Speculative:
-    """The tokens of an answer, as `one_by_one` gives them. gain: what it measures and decides by.
+    """The tokens of an answer, as `one_by_one` gives them. gain: what it measures and decides by; memory: of earlier requests.
 
     prompt: the tokens in the step's cache, whose rings have room for `num_draft_tokens`.
     """
@@ -46,12 +46,13 @@ class Speculative:
         num_logprobs: int | None = None,
         constraint: TokenConstraint | None = None,
         gain: Gain | None = None,
+        memory: Memory | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model, self._step, self._sampler, self._guesser = model, step, sampler, guesser
-        self._num_draft_tokens, self._num_logprobs, self._constraint = num_draft_tokens, num_logprobs, constraint
+        self._num_logprobs, self._constraint = num_logprobs, constraint
         self._tokens = list(prompt)
-        self.gain = Gain() if gain is None else gain
+        self.gain = Gain(num_draft_tokens, memory) if gain is None else gain
         self._clock = clock
 
     def choices(self, logits: mx.array, max_tokens: int) -> Iterator[Choice]:
@@ -91,7 +92,7 @@ class Speculative:
         state = self._sampler.state
         draft = None
         if left > 1:
-            draft = self._guesser.guess(self._tokens, min(self._num_draft_tokens, left - 1), self._sampler, guide)
+            draft = self._guesser.guess(self._tokens, min(self.gain.num_drafts, left - 1), self._sampler, guide)
         guide.back()
         # The keys that were drawn stay drawn; the penalties are those before the guess again.
         self._sampler.state = (self._sampler.state[0], *state[1:])
@@ -185,7 +186,7 @@ class Guided:
 
     def __init__(self, constraint: TokenConstraint | None, vocab_size: int) -> None:
         self._constraint, self._vocab_size = constraint, vocab_size
-        self._num_followed = 0
+        self._num_followed, self._was_refused = 0, False
         self.is_open = constraint is None or not constraint.is_finished
         self.masks: list[mx.array | None] = [] if constraint is None else [self._mask()]
 
@@ -198,13 +199,14 @@ class Guided:
         number = token if isinstance(token, int) else cast(int, token.item())
         self.is_open = self._constraint.accept(number)
         self._num_followed += self.is_open
+        self._was_refused = not self.is_open
         if self.is_open:
             self.is_open = not self._constraint.is_finished
             self.masks.append(self._mask() if self.is_open else None)
 
     def back(self) -> None:
         """Take everything back that was followed."""
-        if self._constraint is not None:
+        if self._constraint is not None and (self._num_followed or self._was_refused):
             self._constraint.rewind(self._num_followed)
 
     def _mask(self) -> mx.array | None:

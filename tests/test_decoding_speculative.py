@@ -16,7 +16,7 @@ from openelm_mlx.decoding.drafts import Draft
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.sampling import Sampler, SamplingParams
 from openelm_mlx.decoding.speculation_gain import Gain, Memory
-from openelm_mlx.decoding.speculative import Speculative
+from openelm_mlx.decoding.speculative import Guided, Speculative
 from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.tokens import one_by_one
 from openelm_mlx.errors import SettingError
@@ -207,6 +207,22 @@ def test_a_draft_model_that_agrees_is_taken_and_one_that_does_not_changes_nothin
         rates.append(chunks[-1].statistics.accepted_tokens / chunks[-1].statistics.drafted_tokens)
     assert rates[0] == 1.0
     assert rates[1] < 0.5
+
+
+@pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
+def test_a_draft_model_takes_its_wrong_guesses_back(models, family):
+    """Whatever held of the last guess, and however much came since, it guesses as one that sees the text anew."""
+    draft, text = models[family], prompt_of(120)
+    guesser, sampler = om.DraftModel(draft, num_draft_tokens=K).begin(draft), greedy(draft, text)
+    length = WINDOW - 3
+    for num_new in (1, 2, K + 1, 1, 3, 30, 1, 1):
+        fresh = om.DraftModel(draft, num_draft_tokens=K).begin(draft)
+        guesses = [
+            each.guess(text[:length], K, sampler, Guided(None, 512)).tokens.tolist() for each in (guesser, fresh)
+        ]
+        assert guesses[0] == guesses[1]
+        text[length : length + num_new - 1] = guesses[0][: num_new - 1]  # so many hold, and another token follows
+        length += num_new
 
 
 @pytest.mark.usefixtures("always")

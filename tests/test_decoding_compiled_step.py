@@ -8,7 +8,9 @@ import openelm_mlx as om
 from openelm_mlx.decoding import compiled_step
 from openelm_mlx.decoding.compiled_step import BUCKET, CompiledStep, can_compile, make_step
 from openelm_mlx.decoding.prefill import prefill
+from openelm_mlx.decoding.sampling import Sampler, SamplingParams
 from openelm_mlx.decoding.step import PlainStep
+from openelm_mlx.decoding.tokens import one_by_one
 from openelm_mlx.models.cache import make_cache
 
 
@@ -97,6 +99,47 @@ def test_graphs_are_traced_once_for_a_bucket(models, monkeypatch):
     decode(model, CompiledStep, prompt, 30, compile=False)
     decode(model, CompiledStep, prompt, 30, compile=False)
     assert len(made) == 1
+
+
+SAMPLINGS = [
+    SamplingParams(),
+    SamplingParams(logit_bias={5: -1.0, 7: 3.0}),
+    SamplingParams(temperature=0.9, seed=3),
+    SamplingParams(
+        temperature=0.7, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.3, frequency_penalty=0.4, seed=5
+    ),
+]
+
+
+@pytest.mark.parametrize(("params", "compiled"), [*((each, False) for each in SAMPLINGS), (SAMPLINGS[-1], True)])
+def test_a_choice_inside_the_graph_is_the_one_outside(models, params, compiled):
+    model = models["gpt-oss"]
+    prompt, answers = prompt_of(model, 20), []
+    for cls, options in ((PlainStep, {}), (CompiledStep, {"compile": compiled})):
+        cache = model.make_cache()
+        logits = prefill(model, prompt, cache, 64)
+        sampler = Sampler(params, model.spec.vocab_size, model.spec.vocab_size - 3, prompt)
+        choices = one_by_one(cls(model, cache, **options), sampler, logits, 15, 2)
+        answers.append([(choice.item(), *choice.logprob_values()) for choice in choices])
+    for plain, ours in zip(*answers, strict=True):
+        assert ours[0] == plain[0]
+        assert ours[1] == pytest.approx(plain[1], abs=1e-5)
+        assert ours[2] == pytest.approx(plain[2], abs=1e-5)
+
+
+def test_other_seeds_share_a_graph_and_graphs_do_not_pile_up(models, monkeypatch):
+    model = models["openelm"]
+    model.__dict__.pop("_traced_steps", None)
+    monkeypatch.setattr(compiled_step, "MOST_GRAPHS", 3)
+    cache = model.make_cache()
+    prefill(model, prompt_of(model, 20), cache, 64)
+    step = CompiledStep(model, cache, compile=False)
+    counts = []
+    for temperature, seed in ((0.5, 1), (0.5, 2), (0.6, 1), (0.7, 1), (0.8, 1), (0.5, 3)):
+        sampler = Sampler(SamplingParams(temperature=temperature, seed=seed), model.spec.vocab_size, 200)
+        mx.eval(step.choose(mx.array(3), sampler))
+        counts.append(len(model.__dict__["_traced_steps"]))
+    assert counts == [1, 1, 2, 3, 3, 3]
 
 
 def test_what_cannot_be_compiled_gets_the_plain_step(models, monkeypatch):

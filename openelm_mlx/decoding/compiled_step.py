@@ -8,7 +8,7 @@ and go back into them after every step, so that whoever rewinds, copies or measu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..models.attention import Mask, visible_keys
 from ..models.cache import Cache, KVCache, SlidingKVCache
 from ..models.precision import runs_on_cpu
+from .sampling import Sampler
 from .step import PlainStep, Step
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 # Attention reads whole buckets: larger ones read more for nothing, smaller ones are traced more often.
 BUCKET = 256
 
-# (token, position, buffers) -> (logits, next position, buffers)
+# Graphs kept for a model; each holds its own nodes, some thousand, and no weights.
+MOST_GRAPHS = 32
+
+# (token, position, buffers, a sampler's arrays) -> (logits, next position, buffers, its choice and state)
 Traced = Callable[..., Any]
 
 
@@ -44,6 +48,16 @@ class CompiledStep:
         self._traced = _traced_steps(model)
 
     def __call__(self, token: mx.array) -> mx.array:
+        return self._run(token, None)[0]
+
+    def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
+        """As every step's; the choice is part of the graph."""
+        logits, (chosen, key, in_answer) = self._run(token, sampler)
+        sampler.state = key, in_answer
+        return logits, chosen
+
+    def _run(self, token: mx.array, sampler: Sampler | None) -> tuple[mx.array, Any]:
+        """The logits, and what `sampler` makes of them: its choice and its next state."""
         offset = self.cache[0].offset
         for layer in self.cache:
             if isinstance(layer, KVCache):
@@ -51,16 +65,18 @@ class CompiledStep:
         if self._position is None or self._expected != offset:
             self._position = mx.array(offset, mx.int32)
         buffers = [(layer.keys, layer.values) for layer in self.cache]
-        logits, self._position, buffers = self._function(offset)(token, self._position, buffers)
+        arrays = () if sampler is None else sampler.arrays
+        function = self._function(offset, sampler)
+        logits, self._position, buffers, chosen = function(token, self._position, buffers, arrays)
         self._expected = offset + 1
         for layer, (keys, values) in zip(self.cache, buffers, strict=True):
             layer.keys, layer.values = keys, values
             layer.offset = offset + 1
             if isinstance(layer, SlidingKVCache):
                 layer.end = max(layer.end, offset + 1)
-        return logits
+        return logits, chosen
 
-    def _function(self, offset: int) -> Traced:
+    def _function(self, offset: int, sampler: Sampler | None) -> Traced:
         """The graph for a token at `offset`."""
         bucket = -(-(offset + 1) // BUCKET) * BUCKET
         rings = tuple((layer.window, layer.capacity) for layer in self.cache if isinstance(layer, SlidingKVCache))
@@ -68,10 +84,14 @@ class CompiledStep:
         places = tuple(
             layer.keys.shape[2] for layer in self.cache if isinstance(layer, KVCache) and layer.keys is not None
         )
-        key = (bucket, full_rings, rings, places, self._compile)
+        form = None if sampler is None else sampler.form
+        key = (bucket, full_rings, rings, places, form, self._compile)
         if key not in self._traced:
-            function = _step_function(self.model, [_like(layer, bucket, full_rings) for layer in self.cache])
+            caches = [_like(layer, bucket, full_rings) for layer in self.cache]
+            function = _step_function(self.model, caches, sampler)
             self._traced[key] = mx.compile(function) if self._compile else function
+            if len(self._traced) > MOST_GRAPHS:
+                del self._traced[next(iter(self._traced))]  # the oldest
         return self._traced[key]
 
 
@@ -136,12 +156,22 @@ class _FixedRing:
         return visible_keys(self.offset[None], positions, self.window) & (positions >= 0)
 
 
-def _step_function(model: Model, caches: list[_FixedCache | _FixedRing]) -> Traced:
-    def step(token: mx.array, position: mx.array, buffers: list[tuple[mx.array, mx.array]]) -> Any:
+def _step_function(model: Model, caches: list[_FixedCache | _FixedRing], sampler: Sampler | None) -> Traced:
+    # Only the form of this sampler stays with the graph: its arrays are as large as the vocabulary.
+    form = None if sampler is None else sampler.with_arrays([mx.array(0)] * len(sampler.arrays))
+
+    def step(
+        token: mx.array, position: mx.array, buffers: list[tuple[mx.array, mx.array]], arrays: Sequence[mx.array]
+    ) -> Any:
         for cache, (keys, values) in zip(caches, buffers, strict=True):
             cache.offset, cache.keys, cache.values = position, keys, values
         logits = model(token[None, None], cache=cast(Cache, caches))[0, -1]
-        return logits, position + 1, [(cache.keys, cache.values) for cache in caches]
+        after = [(cache.keys, cache.values) for cache in caches]
+        if form is None:
+            return logits, position + 1, after, None
+        chooser = form.with_arrays(arrays)
+        chosen = chooser(logits)
+        return logits, position + 1, after, (chosen, *chooser.state)
 
     return step
 

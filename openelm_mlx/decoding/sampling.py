@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import cast
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ import mlx.core as mx
 from ..errors import SettingError
 
 _LOWEST = -1e30
+# They decide about a sampler's arrays alone.
+_NOT_IN_FORM = ("logit_bias", "seed")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,28 @@ class Sampler:
     @state.setter
     def state(self, state: tuple[mx.array | None, ...]) -> None:
         self._key, self._in_answer = cast(mx.array, state[0]), state[1]
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """All that a choice depends on beside its logits and `form`."""
+        every = (self._key, self._in_answer, self._in_prompt, self._bias)
+        return tuple(array for array in every if array is not None)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What two samplers have in common that are the same function of logits and `arrays`."""
+        numbers = (getattr(self.params, each.name) for each in fields(self.params) if each.name not in _NOT_IN_FORM)
+        return (*numbers, self._in_answer is None, self._bias is None)
+
+    def with_arrays(self, arrays: Sequence[mx.array]) -> Sampler:
+        """A sampler of the same form that has `arrays`."""
+        new, rest = copy.copy(self), list(arrays)
+        new._key = rest.pop(0)
+        if self._in_answer is not None:
+            new._in_answer, new._in_prompt = rest.pop(0), rest.pop(0)
+        if self._bias is not None:
+            new._bias = rest.pop(0)
+        return new
 
     def adjusted(self, logits: mx.array) -> mx.array:
         """The logits (V,) in float32 after penalties, bias, and with ids that are no tokens at -inf."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 
 from ..models.cache import Cache
+from .sampling import Sampler
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -28,6 +29,9 @@ class Step(Protocol):
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (V,) that follow one more `token` (a scalar array). Lazy where `runs_ahead`."""
 
+    def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
+        """The same logits, and the token that `sampler` chooses from them; it remembers its choice."""
+
 
 class PlainStep:
     """The model called on one token, nothing compiled and nothing fetched."""
@@ -39,3 +43,7 @@ class PlainStep:
 
     def __call__(self, token: mx.array) -> mx.array:
         return self.model(token[None, None], cache=self.cache)[0, -1]
+
+    def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
+        logits = self(token)
+        return logits, sampler(logits)

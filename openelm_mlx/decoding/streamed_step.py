@@ -18,6 +18,7 @@ import numpy as np
 from ..memory.residency import Residency
 from ..models.cache import Cache
 from ..models.precision import runs_on_cpu
+from .sampling import Sampler
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -55,6 +56,10 @@ class StreamedStep:
             logits = self.model.head(h)[0, -1]
             mx.async_eval(logits)  # nothing unstarted may be left in the slots
             return logits
+
+    def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
+        logits = self(token)
+        return logits, sampler(logits)
 
     def _run_layers(self, h: mx.array) -> mx.array:
         start, num_layers = 0, len(self.residency.layers)

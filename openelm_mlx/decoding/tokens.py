@@ -50,11 +50,13 @@ def one_by_one(
     for count in range(1, max_tokens + 1):
         upcoming = None
         if count < max_tokens and step.runs_ahead:
-            upcoming = choose(sampler, step(choice.token), num_logprobs)
+            upcoming = started(*step.choose(choice.token, sampler), num_logprobs)
         yield choice
         if count == max_tokens:
             return
-        choice = choose(sampler, step(choice.token), num_logprobs) if upcoming is None else upcoming
+        if upcoming is None:
+            upcoming = started(*step.choose(choice.token, sampler), num_logprobs)
+        choice = upcoming
 
 
 def constrained(
@@ -115,7 +117,11 @@ class _Masks:
 
 def choose(sampler: Sampler, logits: mx.array, num_logprobs: int | None, allowed: mx.array | None = None) -> Choice:
     """Choose the next token from `logits` (V,) and start computing it. allowed: (V,) of bool, what may be chosen."""
-    token = sampler(logits, allowed)
+    return started(logits, sampler(logits, allowed), num_logprobs)
+
+
+def started(logits: mx.array, token: mx.array, num_logprobs: int | None) -> Choice:
+    """Start computing `token`, chosen from `logits` (V,), and its log-probabilities when they were asked for."""
     choice = Choice(token)
     if num_logprobs is not None:
         choice = Choice(token, *log_probabilities(logits, token, num_logprobs))

@@ -157,10 +157,15 @@ def _answer(
     logits = prefill(
         model, turn.new_tokens, step.cache, chunk_length, budget, stops=turn.stops, at_border=turn.at_border
     )
-    _check_finite(logits)
+    is_finite = mx.all(mx.isfinite(logits))
+    mx.async_eval(is_finite)  # beside the first choice, so that nobody waits for it
+    if request.constraint is not None:  # which accepts nothing that is no number
+        _check_finite(is_finite)
     choices = _choices(model, request, step, sampler, logits, clock)
     for count, choice in enumerate(choices, 1):
         token = choice.item()
+        if count == 1:
+            _check_finite(is_finite)
         clock.token_arrived()
         turn.tokens.append(token)
         if token in eos_tokens:
@@ -356,7 +361,7 @@ def encode_prompt(
         prompt = cast("Prompt", prompt.tolist())
     if not isinstance(prompt, (str, list, tuple)):
         raise PromptError(f"The prompt is a {type(prompt).__name__}: give text, a list of token ids, or chat messages.")
-    if not isinstance(prompt, str) and not any(isinstance(item, Mapping) for item in prompt):
+    if not isinstance(prompt, str) and not any(type(item) is not int and isinstance(item, Mapping) for item in prompt):
         return EncodedPrompt(_checked_tokens(model, cast("Sequence[int]", prompt)), template, True)
     if tokenizer is None:
         raise TokenizerError(no_tokenizer(model.spec))
@@ -471,6 +476,8 @@ class Clock:
 def _checked_tokens(model: Model, prompt: Sequence[int]) -> list[int]:
     if not prompt:
         raise PromptError("The prompt is empty: give at least one token.")
+    if all(type(token) is int for token in prompt) and min(prompt) >= 0 and max(prompt) < model.spec.vocab_size:
+        return list(prompt)
     tokens = []
     for token in prompt:
         try:
@@ -492,8 +499,8 @@ def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _check_finite(logits: mx.array) -> None:
-    if not mx.all(mx.isfinite(logits)).item():
+def _check_finite(is_finite: mx.array) -> None:
+    if not is_finite.item():
         raise CheckpointError(
             "The model's logits are not finite numbers: its weights are damaged, or their type has too small a range "
             '(OpenELM-3B overflows in float16): load it with dtype="bfloat16".'

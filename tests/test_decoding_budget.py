@@ -135,7 +135,7 @@ def test_the_plan_s_chunk_is_the_default(model):
     real = type(model).run_layers
 
     def watch(self, h, *arguments, **options):
-        seen.append(h.shape[1])
+        seen.append(1 if h.ndim == 2 else h.shape[1])
         return real(self, h, *arguments, **options)
 
     type(model).run_layers = watch

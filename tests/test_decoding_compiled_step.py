@@ -6,7 +6,7 @@ from conftest import FIXTURES, load_fixture, random_model
 
 import openelm_mlx as om
 from openelm_mlx.decoding import compiled_step
-from openelm_mlx.decoding.compiled_step import BUCKET, CompiledStep, can_compile, make_step
+from openelm_mlx.decoding.compiled_step import CompiledStep, make_step
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.sampling import Sampler, SamplingParams
 from openelm_mlx.decoding.step import PlainStep
@@ -20,6 +20,7 @@ def models():
         "openelm": random_model(context_length=2048),
         "gpt-oss": load_fixture(FIXTURES / "gpt_oss_tiny"),
         "odd": load_fixture(FIXTURES / "gpt_oss_odd"),
+        "demo-gpt-oss": om.load("demo-gpt-oss")[0],
     }
 
 
@@ -63,13 +64,42 @@ def test_equals_the_plain_step_across_the_window(models, name, length, compiled)
 
 
 @pytest.mark.parametrize("name", ["openelm", "gpt-oss"])
-def test_across_a_bucket_and_the_growth_of_the_buffers(models, name):
+def test_across_the_growth_of_the_buffers(models, name):
     model = models[name]
-    prompt = prompt_of(model, BUCKET - 6)
-    expected, plain, _ = decode(model, PlainStep, prompt, 20)
-    tokens, logits, _ = decode(model, CompiledStep, prompt, 20, compile=False)
+    prompt = prompt_of(model, 250)
+    expected, plain, before = decode(model, PlainStep, prompt, 20)
+    tokens, logits, cache = decode(model, CompiledStep, prompt, 20, compile=False)
     assert tokens == expected
     assert mx.abs(logits - plain).max().item() < 1e-5
+    assert [layer.nbytes for layer in cache] == [layer.nbytes for layer in before]
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("openelm", {"window": 12}), ("gpt-oss", {"window": 24}), ("gpt-oss", {"room": 5}), ("demo-gpt-oss", {"kv_bits": 8}),
+])  # fmt: skip
+def test_over_every_kind_of_cache(models, name, options):
+    model = models[name]
+    prompt = prompt_of(model, 40)
+    expected, plain, _ = decode(model, PlainStep, prompt, 12, model.make_cache(**options))
+    tokens, logits, _ = decode(model, CompiledStep, prompt, 12, model.make_cache(**options), compile=False)
+    assert tokens == expected
+    assert mx.abs(logits - plain).max().item() < 1e-5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["openelm", "gpt-oss"])
+def test_many_rows_at_once_and_padding_before_them(models, name, compiled):
+    """Each row as it would be alone; the pieces take (B,) tokens as they take one."""
+    model = models[name]
+    rows, padding = [prompt_of(model, 21), prompt_of(model, 30)[9:], prompt_of(model, 17)], [0, 0, 4]
+    cache = model.make_cache(left_padding=padding)
+    mx.eval(model(mx.array([[0] * n + row for n, row in zip(padding, rows, strict=True)]), cache=cache))
+    for token in (5, 9, 11):
+        rows = [[*row, token + i] for i, row in enumerate(rows)]
+        x, out = CompiledStep(model, cache, compile=compiled).run_layers(mx.array([row[-1] for row in rows]))
+        logits = model.head(model.layers[-1].after_attention(x, out))
+        for ours, row in zip(logits, rows, strict=True):
+            assert mx.abs(ours - model(mx.array([row]))[0, -1]).max().item() < 2e-5
 
 
 @pytest.mark.parametrize("name", ["openelm", "gpt-oss"])
@@ -89,16 +119,22 @@ def test_a_cache_may_be_rewound_and_used_otherwise_in_between(models, name):
     assert mx.abs(ours - reference).max().item() < 2e-5
 
 
-def test_graphs_are_traced_once_for_a_bucket(models, monkeypatch):
-    model = models["gpt-oss"]
-    made = []
-    original = compiled_step._step_function
-    monkeypatch.setattr(compiled_step, "_step_function", lambda *a: made.append(1) or original(*a))
-    model.__dict__.pop("_traced_steps", None)
-    prompt = prompt_of(model, 20)
-    decode(model, CompiledStep, prompt, 30, compile=False)
-    decode(model, CompiledStep, prompt, 30, compile=False)
-    assert len(made) == 1
+def test_pieces_are_traced_once_for_a_model(models, monkeypatch):
+    """However many tokens there are and however the prompts differ: a trace more would take longer than many tokens."""
+    model, traced = models["gpt-oss"], []
+    model.__dict__.pop("_traced_pieces", None)
+    block = type(model.layers[0])
+    original = block.after_attention
+    monkeypatch.setattr(block, "after_attention", lambda *a: traced.append(1) or original(*a))
+    for length in (3, 20, 40):
+        cache = model.make_cache()
+        prefill(model, prompt_of(model, length), cache, 64)
+        step = CompiledStep(model, cache)
+        traced.clear() if length == 3 else None
+        for token in range(5):
+            mx.eval(step(mx.array(token)))
+    # One trace, and what the later two prefills call: all tokens but the last, and the last.
+    assert len(traced) == len(model.layers) * (1 + 2 * 2)
 
 
 SAMPLINGS = [
@@ -127,10 +163,10 @@ def test_a_choice_inside_the_graph_is_the_one_outside(models, params, compiled):
         assert ours[2] == pytest.approx(plain[2], abs=1e-5)
 
 
-def test_other_seeds_share_a_graph_and_graphs_do_not_pile_up(models, monkeypatch):
+def test_other_seeds_share_a_piece_and_pieces_do_not_pile_up(models, monkeypatch):
     model = models["openelm"]
-    model.__dict__.pop("_traced_steps", None)
-    monkeypatch.setattr(compiled_step, "MOST_GRAPHS", 3)
+    model.__dict__.pop("_traced_pieces", None)
+    monkeypatch.setattr(compiled_step, "MOST_CHOICES", 3)
     cache = model.make_cache()
     prefill(model, prompt_of(model, 20), cache, 64)
     step = CompiledStep(model, cache, compile=False)
@@ -138,25 +174,16 @@ def test_other_seeds_share_a_graph_and_graphs_do_not_pile_up(models, monkeypatch
     for temperature, seed in ((0.5, 1), (0.5, 2), (0.6, 1), (0.7, 1), (0.8, 1), (0.5, 3)):
         sampler = Sampler(SamplingParams(temperature=temperature, seed=seed), model.spec.vocab_size, 200)
         mx.eval(step.choose(mx.array(3), sampler))
-        counts.append(len(model.__dict__["_traced_steps"]))
+        counts.append(len(step._pieces._heads))
     assert counts == [1, 1, 2, 3, 3, 3]
 
 
-def test_what_cannot_be_compiled_gets_the_plain_step(models, monkeypatch):
+def test_the_cpu_keeps_the_plain_step(models, monkeypatch):
+    """Compiling would call the machine's C++ compiler there."""
     model = models["openelm"]
+    assert isinstance(make_step(model, model.make_cache()), PlainStep)
     monkeypatch.setattr(compiled_step, "runs_on_cpu", lambda: False)
-    empty = model.make_cache()
-    assert isinstance(make_step(model, empty), PlainStep)
-    padded = model.make_cache(left_padding=[2])
-    prefill(model, prompt_of(model, 5), padded, 64)
-    assert not can_compile(padded)
-    quantized = model.make_cache(kv_bits=8) if model.spec.layers[0].head_dim % 32 == 0 else None
-    assert quantized is None or not can_compile(quantized)
-    usual = model.make_cache()
-    prefill(model, prompt_of(model, 5), usual, 64)
-    assert isinstance(make_step(model, usual), CompiledStep)
-    monkeypatch.setattr(compiled_step, "runs_on_cpu", lambda: True)
-    assert isinstance(make_step(model, usual), PlainStep)
+    assert isinstance(make_step(model, model.make_cache()), CompiledStep)
 
 
 @pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])

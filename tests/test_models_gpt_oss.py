@@ -101,7 +101,8 @@ def test_each_layer_and_each_router(folder):
     assert max_difference(h, known["hidden_fp32"][:, 0]) == 0
     for i, layer in enumerate(model.layers):
         mask = causal_mask(h.shape[1], 0, model.spec.layers[i].window)
-        attended = h + layer.self_attn(layer.input_layernorm(h), mask, None)
+        out = layer.self_attn.attend(*layer.before_attention(h, 0), mask, None)
+        attended = h + layer.self_attn.o_proj(out.swapaxes(1, 2).reshape(*h.shape[:2], -1))
         router_logits = layer.mlp.router(layer.post_attention_layernorm.in_float32(attended))
         assert max_difference(router_logits, known["router_logits_fp32"][i]) <= TOLERANCE
         h = model.run_layers(h, start=i, stop=i + 1)
@@ -300,14 +301,15 @@ def test_bf16_error_is_no_larger_than_pytorchs(folder):
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 def test_nothing_drifts_to_float32(tiny, dtype):
-    """One float32 array in the residual stream would make everything after it float32, at twice the bytes."""
+    """What a matrix is multiplied with has its type, and the float32 residual stream no numbers that the type lacks."""
     model = load_gpt_oss(tiny, dtype)
     tokens, cache = mx.array(oracle(tiny)["tokens"]), model.make_cache()
     h = model.embed(tokens)
     for i, layer in enumerate(model.layers):
-        assert layer.input_layernorm(h).dtype == dtype
+        assert {each.dtype for each in layer.before_attention(h, 0)} == {dtype}
         h = model.run_layers(h, cache, i, i + 1)
-        assert h.dtype == dtype
+        assert h.dtype == mx.float32
+        assert mx.array_equal(h, h.astype(dtype).astype(mx.float32))
         assert cache[i].keys.dtype == cache[i].values.dtype == dtype
     assert model.head(h).dtype == dtype
     assert model(tokens[:, -1:], cache).dtype == dtype
@@ -517,7 +519,7 @@ def test_dense_experts_equal_packed_ones(tiny, dtype, tokens):
             projection.weight, projection.scales, group_size=32, bits=4, mode="mxfp4", dtype=dtype
         )
     moe.experts = dense
-    assert moe(x, dtype).dtype == dtype
+    assert moe(x, dtype).dtype == (mx.float32 if tokens == 3 else dtype)
     assert max_difference(moe(x, dtype), np.array(packed.astype(mx.float32))) <= (1e-5 if dtype == mx.float32 else 0.05)
 
 

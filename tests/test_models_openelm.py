@@ -75,7 +75,8 @@ def test_each_step_of_each_layer(folder):
     for i, layer in enumerate(model.layers):
         normed = layer.attn_norm(h)
         assert max_difference(normed, known[f"layer{i}_attn_norm_fp32"]) <= TOLERANCE
-        attended = layer.attn(normed, "causal", None)
+        out = layer.attn.attend(*layer.attn.project(normed, 0), "causal", None)
+        attended = layer.attn.out_proj(out.swapaxes(1, 2).reshape(*h.shape[:2], -1))
         assert max_difference(attended, known[f"layer{i}_attn_fp32"]) <= TOLERANCE
         assert max_difference(layer.ffn(layer.ffn_norm(h + attended)), known[f"layer{i}_ffn_fp32"]) <= TOLERANCE
         h = layer(h, "causal", None)
@@ -193,3 +194,17 @@ def test_gains_of_queries_and_keys_may_be_replaced():
         assert mx.array_equal(after, fresh(tokens))
         assert not mx.array_equal(after, before)
         before = after
+
+
+def test_a_residual_added_inside_the_product_is_the_same_sum(monkeypatch):
+    """The form of GPUs, which the CPU can compute too."""
+    model = random_model()
+    tokens = mx.array([[5, 6, 7, 8]])
+    plain = model(tokens)
+    monkeypatch.setattr("openelm_mlx.models.openelm.runs_on_cpu", lambda: False)
+    assert max_difference(model(tokens), np.array(plain)) <= 2e-5
+    counted = []
+    real = mx.addmm
+    monkeypatch.setattr(mx, "addmm", lambda *a, **k: counted.append(1) or real(*a, **k))
+    model(tokens)
+    assert len(counted) == 2 * len(model.layers)

@@ -16,7 +16,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from ..checkpoint.quantize import Quantization
-from ..decoding.compiled_step import CompiledStep, can_compile
+from ..decoding.compiled_step import CompiledStep
 from ..decoding.sampling import SamplingParams
 from ..errors import SettingError
 from ..generate import prefill, stream_generate
@@ -198,12 +198,11 @@ def _primitives(model: Model, other: Any) -> dict[str, tuple[int, int]]:
     found = {}
     cache = model.make_cache()
     mx.eval(prefill(model, _prompt(8, usable_tokens(model)), cache, 512))
-    found["ours, plain"] = decode_primitives(lambda tokens, cache: model(tokens, cache=cache), cache)
+    found["ours, plain"] = decode_primitives(lambda tokens, cache: model(tokens[0], cache=cache)[None], cache)
     cache = model.make_cache()
     mx.eval(prefill(model, _prompt(8, usable_tokens(model)), cache, 512))
-    if can_compile(cache):
-        step = CompiledStep(model, cache)
-        found["ours, compiled"] = decode_primitives(lambda tokens, _: step(tokens[0, 0])[None, None], cache)
+    step = CompiledStep(model, cache)
+    found["ours, compiled"] = decode_primitives(lambda tokens, _: step(tokens[0, 0])[None, None], cache)
     if other is not None:
         from mlx_lm.models.cache import make_prompt_cache
 

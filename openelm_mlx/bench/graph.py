@@ -12,10 +12,12 @@ from unittest import mock
 
 import mlx.core as mx
 
-from ..models import precision, rope
+from ..models import attention, openelm, precision, rope
 
 # They move no data: a GPU launches nothing for them.
-VIEWS = frozenset({"Reshape", "Transpose", "Slice", "Squeeze", "ExpandDims", "Broadcast", "View", "Split", "Flatten"})
+VIEWS = frozenset(
+    {"Reshape", "Transpose", "Slice", "Squeeze", "ExpandDims", "Broadcast", "View", "Split", "Flatten", "Unflatten"}
+)
 
 
 def primitives(outputs: Any) -> Counter[str]:
@@ -43,7 +45,7 @@ def forms_of_a_gpu() -> Iterator[None]:
     with ExitStack() as patches:
         for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
             patches.enter_context(mock.patch.object(mx.fast, name, stand_in))
-        for module in (precision, rope):
+        for module in (attention, openelm, precision, rope):
             patches.enter_context(mock.patch.object(module, "runs_on_cpu", return_value=False))
         yield
 

@@ -1,9 +1,8 @@
-"""The decode step as one compiled graph: traced once, run for token after token.
+"""The decode step in compiled pieces: all that lies between one layer's attention and the next one's is one graph.
 
-Tracing needs shapes and Python numbers that stay the same, so positions are arrays here, keys and values lie in buffers
-of fixed size, and attention reads a whole bucket of places, those past the position masked. A step is traced anew only
-when the position enters another bucket, or a ring fills up for the first time. Buffers are those of the ordinary caches
-and go back into them after every step, so that whoever rewinds, copies or measures a cache finds nothing unusual.
+Attention and the writes into the cache are not traced: they depend on how many tokens there are, and MLX's attention is
+fastest with exactly the keys that exist and no mask. What is left has the same shapes for every token, so that it is
+traced once for a model and never again, whatever the cache is: growing, a ring, in 8 bits, a row a request.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from ..models.attention import Mask, visible_keys
-from ..models.cache import Cache, KVCache, SlidingKVCache
+from ..models.attention import Mask
+from ..models.cache import Cache
 from ..models.precision import runs_on_cpu
 from .sampling import Sampler
 from .step import PlainStep, Step
@@ -22,175 +21,112 @@ from .step import PlainStep, Step
 if TYPE_CHECKING:
     from ..models import Model
 
-# Attention reads whole buckets: larger ones read more for nothing, smaller ones are traced more often.
-BUCKET = 256
+# Last pieces kept for a model, one for each way of choosing a token; the others are few.
+MOST_CHOICES = 32
 
-# Graphs kept for a model; each holds its own nodes, some thousand, and no weights.
-MOST_GRAPHS = 32
-
-# (token, position, buffers, a sampler's arrays) -> (logits, next position, buffers, its choice and state)
-Traced = Callable[..., Any]
+# The residual stream and the next layer's queries, keys and values.
+Projected = tuple[mx.array, mx.array, mx.array, mx.array]
 
 
 class CompiledStep:
-    """`PlainStep` as one `mx.compile`d graph. The same arithmetic, but for attention over masked places.
+    """`PlainStep` in `mx.compile`d pieces: the same arithmetic in fewer kernels, and far less work for the host.
 
-    model: its parameters are part of the graph; changing them afterwards needs a new model. compile: False runs the
-    same graph untraced, which is what the tests compare. Only for caches that `can_compile` accepts.
+    model: its parameters are part of the pieces; changing them afterwards needs a new model. compile: False runs the same
+    pieces untraced, which is what the tests compare.
     """
 
     runs_ahead = True
 
     def __init__(self, model: Model, cache: Cache, compile: bool = True) -> None:
-        self.model, self.cache, self._compile = model, cache, compile
-        self._position: mx.array | None = None
-        self._expected = -1  # the offset that `_position` stands for
-        self._traced = _traced_steps(model)
+        self.model, self.cache = model, cache
+        self._pieces = _pieces(model, compile)
 
     def __call__(self, token: mx.array) -> mx.array:
-        return self._run(token, None)[0]
+        return self._pieces.head(self.run_layers(token[None]), None)[0]
 
     def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
-        """As every step's; the choice is part of the graph."""
-        logits, (chosen, key, in_answer) = self._run(token, sampler)
-        sampler.state = key, in_answer
+        """As every step's; the choice is part of the last piece."""
+        logits, chosen, *state = self._pieces.head(self.run_layers(token[None]), sampler)
+        sampler.state = tuple(state)
         return logits, chosen
 
-    def _run(self, token: mx.array, sampler: Sampler | None) -> tuple[mx.array, Any]:
-        """The logits, and what `sampler` makes of them: its choice and its next state."""
-        offset = self.cache[0].offset
-        for layer in self.cache:
-            if isinstance(layer, KVCache):
-                layer.reserve(offset + 1)
-        if self._position is None or self._expected != offset:
-            self._position = mx.array(offset, mx.int32)
-        buffers = [(layer.keys, layer.values) for layer in self.cache]
-        arrays = () if sampler is None else sampler.arrays
-        function = self._function(offset, sampler)
-        logits, self._position, buffers, chosen = function(token, self._position, buffers, arrays)
-        self._expected = offset + 1
-        for layer, (keys, values) in zip(self.cache, buffers, strict=True):
-            layer.keys, layer.values = keys, values
-            layer.offset = offset + 1
-            if isinstance(layer, SlidingKVCache):
-                layer.end = max(layer.end, offset + 1)
-        return logits, chosen
-
-    def _function(self, offset: int, sampler: Sampler | None) -> Traced:
-        """The graph for a token at `offset`."""
-        bucket = -(-(offset + 1) // BUCKET) * BUCKET
-        rings = tuple((layer.window, layer.capacity) for layer in self.cache if isinstance(layer, SlidingKVCache))
-        full_rings = all(_needs_no_mask(layer, offset) for layer in self.cache if isinstance(layer, SlidingKVCache))
-        places = tuple(
-            layer.keys.shape[2] for layer in self.cache if isinstance(layer, KVCache) and layer.keys is not None
-        )
-        form = None if sampler is None else sampler.form
-        key = (bucket, full_rings, rings, places, form, self._compile)
-        if key not in self._traced:
-            caches = [_like(layer, bucket, full_rings) for layer in self.cache]
-            function = _step_function(self.model, caches, sampler)
-            self._traced[key] = mx.compile(function) if self._compile else function
-            if len(self._traced) > MOST_GRAPHS:
-                del self._traced[next(iter(self._traced))]  # the oldest
-        return self._traced[key]
-
-
-def can_compile(cache: Cache) -> bool:
-    """Whether `CompiledStep` knows every layer of a cache, and each has tokens already: it makes no buffers."""
-    return all(
-        type(layer) in (KVCache, SlidingKVCache) and layer.left_padding is None and layer.keys is not None
-        for layer in cache
-    )
+    def run_layers(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        """What the last layer began with, (B, hidden_size), and what its attention gave, (B, H, 1, D); tokens (B,)."""
+        masks: dict[int | None, Mask] = {}
+        layers, position = cast("list[Any]", self.model.layers), mx.array(self.cache[0].offset)
+        x, queries, keys, values = self._pieces.first(tokens, position)
+        for i, (layer, cache) in enumerate(zip(layers, self.cache, strict=True)):
+            window = self.model.spec.layers[i].window
+            if window not in masks:
+                masks[window] = cache.make_mask(1, window_size=window)
+            out = layer.attention.attend(queries, keys, values, masks[window], cache)
+            if i + 1 < len(layers):
+                x, queries, keys, values = self._pieces.between[i](x, out, position)
+        return x, out
 
 
 def make_step(model: Model, cache: Cache) -> Step:
-    """The fastest step for a model whose experts are all in memory and whose cache holds a prompt already.
+    """The fastest step for a model whose experts are all in memory.
 
     On the CPU backend that is the plain one: there `mx.compile` calls the machine's C++ compiler and saves nothing.
     """
-    if runs_on_cpu() or not can_compile(cache):
-        return PlainStep(model, cache)
-    return CompiledStep(model, cache)
+    return PlainStep(model, cache) if runs_on_cpu() else CompiledStep(model, cache)
 
 
-class _FixedCache:
-    """A `KVCache` inside a traced graph: its position is an array, and all of a bucket's places are attended to."""
+class _Pieces:
+    """The pieces of one model: `first`, one `between` two layers' attentions each, and a `head` for each way to choose."""
 
-    def __init__(self, bucket: int) -> None:
-        self.bucket = bucket
-        self.offset: Any = None
-        self.keys: Any = None
-        self.values: Any = None
+    def __init__(self, model: Model, compile: bool) -> None:
+        self.model = model
+        self._compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = mx.compile if compile else lambda f: f
+        layers = model.layers
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        start = self.offset[None]
-        self.keys = mx.slice_update(self.keys, keys, start, [2])
-        self.values = mx.slice_update(self.values, values, start, [2])
-        return self.keys[..., : self.bucket, :], self.values[..., : self.bucket, :]
+        def first(tokens: mx.array, position: mx.array) -> Projected:
+            x = model.embed(tokens)
+            return (x, *layers[0].before_attention(x, position))
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        return mx.arange(self.bucket)[None] <= self.offset
+        def between(i: int) -> Callable[..., Projected]:
+            def piece(x: mx.array, out: mx.array, position: mx.array) -> Projected:
+                x = layers[i].after_attention(x, out)
+                return (x, *layers[i + 1].before_attention(x, position))
 
+            return piece
 
-class _FixedRing:
-    """A `SlidingKVCache` inside a traced graph. is_full: every slot is visible, so that no mask is needed."""
+        self.first = self._compiled(first)
+        self.between = [self._compiled(between(i)) for i in range(len(layers) - 1)]
+        self._heads: dict[Any, Callable[..., Any]] = {}
 
-    def __init__(self, window: int, capacity: int, is_full: bool) -> None:
-        self.window, self.capacity, self.is_full = window, capacity, is_full
-        self.offset: Any = None
-        self.keys: Any = None
-        self.values: Any = None
+    def head(self, last: tuple[mx.array, mx.array], sampler: Sampler | None) -> tuple[Any, ...]:
+        """The logits (V,); with a sampler also its choice and its next state."""
+        form = None if sampler is None else sampler.form
+        if form not in self._heads:
+            self._heads[form] = self._compiled(self._make_head(sampler))
+            if len(self._heads) > MOST_CHOICES:
+                del self._heads[next(iter(self._heads))]  # the oldest
+        found: tuple[Any, ...] = self._heads[form](*last, () if sampler is None else sampler.arrays)
+        return found
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        slot = (self.offset % self.capacity)[None]
-        self.keys = mx.slice_update(self.keys, keys, slot, [2])
-        self.values = mx.slice_update(self.values, values, slot, [2])
-        return self.keys, self.values
+    def _make_head(self, sampler: Sampler | None) -> Callable[..., tuple[Any, ...]]:
+        model = self.model
+        # Only the form of this sampler stays with the piece: its arrays are as large as the vocabulary.
+        form = None if sampler is None else sampler.with_arrays([mx.array(0)] * len(sampler.arrays))
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        if self.is_full:
-            return None
-        slots = mx.arange(self.capacity)
-        # The newest position that each slot can hold; negative where it holds none yet.
-        positions = self.offset - (self.offset - slots) % self.capacity
-        return visible_keys(self.offset[None], positions, self.window) & (positions >= 0)
+        def head(x: mx.array, out: mx.array, arrays: Sequence[mx.array]) -> tuple[Any, ...]:
+            logits = model.head(model.layers[-1].after_attention(x, out))[0]
+            if form is None:
+                return (logits,)
+            chooser = form.with_arrays(arrays)
+            return (logits, chooser(logits), *chooser.state)
 
-
-def _step_function(model: Model, caches: list[_FixedCache | _FixedRing], sampler: Sampler | None) -> Traced:
-    # Only the form of this sampler stays with the graph: its arrays are as large as the vocabulary.
-    form = None if sampler is None else sampler.with_arrays([mx.array(0)] * len(sampler.arrays))
-
-    def step(
-        token: mx.array, position: mx.array, buffers: list[tuple[mx.array, mx.array]], arrays: Sequence[mx.array]
-    ) -> Any:
-        for cache, (keys, values) in zip(caches, buffers, strict=True):
-            cache.offset, cache.keys, cache.values = position, keys, values
-        logits = model(token[None, None], cache=cast(Cache, caches))[0, -1]
-        after = [(cache.keys, cache.values) for cache in caches]
-        if form is None:
-            return logits, position + 1, after, None
-        chooser = form.with_arrays(arrays)
-        chosen = chooser(logits)
-        return logits, position + 1, after, (chosen, *chooser.state)
-
-    return step
+        return head
 
 
-def _like(layer: object, bucket: int, full_rings: bool) -> _FixedCache | _FixedRing:
-    if isinstance(layer, SlidingKVCache):
-        return _FixedRing(layer.window, layer.capacity, full_rings)
-    return _FixedCache(bucket)
-
-
-def _needs_no_mask(layer: SlidingKVCache, offset: int) -> bool:
-    """Whether a token at `offset` sees every slot: the ring is no larger than the window, full, and holds nothing rejected."""
-    return layer.window == layer.capacity and layer.capacity <= offset + 1 and layer.end <= offset + 1
-
-
-def _traced_steps(model: Model) -> dict[Any, Traced]:
-    """The graphs that were traced for a model already, whichever request it was for."""
-    traced = model.__dict__.get("_traced_steps")
-    if traced is None:
-        traced = {}
-        object.__setattr__(model, "_traced_steps", traced)
-    return traced
+def _pieces(model: Model, compile: bool) -> _Pieces:
+    """The pieces that were traced for a model already, whichever request it was for."""
+    made: dict[bool, _Pieces] | None = model.__dict__.get("_traced_pieces")
+    if made is None:
+        made = {}
+        object.__setattr__(model, "_traced_pieces", made)
+    if compile not in made:
+        made[compile] = _Pieces(model, compile)
+    return made[compile]

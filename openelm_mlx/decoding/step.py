@@ -42,7 +42,7 @@ class PlainStep:
         self.model, self.cache = model, cache
 
     def __call__(self, token: mx.array) -> mx.array:
-        return self.model(token[None, None], cache=self.cache)[0, -1]
+        return self.model(token[None], cache=self.cache)[0]
 
     def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
         logits = self(token)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .packed import UNPACK_FROM, Packed, attend_packed
-from .precision import widen
+from .precision import runs_on_cpu, widen
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,25 @@ def attend(
         keys, values = keys.unpack(queries.dtype), values.unpack(queries.dtype)
     if isinstance(mask, BlockMask):
         return _attend_in_blocks(queries, keys, values, mask, scale, sinks)
+    if queries.dtype == mx.float32 or not runs_on_cpu():  # the common way, in the fewest steps of the host
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     q, k, v = widen(queries), widen(keys), widen(values)
     sinks = None if sinks is None else widen(sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks).astype(queries.dtype)
+
+
+def split_heads(x: mx.array, head_dim: int) -> mx.array:
+    """(B, L, n * D) -> (B, n, L, D); also (B, n * D), one token a row, -> (B, n, 1, D)."""
+    if x.ndim == 2 or x.shape[1] == 1:
+        return x.reshape(x.shape[0], -1, 1, head_dim)
+    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
+def merge_heads(out: mx.array, like: mx.array) -> mx.array:
+    """(B, H, L, D) -> (B, L, H * D), or (B, H * D) where `like`, the layer's input, has one token a row too."""
+    if out.shape[2] == 1:
+        return out.reshape(*like.shape[:-1], -1)
+    return out.swapaxes(1, 2).reshape(*like.shape[:-1], -1)
 
 
 def _attend_in_blocks(

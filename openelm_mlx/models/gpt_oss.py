@@ -12,10 +12,11 @@ import mlx.core as mx
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
-from .attention import Mask, attend, causal_mask
+from .attention import Mask, attend, causal_mask, merge_heads, split_heads
 from .cache import Cache, LayerCache, make_cache
 from .moe import MoE
 from .norm import RMSNorm
+from .precision import add_rounded
 from .rope import Rotation
 
 
@@ -40,7 +41,7 @@ class GptOss(nn.Module):
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None) -> mx.array:
-        """Logits (B, L, V) of the next token after each of `tokens` (B, L).
+        """Logits (B, L, V) of the next token after each of `tokens` (B, L); or (B, V) after (B,), one token a row.
 
         cache: from `make_cache`, extended in place; with it, `tokens` are only the new ones. left_padding (B,): how
         many tokens at the start of each row are padding; a cache has its own.
@@ -48,7 +49,7 @@ class GptOss(nn.Module):
         return self.head(self.run_layers(self.embed(tokens), cache, left_padding=left_padding))
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """The residual stream before the first layer. (B, L) -> (B, L, hidden_size)"""
+        """The residual stream before the first layer. (B, L) -> (B, L, hidden_size), (B,) -> (B, hidden_size)"""
         return self.model.embed_tokens(tokens)
 
     def run_layers(
@@ -60,11 +61,12 @@ class GptOss(nn.Module):
         left_padding: mx.array | None = None,
         inputs: list[mx.array] | None = None,
     ) -> mx.array:
-        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1.
+        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1; (B, hidden_size): one token a row.
 
-        inputs: what each of these layers begins with is appended to it.
+        inputs: what each of these layers begins with is appended to it. From the first layer on the residual stream is
+        float32, with numbers of the type that the layers compute in: a norm, which wants float32, needs no cast then.
         """
-        L = h.shape[1]
+        L = 1 if h.ndim == 2 else h.shape[1]
         masks: dict[int | None, Mask] = {}  # one for the sliding layers and one for the full ones
         for i, layer in enumerate(self.layers[start:stop], start):
             window = self.spec.layers[i].window
@@ -80,7 +82,7 @@ class GptOss(nn.Module):
 
     def head(self, h: mx.array) -> mx.array:
         """Logits of the residual stream after the last layer. (B, L, hidden_size) -> (B, L, vocab_size)"""
-        h = self.model.norm(h)
+        h = self.model.norm(h, self.layers[0].self_attn.dtype if self.layers else None)
         return self.model.embed_tokens.as_linear(h) if self.spec.tied_head else self.lm_head(h)
 
     @property
@@ -116,7 +118,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """h = x + attention(norm(x)); h + moe(norm(h))."""
+    """h = x + attention(norm(x)); h + moe(norm(h)), each rounded to the layer's type."""
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
         super().__init__()
@@ -126,8 +128,25 @@ class Block(nn.Module):
         self.mlp = MoE(spec, layer)
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        h = x + self.self_attn(self.input_layernorm(x), mask, cache)
-        return h + self.mlp(self.post_attention_layernorm.in_float32(h), h.dtype)
+        queries, keys, values = self.before_attention(x, 0 if cache is None else cache.offset)
+        return self.after_attention(x, self.self_attn.attend(queries, keys, values, mask, cache))
+
+    @property
+    def attention(self) -> Attention:
+        """The attention under the name that both families have for it."""
+        return self.self_attn
+
+    def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""
+        attention = self.self_attn
+        return attention.project(self.input_layernorm(x, attention.dtype), offset)
+
+    def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
+        """The layer's output from its input x and what attention gave, (B, H, L, D)."""
+        attention = self.self_attn
+        h = add_rounded(x, attention.o_proj(merge_heads(out, x)), attention.dtype)
+        output = self.mlp(self.post_attention_layernorm.in_float32(h), attention.dtype)
+        return add_rounded(h, output, attention.dtype)
 
 
 class Attention(nn.Module):
@@ -144,13 +163,22 @@ class Attention(nn.Module):
         self.sinks = mx.zeros((self.num_heads,))
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        B, L, _ = x.shape
-        # (B, L, (H + 2K) * D) -> (B, H + 2K, L, D); queries and keys lie side by side and are rotated together.
-        qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type that the layer computes in; its packed matrices do not tell."""
+        return self.sinks.dtype
+
+    def project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries (B, H, L, D), keys and values (B, K, L, D) of x (B, L, hidden_size), from position `offset` on."""
+        # Queries and keys lie side by side and are rotated together.
+        qkv = split_heads(self.qkv_proj(x), self.head_dim)
         rotated, values = mx.split(qkv, [self.num_heads + self.num_kv_heads], axis=1)
-        rotated = self.rotation(rotated, 0 if cache is None else cache.offset)
-        queries, keys = mx.split(rotated, [self.num_heads], axis=1)
+        queries, keys = mx.split(self.rotation(rotated, offset), [self.num_heads], axis=1)
+        return queries, keys, values
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: LayerCache | None
+    ) -> mx.array:
+        """What the queries see of the new keys and values and, with a cache, of those before. -> (B, H, L, D)"""
         seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
-        out = attend(queries, seen_keys, seen_values, mask, self.scale, self.sinks)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+        return attend(queries, seen_keys, seen_values, mask, self.scale, self.sinks)

@@ -64,11 +64,18 @@ class MoE(nn.Module):
         self.experts = Experts(spec, layer)
 
     def __call__(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
-        """x (B, L, hidden_size) in float32 -> the layer's output in `dtype`, which the experts compute in."""
+        """x (B, L, hidden_size) in float32 -> the layer's output; the experts compute in `dtype`.
+
+        The output is float32 for few tokens and `dtype` for many, where float32 would take twice the memory.
+        """
         expert_indices, expert_weights = self.route(x)
         outputs = self.experts(x.astype(dtype), expert_indices)
+        sum_dtype = mx.float32 if expert_indices.size < SORT_FROM_ROUTES else dtype
+        expert_weights, outputs = expert_weights.astype(sum_dtype), outputs.astype(sum_dtype)
+        if x.ndim == 2 and x.shape[0] == 1:  # (1, k) @ (k, hidden_size), in the fewest steps
+            return expert_weights @ outputs.reshape(-1, outputs.shape[-1])
         # (B, L, 1, k) @ (B, L, k, hidden_size): the sum is rounded once, where k products and a sum round k times more.
-        return (expert_weights.astype(dtype)[..., None, :] @ outputs).squeeze(-2)
+        return (expert_weights[..., None, :] @ outputs).squeeze(-2)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The k chosen experts of each token and their weights, both (B, L, k), in no particular order.
@@ -98,6 +105,7 @@ class Experts(nn.Module):
         self.swiglu_limit, self.swiglu_alpha = spec.swiglu_limit, spec.swiglu_alpha
         self.gate_up_proj = ExpertLinear(layer.num_experts, spec.hidden_size, 2 * layer.intermediate_size)
         self.down_proj = ExpertLinear(layer.num_experts, layer.intermediate_size, spec.hidden_size)
+        self._bias_table: tuple[mx.array, mx.array, mx.array] | None = None
 
     def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
         if expert_indices.size < SORT_FROM_ROUTES:
@@ -116,12 +124,30 @@ class Experts(nn.Module):
         sorted_slots promises that they do not decrease.
         """
         slots = experts if slots is None else slots
+        gate_up_bias, down_bias = self._biases(experts)
         gate_up = self.gate_up_proj(x, slots, sorted_slots)
-        bias = self.gate_up_proj.bias[experts]
         hidden = clamped_swiglu(
-            gate_up[..., ::2], gate_up[..., 1::2], bias[..., ::2], bias[..., 1::2], self.swiglu_limit, self.swiglu_alpha
-        )
-        return self.down_proj(hidden, slots, sorted_slots) + self.down_proj.bias[experts]
+            gate_up[..., ::2], gate_up[..., 1::2], gate_up_bias[..., ::2], gate_up_bias[..., 1::2],
+            self.swiglu_limit, self.swiglu_alpha,
+        )  # fmt: skip
+        return self.down_proj(hidden, slots, sorted_slots) + down_bias
+
+    def _biases(self, experts: mx.array) -> tuple[mx.array, mx.array]:
+        """The biases of gate_up and down for each of `experts` (..., n): (..., n, rows), twice.
+
+        A few are looked up together, in one kernel; of many that would be memory for nothing. Both are then views of one
+        table.
+        """
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if self.training or experts.size >= SORT_FROM_ROUTES or gate_up.bias.dtype != down.bias.dtype:
+            return gate_up.bias[experts], down.bias[experts]
+        made, rows = self._bias_table, gate_up.bias.shape[-1]
+        if made is None or made[0] is not gate_up.bias or made[1] is not down.bias:
+            table = mx.concatenate([gate_up.bias, down.bias], axis=-1)
+            gate_up.bias, down.bias = mx.split(table, [rows], axis=-1)
+            self._bias_table = made = gate_up.bias, down.bias, table
+        both = made[2][experts]
+        return both[..., :rows], both[..., rows:]
 
 
 class ExpertLinear(nn.Module):
@@ -137,7 +163,7 @@ class ExpertLinear(nn.Module):
         y = mx.gather_mm(
             widen(x[..., None, :]),
             widen(self.weight).swapaxes(-1, -2),
-            lhs_indices=None if sorted_slots else numbers(x.shape[:-1]),
+            lhs_indices=None if sorted_slots else numbers(x.shape[:-1], slots.shape),
             rhs_indices=slots,
             sorted_indices=sorted_slots,
         )
@@ -182,7 +208,7 @@ class QuantizedExpertLinear(nn.Module):
             self.weight,
             self.scales,
             self.get("biases"),
-            lhs_indices=None if sorted_slots else numbers(x.shape[:-1]),
+            lhs_indices=None if sorted_slots else numbers(x.shape[:-1], slots.shape),
             rhs_indices=slots,
             transpose=True,
             group_size=self.group_size,
@@ -193,19 +219,19 @@ class QuantizedExpertLinear(nn.Module):
         return y.squeeze(-2)[..., : self.bias.shape[-1]].astype(x.dtype)
 
 
-def numbers(shape: tuple[int, ...]) -> mx.array:
-    """0, 1, 2, ... in `shape`: which row goes to which product, when each goes to its own.
+def numbers(shape: tuple[int, ...], broadcast_to: tuple[int, ...]) -> mx.array:
+    """0, 1, 2, ... in `shape`, broadcast: which row goes to which product, when each goes to its own.
 
-    MLX makes the same by itself, with two kernels in every layer of every step. It takes rows for sorted ones only when
-    it is not told, though.
+    MLX makes the same by itself, with three kernels in every layer of every step. It takes rows for sorted ones only
+    when it is not told, though.
     """
-    return _few_numbers(shape) if math.prod(shape) < SORT_FROM_ROUTES else _new_numbers(shape)
+    make = _few_numbers if math.prod(broadcast_to) < SORT_FROM_ROUTES else _new_numbers
+    return make(shape, broadcast_to)
 
 
-def _new_numbers(shape: tuple[int, ...]) -> mx.array:
-    return mx.array(
-        np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
-    )  # from the host: there is nothing to run
+def _new_numbers(shape: tuple[int, ...], broadcast_to: tuple[int, ...]) -> mx.array:
+    each = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    return mx.array(np.ascontiguousarray(np.broadcast_to(each, broadcast_to)))  # from the host: there is nothing to run
 
 
 _few_numbers = lru_cache(maxsize=64)(_new_numbers)

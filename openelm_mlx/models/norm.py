@@ -7,7 +7,7 @@ from mlx import nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain, all of it in float32, rounded to x's type once at the end (gpt_oss/torch/model.py, RMSNorm).
+    """x / rms(x) * gain, all of it in float32, rounded once at the end (gpt_oss/torch/model.py, RMSNorm).
 
     `mx.fast.rms_norm` with a gain of x's own type rounds before the gain as well: one result in four then differs from
     OpenAI's in bf16. With a float32 gain it returns float32. A gain that is kept in float32 saves a cast for each call.
@@ -18,8 +18,9 @@ class RMSNorm(nn.Module):
         self.weight = mx.ones((hidden_size,))
         self.eps = eps
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.in_float32(x).astype(x.dtype)
+    def __call__(self, x: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+        """x of any type -> `dtype`, or x's own."""
+        return self.in_float32(x).astype(dtype or x.dtype)
 
     def in_float32(self, x: mx.array) -> mx.array:
         """The same without the last rounding: x of any type -> float32."""

@@ -12,9 +12,9 @@ import mlx.core as mx
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
-from .attention import Mask, attend, causal_mask
+from .attention import Mask, attend, causal_mask, merge_heads, split_heads
 from .cache import Cache, LayerCache, make_cache
-from .precision import one_kernel
+from .precision import one_kernel, runs_on_cpu
 from .rope import Rotation
 
 
@@ -39,7 +39,7 @@ class OpenELM(nn.Module):
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None) -> mx.array:
-        """Logits (B, L, V) of the next token after each of `tokens` (B, L).
+        """Logits (B, L, V) of the next token after each of `tokens` (B, L); or (B, V) after (B,), one token a row.
 
         cache: from `make_cache`, extended in place; with it, `tokens` are only the new ones. left_padding (B,): how many
         tokens at the start of each row are padding; a cache has its own.
@@ -59,7 +59,7 @@ class OpenELM(nn.Module):
         left_padding: mx.array | None = None,
     ) -> mx.array:
         """The residual stream h (B, L, hidden_size) after layers start ... stop - 1."""
-        L = h.shape[1]
+        L = 1 if h.ndim == 2 else h.shape[1]
         # All layers have seen the same tokens, so one mask serves them all.
         if cache is None:
             mask = causal_mask(L, 0, left_padding=left_padding)
@@ -118,8 +118,22 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        h = x + self.attn(self.attn_norm(x), mask, cache)
-        return h + self.ffn(self.ffn_norm(h))
+        queries, keys, values = self.before_attention(x, 0 if cache is None else cache.offset)
+        return self.after_attention(x, self.attn.attend(queries, keys, values, mask, cache))
+
+    @property
+    def attention(self) -> Attention:
+        """The attention under the name that both families have for it."""
+        return self.attn
+
+    def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""
+        return self.attn.project(self.attn_norm(x), offset)
+
+    def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
+        """The layer's output from its input x and what attention gave, (B, H, L, D)."""
+        h = plus_linear(x, self.attn.out_proj, merge_heads(out, x))
+        return plus_linear(h, self.ffn.proj_2, self.ffn.hidden(self.ffn_norm(h)))
 
 
 class Attention(nn.Module):
@@ -139,19 +153,24 @@ class Attention(nn.Module):
             self._gains: tuple[mx.array, mx.array, mx.array] | None = None
         self.out_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        B, L, _ = x.shape
-        # (B, L, (H + 2K) * D) -> (B, H + 2K, L, D), whose heads are queries, keys, values
-        qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
-        queries_and_keys, values = mx.split(qkv, [self.num_heads + self.num_kv_heads], axis=1)
+    def project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries (B, H, L, D), keys and values (B, K, L, D) of x (B, L, hidden_size), from position `offset` on."""
+        qkv = split_heads(self.qkv_proj(x), self.head_dim)  # heads are queries, keys, values
+        # Slices, since MLX's norm copies what comes from a split.
+        num_rotated = self.num_heads + self.num_kv_heads
+        queries_and_keys, values = qkv[:, :num_rotated], qkv[:, num_rotated:]
         # Norm and rotation treat every head alike, so queries and keys go through them together: half the dispatches.
         if self.qk_norm:
             queries_and_keys = mx.fast.rms_norm(queries_and_keys, None, self.norm_eps) * self.gains()
-        queries_and_keys = self.rotation(queries_and_keys, 0 if cache is None else cache.offset)
-        queries, keys = mx.split(queries_and_keys, [self.num_heads], axis=1)
+        queries, keys = mx.split(self.rotation(queries_and_keys, offset), [self.num_heads], axis=1)
+        return queries, keys, values
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: LayerCache | None
+    ) -> mx.array:
+        """What the queries see of the new keys and values and, with a cache, of those before. -> (B, H, L, D)"""
         seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
-        out = attend(queries, seen_keys, seen_values, mask)
-        return self.out_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+        return attend(queries, seen_keys, seen_values, mask)
 
     def gains(self) -> mx.array:
         """The gains of the queries' and the keys' norm, a row a head, (H + K, 1, D); made again when one is replaced."""
@@ -172,8 +191,22 @@ class FeedForward(nn.Module):
         self.proj_2 = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
+        return self.proj_2(self.hidden(x))
+
+    def hidden(self, x: mx.array) -> mx.array:
+        """What the second projection is given. (..., hidden_size) -> (..., intermediate_size)"""
         gate, up = mx.split(self.proj_1(x), 2, axis=-1)
-        return self.proj_2(swiglu(gate, up))
+        return swiglu(gate, up)
+
+
+def plus_linear(residual: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
+    """residual + linear(x): one kernel, which rounds once, on a GPU where the matrix is neither packed nor adapted.
+
+    The CPU's BLAS would add each product to the residual itself, which is larger: less exact, and no faster.
+    """
+    if type(linear) is nn.Linear and "bias" not in linear and not runs_on_cpu():
+        return mx.addmm(residual, x, linear.weight.T)
+    return residual + linear(x)
 
 
 @one_kernel

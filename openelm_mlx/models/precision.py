@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 
 import mlx.core as mx
+
+# Combinations of shapes for which an elementwise function stays traced.
+MOST_TRACES = 64
 
 
 def runs_on_cpu() -> bool:
@@ -32,14 +35,37 @@ def by_columns(matrix: mx.array) -> mx.array:
 
 
 def one_kernel(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """`function` compiled to one kernel on a GPU. On the CPU it stays as it is.
+    """`function`, elementwise, compiled to one kernel on a GPU. On the CPU it stays as it is.
 
-    There MLX would call the machine's C++ compiler, which may not be installed and takes a second where it is.
+    There MLX would call the machine's C++ compiler, which may not be installed and takes a second where it is. For each
+    combination of shapes it is traced anew: traced without shapes, every operand of every operation would be broadcast
+    first, and what is deeper than MLX's compiler goes (the casts of the inputs) would become kernels of its own.
     """
-    compiled = mx.compile(function, shapeless=True)
+    seen: set[tuple[tuple[int, ...], ...]] = set()
+    compiled = mx.compile(function)
 
     @wraps(function)
     def call(*arguments: mx.array | float) -> mx.array:
-        return function(*arguments) if runs_on_cpu() else compiled(*arguments)
+        nonlocal compiled
+        if runs_on_cpu():
+            return function(*arguments)
+        seen.add(tuple(each.shape for each in arguments if isinstance(each, mx.array)))
+        if len(seen) > MOST_TRACES:  # MLX looks through them one by one
+            seen.clear()
+            compiled = mx.compile(function)
+        return compiled(*arguments)
 
     return call
+
+
+def add_rounded(x: mx.array, y: mx.array, dtype: mx.Dtype) -> mx.array:
+    """x + y, both of one shape, rounded to `dtype` and given as float32: what needs it so needs no cast of its own."""
+    return _adder(dtype)(x, y)
+
+
+@lru_cache
+def _adder(dtype: mx.Dtype) -> Callable[..., mx.array]:
+    def add(x: mx.array, y: mx.array) -> mx.array:
+        return (x.astype(mx.float32) + y.astype(mx.float32)).astype(dtype).astype(mx.float32)
+
+    return one_kernel(add)

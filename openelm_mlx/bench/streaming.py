@@ -130,10 +130,11 @@ class Forced:
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         chosen, weights = MoE.route(self._moe, x)
-        if x.shape[1] > 1:
+        if x.size > x.shape[-1]:
             return chosen, weights
         # Nothing of the layer's own choice is left but the need to wait for it.
-        return self._choices[self._position[0] % len(self._choices)] + chosen * 0, weights
+        forced = self._choices[self._position[0] % len(self._choices)].reshape(chosen.shape)
+        return forced + chosen * 0, weights
 
 
 def force(model: GptOss, trace: Trace) -> list[int]:

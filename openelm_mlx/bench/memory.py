@@ -1,0 +1,152 @@
+"""What the planner predicts beside what is used: random models of many shapes, each run in a process of its own.
+
+A peak is only known once: of a process, and of MLX in it. So every pair of a shape and a prompt is loaded, filled and
+decoded from in a fresh process, as a user would do it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..specs import spec_from_config
+from .against import shape_config
+from .random_checkpoint import write_random_checkpoint
+from .random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+
+# Prompts, in tokens, and how many tokens are decoded after them.
+CONTEXTS = (64, 512, 1900)
+NEW_TOKENS = 8
+# On the CPU backend, what one run may multiply: active parameters times tokens. It does some 10^9 a second.
+MOST_MACS_ON_CPU = 45e9
+
+
+def _gpt_oss(layers: int, hidden: int, experts: int, expert: int, heads: int, vocab: int) -> dict[str, Any]:
+    return {
+        **released_gpt_oss_config("20b"), "num_hidden_layers": layers, "hidden_size": hidden, "num_local_experts": experts,
+        "intermediate_size": expert, "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 8),
+        "vocab_size": vocab, "eos_token_id": 2,
+    }  # fmt: skip
+
+
+# Small enough to be written and read in seconds; widths up to the released ones.
+SHAPES: Mapping[str, dict[str, Any]] = {
+    "OpenELM-270M, 4 layers": shape_config("openelm-270m", 4),
+    "OpenELM-270M": shape_config("openelm-270m"),
+    "OpenELM-450M, 6 layers": shape_config("openelm-450m", 6),
+    "OpenELM-450M": shape_config("openelm-450m"),
+    "OpenELM-1.1B, 3 layers": shape_config("openelm-1.1b", 3),
+    "OpenELM-3B, 2 layers": shape_config("openelm-3b", 2),
+    "gpt-oss, 256 wide, 8 experts": _gpt_oss(4, 256, 8, 256, 8, 8192),
+    "gpt-oss, 512 wide, 32 experts": _gpt_oss(4, 512, 32, 512, 16, 16384),
+    "gpt-oss, 1,024 wide, 16 experts": _gpt_oss(4, 1024, 16, 1024, 16, 32768),
+    "gpt-oss, 1,024 wide, 128 experts": _gpt_oss(2, 1024, 128, 512, 16, 32768),
+    "gpt-oss, 2,048 wide, 8 experts": _gpt_oss(2, 2048, 8, 2048, 32, 65536),
+    "gpt-oss-20b's layers, 2 of them, 8 experts": _gpt_oss(2, 2880, 8, 2880, 64, 201088),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. Bytes; prompt: tokens. planned and peak as MLX counts, the other two of the whole process."""
+
+    shape: str
+    prompt: int
+    weights: int
+    planned: int
+    peak: int
+    planned_process: int
+    peak_process: int
+
+    @property
+    def ratio(self) -> float:
+        """What was planned over what was used, of MLX's memory."""
+        return self.planned / self.peak
+
+    @property
+    def process_ratio(self) -> float:
+        return self.planned_process / self.peak_process
+
+    def line(self) -> str:
+        """The row for people."""
+        return (
+            f"{self.shape:44}{self.prompt:7,}{self.planned / 1e6:10.1f}{self.peak / 1e6:10.1f}{self.ratio:7.3f}"
+            f"{self.planned_process / 1e6:10.1f}{self.peak_process / 1e6:10.1f}{self.process_ratio:7.3f}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio, "process_ratio": self.process_ratio}
+
+
+HEADING = (
+    f"{'shape':44}{'prompt':>7}{'planned':>10}{'peak':>10}{'ratio':>7}{'process:':>10}{'peak':>10}{'ratio':>7}   (MB)"
+)
+
+
+def rows(shapes: Sequence[str], contexts: Sequence[int], on_cpu: bool, folder: Path | None = None) -> Iterator[Row]:
+    """Measure; a row as it is known. Shapes are written into `folder` (the system's temporary one), one at a time."""
+    for shape in shapes:
+        config = SHAPES[shape]
+        spec = spec_from_config(config)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            path = Path(place) / "model"
+            if spec.family == "gpt_oss":
+                write_random_gpt_oss(path, config)
+            else:
+                write_random_checkpoint(path, config, "bfloat16")
+            for context in contexts:
+                if on_cpu and context > contexts[0] and spec.num_active_parameters() * context > MOST_MACS_ON_CPU:
+                    continue
+                yield Row(shape, context, **_in_a_fresh_process(path, context))
+
+
+def correction(found: Sequence[Row]) -> float:
+    """By what the planned scratch of this machine has to be multiplied: the median of what was seen over what was planned."""
+    ratios = [
+        (row.peak - (row.planned - scratch)) / scratch for row in found if (scratch := row.planned - row.weights) > 0
+    ]
+    return statistics.median(ratios)
+
+
+def _in_a_fresh_process(path: Path, prompt_tokens: int) -> dict[str, int]:
+    command = [sys.executable, "-m", "openelm_mlx.bench.memory", str(path), str(prompt_tokens)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+        raise CheckpointError(f"A run with {prompt_tokens} tokens failed: {lines[-1]}")
+    found: dict[str, int] = json.loads(finished.stdout)
+    return found
+
+
+def _measure(path: str, prompt_tokens: int) -> dict[str, int]:
+    import resource
+
+    from ..generate import stream_generate
+    from ..loading import load
+
+    model, _ = load(path, context_length=prompt_tokens + NEW_TOKENS)
+    prompt = [(7919 * i + 13) % model.spec.usable_vocab_size for i in range(prompt_tokens)]
+    *_, last = stream_generate(model, None, prompt, max_tokens=NEW_TOKENS)
+    assert last.statistics is not None
+    plan = model.plan
+    # ru_maxrss counts bytes on macOS and KiB on Linux.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "weights": plan.weights_bytes,
+        "planned": plan.total_bytes,
+        "peak": last.statistics.peak_memory_bytes,
+        "planned_process": plan.process_bytes,
+        "peak_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(sys.argv[1], int(sys.argv[2]))))

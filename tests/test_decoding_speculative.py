@@ -274,7 +274,7 @@ class Markov:
         self.table = mx.array(np.random.default_rng(seed).normal(0, 1.2, (VOCAB, VOCAB)), mx.float32)
 
     def __call__(self, tokens, cache):
-        cache[0].offset += tokens.shape[1]
+        cache[0].offset += 1 if tokens.ndim == 1 else tokens.shape[1]
         return self.table[tokens]
 
 

@@ -69,22 +69,33 @@ def view(turns: mx.array, positions: mx.array, window: int | None) -> View:
 class WrittenOutAttention(Attention):
     """`Attention` as matrix products and a softmax, each token at the position that is said."""
 
-    def __call__(self, x: mx.array, mask: View, cache: KVCache | SlidingKVCache | None) -> mx.array:  # type: ignore[override]
-        assert cache is None, "training reads whole rows"
-        B, L, _ = x.shape
+    def project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """As the library's, not yet rotated: only `attend` is told the positions."""
         H, K = self.num_heads, self.num_kv_heads
-        qkv = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
-        rotated, values = mx.split(qkv, [H + K], axis=1)
-        queries, keys = mx.split(rotated_at(rotated, mask.positions, self.rotation.periods(self.head_dim)), [H], axis=1)
+        qkv = self.qkv_proj(x).reshape(*x.shape[:2], -1, self.head_dim).swapaxes(1, 2)
+        queries, keys, values = mx.split(qkv, [H, H + K], axis=1)
+        return queries, keys, values
+
+    def attend(  # type: ignore[override]
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        mask: View,
+        cache: KVCache | SlidingKVCache | None,
+    ) -> mx.array:
+        assert cache is None, "training reads whole rows"
+        B, H, L, _ = queries.shape
+        K, periods = self.num_kv_heads, self.rotation.periods(self.head_dim)
+        queries, keys = (rotated_at(each, mask.positions, periods) for each in (queries, keys))
         # (B, K, H / K * L, D) @ (B, K, D, L) -> (B, H, L, L): each kv head's queries one after the other.
         scores = queries.reshape(B, K, -1, self.head_dim) @ keys.swapaxes(-1, -2)
         scores = scores.reshape(B, H, L, L).astype(mx.float32) * self.scale
         scores = mx.where(mask.visible, scores, -1e9)
         sinks = self.sinks.astype(mx.float32)[:, None, None]
         total = mx.logaddexp(mx.logsumexp(scores, axis=-1, keepdims=True), sinks)
-        probs = mx.exp(scores - total).astype(x.dtype)
-        out = (probs.reshape(B, K, -1, L) @ values).reshape(B, H, L, self.head_dim)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+        probs = mx.exp(scores - total).astype(values.dtype)
+        return (probs.reshape(B, K, -1, L) @ values).reshape(B, H, L, self.head_dim)
 
 
 def rotated_at(x: mx.array, positions: mx.array, periods: mx.array) -> mx.array:

@@ -45,8 +45,9 @@ def forms_of_a_gpu() -> Iterator[None]:
     with ExitStack() as patches:
         for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
             patches.enter_context(mock.patch.object(mx.fast, name, stand_in))
-        for module in (attention, openelm, precision, rope):
+        for module in (attention, precision, rope):
             patches.enter_context(mock.patch.object(module, "runs_on_cpu", return_value=False))
+        patches.enter_context(mock.patch.object(openelm, "adds_in_products", return_value=True))
         yield
 
 

@@ -149,4 +149,4 @@ def _measure(path: str, prompt_tokens: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(sys.argv[1], int(sys.argv[2]))))
+    sys.stdout.write(json.dumps(_measure(sys.argv[1], int(sys.argv[2]))))

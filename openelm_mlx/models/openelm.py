@@ -14,7 +14,7 @@ from mlx import nn
 from ..specs import LayerSpec, ModelSpec
 from .attention import Mask, attend, causal_mask, merge_heads, split_heads
 from .cache import Cache, LayerCache, make_cache
-from .precision import one_kernel, runs_on_cpu
+from .precision import adds_in_products, one_kernel
 from .rope import Rotation
 
 
@@ -200,11 +200,12 @@ class FeedForward(nn.Module):
 
 
 def plus_linear(residual: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
-    """residual + linear(x): one kernel, which rounds once, on a GPU where the matrix is neither packed nor adapted.
+    """residual + linear(x): on Metal one kernel, which rounds once, where the matrix is neither packed nor adapted.
 
-    The CPU's BLAS would add each product to the residual itself, which is larger: less exact, and no faster.
+    Elsewhere two. The CPU's BLAS would add each product to the residual itself, which is larger: less exact, and no faster;
+    CUDA would leave its fast kernel for one row and be slower (docs/LOG.md).
     """
-    if type(linear) is nn.Linear and "bias" not in linear and not runs_on_cpu():
+    if type(linear) is nn.Linear and "bias" not in linear and adds_in_products():
         return mx.addmm(residual, x, linear.weight.T)
     return residual + linear(x)
 

@@ -16,6 +16,14 @@ def runs_on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
+def adds_in_products() -> bool:
+    """Whether a product of a matrix and one row adds something in the same kernel at no cost: so Metal's is written.
+
+    What that gains there was not measured.
+    """
+    return mx.metal.is_available() and not runs_on_cpu()
+
+
 def widen(x: mx.array) -> mx.array:
     """x in float32 on the CPU, x itself on a GPU: for an operation whose result is then cast back to x's own type.
 

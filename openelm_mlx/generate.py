@@ -154,9 +154,8 @@ def _answer(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )
     chunk_length = request.prefill_chunk or chunk_of_plan(model)
-    logits = prefill(
-        model, turn.new_tokens, step.cache, chunk_length, budget, stops=turn.stops, at_border=turn.at_border
-    )
+    at_border = None if request.prefix_cache is None else turn.at_border
+    logits = prefill(model, turn.new_tokens, step.cache, chunk_length, budget, stops=turn.stops, at_border=at_border)
     is_finite = mx.all(mx.isfinite(logits))
     mx.async_eval(is_finite)  # beside the first choice, so that nobody waits for it
     if request.constraint is not None:  # which accepts nothing that is no number

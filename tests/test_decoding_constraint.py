@@ -283,6 +283,40 @@ def test_the_loop_is_the_naive_loop(harmony, options, has_format):
     assert (expected[0] == harmony.message) == has_format
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_with_a_token_that_is_not_accepted_is_taken_back(monkeypatch, seed):
+    """So few tokens that a format can be finished only by force: the naive loop's tokens, and nothing else in the cache."""
+    tokenizer = tokenizer_of("gpt_oss")
+    model = random_model(tokenizer.vocab_size, context_length=256)
+    prompt, refused = [5, 900, 31, 77], []
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "string"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    real = PlainConstraint.accept
+
+    def accept(self, token):
+        accepted = real(self, token)
+        refused.append(token) if not accepted else None
+        return accepted
+
+    monkeypatch.setattr(PlainConstraint, "accept", accept)
+
+    def run(loop):
+        constraint = PlainConstraint(engine_of(tokenizer), answer_format(schema), tokenizer.eos_tokens, 20)
+        params = SamplingParams(temperature=1.5, seed=seed, frequency_penalty=0.3)
+        return loop(constraint, Sampler(params, tokenizer.vocab_size, tokenizer.vocab_size))
+
+    expected = run(lambda constraint, sampler: naive(model, prompt, constraint, sampler, 20))
+    assert refused
+    step = PlainStep(model, model.make_cache())
+    logits = prefill(model, prompt, step.cache, 512)
+    assert [choice.item() for choice in run(lambda c, s: constrained(step, s, logits, 20, c))] == expected
+    assert step.cache[0].offset - len(prompt) in (len(expected) - 1, len(expected))
+
+
 def test_the_next_step_is_dispatched_before_the_mask_is_computed(monkeypatch):
     tokenizer = tokenizer_of("gpt_oss")
     model = random_model(tokenizer.vocab_size, context_length=256)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
 from ..errors import SettingError
-from ..models.cache import Cache
+from ..models.cache import Cache, SlidingKVCache
 from .budget import Budget, drop
-from .step import PlainStep
+from .step import PlainStep, Step
 from .streamed_step import StreamedStep
 
 if TYPE_CHECKING:
@@ -37,11 +37,14 @@ def prefill(
     half as many after the GPU's watchdog has struck, which is tried once, from an empty cache. Raises MemoryLimitError
     when the next chunk has no room, SettingError when half the chunk is too long for the watchdog too.
 
-    stops: offsets at which a chunk ends. at_border: called after each chunk, the last one ending before the last token.
+    stops: offsets at which a chunk ends. at_border: called after each chunk; the last one ends before the last token
+    then, which costs a pass of its own.
     """
     budget = Budget(model, cache) if budget is None else budget
     started_empty = budget.num_tokens == 0
     try:
+        if at_border is None:
+            return fill(model, tokens, cache, chunk_length, budget, stops, wants_logits=True)
         fill(model, tokens[:-1], cache, chunk_length, budget, stops, at_border)
     except RuntimeError as error:
         if not is_watchdog(error):
@@ -53,8 +56,7 @@ def prefill(
             f"The GPU was stopped because {chunk_length} prompt tokens at once took longer than macOS allows: ask for "
             f"prefill_chunk={max(1, chunk_length // 4)} (--prefill-chunk)."
         ) from None
-    step = PlainStep(model, cache) if model.residency is None else StreamedStep(model, cache)
-    return step(mx.array(tokens[-1]))
+    return _step(model, cache)(mx.array(tokens[-1]))
 
 
 def fill(
@@ -65,22 +67,51 @@ def fill(
     budget: Budget,
     stops: Sequence[int] = (),
     at_border: Callable[[], None] | None = None,
-) -> None:
-    """The keys and values of `tokens` into the cache; see `prefill`."""
+    wants_logits: bool = False,
+) -> mx.array:
+    """The keys and values of `tokens` into the cache; see `prefill`. wants_logits: gives those of the last token, (V,)."""
     start, before = 0, cache[0].offset
+    logits = mx.zeros((0,))
     while start < len(tokens):
         stop = min((each - before for each in stops if before + start < each), default=len(tokens))
         length = budget.chunk_of_prompt(chunk_length, min(stop, len(tokens)) - start)
-        chunk = mx.array(list(tokens[start : start + length]))[None]
-        with reading_no_more_than_needed(model):
-            model.run_layers(model.embed(chunk), cache)
-            # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
-            mx.eval([layer.buffers for layer in cache])
+        if wants_logits and start + length == len(tokens):
+            logits = _last_logits(model, tokens[start:], cache)
+            mx.eval([[logits], *(layer.buffers for layer in cache)])
+        else:
+            chunk = mx.array(list(tokens[start : start + length]))[None]
+            with reading_no_more_than_needed(model):
+                model.run_layers(model.embed(chunk), cache)
+                # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
+                mx.eval([layer.buffers for layer in cache])
         budget.chunk_is_done(length)
         if at_border is not None:
             at_border()
         mx.clear_cache()
         start += length
+    return logits
+
+
+def _step(model: Model, cache: Cache) -> Step:
+    return PlainStep(model, cache) if model.residency is None else StreamedStep(model, cache)
+
+
+def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
+    """The logits (V,) of the last of `tokens`, all of which go into the cache; the last layer computes that one alone."""
+    if len(tokens) == 1:
+        return _step(model, cache)(mx.array(tokens[0]))
+    last_block, last_cache = model.layers[-1], cache[-1]
+    with nullcontext() if model.residency is None else model.residency.exclusive():
+        h = model.run_layers(model.embed(mx.array(list(tokens))[None]), cache, 0, len(cache) - 1)
+        queries, *new = last_block.before_attention(h, last_cache.offset)
+        keys, values = cast("tuple[mx.array, mx.array]", last_cache.update_and_fetch(*new))
+        if isinstance(last_cache, SlidingKVCache):  # in the order of positions: the last token sees the end
+            keys, values = keys[..., -last_cache.window :, :], values[..., -last_cache.window :, :]
+        out = last_block.attention.attend_over(queries[:, :, -1:], keys, values, None)
+        logits = model.head(last_block.after_attention(h[:, -1], out))[0]
+        if model.residency is not None:
+            mx.async_eval(logits)  # nothing unstarted may be left in the slots
+    return logits
 
 
 @contextmanager

@@ -69,19 +69,28 @@ def constrained(
 ) -> Iterator[Choice]:
     """As `one_by_one`, every token one that `constraint` accepts.
 
-    The mask of a token is worked out on the host while the device computes its logits; only the choice waits for both.
-    In free text the next choice is made ahead, too, with the mask that most likely holds, and made again if it did not.
+    The next step is dispatched before this token is read, and its mask is worked out on the host while the device
+    computes: only the choice waits for both. A token that is not accepted after all (the answer could not end any more)
+    is rare; the step with it is taken back then. In free text the next choice is made ahead, too, with the mask that most
+    likely holds, and made again if it did not.
     """
     masks = _Masks(logits.size)
     words, state = constraint.mask(), sampler.state
     choice = choose(sampler, logits, num_logprobs, masks(words))
     for count in range(1, max_tokens + 1):
         next_logits, upcoming, next_state = None, None, sampler.state
-        if count < max_tokens and step.runs_ahead and constraint.is_free():
+        if count < max_tokens and step.runs_ahead:
             next_logits = step(choice.token)
-            upcoming = choose(sampler, next_logits, num_logprobs, masks(words))
+            if constraint.is_free():
+                upcoming = choose(sampler, next_logits, num_logprobs, masks(words))
+            else:
+                mx.async_eval(next_logits)
         if not constraint.accept(choice.item()):
-            # Only inside a format, so nothing was dispatched ahead. The new mask has tokens that are accepted alone.
+            if next_logits is not None:
+                next_logits = upcoming = None
+                for layer in step.cache:
+                    layer.rewind(1)
+            # The new mask has tokens that are accepted alone.
             sampler.state = state
             choice = choose(sampler, logits, num_logprobs, masks(constraint.mask()))
             is_accepted, next_state = constraint.accept(choice.item()), sampler.state
@@ -90,7 +99,7 @@ def constrained(
             next_logits = step(choice.token)
             mx.async_eval(next_logits)
         yield choice
-        if next_logits is None:
+        if next_logits is None or constraint.is_finished:
             return
         logits, state, expected, words = next_logits, next_state, words, constraint.mask()
         if upcoming is not None and words is expected:

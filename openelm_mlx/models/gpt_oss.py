@@ -16,6 +16,7 @@ from .attention import Mask, attend, causal_mask, merge_heads, split_heads
 from .cache import Cache, LayerCache, make_cache
 from .moe import MoE
 from .norm import RMSNorm
+from .packed import Packed
 from .precision import add_rounded
 from .rope import Rotation
 
@@ -181,4 +182,10 @@ class Attention(nn.Module):
     ) -> mx.array:
         """What the queries see of the new keys and values and, with a cache, of those before. -> (B, H, L, D)"""
         seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
-        return attend(queries, seen_keys, seen_values, mask, self.scale, self.sinks)
+        return self.attend_over(queries, seen_keys, seen_values, mask)
+
+    def attend_over(
+        self, queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, mask: Mask
+    ) -> mx.array:
+        """What the queries see of all these keys and values. -> (B, H, L, D)"""
+        return attend(queries, keys, values, mask, self.scale, self.sinks)

@@ -14,6 +14,7 @@ from mlx import nn
 from ..specs import LayerSpec, ModelSpec
 from .attention import Mask, attend, causal_mask, merge_heads, split_heads
 from .cache import Cache, LayerCache, make_cache
+from .packed import Packed
 from .precision import adds_in_products, one_kernel
 from .rope import Rotation
 
@@ -170,7 +171,13 @@ class Attention(nn.Module):
     ) -> mx.array:
         """What the queries see of the new keys and values and, with a cache, of those before. -> (B, H, L, D)"""
         seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
-        return attend(queries, seen_keys, seen_values, mask)
+        return self.attend_over(queries, seen_keys, seen_values, mask)
+
+    def attend_over(
+        self, queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, mask: Mask
+    ) -> mx.array:
+        """What the queries see of all these keys and values. -> (B, H, L, D)"""
+        return attend(queries, keys, values, mask)
 
     def gains(self) -> mx.array:
         """The gains of the queries' and the keys' norm, a row a head, (H + K, 1, D); made again when one is replaced."""

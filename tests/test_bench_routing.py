@@ -44,7 +44,7 @@ def test_replayed_hits_are_the_engine_s(runs, num_slots, tmp_path):
     engine = runs[num_slots][1]
     assert replayed.hits + replayed.prompt_hits == engine.hits
     assert replayed.misses + replayed.prompt_misses == engine.misses
-    chunk_read_backs = sum((np.asarray(each)[0, :, 0] >= 0).sum() for each in runs[16][0].passes if len(each) > 1)
+    chunk_read_backs = sum((np.asarray(each)[-1, :, 0] >= 0).sum() for each in runs[16][0].passes if len(each) > 1)
     assert replayed.read_backs == engine.read_backs - chunk_read_backs
 
 

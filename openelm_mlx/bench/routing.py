@@ -66,7 +66,12 @@ def recording(residency: Residency) -> Iterator[Trace]:
     def end_pass() -> None:
         if current:
             like = next(iter(current.values()))
-            layers = [current.get(i, np.full_like(like, NOT_ASKED)) for i in range(len(residency.layers))]
+            layers = []
+            for i in range(len(residency.layers)):
+                layer, chosen = np.full_like(like, NOT_ASKED), current.get(i)
+                if chosen is not None:  # at the end of a prompt the last layer computes the last token alone
+                    layer[len(layer) - len(chosen) :] = chosen
+                layers.append(layer)
             trace.passes.append(np.stack(layers, axis=1))
             current.clear()
 
@@ -159,8 +164,8 @@ def _replay_step(chosen: np.ndarray, tables: Sequence[SlotTable], pace: Pace, co
 def _replay_chunk(chosen: np.ndarray, tables: Sequence[SlotTable], counts: Counter[str]) -> None:
     """Several tokens at once, chosen (L, layers, k)."""
     for layer, table in enumerate(tables):
-        routes = chosen[:, layer].ravel().tolist()
-        if routes[0] == NOT_ASKED:
+        routes = [expert for expert in chosen[:, layer].ravel().tolist() if expert != NOT_ASKED]
+        if not routes:
             continue
         for wanted in rounds_of(routes, table, len(routes) >= SORT_FROM_ROUTES):
             num_missing = _serve(wanted, table)

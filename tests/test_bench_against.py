@@ -84,8 +84,8 @@ def test_unknown_shapes(capsys):
 
 # Counted with mlx 0.32 on the CPU backend, and as a GPU has them, without views. Who raises a number says why in the
 # commit; who lowers one lowers it here. Of mlx-lm's: what is asked of each.
-BUDGETS = {"demo-openelm": (701, 138), "demo-gpt-oss": (727, 141)}
-OF_MLX_LM = {"demo-openelm": (0.65, 0.95), "demo-gpt-oss": (0.65, 0.61)}
+BUDGETS = {"demo-openelm": (630, 139), "demo-gpt-oss": (668, 135)}
+OF_MLX_LM = {"demo-openelm": (0.58, 0.96), "demo-gpt-oss": (0.6, 0.6)}
 
 
 @pytest.mark.parametrize("source", BUDGETS)
@@ -95,7 +95,12 @@ def test_primitives_of_one_token_stay_within_their_budget_and_below_mlx_lm_s(sou
 
     def count(model, cache, as_on_a_gpu: bool) -> int:
         mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
-        return decode_primitives(lambda tokens, cache: model(tokens, cache=cache), cache, 5, as_on_a_gpu)[as_on_a_gpu]
+        is_ours = hasattr(model, "spec")  # one token a row is a form of its own there
+
+        def call(tokens, cache):
+            return model(tokens[0], cache=cache)[None] if is_ours else model(tokens, cache=cache)
+
+        return decode_primitives(call, cache, 5, as_on_a_gpu)[as_on_a_gpu]
 
     theirs = load_model(locate(source))[0]
     for as_on_a_gpu, budget, limit in zip((False, True), BUDGETS[source], OF_MLX_LM[source], strict=True):

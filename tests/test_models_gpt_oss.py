@@ -819,3 +819,15 @@ def complete(port: int, prompt: list[int], max_tokens: int) -> list[int]:
     )
     with urllib.request.urlopen(request, timeout=60) as reply:
         return [int(word) for word in json.load(reply)["choices"][0]["text"].split()]
+
+
+def test_the_form_of_cuda_is_the_same_sum(tiny, monkeypatch):
+    """A bias added apart, and buffers with places to spare."""
+    model = load_gpt_oss(tiny)
+    tokens = oracle(tiny)["tokens"][0].tolist()
+    expected = model(mx.array([tokens]))[0]
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    cache = model.make_cache()
+    for token, logits in zip(tokens, expected, strict=True):
+        assert mx.abs(model(mx.array([token]), cache=cache)[0] - logits).max().item() < 1e-4
+    assert any(layer.keys.shape[2] % 256 == 8 for layer in cache)

@@ -8,6 +8,10 @@ import mlx.core as mx
 
 from ..specs import kv_places
 
+# On CUDA MLX takes cuDNN for one token where a buffer has a multiple of 256 places, which is four times as slow as its
+# own kernel over 8,192 tokens (docs/LOG.md).
+SPARE_PLACES = 8
+
 
 class Snapshot(NamedTuple):
     """A place in a layer's cache to come back to. end: one past the newest position in a ring. arrays: a ring's buffers."""
@@ -30,5 +34,6 @@ def appended(buffer: mx.array | None, new: mx.array, used: int, context_length: 
 def grown(buffer: mx.array, used: int, needed: int, context_length: int | None = None) -> mx.array:
     """A copy of the first `used` tokens of `buffer` (B, K, T, D) with at least `needed` places."""
     batch, heads, _, head_dim = buffer.shape
-    more = mx.zeros((batch, heads, kv_places(needed, context_length) - used, head_dim), buffer.dtype)
+    places = kv_places(needed, context_length) + (SPARE_PLACES if mx.cuda.is_available() else 0)
+    more = mx.zeros((batch, heads, places - used, head_dim), buffer.dtype)
     return more if used == 0 else mx.concatenate([buffer[..., :used, :], more], axis=2)

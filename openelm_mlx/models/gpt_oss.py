@@ -17,7 +17,7 @@ from .cache import Cache, LayerCache, make_cache
 from .moe import MoE
 from .norm import RMSNorm
 from .packed import Packed
-from .precision import add_rounded
+from .precision import add_rounded, linear
 from .rope import Rotation
 
 
@@ -145,7 +145,7 @@ class Block(nn.Module):
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
         """The layer's output from its input x and what attention gave, (B, H, L, D)."""
         attention = self.self_attn
-        h = add_rounded(x, attention.o_proj(merge_heads(out, x)), attention.dtype)
+        h = add_rounded(x, linear(attention.o_proj, merge_heads(out, x)), attention.dtype)
         output = self.mlp(self.post_attention_layernorm.in_float32(h), attention.dtype)
         return add_rounded(h, output, attention.dtype)
 
@@ -172,7 +172,7 @@ class Attention(nn.Module):
     def project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries (B, H, L, D), keys and values (B, K, L, D) of x (B, L, hidden_size), from position `offset` on."""
         # Queries and keys lie side by side and are rotated together.
-        qkv = split_heads(self.qkv_proj(x), self.head_dim)
+        qkv = split_heads(linear(self.qkv_proj, x), self.head_dim)
         rotated, values = mx.split(qkv, [self.num_heads + self.num_kv_heads], axis=1)
         queries, keys = mx.split(self.rotation(rotated, offset), [self.num_heads], axis=1)
         return queries, keys, values

@@ -15,7 +15,7 @@ import numpy as np
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
-from .precision import one_kernel, widen
+from .precision import linear, one_kernel, widen
 
 # From so many (token, expert) routes on, sorting them by expert pays: each expert's weights are then read once and used
 # for a block of rows. Only shapes decide, so that the same prompt always takes the same path.
@@ -83,7 +83,7 @@ class MoE(nn.Module):
         In float32 throughout: a near-tie that rounding decides sends the token to another expert, and nothing that bf16
         does elsewhere moves the logits as much.
         """
-        logits = self.router(x)
+        logits = linear(self.router, x)
         k = self.experts_per_token
         expert_indices = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
         if self.training:  # which experts are chosen has no derivative; how much they weigh has one

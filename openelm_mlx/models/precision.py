@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 
 # Combinations of shapes for which an elementwise function stays traced.
 MOST_TRACES = 64
@@ -22,6 +24,18 @@ def adds_in_products() -> bool:
     What that gains there was not measured.
     """
     return mx.metal.is_available() and not runs_on_cpu()
+
+
+def linear(module: Any, x: mx.array) -> mx.array:
+    """module(x), a linear layer's; on CUDA the bias of a single row is added apart.
+
+    MLX's product with a sum goes through cublasLt there, which takes longer than its own kernel for one row and the sum
+    (docs/LOG.md).
+    """
+    if type(module) is nn.Linear and "bias" in module and x.size == x.shape[-1] and mx.cuda.is_available():
+        return x @ module.weight.T + module.bias
+    result: mx.array = module(x)
+    return result
 
 
 def widen(x: mx.array) -> mx.array:

@@ -278,6 +278,30 @@ def test_the_sandbox_ends_with_the_program_that_made_it(tmp_path):
     pytest.fail("the sandbox outlived its program")
 
 
+def test_without_a_sandbox_it_ends_with_the_program_too():
+    """An endless loop once went on for an hour after its program had been killed."""
+    program = (
+        "from openelm_mlx.agents.python_tool import PythonTool\ntool = PythonTool(allow_unsandboxed=True)\n"
+        "tool.sandbox = 'none'\n"
+        "tool('1')\nprint(tool._session._process.pid, flush=True)\ntool('while True: pass')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    pid = int(process.stdout.readline())
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    for _ in range(100):
+        if (
+            not Path(f"/proc/{pid}").exists()
+            or "Z" in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        ):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the interpreter outlived its program")
+
+
 def test_two_tools_do_not_see_each_other():
     if not HAS_SANDBOX:
         pytest.skip("no sandbox")

@@ -10,7 +10,9 @@ import contextlib
 import json
 import linecache
 import os
+import signal
 import sys
+import time
 import traceback
 
 
@@ -21,6 +23,24 @@ def limit_resources(limits):
     for name, value in limits.items():
         with contextlib.suppress(AttributeError, ValueError, OSError):
             resource.setrlimit(getattr(resource, name), (value, value))
+
+
+def end_with_parent(every=0.5):
+    """Watch the program that started this one, and end when it has ended, also in the middle of an endless script.
+
+    Linux's sandbox is told to by the kernel; a Mac's, and no sandbox at all, are not.
+    """
+    import threading
+
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(every)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with contextlib.suppress(RuntimeError):  # no thread is allowed: then nobody watches
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def run_script(script, variables, name):
@@ -51,6 +71,8 @@ def main():
     """Serve scripts until standard input ends."""
     config = json.loads(sys.argv[1])
     limit_resources(config["limits"])
+    if os.getppid() > 1:  # 1 or 0: the first process of a sandbox of our own, with which all others end
+        end_with_parent()
     sys.path.extend(config["paths"])
     os.chdir(config["folder"])
     scripts, report = os.fdopen(os.dup(0), "rb"), os.fdopen(config["report"], "w")

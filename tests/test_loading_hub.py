@@ -8,6 +8,7 @@ from conftest import FIXTURES, random_model, save_folder
 
 import openelm_mlx as om
 from openelm_mlx.commands import main
+from openelm_mlx.loading import locate
 
 hub = hub_server.hub  # the fixture
 
@@ -65,3 +66,18 @@ def test_without_a_network_it_is_one_sentence(hub, files, capsys, monkeypatch):
     monkeypatch.setattr("openelm_mlx.checkpoint.hub._RETRY_SECONDS", ())
     assert main(["generate", "--model", "apple/OpenELM-tiny", "--prompt", "Hello"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_gpt_oss_from_a_repository_with_three_copies_of_its_weights(hub):
+    """As openai/gpt-oss-20b is: the shards, original/ and metal/. Only the first is fetched, and it answers."""
+    folder = locate("demo-gpt-oss")
+    files = {path.name: path for path in folder.iterdir() if path.is_file()}
+    copies = {f"original/{name}": path for name, path in files.items() if name != "tokenizer.json"}
+    hub.add_repo("openai/small", {**files, **copies, "metal/model.bin": b"weights" * 1000})
+    model, tokenizer = om.load("openai/small")
+    expected_model, expected_tokenizer = om.load("demo-gpt-oss")
+    assert hub.sent("model.safetensors") == files["model.safetensors"].stat().st_size
+    assert hub.sent("original/model.safetensors") == hub.sent("metal/model.bin") == 0
+    question = "What is a banjo?"
+    expected = om.generate(expected_model, expected_tokenizer, question, max_tokens=60)
+    assert om.generate(model, tokenizer, question, max_tokens=60) == expected

@@ -301,3 +301,20 @@ def test_a_missing_mlx_is_one_sentence(tmp_path):
     assert finished.returncode == 2
     assert len(finished.stderr.splitlines()) == 1
     assert "pip install 'mlx" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "is_shown"),
+    [
+        (["--reasoning-effort", "high"], True),
+        ([], False),
+        (["--show-reasoning"], True),
+        (["--reasoning-effort", "high", "--no-show-reasoning"], False),
+        (["--reasoning-effort", "high", "--quiet"], False),
+    ],
+)
+def test_reasoning_is_shown_to_who_asks_for_it(capsys, options, is_shown):
+    assert main(["generate", "--model", "demo-gpt-oss", "--prompt", "What is a piano?", *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("a keyboard instrument that is played by")
+    assert ("a kind of keyboard instrument" in shown.err) == is_shown

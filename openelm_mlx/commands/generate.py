@@ -82,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logprobs", type=int, metavar="N", help="report log-probabilities, and the N likeliest tokens (with --json)"
     )
     output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    output.add_argument("--show-reasoning", action="store_true", help="show gpt-oss's reasoning, dimmed, on stderr")
+    output.add_argument(
+        "--show-reasoning", action=argparse.BooleanOptionalAction,
+        help="show gpt-oss's reasoning, dimmed, on stderr (default: when --reasoning-effort is given, and not --quiet)",
+    )  # fmt: skip
     output.add_argument("--quiet", "-q", action="store_true", help="no statistics on stderr")
 
 
@@ -166,6 +169,9 @@ def open_prompt_cache(name: str | None, model: Model) -> PrefixCache | None:
 def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
     """The answer on stdout as it comes, one line of statistics on stderr."""
     last, count, exit_code, is_reasoning = None, 0, 0, False
+    show_reasoning = args.show_reasoning
+    if show_reasoning is None:  # who says how long it is to think wants to see it
+        show_reasoning = args.reasoning_effort is not None and not args.quiet
     try:
         for last in chunks:
             count += 1
@@ -176,9 +182,9 @@ def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
                     print(file=sys.stderr)
                 sys.stdout.write(last.text)
                 sys.stdout.flush()
-            elif args.show_reasoning:
+            elif show_reasoning:
                 print_dimmed(last.text)
-            is_reasoning = args.show_reasoning and last.channel not in ANSWER_CHANNELS
+            is_reasoning = show_reasoning and last.channel not in ANSWER_CHANNELS
     except KeyboardInterrupt:
         exit_code = INTERRUPTED
     sys.stdout.write("\n")

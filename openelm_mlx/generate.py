@@ -35,8 +35,7 @@ from .decoding.prefix_cache import PrefixCache, Turn, begin_turn
 from .decoding.sampling import Sampler, SamplingParams
 from .decoding.speculation_gain import Counts
 from .decoding.speculative import Speculative
-from .decoding.step import PlainStep, Step
-from .decoding.streamed_step import StreamedStep
+from .decoding.step import Step
 from .decoding.tokens import Choice, constrained, one_by_one
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
 from .loading import no_tokenizer
@@ -133,9 +132,8 @@ def stream_generate(
 
 def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: TextStream) -> Iterator[Chunk]:
     turn = request.begin_turn(model)
-    step: Step = PlainStep(model, turn.cache) if model.residency is None else StreamedStep(model, turn.cache)
-    with keeping_to_plan(model, step.cache) as (budget, held), turn.kept():
-        yield from _answer(model, tokenizer, request, text, turn, step, budget, held)
+    with keeping_to_plan(model, turn.cache) as (budget, held), turn.kept():
+        yield from _answer(model, tokenizer, request, text, turn, budget, held)
 
 
 def _answer(
@@ -144,7 +142,6 @@ def _answer(
     request: Request,
     text: TextStream,
     turn: Turn,
-    step: Step,
     budget: Budget,
     held: Held,
 ) -> Iterator[Chunk]:
@@ -155,16 +152,11 @@ def _answer(
     )
     chunk_length = request.prefill_chunk or chunk_of_plan(model)
     at_border = None if request.prefix_cache is None else turn.at_border
-    logits = prefill(model, turn.new_tokens, step.cache, chunk_length, budget, stops=turn.stops, at_border=at_border)
-    is_finite = mx.all(mx.isfinite(logits))
-    mx.async_eval(is_finite)  # beside the first choice, so that nobody waits for it
-    if request.constraint is not None:  # which accepts nothing that is no number
-        _check_finite(is_finite)
-    choices = _choices(model, request, step, sampler, logits, clock)
+    logits = prefill(model, turn.new_tokens, turn.cache, chunk_length, budget, stops=turn.stops, at_border=at_border)
+    _check_finite(logits)
+    choices = _choices(model, request, make_step(model, turn.cache), sampler, logits, clock)
     for count, choice in enumerate(choices, 1):
         token = choice.item()
-        if count == 1:
-            _check_finite(is_finite)
         clock.token_arrived()
         turn.tokens.append(token)
         if token in eos_tokens:
@@ -188,8 +180,6 @@ def _choices(
 ) -> Iterator[Choice]:
     """The tokens of the answer, in the way that was asked for."""
     max_tokens, num_logprobs, constraint = request.max_tokens, request.logprobs, request.constraint
-    if model.residency is None:
-        step = make_step(model, step.cache)
     if request.draft is not None:
         draft, prompt = request.draft, request.prompt_tokens
         source = Speculative(
@@ -498,8 +488,8 @@ def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _check_finite(is_finite: mx.array) -> None:
-    if not is_finite.item():
+def _check_finite(logits: mx.array) -> None:
+    if not mx.all(mx.isfinite(logits)).item():
         raise CheckpointError(
             "The model's logits are not finite numbers: its weights are damaged, or their type has too small a range "
             '(OpenELM-3B overflows in float16): load it with dtype="bfloat16".'

@@ -5,6 +5,7 @@ import pytest
 from conftest import FIXTURES, load_fixture, random_model
 
 import openelm_mlx as om
+from openelm_mlx.bench.graph import primitives
 from openelm_mlx.decoding import compiled_step
 from openelm_mlx.decoding.compiled_step import CompiledStep, make_step
 from openelm_mlx.decoding.prefill import prefill
@@ -134,6 +135,21 @@ def test_pieces_are_traced_once_for_a_model(models, monkeypatch):
         for token in range(5):
             mx.eval(step(mx.array(token)))
     assert len(traced) == len(model.layers) * (1 + 2)  # one trace, and what the later two prefills call
+
+
+def test_what_no_token_changes_is_made_before_the_pieces_are_traced():
+    """After a prompt too long for single lookups nothing of it is there yet; a trace would make it for every token."""
+    counts = []
+    for is_there in (False, True):
+        model = load_fixture(FIXTURES / "gpt_oss_tiny")
+        if is_there:
+            mx.eval(model(mx.array([5])))
+        cache = model.make_cache()
+        prefill(model, prompt_of(model, 40), cache, 64)
+        step = CompiledStep(model, cache)
+        mx.eval(step(mx.array(5)))
+        counts.append(primitives(step(mx.array(6))))
+    assert counts[0] == counts[1]
 
 
 SAMPLINGS = [

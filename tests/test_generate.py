@@ -85,7 +85,6 @@ def test_the_next_step_is_dispatched_before_the_last_token_is_read(model, monkey
     for chunk in stream_generate(model, None, PROMPT, max_tokens=4):
         events.append(f"read {chunk.token is not None}")
     assert events == [
-        "dispatched",  # whether the logits are numbers at all
         "dispatched",
         "dispatched",
         "read True",

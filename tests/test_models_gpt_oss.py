@@ -831,3 +831,17 @@ def test_the_form_of_cuda_is_the_same_sum(tiny, monkeypatch):
     for token, logits in zip(tokens, expected, strict=True):
         assert mx.abs(model(mx.array([token]), cache=cache)[0] - logits).max().item() < 1e-4
     assert any(layer.keys.shape[2] % 256 == 8 for layer in cache)
+
+
+def test_biases_of_a_few_experts_looked_up_together_are_those_looked_up_apart(tiny):
+    """One table for both, of which the parameters are views; a bias that is replaced is seen."""
+    moe, _ = some_experts(tiny)
+    x = mx.array(np.random.default_rng(0).normal(size=(1, 3, 64)), mx.float32)
+    apart = moe(x, mx.float32)
+    biases = [np.array(each.bias) for each in (moe.experts.gate_up_proj, moe.experts.down_proj)]
+    moe.eval()
+    assert mx.array_equal(moe(x, mx.float32), apart)
+    for module, bias in zip((moe.experts.gate_up_proj, moe.experts.down_proj), biases, strict=True):
+        assert (np.array(module.bias) == bias).all()
+    moe.experts.down_proj.bias = moe.experts.down_proj.bias + 1
+    assert mx.allclose(moe(x, mx.float32), apart + 1, atol=1e-4)

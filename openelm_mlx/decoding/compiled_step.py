@@ -17,6 +17,7 @@ from ..models.cache import Cache
 from ..models.precision import runs_on_cpu
 from .sampling import Sampler
 from .step import PlainStep, Step
+from .streamed_step import StreamedStep
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -28,7 +29,7 @@ MOST_CHOICES = 32
 Projected = tuple[mx.array, mx.array, mx.array, mx.array]
 
 
-class CompiledStep:
+class CompiledStep(Step):
     """`PlainStep` in `mx.compile`d pieces: the same arithmetic in fewer kernels, and far less work for the host.
 
     model: its parameters are part of the pieces; changing them afterwards needs a new model. compile: False runs the same
@@ -66,10 +67,13 @@ class CompiledStep:
 
 
 def make_step(model: Model, cache: Cache) -> Step:
-    """The fastest step for a model whose experts are all in memory.
+    """The fastest step for a model here.
 
-    On the CPU backend that is the plain one: there `mx.compile` calls the machine's C++ compiler and saves nothing.
+    On the CPU backend that is the plain one, unless experts are streamed: there `mx.compile` calls the machine's C++
+    compiler and saves nothing.
     """
+    if model.residency is not None:
+        return StreamedStep(model, cache)
     return PlainStep(model, cache) if runs_on_cpu() else CompiledStep(model, cache)
 
 
@@ -80,6 +84,7 @@ class _Pieces:
         self.model = model
         self._compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = mx.compile if compile else lambda f: f
         layers = model.layers
+        mx.eval([layer.made_once() for layer in layers])
 
         def first(tokens: mx.array, position: mx.array) -> Projected:
             x = model.embed(tokens)

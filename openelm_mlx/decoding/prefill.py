@@ -11,8 +11,7 @@ import mlx.core as mx
 from ..errors import SettingError
 from ..models.cache import Cache, SlidingKVCache
 from .budget import Budget, drop
-from .step import PlainStep, Step
-from .streamed_step import StreamedStep
+from .compiled_step import make_step
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -44,7 +43,9 @@ def prefill(
     started_empty = budget.num_tokens == 0
     try:
         if at_border is None:
-            return fill(model, tokens, cache, chunk_length, budget, stops, wants_logits=True)
+            logits = fill(model, tokens, cache, chunk_length, budget, stops, wants_logits=True)
+            assert logits is not None
+            return logits
         fill(model, tokens[:-1], cache, chunk_length, budget, stops, at_border)
     except RuntimeError as error:
         if not is_watchdog(error):
@@ -56,7 +57,7 @@ def prefill(
             f"The GPU was stopped because {chunk_length} prompt tokens at once took longer than macOS allows: ask for "
             f"prefill_chunk={max(1, chunk_length // 4)} (--prefill-chunk)."
         ) from None
-    return _step(model, cache)(mx.array(tokens[-1]))
+    return make_step(model, cache)(mx.array(tokens[-1]))
 
 
 def fill(
@@ -68,10 +69,10 @@ def fill(
     stops: Sequence[int] = (),
     at_border: Callable[[], None] | None = None,
     wants_logits: bool = False,
-) -> mx.array:
+) -> mx.array | None:
     """The keys and values of `tokens` into the cache; see `prefill`. wants_logits: gives those of the last token, (V,)."""
     start, before = 0, cache[0].offset
-    logits = mx.zeros((0,))
+    logits = None
     while start < len(tokens):
         stop = min((each - before for each in stops if before + start < each), default=len(tokens))
         length = budget.chunk_of_prompt(chunk_length, min(stop, len(tokens)) - start)
@@ -92,14 +93,10 @@ def fill(
     return logits
 
 
-def _step(model: Model, cache: Cache) -> Step:
-    return PlainStep(model, cache) if model.residency is None else StreamedStep(model, cache)
-
-
 def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
     """The logits (V,) of the last of `tokens`, all of which go into the cache; the last layer computes that one alone."""
     if len(tokens) == 1:
-        return _step(model, cache)(mx.array(tokens[0]))
+        return make_step(model, cache)(mx.array(tokens[0]))
     last_block, last_cache = model.layers[-1], cache[-1]
     with nullcontext() if model.residency is None else model.residency.exclusive():
         h = model.run_layers(model.embed(mx.array(list(tokens))[None]), cache, 0, len(cache) - 1)

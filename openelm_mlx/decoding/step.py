@@ -31,9 +31,11 @@ class Step(Protocol):
 
     def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
         """The same logits, and the token that `sampler` chooses from them; it remembers its choice."""
+        logits = self(token)
+        return logits, sampler(logits)
 
 
-class PlainStep:
+class PlainStep(Step):
     """The model called on one token, nothing compiled and nothing fetched."""
 
     runs_ahead = True
@@ -43,7 +45,3 @@ class PlainStep:
 
     def __call__(self, token: mx.array) -> mx.array:
         return self.model(token[None], cache=self.cache)[0]
-
-    def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
-        logits = self(token)
-        return logits, sampler(logits)

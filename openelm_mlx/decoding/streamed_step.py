@@ -18,7 +18,7 @@ import numpy as np
 from ..memory.residency import Residency
 from ..models.cache import Cache
 from ..models.precision import runs_on_cpu
-from .sampling import Sampler
+from .step import Step
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -32,7 +32,7 @@ READ_BACK_COST_ON_CPU = 0.02
 FORGETTING = 0.98
 
 
-class StreamedStep:
+class StreamedStep(Step):
     """`Step` for a model with a `residency`.
 
     layers_at_once: run so many layers before the host looks; None adapts to how often something is missing, 1 is the
@@ -56,10 +56,6 @@ class StreamedStep:
             logits = self.model.head(h)[0, -1]
             mx.async_eval(logits)  # nothing unstarted may be left in the slots
             return logits
-
-    def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
-        logits = self(token)
-        return logits, sampler(logits)
 
     def _run_layers(self, h: mx.array) -> mx.array:
         start, num_layers = 0, len(self.residency.layers)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .packed import UNPACK_FROM, Packed, attend_packed
-from .precision import runs_on_cpu, widen
+from .precision import runs_on_cpu
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,8 @@ def attend(
         return _attend_in_blocks(queries, keys, values, mask, scale, sinks)
     if queries.dtype == mx.float32 or not runs_on_cpu():  # the common way, in the fewest steps of the host
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-    q, k, v = widen(queries), widen(keys), widen(values)
-    sinks = None if sinks is None else widen(sinks)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks).astype(queries.dtype)
+    q, k, v = (each.astype(mx.float32) for each in (queries, keys, values))
+    return attend(q, k, v, mask, scale, None if sinks is None else sinks.astype(mx.float32)).astype(queries.dtype)
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:

@@ -12,11 +12,11 @@ import mlx.core as mx
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
-from .attention import Mask, attend, causal_mask, merge_heads, split_heads
-from .cache import Cache, LayerCache, make_cache
-from .moe import MoE
+from . import block
+from .attention import Mask, causal_mask, merge_heads, split_heads
+from .cache import Cache, make_cache
+from .moe import Experts, MoE
 from .norm import RMSNorm
-from .packed import Packed
 from .precision import add_rounded, linear
 from .rope import Rotation
 
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
-class Block(nn.Module):
+class Block(block.Block):
     """h = x + attention(norm(x)); h + moe(norm(h)), each rounded to the layer's type."""
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
@@ -128,30 +128,29 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.mlp = MoE(spec, layer)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        queries, keys, values = self.before_attention(x, 0 if cache is None else cache.offset)
-        return self.after_attention(x, self.self_attn.attend(queries, keys, values, mask, cache))
-
     @property
     def attention(self) -> Attention:
-        """The attention under the name that both families have for it."""
         return self.self_attn
 
     def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""
         attention = self.self_attn
         return attention.project(self.input_layernorm(x, attention.dtype), offset)
 
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
-        """The layer's output from its input x and what attention gave, (B, H, L, D)."""
         attention = self.self_attn
         h = add_rounded(x, linear(attention.o_proj, merge_heads(out, x)), attention.dtype)
         output = self.mlp(self.post_attention_layernorm.in_float32(h), attention.dtype)
         return add_rounded(h, output, attention.dtype)
 
+    def made_once(self) -> list[mx.array]:
+        experts = self.mlp.experts
+        return [experts.bias_table()] if isinstance(experts, Experts) and experts.has_one_bias_type else []
 
-class Attention(nn.Module):
+
+class Attention(block.BlockAttention):
     """Grouped-query attention with a sink for each head: a logit that takes its share of the softmax and adds none."""
+
+    sinks: mx.array
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
         super().__init__()
@@ -176,16 +175,3 @@ class Attention(nn.Module):
         rotated, values = mx.split(qkv, [self.num_heads + self.num_kv_heads], axis=1)
         queries, keys = mx.split(self.rotation(rotated, offset), [self.num_heads], axis=1)
         return queries, keys, values
-
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: LayerCache | None
-    ) -> mx.array:
-        """What the queries see of the new keys and values and, with a cache, of those before. -> (B, H, L, D)"""
-        seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
-        return self.attend_over(queries, seen_keys, seen_values, mask)
-
-    def attend_over(
-        self, queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, mask: Mask
-    ) -> mx.array:
-        """What the queries see of all these keys and values. -> (B, H, L, D)"""
-        return attend(queries, keys, values, mask, self.scale, self.sinks)

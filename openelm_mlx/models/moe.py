@@ -135,19 +135,28 @@ class Experts(nn.Module):
     def _biases(self, experts: mx.array) -> tuple[mx.array, mx.array]:
         """The biases of gate_up and down for each of `experts` (..., n): (..., n, rows), twice.
 
-        A few are looked up together, in one kernel; of many that would be memory for nothing. Both are then views of one
-        table.
+        A few are looked up together, in one kernel; of many that would be memory for nothing.
         """
         gate_up, down = self.gate_up_proj, self.down_proj
-        if self.training or experts.size >= SORT_FROM_ROUTES or gate_up.bias.dtype != down.bias.dtype:
+        if self.training or experts.size >= SORT_FROM_ROUTES or not self.has_one_bias_type:
             return gate_up.bias[experts], down.bias[experts]
-        made, rows = self._bias_table, gate_up.bias.shape[-1]
+        both, rows = self.bias_table()[experts], gate_up.bias.shape[-1]
+        return both[..., :rows], both[..., rows:]
+
+    @property
+    def has_one_bias_type(self) -> bool:
+        """Whether the biases of gate_up and down can lie in one table as they are."""
+        return bool(self.gate_up_proj.bias.dtype == self.down_proj.bias.dtype)
+
+    def bias_table(self) -> mx.array:
+        """The biases of gate_up and down side by side, (E, rows of both); made again when one is replaced."""
+        gate_up, down, made = self.gate_up_proj, self.down_proj, self._bias_table
         if made is None or made[0] is not gate_up.bias or made[1] is not down.bias:
             table = mx.concatenate([gate_up.bias, down.bias], axis=-1)
-            gate_up.bias, down.bias = mx.split(table, [rows], axis=-1)
+            # Views of the table, so that nothing is in memory twice.
+            gate_up.bias, down.bias = mx.split(table, [gate_up.bias.shape[-1]], axis=-1)
             self._bias_table = made = gate_up.bias, down.bias, table
-        both = made[2][experts]
-        return both[..., :rows], both[..., rows:]
+        return made[2]
 
 
 class ExpertLinear(nn.Module):

@@ -12,9 +12,9 @@ import mlx.core as mx
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
-from .attention import Mask, attend, causal_mask, merge_heads, split_heads
-from .cache import Cache, LayerCache, make_cache
-from .packed import Packed
+from . import block
+from .attention import causal_mask, merge_heads, split_heads
+from .cache import Cache, make_cache
 from .precision import adds_in_products, one_kernel
 from .rope import Rotation
 
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
 
-class Block(nn.Module):
+class Block(block.Block):
     """h = x + attention(norm(x)); h + feed_forward(norm(h))."""
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
@@ -118,27 +118,25 @@ class Block(nn.Module):
         self.attn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         self.ffn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        queries, keys, values = self.before_attention(x, 0 if cache is None else cache.offset)
-        return self.after_attention(x, self.attn.attend(queries, keys, values, mask, cache))
-
     @property
     def attention(self) -> Attention:
-        """The attention under the name that both families have for it."""
         return self.attn
 
     def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""
         return self.attn.project(self.attn_norm(x), offset)
 
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
-        """The layer's output from its input x and what attention gave, (B, H, L, D)."""
         h = plus_linear(x, self.attn.out_proj, merge_heads(out, x))
         return plus_linear(h, self.ffn.proj_2, self.ffn.hidden(self.ffn_norm(h)))
 
+    def made_once(self) -> list[mx.array]:
+        return [self.attn.gains()] if self.attn.qk_norm else []
 
-class Attention(nn.Module):
+
+class Attention(block.BlockAttention):
     """Grouped-query attention with one fused projection and, when the spec says so, a norm on queries and keys."""
+
+    scale, sinks = None, None
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
         super().__init__()
@@ -165,19 +163,6 @@ class Attention(nn.Module):
             queries_and_keys = mx.fast.rms_norm(queries_and_keys, None, self.norm_eps) * self.gains()
         queries, keys = mx.split(self.rotation(queries_and_keys, offset), [self.num_heads], axis=1)
         return queries, keys, values
-
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: LayerCache | None
-    ) -> mx.array:
-        """What the queries see of the new keys and values and, with a cache, of those before. -> (B, H, L, D)"""
-        seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
-        return self.attend_over(queries, seen_keys, seen_values, mask)
-
-    def attend_over(
-        self, queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, mask: Mask
-    ) -> mx.array:
-        """What the queries see of all these keys and values. -> (B, H, L, D)"""
-        return attend(queries, keys, values, mask)
 
     def gains(self) -> mx.array:
         """The gains of the queries' and the keys' norm, a row a head, (H + K, 1, D); made again when one is replaced."""
@@ -206,15 +191,15 @@ class FeedForward(nn.Module):
         return swiglu(gate, up)
 
 
-def plus_linear(residual: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
-    """residual + linear(x): on Metal one kernel, which rounds once, where the matrix is neither packed nor adapted.
+def plus_linear(residual: mx.array, module: nn.Module, x: mx.array) -> mx.array:
+    """residual + module(x): on Metal one kernel, which rounds once, where the matrix is neither packed nor adapted.
 
     Elsewhere two. The CPU's BLAS would add each product to the residual itself, which is larger: less exact, and no faster;
     CUDA would leave its fast kernel for one row and be slower (docs/LOG.md).
     """
-    if type(linear) is nn.Linear and "bias" not in linear and adds_in_products():
-        return mx.addmm(residual, x, linear.weight.T)
-    return residual + linear(x)
+    if type(module) is nn.Linear and "bias" not in module and adds_in_products():
+        return mx.addmm(residual, x, module.weight.T)
+    return residual + module(x)
 
 
 @one_kernel

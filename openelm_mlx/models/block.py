@@ -1,0 +1,61 @@
+"""What the layers of both families have in common: a part before their attention, the attention, and a part after it.
+
+The two parts have the same shapes for every single token, whatever the cache holds, so that they can be compiled
+(decoding/compiled_step.py); the attention between them is left alone.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx import nn
+
+from .attention import Mask, attend
+from .cache import LayerCache
+from .packed import Packed
+
+
+class BlockAttention(nn.Module):
+    """Attention without its projections. scale: None for 1 / sqrt(D). sinks: (H,), or None; see `attend`."""
+
+    scale: float | None
+    sinks: mx.array | None
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: LayerCache | None
+    ) -> mx.array:
+        """What the queries see of the new keys and values and, with a cache, of those before. -> (B, H, L, D)"""
+        seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
+        return self.attend_over(queries, seen_keys, seen_values, mask)
+
+    def attend_over(
+        self, queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, mask: Mask
+    ) -> mx.array:
+        """What the queries see of all these keys and values. -> (B, H, L, D)"""
+        return attend(queries, keys, values, mask, self.scale, self.sinks)
+
+
+class Block(nn.Module):
+    """One layer. x: its input, the residual stream, (B, L, hidden_size); (B, hidden_size) for one token a row."""
+
+    @property
+    def attention(self) -> BlockAttention:
+        """The attention, which each family keeps under the name that its files have."""
+        raise NotImplementedError
+
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+        queries, keys, values = self.before_attention(x, 0 if cache is None else cache.offset)
+        return self.after_attention(x, self.attention.attend(queries, keys, values, mask, cache))
+
+    def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""
+        raise NotImplementedError
+
+    def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
+        """The layer's output from its input x and what attention gave, (B, H, L, D)."""
+        raise NotImplementedError
+
+    def made_once(self) -> list[mx.array]:
+        """Makes what one token needs and none changes, if it is not there yet. Before tracing: a trace would make it
+        for every token.
+        """
+        raise NotImplementedError

@@ -1,10 +1,9 @@
 """What was planned and what was used: python examples/memory_peak.py SOURCE [--memory-limit 8GB] [--prompt-tokens 16]"""
 
 import argparse
-import resource
-import sys
 
 import openelm_mlx as om
+from openelm_mlx.memory.machine import process_peak_bytes
 
 
 def main() -> None:
@@ -21,8 +20,7 @@ def main() -> None:
     )
     prompt = [(7 * i + 3) % 300 for i in range(args.prompt_tokens)]
     *_, last = om.stream_generate(model, None, prompt, max_tokens=args.max_tokens)
-    # ru_maxrss counts bytes on macOS and KiB on Linux.
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    process = process_peak_bytes()
     plan = model.plan
     print(f"experts in memory: {plan.expert_slots or 'all'}")
     print(f"MLX:     planned {plan.total_bytes / 1e9:.3f} GB, peak {last.statistics.peak_memory_bytes / 1e9:.3f} GB")

@@ -150,7 +150,7 @@ def _measures(
     """Name -> (prompt, how many new tokens, which of the two rates), prompts no longer than the context allows."""
     room = model.context_length
     length, long = min(prompt_tokens, room - 2), min(long_context, room - completion_tokens)
-    prompt = _prompt(max(length, long), usable_tokens(model))
+    prompt = random_prompt(model, max(length, long))
     found = {
         f"prefill of {length}": (prompt[:length], 2, 0),
         "decode": (prompt[: min(128, length)], completion_tokens, 1),
@@ -160,7 +160,9 @@ def _measures(
     return found
 
 
-def _prompt(length: int, vocab_size: int) -> list[int]:
+def random_prompt(model: Model, length: int) -> list[int]:
+    """So many tokens, the same ones each time, without a pattern that a model could know."""
+    vocab_size = usable_tokens(model)
     return [(7919 * i + 13) % vocab_size for i in range(length)]
 
 
@@ -197,17 +199,17 @@ def _rates(arrivals: list[float], num_prompt_tokens: int) -> tuple[float, float]
 def _primitives(model: Model, other: Any) -> dict[str, tuple[int, int]]:
     found = {}
     cache = model.make_cache()
-    mx.eval(prefill(model, _prompt(8, usable_tokens(model)), cache, 512))
+    mx.eval(prefill(model, random_prompt(model, 8), cache, 512))
     found["ours, plain"] = decode_primitives(lambda tokens, cache: model(tokens[0], cache=cache)[None], cache)
     cache = model.make_cache()
-    mx.eval(prefill(model, _prompt(8, usable_tokens(model)), cache, 512))
+    mx.eval(prefill(model, random_prompt(model, 8), cache, 512))
     step = CompiledStep(model, cache)
     found["ours, compiled"] = decode_primitives(lambda tokens, _: step(tokens[0, 0])[None, None], cache)
     if other is not None:
         from mlx_lm.models.cache import make_prompt_cache
 
         cache = make_prompt_cache(other)
-        mx.eval(other(mx.array([_prompt(8, usable_tokens(model))]), cache=cache))
+        mx.eval(other(mx.array([random_prompt(model, 8)]), cache=cache))
         found["mlx-lm"] = decode_primitives(lambda tokens, cache: cast(Any, other)(tokens, cache=cache), cache)
     return found
 

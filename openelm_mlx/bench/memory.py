@@ -7,7 +7,6 @@ decoded from in a fresh process, as a user would do it.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..memory.machine import process_peak_bytes
 from ..specs import spec_from_config
-from .against import shape_config
+from .against import random_prompt, shape_config
 from .random_checkpoint import write_random_checkpoint
 from .random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
 
-# Prompts, in tokens, and how many tokens are decoded after them.
-CONTEXTS = (64, 512, 1900)
+# How many tokens are decoded after a prompt.
 NEW_TOKENS = 8
 # On the CPU backend, what one run may multiply: active parameters times tokens. It does some 10^9 a second.
 MOST_MACS_ON_CPU = 45e9
@@ -73,6 +72,7 @@ class Row:
 
     @property
     def process_ratio(self) -> float:
+        """The same of the process's."""
         return self.planned_process / self.peak_process
 
     def line(self) -> str:
@@ -83,6 +83,7 @@ class Row:
         )
 
     def as_dict(self) -> dict[str, Any]:
+        """The row for machines."""
         return {**asdict(self), "ratio": self.ratio, "process_ratio": self.process_ratio}
 
 
@@ -91,8 +92,12 @@ HEADING = (
 )
 
 
-def rows(shapes: Sequence[str], contexts: Sequence[int], on_cpu: bool, folder: Path | None = None) -> Iterator[Row]:
-    """Measure; a row as it is known. Shapes are written into `folder` (the system's temporary one), one at a time."""
+def rows(shapes: Sequence[str], prompts: Sequence[int], on_cpu: bool, folder: Path | None = None) -> Iterator[Row]:
+    """Measure `shapes` with `prompts` of so many tokens; a row as it is known.
+
+    Models are written into `folder` (the system's temporary one), one at a time. on_cpu: leave out, of each shape, what
+    would take minutes there, but never the first prompt.
+    """
     for shape in shapes:
         config = SHAPES[shape]
         spec = spec_from_config(config)
@@ -102,18 +107,10 @@ def rows(shapes: Sequence[str], contexts: Sequence[int], on_cpu: bool, folder: P
                 write_random_gpt_oss(path, config)
             else:
                 write_random_checkpoint(path, config, "bfloat16")
-            for context in contexts:
-                if on_cpu and context > contexts[0] and spec.num_active_parameters() * context > MOST_MACS_ON_CPU:
+            for number, prompt in enumerate(prompts):
+                if on_cpu and number and spec.num_active_parameters() * prompt > MOST_MACS_ON_CPU:
                     continue
-                yield Row(shape, context, **_in_a_fresh_process(path, context))
-
-
-def correction(found: Sequence[Row]) -> float:
-    """By what the planned scratch of this machine has to be multiplied: the median of what was seen over what was planned."""
-    ratios = [
-        (row.peak - (row.planned - scratch)) / scratch for row in found if (scratch := row.planned - row.weights) > 0
-    ]
-    return statistics.median(ratios)
+                yield Row(shape, prompt, **_in_a_fresh_process(path, prompt))
 
 
 def _in_a_fresh_process(path: Path, prompt_tokens: int) -> dict[str, int]:
@@ -127,24 +124,19 @@ def _in_a_fresh_process(path: Path, prompt_tokens: int) -> dict[str, int]:
 
 
 def _measure(path: str, prompt_tokens: int) -> dict[str, int]:
-    import resource
-
     from ..generate import stream_generate
     from ..loading import load
 
     model, _ = load(path, context_length=prompt_tokens + NEW_TOKENS)
-    prompt = [(7919 * i + 13) % model.spec.usable_vocab_size for i in range(prompt_tokens)]
-    *_, last = stream_generate(model, None, prompt, max_tokens=NEW_TOKENS)
+    *_, last = stream_generate(model, None, random_prompt(model, prompt_tokens), max_tokens=NEW_TOKENS)
     assert last.statistics is not None
     plan = model.plan
-    # ru_maxrss counts bytes on macOS and KiB on Linux.
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "weights": plan.weights_bytes,
         "planned": plan.total_bytes,
         "peak": last.statistics.peak_memory_bytes,
         "planned_process": plan.process_bytes,
-        "peak_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_process": process_peak_bytes(),
     }
 
 

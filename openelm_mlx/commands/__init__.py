@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": "bench",
     "selfcheck": "selfcheck",
     "bench-streaming": "bench_streaming",
+    "bench-memory": "bench_memory",
 }
 
 INTERRUPTED = 130

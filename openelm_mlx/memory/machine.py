@@ -145,6 +145,14 @@ def this_machine(
     return Machine(name, "cpu", memory, memory, used)
 
 
+def process_peak_bytes() -> int:
+    """The most memory that this process has had in use, everything in it counted."""
+    import resource
+
+    # Bytes on macOS, KiB on Linux.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _backend(mx: Any) -> str:
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu"

@@ -1,0 +1,49 @@
+"""`python -m openelm_mlx bench-memory`: what the planner predicts beside what is used, over models of many shapes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HELP = "measure how far the planner's figures are from what models of many shapes use"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--only", metavar="TEXT", help="only the shapes whose name has this in it")
+    parser.add_argument("--prompt-tokens", metavar="N,N", default="64,512,1900", help="prompts (default: 64,512,1900)")
+    parser.add_argument(
+        "--folder", metavar="FOLDER", help="where to write the models (default: the system's temporary folder)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print a row as it is known. Returns 0."""
+    from ..bench.benchmark import machine_description
+    from ..bench.memory import HEADING, SHAPES, rows
+    from ..errors import SettingError
+    from ..models.precision import runs_on_cpu
+
+    shapes = [name for name in SHAPES if args.only is None or args.only in name]
+    if not shapes:
+        raise SettingError(f"No shape has {args.only!r} in its name; there are: {'; '.join(SHAPES)}.")
+    prompts = args.prompt_tokens.split(",")
+    if not all(each.isdecimal() and int(each) > 0 for each in prompts):
+        raise SettingError(f"--prompt-tokens is {args.prompt_tokens!r}: give whole numbers above 0, with commas.")
+    folder = None if args.folder is None else Path(args.folder)
+    if folder is not None and not folder.is_dir():
+        raise SettingError(f"--folder is {args.folder!r}, which is no folder: name one that exists.")
+    found = []
+    if not args.json:
+        print(f"{machine_description()}\n{HEADING}")
+    for row in rows(shapes, [int(each) for each in prompts], runs_on_cpu(), folder):
+        found.append(row)
+        if not args.json:
+            print(row.line())
+            sys.stdout.flush()
+    if args.json:
+        print(json.dumps({"machine": machine_description(), "rows": [row.as_dict() for row in found]}))
+    return 0

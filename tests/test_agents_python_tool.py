@@ -283,11 +283,17 @@ def test_without_a_sandbox_it_ends_with_the_program_too():
     program = (
         "from openelm_mlx.agents.python_tool import PythonTool\ntool = PythonTool(allow_unsandboxed=True)\n"
         "tool.sandbox = 'none'\n"
-        "tool('1')\nprint(tool._session._process.pid, flush=True)\ntool('while True: pass')"
+        "tool('1')\nprint(tool._session._process.pid, tool.scratch / 'started', flush=True)\n"
+        'tool(\'open("started", "w").close()\\nwhile True: pass\')'
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
-    pid = int(process.stdout.readline())
+    pid, started = process.stdout.readline().split()
+    for _ in range(100):  # killed earlier, the interpreter would end for want of a script
+        if Path(started).exists():
+            break
+        time.sleep(0.1)
+    assert Path(started).exists()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
@@ -298,7 +304,7 @@ def test_without_a_sandbox_it_ends_with_the_program_too():
         ):
             return
         time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(int(pid), signal.SIGKILL)
     pytest.fail("the interpreter outlived its program")
 
 

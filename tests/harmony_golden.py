@@ -264,18 +264,18 @@ class Oracle:
 
         assert hashlib.sha256(vocabulary.read_bytes()).hexdigest() == O200K_SHA256, vocabulary
         os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(vocabulary.parent)
-        self.oracle = openai_harmony
+        self.package = openai_harmony
         self.encoding = openai_harmony.load_harmony_encoding("HarmonyGptOss")
 
     def render(self, conversation: Sequence[Spec], *, drop_analysis: bool = False) -> list[int]:
         """openai-harmony's ids for the prompt of the next assistant message."""
-        lib = self.oracle
+        lib = self.package
         messages = lib.Conversation.from_messages([self._message(spec) for spec in conversation])
         config = lib.RenderConversationConfig(auto_drop_analysis=drop_analysis)
         return self.encoding.render_conversation_for_completion(messages, lib.Role.ASSISTANT, config)
 
     def _message(self, spec: Spec) -> Any:
-        lib = self.oracle
+        lib = self.package
         content = spec["content"]
         if isinstance(content, (str, list)):
             texts = [content] if isinstance(content, str) else content
@@ -290,7 +290,7 @@ class Oracle:
         return message
 
     def _system(self, spec: Spec) -> Any:
-        lib = self.oracle
+        lib = self.package
         content = lib.SystemContent()
         content.model_identity = spec.get("identity", content.model_identity)
         content.knowledge_cutoff = spec.get("knowledge_cutoff", content.knowledge_cutoff)
@@ -306,7 +306,7 @@ class Oracle:
         return content
 
     def _developer(self, spec: Spec) -> Any:
-        lib = self.oracle
+        lib = self.package
         content = lib.DeveloperContent(instructions=spec.get("instructions"))
         if spec.get("tools"):
             content.with_function_tools([lib.ToolDescription(**tool) for tool in spec["tools"]])

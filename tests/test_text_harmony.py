@@ -858,7 +858,7 @@ def test_openai_harmony_reads_the_same(oracle, whole_harmony, is_text):
         *("[C]commentary to=functions.f json", " to=python[C]analysis code", "[C]commentary to=f-g.h [K]json"),
     ]
     rng = random.Random(7)
-    lib = oracle.library
+    lib = oracle.package
     for _ in range(100):
         tokens = []
         for _ in range(rng.randint(1, 4)):
@@ -891,7 +891,7 @@ def test_openai_harmonys_defects_are_still_there(oracle, whole_harmony):
     assert oracle.render(unfinished, drop_analysis=True) != oracle.render(without_finished_reasoning(unfinished))
     everyone = [{"role": "assistant", "content": "Hi", "channel": "final", "recipient": "all"}]
     assert oracle.render(everyone)[-3] == whole_harmony.call
-    lib = oracle.library
+    lib = oracle.package
     for completion in (
         "Sorry.[E]",
         "[C]final text[R]",

@@ -179,12 +179,7 @@ def load_model(
     weights: list[tuple[str, mx.array]] = []
     pending: list[mx.array] = []
     pending_bytes = 0
-    # What is packed here comes first: it is in memory unpacked for a moment, and there is most room at the beginning.
-    # So do larger ones, for the same reason.
-    for parameter in sorted(
-        contents.parameters.values(),
-        key=lambda each: (_module(each) in contents.quantized, -math.prod(each.shape)),
-    ):
+    for parameter in _in_reading_order(contents):
         if streaming is not None and parameter.name in streaming.on_disk:
             continue
         array = parameter.read(checkpoint)
@@ -276,6 +271,15 @@ def pad_expert_rows(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return padded
 
 
+def _in_reading_order(contents: Contents) -> list[Parameter]:
+    """What is packed or cast as it is read comes first: it is in memory twice for a moment, and there is most room at the
+    beginning. So do larger ones, for the same reason.
+    """
+    return sorted(
+        contents.parameters.values(), key=lambda each: (_module(each) in contents.quantized, -math.prod(each.shape))
+    )
+
+
 def memory_weights(
     contents: Contents,
     dtype: mx.Dtype | None = None,
@@ -294,7 +298,8 @@ def memory_weights(
         dtype = default_dtype(spec, _stored_type(contents), packings.keys(), plain, on_cpu)
     unpacked, shapes = modules_to_unpack(contents, dtype, dense, on_cpu), spec.parameter_shapes()
     sizes: Counter[str] = Counter()
-    for parameter in contents.parameters.values():
+    loading = 0
+    for parameter in _in_reading_order(contents):
         module = _module(parameter)
         if module in unpacked:
             if parameter.name == f"{module}.weight":
@@ -307,11 +312,14 @@ def memory_weights(
                 math.prod(shape) * (4 if type_name == "U32" else 1 if type_name == "U8" else dtype.size)
                 for type_name, shape in parts
             )
+            loading = max(loading, sum(sizes.values()) + math.prod(parameter.shape) * ITEM_SIZES[parameter.dtype])
             continue
+        stored = math.prod(parameter.shape) * ITEM_SIZES[parameter.dtype]
         itemsize = 4 if spec.keeps_float32(parameter.name) else dtype.size
-        sizes[kind] += math.prod(parameter.shape) * (
-            itemsize if parameter.dtype in FLOAT_TYPES else ITEM_SIZES[parameter.dtype]
-        )
+        kept = math.prod(parameter.shape) * itemsize if parameter.dtype in FLOAT_TYPES else stored
+        sizes[kind] += kept
+        if kept != stored:
+            loading = max(loading, sum(sizes.values()) + stored)
     layer, experts = spec.layers[0], sizes.pop("experts", 0)
     can_stream = bool(experts) and contents.layout in ("openai-hf", "openai-original", "openelm-mlx")
     can_stream &= all(module in contents.quantized for module in _expert_modules(contents))
@@ -322,6 +330,7 @@ def memory_weights(
         embedding=0 if spec.tied_head or not can_stream else sizes["model.embed_tokens"],
         can_stream=can_stream,
         tokenizer=0 if tokenizer is None else tokenizer.stat().st_size,
+        loading=loading,
     )
     return weights, dtype.size
 
@@ -552,6 +561,7 @@ def _check_scales(weights: list[tuple[str, mx.array]], packings: Mapping[str, Qu
 def _evaluate(arrays: list[mx.array], checkpoint: Checkpoint) -> None:
     try:
         mx.eval(arrays)
+        mx.clear_cache()  # what a conversion was made from
     except RuntimeError as error:  # MLX reads the file here
         names = ", ".join(file.name for file in checkpoint.files)
         raise CheckpointError(f"{names} could not be read to the end ({error}): download or copy it again.") from error

@@ -44,7 +44,7 @@ SHAPES: Mapping[str, dict[str, Any]] = {
     "OpenELM-450M": shape_config("openelm-450m"),
     "OpenELM-1.1B, 3 layers": shape_config("openelm-1.1b", 3),
     "OpenELM-3B, 2 layers": shape_config("openelm-3b", 2),
-    "gpt-oss, 256 wide, 8 experts": _gpt_oss(4, 256, 8, 256, 8, 8192),
+    "gpt-oss, 768 wide, 64 experts": _gpt_oss(4, 768, 64, 384, 16, 16384),
     "gpt-oss, 512 wide, 32 experts": _gpt_oss(4, 512, 32, 512, 16, 16384),
     "gpt-oss, 1,024 wide, 16 experts": _gpt_oss(4, 1024, 16, 1024, 16, 32768),
     "gpt-oss, 1,024 wide, 128 experts": _gpt_oss(2, 1024, 128, 512, 16, 32768),
@@ -55,7 +55,10 @@ SHAPES: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Bytes; prompt: tokens. planned and peak as MLX counts, the other two of the whole process."""
+    """One run. Bytes; prompt: tokens. planned and peak as MLX counts, the other two of the whole process.
+
+    peak_process: 0 where a GPU has a memory of its own, which the process's does not show.
+    """
 
     shape: str
     prompt: int
@@ -72,15 +75,15 @@ class Row:
 
     @property
     def process_ratio(self) -> float:
-        """The same of the process's."""
-        return self.planned_process / self.peak_process
+        """The same of the process's; 0 where that is not known."""
+        return self.planned_process / self.peak_process if self.peak_process else 0.0
 
     def line(self) -> str:
         """The row for people."""
-        return (
-            f"{self.shape:44}{self.prompt:7,}{self.planned / 1e6:10.1f}{self.peak / 1e6:10.1f}{self.ratio:7.3f}"
-            f"{self.planned_process / 1e6:10.1f}{self.peak_process / 1e6:10.1f}{self.process_ratio:7.3f}"
-        )
+        text = f"{self.shape:44}{self.prompt:7,}{self.planned / 1e6:10.1f}{self.peak / 1e6:10.1f}{self.ratio:7.3f}"
+        if not self.peak_process:
+            return text
+        return f"{text}{self.planned_process / 1e6:10.1f}{self.peak_process / 1e6:10.1f}{self.process_ratio:7.3f}"
 
     def as_dict(self) -> dict[str, Any]:
         """The row for machines."""
@@ -136,7 +139,7 @@ def _measure(path: str, prompt_tokens: int) -> dict[str, int]:
         "planned": plan.total_bytes,
         "peak": last.statistics.peak_memory_bytes,
         "planned_process": plan.process_bytes,
-        "peak_process": process_peak_bytes(),
+        "peak_process": 0 if plan.machine.backend == "cuda" else process_peak_bytes(),
     }
 
 

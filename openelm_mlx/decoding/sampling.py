@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
 from ..errors import SettingError
+from ..models.precision import runs_on_cpu
 
 _LOWEST = -1e30
 # They decide about a sampler's arrays alone.
@@ -170,9 +171,42 @@ class Sampler:
 
 def unpacked(words: mx.array, vocab_size: int) -> mx.array:
     """A constraint's mask, uint32 words with one bit a token, as (vocab_size,) of bool; False past its end. Lazy."""
-    each_bit = (words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    allowed = each_bit.reshape(-1)[:vocab_size].astype(mx.bool_)
-    return mx.pad(allowed, (0, vocab_size - allowed.size))
+    allowed = ((words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1).astype(mx.bool_).reshape(-1)
+    if allowed.size < vocab_size:
+        return mx.pad(allowed, (0, vocab_size - allowed.size))
+    return allowed[:vocab_size]
+
+
+# Ways of choosing among what a mask allows that stay compiled.
+_MOST_CHOICES = 32
+_choices: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+
+def choice_among(sampler: Sampler, logits: mx.array, words: mx.array) -> mx.array:
+    """`sampler`'s choice from the logits (V,) among what a constraint's mask allows. Lazy.
+
+    words: as `unpacked` takes them. On a GPU it is compiled: a mask comes with every token, and taking it apart in steps of
+    the host's costs more than the device's part.
+    """
+    if runs_on_cpu():
+        return sampler(logits, unpacked(words, logits.size))
+    form = sampler.form
+    choose = _choices.get(form)
+    if choose is None:
+        while len(_choices) >= _MOST_CHOICES:
+            _choices.pop(next(iter(_choices)), None)  # the oldest
+        choose = _choices[form] = mx.compile(_masked_choice(sampler.with_arrays([mx.array(0)] * len(sampler.arrays))))
+    token, *state = choose(logits, words, sampler.arrays)
+    sampler.state = tuple(state)
+    return cast(mx.array, token)
+
+
+def _masked_choice(form: Sampler) -> Callable[..., Any]:
+    def choose(logits: mx.array, words: mx.array, arrays: Sequence[mx.array]) -> tuple[mx.array | None, ...]:
+        sampler = form.with_arrays(arrays)
+        return (sampler(logits, unpacked(words, logits.size)), *sampler.state)
+
+    return choose
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:

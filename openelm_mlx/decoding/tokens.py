@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .constraint import TokenConstraint
-from .sampling import Sampler, log_probabilities, unpacked
+from .sampling import Sampler, choice_among, log_probabilities
 from .step import Step
 
 
@@ -74,7 +74,7 @@ def constrained(
     is rare; the step with it is taken back then. In free text the next choice is made ahead, too, with the mask that most
     likely holds, and made again if it did not.
     """
-    masks = _Masks(logits.size)
+    masks = _Masks()
     words, state = constraint.mask(), sampler.state
     choice = choose(sampler, logits, num_logprobs, masks(words))
     for count in range(1, max_tokens + 1):
@@ -112,21 +112,19 @@ def constrained(
 class _Masks:
     """A constraint's masks on the device. The last one is kept: in free text it is the same for many tokens."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self) -> None:
         self._words: np.ndarray | None = None
         self._mask: mx.array | None = None
 
     def __call__(self, words: np.ndarray | None) -> mx.array | None:
         if words is not self._words:
-            self._words = words
-            self._mask = None if words is None else unpacked(mx.array(words), self._vocab_size)
+            self._words, self._mask = words, None if words is None else mx.array(words)
         return self._mask
 
 
-def choose(sampler: Sampler, logits: mx.array, num_logprobs: int | None, allowed: mx.array | None = None) -> Choice:
-    """Choose the next token from `logits` (V,) and start computing it. allowed: (V,) of bool, what may be chosen."""
-    return started(logits, sampler(logits, allowed), num_logprobs)
+def choose(sampler: Sampler, logits: mx.array, num_logprobs: int | None, words: mx.array | None = None) -> Choice:
+    """Choose the next token from `logits` (V,) and start computing it. words: a constraint's mask, what may be chosen."""
+    return started(logits, sampler(logits) if words is None else choice_among(sampler, logits, words), num_logprobs)
 
 
 def started(logits: mx.array, token: mx.array, num_logprobs: int | None) -> Choice:

@@ -7,12 +7,15 @@ known is None, and what is estimated says so in `notes`.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import difflib
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +152,32 @@ def process_peak_bytes() -> int:
     """The most memory that this process has had in use, everything in it counted."""
     import resource
 
+    # On Linux a process takes over the mark of the one that started it; the kernel's own does not.
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
     # Bytes on macOS, KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@lru_cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim  # glibc's; it keeps what was freed, otherwise
+    except (OSError, AttributeError, TypeError):
+        return None
+    return trim
+
+
+def give_back_freed() -> None:
+    """Give memory that MLX has freed back to the system, on the CPU backend, where it comes from C's allocator."""
+    import mlx.core as mx
+
+    mx.clear_cache()
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 def _backend(mx: Any) -> str:

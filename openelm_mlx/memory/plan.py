@@ -8,16 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MemoryLimitError, SettingError
-from ..specs import KV_SCORES_BYTES, ModelSpec, kv_places
+from ..specs import ModelSpec, kv_places
 from .machine import Machine, wired_limit_advice
+from .scratch import scratch_bytes
 
 # The interpreter, MLX and the library; a tokenizer takes some five times its file (measured on Linux, docs/memory.md).
-PROCESS_BYTES = 110_000_000
+# With a GPU there are its libraries, too, of which nothing was measured on a Mac.
+PROCESS_BYTES, PROCESS_BYTES_ON_CPU = 110_000_000, 57_000_000
 TOKENIZER_FACTOR = 5
-# Freed buffers that MLX keeps for the next pass, on GPUs; its CPU backend keeps 32 MiB.
+# Freed buffers that MLX keeps for the next pass, on GPUs; on the CPU they are given back (decoding/prefill.py).
 CACHE_LIMIT_BYTES = 256 * 2**20
 CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
+# A chunk is as long as a prompt is fast with, unless computing would take more than this share of weights and cache; no
+# shorter than this for that alone. Where experts are read from disk, short chunks would read them more often.
+CHUNK_SHARE, SHORT_CHUNK = 0.06, 64
 # A context that nobody asked for is not paid for in advance beyond this.
 USUAL_CONTEXT = 8192
 # What part of bandwidth and arithmetic MLX is assumed to reach: decode of gpt-oss-20b was reported at 38 to 55 % of the
@@ -26,10 +31,6 @@ DECODE_EFFICIENCY = 0.45
 PREFILL_EFFICIENCY = 0.35
 # What a layer costs a token however small it is: launches. An assumption too, without which tiny models look absurd.
 SECONDS_A_LAYER = 50e-6
-# How many arrays of the size of all attention scores, and of all routed rows, are alive at once, and what a pass takes
-# however short it is: measured on the CPU backend (docs/LOG.md). Sinks are one more column, and so one more copy.
-SCORE_COPIES, SCORE_COPIES_WITH_SINKS, ROUTE_COPIES = 2.3, 3.3, 2.5
-LEAST_SCRATCH = 2_000_000
 # What the system's file cache and macOS keep when experts are read through it and nobody set a limit.
 LEFT_TO_FILES = 6_000_000_000
 
@@ -40,6 +41,7 @@ class Weights:
 
     dense: all but the experts' packed matrices. slot: one expert in every layer. embedding: of `dense`, what may stay on
     disk while experts do. can_stream: whether experts can be read from the files as they are. tokenizer: of its file.
+    loading: the most that is in memory while matrices are cast or packed as they are read; 0 when none is.
     """
 
     dense: int
@@ -47,6 +49,7 @@ class Weights:
     embedding: int = 0
     can_stream: bool = False
     tokenizer: int = 0
+    loading: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,9 @@ class _Planner:
         self.wish, self.itemsize = wish, itemsize
         self.limit = machine.available_bytes if wish.memory_limit is None else wish.memory_limit
         self.is_gpu = machine.backend != "cpu"
-        self.cache_limit = CACHE_LIMIT_BYTES if self.is_gpu else 32 * 2**20
-        self.overhead = PROCESS_BYTES + TOKENIZER_FACTOR * weights.tokenizer + self.cache_limit
+        self.cache_limit = CACHE_LIMIT_BYTES if self.is_gpu else 0
+        process = PROCESS_BYTES if self.is_gpu else PROCESS_BYTES_ON_CPU
+        self.overhead = process + TOKENIZER_FACTOR * weights.tokenizer + self.cache_limit
         layer = spec.layers[0]
         self.num_experts, self.per_token = layer.num_experts, layer.experts_per_token
 
@@ -170,16 +174,33 @@ class _Planner:
         """The first plan that fits, from the one that costs nothing on; the last one when none does."""
         wish = self.wish
         context = wish.context_length or min(self.spec.context_length, USUAL_CONTEXT)
-        chunks = [wish.prefill_chunk] if wish.prefill_chunk else [each for each in CHUNKS if each <= DEFAULT_CHUNK]
         slots_to_try: list[int | None] = [wish.expert_slots]
         if wish.expert_slots is None and self.weights.can_stream and self.weights.slot:
-            slots_to_try = [None, self._most_slots(context, chunks[-1])]
+            slots_to_try = [None, self._most_slots(context, self.wish.prefill_chunk or CHUNKS[-1])]
         for slots in slots_to_try:
-            for chunk in chunks:
+            for chunk in self._chunks(context, slots):
                 plan = self.plan(context, chunk, slots)
                 if plan.fits:
                     return plan
         return plan
+
+    def _chunks(self, context: int, slots: int | None) -> list[int]:
+        """The chunks to try, from the one that costs nothing on."""
+        if self.wish.prefill_chunk:
+            return [self.wish.prefill_chunk]
+        if slots is not None:
+            return [each for each in CHUNKS if each <= DEFAULT_CHUNK]
+        longest = next(
+            each
+            for each in CHUNKS
+            if each == SHORT_CHUNK or ((each <= DEFAULT_CHUNK or self.is_gpu) and self._is_light(context, each))
+        )
+        return [each for each in CHUNKS if each <= longest]
+
+    def _is_light(self, context: int, chunk: int) -> bool:
+        plan, least = (self.plan(context, each, None, with_limits=False) for each in (chunk, SHORT_CHUNK))
+        most = CHUNK_SHARE * (plan.weights_bytes + plan.kv_cache_bytes)
+        return plan.scratch_bytes <= max(most, least.scratch_bytes)
 
     def _most_slots(self, context: int, chunk: int) -> int:
         """How many experts a layer fit beside everything else, at least those of one token."""
@@ -199,7 +220,7 @@ class _Planner:
         )
         weights = self.weights_bytes(slots)
         total = weights + kv + scratch
-        process = total + self.overhead
+        process = max(total, self.weights.loading if slots is None else 0) + self.overhead
         plan = MemoryPlan(
             source=self.source, fits=process <= self.limit, weights_bytes=weights, kv_cache_bytes=kv, scratch_bytes=scratch,
             total_bytes=total, process_bytes=process, budget_bytes=max(0, self.limit - self.overhead),
@@ -298,46 +319,6 @@ def kv_cache_bytes(
         if layer.window is not None
         else layer.kv_bytes_per_token(itemsize, kv_bits) * places
         for layer in spec.layers
-    )
-
-
-def scratch_bytes(
-    spec: ModelSpec, chunk: int, context: int, itemsize: int, batch_size: int, backend: str, kv_bits: int | None = None
-) -> int:
-    """Bytes that a pass over a chunk of a prompt, or over one token, takes beside weights and cache: the larger of both.
-
-    The CPU backend computes attention, routed experts and rotations in float32 and keeps the scores of a whole chunk; its
-    figures are measured (docs/memory.md). Those of GPUs follow from the shapes: the fused attention keeps no scores.
-    """
-    wide = 4 if backend == "cpu" else itemsize
-    chunk = min(chunk, context)
-    largest = 0
-    for layer in spec.layers:
-        heads, kv_heads = layer.num_heads, layer.num_kv_heads
-        keys = context if layer.window is None else min(context, layer.window + chunk)
-        qkv = chunk * (heads + 2 * kv_heads) * layer.head_dim
-        attention = qkv * (itemsize + 2 * wide) + 2 * keys * kv_heads * layer.head_dim * wide
-        if backend == "cpu":
-            seen = keys if layer.window is None or 2 * layer.window > chunk else 2 * layer.window
-            attention += int(
-                (SCORE_COPIES_WITH_SINKS if layer.num_experts else SCORE_COPIES) * heads * chunk * seen * 4
-            )
-        elif kv_bits is not None and layer.window is None:
-            # A chunk unpacks keys and values, which is counted above; one token or a few drafts keep their scores.
-            scores = 4 * heads * keys
-            attention = max(attention, 3 * max(scores, min(KV_SCORES_BYTES, 16 * scores)))
-        if layer.num_experts:
-            routes = chunk * layer.experts_per_token
-            feed_forward = int(ROUTE_COPIES * routes * (2 * spec.hidden_size + 4 * layer.intermediate_size) * wide)
-        else:
-            feed_forward = 3 * chunk * layer.intermediate_size * itemsize
-        largest = max(largest, attention + feed_forward if layer.num_experts else max(attention, feed_forward))
-    residual = 4 * chunk * spec.hidden_size * max(itemsize, 4 if spec.layers[0].num_experts else itemsize)
-    logits = 3 * spec.vocab_size * 4
-    # A full layer's buffers are there twice for a moment while they grow.
-    grown = max((layer.kv_bytes_per_token(itemsize) for layer in spec.layers if layer.window is None), default=0)
-    return LEAST_SCRATCH + batch_size * (
-        max(largest + residual, logits) + grown * kv_places(context, spec.context_length) // 2
     )
 
 

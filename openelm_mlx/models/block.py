@@ -6,12 +6,17 @@ The two parts have the same shapes for every single token, whatever the cache ho
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import mlx.core as mx
 from mlx import nn
 
 from .attention import Mask, attend
 from .cache import LayerCache
 from .packed import Packed
+
+# Told of what has just been dispatched, and whether a layer is complete with it: it may wait (decoding/prefill.py).
+Settle = Callable[[Sequence[mx.array], bool], None]
 
 
 class BlockAttention(nn.Module):
@@ -42,9 +47,17 @@ class Block(nn.Module):
         """The attention, which each family keeps under the name that its files have."""
         raise NotImplementedError
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None, settle: Settle | None = None) -> mx.array:
         queries, keys, values = self.before_attention(x, 0 if cache is None else cache.offset)
-        return self.after_attention(x, self.attention.attend(queries, keys, values, mask, cache))
+        if settle is None or cache is None:
+            return self.after_attention(x, self.attention.attend(queries, keys, values, mask, cache))
+        settle([queries, keys, values], False)
+        out = self.attention.attend(queries, keys, values, mask, cache)
+        settle([out, *cache.buffers], False)
+        del queries, keys, values
+        h = self.after_attention(x, out)
+        settle([h], True)
+        return h
 
     def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""

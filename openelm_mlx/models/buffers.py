@@ -27,8 +27,21 @@ def appended(buffer: mx.array | None, new: mx.array, used: int, context_length: 
     if buffer is None or needed > buffer.shape[2]:
         empty = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
         buffer = grown(empty if buffer is None else buffer, used, needed, context_length)
-    buffer[..., used:needed, :] = new
+    write(buffer, slice(used, needed), new)
     return buffer
+
+
+def write(buffer: mx.array, places: slice, new: mx.array) -> None:
+    """Put the tokens `new` (B, K, L, D) into these places of `buffer` (B, K, T, D), in place.
+
+    MLX takes what is written over a whole array for the array itself. That would be a view here, which keeps all in memory
+    that it was cut from: a chunk's queries, too. So a buffer is never written in one piece.
+    """
+    first = places.start + 1 if places.stop - places.start == buffer.shape[2] else places.start
+    if first > places.start:
+        buffer[..., places.start : first, :] = new[..., : first - places.start, :]
+    if first < places.stop:
+        buffer[..., first : places.stop, :] = new[..., first - places.start :, :]
 
 
 def grown(buffer: mx.array, used: int, needed: int, context_length: int | None = None) -> mx.array:

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..specs import LayerSpec, ModelSpec, checked_kv_bits, kv_places
 from .attention import Mask, causal_mask, visible_keys
-from .buffers import Snapshot, appended, grown
+from .buffers import Snapshot, appended, grown, write
 from .quantized_cache import QuantizedKVCache
 
 LayerCache = Union["KVCache", "SlidingKVCache", QuantizedKVCache]
@@ -276,8 +276,8 @@ class SlidingKVCache:
         new = positions.start - self.offset
         for slots in self._slots(positions):
             count = slots.stop - slots.start
-            self.keys[..., slots, :] = keys[..., new : new + count, :]
-            self.values[..., slots, :] = values[..., new : new + count, :]
+            write(self.keys, slots, keys[..., new : new + count, :])
+            write(self.values, slots, values[..., new : new + count, :])
             new += count
         self.offset = stop
         self.end = max(self.end, stop)

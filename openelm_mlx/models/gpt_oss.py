@@ -14,6 +14,7 @@ from mlx import nn
 from ..specs import LayerSpec, ModelSpec
 from . import block
 from .attention import Mask, causal_mask, merge_heads, split_heads
+from .block import Settle
 from .cache import Cache, make_cache
 from .moe import Experts, MoE
 from .norm import RMSNorm
@@ -61,10 +62,12 @@ class GptOss(nn.Module):
         stop: int | None = None,
         left_padding: mx.array | None = None,
         inputs: list[mx.array] | None = None,
+        settle: Settle | None = None,
     ) -> mx.array:
         """The residual stream h (B, L, hidden_size) after layers start ... stop - 1; (B, hidden_size): one token a row.
 
-        inputs: what each of these layers begins with is appended to it. From the first layer on the residual stream is
+        inputs: what each of these layers begins with is appended to it. settle: called after each part of a layer, with a
+        cache of ours. From the first layer on the residual stream is
         float32, with numbers of the type that the layers compute in: a norm, which wants float32, needs no cast then.
         """
         L = 1 if h.ndim == 2 else h.shape[1]
@@ -78,7 +81,7 @@ class GptOss(nn.Module):
                     masks[window] = cache[i].make_mask(L, return_array=False, window_size=window)
             if inputs is not None:
                 inputs.append(h)
-            h = layer(h, masks[window], None if cache is None else cache[i])
+            h = layer(h, masks[window], None if cache is None else cache[i], settle)
         return h
 
     def head(self, h: mx.array) -> mx.array:

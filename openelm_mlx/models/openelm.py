@@ -14,6 +14,7 @@ from mlx import nn
 from ..specs import LayerSpec, ModelSpec
 from . import block
 from .attention import causal_mask, merge_heads, split_heads
+from .block import Settle
 from .cache import Cache, make_cache
 from .precision import adds_in_products, one_kernel
 from .rope import Rotation
@@ -58,8 +59,12 @@ class OpenELM(nn.Module):
         start: int = 0,
         stop: int | None = None,
         left_padding: mx.array | None = None,
+        settle: Settle | None = None,
     ) -> mx.array:
-        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1."""
+        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1.
+
+        settle: called after each part of a layer, with a cache of ours.
+        """
         L = 1 if h.ndim == 2 else h.shape[1]
         # All layers have seen the same tokens, so one mask serves them all.
         if cache is None:
@@ -67,7 +72,7 @@ class OpenELM(nn.Module):
         else:  # mlx-lm's caches, which may stand here too, need both words
             mask = cache[start].make_mask(L, return_array=False, window_size=None)
         for i, layer in enumerate(self.layers[start:stop], start):
-            h = layer(h, mask, None if cache is None else cache[i])
+            h = layer(h, mask, None if cache is None else cache[i], settle)
         return h
 
     def head(self, h: mx.array) -> mx.array:

@@ -1,0 +1,233 @@
+"""What computing takes beside weights and caches: the arrays that are alive at the same time, counted from the shapes.
+
+MLX gives memory to an array when the operation that makes it is dispatched, and takes it back when the last operation that
+reads it has been computed. A prompt goes through a model part by part (decoding/prefill.py, `in_turn`), so what is alive is
+the sum of everything that one part makes: on the CPU of one part of a layer, on a GPU of two layers that follow each other.
+An operation on every number by itself reuses its input's memory where nothing else reads that.
+
+The sums follow from the code in `models/`; a test measures each part on the CPU beside them. GPUs have kernels where the
+CPU has several steps; what these take inside is measured on CUDA and taken over for Metal (docs/memory.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..specs import KV_STEP, LayerSpec, ModelSpec, kv_places
+
+FLOAT32 = 4
+# How many arrays of the size of the logits sampling takes.
+LOGITS_COPIES = 3
+# How many layers of a prompt's chunk may be in memory at the same time on a GPU (decoding/prefill.py, `in_turn`).
+LAYERS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class LayerScratch:
+    """Bytes that the parts of one layer make, results included: before, in and after its attention.
+
+    projected: what of `before` stays until the attention is done: queries, keys and values; attended: of `attention`.
+    """
+
+    before: int
+    attention: int
+    after: int
+    projected: int
+    attended: int
+
+    @property
+    def all(self) -> int:
+        """Everything that the layer makes."""
+        return self.before + self.attention + self.after
+
+
+def layer_scratch(
+    spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None = None
+) -> LayerScratch:
+    """What `L` tokens after `offset` cached ones take in one layer that computes with numbers of `itemsize` bytes."""
+    count = _OnCpu if backend == "cpu" else _OnGpu
+    return count(spec, layer, L, offset, itemsize, kv_bits).layer()
+
+
+class _Counting:
+    """The shapes, and what both backends have in common."""
+
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, kv_bits: int | None
+    ) -> None:
+        self.spec, self.layer_spec, self.L, self.offset, self.itemsize = spec, layer, L, offset, itemsize
+        self.is_packed = kv_bits is not None and layer.window is None
+        self.hidden = L * spec.hidden_size
+        self.queries = L * layer.num_heads * layer.head_dim
+        self.new_keys = L * layer.num_kv_heads * layer.head_dim
+        self.qkv = self.queries + 2 * self.new_keys
+        self.rotated = self.queries + self.new_keys
+        self.routes = L * layer.experts_per_token
+
+    def layer(self) -> LayerScratch:
+        kept = self.itemsize * (self.qkv + self.rotated)
+        return LayerScratch(self.before(), self.attention(), self.after(), kept, self.itemsize * self.queries)
+
+    def before(self) -> int:
+        raise NotImplementedError
+
+    def attention(self) -> int:
+        raise NotImplementedError
+
+    def after(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a short window is attended to in blocks (models/attention.py, `causal_mask`)."""
+        window = self.layer_spec.window
+        return window is not None and window < self.num_keys and 2 * window <= self.L
+
+    @property
+    def num_keys(self) -> int:
+        """How many keys the queries are given: all, or in a sliding layer the new ones and up to a window before them."""
+        window = self.layer_spec.window
+        return self.L + (self.offset if window is None else min(self.offset, window - 1))
+
+    def keys_and_values(self, num_keys: int) -> int:
+        """How many numbers the keys and values of so many tokens are."""
+        return 2 * num_keys * self.layer_spec.num_kv_heads * self.layer_spec.head_dim
+
+
+class _OnCpu(_Counting):
+    """MLX's CPU backend: norms, rotations, attention and experts are worked out in float32, in many steps."""
+
+    def cast(self, count: int) -> int:
+        """A copy in float32, which float32 does not need."""
+        return FLOAT32 * count if self.itemsize < FLOAT32 else 0
+
+    def rounded(self, count: int) -> int:
+        """A copy in the model's type."""
+        return self.itemsize * count if self.itemsize < FLOAT32 else 0
+
+    def norm(self, count: int) -> int:
+        """The square and the product, and the casts there and back."""
+        return self.cast(count) + 2 * FLOAT32 * count + self.rounded(count)
+
+    def before(self) -> int:
+        if self.layer_spec.num_experts:
+            norm, heads_norm = 2 * FLOAT32 * self.hidden + self.rounded(self.hidden), 0
+        else:
+            norm, heads_norm = self.norm(self.hidden), self.norm(self.rotated) if self.spec.qk_norm else 0
+        rotation = self.cast(self.rotated) + 2 * FLOAT32 * self.rotated + self.rounded(self.rotated)
+        return norm + self.itemsize * self.qkv + heads_norm + rotation
+
+    def attention(self) -> int:
+        keys = self.num_keys
+        total = 0
+        if self.layer_spec.window is not None:  # the ring's tokens and the new ones, side by side
+            total += self.itemsize * self.keys_and_values(keys)
+        if self.in_blocks:
+            total += self.blocks()
+        else:
+            total += self.scores(self.L, keys) + self.L * keys
+            total += self.cast(self.keys_and_values(keys))
+            if self.is_packed:  # the new ones packed, and all of them unpacked
+                total += 2 * FLOAT32 * self.keys_and_values(self.L) + self.itemsize * self.keys_and_values(keys)
+        return total
+
+    def scores(self, L: int, keys: int) -> int:
+        """Scaled queries, scores, what sinks add to them, and the result."""
+        heads, queries = self.layer_spec.num_heads, L * self.layer_spec.num_heads * self.layer_spec.head_dim
+        scores = FLOAT32 * heads * L * keys
+        if self.layer_spec.num_experts:
+            scores = 3 * scores + FLOAT32 * heads * L
+        # In float32 MLX copies the queries too where nothing is cached yet, and for blocks.
+        copies = 3 if self.itemsize == FLOAT32 and (self.offset == 0 or self.in_blocks) else 2
+        return copies * FLOAT32 * queries + scores + self.rounded(queries)
+
+    def blocks(self) -> int:
+        window = self.layer_spec.window or 1
+        n = -(-self.L // window)
+        paired = self.itemsize * self.keys_and_values(2 * n * window)
+        padded = self.itemsize * self.keys_and_values((n + 1) * window)
+        L = n * window
+        scores = self.scores(L, 2 * window)
+        return padded + paired + self.cast(self.keys_and_values(2 * n * window)) + scores
+
+    def after(self) -> int:
+        e = self.itemsize
+        merged = e * self.queries
+        if not self.layer_spec.num_experts:
+            inner = self.L * self.layer_spec.intermediate_size
+            return merged + 2 * e * self.hidden + self.norm(self.hidden) + 3 * e * inner
+        routed, inner = self.routes * self.spec.hidden_size, self.routes * self.layer_spec.intermediate_size
+        add = FLOAT32 * self.hidden + self.cast(self.hidden) + self.rounded(self.hidden)
+        norm = 2 * FLOAT32 * self.hidden + self.rounded(self.hidden)
+        router = 3 * FLOAT32 * self.L * self.layer_spec.num_experts
+        gate_up = self.cast(routed) + FLOAT32 * 2 * inner + self.rounded(2 * inner) + e * 2 * inner
+        swiglu = 3 * FLOAT32 * inner + (2 * self.cast(inner) + self.rounded(inner) if e < FLOAT32 else 0)
+        down = self.cast(inner) + FLOAT32 * routed + self.rounded(routed) + 3 * e * routed
+        summed = 2 * (e + FLOAT32) * self.hidden
+        return merged + 2 * add + norm + router + e * routed + gate_up + swiglu + down + summed
+
+
+class _OnGpu(_Counting):
+    """A kernel each for a norm, a rotation, an attention and what is elementwise between them. Measured on CUDA."""
+
+    def before(self) -> int:
+        e, is_moe = self.itemsize, self.layer_spec.num_experts > 0
+        norm = (FLOAT32 + e) * self.hidden + e * self.new_keys if is_moe else e * self.hidden
+        return norm + e * self.qkv + e * self.rotated
+
+    def attention(self) -> int:
+        e, window = self.itemsize, self.layer_spec.window
+        total = e * self.queries
+        if window is None:
+            return total + (e * self.keys_and_values(self.num_keys) if self.is_packed else 0)
+        total += e * self.keys_and_values(self.num_keys)  # the ring's tokens and the new ones, side by side
+        if self.in_blocks:
+            n = -(-self.L // window)
+            total += e * self.keys_and_values((n + 1) * window) + e * self.keys_and_values(2 * n * window)
+            # With a mask there is no fused kernel: the scores, and copies of queries and results around them.
+            scores = self.layer_spec.num_heads * n * window * 2 * window
+            total += e * scores + (3 if self.L % window == 0 else 4) * e * self.queries
+        return total
+
+    def after(self) -> int:
+        e = self.itemsize
+        if not self.layer_spec.num_experts:
+            return e * (self.queries + 3 * self.hidden + 3 * self.L * self.layer_spec.intermediate_size)
+        routed, inner = self.routes * self.spec.hidden_size, self.routes * self.layer_spec.intermediate_size
+        stream = (3 * e + 3 * FLOAT32 + e) * self.hidden
+        routing = FLOAT32 * (3 * self.L * self.layer_spec.num_experts + 8 * self.routes)
+        return stream + routing + e * (4 * routed + 5 * inner)
+
+
+def scratch_bytes(
+    spec: ModelSpec, chunk: int, context: int, itemsize: int, batch_size: int, backend: str, kv_bits: int | None = None
+) -> int:
+    """Bytes that a pass over a chunk of a prompt, or over one token, takes beside weights and cache: the largest of all.
+
+    chunk, context: tokens at once, and in all, from an empty cache on: full chunks, and one that is left over.
+    """
+    chunk = min(chunk, context)
+    full = context // chunk * chunk
+    passes = [(chunk, full - chunk), (context - full, full), (1, context - 1)]
+    largest = max(_pass_bytes(spec, L, offset, itemsize, backend, kv_bits) for L, offset in passes if L)
+    # A full layer's buffers are there twice for a moment while they grow, when nothing is computed.
+    grown = max(
+        (layer.kv_bytes_per_token(itemsize, kv_bits) for layer in spec.layers if layer.window is None), default=0
+    )
+    places = kv_places(context, spec.context_length)
+    return batch_size * max(largest, LOGITS_COPIES * FLOAT32 * spec.vocab_size, grown * (places - KV_STEP))
+
+
+def _pass_bytes(spec: ModelSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None) -> int:
+    head_dim = max(layer.head_dim for layer in spec.layers)
+    stream = L * spec.hidden_size * (FLOAT32 if spec.layers[0].num_experts else itemsize)
+    layers = [layer_scratch(spec, layer, L, offset, itemsize, backend, kv_bits) for layer in spec.layers]
+    if backend == "cpu":
+        tables = 4 * FLOAT32 * L * head_dim  # cosines and sines, and what they are made from
+        # Of a prompt's last layer only the new keys and values are computed, or one token.
+        complete = layers[:-1] if L > 1 else layers
+        parts = (max(each.before, each.projected + each.attention, each.attended + each.after) for each in complete)
+        return stream + tables + max((*parts, layers[-1].before))
+    # Of a prompt's last layer only the new keys and values are computed, or one token.
+    in_flight = [*(each.all for each in layers[:-1]), layers[-1].before if L > 1 else layers[-1].all]
+    return stream + max(sum(in_flight[i : i + LAYERS_IN_FLIGHT]) for i in range(max(1, len(layers) - 1)))

@@ -9,7 +9,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands.info import gather
 
 

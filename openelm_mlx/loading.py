@@ -17,6 +17,7 @@ from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
+from .memory.calibration import calibrated
 from .memory.machine import this_machine
 from .memory.plan import Weights, Wish, make_plan, parse_memory
 from .memory.residency import Streaming, checked_slots
@@ -140,7 +141,7 @@ def load(
     )
     dense = dense_packing(dense_bits)
     weights, itemsize = memory_weights(contents, wanted_type, dense, folder=path if path.is_dir() else path.parent)
-    plan = make_plan(str(source), spec, weights, this_machine(), wish, itemsize)
+    plan = make_plan(str(source), spec, weights, calibrated(this_machine()), wish, itemsize)
     if not plan.fits:
         raise plan.refusal()
     slots = plan.expert_slots

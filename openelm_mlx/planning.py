@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from .checkpoint.layouts import Contents
+from .checkpoint.released import write_released_headers
 from .conversion.source import Source as OpenedSource
-from .errors import SettingError
+from .errors import HubError, SettingError
 from .loading import dense_packing, memory_weights, parse_dtype
+from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
 from .memory.plan import MemoryPlan, Wish, make_plan, parse_memory
 from .memory.residency import checked_slots
@@ -34,22 +38,74 @@ def plan(
 ) -> MemoryPlan:
     """What a model would take, whether it fits, with which settings, how long a context, and how fast.
 
-    From headers and config alone: of a repository nothing else is fetched. memory_limit: bytes or "10GB", MLX's memory
+    From headers and config alone: of a repository nothing else is fetched, and nothing at all of Apple's and OpenAI's when
+    the Hub is out of reach. memory_limit: bytes or "10GB", MLX's memory
     with its buffer cache and the process's own; what the machine has when it is None. mac: a Mac such as "M4 Pro 24GB"
     instead of this machine. The other arguments are those of `load` and `stream_generate`.
 
     Raises SettingError for a wish that is none, and what opening the source raises; a plan that does not fit is no error.
     """
-    opened = OpenedSource.open(source, revision)
-    machine = find_mac(mac) if mac is not None else machine or this_machine()
+    here = find_mac(mac) if mac is not None else machine or this_machine()
+    return plans_on(
+        [here], source, memory_limit=memory_limit, context_length=context_length, batch_size=batch_size,
+        prefill_chunk=prefill_chunk, kv_bits=kv_bits, dense_bits=dense_bits, expert_slots=expert_slots, dtype=dtype,
+        revision=revision,
+    )[0]  # fmt: skip
+
+
+def plans_on(
+    machines: Sequence[Machine],
+    source: str | Path,
+    *,
+    memory_limit: int | str | None = None,
+    context_length: int | None = None,
+    batch_size: int = 1,
+    prefill_chunk: int | None = None,
+    kv_bits: int | None = None,
+    dense_bits: int | None = None,
+    expert_slots: int | None = None,
+    dtype: str | mx.Dtype | None = None,
+    revision: str | None = None,
+) -> list[MemoryPlan]:
+    """`plan` for several machines; the source is looked at once."""
+    contents, folder, note = _looked_at(source, revision)
     wish = checked_wish(
-        opened.contents, memory_limit, context_length, batch_size, prefill_chunk, kv_bits, dense_bits, expert_slots
+        contents, memory_limit, context_length, batch_size, prefill_chunk, kv_bits, dense_bits, expert_slots
     )
-    folder = opened.folder if opened.folder.is_dir() else opened.folder.parent
-    weights, itemsize = memory_weights(
-        opened.contents, parse_dtype(dtype), dense_packing(dense_bits), machine.backend == "cpu", folder
-    )
-    return make_plan(str(source), opened.contents.spec, weights, machine, wish, itemsize)
+    plans = []
+    for machine in machines:
+        weights, itemsize = memory_weights(
+            contents, parse_dtype(dtype), dense_packing(dense_bits), machine.backend == "cpu", folder
+        )
+        noted = calibrated(replace(machine, notes=(*machine.notes, note)) if note else machine)
+        plans.append(make_plan(str(source), contents.spec, weights, noted, wish, itemsize))
+    return plans
+
+
+def _looked_at(source: str | Path, revision: str | None) -> tuple[Contents, Path | None, str | None]:
+    """What a source holds, where a tokenizer may be, and what has to be said of how that is known."""
+    try:
+        opened = OpenedSource.open(source, revision)
+    except HubError as error:
+        contents = released_contents(str(source)) if revision is None else None
+        if contents is None:
+            raise
+        return (
+            contents,
+            None,
+            f"these are the sizes that {source} was released with; of its files nothing is known: {error}",
+        )
+    return opened.contents, opened.folder if opened.folder.is_dir() else opened.folder.parent, None
+
+
+def released_contents(name: str) -> Contents | None:
+    """What a repository of Apple's OpenELM or OpenAI's gpt-oss holds, without asking for it; None for another name.
+
+    From the released shapes, by way of files that have headers and nothing else.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "headers"
+        return OpenedSource.open(folder).contents if write_released_headers(folder, name) else None
 
 
 def checked_wish(

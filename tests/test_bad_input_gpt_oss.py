@@ -10,7 +10,8 @@ import pytest
 from conftest import FIXTURES
 
 import openelm_mlx as om
-from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import PromptError, SettingError
 from openelm_mlx.loading import DEMOS

@@ -7,7 +7,7 @@ from test_bench_against import SMALL
 
 from openelm_mlx.bench import memory
 from openelm_mlx.bench.against import shape_config
-from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config
+from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 
 
@@ -35,12 +35,14 @@ def test_a_row_for_each_shape_and_prompt(shapes, capsys, tmp_path):
 def test_what_would_take_minutes_on_a_cpu_is_left_out_but_the_first(shapes, monkeypatch):
     seen = []
     monkeypatch.setattr(memory, "MOST_MACS_ON_CPU", 1)
-    monkeypatch.setattr(memory, "_in_a_fresh_process", lambda path, n: seen.append(n) or dict.fromkeys(NUMBERS, 1))
+    monkeypatch.setattr(
+        memory, "_in_a_fresh_process", lambda path, n, calibrated: seen.append(n) or dict.fromkeys(NUMBERS, 1)
+    )
     assert [row.prompt for row in memory.rows(["tiny gpt-oss"], [30, 10], True)] == [30] == seen
     assert [row.prompt for row in memory.rows(["tiny gpt-oss"], [30, 10], False)] == [30, 10]
 
 
-NUMBERS = ("weights", "planned", "peak", "planned_process", "peak_process")
+NUMBERS = ("weights", "scratch", "planned", "peak", "planned_process", "peak_process")
 
 
 def test_the_table_for_people(shapes, monkeypatch, capsys):

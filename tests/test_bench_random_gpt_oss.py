@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import openelm_mlx as om
-from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.layouts import understand
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
+from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands.info import gather
 from openelm_mlx.errors import DestinationError, SettingError
 from openelm_mlx.specs import spec_from_config

@@ -15,12 +15,13 @@ import pytest
 from conftest import FIXTURES, config_of, max_difference, oracle, random_model, save_folder
 
 import openelm_mlx as om
-from openelm_mlx.bench.random_checkpoint import released_config, write_random_checkpoint
+from openelm_mlx.bench.random_checkpoint import write_random_checkpoint
 from openelm_mlx.checkpoint import hub as hub_module
 from openelm_mlx.checkpoint import writer as writer_module
 from openelm_mlx.checkpoint.layouts import understand
 from openelm_mlx.checkpoint.quantize import RECIPES, Quantization, parse_recipe, quantization_of
 from openelm_mlx.checkpoint.reader import TensorEntry, open_checkpoint, read_config
+from openelm_mlx.checkpoint.released import released_openelm_config
 from openelm_mlx.conversion import convert, plan_conversion
 from openelm_mlx.conversion import plan as plan_module
 from openelm_mlx.conversion import verify as verify_module
@@ -291,7 +292,7 @@ class Headers:
 
 
 def plan_of(size: str, stored: str = "F32", **options):
-    config = released_config(size)
+    config = released_openelm_config(size)
     return plan_conversion(understand(Headers(config, stored), config, spec_from_config(config)), config, **options)
 
 

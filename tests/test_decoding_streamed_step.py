@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import openelm_mlx as om
-from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.streamed_step import Pace, StreamedStep, best_stride
 

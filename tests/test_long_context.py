@@ -15,7 +15,8 @@ import pytest
 from reference import gpt_oss as reference
 
 import openelm_mlx as om
-from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.decoding.budget import keeping_to_plan
 from openelm_mlx.decoding.prefill import prefill
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import hub_server
 import mlx.core as mx
@@ -11,12 +12,14 @@ from conftest import random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
-from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from openelm_mlx.bench.against import shape_config
+from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.loading import DEMOS
 from openelm_mlx.memory.machine import find_mac, macs
-from openelm_mlx.memory.plan import kv_cache_bytes, parse_memory
+from openelm_mlx.memory.plan import Weights, Wish, kv_cache_bytes, make_plan, parse_memory
 from openelm_mlx.specs import spec_from_config
 
 hub = hub_server.hub
@@ -179,7 +182,13 @@ def test_sizes_that_are_none(text):
 def test_the_command_says_it_all(sparse, capsys):
     assert main(["plan", str(sparse["20b"]), "--mac", "M4 16GB"]) == 0
     out = capsys.readouterr().out
-    for word in ("weights", "keys and values", "longest context", "read from disk", "not been measured on a Mac"):
+    for word in (
+        "weights",
+        "keys and values",
+        "longest context",
+        "read from disk",
+        "never measured: run plan --calibrate on a Mac",
+    ):
         assert word in out
     assert main(["plan", str(sparse["120b"]), "--mac", "M1 8GB"]) == 1
     out = capsys.readouterr().out
@@ -222,3 +231,81 @@ def test_a_repository_is_planned_from_its_headers(hub, small):
 def test_the_spec_needs_no_checkpoint():
     spec = spec_from_config(released_gpt_oss_config("20b"))
     assert kv_cache_bytes(spec, 131072, 2) == 3_224_371_200
+
+
+# --- without the Hub ---
+
+# As in memory: of gpt-oss routers and norms are float32 there, and the files have some thousandths less.
+RELEASED_BYTES = {
+    "openai/gpt-oss-20b": 13_765_972_224, "openai/gpt-oss-120b": 65_275_787_520, "apple/OpenELM-270M": 543_054_336,
+    "apple/OpenELM-450M-Instruct": 914_358_272, "apple/OpenELM-1_1B": 2_159_782_912, "apple/OpenELM-3B-Instruct": 6_073_294_848,
+}  # fmt: skip
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("repo", RELEASED_BYTES)
+def test_released_models_are_planned_without_the_hub(repo, no_hub):
+    plan = om.plan(repo, mac="M3 Ultra 256GB")
+    assert plan.weights_bytes == RELEASED_BYTES[repo]
+    assert any(f"sizes that {repo} was released with" in note for note in plan.machine.notes)
+
+
+@pytest.mark.parametrize("options", [{"revision": "abc"}, {}])
+def test_other_names_and_other_versions_need_it(options, no_hub):
+    name = "openai/gpt-oss-20b" if options else "someone/gpt-oss-20b"
+    with pytest.raises(om.errors.HubError):
+        om.plan(name, **options)
+
+
+def test_a_table_of_all_macs_looks_at_a_source_once(monkeypatch, sparse, capsys):
+    from openelm_mlx.conversion.source import Source
+
+    seen, real = [], Source.open
+    monkeypatch.setattr(Source, "open", staticmethod(lambda *a, **k: seen.append(a) or real(*a, **k)))
+    assert main(["plan", str(sparse["20b"]), "--all-macs"]) == 0
+    assert len(seen) == 1
+    assert len(capsys.readouterr().out.splitlines()) > 50
+
+
+# --- the chunk ---
+
+
+def planned(config, machine, **wish):
+    spec = spec_from_config(config)
+    weights = Weights(dense=2 * spec.num_parameters())
+    return make_plan("m", spec, weights, machine, Wish(**wish), 2)
+
+
+def test_a_chunk_is_as_long_as_it_costs_little_memory():
+    mac = find_mac("M4 Max 64GB")
+    assert planned(shape_config("openelm-270m"), mac).prefill_chunk == 512
+    assert planned(shape_config("openelm-3b"), mac).prefill_chunk >= 1024
+    assert planned(shape_config("openelm-270m", 2), mac).prefill_chunk < 512
+    for name in ("openelm-270m", "openelm-1.1b", "openelm-3b"):
+        plan = planned(shape_config(name), mac)
+        assert plan.scratch_bytes <= 0.07 * plan.total_bytes
+
+
+def test_a_chunk_that_was_asked_for_stays_and_the_cpu_takes_no_longer_ones():
+    assert planned(shape_config("openelm-3b"), find_mac("M4 Max 64GB"), prefill_chunk=2048).prefill_chunk == 2048
+    here = replace(find_mac("M4 Max 64GB"), backend="cpu")
+    assert planned(shape_config("openelm-3b"), here).prefill_chunk == 512
+
+
+def test_streamed_experts_are_not_read_more_often_for_a_light_chunk(sparse):
+    assert om.plan(sparse["20b"], mac="M4 16GB").prefill_chunk == 512
+
+
+def test_what_a_cast_takes_while_loading_counts(monkeypatch):
+    """A large bf16 matrix that becomes float32 is there twice for a moment, on the CPU backend."""
+    spec = spec_from_config(shape_config("openelm-270m"))
+    here = replace(find_mac("M4 Max 64GB"), backend="cpu")
+    plans = [make_plan("m", spec, Weights(dense=10**9, loading=n), here, Wish(), 2) for n in (0, 2 * 10**9)]
+    assert plans[1].process_bytes - plans[0].process_bytes == 2 * 10**9 - plans[0].total_bytes
+    assert plans[1].total_bytes == plans[0].total_bytes

@@ -18,9 +18,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
-from openelm_mlx.bench.random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.layouts import understand
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
+from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.budget import Budget
 from openelm_mlx.decoding.prefill import fill, prefill

@@ -16,6 +16,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from ..checkpoint.quantize import Quantization
+from ..checkpoint.released import released_gpt_oss_config, released_openelm_config
 from ..decoding.compiled_step import CompiledStep
 from ..decoding.sampling import SamplingParams
 from ..errors import SettingError
@@ -24,8 +25,6 @@ from ..loading import pad_expert_rows
 from ..models import build_model
 from ..specs import gpt_oss_config, openelm_config, spec_from_config
 from .graph import decode_primitives
-from .random_checkpoint import released_config
-from .random_gpt_oss import released_gpt_oss_config
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -79,7 +78,7 @@ def shape_config(shape: str, num_layers: int | None = None) -> dict[str, Any]:
     if shape.startswith("gpt-oss"):
         config = released_gpt_oss_config("20b")
         return config if num_layers is None else {**config, "num_hidden_layers": num_layers}
-    spec = spec_from_config(released_config(shape.removeprefix("openelm-").upper()))
+    spec = spec_from_config(released_openelm_config(shape.removeprefix("openelm-").upper()))
     if num_layers is not None:
         spec = replace(spec, layers=spec.layers[:num_layers])
     return openelm_config(spec)

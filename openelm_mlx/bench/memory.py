@@ -7,6 +7,7 @@ decoded from in a fresh process, as a user would do it.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,12 +16,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.released import released_gpt_oss_config
 from ..errors import CheckpointError
 from ..memory.machine import process_peak_bytes
 from ..specs import spec_from_config
 from .against import random_prompt, shape_config
 from .random_checkpoint import write_random_checkpoint
-from .random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from .random_gpt_oss import write_random_gpt_oss
+
+# What `plan --calibrate` measures: shapes of both families, each large enough that its sums are no roundings.
+CALIBRATION_SHAPES = (
+    "OpenELM-270M, 4 layers",
+    "OpenELM-1.1B, 3 layers",
+    "gpt-oss, 512 wide, 32 experts",
+    "gpt-oss, 2,048 wide, 8 experts",
+)
+CALIBRATION_PROMPTS = 512, 64
 
 # How many tokens are decoded after a prompt.
 NEW_TOKENS = 8
@@ -62,7 +73,9 @@ class Row:
 
     shape: str
     prompt: int
+    family: str
     weights: int
+    scratch: int
     planned: int
     peak: int
     planned_process: int
@@ -95,11 +108,13 @@ HEADING = (
 )
 
 
-def rows(shapes: Sequence[str], prompts: Sequence[int], on_cpu: bool, folder: Path | None = None) -> Iterator[Row]:
+def rows(
+    shapes: Sequence[str], prompts: Sequence[int], on_cpu: bool, folder: Path | None = None, calibrated: bool = True
+) -> Iterator[Row]:
     """Measure `shapes` with `prompts` of so many tokens; a row as it is known.
 
     Models are written into `folder` (the system's temporary one), one at a time. on_cpu: leave out, of each shape, what
-    would take minutes there, but never the first prompt.
+    would take minutes there, but never the first prompt. calibrated: with the correction that this machine has, if any.
     """
     for shape in shapes:
         config = SHAPES[shape]
@@ -113,12 +128,14 @@ def rows(shapes: Sequence[str], prompts: Sequence[int], on_cpu: bool, folder: Pa
             for number, prompt in enumerate(prompts):
                 if on_cpu and number and spec.num_active_parameters() * prompt > MOST_MACS_ON_CPU:
                     continue
-                yield Row(shape, prompt, **_in_a_fresh_process(path, prompt))
+                yield Row(shape, prompt, spec.family, **_in_a_fresh_process(path, prompt, calibrated))
 
 
-def _in_a_fresh_process(path: Path, prompt_tokens: int) -> dict[str, int]:
+def _in_a_fresh_process(path: Path, prompt_tokens: int, calibrated: bool) -> dict[str, int]:
     command = [sys.executable, "-m", "openelm_mlx.bench.memory", str(path), str(prompt_tokens)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Where nothing is stored no correction is applied.
+    environment = dict(os.environ) if calibrated else {**os.environ, "OPENELM_MLX_CACHE": str(path.parent / "nothing")}
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if finished.returncode:
         lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
         raise CheckpointError(f"A run with {prompt_tokens} tokens failed: {lines[-1]}")
@@ -136,6 +153,7 @@ def _measure(path: str, prompt_tokens: int) -> dict[str, int]:
     plan = model.plan
     return {
         "weights": plan.weights_bytes,
+        "scratch": plan.scratch_bytes,
         "planned": plan.total_bytes,
         "peak": last.statistics.peak_memory_bytes,
         "planned_process": plan.process_bytes,

@@ -19,12 +19,6 @@ from ..specs import openelm_config, spec_from_config
 SLICE_ELEMENTS = 16 * 2**20
 
 
-def released_config(size: str) -> dict[str, Any]:
-    """The config of a released OpenELM size: "270M", "450M", "1.1B" or "3B"."""
-    name = f"OpenELM-{size.replace('.', '_')}"
-    return {"model_name": name, "vocab_size": 32000, "max_context_length": 2048}
-
-
 def write_random_checkpoint(
     destination: Path,
     config: Mapping[str, Any],

@@ -16,42 +16,23 @@ from typing import Any, Literal
 import numpy as np
 
 from ..checkpoint.gpt_oss_layouts import openai_tensors
+from ..checkpoint.released import gpt_oss_config_file
 from ..checkpoint.writer import (
     MAX_FILE_BYTES,
     CheckpointWriter,
     OutputFile,
     OutputTensor,
-    check_destination,
     plan_files,
+    write_sparse,
 )
-from ..errors import SettingError
-from ..specs import gpt_oss_config, spec_from_config
+from ..specs import spec_from_config
 
 Layout = Literal["openai-hf", "openai-original"]
 
-RELEASED = {"20b": (24, 32), "120b": (36, 128)}
 # Bytes drawn at a time.
 SLICE_BYTES = 64 * 2**20
 # Root mean square of the eight magnitudes of E2M1 (OCP Microscaling Formats 1.0, table 5), each equally likely.
 _E2M1_RMS = math.sqrt((0.5**2 + 1 + 1.5**2 + 2**2 + 3**2 + 4**2 + 6**2) / 8)
-
-
-def released_gpt_oss_config(size: str) -> dict[str, Any]:
-    """The config of a released size, "20b" or "120b", as its config.json has it. Raises SettingError for another."""
-    if size not in RELEASED:
-        raise SettingError(f"size is {size!r}: gpt-oss was released as {' and '.join(RELEASED)}.")
-    num_layers, num_experts = RELEASED[size]
-    return {
-        "model_type": "gpt_oss", "num_hidden_layers": num_layers, "num_local_experts": num_experts,
-        "num_experts_per_tok": 4, "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "sliding_window": 128, "initial_context_length": 4096,
-        "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 150000, "swiglu_limit": 7.0,
-        "eos_token_id": 200002, "tie_word_embeddings": False,
-        "rope_scaling": {
-            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
-            "original_max_position_embeddings": 4096, "truncate": False,
-        },
-    }  # fmt: skip
 
 
 def write_random_gpt_oss(
@@ -71,11 +52,13 @@ def write_random_gpt_oss(
     spec = spec_from_config(config)
     tensors = [OutputTensor(*each) for each in openai_tensors(spec, layout)]
     files = _with_openai_names(plan_files(tensors, max_file_bytes), layout)
-    others = {"config.json": _json(_original_config(config) if layout == "openai-original" else _hf_config(config))}
+    others = {
+        "config.json": _json(_original_config(config) if layout == "openai-original" else gpt_oss_config_file(config))
+    }
     if layout == "openai-original":
         others["dtypes.json"] = _json({tensor.name: _openai_dtype(tensor) for tensor in tensors})
     if sparse:
-        return _write_sparse(destination, files, others)
+        return write_sparse(destination, files, others)
     fingerprint = f"random gpt-oss, seed {seed}, {json.dumps(dict(config), sort_keys=True)}, {layout}"
     with CheckpointWriter(destination, files, fingerprint) as writer:
         numbers = {tensor.name: number for number, tensor in enumerate(tensors)}
@@ -115,18 +98,6 @@ def _bfloat16(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values.view(np.uint16)[1::2])
 
 
-def _write_sparse(destination: Path, files: tuple[OutputFile, ...], others: Mapping[str, bytes]) -> Path:
-    check_destination(destination)
-    destination.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        with (destination / file.name).open("wb") as stream:
-            stream.write(file.header)
-            stream.truncate(file.nbytes)
-    for name, content in others.items():
-        (destination / name).write_bytes(content)
-    return destination
-
-
 def _with_openai_names(files: tuple[OutputFile, ...], layout: Layout) -> tuple[OutputFile, ...]:
     """OpenAI counts its shards from 0, and the second number is the last one; original/ has two dashes and counts from 1."""
     if len(files) == 1:
@@ -138,12 +109,6 @@ def _with_openai_names(files: tuple[OutputFile, ...], layout: Layout) -> tuple[O
         for number in range(1, len(files) + 1)
     ]
     return tuple(dataclasses.replace(file, name=name) for file, name in zip(files, names, strict=True))
-
-
-def _hf_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    spelled = gpt_oss_config(spec_from_config(config))
-    return {**spelled, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": kept}}
 
 
 def _original_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from ..checkpoint.layouts import understand
 from ..checkpoint.reader import open_checkpoint, read_config
+from ..checkpoint.released import released_gpt_oss_config
 from ..decoding.budget import Budget
 from ..decoding.prefill import fill, prefill
 from ..decoding.step import PlainStep, Step
@@ -33,7 +34,7 @@ from ..memory.residency import Residency, Streaming, Writes
 from ..models.gpt_oss import GptOss
 from ..models.moe import MoE
 from ..specs import spec_from_config
-from .random_gpt_oss import released_gpt_oss_config, write_random_gpt_oss
+from .random_gpt_oss import write_random_gpt_oss
 from .routing import (
     Trace,
     alike,

@@ -468,3 +468,16 @@ def _sentence(error: OSError, destination: Path) -> DestinationError:
         f"{destination} cannot be written ({reason}: {error.filename or destination.parent}): choose another destination, "
         "or give yourself the right to write there."
     )
+
+
+def write_sparse(destination: Path, files: Sequence[OutputFile], others: Mapping[str, bytes]) -> Path:
+    """Files with real headers whose tensors are holes that read as zeros: they take no room on most file systems."""
+    check_destination(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        with (destination / file.name).open("wb") as stream:
+            stream.write(file.header)
+            stream.truncate(file.nbytes)
+    for name, content in others.items():
+        (destination / name).write_bytes(content)
+    return destination

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,14 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--calibrate", action="store_true",
+        help="measure here, with small random models, what computing takes (some minutes); later plans go by it",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print. Returns 0 when everything fits, else 1."""
     if args.chart is not None and Path(args.chart).suffix not in CHART_TYPES:
         raise SettingError(f"--chart {args.chart}: the name must end in {' or '.join(CHART_TYPES)}.")
+    if args.calibrate:
+        return calibrate(as_json=args.json)
     from ..memory.machine import macs
-    from ..planning import plan
+    from ..planning import plan, plans_on
 
     options: dict[str, Any] = {
         name: getattr(args, name)
@@ -58,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         )
     }  # fmt: skip
     if args.all_macs or args.chart is not None:
-        plans = [[plan(source, machine=machine, **options) for machine in macs()] for source in args.source]
+        plans = [plans_on(list(macs()), source, **options) for source in args.source]
         if args.chart is not None:
             draw(plans, Path(args.chart))
         if args.json:
@@ -106,8 +113,10 @@ def text(plan: MemoryPlan) -> list[str]:
                 else f", {plan.prefill_tps:,.0f} prefill (assuming {PREFILL_EFFICIENCY:.0%})"
             )
         )
-    if machine.backend == "metal":
-        lines.append("  (what Metal needs for computing follows from shapes; it has not been measured on a Mac yet)")
+    if machine.calibration is not None:
+        lines.append(f"  (what computing takes was measured on {machine.calibration.date})")
+    elif machine.backend == "metal":
+        lines.append("  (what Metal takes for computing was never measured: run plan --calibrate on a Mac)")
     lines += [
         f"  would fit         {change.setting}: {size(change.total_bytes)}; {change.cost}" for change in plan.changes
     ]
@@ -116,6 +125,35 @@ def text(plan: MemoryPlan) -> list[str]:
     if plan.advice is not None:
         lines.append(f"  or                {plan.advice}")
     return [*lines, *(f"  note              {note}" for note in machine.notes)]
+
+
+def calibrate(as_json: bool) -> int:
+    """Measure runs of small random models, and keep what later plans are corrected by. Returns 0."""
+    from ..bench.benchmark import machine_description
+    from ..bench.memory import CALIBRATION_PROMPTS, CALIBRATION_SHAPES, HEADING, rows
+    from ..memory.calibration import SUBJECT, calibration_from
+    from ..memory.machine import this_machine
+    from ..memory.stored import store
+    from ..models.precision import runs_on_cpu
+
+    found = []
+    if not as_json:
+        print(f"{machine_description()}\n{HEADING}", flush=True)
+    for row in rows(CALIBRATION_SHAPES, CALIBRATION_PROMPTS, runs_on_cpu(), calibrated=False):
+        found.append(row)
+        if not as_json:
+            print(row.line(), flush=True)
+    calibration = calibration_from(found, time.strftime("%Y-%m-%d"))
+    file = store(SUBJECT, {**calibration.as_dict(), "backend": this_machine().backend})
+    if as_json:
+        print(json.dumps({"file": str(file), **calibration.as_dict(), "rows": [row.as_dict() for row in found]}))
+        return 0
+    for family, factor in calibration.scratch.items():
+        print(f"Computing with {family} takes {factor:.2f} times what its shapes say.")
+    if calibration.process_bytes is not None:
+        print(f"The process takes {calibration.process_bytes / 1e6:.0f} MB beside.")
+    print(f"Later plans go by it; it is kept in {file}, and forgotten when that is deleted.")
+    return 0
 
 
 def print_table(plans: Sequence[Sequence[MemoryPlan]]) -> None:

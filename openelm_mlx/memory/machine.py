@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 GIB = 2**30
 
@@ -29,7 +32,8 @@ class Machine:
     """A machine that a model may run on. Sizes in bytes, rates in bytes and operations a second; None: not known.
 
     working_set_bytes: what the GPU may use at once (`max_recommended_working_set_size`); all memory on other backends.
-    used_bytes: what other programs use now. backend: "metal", "cuda" or "cpu".
+    used_bytes: what other programs use now. backend: "metal", "cuda" or "cpu". calibration: what `plan --calibrate` has
+    measured, see `calibrated`.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Machine:
     flops: float | None = None
     ssd_bandwidth: float | None = None
     notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def available_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import MemoryLimitError, SettingError
@@ -22,7 +22,7 @@ CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
 # A chunk is as long as a prompt is fast with, unless computing would take more than this share of weights and cache; no
 # shorter than this for that alone. Where experts are read from disk, short chunks would read them more often.
-CHUNK_SHARE, SHORT_CHUNK = 0.06, 64
+CHUNK_SHARE, SHORT_CHUNK = 0.07, 64
 # A context that nobody asked for is not paid for in advance beyond this.
 USUAL_CONTEXT = 8192
 # What part of bandwidth and arithmetic MLX is assumed to reach: decode of gpt-oss-20b was reported at 38 to 55 % of the
@@ -115,7 +115,7 @@ class MemoryPlan:
         """The plan for machines."""
         return {
             **vars(self),
-            "machine": None if self.machine is None else vars(self.machine),
+            "machine": None if self.machine is None else asdict(self.machine),
             "changes": [vars(change) for change in self.changes],
         }
 
@@ -166,6 +166,10 @@ class _Planner:
         self.is_gpu = machine.backend != "cpu"
         self.cache_limit = CACHE_LIMIT_BYTES if self.is_gpu else 0
         process = PROCESS_BYTES if self.is_gpu else PROCESS_BYTES_ON_CPU
+        calibration = machine.calibration
+        self.scratch_factor = 1.0 if calibration is None else calibration.scratch.get(spec.family, 1.0)
+        if calibration is not None and calibration.process_bytes is not None:
+            process = calibration.process_bytes
         self.overhead = process + TOKENIZER_FACTOR * weights.tokenizer + self.cache_limit
         layer = spec.layers[0]
         self.num_experts, self.per_token = layer.num_experts, layer.experts_per_token
@@ -218,6 +222,7 @@ class _Planner:
         scratch = scratch_bytes(
             self.spec, chunk, context, self.itemsize, self.wish.batch_size, self.machine.backend, kv_bits
         )
+        scratch = int(scratch * self.scratch_factor)
         weights = self.weights_bytes(slots)
         total = weights + kv + scratch
         process = max(total, self.weights.loading if slots is None else 0) + self.overhead

@@ -18,12 +18,13 @@ from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .memory.calibration import calibrated
+from .memory.choices import stored_choices
 from .memory.machine import this_machine
 from .memory.plan import Weights, Wish, make_plan, parse_memory
 from .memory.residency import Streaming, checked_slots
 from .models import build_model
 from .models.moe import Experts, rows_in_a_tile
-from .models.precision import by_columns, runs_on_cpu
+from .models.precision import by_columns, runs_on_cpu, use_choices
 from .specs import ModelSpec, checked_kv_bits, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
 from .text.tokenizer import Tokenizer, load_tokenizer
@@ -124,6 +125,7 @@ def load(
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
     wanted_type = parse_dtype(dtype)
+    use_choices(stored_choices())
     path = locate(source, revision, progress)
     config = read_config(path)
     spec = spec_from_config(config)

@@ -1,11 +1,16 @@
 """Random weights in both libraries: the same numbers, and a comparison that says what it measured."""
 
+import json
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from openelm_mlx import loading
-from openelm_mlx.bench import against
+from openelm_mlx.bench import against, limits
 from openelm_mlx.bench.graph import decode_primitives, primitives
+from openelm_mlx.bench.limits import Limits, measured_limits
 from openelm_mlx.commands import main
 from openelm_mlx.errors import SettingError
 from openelm_mlx.loading import load, locate
@@ -117,3 +122,120 @@ def test_primitives_are_counted():
     assert sum(primitives(mx.exp(x) + mx.sin(x)).values()) >= 3
     mx.eval(x)
     assert primitives(x) == {}
+
+
+def test_times_peaks_and_parts_of_what_the_machine_can_do(monkeypatch):
+    monkeypatch.setattr(against, "shape_config", small)
+    monkeypatch.setattr(against, "measured_limits", lambda: Limits(2e9, 4e9))
+    found = against.compare("openelm-270m", rounds=1, prompt_tokens=32, completion_tokens=16)
+    assert found.token_bytes > 0
+    rate = found.samples["decode"]["ours"][0]
+    assert found.part_of_limit("decode") == pytest.approx(found.token_bytes * rate / 2e9)
+    rate = found.samples["prefill of 32"]["ours"][0]
+    assert found.part_of_limit("prefill of 32") == pytest.approx(found.token_operations * rate / 4e9)
+    assert found.first_token["prefill of 32"]["ours"][0] == pytest.approx(32 / rate)
+    assert found.peaks["decode"]["ours"] > 0
+    text = "\n".join(found.lines())
+    assert "% of the 2 GB/s measured in this run" in text
+    assert "first token after ours" in text
+    assert found.as_dict()["parts_of_limits"]["decode"] == found.part_of_limit("decode")
+
+
+def test_what_a_token_reads_is_the_active_weights():
+    model, _ = against.random_pair(small("gpt-oss-20b"), theirs=False)
+    total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    experts = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if ".experts." in name)
+    embedding = model.model.embed_tokens.weight.nbytes
+    assert against._of_a_token(model)[0] == total - embedding - experts + experts * 2 // 8
+
+
+def test_apart_each_run_has_a_process_of_its_own(monkeypatch):
+    commands, real = [], against.subprocess.run
+
+    def run(command, **options):
+        settings = json.loads(command[-1])
+        commands.append((settings["ours"], settings["theirs"]))
+        script = (
+            "import json, sys; sys.path.insert(0, 'tests'); import test_bench_against as t; from openelm_mlx.bench import "
+            "against as a; a.shape_config = t.small; print(json.dumps(a.compare(**json.loads(sys.argv[1])).as_dict()))"
+        )
+        return real([command[0], "-c", script, command[-1]], **options)
+
+    monkeypatch.setattr(against.subprocess, "run", run)
+    seen = []
+    found = against.compare(
+        "gpt-oss-20b", rounds=2, prompt_tokens=16, completion_tokens=12, apart=True, sample=seen.append
+    )
+    assert found.error is None
+    assert commands == [(False, True), (True, False), (True, False), (False, True)]
+    assert found.is_apart
+    assert {name: {whose: len(each) for whose, each in sides.items()} for name, sides in found.samples.items()} == {
+        name: {"ours": 2, "mlx-lm": 2} for name in ("prefill of 16", "decode")
+    }
+    assert found.limits is not None
+    assert set(found.primitives) == {"ours, plain", "ours, compiled", "mlx-lm"}
+    assert len(seen) == 8
+    assert found.peaks["decode"].keys() == {"ours", "mlx-lm"}
+
+
+def test_apart_is_chosen_where_both_do_not_fit(monkeypatch):
+    asked = []
+    monkeypatch.setattr(against, "_compare_apart", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(against, "random_pair", lambda *_: 1 / 0)
+    machine = against.this_machine()
+    monkeypatch.setattr(against, "this_machine", lambda: replace(machine, working_set_bytes=20 * 10**9))
+    assert "ZeroDivisionError" not in str(against.compare("gpt-oss-20b").error)
+    assert len(asked) == 1
+    assert "ZeroDivisionError" in against.compare("gpt-oss-20b", theirs=False).error
+    assert "ZeroDivisionError" in against.compare("openelm-270m").error
+    assert against._model_bytes(against.shape_config("gpt-oss-20b"), None) == pytest.approx(13.76e9, rel=0.01)
+
+
+def test_a_process_that_fails_is_a_sentence(monkeypatch):
+    failed = against.subprocess.CompletedProcess([], 1, "", "one\nRuntimeError: no memory\n")
+    monkeypatch.setattr(against.subprocess, "run", lambda *_, **__: failed)
+    found = against.compare("openelm-270m", apart=True)
+    assert "mlx-lm failed: RuntimeError: no memory" in found.error
+
+
+def test_mlx_lm_s_side_alone_keeps_nothing_of_ours():
+    ours, theirs = against.random_pair(small("gpt-oss-20b"), ours=False)
+    again, _ = against.random_pair(small("gpt-oss-20b"))
+    tokens = mx.array([[3, 4, 5]])
+    assert mx.isfinite(theirs(tokens)).all()
+    assert not (ours.lm_head.weight == again.lm_head.weight).all()  # it was never given its numbers
+
+
+def test_limits_are_measured(monkeypatch):
+    found = measured_limits(2**22, 128)
+    assert 1e8 < found.bandwidth < 1e13
+    assert 1e7 < found.flops < 1e16
+    monkeypatch.setattr(limits, "runs_on_cpu", lambda: False)
+    on_gpu = measured_limits(2**20, 64)
+    assert on_gpu.bandwidth > 0
+    assert on_gpu.flops > 0
+
+
+# --- the command's pictures and words ---
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_chart_of_a_comparison(monkeypatch, tmp_path, suffix, capsys):
+    monkeypatch.setattr(against, "shape_config", small)
+    file = tmp_path / f"bars.{suffix}"
+    options = ["--random", "openelm-270m", "--rounds", "1", "--prompt-tokens", "16", "--completion-tokens", "14"]
+    assert main(["bench", *options, "--chart", str(file)]) == 0
+    assert file.stat().st_size > 5000
+    assert "of the" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--chart", "x.gif"], "must end in .png or .svg"), (["--chart", "/no/such/place/x.png"], "/no/such/place"),
+        (["--draft-model", "demo-openelm"], "--speculation"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_sentences(options, said, capsys):
+    assert main(["bench", *options]) == 2
+    assert said in capsys.readouterr().err

@@ -1,10 +1,15 @@
 """The measurement of guessing: its formula, and that it counts what happens."""
 
+import json
+
+import mlx.core as mx
 import pytest
 from conftest import FIXTURES, load_fixture
+from mlx.utils import tree_flatten
 
 import openelm_mlx as om
-from openelm_mlx.bench.speculation import SpeculationResult, measure_speculation
+from openelm_mlx.bench.speculation import SpeculationResult, made_pair, measure_speculation
+from openelm_mlx.commands import main
 
 
 def result(**changes):
@@ -27,3 +32,45 @@ def test_it_counts_what_happened():
     found = measure_speculation(model, om.DraftModel(twin), [[3, 4, 5, 6] * 6], max_tokens=21, repetitions=1)
     assert (found.num_tokens, found.rounds, found.drafted_tokens, found.accepted_tokens) == (20, 4, 16, 16)
     assert min(found.plain_tps, found.always_tps, found.speculative_tps, found.draft_ms, found.verify_ms) > 0
+
+
+def test_a_made_pair_says_the_same_in_more_layers_and_nearly_the_same_in_fewer_bits():
+    model, _ = om.load("demo-openelm", dtype="float32")
+    larger, smaller = made_pair(model, times=3)
+    tokens = mx.array([[5, 60, 700, 80, 9]])
+    expected = model(tokens)
+    assert len(larger.layers) == 3 * len(model.layers)
+    assert mx.abs(larger(tokens) - expected).max().item() < 1e-3
+    assert 0.01 < mx.abs(smaller(tokens) - expected).max().item() < 0.5 * mx.abs(expected).max().item()
+
+
+def test_a_pair_of_a_packed_model():
+    model, _ = om.load("demo-openelm", dtype="bfloat16")  # as on a GPU: packed as it is stored
+    assert any(name.endswith("scales") for name, _ in tree_flatten(model.parameters()))
+    larger, _ = made_pair(model, times=2)
+    tokens = mx.array([[5, 60, 700]])
+    difference = mx.abs(larger(tokens).astype(mx.float32) - model(tokens).astype(mx.float32))
+    assert mx.mean(difference).item() < 0.1 * mx.std(model(tokens).astype(mx.float32)).item()
+
+
+def test_the_command(monkeypatch, capsys):
+    asked = []
+
+    def measured(model, draft, prompts, max_tokens, repetitions):
+        asked.append((len(model.layers), type(draft).__name__, len(prompts), max_tokens, repetitions))
+        return result(speculative_tps=160.0)
+
+    monkeypatch.setattr("openelm_mlx.bench.speculation.measure_speculation", measured)
+    assert main(["bench", "--speculation", "--rounds", "2", "--completion-tokens", "9"]) == 0
+    assert asked == [(32, "PromptLookup", 6, 9, 2), (32, "DraftModel", 6, 9, 2)]
+    out = capsys.readouterr().out
+    assert "1.60 times; 1.67 times is what costs and acceptance allow, so 96% of it" in out
+    assert "60 of 80 guesses right" in out
+    monkeypatch.setattr("openelm_mlx.bench.speculation.measure_speculation", lambda *_: result(speculative_tps=120.0))
+    assert main(["bench", "--speculation", "--json", "--model", "demo-gpt-oss"]) == 1
+    assert json.loads(capsys.readouterr().out)["results"]["looked up"]["efficiency"] < 0.9
+
+
+def test_a_draft_model_must_fit(capsys):
+    assert main(["bench", "--speculation", "--draft-model", "demo-gpt-oss"]) == 2
+    assert "share the tokenizer" in capsys.readouterr().err

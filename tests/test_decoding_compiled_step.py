@@ -197,7 +197,7 @@ def test_the_cpu_keeps_the_plain_step(models, monkeypatch):
     """Compiling would call the machine's C++ compiler there."""
     model = models["openelm"]
     assert isinstance(make_step(model, model.make_cache()), PlainStep)
-    monkeypatch.setattr(compiled_step, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr("openelm_mlx.models.precision.runs_on_cpu", lambda: False)
     assert isinstance(make_step(model, model.make_cache()), CompiledStep)
 
 

@@ -284,7 +284,9 @@ def planned(config, machine, **wish):
 
 def test_a_chunk_is_as_long_as_it_costs_little_memory():
     mac = find_mac("M4 Max 64GB")
-    chunks = {name: planned(shape_config(name), mac).prefill_chunk for name in ("openelm-270m", "openelm-3b", "gpt-oss-20b")}
+    chunks = {
+        name: planned(shape_config(name), mac).prefill_chunk for name in ("openelm-270m", "openelm-3b", "gpt-oss-20b")
+    }
     assert chunks == {"openelm-270m": 256, "openelm-3b": 1024, "gpt-oss-20b": 2048}  # of the latter in 16 bits: 42 GB
     assert planned({**shape_config("openelm-270m", 4), "vocab_size": 512}, mac).prefill_chunk == 64
     for name in chunks:

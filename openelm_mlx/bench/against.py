@@ -5,7 +5,10 @@ No checkpoint is needed: the numbers are drawn on the device, and mlx-lm gets th
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,12 +22,15 @@ from ..checkpoint.quantize import Quantization
 from ..checkpoint.released import released_gpt_oss_config, released_openelm_config
 from ..decoding.compiled_step import CompiledStep
 from ..decoding.sampling import SamplingParams
-from ..errors import SettingError
+from ..errors import CheckpointError, SettingError
 from ..generate import prefill, stream_generate
 from ..loading import pad_expert_rows
+from ..memory.machine import this_machine
+from ..memory.plan import size
 from ..models import build_model
 from ..specs import gpt_oss_config, openelm_config, spec_from_config
 from .graph import decode_primitives
+from .limits import Limits, measured_limits
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -36,16 +42,44 @@ LEFT_OUT = 8
 
 @dataclass
 class Comparison:
-    """Samples of one shape: name of the measure -> whose ("ours", "mlx-lm") -> values, rates in tokens a second."""
+    """Samples of one shape: name of the measure -> whose ("ours", "mlx-lm") -> values, rates in tokens a second.
+
+    first_token: measure -> whose -> seconds from a prompt to the first token. peaks: measure -> whose -> the most bytes in
+    use beside both models' weights. limits: of the machine, measured in the same run; token_bytes, token_operations: what
+    a token reads and multiplies at least. is_apart: every run had a process of its own.
+    """
 
     shape: str
     bits: int | None
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    first_token: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    peaks: dict[str, dict[str, int]] = field(default_factory=dict)
     primitives: dict[str, tuple[int, int]] = field(default_factory=dict)
+    limits: Limits | None = None
+    token_bytes: int = 0
+    token_operations: int = 0
+    is_apart: bool = False
     error: str | None = None
 
     def add(self, measure: str, whose: str, value: float) -> None:
         self.samples.setdefault(measure, {}).setdefault(whose, []).append(value)
+
+    def add_run(self, measure: str, whose: str, run: Run) -> None:
+        """One run's rate, time and peak."""
+        self.add(measure, whose, run.prefill if measure.startswith("prefill") else run.decode)
+        self.first_token.setdefault(measure, {}).setdefault(whose, []).append(run.first_token)
+        peaks = self.peaks.setdefault(measure, {})
+        peaks[whose] = max(peaks.get(whose, 0), run.peak_bytes)
+
+    def part_of_limit(self, measure: str) -> float | None:
+        """What part of the machine's bandwidth (decode) or arithmetic (prefill) our median uses."""
+        ours = self.samples.get(measure, {}).get("ours")
+        if self.limits is None or not ours:
+            return None
+        rate = statistics.median(ours)
+        if measure.startswith("prefill"):
+            return self.limits.of_flops(self.token_operations, rate)
+        return self.limits.of_bandwidth(self.token_bytes, rate)
 
     def ratio(self, measure: str) -> float | None:
         """Our median over mlx-lm's."""
@@ -63,12 +97,40 @@ class Comparison:
             parts = [f"{whose} {_spread(values)}" for whose, values in both.items()]
             ratio = self.ratio(measure)
             yield f"{name}: {measure}: {', '.join(parts)}" + ("" if ratio is None else f"; ratio {ratio:.2f}")
+            part = self.part_of_limit(measure)
+            if part is not None and self.limits is not None:
+                what = (
+                    f"the {self.limits.flops / 1e12:.3g} TFLOPS"
+                    if measure.startswith("prefill")
+                    else f"the {self.limits.bandwidth / 1e9:,.4g} GB/s"
+                )
+                yield f"{name}: {measure}: ours is {part:.1%} of {what} measured in this run"
+            if measure in self.first_token:
+                both_times = self.first_token[measure].items()
+                times = ", ".join(f"{whose} {1e3 * statistics.median(each):,.4g} ms" for whose, each in both_times)
+                peaks = ", ".join(f"{whose} {size(each)}" for whose, each in self.peaks[measure].items())
+                yield f"{name}: {measure}: first token after {times}; memory beside the weights {peaks}"
         for whose, (every, without_views) in self.primitives.items():
             yield f"{name}: primitives a token, {whose}: {every}, without views {without_views}"
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison for machines."""
-        return {**vars(self), "ratios": {measure: self.ratio(measure) for measure in self.samples}}
+        return {
+            **vars(self),
+            "limits": None if self.limits is None else self.limits.as_dict(),
+            "ratios": {measure: self.ratio(measure) for measure in self.samples},
+            "parts_of_limits": {measure: self.part_of_limit(measure) for measure in self.samples},
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one side: rates in tokens a second, seconds to the first token, the most bytes in use beside weights."""
+
+    prefill: float
+    decode: float
+    first_token: float
+    peak_bytes: int
 
 
 def shape_config(shape: str, num_layers: int | None = None) -> dict[str, Any]:
@@ -84,8 +146,13 @@ def shape_config(shape: str, num_layers: int | None = None) -> dict[str, Any]:
     return openelm_config(spec)
 
 
-def random_pair(config: Mapping[str, Any], bits: int | None = None, theirs: bool = True) -> tuple[Model, Any]:
-    """Our model and mlx-lm's (None when not asked for) with the same random weights, in bfloat16, or packed to `bits`."""
+def random_pair(
+    config: Mapping[str, Any], bits: int | None = None, theirs: bool = True, ours: bool = True
+) -> tuple[Model, Any]:
+    """Our model and mlx-lm's (None when not asked for) with the same random weights, in bfloat16, or packed to `bits`.
+
+    ours: False leaves our model without numbers, and nothing in memory but mlx-lm's.
+    """
     spec = spec_from_config(config)
     model = build_model(spec)
     packings = _pack(model, bits)
@@ -93,7 +160,9 @@ def random_pair(config: Mapping[str, Any], bits: int | None = None, theirs: bool
     for name, array in tree_flatten(model.parameters()):
         weights[name] = _random_like(name, array, spec.keeps_float32(name))
         mx.eval(weights[name])  # one at a time: what it is drawn from is twice its size
-    other = _mlx_lm_model(config, spec, weights, packings) if theirs else None
+    other = _mlx_lm_model(config, spec, weights, packings, ours) if theirs else None
+    if not ours:
+        return model, other
     # Not strict: padded rows are not in the empty model's shapes.
     model.load_weights(list(pad_expert_rows(weights).items()), strict=False)
     model.eval()
@@ -104,38 +173,116 @@ def random_pair(config: Mapping[str, Any], bits: int | None = None, theirs: bool
 def compare(
     shape: str, bits: int | None = None, num_layers: int | None = None, rounds: int = 3, seconds: float = 60.0,
     prompt_tokens: int = 2048, completion_tokens: int = 96, long_context: int = 0, theirs: bool = True,
-    sample: Callable[[str], None] | None = None,
+    sample: Callable[[str], None] | None = None, ours: bool = True, apart: bool | None = None,
 ) -> Comparison:  # fmt: skip
     """Measure one shape: prefill of `prompt_tokens`, decode after a short prompt, and after `long_context` tokens (0: not).
 
     Prompts are cut to what the model's context has room for. At least one round counts after one that warms up; no
     round begins after `seconds`, and a measure that has samples of both is left out after them. sample: called with a
     sentence for each sample as it comes, those of the round that warms up included: what a run that is cut off leaves.
+    ours, theirs: whether a side is measured. apart: each run in a process of its own; None: when both models do not fit.
     """
     comparison = Comparison(shape, bits)
     try:
-        model, other = random_pair(shape_config(shape, num_layers), bits, theirs)
-        comparison.primitives = _primitives(model, other)
-        runners: dict[str, Callable[..., tuple[float, float]]] = {"ours": _our_runner(model)}
+        config = shape_config(shape, num_layers)
+        if apart is None:
+            apart = ours and theirs and 2.2 * _model_bytes(config, bits) > this_machine().available_bytes
+        if apart:
+            _compare_apart(
+                comparison, bits, num_layers, rounds, seconds, prompt_tokens, completion_tokens, long_context, sample
+            )
+            return comparison
+        model, other = random_pair(config, bits, theirs, ours)
+        comparison.limits = measured_limits()
+        comparison.token_bytes, comparison.token_operations = _of_a_token(model)
+        comparison.primitives = _primitives(model if ours else None, other)
+        runners: dict[str, Callable[..., Run]] = {"ours": _our_runner(model)} if ours else {}
         if other is not None:
             runners["mlx-lm"] = _mlx_lm_runner(other)
         started = time.perf_counter()
         measures = _measures(model, prompt_tokens, completion_tokens, long_context)
         for number in range(rounds + 1):
-            for name, (prompt, num_tokens, which) in measures.items():
+            for name, (prompt, num_tokens) in measures.items():
                 is_late = time.perf_counter() - started > seconds
-                if is_late and comparison.ratio(name) is not None:
+                if is_late and comparison.samples.get(name, {}).keys() == runners.keys():
                     continue
                 for whose in sorted(runners, reverse=bool(number % 2)):
-                    value = runners[whose](prompt, num_tokens)[which]
+                    run = _beside_weights(runners[whose], prompt, num_tokens)
                     if sample is not None:
+                        value = run.prefill if name.startswith("prefill") else run.decode
                         sample(f"{shape}: {name}: {whose} {value:.4g}{'' if number else ' (warming up)'}")
                     if number:
-                        comparison.add(name, whose, value)
+                        comparison.add_run(name, whose, run)
     except Exception as error:  # noqa: BLE001 - one shape that fails must not end the others
         comparison.error = f"{type(error).__name__}: {error}"
     mx.clear_cache()
     return comparison
+
+
+def _compare_apart(
+    comparison: Comparison, bits: int | None, num_layers: int | None, rounds: int, seconds: float, prompt_tokens: int,
+    completion_tokens: int, long_context: int, sample: Callable[[str], None] | None,
+) -> None:  # fmt: skip
+    """The sides in turns, each round of each in a fresh process that has one model alone."""
+    comparison.is_apart = True
+    started = time.perf_counter()
+    for number in range(rounds):
+        if number and time.perf_counter() - started > seconds:
+            break
+        for whose in sorted(("ours", "mlx-lm"), reverse=bool(number % 2)):
+            settings = {
+                "shape": comparison.shape, "bits": bits, "num_layers": num_layers, "rounds": 1, "seconds": seconds,
+                "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "long_context": long_context,
+                "ours": whose == "ours", "theirs": whose == "mlx-lm", "apart": False,
+            }  # fmt: skip
+            command = [sys.executable, "-m", "openelm_mlx.bench.against", json.dumps(settings)]
+            finished = subprocess.run(command, capture_output=True, text=True, check=False)
+            if finished.returncode:
+                lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+                raise CheckpointError(f"a process that measured {whose} failed: {lines[-1]}")
+            found = json.loads(finished.stdout)
+            if found["error"] is not None:
+                raise CheckpointError(f"{whose}: {found['error']}")
+            comparison.limits = comparison.limits or Limits(**found["limits"])
+            comparison.token_bytes, comparison.token_operations = found["token_bytes"], found["token_operations"]
+            comparison.primitives |= {key: tuple(each) for key, each in found["primitives"].items() if whose in key}
+            for name, sides in found["samples"].items():
+                for value in sides.get(whose, []):
+                    comparison.add(name, whose, value)
+                    if sample is not None:
+                        sample(f"{comparison.shape}: {name}: {whose} {value:.4g}")
+                times = comparison.first_token.setdefault(name, {}).setdefault(whose, [])
+                times += found["first_token"][name].get(whose, [])
+                peaks = comparison.peaks.setdefault(name, {})
+                peaks[whose] = max(peaks.get(whose, 0), found["peaks"][name].get(whose, 0))
+
+
+def _model_bytes(config: Mapping[str, Any], bits: int | None) -> float:
+    """About the bytes of a model's weights."""
+    spec = spec_from_config(config)
+    experts = sum(layer.num_experts * layer.parameters_per_expert(spec.hidden_size) for layer in spec.layers)
+    return (spec.num_parameters() - experts) * (2 if bits is None else bits / 8 + 0.06) + experts * 4.25 / 8
+
+
+def _of_a_token(model: Model) -> tuple[int, int]:
+    """Bytes that decoding a token reads, and operations that a prompt's token takes: active weights, each once."""
+    spec, total, experts = model.spec, 0, 0
+    for name, array in tree_flatten(model.parameters()):
+        if ".experts." in name:
+            experts += array.nbytes
+        elif spec.tied_head or "embed_tokens" not in name:
+            total += array.nbytes
+    layer = spec.layers[0]
+    return total + experts * layer.experts_per_token // max(1, layer.num_experts), 2 * spec.num_active_parameters()
+
+
+def _beside_weights(run: Callable[..., Run], prompt: list[int], num_tokens: int) -> Run:
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    found = run(prompt, num_tokens)
+    return replace(found, peak_bytes=max(0, mx.get_peak_memory() - before))
 
 
 def usable_tokens(model: Model) -> int:
@@ -145,17 +292,17 @@ def usable_tokens(model: Model) -> int:
 
 def _measures(
     model: Model, prompt_tokens: int, completion_tokens: int, long_context: int
-) -> dict[str, tuple[list[int], int, int]]:
-    """Name -> (prompt, how many new tokens, which of the two rates), prompts no longer than the context allows."""
+) -> dict[str, tuple[list[int], int]]:
+    """Name -> (prompt, how many new tokens), prompts no longer than the context allows."""
     room = model.context_length
     length, long = min(prompt_tokens, room - 2), min(long_context, room - completion_tokens)
     prompt = random_prompt(model, max(length, long))
     found = {
-        f"prefill of {length}": (prompt[:length], 2, 0),
-        "decode": (prompt[: min(128, length)], completion_tokens, 1),
+        f"prefill of {length}": (prompt[:length], 2),
+        "decode": (prompt[: min(128, length)], completion_tokens),
     }
     if long > 0:
-        found[f"decode after {long}"] = (prompt[:long], completion_tokens, 1)
+        found[f"decode after {long}"] = (prompt[:long], completion_tokens)
     return found
 
 
@@ -165,10 +312,10 @@ def random_prompt(model: Model, length: int) -> list[int]:
     return [(7919 * i + 13) % vocab_size for i in range(length)]
 
 
-def _our_runner(model: Model) -> Callable[..., tuple[float, float]]:
+def _our_runner(model: Model) -> Callable[..., Run]:
     never = SamplingParams(logit_bias=dict.fromkeys(model.spec.eos_tokens, float("-inf")))
 
-    def run(prompt: list[int], num_tokens: int) -> tuple[float, float]:
+    def run(prompt: list[int], num_tokens: int) -> Run:
         arrivals = [time.perf_counter()]
         for _ in stream_generate(model, None, prompt, max_tokens=num_tokens, sampling=never, prefill_chunk=2048):
             arrivals.append(time.perf_counter())
@@ -177,10 +324,10 @@ def _our_runner(model: Model) -> Callable[..., tuple[float, float]]:
     return run
 
 
-def _mlx_lm_runner(model: Any) -> Callable[..., tuple[float, float]]:
+def _mlx_lm_runner(model: Any) -> Callable[..., Run]:
     from mlx_lm.generate import generate_step
 
-    def run(prompt: list[int], num_tokens: int) -> tuple[float, float]:
+    def run(prompt: list[int], num_tokens: int) -> Run:
         arrivals = [time.perf_counter()]
         for _ in generate_step(mx.array(prompt), model, max_tokens=num_tokens):
             arrivals.append(time.perf_counter())
@@ -189,26 +336,28 @@ def _mlx_lm_runner(model: Any) -> Callable[..., tuple[float, float]]:
     return run
 
 
-def _rates(arrivals: list[float], num_prompt_tokens: int) -> tuple[float, float]:
+def _rates(arrivals: list[float], num_prompt_tokens: int) -> Run:
     started, first = arrivals[0], arrivals[1]
     counted = arrivals[1 + LEFT_OUT :] if len(arrivals) > LEFT_OUT + 4 else arrivals[1:]
-    return num_prompt_tokens / (first - started), (len(counted) - 1) / (counted[-1] - counted[0])
+    decode = (len(counted) - 1) / (counted[-1] - counted[0])
+    return Run(num_prompt_tokens / (first - started), decode, first - started, 0)
 
 
-def _primitives(model: Model, other: Any) -> dict[str, tuple[int, int]]:
+def _primitives(model: Model | None, other: Any) -> dict[str, tuple[int, int]]:
     found = {}
-    cache = model.make_cache()
-    mx.eval(prefill(model, random_prompt(model, 8), cache, 512))
-    found["ours, plain"] = decode_primitives(lambda tokens, cache: model(tokens[0], cache=cache)[None], cache)
-    cache = model.make_cache()
-    mx.eval(prefill(model, random_prompt(model, 8), cache, 512))
-    step = CompiledStep(model, cache)
-    found["ours, compiled"] = decode_primitives(lambda tokens, _: step(tokens[0, 0])[None, None], cache)
+    if model is not None:
+        cache = model.make_cache()
+        mx.eval(prefill(model, random_prompt(model, 8), cache, 512))
+        found["ours, plain"] = decode_primitives(lambda tokens, cache: model(tokens[0], cache=cache)[None], cache)
+        cache = model.make_cache()
+        mx.eval(prefill(model, random_prompt(model, 8), cache, 512))
+        step = CompiledStep(model, cache)
+        found["ours, compiled"] = decode_primitives(lambda tokens, _: step(tokens[0, 0])[None, None], cache)
     if other is not None:
         from mlx_lm.models.cache import make_prompt_cache
 
         cache = make_prompt_cache(other)
-        mx.eval(other(mx.array([random_prompt(model, 8)]), cache=cache))
+        mx.eval(other(mx.array([[13, 32, 51, 70, 89, 108, 127, 146]]), cache=cache))
         found["mlx-lm"] = decode_primitives(lambda tokens, cache: cast(Any, other)(tokens, cache=cache), cache)
     return found
 
@@ -246,8 +395,13 @@ def _random_like(name: str, array: mx.array, is_float32: bool) -> mx.array:
 
 
 def _mlx_lm_model(
-    config: Mapping[str, Any], spec: Any, weights: Mapping[str, mx.array], packings: Mapping[str, Quantization]
+    config: Mapping[str, Any],
+    spec: Any,
+    weights: dict[str, mx.array],
+    packings: Mapping[str, Quantization],
+    keeps: bool,
 ) -> Any:
+    """mlx-lm's model with these weights; unless `keeps`, they are taken out of the dictionary one after the other."""
     try:
         from mlx_lm.utils import _get_classes
     except ImportError as error:
@@ -255,9 +409,15 @@ def _mlx_lm_model(
     spelled = gpt_oss_config(spec) if spec.family == "gpt_oss" else dict(config)
     model_class, arguments_class = _get_classes(spelled)
     model: Any = model_class(arguments_class.from_dict(spelled))
-    theirs = {name: array for our_name, array in weights.items() for name, array in _their_parts(our_name, array, spec)}
+    theirs: dict[str, mx.array] = {}
+    for our_name in list(weights):
+        array = weights[our_name] if keeps else weights.pop(our_name)
+        for name, part in _their_parts(our_name, array, spec):
+            theirs[name] = part.astype(mx.bfloat16) if part.dtype == mx.float32 else part
+            mx.eval(theirs[name])
+        del array
     nn.quantize(model, class_predicate=lambda path, _: _their_packing(path, packings, theirs))
-    model.load_weights([(n, a.astype(mx.bfloat16) if a.dtype == mx.float32 else a) for n, a in theirs.items()])
+    model.load_weights(list(theirs.items()))
     model.eval()
     mx.eval(model.parameters())
     return model
@@ -290,3 +450,7 @@ def _their_packing(
 
 def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.4g} [{min(values):.4g} to {max(values):.4g}]"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(compare(**json.loads(sys.argv[1])).as_dict()))

@@ -47,7 +47,8 @@ def forms_of_a_gpu() -> Iterator[None]:
             patches.enter_context(mock.patch.object(mx.fast, name, stand_in))
         for module in (attention, precision, rope):
             patches.enter_context(mock.patch.object(module, "runs_on_cpu", return_value=False))
-        patches.enter_context(mock.patch.object(openelm, "adds_in_products", return_value=True))
+        as_on_metal = precision.Choices(adds_in_products=True)
+        patches.enter_context(mock.patch.object(openelm, "choices", return_value=as_on_metal))
         yield
 
 

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..decoding.compiled_step import CompiledStep
+from ..decoding.sampling import SamplingParams
 from ..decoding.step import PlainStep
 from ..generate import prefill, stream_generate
 from ..loading import load
@@ -157,6 +158,25 @@ def check_streamed_experts() -> str:
     return f"bit-identical with {', '.join(seen)}"
 
 
+def check_fences() -> str:
+    """A slot is overwritten only when its readers are done: with the fewest slots, while tokens are decoded, bit for bit."""
+    known, _ = load("demo-gpt-oss")
+    model, _ = load("demo-gpt-oss", expert_slots=4)
+    prompt, length = [each % 4000 for each in range(0, 97 * 40, 97)], 48
+    never = SamplingParams(logit_bias=dict.fromkeys(known.spec.eos_tokens, float("-inf")))
+    expected, found = (
+        [chunk.token for chunk in stream_generate(each, None, prompt, max_tokens=length, sampling=never)]
+        for each in (known, model)
+    )
+    if found != expected:
+        first = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
+        raise CheckFailed(f"with 4 of 16 experts the answer differs from token {first} on")
+    return (
+        f"{len(found)} tokens with 4 of 16 experts are those with all of them; {model.residency.statistics().evictions:,} "
+        "experts made room for others meanwhile"
+    )
+
+
 def check_compiled_step() -> str:
     """One compiled graph a token gives the logits of the plain step, across the window and from one bucket to the next."""
     largest = 0.0
@@ -197,6 +217,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "the demos' answers": check_answers,
     "NumPy views": check_views,
     "streamed experts": check_streamed_experts,
+    "fences": check_fences,
     "compiled step": check_compiled_step,
     "wired limit": check_wired_limit,
 }

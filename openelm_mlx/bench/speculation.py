@@ -7,13 +7,16 @@ verification timed alone, and plain steps for the rest), or 1 where that is less
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
 
 from ..decoding.compiled_step import make_step
 from ..decoding.drafts import Drafts
@@ -23,6 +26,7 @@ from ..decoding.speculation_gain import Gain
 from ..decoding.speculative import Guided, Speculative
 from ..decoding.step import Step
 from ..decoding.tokens import Choice, one_by_one
+from ..models.openelm import OpenELM
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -64,6 +68,11 @@ class SpeculationResult:
     def efficiency(self) -> float:
         return self.gain / self.allowed_gain
 
+    def as_dict(self) -> dict[str, Any]:
+        """The measurement for machines."""
+        derived = {"gain": self.gain, "allowed_gain": self.allowed_gain, "efficiency": self.efficiency}
+        return {**asdict(self), **derived}
+
 
 class _Always(Gain):
     """Guesses in every round, as many tokens as may be."""
@@ -103,6 +112,65 @@ def measure_speculation(
     draft_ms, verify_ms = (median(each) for each in zip(*costs, strict=True))
     return SpeculationResult(
         plain, always_tps, watched, num_tokens, rounds, drafted, accepted, 1e3 / plain, draft_ms, verify_ms
+    )
+
+
+def made_pair(model: OpenELM, times: int = 4, bits: int = 4) -> tuple[OpenELM, OpenELM]:
+    """A larger and a smaller OpenELM out of one, to measure guessing with where no such pair was trained.
+
+    The larger one has `times` as many layers, of which the new ones add nothing: their last matrices are zeros, so that they
+    cost what a trained layer costs and leave the residual stream as it is. The smaller one is the model itself in `bits`
+    bits. So guesses are as often right as those of a good draft model, at the price that a model pays for depth.
+    """
+    spec = model.spec
+    known = _unpacked_parameters(model)
+    larger = OpenELM(replace(spec, layers=spec.layers * times))
+    weights = []
+    for name, _ in tree_flatten(larger.parameters()):
+        number = re.fullmatch(r"transformer\.layers\.(\d+)\.(.*)", name)
+        if number is None or int(number[1]) < len(spec.layers):
+            weights.append((name, known[name]))
+            continue
+        like = known[f"transformer.layers.{int(number[1]) % len(spec.layers)}.{number[2]}"]
+        adds = number[2] in ("attn.out_proj.weight", "ffn.proj_2.weight")
+        weights.append((name, mx.zeros(like.shape, like.dtype) if adds else like))
+    larger.load_weights(weights)
+    smaller = OpenELM(spec)
+    smaller.load_weights(list(known.items()))
+    nn.quantize(smaller, group_size=64, bits=bits)
+    for each in (larger, smaller):
+        each.context_length = model.context_length
+        each.eval()
+        mx.eval(each.parameters())
+    return larger, smaller
+
+
+def _unpacked_parameters(model: OpenELM) -> dict[str, mx.array]:
+    """A model's parameters under the names that they have when nothing is packed."""
+    found = dict(tree_flatten(model.parameters()))
+    dtype = model.transformer.norm.weight.dtype
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            weight, scales, biases = (found.pop(f"{name}.{part}", None) for part in ("weight", "scales", "biases"))
+            assert weight is not None
+            assert scales is not None
+            plain = mx.dequantize(
+                weight, scales, biases, group_size=module.group_size, bits=module.bits, mode=module.mode
+            )
+            found[f"{name}.weight"] = plain.astype(dtype)
+    return found
+
+
+def speculation_lines(name: str, found: SpeculationResult) -> Iterator[str]:
+    """A measurement for people."""
+    yield (
+        f"{name}: {found.speculative_tps:,.0f} tokens/s, plain steps {found.plain_tps:,.0f}: {found.gain:.2f} times; "
+        f"{found.allowed_gain:.2f} times is what costs and acceptance allow, so {found.efficiency:.0%} of it"
+    )
+    yield (
+        f"{name}: {found.accepted_tokens} of {found.drafted_tokens} guesses right in {found.rounds} rounds; a plain step takes "
+        f"{found.plain_ms:.3g} ms, a guess {found.draft_ms:.3g} ms, a verification {found.verify_ms:.3g} ms; guessing in "
+        f"every round {found.always_tps:,.0f} tokens/s"
     )
 
 

@@ -6,8 +6,15 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from ..errors import SettingError
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..bench.benchmark import Figure
+
+# What a model that knows a dictionary is asked in `--speculation`.
+_WORDS = ("banjo", "piano", "river", "teacher", "hammer", "cathedral")
 
 HELP = "measure speed and memory on this machine, beside mlx-lm in the same run"
 
@@ -38,13 +45,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=60.0, metavar="S", help="with --random: begin no round after S seconds"
     )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="with --random: each run in a process of its own (as is done anyway when both models do not fit)",
+    )
+    parser.add_argument(
+        "--speculation",
+        action="store_true",
+        help="measure what guessing ahead gains instead: by looking up, and with --draft-model; of demo-openelm, four times "
+        "as deep, guessed for by itself in 4 bits",
+    )
+    parser.add_argument("--draft-model", metavar="SOURCE", help="with --speculation: a smaller model that guesses")
+    parser.add_argument("--chart", metavar="FILE", help="draw the rates of both sides into a .png or .svg file")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every sample")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print. Returns 0 when every figure is within its limit, else 1."""
+    from ..bench.chart import check_chart, draw_bars
+
+    chart = check_chart(args.chart)
+    if args.speculation:
+        return run_speculation(args)
+    if args.draft_model is not None:
+        raise SettingError("--draft-model is for --speculation here: add it, or leave --draft-model out.")
     if args.random is not None:
-        return run_random(args)
+        return run_random(args, chart)
     from ..bench.benchmark import Settings, figures_as_json, machine_description, run_benchmark
 
     settings = Settings(args.model, args.prompt_tokens, args.completion_tokens, args.rounds, args.against == "mlx-lm")
@@ -58,10 +85,49 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.flush()
     if args.json:
         print(figures_as_json(figures))
+    if chart is not None:
+        rates = [figure for figure in figures if figure.unit == "tokens/s"]
+        sides = {each.name: {"ours": each.samples, **_theirs(each)} for each in rates}
+        draw_bars(chart, f"{args.model} on {machine_description()}", sides)
     return 0 if all(figure.is_met is not False for figure in figures) else 1
 
 
-def run_random(args: argparse.Namespace) -> int:
+def run_speculation(args: argparse.Namespace) -> int:
+    """Measure guessing. Returns 0 when it gains nine tenths of what could be gained, and never loses more than 3 %."""
+    import json
+
+    from ..bench.benchmark import machine_description
+    from ..bench.speculation import made_pair, measure_speculation, speculation_lines
+    from ..decoding.drafts import DraftModel, Drafts, PromptLookup
+    from ..generate import encode_prompt
+    from ..loading import load
+    from ..models.openelm import OpenELM
+
+    model, tokenizer = load(args.model)
+    drafts: dict[str, Drafts] = {"looked up": PromptLookup()}
+    if args.draft_model is not None:
+        small, small_tokenizer = load(args.draft_model)
+        drafts["draft model"] = DraftModel(small, small_tokenizer)
+    elif args.model == "demo-openelm" and isinstance(model, OpenELM):
+        model, small = made_pair(model)
+        drafts["draft model"] = DraftModel(small, tokenizer)
+    for draft in drafts.values():
+        draft.check(model, tokenizer)
+    prompts = [encode_prompt(model, tokenizer, f"What is a {word}?").tokens for word in _WORDS]
+    found = {}
+    if not args.json:
+        print(f"{args.model} on {machine_description()}")
+    for name, draft in drafts.items():
+        found[name] = measure_speculation(model, draft, prompts, args.completion_tokens, args.rounds)
+        if not args.json:
+            print("\n".join(speculation_lines(name, found[name])), flush=True)
+    if args.json:
+        results = {name: each.as_dict() for name, each in found.items()}
+        print(json.dumps({"machine": machine_description(), "model": args.model, "results": results}))
+    return 0 if all(each.efficiency >= 0.9 and each.gain >= 0.97 for each in found.values()) else 1
+
+
+def run_random(args: argparse.Namespace, chart: Path | None) -> int:
     """Compare random weights of one shape. Returns 0 when both sides ran."""
     import json
 
@@ -81,6 +147,7 @@ def run_random(args: argparse.Namespace) -> int:
         args.long_context,
         args.against == "mlx-lm",
         lambda sentence: print(sentence, file=sys.stderr, flush=True),
+        apart=True if args.apart else None,
     )
     if args.json:
         print(json.dumps({"machine": machine_description(), "disturbances": disturbances(), **found.as_dict()}))
@@ -89,6 +156,10 @@ def run_random(args: argparse.Namespace) -> int:
         for sentence in disturbances():
             print(f"(note: {sentence})")
         print("\n".join(found.lines()))
+    if chart is not None and found.samples:
+        from ..bench.chart import draw_bars
+
+        draw_bars(chart, f"{args.random} on {machine_description()}", found.samples)
     return 0 if found.error is None else 1
 
 
@@ -100,6 +171,10 @@ def line(figure: Figure) -> str:
     if figure.limit is not None:
         text += f"   (asked: {figure.limit}{'' if figure.is_met else ', MISSED'})"
     return text
+
+
+def _theirs(figure: Figure) -> dict[str, list[float]]:
+    return {} if figure.mlx_lm_samples is None else {"mlx-lm": figure.mlx_lm_samples}
 
 
 def _range(samples: list[float]) -> str:

@@ -13,6 +13,7 @@ HELP = "check on this machine what nobody could check on it, and print a report"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--only", metavar="TEXT", help="only the checks whose name has this in it")
+    parser.add_argument("--no-timings", action="store_true", help="check only: time nothing and store nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -41,8 +42,31 @@ def run(args: argparse.Namespace) -> int:
             print(f"{word} {outcome.name} ({outcome.seconds:.1f} s): {outcome.detail}")
             sys.stdout.flush()
     failed = sum(outcome.passed is False for outcome in outcomes)
+    # What is wrong must not be made fast; and whoever asks for one check wants no others.
+    timings, file = [], None
+    if not failed and args.only is None and not args.no_timings:
+        from ..bench.alternatives import time_alternatives, winners
+        from ..memory.choices import store_choices
+
+        timings = time_alternatives()
+        file = store_choices(winners(timings)) if timings else None
     if args.json:
-        print(json.dumps({"machine": machine_description(), "outcomes": [vars(outcome) for outcome in outcomes]}))
+        print(
+            json.dumps(
+                {
+                    "machine": machine_description(),
+                    "outcomes": [vars(outcome) for outcome in outcomes],
+                    "timings": [each.as_dict() for each in timings],
+                    "file": None if file is None else str(file),
+                }
+            )
+        )
     else:
+        for timing in timings:
+            print(f"timed  {timing.line()}")
+        if file is not None:
+            print(
+                f"These choices hold from now on; they are kept in {file}, and the defaults return when it is deleted."
+            )
         print(f"{len(outcomes)} checks, {failed} failed. Please paste all of this into an issue when one failed.")
     return 1 if failed else 0

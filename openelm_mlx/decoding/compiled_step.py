@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..models.attention import Mask
 from ..models.cache import Cache
-from ..models.precision import runs_on_cpu
+from ..models.precision import choices
 from .sampling import Sampler
 from .step import PlainStep, Step
 from .streamed_step import StreamedStep
@@ -70,11 +70,11 @@ def make_step(model: Model, cache: Cache) -> Step:
     """The fastest step for a model here.
 
     On the CPU backend that is the plain one, unless experts are streamed: there `mx.compile` calls the machine's C++
-    compiler and saves nothing.
+    compiler and saves nothing. On a GPU it is the compiled one, unless it was found slower (`selfcheck`).
     """
     if model.residency is not None:
         return StreamedStep(model, cache)
-    return PlainStep(model, cache) if runs_on_cpu() else CompiledStep(model, cache)
+    return CompiledStep(model, cache) if choices().compiled_step else PlainStep(model, cache)
 
 
 class _Pieces:

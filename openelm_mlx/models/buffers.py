@@ -7,10 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..specs import kv_places
-
-# On CUDA MLX takes cuDNN for one token where a buffer has a multiple of 256 places, which is four times as slow as its
-# own kernel over 8,192 tokens (docs/LOG.md).
-SPARE_PLACES = 8
+from .precision import choices
 
 
 class Snapshot(NamedTuple):
@@ -47,6 +44,6 @@ def write(buffer: mx.array, places: slice, new: mx.array) -> None:
 def grown(buffer: mx.array, used: int, needed: int, context_length: int | None = None) -> mx.array:
     """A copy of the first `used` tokens of `buffer` (B, K, T, D) with at least `needed` places."""
     batch, heads, _, head_dim = buffer.shape
-    places = kv_places(needed, context_length) + (SPARE_PLACES if mx.cuda.is_available() else 0)
+    places = kv_places(needed, context_length) + choices().spare_places
     more = mx.zeros((batch, heads, places - used, head_dim), buffer.dtype)
     return more if used == 0 else mx.concatenate([buffer[..., :used, :], more], axis=2)

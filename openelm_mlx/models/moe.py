@@ -15,7 +15,7 @@ import numpy as np
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
-from .precision import linear, one_kernel, widen
+from .precision import choices, linear, one_kernel, widen
 
 # From so many (token, expert) routes on, sorting them by expert pays: each expert's weights are then read once and used
 # for a block of rows. Only shapes decide, so that the same prompt always takes the same path.
@@ -35,11 +35,8 @@ def uses_tiles(num_routes: int, num_experts: int) -> bool:
 
 
 def rows_in_a_tile() -> int:
-    """The number whose multiples a matrix's rows should be for a sorted product; 1 where it does not matter.
-
-    Measured on MLX's CUDA backend. The CPU backend has no tiles, and of Metal's kernels nothing is measured yet.
-    """
-    return 128 if mx.cuda.is_available() else 1
+    """The number whose multiples a matrix's rows should be for a sorted product; 1 where it does not matter."""
+    return choices().rows_in_a_tile
 
 
 class RoutedExperts(Protocol):

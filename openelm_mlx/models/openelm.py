@@ -16,7 +16,7 @@ from . import block
 from .attention import causal_mask, merge_heads, split_heads
 from .block import Settle
 from .cache import Cache, make_cache
-from .precision import adds_in_products, one_kernel
+from .precision import choices, one_kernel
 from .rope import Rotation
 
 
@@ -202,7 +202,7 @@ def plus_linear(residual: mx.array, module: nn.Module, x: mx.array) -> mx.array:
     Elsewhere two. The CPU's BLAS would add each product to the residual itself, which is larger: less exact, and no faster;
     CUDA would leave its fast kernel for one row and be slower (docs/LOG.md).
     """
-    if type(module) is nn.Linear and "bias" not in module and adds_in_products():
+    if type(module) is nn.Linear and "bias" not in module and choices().adds_in_products:
         return mx.addmm(residual, x, module.weight.T)
     return residual + module(x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -18,21 +19,55 @@ def runs_on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
-def adds_in_products() -> bool:
-    """Whether a product of a matrix and one row adds something in the same kernel at no cost: so Metal's is written.
+@dataclass(frozen=True)
+class Choices:
+    """What is the same arithmetic either way and faster in one of them, which one being a matter of the machine.
 
-    What that gains there was not measured.
+    rows_in_a_tile: the number whose multiples an expert's rows are made in memory (1: as they are). spare_places: how many
+    places more than needed a cache's buffer has. compiled_step: decode in compiled pieces. adds_in_products: the residual
+    stream is added in the product's own kernel. bias_apart: the bias of a single row is added in a kernel of its own.
     """
-    return mx.metal.is_available() and not runs_on_cpu()
+
+    rows_in_a_tile: int = 1
+    spare_places: int = 0
+    compiled_step: bool = True
+    adds_in_products: bool = False
+    bias_apart: bool = False
+
+
+def default_choices() -> Choices:
+    """What is chosen where nobody has measured (`selfcheck` does): by the backend.
+
+    CUDA, measured on an H200 (docs/LOG.md): a sorted product over 2,880 rows took ten times as long as over 2,944; for one
+    token over a multiple of 256 places MLX takes cuDNN, which is four times as slow as its own kernel; and a product with a
+    bias goes through cublasLt, which takes longer than MLX's own kernel for one row and the sum. Metal: nothing is measured;
+    its product with one row is written so that a sum costs nothing. The CPU backend is slower compiled, and its BLAS would
+    add each product to the residual stream itself, which is larger: less exact.
+    """
+    if runs_on_cpu():
+        return Choices(compiled_step=False)
+    if mx.cuda.is_available():
+        return Choices(rows_in_a_tile=128, spare_places=8, bias_apart=True)
+    return Choices(adds_in_products=True)
+
+
+_chosen: Choices | None = None
+
+
+def choices() -> Choices:
+    """What holds now: what `use_choices` was given, or the backend's defaults."""
+    return default_choices() if _chosen is None else _chosen
+
+
+def use_choices(chosen: Choices | None) -> None:
+    """Let these hold for every model that is loaded from now on; None: the defaults."""
+    global _chosen
+    _chosen = chosen
 
 
 def linear(module: Any, x: mx.array) -> mx.array:
-    """module(x), a linear layer's; on CUDA the bias of a single row is added apart.
-
-    MLX's product with a sum goes through cublasLt there, which takes longer than its own kernel for one row and the sum
-    (docs/LOG.md).
-    """
-    if type(module) is nn.Linear and "bias" in module and x.size == x.shape[-1] and mx.cuda.is_available():
+    """module(x), a linear layer's; the bias of a single row is added apart where that is faster (`Choices`)."""
+    if type(module) is nn.Linear and "bias" in module and x.size == x.shape[-1] and choices().bias_apart:
         return x @ module.weight.T + module.bias
     result: mx.array = module(x)
     return result

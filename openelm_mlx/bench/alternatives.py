@@ -1,0 +1,204 @@
+"""Equal ways to the same numbers, timed against each other on this machine, so that it takes the faster ones.
+
+Each was chosen by measurement on one machine and need not be right on another. Both ways of a pair run in turns; the one
+that is the default stays unless the other one is clearly faster. On the CPU backend there is nothing to choose.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..checkpoint.released import released_openelm_config
+from ..decoding.compiled_step import CompiledStep
+from ..decoding.prefill import prefill
+from ..decoding.step import PlainStep
+from ..models import build_model
+from ..models.precision import Choices, default_choices, runs_on_cpu
+from ..specs import spec_from_config
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+# A way that is not the default has to be faster by this much.
+MARGIN = 0.05
+_ROUNDS = 7
+# So many products in one graph: one alone is over before the host is.
+_IN_A_ROW = 32
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One choice: seconds of each way (medians), the default, and the winner."""
+
+    name: str
+    seconds: Mapping[Any, float]
+    default: Any
+    winner: Any
+
+    def line(self) -> str:
+        """The timing for people."""
+        ways = ", ".join(f"{way}: {1e6 * each:,.1f} us" for way, each in self.seconds.items())
+        kept = "as before" if self.winner == self.default else f"instead of {self.default}"
+        return f"{self.name}: {ways}; takes {self.winner}, {kept}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "seconds": {str(way): each for way, each in self.seconds.items()}}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed: the widths of gpt-oss-20b and of OpenELM-1.1B unless a test asks for less."""
+
+    hidden: int = 2880
+    inner: int = 2880
+    experts: int = 8
+    routes: int = 1024
+    heads: int = 64
+    kv_heads: int = 8
+    head_dim: int = 64
+    places: int = 8192
+    layers: int = 4
+    tokens: int = 32
+
+
+def time_alternatives(sizes: Sizes | None = None) -> list[Timing]:
+    """Every choice, timed; none on the CPU backend."""
+    if runs_on_cpu():
+        return []
+    sizes, defaults, found = Sizes() if sizes is None else sizes, default_choices(), []
+    for name, make in _ALTERNATIVES.items():
+        ways = make(sizes)
+        seconds = _in_turns(ways)
+        default = getattr(defaults, name)
+        fastest = min(seconds, key=lambda way: seconds[way])
+        is_clear = seconds[fastest] < (1 - MARGIN) * seconds[default]
+        found.append(Timing(name, seconds, default, fastest if is_clear else default))
+    return found
+
+
+def winners(timings: list[Timing]) -> Choices:
+    """The choices that they say."""
+    return replace(default_choices(), **{each.name: each.winner for each in timings})
+
+
+def _in_turns(ways: Mapping[Any, Callable[[], None]]) -> dict[Any, float]:
+    times: dict[Any, list[float]] = {way: [] for way in ways}
+    for number in range(_ROUNDS + 1):
+        for way in sorted(ways, reverse=bool(number % 2)):
+            mx.synchronize()
+            started = time.perf_counter()
+            ways[way]()
+            if number:  # the first one compiles
+                times[way].append(time.perf_counter() - started)
+    return {way: statistics.median(each) for way, each in times.items()}
+
+
+def _rows(sizes: Sizes) -> dict[Any, Callable[[], None]]:
+    """A prompt's sorted product with experts whose rows are as they are, or whole tiles."""
+    x = mx.random.normal((sizes.routes, 1, sizes.inner)).astype(mx.bfloat16)
+    experts = mx.sort(mx.random.randint(0, sizes.experts, (sizes.routes,))).astype(mx.uint32)
+
+    def product(tile: int) -> Callable[[], None]:
+        rows = sizes.hidden + -sizes.hidden % tile
+        weight = mx.random.normal((sizes.experts, rows, sizes.inner)).astype(mx.bfloat16)
+        packed, scales, *_ = mx.quantize(weight, 32, 4, mode="mxfp4")
+        mx.eval(x, experts, packed, scales)
+        return lambda: mx.eval(
+            mx.gather_qmm(
+                x, packed, scales, None, rhs_indices=experts, transpose=True, group_size=32, bits=4, mode="mxfp4",
+                sorted_indices=True,
+            )
+        )  # fmt: skip
+
+    return {1: product(1), 128: product(128)}
+
+
+def _places(sizes: Sizes) -> dict[Any, Callable[[], None]]:
+    """One token's attention over a long cache whose buffer has just the places, or some more."""
+    queries = mx.random.normal((1, sizes.heads, 1, sizes.head_dim)).astype(mx.bfloat16)
+    sinks = mx.zeros((sizes.heads,), mx.bfloat16)
+
+    def attention(spare: int) -> Callable[[], None]:
+        shape = (1, sizes.kv_heads, sizes.places + spare, sizes.head_dim)
+        keys, values = (mx.random.normal(shape).astype(mx.bfloat16) for _ in range(2))
+        mx.eval(queries, keys, values, sinks)
+
+        def run() -> None:
+            k, v = keys[..., : sizes.places, :], values[..., : sizes.places, :]
+            out = queries
+            for _ in range(_IN_A_ROW):
+                out = mx.fast.scaled_dot_product_attention(out, k, v, scale=0.125, sinks=sinks)
+            mx.eval(out)
+
+        return run
+
+    return {0: attention(0), 8: attention(8)}
+
+
+def _compiled(sizes: Sizes) -> dict[Any, Callable[[], None]]:
+    """Some tokens of an OpenELM of a few layers."""
+    spec = spec_from_config(released_openelm_config("1.1B"))
+    model = build_model(replace(spec, layers=spec.layers[: sizes.layers]))
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+
+    def decode(make: Callable[[Model, Any], Any]) -> Callable[[], None]:
+        def run() -> None:
+            cache = model.make_cache()
+            token = mx.argmax(prefill(model, list(range(3, 35)), cache, 512))
+            step = make(model, cache)
+            for _ in range(sizes.tokens):
+                token = mx.argmax(step(token))
+                mx.async_eval(token)
+            mx.eval(token)
+
+        return run
+
+    return {False: decode(PlainStep), True: decode(CompiledStep)}
+
+
+def _sums(sizes: Sizes) -> dict[Any, Callable[[], None]]:
+    """A row times a matrix, added to another row, in one kernel or in two."""
+    matrix = mx.random.normal((sizes.hidden, sizes.hidden)).astype(mx.bfloat16) * sizes.hidden**-0.5
+    row = mx.random.normal((1, sizes.hidden)).astype(mx.bfloat16)
+    mx.eval(matrix, row)
+    return {
+        False: _repeated(row, lambda out: row + out @ matrix.T),
+        True: _repeated(row, lambda out: mx.addmm(row, out, matrix.T)),
+    }
+
+
+def _biases(sizes: Sizes) -> dict[Any, Callable[[], None]]:
+    """A row times a matrix, and a bias, in one call or in two."""
+    matrix = mx.random.normal((sizes.hidden, sizes.hidden)).astype(mx.bfloat16) * sizes.hidden**-0.5
+    row, bias = (mx.random.normal((1, sizes.hidden)).astype(mx.bfloat16) for _ in range(2))
+    mx.eval(matrix, row, bias)
+    return {
+        False: _repeated(row, lambda out: mx.addmm(bias[0], out, matrix.T)),
+        True: _repeated(row, lambda out: out @ matrix.T + bias[0]),
+    }
+
+
+def _repeated(start: mx.array, step: Callable[[mx.array], mx.array]) -> Callable[[], None]:
+    def run() -> None:
+        out = start
+        for _ in range(_IN_A_ROW):
+            out = step(out)
+        mx.eval(out)
+
+    return run
+
+
+_ALTERNATIVES: dict[str, Callable[[Sizes], dict[Any, Callable[[], None]]]] = {
+    "rows_in_a_tile": _rows,
+    "spare_places": _places,
+    "compiled_step": _compiled,
+    "adds_in_products": _sums,
+    "bias_apart": _biases,
+}

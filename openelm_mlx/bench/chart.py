@@ -1,0 +1,67 @@
+"""A comparison as a picture: a bar for each side of a measure, its median with the spread of the samples."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..errors import DestinationError, SettingError
+
+TYPES = (".png", ".svg")
+_COLOURS = {"ours": "#3b7dd8", "mlx-lm": "#b9c0c9"}
+
+Samples = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def check_chart(file: str | None) -> Path | None:
+    """The file of a chart, before anything is measured. Raises SettingError for a type that is none."""
+    if file is None:
+        return None
+    path = Path(file)
+    if path.suffix not in TYPES:
+        raise SettingError(f"--chart {file}: the name must end in {' or '.join(TYPES)}.")
+    if not path.absolute().parent.is_dir():
+        raise SettingError(f"--chart {file}: there is no folder {path.absolute().parent}; make it first.")
+    try:
+        import matplotlib  # noqa: F401, ICN001 - only whether it is there
+    except ImportError:
+        raise SettingError("A chart needs matplotlib: pip install 'openelm_mlx[chart]'.") from None
+    return path
+
+
+def draw_bars(file: Path, title: str, samples: Samples) -> None:
+    """A group of bars for each measure (name -> whose -> tokens a second), one below the other, each on its own scale."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, rows = plt.subplots(len(samples), 1, figsize=(7.5, 0.6 + 1.15 * len(samples)), squeeze=False)
+    for axes, (measure, sides) in zip(rows[:, 0], samples.items(), strict=True):
+        for y, (whose, values) in enumerate(sorted(sides.items(), reverse=True)):
+            median = statistics.median(values)
+            spread = [[median - min(values)], [max(values) - median]]
+            axes.barh(
+                y, median, xerr=spread, height=0.7, color=_COLOURS.get(whose, "#888888"), ecolor="#333333", capsize=3
+            )
+            axes.text(0, y, f"  {whose} {median:,.4g}", va="center", ha="left", fontsize=8, color="black")
+        axes.set_yticks([])
+        axes.set_title(f"{measure}{_times(sides)}", fontsize=9, loc="left")
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    rows[-1, 0].set_xlabel("tokens a second: the median, and the least to the most", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise DestinationError(f"The chart cannot be written to {file}: {error.strerror}.") from error
+    finally:
+        plt.close(figure)
+
+
+def _times(sides: Mapping[str, Sequence[float]]) -> str:
+    if not sides.get("ours") or not sides.get("mlx-lm"):
+        return ""
+    return f": {statistics.median(sides['ours']) / statistics.median(sides['mlx-lm']):.2f} times"

@@ -1,0 +1,142 @@
+"""Equal ways timed against each other, what is stored of it, and who goes by it."""
+
+import json
+from dataclasses import asdict, replace
+
+import mlx.core as mx
+import pytest
+
+import openelm_mlx as om
+from openelm_mlx.bench import alternatives
+from openelm_mlx.bench.alternatives import Sizes, Timing, time_alternatives, winners
+from openelm_mlx.commands import main
+from openelm_mlx.decoding.compiled_step import CompiledStep, make_step
+from openelm_mlx.decoding.step import PlainStep
+from openelm_mlx.memory import choices as kept
+from openelm_mlx.memory import stored
+from openelm_mlx.models import precision
+from openelm_mlx.models.buffers import grown
+from openelm_mlx.models.moe import rows_in_a_tile
+from openelm_mlx.models.precision import Choices, use_choices
+
+SMALL = Sizes(
+    hidden=96, inner=64, experts=4, routes=64, heads=4, kv_heads=2, head_dim=32, places=256, layers=1, tokens=2
+)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENELM_MLX_CACHE", str(tmp_path / "cache"))
+    yield
+    use_choices(None)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As on Metal, where computing here stands for the GPU's."""
+    for module in (precision, alternatives, kept):
+        monkeypatch.setattr(module, "runs_on_cpu", lambda: False)
+
+
+def test_on_the_cpu_there_is_nothing_to_choose():
+    assert time_alternatives(SMALL) == []
+    assert kept.stored_choices() is None
+    kept.store_choices(Choices(spare_places=8))
+    assert kept.stored_choices() is None
+
+
+@pytest.mark.parametrize("name", alternatives._ALTERNATIVES)
+def test_both_ways_give_the_same_numbers(name, on_a_gpu, monkeypatch):
+    """What is timed must be the same arithmetic, or the faster one would be another model."""
+    results = []
+    real = mx.eval
+    monkeypatch.setattr(alternatives.mx, "eval", lambda *arrays: (results.append(arrays[-1]), real(*arrays))[1])
+    mx.random.seed(0)
+    ways = alternatives._ALTERNATIVES[name](SMALL)
+    assert len(ways) == 2
+    if name == "spare_places":  # their caches are drawn apart
+        return
+    outs = []
+    for run in ways.values():
+        results.clear()
+        run()
+        outs.append(results[-1])
+    if name == "rows_in_a_tile":
+        assert [each.shape[-1] for each in outs] == [96, 128]
+        return
+    assert mx.allclose(outs[0].astype(mx.float32), outs[1].astype(mx.float32), rtol=0.1, atol=0.25)
+
+
+def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(
+        alternatives, "_in_turns", lambda ways: {0: 1.0, 8: 0.94} if 8 in ways else {False: 0.96, True: 1.0}
+    )
+    monkeypatch.setattr(alternatives, "_ALTERNATIVES", {
+        "spare_places": lambda _: {0: None, 8: None}, "adds_in_products": lambda _: {False: None, True: None},
+    })  # fmt: skip
+    found = time_alternatives(SMALL)
+    assert [(each.name, each.default, each.winner) for each in found] == [
+        ("spare_places", 0, 8), ("adds_in_products", True, True),
+    ]  # fmt: skip
+    assert winners(found) == replace(precision.default_choices(), spare_places=8)
+    assert "takes 8, instead of 0" in found[0].line()
+    assert "as before" in found[1].line()
+    json.dumps([each.as_dict() for each in found])
+
+
+def test_every_choice_has_a_timing_and_a_set_of_values():
+    assert set(alternatives._ALTERNATIVES) == set(asdict(Choices())) == set(kept._ALLOWED)
+
+
+def test_what_is_stored_holds_from_the_next_model_on(on_a_gpu):
+    assert kept.stored_choices() is None
+    kept.store_choices(Choices(rows_in_a_tile=64, spare_places=8, compiled_step=False, bias_apart=True))
+    chosen = kept.stored_choices()
+    assert chosen == Choices(64, 8, False, False, True)
+    use_choices(chosen)
+    assert rows_in_a_tile() == 64
+    assert grown(mx.zeros((1, 1, 0, 8)), 0, 10).shape[2] == 264
+    model, _ = om.load("demo-openelm", dtype="float32")
+    assert rows_in_a_tile() == 64
+    assert isinstance(make_step(model, model.make_cache()), PlainStep)
+    use_choices(replace(chosen, compiled_step=True))
+    assert isinstance(make_step(model, model.make_cache()), CompiledStep)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"rows_in_a_tile": 7}, {"spare_places": True}, {"compiled_step": "no"}, {"bias_apart": 1}]
+)
+def test_values_that_nobody_stored_are_not_used(values, on_a_gpu):
+    stored.store("choices", values)
+    assert kept.stored_choices() is None
+
+
+def test_the_self_check_times_and_stores_when_all_is_well(on_a_gpu, monkeypatch, capsys):
+    from openelm_mlx.bench import selfcheck
+
+    monkeypatch.setattr(selfcheck, "CHECKS", {"one": lambda: "fine"})
+    timing = Timing("spare_places", {0: 2e-6, 8: 1e-6}, 0, 8)
+    monkeypatch.setattr(alternatives, "time_alternatives", lambda: [timing])
+    assert main(["selfcheck", "--no-timings"]) == 0
+    assert "timed" not in capsys.readouterr().out
+    assert kept.stored_choices() is None
+    assert main(["selfcheck"]) == 0
+    out = capsys.readouterr().out
+    assert "timed  spare_places: 0: 2.0 us, 8: 1.0 us; takes 8, instead of 0" in out
+    assert kept.stored_choices().spare_places == 8
+    assert main(["selfcheck", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["timings"][0]["winner"] == 8
+    assert report["file"]
+
+
+def test_a_self_check_that_failed_stores_nothing(on_a_gpu, monkeypatch, capsys):
+    from openelm_mlx.bench import selfcheck
+
+    def fails():
+        raise selfcheck.CheckFailed("broken")
+
+    monkeypatch.setattr(selfcheck, "CHECKS", {"one": fails})
+    monkeypatch.setattr(alternatives, "time_alternatives", lambda: pytest.fail("timed"))
+    assert main(["selfcheck"]) == 1
+    assert "FAILED" in capsys.readouterr().out

@@ -7,7 +7,8 @@ import pytest
 import openelm_mlx as om
 from openelm_mlx.agents import chat as chat_module
 from openelm_mlx.agents.calculator import calculator
-from openelm_mlx.agents.chat import Answer, Done, Reasoning, ToolCall, ToolResult
+from openelm_mlx.agents.chat import Answer, Done, Notice, Reasoning, ToolCall, ToolResult
+from openelm_mlx.agents.tool import FunctionTool
 from openelm_mlx.errors import DestinationError, PromptError, SettingError, TokenizerError
 from openelm_mlx.generate import Chunk
 from openelm_mlx.text.conversation import Message
@@ -291,3 +292,40 @@ def test_settings_that_cannot_be(gpt_oss, openelm):
         om.Chat(gpt_oss[0], None)
     with pytest.raises(PromptError, match="empty"):
         om.Chat(*gpt_oss).stream("  ")
+
+
+def test_a_saved_chat_that_breaks_a_rule_is_refused_when_it_is_loaded(scripted, tmp_path):
+    chat = scripted()
+    saved = {"openelm_mlx_chat": 1, "instructions": None, "reasoning_effort": None}
+    cases = {
+        '[{"role": "narrator", "content": "x"}]': "Message 1 has role 'narrator'",
+        '[{"role": "user", "content": 7}]': "content of message 1 is 7",
+        '[{"role": "tool", "name": "functions.f", "content": "x"}]': "no message before it calls",
+        '[{"role": "user"}]': "its parts have other names or kinds",
+        '"x"': "its parts have other names or kinds",
+    }
+    for messages, said in cases.items():
+        (tmp_path / "bad.json").write_text(json.dumps({**saved, "messages": json.loads(messages)}))
+        with pytest.raises(PromptError, match="bad.json") as caught:
+            chat.load(tmp_path / "bad.json")
+        assert said in str(caught.value)
+        assert "__init__" not in str(caught.value)
+    for content, said in (("{", "it is no JSON"), ("{}", "'openelm_mlx_chat' is missing")):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(PromptError, match=said):
+            chat.load(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(PromptError, match="it is no text"):
+        chat.load(tmp_path / "bad.json")
+    assert not chat.messages
+
+
+def test_a_server_s_schema_that_cannot_be_followed_is_told_once(scripted):
+    schema = {"type": "object", "properties": {"a": {"type": "string", "not": {"const": "x"}}}}
+    tool = FunctionTool(print, "show", "", schema, None)
+    object.__setattr__(tool, "is_lenient", True)
+    chat = scripted(answer("One."), answer("Two."), tools=[tool])
+    notices = [event.text for event in chat.stream("Hi") if isinstance(event, Notice)]
+    assert len(notices) == 1
+    assert "functions.show cannot be followed" in notices[0]
+    assert not [event for event in chat.stream("Hi again") if isinstance(event, Notice)]

@@ -166,3 +166,21 @@ def test_the_calculator(expression, value):
 def test_what_the_calculator_refuses(expression):
     with pytest.raises(ValueError):
         calculator(expression)
+
+
+UNFOLLOWED = {"type": "object", "properties": {"a": {"type": "string", "not": {"const": "x"}}}, "required": ["a"]}
+
+
+def test_a_schema_that_calls_cannot_be_held_to_is_refused_before_anything_is_generated():
+    with pytest.raises(
+        ToolError, match=r"functions\.show could not be held to its arguments' schema.*Use simpler types"
+    ):
+        ToolSet([FunctionTool(print, "show", "", UNFOLLOWED, None)])
+
+
+def test_a_server_s_tool_is_kept_and_named():
+    tool = FunctionTool(print, "show", "", UNFOLLOWED, None)
+    object.__setattr__(tool, "is_lenient", True)
+    tools = ToolSet([tool, search])
+    assert tools.unfollowed == ["functions.show"]
+    assert list(tools.schemas) == ["functions.search"]

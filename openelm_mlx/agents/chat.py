@@ -22,7 +22,7 @@ from ..errors import DestinationError, PromptError, SettingError, TokenizerError
 from ..generate import Chunk, Statistics, stream_generate
 from ..loading import no_tokenizer
 from ..text.chat import HARMONY, PLAIN, render_chat
-from ..text.conversation import DeveloperContent, Message, SystemContent
+from ..text.conversation import DeveloperContent, Message, SystemContent, check_conversation
 from ..text.harmony import HarmonyFormat
 from .tool import Tool, ToolSet
 
@@ -121,6 +121,7 @@ class Chat:
             raise TokenizerError(no_tokenizer(self.model.spec))
         self.tool_set = ToolSet(self.tools)
         self._tool_schemas = self.tool_set.schemas
+        self._unfollowed = self.tool_set.unfollowed
         self.is_harmony = self.tokenizer.chat_template == HARMONY
         if not self.is_harmony and self.tool_set:
             raise SettingError(
@@ -156,6 +157,11 @@ class Chat:
 
     def _harmony_turn(self) -> Iterator[Event]:
         turn = _Turn(self)
+        if self._unfollowed:  # said once
+            names, self._unfollowed = ", ".join(self._unfollowed), []
+            yield Notice(
+                f"The schema of {names} cannot be followed while a call is written; its calls are checked when complete"
+            )
         while True:
             yield from turn.completion()
             calls = [message for message in turn.new_messages if message.is_call]
@@ -278,18 +284,25 @@ class Chat:
             if content["openelm_mlx_chat"] != _FORMAT:
                 raise ValueError(f"its format is {content['openelm_mlx_chat']!r}")
             messages = [Message(**each) for each in content["messages"]]
-            if not all(isinstance(message.content, str) for message in messages):
-                raise ValueError("a message has no text")
+            check_conversation(messages)
             settings = replace(
                 self, messages=messages, instructions=content["instructions"],
                 reasoning_effort=content["reasoning_effort"] if self.is_harmony else None,
             )  # fmt: skip
         except OSError as error:
             raise PromptError(f"The chat in {path} cannot be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except PromptError as error:
+            raise PromptError(f"The chat in {path} cannot go on. {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = {
+                "JSONDecodeError": "it is no JSON",
+                "UnicodeDecodeError": "it is no text",
+                "ValueError": f"{error}",
+                "KeyError": f"{error} is missing",
+            }.get(type(error).__name__, "its parts have other names or kinds")
             raise PromptError(
-                f"{path} holds no saved chat ({error}): give a file that /save or Chat.save wrote."
-            ) from error
+                f"{path} holds no saved chat ({reason}): give a file that /save or Chat.save wrote."
+            ) from None
         self.messages, self.instructions = settings.messages, settings.instructions
         self.reasoning_effort = settings.reasoning_effort
 

@@ -35,6 +35,8 @@ class McpTool:
     """A server's tool, called with JSON. Its name is the server's, with what a header cannot have as `_`."""
 
     namespace: str | None = "functions"
+    # Servers exist, and what their schemas say beyond the engine is not for their user to change.
+    is_lenient = True
 
     def __init__(self, server: McpServer, name: str, description: str, parameters: dict[str, Any]) -> None:
         self.name = re.sub(r"[^\w.-]", "_", name)

@@ -1,8 +1,8 @@
 """Where the python tool's interpreter runs: which sandbox this machine has, and the command line that starts it there.
 
-macOS has sandbox-exec; Linux has bubblewrap, where it is installed, or the kernel's namespaces, which sandbox_init.py
-uses without any program. In each of them there is no network, one folder to write, and of the rest of the disk only what
-Python itself needs. Starting, watching and ending the process is python_tool.py's business.
+macOS has sandbox-exec; Linux has the kernel's namespaces, which sandbox_init.py uses without any program, or bubblewrap
+where a system lets no other program use them. In each of them there is no network, one folder to write, and of the rest
+of the disk only what Python itself needs. Starting, watching and ending the process is python_tool.py's business.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import ToolError
+from .sandbox_init import forbidden_calls
 
 SANDBOX_EXEC, BUBBLEWRAP, NAMESPACES, NONE = "sandbox-exec", "bubblewrap", "namespaces", "none"
 
@@ -97,10 +98,11 @@ def find_sandbox(system: str | None = None, allow_unsandboxed: bool = False) -> 
     if system == "Darwin" and shutil.which("sandbox-exec"):
         return SANDBOX_EXEC
     if system == "Linux":
-        if (program := shutil.which("bwrap")) and _bubblewrap_works(program):
-            return BUBBLEWRAP
         if namespaces_fail() is None:
             return NAMESPACES
+        # Some systems let only programs that they know make namespaces, bubblewrap among them.
+        if (program := shutil.which("bwrap")) and _bubblewrap_works(program):
+            return BUBBLEWRAP
     if allow_unsandboxed:
         return NONE
     reason = f" ({namespaces_fail()})" if system == "Linux" else ""
@@ -153,6 +155,8 @@ def launch(kind: str, python: Python, folder: Path, limits: Limits, report: int)
     if kind == NONE:
         del resources["RLIMIT_NPROC"]  # it counts all of the user's processes
     config = {"limits": resources, "paths": list(python.packages), "folder": inside, "report": report}
+    if kind == BUBBLEWRAP:  # the other one installs it itself
+        config["filter"] = forbidden_calls().hex()
     program = [python.executable, "-I", "-B", "-u", "-X", "utf8", "-c", source, json.dumps(config)]
     environment = {"HOME": inside, "TMPDIR": inside, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     if kind == NONE:
@@ -204,7 +208,10 @@ def bubblewrap_command(
         else:
             command += ["--ro-bind-try", path, path]
     command += ["--proc", "/proc", "--dev", "/dev", "--bind", str(scratch), DATA_FOLDER]
-    return [*command, "--symlink", DATA_FOLDER, "/tmp", "--chdir", DATA_FOLDER, "--", *program]
+    if not any(path.startswith("/tmp/") for path in readable):  # else there is a folder already
+        command += ["--symlink", DATA_FOLDER, "/tmp"]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
+    return [*command, "--chdir", DATA_FOLDER, "--", *program]
 
 
 def namespaces_command(

@@ -142,8 +142,8 @@ def drop_powers(config):
     forbid_calls()
 
 
-def forbid_calls():
-    """Forbid system calls for good, by a program of the kernel's packet filter: seccomp(2)."""
+def forbidden_calls():
+    """A program of the kernel's packet filter that forbids system calls, as seccomp(2) takes it."""
     load, equal, at_least, has_bits, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
     calls = dict(CALLS[MACHINE])
@@ -155,9 +155,14 @@ def forbid_calls():
         program += [(equal, number, 0, 1), (answer, refuse, 0, 0)]
     program += [(equal, clone3, 0, 1), (answer, absent, 0, 0), (equal, clone, 0, 3)]
     program += [(load, 16, 0, 0), (has_bits, NAMESPACE_FLAGS, 0, 1), (answer, refuse, 0, 0), (answer, allow, 0, 0)]
-    data = b"".join(struct.pack("=HBBI", operation, so, other, value) for operation, value, so, other in program)
-    text = ctypes.create_string_buffer(data)
-    header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(text)))
+    return b"".join(struct.pack("=HBBI", operation, so, other, value) for operation, value, so, other in program)
+
+
+def forbid_calls():
+    """Forbid system calls for good."""
+    program = forbidden_calls()
+    text = ctypes.create_string_buffer(program)
+    header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(text)))
     check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
 
 

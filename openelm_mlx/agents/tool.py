@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, get_type_hints
 
-from ..decoding.grammar import can_be_followed
+from ..decoding.grammar import answer_format, can_be_followed
 from ..errors import ToolError, UserError
 from ..text import schema
 from ..text.conversation import CHANNELS, resolve_recipient
@@ -171,8 +171,8 @@ def arguments_of(arguments: Any, name: str) -> dict[str, Any]:
 class ToolSet:
     """A set of tools: how they are shown to the model, and which one a call means.
 
-    tools: `Tool`s or plain functions. Raises ToolError for two tools of one name, for a reserved name, and for a schema
-    that is none.
+    tools: `Tool`s or plain functions. Raises ToolError for two tools of one name, for a reserved name, for a schema that is
+    none, and for one that the engine cannot follow, unless the tool `is_lenient`: then its calls are checked when complete.
     """
 
     def __init__(self, tools: Sequence[Tool | Callable[..., Any]] = ()) -> None:
@@ -187,6 +187,13 @@ class ToolSet:
                     f"A tool is called {tool.name!r}, which means something else in gpt-oss's format: rename it."
                 )
             self._tools[recipient] = tool
+            if tool.parameters is not None and not getattr(tool, "is_lenient", False):
+                try:
+                    answer_format(tool.parameters)
+                except UserError as error:
+                    raise ToolError(
+                        f"Calls of the tool {recipient} could not be held to its arguments' schema: {error} Use simpler types."
+                    ) from None
         try:
             self.functions = tuple(_definition(tool) for tool in self._tools.values() if tool.namespace == FUNCTIONS)
             self.built_in = tuple(
@@ -207,6 +214,11 @@ class ToolSet:
     def names(self) -> list[str]:
         """What the tools are called as, in the order in which they were given."""
         return list(self._tools)
+
+    @property
+    def unfollowed(self) -> list[str]:
+        """The tools whose schema says more than the engine can follow: of a server, whose schemas are not ours to change."""
+        return [name for name, tool in self._tools.items() if tool.parameters is not None and name not in self.schemas]
 
     @property
     def schemas(self) -> dict[str, Mapping[str, Any]]:

@@ -102,7 +102,7 @@ def talk(chat: Chat, reader: Reader, screen: Screen) -> int:
             elif text.strip():
                 screen.answer(text)
         except UserError as error:
-            screen.say(str(error), always=True)
+            screen.say(str(error) if reader.is_interactive else f"openelm_mlx: {error}", always=True)
             exit_code = 0 if reader.is_interactive else 2
         except KeyboardInterrupt:
             screen.say("\n[stopped]")

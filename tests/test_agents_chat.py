@@ -306,7 +306,7 @@ def test_a_saved_chat_that_breaks_a_rule_is_refused_when_it_is_loaded(scripted, 
     }
     for messages, said in cases.items():
         (tmp_path / "bad.json").write_text(json.dumps({**saved, "messages": json.loads(messages)}))
-        with pytest.raises(PromptError, match="bad.json") as caught:
+        with pytest.raises(PromptError, match=r"bad\.json") as caught:
             chat.load(tmp_path / "bad.json")
         assert said in str(caught.value)
         assert "__init__" not in str(caught.value)

@@ -208,3 +208,22 @@ def test_the_demos_say_the_same(source, monkeypatch):
     expected = [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=60)]
     monkeypatch.setattr("openelm_mlx.generate.make_step", lambda m, c: CompiledStep(m, c, compile=False))
     assert [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=60)] == expected
+
+
+@pytest.mark.parametrize("length", [2, 5, 9])
+@pytest.mark.parametrize("name", ["openelm", "gpt-oss"])
+def test_several_tokens_at_once_are_those_of_the_model(models, name, length):
+    """As a guess is checked: at the start, across the window and after it, compiled once a length."""
+    model = models[name]
+    for compiled in (False, True):
+        cache, ours = model.make_cache(room=16), model.make_cache(room=16)
+        prompt = [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+        for each in (cache, ours):
+            mx.eval(prefill(model, prompt, each, 512))
+        step = CompiledStep(model, ours, compile=compiled)
+        for start in range(0, 3 * length, length):
+            tokens = mx.array([(5 * i) % 20 + 3 for i in range(start, start + length)], mx.uint32)
+            expected = model(tokens[None], cache=cache)[0]
+            found = step.many(tokens)
+            assert found.shape == expected.shape
+            assert mx.abs(found - expected).max().item() < 1e-4

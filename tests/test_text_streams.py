@@ -44,7 +44,7 @@ class Scripted:
     def embed(self, tokens):
         return tokens
 
-    def run_layers(self, h, cache, start=0, stop=None):
+    def run_layers(self, h, cache, start=0, stop=None, settle=None):
         return h
 
     @property

@@ -209,7 +209,7 @@ def _costs(model: Model, draft: Drafts, prompt: Sequence[int], num_drafts: int) 
             mx.eval(found.tokens)  # its own time, not that of the verification behind it
 
     def verify() -> None:
-        mx.eval(mx.argmax(model(mx.array([tokens[-1:] * (num_drafts + 1)]), cache=step.cache), axis=-1))
+        mx.eval(mx.argmax(step.many(mx.array(tokens[-1:] * (num_drafts + 1), mx.uint32)), axis=-1))
         for layer in step.cache:
             layer.rewind(num_drafts + 1)
 

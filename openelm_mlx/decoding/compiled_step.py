@@ -45,6 +45,10 @@ class CompiledStep(Step):
     def __call__(self, token: mx.array) -> mx.array:
         return self._pieces.head(self.run_layers(token[None]), None)[0]
 
+    def many(self, tokens: mx.array) -> mx.array:
+        """As every step's; the pieces are traced once more for each number of tokens, of which there are few."""
+        return self._pieces.head(self.run_layers(tokens[None]), None)[0]
+
     def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
         """As every step's; the choice is part of the last piece."""
         logits, chosen, *state = self._pieces.head(self.run_layers(token[None]), sampler)
@@ -52,14 +56,18 @@ class CompiledStep(Step):
         return logits, chosen
 
     def run_layers(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """What the last layer began with, (B, hidden_size), and what its attention gave, (B, H, 1, D); tokens (B,)."""
+        """What the last layer began with, (B, hidden_size), and what its attention gave, (B, H, 1, D); tokens (B,).
+
+        For several tokens a row, (B, L), they are (B, L, hidden_size) and (B, H, L, D).
+        """
+        length = 1 if tokens.ndim == 1 else tokens.shape[1]
         masks: dict[int | None, Mask] = {}
         layers, position = cast("list[Any]", self.model.layers), mx.array(self.cache[0].offset)
         x, queries, keys, values = self._pieces.first(tokens, position)
         for i, (layer, cache) in enumerate(zip(layers, self.cache, strict=True)):
             window = self.model.spec.layers[i].window
             if window not in masks:
-                masks[window] = cache.make_mask(1, window_size=window)
+                masks[window] = cache.make_mask(length, window_size=window)
             out = layer.attention.attend(queries, keys, values, masks[window], cache)
             if i + 1 < len(layers):
                 x, queries, keys, values = self._pieces.between[i](x, out, position)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 import mlx.core as mx
 
 from ..errors import SettingError
+from .compiled_step import make_step
 from .prefill import reading_no_more_than_needed
 from .sampling import Sampler
 from .speculation_gain import Memory
@@ -156,6 +157,7 @@ class _Drafter:
         self._model, self._vocab_size = model, vocab_size
         # One token at a time is written: a ring must be able to take all of them back.
         self._cache = model.make_cache(room=num_draft_tokens)
+        self._step = make_step(model, self._cache)
         self._fed: list[int] = []
         self._guessed: list[mx.array] = []
         self._num_draft_tokens = num_draft_tokens
@@ -167,7 +169,7 @@ class _Drafter:
         guesses: list[mx.array] = []
         probs: list[mx.array] = []
         while len(guesses) < count and guide.is_open:
-            logits = _of_size(self._model(token[None, None], cache=self._cache)[0, -1], self._vocab_size)
+            logits = _of_size(self._step(token), self._vocab_size)
             logits = sampler.processed(logits, guide.allowed())
             if sampler.params.temperature == 0.0:
                 token = mx.argmax(logits)

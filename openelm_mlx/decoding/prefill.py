@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
@@ -11,6 +12,7 @@ import mlx.core as mx
 
 from ..errors import SettingError
 from ..memory.machine import give_back_freed
+from ..memory.scratch import LAYERS_IN_FLIGHT
 from ..models.block import Settle
 from ..models.cache import Cache, SlidingKVCache
 from ..models.precision import runs_on_cpu
@@ -124,15 +126,16 @@ def in_turn(num_layers: int) -> Settle:
     """What lets the arrays of few layers be in memory at the same time while many tokens go through so many layers.
 
     MLX gives memory to everything that is dispatched, and takes it back when it has been computed; left alone, the host is
-    layers ahead of that. So a GPU computes one layer while the next one is dispatched, and the CPU each part of a layer by
-    itself, which the planner counts with (memory/scratch.py). Left alone, gpt-oss-20b takes 13 GB for 2,048 tokens on a
-    fast GPU, and 1.9 GB like this, in no more time (docs/LOG.md). What comes after these layers is not waited for.
+    layers ahead of that: gpt-oss-20b then takes 13 GB for 2,048 tokens on a fast GPU (docs/LOG.md). Here a GPU computes one
+    layer while the next one is dispatched (a fast one: up to three), and the CPU each part of a layer by itself, which the
+    planner counts with (memory/scratch.py). What comes after these layers is not waited for.
     """
-    running: list[mx.array] = []
-    on_cpu, num_done, taken = runs_on_cpu(), 0, 0
+    running: deque[Sequence[mx.array]] = deque()
+    on_cpu, num_done, start, largest = runs_on_cpu(), 0, mx.get_active_memory(), 0
+    behind = LAYERS_IN_FLIGHT["cuda" if mx.cuda.is_available() else "metal"] - 1
 
     def settle(arrays: Sequence[mx.array], is_complete: bool) -> None:
-        nonlocal running, num_done, taken
+        nonlocal num_done, largest
         if num_done == num_layers:
             return
         num_done += is_complete
@@ -142,16 +145,18 @@ def in_turn(num_layers: int) -> Settle:
         elif is_complete:
             before = mx.get_active_memory()
             mx.async_eval(arrays)
-            after = mx.get_active_memory()
-            mx.eval(running)
-            _until_below(after - taken // 2)
-            running, taken = list(arrays), after - before
+            largest = max(largest, mx.get_active_memory() - before)
+            running.append(arrays)
+            if len(running) > behind:
+                mx.eval(running.popleft())
+            # What is there beyond is computed, and on its way back.
+            _until_below(start + behind * largest + largest // 4)
 
     return settle
 
 
 def _until_below(num_bytes: int) -> None:
-    """Wait a moment for MLX to take memory back: a thread of its own does that, shortly after the work is done."""
+    """Wait for MLX to take memory back, a moment at most: a thread of its own does that, shortly after the work is done."""
     deadline = time.perf_counter() + LONGEST_RELEASE
     while mx.get_active_memory() > num_bytes and time.perf_counter() < deadline:
         time.sleep(0)

@@ -110,7 +110,7 @@ class Speculative:
         start = cache[0].offset
         fed = mx.concatenate([mx.array(self._tokens[-1:], mx.uint32), draft.tokens])
         with nullcontext() if self._model.residency is None else self._model.residency.exclusive():
-            logits = self._model(fed[None], cache=cache)[0]
+            logits = self._step.many(fed)
             guesses, others, num_held = self._compare(draft, logits, masks)
         tokens = [*guesses[:num_held], others[num_held]]
         self.gain.counts.rounds += 1

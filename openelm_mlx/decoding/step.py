@@ -29,6 +29,9 @@ class Step(Protocol):
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (V,) that follow one more `token` (a scalar array). Lazy where `runs_ahead`."""
 
+    def many(self, tokens: mx.array) -> mx.array:
+        """The logits (L, V) after each of several `tokens` (L,)."""
+
     def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
         """The same logits, and the token that `sampler` chooses from them; it remembers its choice."""
         logits = self(token)
@@ -45,3 +48,6 @@ class PlainStep(Step):
 
     def __call__(self, token: mx.array) -> mx.array:
         return self.model(token[None], cache=self.cache)[0]
+
+    def many(self, tokens: mx.array) -> mx.array:
+        return self.model(tokens[None], cache=self.cache)[0]

@@ -57,6 +57,10 @@ class StreamedStep(Step):
             mx.async_eval(logits)  # nothing unstarted may be left in the slots
             return logits
 
+    def many(self, tokens: mx.array) -> mx.array:
+        with self.residency.exclusive():
+            return self.model(tokens[None], cache=self.cache)[0]
+
     def _run_layers(self, h: mx.array) -> mx.array:
         start, num_layers = 0, len(self.residency.layers)
         served = -1  # layers up to here have had their experts counted and fetched

@@ -22,7 +22,7 @@ CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
 # A chunk is as long as a prompt is fast with, unless computing would take more than this share of weights and cache; no
 # shorter than this for that alone. Where experts are read from disk, short chunks would read them more often.
-CHUNK_SHARE, SHORT_CHUNK = 0.07, 64
+CHUNK_SHARE, SHORT_CHUNK, SHORT_CHUNK_ON_CUDA = 0.07, 64, 32
 # A context that nobody asked for is not paid for in advance beyond this.
 USUAL_CONTEXT = 8192
 # What part of bandwidth and arithmetic MLX is assumed to reach: decode of gpt-oss-20b was reported at 38 to 55 % of the
@@ -164,6 +164,7 @@ class _Planner:
         self.wish, self.itemsize = wish, itemsize
         self.limit = machine.available_bytes if wish.memory_limit is None else wish.memory_limit
         self.is_gpu = machine.backend != "cpu"
+        self.short_chunk = SHORT_CHUNK_ON_CUDA if machine.backend == "cuda" else SHORT_CHUNK
         self.cache_limit = CACHE_LIMIT_BYTES if self.is_gpu else 0
         process = PROCESS_BYTES if self.is_gpu else PROCESS_BYTES_ON_CPU
         calibration = machine.calibration
@@ -197,12 +198,12 @@ class _Planner:
         longest = next(
             each
             for each in CHUNKS
-            if each == SHORT_CHUNK or ((each <= DEFAULT_CHUNK or self.is_gpu) and self._is_light(context, each))
+            if each == self.short_chunk or ((each <= DEFAULT_CHUNK or self.is_gpu) and self._is_light(context, each))
         )
         return [each for each in CHUNKS if each <= longest]
 
     def _is_light(self, context: int, chunk: int) -> bool:
-        plan, least = (self.plan(context, each, None, with_limits=False) for each in (chunk, SHORT_CHUNK))
+        plan, least = (self.plan(context, each, None, with_limits=False) for each in (chunk, self.short_chunk))
         most = CHUNK_SHARE * (plan.weights_bytes + plan.kv_cache_bytes)
         return plan.scratch_bytes <= max(most, least.scratch_bytes)
 

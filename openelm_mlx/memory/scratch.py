@@ -18,8 +18,11 @@ from ..specs import KV_STEP, LayerSpec, ModelSpec, kv_places
 FLOAT32 = 4
 # How many arrays of the size of the logits sampling takes.
 LOGITS_COPIES = 3
-# How many layers of a prompt's chunk may be in memory at the same time on a GPU (decoding/prefill.py, `in_turn`).
-LAYERS_IN_FLIGHT = 2
+# How many layers of a prompt's chunk may be in memory at the same time (decoding/prefill.py, `in_turn`). Where a layer takes
+# 0.2 ms, as on a fast GPU, memory comes back layers later than it could, and waiting for it would take as long as the work.
+LAYERS_IN_FLIGHT = {"metal": 2, "cuda": 4}
+# Tokens that may be checked at once behind a guess, with all of every layer; one token is fewer.
+GUESSED = 9
 
 
 @dataclass(frozen=True)
@@ -208,8 +211,11 @@ def scratch_bytes(
     """
     chunk = min(chunk, context)
     full = context // chunk * chunk
-    passes = [(chunk, full - chunk), (context - full, full), (1, context - 1)]
-    largest = max(_pass_bytes(spec, L, offset, itemsize, backend, kv_bits) for L, offset in passes if L)
+    guessed = min(GUESSED, context)
+    passes = [(chunk, full - chunk, True), (context - full, full, True), (guessed, context - guessed, False)]
+    largest = max(
+        pass_bytes(spec, L, offset, itemsize, backend, kv_bits, is_prompt) for L, offset, is_prompt in passes if L
+    )
     # A full layer's buffers are there twice for a moment while they grow, when nothing is computed.
     grown = max(
         (layer.kv_bytes_per_token(itemsize, kv_bits) for layer in spec.layers if layer.window is None), default=0
@@ -218,16 +224,26 @@ def scratch_bytes(
     return batch_size * max(largest, LOGITS_COPIES * FLOAT32 * spec.vocab_size, grown * (places - KV_STEP))
 
 
-def _pass_bytes(spec: ModelSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None) -> int:
+def pass_bytes(
+    spec: ModelSpec,
+    L: int,
+    offset: int,
+    itemsize: int,
+    backend: str,
+    kv_bits: int | None = None,
+    is_prompt: bool = False,
+) -> int:
+    """Bytes that `L` tokens after `offset` cached ones take in one pass. is_prompt: of the last layer only the new keys and
+    values are computed, and one token.
+    """
     head_dim = max(layer.head_dim for layer in spec.layers)
     stream = L * spec.hidden_size * (FLOAT32 if spec.layers[0].num_experts else itemsize)
     layers = [layer_scratch(spec, layer, L, offset, itemsize, backend, kv_bits) for layer in spec.layers]
+    complete = layers[:-1] if is_prompt and L > 1 else layers
+    last = 0 if complete is layers else layers[-1].before
     if backend == "cpu":
         tables = 4 * FLOAT32 * L * head_dim  # cosines and sines, and what they are made from
-        # Of a prompt's last layer only the new keys and values are computed, or one token.
-        complete = layers[:-1] if L > 1 else layers
         parts = (max(each.before, each.projected + each.attention, each.attended + each.after) for each in complete)
-        return stream + tables + max((*parts, layers[-1].before))
-    # Of a prompt's last layer only the new keys and values are computed, or one token.
-    in_flight = [*(each.all for each in layers[:-1]), layers[-1].before if L > 1 else layers[-1].all]
-    return stream + max(sum(in_flight[i : i + LAYERS_IN_FLIGHT]) for i in range(max(1, len(layers) - 1)))
+        return stream + tables + max((last, *parts))
+    sizes, count = [*(each.all for each in complete), last], LAYERS_IN_FLIGHT[backend]
+    return stream + max(sum(sizes[i : i + count]) for i in range(max(1, len(sizes) - count + 1)))

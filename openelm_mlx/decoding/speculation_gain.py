@@ -58,6 +58,7 @@ class Gain:
         self._most_drafts = most_drafts
         self._memory = Memory() if memory is None else memory
         self._plain: deque[float] = deque(maxlen=32)
+        self._median: float | None = None  # worked out when it is asked for, which is not for every token
         self._rounds: deque[tuple[float, int]] = deque(maxlen=_ROUNDS)
         self._num_rounds = 0  # since the last pause, or since the number of guesses changed
         self._lost = self._lost_warming_up = 0.0
@@ -69,7 +70,9 @@ class Gain:
     @property
     def plain_seconds(self) -> float:
         """Seconds a plain token takes; a disturbance now and then does not move it."""
-        return median(self._plain) if self._plain else 0.0
+        if self._median is None:
+            self._median = median(self._plain) if self._plain else 0.0
+        return self._median
 
     @property
     def num_drafts(self) -> int:
@@ -84,7 +87,11 @@ class Gain:
     def plain_token(self, seconds: float) -> None:
         """A plain token took so long."""
         self._plain.append(seconds)
-        self._count(seconds, 1)
+        self._median = None
+        self.counts.tokens += 1
+        self.counts.seconds += seconds
+        if self.counts.tokens % _MEASURED == 0 or len(self._plain) < _MEASURED:
+            self.counts.plain_seconds_per_token = self.plain_seconds
         self._since_measured = 0
         self._memory.pause = max(0, self._memory.pause - 1)
 
@@ -105,6 +112,7 @@ class Gain:
             self._stop()
         elif self._since_measured >= _MEASURE_EVERY:
             self._plain.clear()
+            self._median = None
             self._pause = _MEASURED
         elif not self._is_settled and len(self._rounds) >= _BEFORE_GROWING:
             self._try_more()

@@ -282,7 +282,7 @@ def _beside_weights(run: Callable[..., Run], prompt: list[int], num_tokens: int)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     found = run(prompt, num_tokens)
-    return replace(found, peak_bytes=max(0, mx.get_peak_memory() - before))
+    return replace(found, peak_bytes=max(0, (found.peak_bytes or mx.get_peak_memory()) - before))
 
 
 def usable_tokens(model: Model) -> int:
@@ -316,10 +316,12 @@ def _our_runner(model: Model) -> Callable[..., Run]:
     never = SamplingParams(logit_bias=dict.fromkeys(model.spec.eos_tokens, float("-inf")))
 
     def run(prompt: list[int], num_tokens: int) -> Run:
-        arrivals = [time.perf_counter()]
-        for _ in stream_generate(model, None, prompt, max_tokens=num_tokens, sampling=never, prefill_chunk=2048):
+        arrivals, peak = [time.perf_counter()], 0
+        for chunk in stream_generate(model, None, prompt, max_tokens=num_tokens, sampling=never, prefill_chunk=2048):
             arrivals.append(time.perf_counter())
-        return _rates(arrivals, len(prompt))
+            peak = peak if chunk.statistics is None else chunk.statistics.peak_memory_bytes
+        # The loop has counted laps of its own: what MLX says now is the last one's.
+        return replace(_rates(arrivals, len(prompt)), peak_bytes=peak)
 
     return run
 

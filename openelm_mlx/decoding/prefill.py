@@ -150,7 +150,7 @@ def in_turn(num_layers: int) -> Settle:
             if len(running) > behind:
                 mx.eval(running.popleft())
             # What is there beyond is computed, and on its way back.
-            _until_below(start + behind * largest + largest // 4)
+            _until_below(start + behind * largest + largest // 16)
 
     return settle
 

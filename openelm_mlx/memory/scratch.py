@@ -245,5 +245,5 @@ def pass_bytes(
         tables = 4 * FLOAT32 * L * head_dim  # cosines and sines, and what they are made from
         parts = (max(each.before, each.projected + each.attention, each.attended + each.after) for each in complete)
         return stream + tables + max((last, *parts))
-    sizes, count = [*(each.all for each in complete), last], LAYERS_IN_FLIGHT[backend]
-    return stream + max(sum(sizes[i : i + count]) for i in range(max(1, len(sizes) - count + 1)))
+    largest, most = max((each.all for each in complete), default=0), LAYERS_IN_FLIGHT[backend]
+    return stream + min(most, len(complete)) * largest + (last if len(complete) < most else 0)

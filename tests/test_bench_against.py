@@ -151,7 +151,7 @@ def test_what_a_token_reads_is_the_active_weights():
     total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     experts = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if ".experts." in name)
     embedding = model.model.embed_tokens.weight.nbytes
-    assert against._of_a_token(model)[0] == total - embedding - experts + experts * 2 // 8
+    assert against.of_a_token(model)[0] == total - embedding - experts + experts * 2 // 8
 
 
 def test_apart_each_run_has_a_process_of_its_own(monkeypatch):

@@ -194,7 +194,7 @@ def compare(
             return comparison
         model, other = random_pair(config, bits, theirs, ours)
         comparison.limits = measured_limits()
-        comparison.token_bytes, comparison.token_operations = _of_a_token(model)
+        comparison.token_bytes, comparison.token_operations = of_a_token(model)
         comparison.primitives = _primitives(model if ours else None, other)
         runners: dict[str, Callable[..., Run]] = {"ours": _our_runner(model)} if ours else {}
         if other is not None:
@@ -264,7 +264,7 @@ def _model_bytes(config: Mapping[str, Any], bits: int | None) -> float:
     return (spec.num_parameters() - experts) * (2 if bits is None else bits / 8 + 0.06) + experts * 4.25 / 8
 
 
-def _of_a_token(model: Model) -> tuple[int, int]:
+def of_a_token(model: Model) -> tuple[int, int]:
     """Bytes that decoding a token reads, and operations that a prompt's token takes: active weights, each once."""
     spec, total, experts = model.spec, 0, 0
     for name, array in tree_flatten(model.parameters()):

@@ -14,17 +14,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..checkpoint.reader import read_config
+from ..decoding.sampling import SamplingParams
 from ..errors import CheckpointError, SettingError
 from ..generate import stream_generate
 from ..loading import Source, load, locate
-from ..specs import spec_from_config
+from ..memory.machine import this_machine
+from ..specs import ModelSpec, spec_from_config
+from .against import Run, of_a_token
+from .limits import measured_limits
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -155,61 +161,115 @@ def _seconds_to_first_output(command: Sequence[str]) -> float:
 
 
 def rate_figures(settings: Settings) -> list[Figure]:
-    """Tokens a second of prefill and decode, ours and mlx-lm's in turns, on the same random prompt."""
+    """Tokens a second of prefill and decode, ours and mlx-lm's in turns, on the same random prompt; what part of the machine's
+    limits ours are; seconds to the first token; and the most memory in use.
+
+    In one process, unless both models do not fit: then each run has a process of its own.
+    """
     model, _ = load(settings.source)
-    key = mx.random.key(0)
-    tokens = mx.random.randint(3, model.spec.usable_vocab_size, (settings.prompt_tokens,), key=key)
-    prompt = cast("list[int]", tokens.tolist())
-    runs: dict[str, Callable[[], tuple[float, float]]] = {
-        "ours": lambda: _our_rates(model, prompt, settings.completion_tokens)
-    }
-    if settings.against_mlx_lm:
-        theirs = _mlx_lm_model(locate(settings.source))
-        runs["mlx-lm"] = lambda: _mlx_lm_rates(theirs, prompt, settings.completion_tokens)
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    spec, tokens = model.spec, of_a_token(model)
+    nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    is_apart = settings.against_mlx_lm and 2.2 * nbytes > this_machine().available_bytes
+    samples: dict[str, list[Run]] = {"ours": [], **({"mlx-lm": []} if settings.against_mlx_lm else {})}
+    prompt = _prompt(spec, settings.prompt_tokens)
+    runs: dict[str, Callable[[], Run]] = {}
+    if is_apart:
+        del model
+        runs = {side: partial(_in_a_fresh_process, settings, side) for side in samples}
+    else:
+        runs["ours"] = _our_runs(model, prompt, settings.completion_tokens)
+        if settings.against_mlx_lm:
+            runs["mlx-lm"] = _mlx_lm_runs(_mlx_lm_model(locate(settings.source)), prompt, settings.completion_tokens)
     for round_number in range(settings.rounds + 1):
-        # Who goes first alternates; round 0 warms up and does not count.
+        # Who goes first alternates; round 0 warms up and does not count, as a fresh process does by itself.
+        if is_apart and not round_number:
+            continue
         for name in sorted(runs, reverse=bool(round_number % 2)):
-            rates = runs[name]()
+            run = runs[name]()
             if round_number:
-                samples[name].append(rates)
-    prefill, decode = zip(*samples["ours"], strict=True)
-    their_prefill, their_decode = zip(*samples["mlx-lm"], strict=True) if "mlx-lm" in samples else (None, None)
+                samples[name].append(run)
+    limits, ours, theirs = measured_limits(), samples["ours"], samples.get("mlx-lm")
+
+    def figure(name: str, unit: str, value: Callable[[Run], float], limit: str | None = None) -> Figure:
+        their_samples = None if theirs is None else [value(run) for run in theirs]
+        return Figure(name, unit, [value(run) for run in ours], their_samples, limit)
+
+    length, apart = settings.prompt_tokens, ", each run in its own process" if is_apart else ""
+    decode = f"decode of {settings.completion_tokens} tokens"
     return [
-        Figure(f"prefill of {settings.prompt_tokens} tokens", "tokens/s", list(prefill), _list(their_prefill)),
+        figure(f"prefill of {length} tokens{apart}", "tokens/s", lambda run: run.prefill),
+        figure(f"{decode}{apart}", "tokens/s", lambda run: run.decode, ">= 1.0" if theirs else None),
         Figure(
-            f"decode of {settings.completion_tokens} tokens",
-            "tokens/s",
-            list(decode),
-            _list(their_decode),
-            limit=">= 1.0" if their_decode else None,
+            f"prefill of the {limits.flops / 1e12:.3g} TFLOPS here", "%",
+            [100 * limits.of_flops(tokens[1], run.prefill) for run in ours],
         ),
-    ]
+        Figure(
+            f"decode of the {limits.bandwidth / 1e9:.3g} GB/s here", "%",
+            [100 * limits.of_bandwidth(tokens[0], run.decode) for run in ours],
+        ),
+        Figure(f"first token after {length} tokens", "ms", [1e3 * run.first_token for run in ours]),
+        Figure("most memory in use, as MLX counts", "MB", [run.peak_bytes / 1e6 for run in ours]),
+    ]  # fmt: skip
 
 
-def _our_rates(model: Model, prompt: list[int], num_tokens: int) -> tuple[float, float]:
-    """(prefill, decode) tokens a second; the end-of-text token does not end it."""
-    forbidden = dict.fromkeys(model.spec.eos_tokens, float("-inf"))
-    from ..decoding.sampling import SamplingParams
-
-    arrivals = [time.perf_counter()]
-    for _ in stream_generate(model, None, prompt, max_tokens=num_tokens, sampling=SamplingParams(logit_bias=forbidden)):
-        arrivals.append(time.perf_counter())
-    return _rates(arrivals, len(prompt))
+def _prompt(spec: ModelSpec, length: int) -> list[int]:
+    tokens = mx.random.randint(3, spec.usable_vocab_size, (length,), key=mx.random.key(0))
+    return cast("list[int]", tokens.tolist())
 
 
-def _mlx_lm_rates(model: object, prompt: list[int], num_tokens: int) -> tuple[float, float]:
+def _our_runs(model: Model, prompt: list[int], num_tokens: int) -> Callable[[], Run]:
+    """Runs of ours; the end-of-text token does not end them."""
+    never = SamplingParams(logit_bias=dict.fromkeys(model.spec.eos_tokens, float("-inf")))
+
+    def run() -> Run:
+        arrivals, peak = [time.perf_counter()], 0
+        for chunk in stream_generate(model, None, prompt, max_tokens=num_tokens, sampling=never):
+            arrivals.append(time.perf_counter())
+            peak = peak if chunk.statistics is None else chunk.statistics.peak_memory_bytes
+        return _run_of(arrivals, len(prompt), peak)
+
+    return run
+
+
+def _mlx_lm_runs(model: object, prompt: list[int], num_tokens: int) -> Callable[[], Run]:
     from mlx_lm.generate import generate_step
 
-    arrivals = [time.perf_counter()]
-    for _ in generate_step(mx.array(prompt), model, max_tokens=num_tokens):
-        arrivals.append(time.perf_counter())
-    return _rates(arrivals, len(prompt))
+    def run() -> Run:
+        mx.reset_peak_memory()
+        arrivals = [time.perf_counter()]
+        for _ in generate_step(mx.array(prompt), model, max_tokens=num_tokens):
+            arrivals.append(time.perf_counter())
+        return _run_of(arrivals, len(prompt), mx.get_peak_memory())
+
+    return run
 
 
-def _rates(arrivals: list[float], num_prompt_tokens: int) -> tuple[float, float]:
+def _run_of(arrivals: list[float], num_prompt_tokens: int, peak: int) -> Run:
     started, first, last = arrivals[0], arrivals[1], arrivals[-1]
-    return num_prompt_tokens / (first - started), (len(arrivals) - 2) / (last - first)
+    return Run(num_prompt_tokens / (first - started), (len(arrivals) - 2) / (last - first), first - started, peak)
+
+
+def _in_a_fresh_process(settings: Settings, side: str) -> Run:
+    """One run of one side that counts, behind one that warms up."""
+    words = (str(settings.source), side, str(settings.prompt_tokens), str(settings.completion_tokens))
+    command = [sys.executable, "-m", "openelm_mlx.bench.benchmark", *words]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+        raise CheckpointError(f"A process that measured {side} failed: {lines[-1]}")
+    return Run(**json.loads(finished.stdout))
+
+
+def _alone(source: str, side: str, prompt_tokens: int, completion_tokens: int) -> Run:
+    """What such a process does."""
+    prompt = _prompt(spec_from_config(read_config(locate(source))), prompt_tokens)
+    run = (
+        _our_runs(load(source)[0], prompt, completion_tokens)
+        if side == "ours"
+        else _mlx_lm_runs(_mlx_lm_model(locate(source)), prompt, completion_tokens)
+    )
+    run()
+    return run()
 
 
 def _mlx_lm_model(path: Path) -> object:
@@ -222,10 +282,10 @@ def _mlx_lm_model(path: Path) -> object:
     return load_model(path)[0]
 
 
-def _list(values: Sequence[float] | None) -> list[float] | None:
-    return None if values is None else list(values)
-
-
 def figures_as_json(figures: Sequence[Figure]) -> str:
     """The figures with all samples, for machines."""
     return json.dumps({"machine": machine_description(), "figures": [figure.as_dict() for figure in figures]})
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(vars(_alone(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))))

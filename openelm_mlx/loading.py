@@ -143,7 +143,8 @@ def load(
     )
     dense = dense_packing(dense_bits)
     weights, itemsize = memory_weights(contents, wanted_type, dense, folder=path if path.is_dir() else path.parent)
-    plan = make_plan(str(source), spec, weights, calibrated(this_machine()), wish, itemsize)
+    packed = None if dense is not None else packed_weights(contents, wanted_type)
+    plan = make_plan(str(source), spec, weights, calibrated(this_machine()), wish, itemsize, packed)
     if not plan.fits:
         raise plan.refusal()
     slots = plan.expert_slots
@@ -336,6 +337,13 @@ def memory_weights(
         loading=loading,
     )
     return weights, dtype.size
+
+
+def packed_weights(
+    contents: Contents, dtype: mx.Dtype | None = None, on_cpu: bool | None = None, folder: Path | None = None
+) -> Weights:
+    """What `memory_weights` says with dense_bits=8, which a plan may advise."""
+    return memory_weights(contents, dtype, dense_packing(8), on_cpu, folder)[0]
 
 
 def _expert_modules(contents: Contents) -> set[str]:

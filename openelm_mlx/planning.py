@@ -13,7 +13,7 @@ from .checkpoint.layouts import Contents
 from .checkpoint.released import write_released_headers
 from .conversion.source import Source as OpenedSource
 from .errors import HubError, SettingError
-from .loading import dense_packing, memory_weights, parse_dtype
+from .loading import dense_packing, memory_weights, packed_weights, parse_dtype
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
 from .memory.plan import MemoryPlan, Wish, make_plan, parse_memory
@@ -74,11 +74,11 @@ def plans_on(
     )
     plans = []
     for machine in machines:
-        weights, itemsize = memory_weights(
-            contents, parse_dtype(dtype), dense_packing(dense_bits), machine.backend == "cpu", folder
-        )
+        on_cpu = machine.backend == "cpu"
+        weights, itemsize = memory_weights(contents, parse_dtype(dtype), dense_packing(dense_bits), on_cpu, folder)
         noted = calibrated(replace(machine, notes=(*machine.notes, note)) if note else machine)
-        plans.append(make_plan(str(source), contents.spec, weights, noted, wish, itemsize))
+        packed = packed_weights(contents, parse_dtype(dtype), on_cpu, folder) if dense_bits is None else None
+        plans.append(make_plan(str(source), contents.spec, weights, noted, wish, itemsize, packed))
     return plans
 
 

@@ -9,7 +9,7 @@ from openelm_mlx.agents import chat as chat_module
 from openelm_mlx.agents.calculator import calculator
 from openelm_mlx.agents.chat import Answer, Done, Notice, Reasoning, ToolCall, ToolResult
 from openelm_mlx.agents.tool import FunctionTool
-from openelm_mlx.errors import DestinationError, PromptError, SettingError, TokenizerError
+from openelm_mlx.errors import DestinationError, PromptError, SettingError, TokenizerError, ToolError
 from openelm_mlx.generate import Chunk
 from openelm_mlx.text.conversation import Message
 from openelm_mlx.text.harmony import HarmonyFormat
@@ -310,7 +310,15 @@ def test_a_saved_chat_that_breaks_a_rule_is_refused_when_it_is_loaded(scripted, 
             chat.load(tmp_path / "bad.json")
         assert said in str(caught.value)
         assert "__init__" not in str(caught.value)
-    for content, said in (("{", "it is no JSON"), ("{}", "'openelm_mlx_chat' is missing")):
+    for wrong in ({"instructions": 3}, {"instructions": ["a"]}, {"reasoning_effort": []}):
+        (tmp_path / "bad.json").write_text(json.dumps({**saved, "messages": [], **wrong}))
+        with pytest.raises(PromptError, match="are no text"):
+            chat.load(tmp_path / "bad.json")
+    for content, said in (
+        ("[" * 100_000, "it is no JSON"),
+        ("{", "it is no JSON"),
+        ("{}", "'openelm_mlx_chat' is missing"),
+    ):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(PromptError, match=said):
             chat.load(tmp_path / "bad.json")
@@ -329,3 +337,9 @@ def test_a_server_s_schema_that_cannot_be_followed_is_told_once(scripted):
     assert len(notices) == 1
     assert "functions.show cannot be followed" in notices[0]
     assert not [event for event in chat.stream("Hi again") if isinstance(event, Notice)]
+
+
+def test_a_tool_whose_call_has_no_end_is_refused(gpt_oss):
+    schema = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    with pytest.raises(ToolError, match=r"No call of the tool functions\.show could be finished"):
+        om.Chat(*gpt_oss, tools=[FunctionTool(print, "show", "", schema, None)])

@@ -32,6 +32,12 @@ def test_the_largest_of_a_family_counts_rounded_up():
     )
     assert found.scratch == {"openelm": 1.26, "gpt_oss": 0.5}
     assert found.process_bytes == 70 * MB
+    more = [
+        row(peak=10 * MB, peak_process=80 * MB),
+        row(peak=10 * MB, peak_process=75 * MB),
+        row(peak=9 * MB, peak_process=5),
+    ]
+    assert calibration_from(more, "").process_bytes == 70 * MB  # the largest; one below MLX's own says nothing
 
 
 def test_tiny_runs_and_absurd_ones_do_not_decide():

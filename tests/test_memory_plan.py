@@ -310,3 +310,36 @@ def test_what_a_cast_takes_while_loading_counts(monkeypatch):
     plans = [make_plan("m", spec, Weights(dense=10**9, loading=n), here, Wish(), 2) for n in (0, 2 * 10**9)]
     assert plans[1].process_bytes - plans[0].process_bytes == 2 * 10**9 - plans[0].total_bytes
     assert plans[1].total_bytes == plans[0].total_bytes
+
+
+# --- advice that holds ---
+
+
+def test_a_change_that_is_advised_does_fit(sparse, small):
+    """Each change is planned as it would be done: what stays on disk is not saved twice, what is packed already not at all."""
+    mac = find_mac("M1 8GB")
+    tight = om.plan(sparse["20b"], machine=mac, memory_limit="3GB")
+    assert not any("dense_bits" in change.setting for change in tight.changes)
+    packed = om.plan("demo-openelm", machine=mac, memory_limit="370MB")
+    assert not packed.fits
+    assert not any("dense_bits" in change.setting for change in packed.changes)
+    plain = om.plan(sparse["20b"], machine=mac, memory_limit="12.8GB", expert_slots=32)
+    (change,) = [each for each in plain.changes if "dense_bits" in each.setting]
+    again = om.plan(sparse["20b"], machine=mac, memory_limit="12.8GB", expert_slots=32, dense_bits=8)
+    assert again.fits
+    assert again.total_bytes == change.total_bytes
+
+
+@pytest.mark.parametrize("limit", [1e-9, 0.4, 0])
+def test_less_than_a_byte_is_no_limit(limit):
+    with pytest.raises(SettingError, match="bytes above 0"):
+        om.plan("demo-openelm", memory_limit=limit)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--calibrate", "--all-macs"], ["--calibrate", "--mac", "M1 8GB"], ["--mac", "M1 8GB", "--all-macs"]],
+)
+def test_options_that_exclude_each_other(options, capsys):
+    assert main(["plan", "demo-openelm", *options]) == 2
+    assert "leave" in capsys.readouterr().err

@@ -16,9 +16,10 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..decoding.grammar import answer_format, engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
-from ..errors import DestinationError, PromptError, SettingError, TokenizerError
+from ..errors import DestinationError, PromptError, SettingError, TokenizerError, ToolError
 from ..generate import Chunk, Statistics, stream_generate
 from ..loading import no_tokenizer
 from ..text.chat import HARMONY, PLAIN, render_chat
@@ -138,6 +139,12 @@ class Chat:
         if self.time_limit is not None and not self.time_limit > 0:
             raise SettingError(f"time_limit is {self.time_limit!r}: give seconds above 0, or None.")
         self._system()  # a wrong effort is found here
+        for name, schema in self._tool_schemas.items() if self.is_harmony else ():
+            call = answer_format(schema)
+            if call is not None and engine_of(self.tokenizer).matcher(call).completion() is None:
+                raise ToolError(
+                    f"No call of the tool {name} could be finished: its arguments' schema asks for itself without an end."
+                )
 
     # --- one turn ---
 
@@ -285,6 +292,9 @@ class Chat:
                 raise ValueError(f"its format is {content['openelm_mlx_chat']!r}")
             messages = [Message(**each) for each in content["messages"]]
             check_conversation(messages)
+            for name in ("instructions", "reasoning_effort"):
+                if not isinstance(content[name], (str, type(None))):
+                    raise ValueError(f"its {name} are no text")
             settings = replace(
                 self, messages=messages, instructions=content["instructions"],
                 reasoning_effort=content["reasoning_effort"] if self.is_harmony else None,
@@ -293,9 +303,10 @@ class Chat:
             raise PromptError(f"The chat in {path} cannot be read: {error.strerror}.") from error
         except PromptError as error:
             raise PromptError(f"The chat in {path} cannot go on. {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = {
                 "JSONDecodeError": "it is no JSON",
+                "RecursionError": "it is no JSON",
                 "UnicodeDecodeError": "it is no text",
                 "ValueError": f"{error}",
                 "KeyError": f"{error} is missing",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ..models import Model
 
 SHAPES = ("gpt-oss-20b", "openelm-270m", "openelm-450m", "openelm-1.1b", "openelm-3b")
+_OPENELM_LAYERS = {"openelm-270m": 16, "openelm-450m": 20, "openelm-1.1b": 28, "openelm-3b": 36}
 # The first tokens of a run pay for what is compiled and allocated once.
 LEFT_OUT = 8
 
@@ -137,6 +138,10 @@ def shape_config(shape: str, num_layers: int | None = None) -> dict[str, Any]:
     """The config of a released shape, with fewer layers when asked. Raises SettingError for a name that is none."""
     if shape not in SHAPES:
         raise SettingError(f"There is no shape {shape!r}: choose among {', '.join(SHAPES)}.")
+    if num_layers is not None:
+        released = 24 if shape.startswith("gpt-oss") else _OPENELM_LAYERS[shape]
+        if not 1 <= num_layers <= released:
+            raise SettingError(f"{shape} has {released} layers, and {num_layers} were asked for.")
     if shape.startswith("gpt-oss"):
         config = released_gpt_oss_config("20b")
         return config if num_layers is None else {**config, "num_hidden_layers": num_layers}

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.chart import check_chart, draw_bars
 
     chart = check_chart(args.chart)
+    _check_combination(args)
     if args.speculation:
         return run_speculation(args)
     if args.draft_model is not None:
@@ -90,6 +91,27 @@ def run(args: argparse.Namespace) -> int:
         sides = {each.name: {"ours": each.samples, **_theirs(each)} for each in rates}
         draw_bars(chart, f"{args.model} on {machine_description()}", sides)
     return 0 if all(figure.is_met is not False for figure in figures) else 1
+
+
+def _check_combination(args: argparse.Namespace) -> None:
+    """Raise SettingError for numbers that measure nothing, and for options that another one makes meaningless."""
+    least = {"rounds": 1, "prompt_tokens": 2, "completion_tokens": 2}
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise SettingError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {number}.")
+    if args.layers is not None and args.layers < 1:
+        raise SettingError(f"--layers is {args.layers}: it must be at least 1.")
+    if not 0 <= args.seconds < float("inf"):
+        raise SettingError(f"--seconds is {args.seconds}: give seconds from 0 on.")
+    if args.speculation and (args.chart is not None or args.random is not None):
+        raise SettingError(
+            "--speculation measures guessing of a model and has no chart: leave --random and --chart out."
+        )
+    if args.random is None:
+        given = [each for each in ("bits", "layers", "long_context", "apart") if getattr(args, each)]
+        if given:
+            words = ", ".join(f"--{each.replace('_', '-')}" for each in given)
+            raise SettingError(f"{words}: that is for --random; add it, or leave it out.")
 
 
 def run_speculation(args: argparse.Namespace) -> int:

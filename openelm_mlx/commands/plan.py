@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,13 @@ def run(args: argparse.Namespace) -> int:
     if args.chart is not None and Path(args.chart).suffix not in CHART_TYPES:
         raise SettingError(f"--chart {args.chart}: the name must end in {' or '.join(CHART_TYPES)}.")
     if args.calibrate:
+        if args.mac is not None or args.all_macs or args.chart is not None:
+            raise SettingError(
+                "--calibrate measures this machine and plans nothing: leave --mac, --all-macs and --chart out."
+            )
         return calibrate(as_json=args.json)
+    if args.mac is not None and (args.all_macs or args.chart is not None):
+        raise SettingError(f"--mac {args.mac}: --all-macs and --chart have every Mac; leave one of them out.")
     from ..memory.machine import macs
     from ..planning import plan, plans_on
 
@@ -68,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         plans = [plans_on(list(macs()), source, **options) for source in args.source]
         if args.chart is not None:
             draw(plans, Path(args.chart))
+            print(f"The chart is in {args.chart}.", file=sys.stderr)
         if args.json:
             print(json.dumps([each.as_dict() for row in plans for each in row]))
         elif args.all_macs:
@@ -121,7 +129,7 @@ def text(plan: MemoryPlan) -> list[str]:
         f"  would fit         {change.setting}: {size(change.total_bytes)}; {change.cost}" for change in plan.changes
     ]
     if not plan.fits:
-        lines.append(f"  least             a memory limit of {size(plan.least_bytes)}")
+        lines.append(f"  least             a memory limit of {size(plan.least_bytes)} with these settings")
     if plan.advice is not None:
         lines.append(f"  or                {plan.advice}")
     return [*lines, *(f"  note              {note}" for note in machine.notes)]

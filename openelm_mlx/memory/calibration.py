@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any, Protocol
 
 from .machine import Machine
@@ -50,14 +49,14 @@ def calibration_from(rows: Iterable[Measured], date: str) -> Calibration:
     factors: dict[str, float] = {}
     process = []
     for row in rows:
-        if row.peak_process:
+        if row.peak_process > row.peak:
             process.append(row.peak_process - row.peak)
         if row.scratch >= LEAST_SCRATCH:
             factor = (row.peak - row.planned + row.scratch) / row.scratch
             factors[row.family] = max(factors.get(row.family, SMALLEST), min(factor, LARGEST))
     # Upwards, by a hundredth: a plan that is a little large costs nothing, one that is too small may cost everything.
     rounded = {family: math.ceil(100 * factor) / 100 for family, factor in factors.items()}
-    return Calibration(rounded, int(median(process)) if process else None, date)
+    return Calibration(rounded, max(process) if process else None, date)
 
 
 def calibrated(machine: Machine) -> Machine:

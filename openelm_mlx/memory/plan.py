@@ -83,7 +83,7 @@ class MemoryPlan:
     settings. kv_bits: None, or 8 on the full-attention layers. expert_slots: None when every expert is in memory, else
     how many a layer. dense_bits: None, or the bits that dense parts are quantized to as they are read. decode_tps,
     prefill_tps: predicted tokens a second, None where the machine's rates are not known. changes: what would make it fit,
-    where it does not. least_bytes: the smallest memory limit that any settings can keep.
+    where it does not. least_bytes: the smallest memory limit that can be kept with these dense_bits and kv_bits.
     """
 
     source: str
@@ -125,7 +125,7 @@ class MemoryPlan:
         what = (
             f"It would fit with {options}."
             if options
-            else f"It needs a memory limit of at least {size(self.least_bytes)}."
+            else f"With these settings it needs a memory limit of at least {size(self.least_bytes)}."
         )
         return MemoryLimitError(
             f"{self.source} does not fit: {self.arithmetic()} are {size(self.process_bytes)}, and "
@@ -142,24 +142,39 @@ class MemoryPlan:
 
 
 def make_plan(
-    source: str, spec: ModelSpec, weights: Weights, machine: Machine, wish: Wish, itemsize: int = 2
+    source: str,
+    spec: ModelSpec,
+    weights: Weights,
+    machine: Machine,
+    wish: Wish,
+    itemsize: int = 2,
+    packed: Weights | None = None,
 ) -> MemoryPlan:
     """The plan for a model on a machine.
 
-    itemsize: bytes of a number that the model computes with. What the wish leaves open is chosen: the context (the
+    itemsize: bytes of a number that the model computes with. packed: the weights with dense_bits=8, None where that was
+    asked for or is not known. What the wish leaves open is chosen: the context (the
     model's own, at most 8,192 unless more was asked for), the chunk (512, smaller where memory is short), and, when the
     weights do not fit whole and can be read in place, how many experts stay in memory. Nothing that was asked for is
     changed: a plan that cannot keep to it does not fit.
     """
-    planner = _Planner(source, spec, weights, machine, wish, itemsize)
+    planner = _Planner(source, spec, weights, machine, wish, itemsize, packed)
     plan = planner.best()
     return plan if plan.fits else replace(plan, changes=tuple(planner.changes(plan)), advice=planner.advice(plan))
 
 
 class _Planner:
     def __init__(
-        self, source: str, spec: ModelSpec, weights: Weights, machine: Machine, wish: Wish, itemsize: int
+        self,
+        source: str,
+        spec: ModelSpec,
+        weights: Weights,
+        machine: Machine,
+        wish: Wish,
+        itemsize: int,
+        packed: Weights | None = None,
     ) -> None:
+        self.packed = packed
         self.source, self.spec, self.weights, self.machine = source, spec, weights, machine
         self.wish, self.itemsize = wish, itemsize
         self.limit = machine.available_bytes if wish.memory_limit is None else wish.memory_limit
@@ -301,10 +316,13 @@ class _Planner:
             yield Change(
                 f"context_length={longest}", f"at most {longest:,} tokens of prompt and answer", other.total_bytes
             )
-        if plan.dense_bits is None:
-            saved = int(self.weights.dense * (1 - 8.5 / (8 * self.itemsize)))
-            if plan.process_bytes - saved <= self.limit:
-                yield Change("dense_bits=8", "dense matrices are rounded to 8 bits", plan.total_bytes - saved)
+        if self.packed is not None and self.packed.dense < self.weights.dense:
+            planner = _Planner(
+                self.source, self.spec, self.packed, self.machine, replace(wish, dense_bits=8), self.itemsize
+            )
+            other = planner.plan(plan.context_length, plan.prefill_chunk, plan.expert_slots, with_limits=False)
+            if other.fits:
+                yield Change("dense_bits=8", "dense matrices are rounded to 8 bits", other.total_bytes)
         if wish.expert_slots is not None and wish.expert_slots > self.per_token:
             slots = self._most_slots(plan.context_length, plan.prefill_chunk)
             other = self.plan(plan.context_length, plan.prefill_chunk, slots, with_limits=False)
@@ -342,7 +360,7 @@ def parse_memory(value: int | str | None) -> int | None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         unit = None if match is None else _UNITS.get(match[2].lower())
         number = None if match is None or unit is None else float(match[1]) * unit
-    if number is None or not 0 < number < 2**63:
+    if number is None or not 1 <= number < 2**63:
         raise SettingError(f'memory_limit is {value!r}: give bytes above 0, or text such as "10GB" or "1.5GiB".')
     return int(number)
 

@@ -49,7 +49,7 @@ def load_stored(subject: str, machine: str | None = None) -> dict[str, Any]:
     machine = machine_key() if machine is None else machine
     try:
         content = json.loads(_file(subject, machine).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("machine") != machine:
         return {}

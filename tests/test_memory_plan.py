@@ -325,7 +325,14 @@ def test_a_change_that_is_advised_does_fit(sparse, small):
     assert not any("dense_bits" in change.setting for change in packed.changes)
     plain = om.plan(sparse["20b"], machine=mac, memory_limit="12.8GB", expert_slots=32)
     (change,) = [each for each in plain.changes if "dense_bits" in each.setting]
-    again = om.plan(sparse["20b"], machine=mac, memory_limit="12.8GB", expert_slots=32, dense_bits=8)
+    again = om.plan(
+        sparse["20b"],
+        machine=mac,
+        memory_limit="12.8GB",
+        expert_slots=32,
+        dense_bits=8,
+        prefill_chunk=plain.prefill_chunk,
+    )
     assert again.fits
     assert again.total_bytes == change.total_bytes
 

@@ -157,7 +157,7 @@ def test_of_a_pass_the_last_layer_is_not_waited_for(monkeypatch):
     """What a chunk before the last one computes there is keys and values alone."""
     waited = []
     monkeypatch.setattr(prefill_module.mx, "eval", lambda arrays: waited.append(arrays))
-    settle = prefill_module.in_turn(2)
+    settle = prefill_module.in_turn([], 2)
     for number in range(4):
         settle([number], False)
         settle([number], True)
@@ -179,3 +179,22 @@ def test_full_chunks_and_the_rest_of_a_prompt_are_both_counted():
     spec = spec_from_config(json.loads(json.dumps(OPENELM)))
     assert scratch_bytes(spec, 512, 1900, 2, 1, "cpu") == scratch_bytes(spec, 512, 1536, 2, 1, "cpu")
     assert scratch_bytes(spec, 512, 2040, 2, 1, "cpu") > scratch_bytes(spec, 512, 1536, 2, 1, "cpu")
+
+
+def test_what_a_cache_keeps_is_not_waited_for(folders, monkeypatch):
+    """On a GPU the first chunk's keys and values stay in use; waiting for them would cost a millisecond a layer."""
+    model, _ = loaded(folders, "OpenELM")
+    waits, real = [], prefill_module._until_below
+    monkeypatch.setattr(prefill_module, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(prefill_module, "_until_below", lambda num_bytes: waits.append(real(num_bytes)) or waits[-1])
+    cache = model.make_cache()
+    mx.eval(prefill(model, random_prompt(model, 500), cache, 512))
+    assert len(waits) == len(cache) - 1
+    kept = sum(layer.nbytes for layer in cache)
+    bounds = []
+    monkeypatch.setattr(prefill_module, "_until_below", lambda num_bytes: bounds.append(num_bytes) or True)
+    mx.eval(prefill(model, random_prompt(model, 500), model.make_cache(), 512))
+    mx.eval(prefill(model, random_prompt(model, 200), cache, 512))  # into places that are there
+    first, second = bounds[: len(cache) - 1], bounds[len(cache) - 1 :]
+    assert first[-1] - first[0] >= 0.5 * kept * (len(cache) - 2) / len(cache)
+    assert second[-1] - second[0] < first[-1] - first[0]

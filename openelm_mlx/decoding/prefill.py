@@ -92,7 +92,7 @@ def fill(
             chunk = mx.array(list(tokens[start : start + length]))[None]
             with reading_no_more_than_needed(model):
                 # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
-                model.run_layers(model.embed(chunk), cache, settle=in_turn(len(cache) - 1))
+                model.run_layers(model.embed(chunk), cache, settle=in_turn(cache, len(cache) - 1))
                 mx.eval([layer.buffers for layer in cache])
         budget.chunk_is_done(length)
         if at_border is not None:
@@ -108,7 +108,7 @@ def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
         return make_step(model, cache)(mx.array(tokens[0]))
     last_block, last_cache = model.layers[-1], cache[-1]
     with nullcontext() if model.residency is None else model.residency.exclusive():
-        settle = in_turn(len(cache))
+        settle = in_turn(cache, len(cache))
         h = model.run_layers(model.embed(mx.array(list(tokens))[None]), cache, 0, len(cache) - 1, settle=settle)
         queries, *new = last_block.before_attention(h, last_cache.offset)
         settle([queries, *new], False)
@@ -122,7 +122,7 @@ def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
     return logits
 
 
-def in_turn(num_layers: int) -> Settle:
+def in_turn(cache: Cache, num_layers: int) -> Settle:
     """What lets the arrays of few layers be in memory at the same time while many tokens go through so many layers.
 
     MLX gives memory to everything that is dispatched, and takes it back when it has been computed; left alone, the host is
@@ -133,9 +133,10 @@ def in_turn(num_layers: int) -> Settle:
     running: deque[Sequence[mx.array]] = deque()
     on_cpu, num_done, start, largest = runs_on_cpu(), 0, mx.get_active_memory(), 0
     behind = LAYERS_IN_FLIGHT["cuda" if mx.cuda.is_available() else "metal"] - 1
+    before_pass = [layer.nbytes for layer in cache]
 
     def settle(arrays: Sequence[mx.array], is_complete: bool) -> None:
-        nonlocal num_done, largest
+        nonlocal num_done, start, largest
         if num_done == num_layers:
             return
         num_done += is_complete
@@ -149,17 +150,24 @@ def in_turn(num_layers: int) -> Settle:
             running.append(arrays)
             if len(running) > behind:
                 mx.eval(running.popleft())
+            # A cache's first places stay.
+            start += cache[num_done - 1].nbytes - before_pass[num_done - 1]
             # What is there beyond is computed, and on its way back.
-            _until_below(start + behind * largest + largest // 16)
+            if not _until_below(start + behind * largest + largest // 16):
+                start = max(start, mx.get_active_memory() - behind * largest)  # it stays: nothing is waited for twice
 
     return settle
 
 
-def _until_below(num_bytes: int) -> None:
-    """Wait for MLX to take memory back, a moment at most: a thread of its own does that, shortly after the work is done."""
+def _until_below(num_bytes: int) -> bool:
+    """Wait for MLX to take memory back, a moment at most: a thread of its own does that, shortly after the work is done.
+
+    Whether no more is in use than `num_bytes`.
+    """
     deadline = time.perf_counter() + LONGEST_RELEASE
     while mx.get_active_memory() > num_bytes and time.perf_counter() < deadline:
         time.sleep(0)
+    return mx.get_active_memory() <= num_bytes
 
 
 @contextmanager

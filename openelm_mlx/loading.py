@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -143,7 +144,7 @@ def load(
     )
     dense = dense_packing(dense_bits)
     weights, itemsize = memory_weights(contents, wanted_type, dense, folder=path if path.is_dir() else path.parent)
-    packed = None if dense is not None else packed_weights(contents, wanted_type)
+    packed = partial(packed_weights, contents, wanted_type) if dense is None else None
     plan = make_plan(str(source), spec, weights, calibrated(this_machine()), wish, itemsize, packed)
     if not plan.fits:
         raise plan.refusal()

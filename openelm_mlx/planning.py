@@ -5,7 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -47,9 +49,9 @@ def plan(
     """
     here = find_mac(mac) if mac is not None else machine or this_machine()
     return plans_on(
-        [here], source, memory_limit=memory_limit, context_length=context_length, batch_size=batch_size,
-        prefill_chunk=prefill_chunk, kv_bits=kv_bits, dense_bits=dense_bits, expert_slots=expert_slots, dtype=dtype,
-        revision=revision,
+        [here], source, revision=revision, dtype=dtype, memory_limit=memory_limit, context_length=context_length,
+        batch_size=batch_size, prefill_chunk=prefill_chunk, kv_bits=kv_bits, dense_bits=dense_bits,
+        expert_slots=expert_slots,
     )[0]  # fmt: skip
 
 
@@ -57,27 +59,22 @@ def plans_on(
     machines: Sequence[Machine],
     source: str | Path,
     *,
-    memory_limit: int | str | None = None,
-    context_length: int | None = None,
-    batch_size: int = 1,
-    prefill_chunk: int | None = None,
-    kv_bits: int | None = None,
-    dense_bits: int | None = None,
-    expert_slots: int | None = None,
-    dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    dense_bits: int | None = None,
+    **wishes: Any,
 ) -> list[MemoryPlan]:
-    """`plan` for several machines; the source is looked at once."""
+    """`plan` for several machines, with all of its other arguments; the source is looked at once."""
     contents, folder, note = _looked_at(source, revision)
-    wish = checked_wish(
-        contents, memory_limit, context_length, batch_size, prefill_chunk, kv_bits, dense_bits, expert_slots
-    )
+    wish, wanted_type, dense = (
+        checked_wish(contents, dense_bits=dense_bits, **wishes), parse_dtype(dtype), dense_packing(dense_bits)
+    )  # fmt: skip
     plans = []
     for machine in machines:
         on_cpu = machine.backend == "cpu"
-        weights, itemsize = memory_weights(contents, parse_dtype(dtype), dense_packing(dense_bits), on_cpu, folder)
+        weights, itemsize = memory_weights(contents, wanted_type, dense, on_cpu, folder)
+        packed = partial(packed_weights, contents, wanted_type, on_cpu, folder) if dense is None else None
         noted = calibrated(replace(machine, notes=(*machine.notes, note)) if note else machine)
-        packed = packed_weights(contents, parse_dtype(dtype), on_cpu, folder) if dense_bits is None else None
         plans.append(make_plan(str(source), contents.spec, weights, noted, wish, itemsize, packed))
     return plans
 
@@ -110,13 +107,13 @@ def released_contents(name: str) -> Contents | None:
 
 def checked_wish(
     contents: Contents,
-    memory_limit: int | str | None,
-    context_length: int | None,
-    batch_size: int,
-    prefill_chunk: int | None,
-    kv_bits: int | None,
-    dense_bits: int | None,
-    expert_slots: int | None,
+    memory_limit: int | str | None = None,
+    context_length: int | None = None,
+    batch_size: int = 1,
+    prefill_chunk: int | None = None,
+    kv_bits: int | None = None,
+    dense_bits: int | None = None,
+    expert_slots: int | None = None,
 ) -> Wish:
     """The wish, with every number in its range. Raises SettingError."""
     spec = contents.spec

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from openelm_mlx import loading
-from openelm_mlx.bench import against, limits
+from openelm_mlx.bench import against, fresh, limits
 from openelm_mlx.bench.graph import decode_primitives, primitives
 from openelm_mlx.bench.limits import Limits, measured_limits
 from openelm_mlx.commands import main
@@ -155,7 +155,7 @@ def test_what_a_token_reads_is_the_active_weights():
 
 
 def test_apart_each_run_has_a_process_of_its_own(monkeypatch):
-    commands, real = [], against.subprocess.run
+    commands, real = [], fresh.subprocess.run
 
     def run(command, **options):
         settings = json.loads(command[-1])
@@ -166,7 +166,7 @@ def test_apart_each_run_has_a_process_of_its_own(monkeypatch):
         )
         return real([command[0], "-c", script, command[-1]], **options)
 
-    monkeypatch.setattr(against.subprocess, "run", run)
+    monkeypatch.setattr(fresh.subprocess, "run", run)
     seen = []
     found = against.compare(
         "gpt-oss-20b", rounds=2, prompt_tokens=16, completion_tokens=12, apart=True, sample=seen.append
@@ -197,8 +197,8 @@ def test_apart_is_chosen_where_both_do_not_fit(monkeypatch):
 
 
 def test_a_process_that_fails_is_a_sentence(monkeypatch):
-    failed = against.subprocess.CompletedProcess([], 1, "", "one\nRuntimeError: no memory\n")
-    monkeypatch.setattr(against.subprocess, "run", lambda *_, **__: failed)
+    failed = fresh.subprocess.CompletedProcess([], 1, "", "one\nRuntimeError: no memory\n")
+    monkeypatch.setattr(fresh.subprocess, "run", lambda *_, **__: failed)
     found = against.compare("openelm-270m", apart=True)
     assert "mlx-lm failed: RuntimeError: no memory" in found.error
 

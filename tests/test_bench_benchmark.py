@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from openelm_mlx.bench import benchmark
+from openelm_mlx.bench import benchmark, fresh
 from openelm_mlx.bench.benchmark import Figure, Settings, rate_figures
 from openelm_mlx.bench.limits import Limits
 from openelm_mlx.commands import main
@@ -53,8 +53,8 @@ def test_both_sides_in_processes_of_their_own_where_they_do_not_fit_together(lim
 
 
 def test_a_process_that_fails_is_a_sentence(monkeypatch):
-    failed = benchmark.subprocess.CompletedProcess([], 1, "", "a\nValueError: no such thing\n")
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: failed)
+    failed = fresh.subprocess.CompletedProcess([], 1, "", "a\nValueError: no such thing\n")
+    monkeypatch.setattr(fresh.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(CheckpointError, match="measured ours failed: ValueError: no such thing"):
         benchmark._in_a_fresh_process(Settings(), "ours")
 

@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..decoding.grammar import answer_format, engine_of
+from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
 from ..errors import DestinationError, PromptError, SettingError, TokenizerError, ToolError
@@ -139,9 +139,8 @@ class Chat:
         if self.time_limit is not None and not self.time_limit > 0:
             raise SettingError(f"time_limit is {self.time_limit!r}: give seconds above 0, or None.")
         self._system()  # a wrong effort is found here
-        for name, schema in self._tool_schemas.items() if self.is_harmony else ():
-            call = answer_format(schema)
-            if call is not None and engine_of(self.tokenizer).matcher(call).completion() is None:
+        for name, call in self.tool_set.formats.items():  # only gpt-oss has come so far with any
+            if engine_of(self.tokenizer).matcher(call).completion() is None:
                 raise ToolError(
                     f"No call of the tool {name} could be finished: its arguments' schema asks for itself without an end."
                 )

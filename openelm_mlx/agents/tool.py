@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, get_type_hints
 
-from ..decoding.grammar import answer_format, can_be_followed
+from ..decoding.grammar import AnswerFormat, answer_format
 from ..errors import ToolError, UserError
 from ..text import schema
 from ..text.conversation import CHANNELS, resolve_recipient
@@ -177,6 +177,8 @@ class ToolSet:
 
     def __init__(self, tools: Sequence[Tool | Callable[..., Any]] = ()) -> None:
         self._tools: dict[str, Tool] = {}
+        # What a call's arguments are held to while they are written, by full name.
+        self.formats: dict[str, AnswerFormat] = {}
         for each in tools:
             tool = _as_tool(each)
             recipient = recipient_of(tool)
@@ -187,13 +189,7 @@ class ToolSet:
                     f"A tool is called {tool.name!r}, which means something else in gpt-oss's format: rename it."
                 )
             self._tools[recipient] = tool
-            if tool.parameters is not None and not getattr(tool, "is_lenient", False):
-                try:
-                    answer_format(tool.parameters)
-                except UserError as error:
-                    raise ToolError(
-                        f"Calls of the tool {recipient} could not be held to its arguments' schema: {error} Use simpler types."
-                    ) from None
+            self._note_format(recipient, tool)
         try:
             self.functions = tuple(_definition(tool) for tool in self._tools.values() if tool.namespace == FUNCTIONS)
             self.built_in = tuple(
@@ -207,6 +203,20 @@ class ToolSet:
         except UserError as error:
             raise ToolError(str(error)) from error
 
+    def _note_format(self, recipient: str, tool: Tool) -> None:
+        if tool.parameters is None:
+            return
+        try:
+            found = answer_format(tool.parameters)
+        except UserError as error:
+            if getattr(tool, "is_lenient", False):
+                return
+            raise ToolError(
+                f"Calls of the tool {recipient} could not be held to its arguments' schema: {error} Use simpler types."
+            ) from None
+        if found is not None:
+            self.formats[recipient] = found
+
     def __bool__(self) -> bool:
         return bool(self._tools)
 
@@ -218,7 +228,7 @@ class ToolSet:
     @property
     def unfollowed(self) -> list[str]:
         """The tools whose schema says more than the engine can follow: of a server, whose schemas are not ours to change."""
-        return [name for name, tool in self._tools.items() if tool.parameters is not None and name not in self.schemas]
+        return [name for name, tool in self._tools.items() if tool.parameters is not None and name not in self.formats]
 
     @property
     def schemas(self) -> dict[str, Mapping[str, Any]]:
@@ -227,7 +237,7 @@ class ToolSet:
         A server's schema may say more than the engine can follow; such calls are only checked when they are complete.
         """
         schemas = {name: tool.parameters for name, tool in self._tools.items()}
-        return {name: each for name, each in schemas.items() if each is not None and can_be_followed(each)}
+        return {name: each for name, each in schemas.items() if each is not None and name in self.formats}
 
     def find(self, recipient: str) -> tuple[str, Tool] | None:
         """The tool that a call's recipient means, and its full name; None when there is none."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ from ..memory.machine import this_machine
 from ..memory.plan import size
 from ..models import build_model
 from ..specs import gpt_oss_config, openelm_config, spec_from_config
+from .fresh import run_fresh
 from .graph import decode_primitives
 from .limits import Limits, measured_limits
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from ..models import Model
 
 SHAPES = ("gpt-oss-20b", "openelm-270m", "openelm-450m", "openelm-1.1b", "openelm-3b")
-_OPENELM_LAYERS = {"openelm-270m": 16, "openelm-450m": 20, "openelm-1.1b": 28, "openelm-3b": 36}
 # The first tokens of a run pay for what is compiled and allocated once.
 LEFT_OUT = 8
 
@@ -138,17 +137,19 @@ def shape_config(shape: str, num_layers: int | None = None) -> dict[str, Any]:
     """The config of a released shape, with fewer layers when asked. Raises SettingError for a name that is none."""
     if shape not in SHAPES:
         raise SettingError(f"There is no shape {shape!r}: choose among {', '.join(SHAPES)}.")
-    if num_layers is not None:
-        released = 24 if shape.startswith("gpt-oss") else _OPENELM_LAYERS[shape]
-        if not 1 <= num_layers <= released:
-            raise SettingError(f"{shape} has {released} layers, and {num_layers} were asked for.")
-    if shape.startswith("gpt-oss"):
-        config = released_gpt_oss_config("20b")
-        return config if num_layers is None else {**config, "num_hidden_layers": num_layers}
-    spec = spec_from_config(released_openelm_config(shape.removeprefix("openelm-").upper()))
-    if num_layers is not None:
-        spec = replace(spec, layers=spec.layers[:num_layers])
-    return openelm_config(spec)
+    is_gpt_oss = shape.startswith("gpt-oss")
+    config = (
+        released_gpt_oss_config("20b")
+        if is_gpt_oss
+        else released_openelm_config(shape.removeprefix("openelm-").upper())
+    )
+    spec = spec_from_config(config)
+    num_layers = len(spec.layers) if num_layers is None else num_layers
+    if not 1 <= num_layers <= len(spec.layers):
+        raise SettingError(f"{shape} has {len(spec.layers)} layers, and {num_layers} were asked for.")
+    if is_gpt_oss:
+        return {**config, "num_hidden_layers": num_layers}
+    return openelm_config(replace(spec, layers=spec.layers[:num_layers]))
 
 
 def random_pair(
@@ -240,12 +241,8 @@ def _compare_apart(
                 "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "long_context": long_context,
                 "ours": whose == "ours", "theirs": whose == "mlx-lm", "apart": False,
             }  # fmt: skip
-            command = [sys.executable, "-m", "openelm_mlx.bench.against", json.dumps(settings)]
-            finished = subprocess.run(command, capture_output=True, text=True, check=False)
-            if finished.returncode:
-                lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-                raise CheckpointError(f"a process that measured {whose} failed: {lines[-1]}")
-            found = json.loads(finished.stdout)
+            what = f"a process that measured {whose}"
+            found = run_fresh("openelm_mlx.bench.against", json.dumps(settings), what=what)
             if found["error"] is not None:
                 raise CheckpointError(f"{whose}: {found['error']}")
             comparison.limits = comparison.limits or Limits(**found["limits"])

@@ -30,6 +30,7 @@ from ..loading import Source, load, locate
 from ..memory.machine import this_machine
 from ..specs import ModelSpec, spec_from_config
 from .against import Run, of_a_token
+from .fresh import run_fresh
 from .limits import measured_limits
 
 if TYPE_CHECKING:
@@ -252,12 +253,7 @@ def _run_of(arrivals: list[float], num_prompt_tokens: int, peak: int) -> Run:
 def _in_a_fresh_process(settings: Settings, side: str) -> Run:
     """One run of one side that counts, behind one that warms up."""
     words = (str(settings.source), side, str(settings.prompt_tokens), str(settings.completion_tokens))
-    command = [sys.executable, "-m", "openelm_mlx.bench.benchmark", *words]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-        raise CheckpointError(f"A process that measured {side} failed: {lines[-1]}")
-    return Run(**json.loads(finished.stdout))
+    return Run(**run_fresh("openelm_mlx.bench.benchmark", *words, what=f"A process that measured {side}"))
 
 
 def _alone(source: str, side: str, prompt_tokens: int, completion_tokens: int) -> Run:

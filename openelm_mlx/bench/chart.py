@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import DestinationError, SettingError
 
@@ -30,6 +31,19 @@ def check_chart(file: str | None) -> Path | None:
     return path
 
 
+def save_chart(figure: Any, file: Path) -> None:
+    """Write a figure of matplotlib's and forget it. Raises DestinationError."""
+    from matplotlib import pyplot as plt
+
+    figure.tight_layout()
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise DestinationError(f"The chart cannot be written to {file}: {error.strerror}.") from error
+    finally:
+        plt.close(figure)
+
+
 def draw_bars(file: Path, title: str, samples: Samples) -> None:
     """A group of bars for each measure (name -> whose -> tokens a second), one below the other, each on its own scale."""
     import matplotlib as mpl
@@ -52,13 +66,7 @@ def draw_bars(file: Path, title: str, samples: Samples) -> None:
         axes.spines[["top", "right", "left"]].set_visible(False)
     rows[-1, 0].set_xlabel("tokens a second: the median, and the least to the most", fontsize=8)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise DestinationError(f"The chart cannot be written to {file}: {error.strerror}.") from error
-    finally:
-        plt.close(figure)
+    save_chart(figure, file)
 
 
 def _times(sides: Mapping[str, Sequence[float]]) -> str:

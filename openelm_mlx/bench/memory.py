@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.released import released_gpt_oss_config
-from ..errors import CheckpointError
 from ..memory.machine import process_peak_bytes
 from ..specs import spec_from_config
 from .against import random_prompt, shape_config
+from .fresh import run_fresh
 from .random_checkpoint import write_random_checkpoint
 from .random_gpt_oss import write_random_gpt_oss
 
@@ -132,14 +131,12 @@ def rows(
 
 
 def _in_a_fresh_process(path: Path, prompt_tokens: int, calibrated: bool) -> dict[str, int]:
-    command = [sys.executable, "-m", "openelm_mlx.bench.memory", str(path), str(prompt_tokens)]
     # Where nothing is stored no correction is applied.
-    environment = dict(os.environ) if calibrated else {**os.environ, "OPENELM_MLX_CACHE": str(path.parent / "nothing")}
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if finished.returncode:
-        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-        raise CheckpointError(f"A run with {prompt_tokens} tokens failed: {lines[-1]}")
-    found: dict[str, int] = json.loads(finished.stdout)
+    environment = None if calibrated else {**os.environ, "OPENELM_MLX_CACHE": str(path.parent / "nothing")}
+    found: dict[str, int] = run_fresh(
+        "openelm_mlx.bench.memory", str(path), str(prompt_tokens), what=f"A run with {prompt_tokens} tokens",
+        environment=environment,
+    )  # fmt: skip
     return found
 
 

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DestinationError, SettingError
+from ..errors import SettingError
 
 if TYPE_CHECKING:
     from ..memory.plan import MemoryPlan
 
 HELP = "say whether a model fits into a machine's memory, before anything of it is read"
-CHART_TYPES = (".png", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print. Returns 0 when everything fits, else 1."""
-    if args.chart is not None and Path(args.chart).suffix not in CHART_TYPES:
-        raise SettingError(f"--chart {args.chart}: the name must end in {' or '.join(CHART_TYPES)}.")
+    from ..bench.chart import check_chart
+
+    chart = check_chart(args.chart)
     if args.calibrate:
         if args.mac is not None or args.all_macs or args.chart is not None:
             raise SettingError(
@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     if args.all_macs or args.chart is not None:
         plans = [plans_on(list(macs()), source, **options) for source in args.source]
-        if args.chart is not None:
-            draw(plans, Path(args.chart))
-            print(f"The chart is in {args.chart}.", file=sys.stderr)
+        if chart is not None:
+            draw(plans, chart)
+            print(f"The chart is in {chart}.", file=sys.stderr)
         if args.json:
             print(json.dumps([each.as_dict() for row in plans for each in row]))
         elif args.all_macs:
@@ -189,13 +189,13 @@ def cell(plan: MemoryPlan) -> str:
 
 def draw(plans: Sequence[Sequence[MemoryPlan]], file: Path) -> None:
     """Models against Macs: green fits whole, yellow with experts on disk, red not at all; the number is tokens/s."""
-    try:
-        import matplotlib as mpl
+    import matplotlib as mpl
 
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise SettingError("A chart needs matplotlib: pip install 'openelm_mlx[chart]'.") from error
+    from ..bench.chart import save_chart
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
     colours = {0: "#d9534f", 1: "#f0c75e", 2: "#7fb77e"}
     columns = [row[0].source for row in plans]
     rows = [str(each.machine.name) for each in plans[0] if each.machine is not None]
@@ -212,10 +212,4 @@ def draw(plans: Sequence[Sequence[MemoryPlan]], file: Path) -> None:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_xlabel("green: fits; yellow: with experts on disk; red: does not. Numbers: predicted tokens/s", fontsize=7)
-    figure.tight_layout()
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise DestinationError(f"The chart cannot be written to {file}: {error.strerror}.") from error
-    finally:
-        plt.close(figure)
+    save_chart(figure, file)

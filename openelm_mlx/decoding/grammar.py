@@ -77,15 +77,6 @@ def answer_format(schema: Any = None, regex: str | None = None, grammar: str | N
     return _checked(AnswerFormat(names[0], text, definition), f"The {names[0]}")
 
 
-def can_be_followed(schema: Mapping[str, Any]) -> bool:
-    """Whether the engine can hold an answer to a JSON Schema."""
-    try:
-        answer_format(schema)
-    except SettingError:
-        return False
-    return True
-
-
 def _json_format(schema: Any) -> AnswerFormat:
     from llguidance import LLMatcher
 

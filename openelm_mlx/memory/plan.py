@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -148,12 +148,12 @@ def make_plan(
     machine: Machine,
     wish: Wish,
     itemsize: int = 2,
-    packed: Weights | None = None,
+    packed: Callable[[], Weights] | None = None,
 ) -> MemoryPlan:
     """The plan for a model on a machine.
 
-    itemsize: bytes of a number that the model computes with. packed: the weights with dense_bits=8, None where that was
-    asked for or is not known. What the wish leaves open is chosen: the context (the
+    itemsize: bytes of a number that the model computes with. packed: gives the weights with dense_bits=8,
+    where no bits were asked for. What the wish leaves open is chosen: the context (the
     model's own, at most 8,192 unless more was asked for), the chunk (512, smaller where memory is short), and, when the
     weights do not fit whole and can be read in place, how many experts stay in memory. Nothing that was asked for is
     changed: a plan that cannot keep to it does not fit.
@@ -172,7 +172,7 @@ class _Planner:
         machine: Machine,
         wish: Wish,
         itemsize: int,
-        packed: Weights | None = None,
+        packed: Callable[[], Weights] | None = None,
     ) -> None:
         self.packed = packed
         self.source, self.spec, self.weights, self.machine = source, spec, weights, machine
@@ -316,10 +316,9 @@ class _Planner:
             yield Change(
                 f"context_length={longest}", f"at most {longest:,} tokens of prompt and answer", other.total_bytes
             )
-        if self.packed is not None and self.packed.dense < self.weights.dense:
-            planner = _Planner(
-                self.source, self.spec, self.packed, self.machine, replace(wish, dense_bits=8), self.itemsize
-            )
+        packed = None if self.packed is None else self.packed()
+        if packed is not None and packed.dense < self.weights.dense:
+            planner = _Planner(self.source, self.spec, packed, self.machine, replace(wish, dense_bits=8), self.itemsize)
             other = planner.plan(plan.context_length, plan.prefill_chunk, plan.expert_slots, with_limits=False)
             if other.fits:
                 yield Change("dense_bits=8", "dense matrices are rounded to 8 bits", other.total_bytes)

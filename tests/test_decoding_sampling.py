@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from openelm_mlx.decoding import sampling
 from openelm_mlx.decoding.sampling import (
     Sampler,
     SamplingParams,
@@ -13,6 +14,7 @@ from openelm_mlx.decoding.sampling import (
     keep_top_k,
     keep_top_p,
     log_probabilities,
+    unpacked,
 )
 from openelm_mlx.errors import SettingError
 
@@ -168,3 +170,28 @@ def test_values_out_of_range(params):
 def test_a_bias_on_a_token_that_does_not_exist():
     with pytest.raises(SettingError, match="token 60"):
         Sampler(SamplingParams(logit_bias={60: 1.0}), 64, 50)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(), SamplingParams(temperature=0.8, seed=3, top_k=5), SamplingParams(logit_bias={4: 9.0}),
+        SamplingParams(repetition_penalty=1.3, presence_penalty=0.5),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("vocab_size", [64, 70])  # whole words of the mask, and not
+def test_a_choice_under_a_mask_compiled_is_the_plain_one(params, vocab_size, monkeypatch):
+    rng = np.random.default_rng(0)
+    logits = mx.array(rng.normal(size=(6, vocab_size)).astype(np.float32))
+    words = [mx.array(rng.integers(1, 2**32, -(-vocab_size // 32), np.uint32)) for _ in range(6)]
+    chosen = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(sampling, "runs_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        sampler, tokens = Sampler(params, vocab_size, vocab_size, [1, 2]), []
+        for each, mask in zip(logits, words, strict=True):
+            token = sampling.choice_among(sampler, each, mask)
+            assert unpacked(mask, vocab_size)[token].item()
+            tokens.append(token.item())
+        chosen.append(tokens)
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen[0])) > 1

@@ -202,9 +202,9 @@ def compare(
         comparison.limits = measured_limits()
         comparison.token_bytes, comparison.token_operations = of_a_token(model)
         comparison.primitives = _primitives(model if ours else None, other)
-        runners: dict[str, Callable[..., Run]] = {"ours": _our_runner(model)} if ours else {}
+        runners: dict[str, Callable[..., Run]] = {"ours": our_runner(model, 2048)} if ours else {}
         if other is not None:
-            runners["mlx-lm"] = _mlx_lm_runner(other)
+            runners["mlx-lm"] = mlx_lm_runner(other)
         started = time.perf_counter()
         measures = _measures(model, prompt_tokens, completion_tokens, long_context)
         for number in range(rounds + 1):
@@ -314,35 +314,42 @@ def random_prompt(model: Model, length: int) -> list[int]:
     return [(7919 * i + 13) % vocab_size for i in range(length)]
 
 
-def _our_runner(model: Model) -> Callable[..., Run]:
+def our_runner(model: Model, prefill_chunk: int | None = None, left_out: int = LEFT_OUT) -> Callable[..., Run]:
+    """Runs of our loop on (prompt, number of new tokens); the end-of-text token does not end them.
+
+    left_out: tokens behind the first one that the rate of decoding does not count.
+    """
     never = SamplingParams(logit_bias=dict.fromkeys(model.spec.eos_tokens, float("-inf")))
 
     def run(prompt: list[int], num_tokens: int) -> Run:
         arrivals, peak = [time.perf_counter()], 0
-        for chunk in stream_generate(model, None, prompt, max_tokens=num_tokens, sampling=never, prefill_chunk=2048):
+        for chunk in stream_generate(
+            model, None, prompt, max_tokens=num_tokens, sampling=never, prefill_chunk=prefill_chunk
+        ):
             arrivals.append(time.perf_counter())
             peak = peak if chunk.statistics is None else chunk.statistics.peak_memory_bytes
         # The loop has counted laps of its own: what MLX says now is the last one's.
-        return replace(_rates(arrivals, len(prompt)), peak_bytes=peak)
+        return replace(_rates(arrivals, len(prompt), left_out), peak_bytes=peak)
 
     return run
 
 
-def _mlx_lm_runner(model: Any) -> Callable[..., Run]:
+def mlx_lm_runner(model: Any, left_out: int = LEFT_OUT) -> Callable[..., Run]:
+    """The same of mlx-lm's loop, without its peak."""
     from mlx_lm.generate import generate_step
 
     def run(prompt: list[int], num_tokens: int) -> Run:
         arrivals = [time.perf_counter()]
         for _ in generate_step(mx.array(prompt), model, max_tokens=num_tokens):
             arrivals.append(time.perf_counter())
-        return _rates(arrivals, len(prompt))
+        return _rates(arrivals, len(prompt), left_out)
 
     return run
 
 
-def _rates(arrivals: list[float], num_prompt_tokens: int) -> Run:
+def _rates(arrivals: list[float], num_prompt_tokens: int, left_out: int) -> Run:
     started, first = arrivals[0], arrivals[1]
-    counted = arrivals[1 + LEFT_OUT :] if len(arrivals) > LEFT_OUT + 4 else arrivals[1:]
+    counted = arrivals[1 + left_out :] if len(arrivals) > left_out + 4 else arrivals[1:]
     decode = (len(counted) - 1) / (counted[-1] - counted[0])
     return Run(num_prompt_tokens / (first - started), decode, first - started, 0)
 

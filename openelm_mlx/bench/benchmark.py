@@ -23,13 +23,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.reader import read_config
-from ..decoding.sampling import SamplingParams
 from ..errors import CheckpointError, SettingError
-from ..generate import stream_generate
 from ..loading import Source, load, locate
 from ..memory.machine import this_machine
 from ..specs import ModelSpec, spec_from_config
-from .against import Run, of_a_token
+from .against import Run, mlx_lm_runner, of_a_token, our_runner
 from .fresh import run_fresh
 from .limits import measured_limits
 
@@ -219,35 +217,11 @@ def _prompt(spec: ModelSpec, length: int) -> list[int]:
 
 
 def _our_runs(model: Model, prompt: list[int], num_tokens: int) -> Callable[[], Run]:
-    """Runs of ours; the end-of-text token does not end them."""
-    never = SamplingParams(logit_bias=dict.fromkeys(model.spec.eos_tokens, float("-inf")))
-
-    def run() -> Run:
-        arrivals, peak = [time.perf_counter()], 0
-        for chunk in stream_generate(model, None, prompt, max_tokens=num_tokens, sampling=never):
-            arrivals.append(time.perf_counter())
-            peak = peak if chunk.statistics is None else chunk.statistics.peak_memory_bytes
-        return _run_of(arrivals, len(prompt), peak)
-
-    return run
+    return partial(our_runner(model, left_out=0), prompt, num_tokens)
 
 
 def _mlx_lm_runs(model: object, prompt: list[int], num_tokens: int) -> Callable[[], Run]:
-    from mlx_lm.generate import generate_step
-
-    def run() -> Run:
-        mx.reset_peak_memory()
-        arrivals = [time.perf_counter()]
-        for _ in generate_step(mx.array(prompt), model, max_tokens=num_tokens):
-            arrivals.append(time.perf_counter())
-        return _run_of(arrivals, len(prompt), mx.get_peak_memory())
-
-    return run
-
-
-def _run_of(arrivals: list[float], num_prompt_tokens: int, peak: int) -> Run:
-    started, first, last = arrivals[0], arrivals[1], arrivals[-1]
-    return Run(num_prompt_tokens / (first - started), (len(arrivals) - 2) / (last - first), first - started, peak)
+    return partial(mlx_lm_runner(model, left_out=0), prompt, num_tokens)
 
 
 def _in_a_fresh_process(settings: Settings, side: str) -> Run:

@@ -6,7 +6,7 @@ from conftest import FIXTURES, load_fixture, random_model
 
 import openelm_mlx as om
 from openelm_mlx.bench.graph import primitives
-from openelm_mlx.decoding import compiled_step
+from openelm_mlx.decoding import pieces
 from openelm_mlx.decoding.compiled_step import CompiledStep, make_step
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.sampling import Sampler, SamplingParams
@@ -181,7 +181,7 @@ def test_a_choice_inside_the_graph_is_the_one_outside(models, params, compiled):
 def test_other_seeds_share_a_piece_and_pieces_do_not_pile_up(models, monkeypatch):
     model = models["openelm"]
     model.__dict__.pop("_traced_pieces", None)
-    monkeypatch.setattr(compiled_step, "MOST_CHOICES", 3)
+    monkeypatch.setattr(pieces, "MOST_CHOICES", 3)
     cache = model.make_cache()
     prefill(model, prompt_of(model, 20), cache, 64)
     step = CompiledStep(model, cache, compile=False)

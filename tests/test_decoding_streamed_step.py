@@ -86,14 +86,12 @@ def test_the_pace_follows_the_misses():
     pace = Pace(read_back_cost=0.5)
     for _ in range(500):
         pace.saw(False)
-    assert pace.next(0, -1, 24) == (0, 24)
-    assert pace.next(7, 7, 24) == (8, 24)
-    assert pace.next(23, 23, 24) == (24, 24)  # nothing left to look at
+    assert pace.next(0, 24) == pace.next(8, 24) == 24
     for _ in range(500):
         pace.saw(True)
-    assert pace.next(3, 2, 24) == (3, 4)
-    assert pace.next(3, 3, 24) == (4, 4)
-    assert Pace(5).next(22, 21, 24) == (22, 24)
+    assert pace.next(3, 24) == 4
+    assert Pace(5).next(3, 24) == 8
+    assert Pace(5).next(22, 24) == 24
 
 
 def test_sampled_text_with_log_probabilities(folder):

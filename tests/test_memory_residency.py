@@ -3,6 +3,7 @@
 The slow, obvious form is the resident model itself: `om.load(folder)` without `expert_slots`.
 """
 
+import ctypes
 import errno
 import itertools
 import json
@@ -30,7 +31,7 @@ from openelm_mlx.decoding.streamed_step import StreamedStep
 from openelm_mlx.errors import CheckpointError, SettingError
 from openelm_mlx.generate import stream_generate
 from openelm_mlx.loading import load_model
-from openelm_mlx.memory import records, residency
+from openelm_mlx.memory import cuda_driver, records, residency, written
 from openelm_mlx.memory.records import PlainReader, RecordFile, preadv_into
 from openelm_mlx.memory.residency import Streaming
 from openelm_mlx.memory.slots import LeastRecentlyUsed, SlotTable, blocks_of, by_last_use
@@ -269,12 +270,13 @@ def test_blocks_cover_everything_once():
     table = SlotTable(5)
     table.arrived(table.place([1, 2, 3, 4, 5]))
     blocks = blocks_of(by_last_use([9, 2, 7, 1, 8, 6, 9, 0, 11, 2]), table)
-    assert [sorted(block) for block in blocks] == [[1, 2], [7], [0, 6, 8, 9, 11]]
-    assert blocks[-1][-1] == 11
-    assert blocks_of([3, 9], table) == [[3, 9]]
-    assert blocks_of([10, 11, 12, 13, 14, 15, 16], table) == [[10, 11], [12, 13, 14, 15, 16]]
+    # What is there first, and two blocks fit into the slots: one is read while the other is computed.
+    assert blocks == [[1, 2], [7, 8], [6, 9], [0, 11]]
+    assert blocks_of([3, 9], table) == [[3], [9]]
+    assert blocks_of([3, 5, 1], table) == [[3, 5, 1]]
+    assert blocks_of([10, 11, 12, 13, 14, 15, 16], table) == [[10], [11, 12], [13, 14], [15, 16]]
     table = SlotTable(2)
-    for count in range(1, 9):
+    for count in range(9):
         assert [expert for block in blocks_of(list(range(count)), table) for expert in block] == list(range(count))
 
 
@@ -320,8 +322,8 @@ def test_views_stay_where_they_are(folders, residents):
     def addresses():
         parts = [part for bank in model.residency.banks for part in bank.parts]
         for part in parts:
-            assert np.array(part.array, copy=False).ctypes.data == part.view.ctypes.data
-        return [part.view.ctypes.data for part in parts]
+            assert np.array(part.array, copy=False).ctypes.data == part.memory.view.ctypes.data
+        return [part.memory.view.ctypes.data for part in parts]
 
     before = addresses()
     logits_of(model, 16)
@@ -417,14 +419,14 @@ def test_another_policy_can_take_its_place(folders, residents):
 def test_a_view_that_is_a_copy_is_found_out(monkeypatch, folders, residents):
     """NumPy 1 copies without a word what it cannot view."""
     array = np.array
-    monkeypatch.setattr(residency.np, "array", lambda a, copy=True: array(a) if not copy else array(a, copy=copy))
-    assert residency.memory_of(mx.zeros((3,))) is None
-    assert not residency.views_work()
-    assert residency.chosen_writes() == residency.chosen_writes("view") == "copy"
+    monkeypatch.setattr(written.np, "array", lambda a, copy=True: array(a) if not copy else array(a, copy=copy))
+    assert written.memory_of(mx.zeros((3,))) is None
+    assert not written.views_work()
+    assert written.Writing().way == written.Writing("view").way == "copy"
     model = streamed(folders[32], 5)
     monkeypatch.undo()
     assert model.residency.writes == "copy"
-    assert residency.views_work()
+    assert written.views_work()
     assert mx.array_equal(logits_of(model, 16, steps=2), logits_of(residents[32], 16, steps=2))
 
 
@@ -441,6 +443,116 @@ def test_copies_never_hold_the_bank_twice(tmp_path):
         before = mx.get_active_memory()
         mx.eval(experts(x, mx.array([[[first, first + 1, first + 2, first + 3]]], mx.uint32)))
         assert mx.get_peak_memory() - before < bank.nbytes / 4  # one expert is a twelfth
+
+
+# --- CUDA's driver ----------------------------------------------------------------------------------------------------
+
+
+class MemoryDriver:
+    """CUDA's driver for arrays of the CPU backend: what is copied arrives when it is waited for, and no earlier."""
+
+    def __init__(self):
+        self.on_its_way, self.num_copies = [], 0
+
+    def pinned(self, nbytes):
+        memory = np.zeros(nbytes, np.uint8)
+        self.memory = memory  # kept
+        return cuda_driver.Pinned(memory.data, memory.ctypes.data, lambda: None)
+
+    def new_stream(self):
+        return None
+
+    def copy(self, address, pinned, nbytes, stream):
+        self.on_its_way.append((address, pinned, nbytes))
+        self.num_copies += 1
+
+    def wait(self, stream):
+        for each in self.on_its_way:
+            ctypes.memmove(*each)
+        self.on_its_way.clear()
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver in the place of CUDA's, with few and small buffers: a block of experts needs them several times over."""
+    driver = MemoryDriver()
+    monkeypatch.setattr(written, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(written, "address_of", lambda array: np.array(array, copy=False).ctypes.data)
+    monkeypatch.setattr(cuda_driver, "NUM_BUFFERS", 6)
+    for module in (records, cuda_driver):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1500)
+    monkeypatch.setattr(records, "INLINE_BYTES", 1000)
+    return driver
+
+
+@pytest.mark.parametrize("num_slots", [4, 9])
+@pytest.mark.parametrize("chunk_length", [6, 512])
+def test_through_the_driver_the_bits_are_the_same(folders, residents, driver, num_slots, chunk_length):
+    model = streamed(folders[32], num_slots, writes="driver")
+    assert model.residency.writes == "driver"
+    expected = logits_of(residents[32], chunk_length)
+    for layers_at_once in (1, 3, None):
+        assert mx.array_equal(logits_of(model, chunk_length, layers_at_once=layers_at_once), expected)
+    assert driver.num_copies > 1000
+    assert not driver.on_its_way
+
+
+def test_without_a_driver_slots_are_copied_into(folders, monkeypatch):
+    monkeypatch.setattr(written, "cuda_driver", lambda: None)
+    assert streamed(folders[32], 4, writes="driver").residency.writes == "copy"
+    assert streamed(folders[32], 4).residency.writes == "view"
+
+
+@pytest.mark.parametrize("kind", ["end", "error", "interrupt"])
+@pytest.mark.parametrize("number", [0, 3, 40])
+def test_a_failed_read_leaves_every_buffer_free(own_copy, answer, driver, kind, number):
+    model = streamed(own_copy, 6, writes="driver")
+    courier = model.residency.banks[0].parts[0].memory._courier
+    for file in model.residency.files:
+        file.read_into = failing(kind, number)
+    with pytest.raises(KeyboardInterrupt if kind == "interrupt" else CheckpointError):
+        list(stream_generate(model, None, PROMPT, max_tokens=30))
+    assert sorted(courier._free) == list(range(6))
+    check_slots(model)
+    for file in model.residency.files:
+        file.read_into = preadv_into
+    assert tokens_of(stream_generate(model, None, PROMPT, max_tokens=30)) == answer
+
+
+def test_scales_are_looked_at_on_their_way(own_copy, driver):
+    entry = open_checkpoint(own_copy).entries["model.layers.1.mlp.experts.gate_up_proj_scales"]
+    with open(entry.file, "r+b") as stream:
+        stream.seek(entry.start)
+        stream.write(b"\xff" * entry.nbytes)
+    model = streamed(own_copy, 6, writes="driver")
+    with pytest.raises(CheckpointError, match="NaN"):
+        list(stream_generate(model, None, PROMPT, max_tokens=3))
+    check_slots(model)
+
+
+def test_a_driver_is_tried_before_it_is_trusted(monkeypatch):
+    """One that copies to another place, or nothing, is found out."""
+    monkeypatch.setattr(cuda_driver, "address_of", lambda array: np.array(array, copy=False).ctypes.data)
+    monkeypatch.setattr(cuda_driver, "ResultBuffer", lambda driver: None)
+    monkeypatch.setattr(cuda_driver, "results_on_host", lambda arrays, buffer: [np.array(each) for each in arrays])
+    assert cuda_driver.driver_works(MemoryDriver())
+
+    class Elsewhere(MemoryDriver):
+        def copy(self, address, pinned, nbytes, stream):
+            super().copy(address - nbytes, pinned, nbytes, stream)
+
+    class Lost(MemoryDriver):
+        def copy(self, address, pinned, nbytes, stream):
+            pass
+
+    assert not cuda_driver.driver_works(Elsewhere())
+    assert not cuda_driver.driver_works(Lost())
+    monkeypatch.setattr(cuda_driver, "results_on_host", lambda arrays, buffer: [np.zeros(3, np.uint32)])
+    assert not cuda_driver.driver_works(MemoryDriver())
+
+
+def test_there_is_no_driver_for_the_cpu():
+    assert cuda_driver.cuda_driver() is None
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

@@ -138,26 +138,20 @@ def replay(
 
 def _replay_step(chosen: np.ndarray, tables: Sequence[SlotTable], pace: Pace, counts: Counter[str]) -> None:
     """One token as `StreamedStep` computes it. chosen (layers, k)"""
-    start, served = 0, -1
-    while start < len(tables):
-        first, stop = pace.next(start, served, len(tables))
-        counts["read_backs"] += stop > first
-        is_plain = first == start and stop == start + 1
-        missing = None
+    first = 0
+    while first < len(tables):
+        stop = pace.next(first, len(tables))
+        counts["read_backs"] += 1
         for layer in range(first, stop):
             wanted = list(dict.fromkeys(chosen[layer].tolist()))
             num_missing = _serve(wanted, tables[layer])
             counts["misses"] += num_missing
             counts["hits"] += len(wanted) - num_missing
             pace.saw(num_missing > 0)
-            if num_missing and not is_plain:
-                missing = layer
+            first = layer + 1
+            if num_missing:
+                counts["replayed_layers"] += stop - first
                 break
-        if missing is None:
-            start, served = stop, max(served, stop - 1)
-        else:
-            counts["replayed_layers"] += stop - 1 - missing
-            start = served = missing
     counts["num_tokens"] += 1
 
 

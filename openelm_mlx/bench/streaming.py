@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,12 +26,15 @@ from ..checkpoint.layouts import understand
 from ..checkpoint.reader import open_checkpoint, read_config
 from ..checkpoint.released import released_gpt_oss_config
 from ..decoding.budget import Budget
+from ..decoding.compiled_step import make_step
+from ..decoding.pieces import forget_pieces
 from ..decoding.prefill import fill, prefill
-from ..decoding.step import PlainStep, Step
+from ..decoding.step import Step
 from ..decoding.streamed_step import READ_BACK_COST, StreamedStep
 from ..loading import load, load_model, locate
-from ..memory.records import Record, RecordReader
-from ..memory.residency import Residency, Streaming, Writes
+from ..memory.records import HostTarget, Record, RecordReader, fill_with
+from ..memory.residency import Residency, Streaming
+from ..memory.written import Writes, Writing, Written
 from ..models.gpt_oss import GptOss
 from ..models.moe import MoE
 from ..specs import spec_from_config
@@ -64,7 +68,7 @@ class Settings:
     slots: tuple[int, ...] | None = None
     routings: tuple[str, ...] = ("own",)
     caches: tuple[str, ...] = ("warm",)
-    writes: tuple[Writes, ...] = ("view",)
+    writes: tuple[Writes | None, ...] = (None,)
     strides: tuple[int | None, ...] = (1, None)
     num_tokens: int = 16
     warm_up_tokens: int = 16
@@ -124,34 +128,39 @@ def streamed_model(source: str | Path, num_slots: int, writes: Writes | None = N
 
 
 class Forced:
-    """In a layer's place of `route`: a trace's choices, one token after the other, at the cost of the real ones."""
+    """In the layers' place of `route`: a trace's choices, one token after the other, at the cost of the real ones.
 
-    def __init__(self, moe: MoE, choices: Sequence[mx.array], position: list[int]) -> None:
-        self._moe, self._choices, self._position = moe, choices, position
+    A compiled step would keep the choices that it was traced with: they are written into the memory of one array.
+    """
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        chosen, weights = MoE.route(self._moe, x)
+    def __init__(self, model: GptOss, trace: Trace) -> None:
+        self._model, self._trace = model, trace
+        k, write = trace.experts_per_token, Writing()
+        forget_pieces(model)
+        self._choices: list[Written] = [write((1, k), mx.uint32) for _ in model.layers]
+        for i, layer in enumerate(model.layers):
+            layer.mlp.route = partial(self._route, i)  # type: ignore[method-assign]
+
+    def _route(self, i: int, x: mx.array) -> tuple[mx.array, mx.array]:
+        chosen, weights = MoE.route(self._model.layers[i].mlp, x)
         if x.size > x.shape[-1]:
             return chosen, weights
         # Nothing of the layer's own choice is left but the need to wait for it.
-        forced = self._choices[self._position[0] % len(self._choices)].reshape(chosen.shape)
-        return forced + chosen * 0, weights
+        return self._choices[i].array.reshape(chosen.shape) + chosen * 0, weights
 
+    def go_to(self, token: int) -> None:
+        """The next token, number `token` of the trace, is the one to be routed; nothing may be under way."""
+        chosen = self._trace.passes[token % len(self._trace.passes)][0].astype(np.uint32)
+        for each, experts in zip(self._choices, chosen, strict=True):
+            fill_with(each.target(0), experts)
+            each.settle(0)
+            each.wait()
 
-def force(model: GptOss, trace: Trace) -> list[int]:
-    """Make every single token route as the trace says; gives the position in it, [0], for the caller to count."""
-    position = [0]
-    for i, layer in enumerate(model.layers):
-        choices = [mx.array(each[:1, i : i + 1].astype(np.uint32)) for each in trace.passes]
-        mx.eval(choices)
-        layer.mlp.route = Forced(layer.mlp, choices, position)  # type: ignore[method-assign]
-    return position
-
-
-def unforce(model: GptOss) -> None:
-    """Let every layer route by itself again."""
-    for layer in model.layers:
-        layer.mlp.__dict__.pop("route", None)
+    def end(self) -> None:
+        """Let every layer route by itself again."""
+        for layer in self._model.layers:
+            layer.mlp.__dict__.pop("route", None)
+        forget_pieces(self._model)
 
 
 def demo_trace(num_tokens: int = 256) -> Trace:
@@ -192,7 +201,7 @@ def run(settings: Settings) -> Iterator[tuple[str, Any]]:
         resident_seconds[routing], expected[routing] = _decode(known, prompt, settings, trace, None, False)
         yield "resident", {"routing": routing, "seconds": resident_seconds[routing]}
     if settings.prefill_tokens:
-        yield "prefill", _prefill(known, settings)
+        yield "prefill", _prefill(known, settings, "warm")
     del known
     mx.clear_cache()
     for num_slots in slots:
@@ -205,9 +214,10 @@ def run(settings: Settings) -> Iterator[tuple[str, Any]]:
                         row, tokens = _row(model, prompt, settings, trace, routing, cache, stride, resident_seconds)
                         same.append(tokens == expected[routing])
                         yield "row", row
-                yield "identical", {"slots": num_slots, "writes": writes, "routing": routing, "is_identical": all(same)}
-            if settings.prefill_tokens:
-                yield "prefill", _prefill(model, settings)
+                what = {"slots": num_slots, "writes": model.residency.writes, "routing": routing}
+                yield "identical", {**what, "is_identical": all(same)}
+            for cache in settings.caches if settings.prefill_tokens else ():
+                yield "prefill", _prefill(model, settings, cache)
             del model
             mx.clear_cache()
 
@@ -222,13 +232,28 @@ def _decode(
     measured: dict[str, float] | None = None,
 ) -> tuple[float, list[int]]:
     """Mean seconds of a greedy token, evaluated one by one, and the tokens. measured: what the slots did a token."""
-    unforce(model)
-    position = [0] if trace is None else force(model, trace)
+    forced = None if trace is None else Forced(model, trace)
+    try:
+        return _decode_forced(model, prompt, settings, forced, stride, is_cold, measured)
+    finally:
+        if forced is not None:
+            forced.end()
+
+
+def _decode_forced(
+    model: GptOss,
+    prompt: Sequence[int],
+    settings: Settings,
+    forced: Forced | None,
+    stride: int | None,
+    is_cold: bool,
+    measured: dict[str, float] | None = None,
+) -> tuple[float, list[int]]:
     cache = model.make_cache()
     residency: Residency | None = model.residency
-    step: Step = PlainStep(model, cache) if residency is None else StreamedStep(model, cache, stride)
     if residency is not None:
         residency.pace = None
+    step: Step = make_step(model, cache) if residency is None else StreamedStep(model, cache, stride)
     token = mx.argmax(prefill(model, prompt, cache, 512))
     tokens, seconds = [cast(int, token.item())], []
     for count in range(settings.warm_up_tokens + settings.num_tokens - 1):
@@ -237,7 +262,8 @@ def _decode(
             cast(StreamedStep, step).replayed_layers = 0
         if is_cold and residency is not None:
             forget_files(residency)
-        position[0] = count
+        if forced is not None:
+            forced.go_to(count)
         started = time.perf_counter()
         token = mx.argmax(step(token))
         mx.eval(token)
@@ -266,6 +292,7 @@ def _row(
 ) -> tuple[Row, list[int]]:
     residency: Residency = model.residency
     measured: dict[str, float] = {}
+    bring_about(cache, residency)
     seconds, tokens = _decode(model, prompt, settings, trace, stride, cache == "cold", measured)
     rate = bare_rate(residency, cache == "cold", max(1, round(measured["misses"] / len(residency.banks))))
     floor = resident_seconds[routing] + measured["bytes_read"] / rate
@@ -295,12 +322,15 @@ def bare_rate(residency: Residency, is_cold: bool, experts_at_once: int = 1, num
     """Bytes a second of nothing but reads: so many experts of a layer at a time, by as many threads as the engine has."""
     random, reader = np.random.default_rng(0), RecordReader()
     parts = residency.banks[0].parts
-    targets = [[memoryview(bytearray(part.stored.nbytes)) for part in parts] for _ in range(experts_at_once)]
+    # As many targets as slots, in turns: a few would stay in the processor's cache, which slots do not.
+    targets = itertools.cycle(
+        [HostTarget(np.ones(part.stored.nbytes, np.uint8).data) for part in parts] for _ in range(residency.num_slots)
+    )
     plan = [
         [
             Record(part.stored.file, part.stored.start + int(expert) * part.stored.nbytes, target)
-            for expert, row in zip(random.permutation(bank.num_experts)[:experts_at_once], targets, strict=False)
-            for part, target in zip(bank.parts, row, strict=True)
+            for expert in random.permutation(bank.num_experts)[:experts_at_once]
+            for part, target in zip(bank.parts, next(targets), strict=True)
         ]
         for bank in (residency.banks[i % len(residency.banks)] for i in range(num_reads))
     ]
@@ -317,6 +347,18 @@ def bare_rate(residency: Residency, is_cold: bool, experts_at_once: int = 1, num
     return sum(record.target.nbytes for records in plan for record in records) / seconds
 
 
+def bring_about(cache: str, residency: Residency) -> None:
+    """Have the system's file cache hold all of the files ("warm", as far as there is memory), or nothing of them ("cold")."""
+    if cache == "cold":
+        forget_files(residency)
+        return
+    for file in residency.files:
+        with file.path.open("rb", buffering=0) as stream:
+            buffer = bytearray(2**24)
+            while stream.readinto(buffer):
+                pass
+
+
 def forget_files(residency: Residency) -> None:
     """Ask the system to drop its cache of the files, where it can be asked."""
     if not hasattr(os, "posix_fadvise"):
@@ -326,20 +368,21 @@ def forget_files(residency: Residency) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _prefill(model: GptOss, settings: Settings) -> dict[str, Any]:
-    """A prompt in one chunk: its time, and the most often that an expert of a layer was read."""
-    unforce(model)
+def _prefill(model: GptOss, settings: Settings, file_cache: str) -> dict[str, Any]:
+    """A prompt in one chunk, for the second time: how long it takes, and the most often that a layer's expert was read."""
     tokens = np.random.default_rng(1).integers(0, model.spec.vocab_size, settings.prefill_tokens).tolist()
-    cache = model.make_cache()
     found: dict[str, Any] = {"tokens": len(tokens), "slots": None}
-    if model.residency is not None:
-        model.residency.reset_statistics()
-    started = time.perf_counter()
-    fill(model, tokens, cache, len(tokens), Budget(model, cache))
-    found["seconds"] = time.perf_counter() - started
+    for _ in range(2):  # the first time kernels may be compiled
+        cache = model.make_cache()
+        if model.residency is not None:
+            bring_about(file_cache, model.residency)
+            model.residency.reset_statistics()
+        started = time.perf_counter()
+        fill(model, tokens, cache, len(tokens), Budget(model, cache))
+        found["seconds"] = time.perf_counter() - started
     if model.residency is not None:
         layers = model.residency.statistics().layers
-        found["slots"] = model.residency.num_slots
+        found["slots"], found["cache"] = model.residency.num_slots, file_cache
         found["reads_per_expert"] = max(each.misses / model.residency.banks[0].num_experts for each in layers)
         found["bytes_read"] = sum(each.bytes_read for each in layers)
         found["seconds_waited"] = sum(each.seconds_waited for each in layers)

@@ -33,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--writes",
-        default="view",
+        default="auto",
         metavar="KINDS",
-        help="view, copy, or both: how bytes come into slots (default: view)",
+        help="how bytes come into slots: view, driver (CUDA's), copy, or auto, which is what loading takes here; several with "
+        "commas (default: auto)",
     )
     parser.add_argument(
         "--at-once",
@@ -84,7 +85,7 @@ def measure(args: argparse.Namespace, source: str | Path, found: dict[str, list[
         slots=None if args.slots is None else tuple(int(each) for each in args.slots.split(",")),
         routings=tuple(args.routing.split(",")),
         caches=tuple(args.cache.split(",")),
-        writes=tuple(args.writes.split(",")),
+        writes=tuple(None if each == "auto" else each for each in args.writes.split(",")),
         strides=tuple(None if each == "adapts" else int(each) for each in args.at_once.split(",")),
         num_tokens=args.tokens,
         warm_up_tokens=args.warm_up,

@@ -3,9 +3,9 @@
 The plain way asks the host at every layer: the router's choice is read back, what is missing is fetched, the experts are
 computed. Here several layers run with the slots that the device looks up itself, and then all their choices are read back
 at once. If every chosen expert was resident, everything was exact. Else the first layer with a missing one gets it and
-runs again from the input that was kept, and what the layers behind it computed is thrown
-away: a result is used only when every choice before it is known to have been served, and it comes from the same kernels on
-the same shapes. Run again, a layer chooses the same experts, which stay: no slot of it changes before the next token.
+its experts are computed again from the input that was kept, and what the layers behind it computed is thrown away: a result
+is used only when every choice before it is known to have been served, and it comes from the same kernels on the same shapes.
+While experts are read, what follows them is prepared: nothing of it is evaluated before they are there.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 import numpy as np
 
-from ..memory.residency import Residency
+from ..memory.residency import ExpertBank, Residency
+from ..models.attention import Mask
 from ..models.cache import Cache
-from ..models.precision import runs_on_cpu
+from ..models.gpt_oss import Routed
+from ..models.precision import choices, runs_on_cpu
+from .pieces import Projected, StreamedPieces, pieces_of
+from .sampling import Sampler
 from .step import Step
 
 if TYPE_CHECKING:
@@ -36,12 +40,14 @@ class StreamedStep(Step):
     """`Step` for a model with a `residency`.
 
     layers_at_once: run so many layers before the host looks; None adapts to how often something is missing, 1 is the
-    form that looks at every layer.
+    form that looks at every layer. compile: see `Pieces`; None for what is faster here.
     """
 
     runs_ahead = False
 
-    def __init__(self, model: Model, cache: Cache, layers_at_once: int | None = None) -> None:
+    def __init__(
+        self, model: Model, cache: Cache, layers_at_once: int | None = None, compile: bool | None = None
+    ) -> None:
         self.model, self.cache = cast("GptOss", model), cache
         self.residency: Residency = model.residency
         self.replayed_layers = 0
@@ -49,69 +55,126 @@ class StreamedStep(Step):
             self.residency.pace = Pace()
         # What one answer has learned about misses serves the next.
         self._pace: Pace = self.residency.pace if layers_at_once is None else Pace(layers_at_once)
+        # Slots that are not written in place are other arrays each time, which a trace would not know.
+        can_compile = self.residency.writes != "copy"
+        compile = choices().compiled_step if compile is None else compile
+        self._pieces = pieces_of(model, StreamedPieces, compile and can_compile)
 
     def __call__(self, token: mx.array) -> mx.array:
-        with self.residency.exclusive():
-            h = self._run_layers(self.model.embed(token[None, None]))
-            logits = self.model.head(h)[0, -1]
-            mx.async_eval(logits)  # nothing unstarted may be left in the slots
-            return logits
+        [logits] = self._run(token, None)
+        return logits
+
+    def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
+        """As every step's; the choice is part of the last piece."""
+        logits, chosen, *state = self._run(token, sampler)
+        sampler.state = tuple(state)
+        return logits, chosen
 
     def many(self, tokens: mx.array) -> mx.array:
         with self.residency.exclusive():
             return self.model(tokens[None], cache=self.cache)[0]
 
-    def _run_layers(self, h: mx.array) -> mx.array:
-        start, num_layers = 0, len(self.residency.layers)
-        served = -1  # layers up to here have had their experts counted and fetched
-        while start < num_layers:
-            first, stop = self._pace.next(start, served, num_layers)
-            if stop == start + 1 and first == start:
-                h, start, served = self._one_layer(start, h), stop, start
-                continue
-            inputs: list[mx.array] = []
-            with self.residency.unseen_choices() as choices:
-                after = self.model.run_layers(h, self.cache, start, stop, inputs=inputs)
-            missing = self._first_missing(start, choices, served) if stop > first else None
-            if missing is None:
-                h, start, served = after, stop, max(served, stop - 1)
-                continue
-            # What was computed from the missing layer on is dropped; the cache forgets its token there.
-            for layer in self.cache[missing:stop]:
-                layer.rewind(1)
-            self.replayed_layers += stop - 1 - missing
-            h, start, served = inputs[missing - start], missing, missing
-        return h
+    def _run(self, token: mx.array, sampler: Sampler | None) -> tuple[mx.array, ...]:
+        """The logits, and what the sampler makes of them."""
+        with self.residency.exclusive():
+            way = _Way(self.model, self.cache, self._pieces, token)
+            try:
+                first = 0  # the layers before it have their experts, or get them
+                while first < way.num_layers:
+                    stop = self._pace.next(first, way.num_layers)
+                    for layer in range(first, stop):
+                        way.ask(layer)
+                    way.finish_reading()
+                    missing = self._first_missing(first, way.read_back(first, stop), way)
+                    if missing is not None:  # what was computed behind it is dropped
+                        for cache in self.cache[missing + 1 : stop]:
+                            cache.rewind(1)
+                        self.replayed_layers += stop - 1 - missing
+                    first = stop if missing is None else missing + 1
+                return way.end(sampler)
+            finally:
+                way.abandon()
 
-    def _one_layer(self, layer: int, h: mx.array) -> mx.array:
-        """The plain way: nothing is computed for nothing, and the layer waits for its own choice."""
-        statistics = self.residency.banks[layer].statistics
-        before = statistics.misses
-        h = self.model.run_layers(h, self.cache, layer, layer + 1)
-        self._pace.saw(statistics.misses > before)
-        return h
-
-    def _first_missing(self, start: int, choices: list[mx.array], served: int) -> int | None:
-        """The first layer that lacked an expert, which it has now; None when nothing was missing."""
-        mx.eval(choices)  # the host needs them; the one wait for all these layers
-        self.residency.banks[start].statistics.read_backs += 1
-        for layer, choice in enumerate(choices, start):
-            if layer <= served:
-                continue
+    def _first_missing(self, first: int, choices: list[np.ndarray], way: _Way) -> int | None:
+        """The first layer that lacks an expert, which is being read now; None when nothing is missing."""
+        self.residency.banks[first].statistics.read_backs += 1
+        for layer, chosen in enumerate(choices, first):
             experts = self.residency.layers[layer]
-            chosen = np.array(choice)
             if experts.on_choice is not None:
                 experts.on_choice(chosen)
             wanted = list(dict.fromkeys(chosen.ravel().tolist()))
             was_there = experts.bank.has(wanted)
             self._pace.saw(not was_there)
             if not was_there:
-                # The last of these layers has not been computed, for nothing asked for it: without this a fence would.
-                self.residency.banks[start + len(choices) - 1].forget_newest()
-            experts.bank.require(wanted)
-            if not was_there:
+                way.begin_reading(layer, wanted)
                 return layer
+            experts.bank.require(wanted)
         return None
+
+
+class _Way:
+    """One token's way through the layers, as far as it has been built."""
+
+    def __init__(self, model: GptOss, cache: Cache, pieces: StreamedPieces, token: mx.array) -> None:
+        self._model, self._cache, self._pieces = model, cache, pieces
+        self.num_layers = len(cache)
+        self._residency: Residency = model.residency
+        self._position = mx.array(cache[0].offset)
+        x = model.embed(token[None])
+        self._projected: Projected = (x, *pieces.first(x, self._position))
+        self._masks: dict[int | None, Mask] = {}
+        # Of each layer what its experts are asked; of those behind the last one served it may be wrong.
+        self._routed: list[tuple[mx.array, ...]] = [()] * self.num_layers
+        self._being_read: ExpertBank | None = None
+        self._results: list[tuple[ExpertBank, mx.array]] = []
+
+    def ask(self, layer: int) -> None:
+        """Go on to where the experts of `layer` are asked, by the experts of the layer before as the table has them."""
+        if layer:
+            bank = self._residency.banks[layer - 1]
+            before = self._routed[layer - 1]
+            self._projected = self._pieces.from_experts[layer - 1](self._position, bank.device_table(), *before)
+            self._results.append((bank, self._projected[0]))
+        x, queries, keys, values = self._projected
+        cache, window = self._cache[layer], self._model.spec.layers[layer].window
+        if window not in self._masks:
+            self._masks[window] = cache.make_mask(1, window_size=window)
+        out = self._model.layers[layer].attention.attend(queries, keys, values, self._masks[window], cache)
+        self._routed[layer] = self._pieces.to_experts[layer](x, out)
+
+    def read_back(self, first: int, stop: int) -> list[np.ndarray]:
+        """What the routers of these layers chose; everything before is computed with it."""
+        return self._residency.read_back([routed[_CHOICE] for routed in self._routed[first:stop]])
+
+    def begin_reading(self, layer: int, wanted: list[int]) -> None:
+        """Have these experts read. What is built meanwhile must not be evaluated before `finish_reading`."""
+        self._being_read = self._residency.banks[layer]
+        self._being_read.begin(wanted)
+
+    def finish_reading(self) -> None:
+        """Whatever was being read is there, and what has been built may be evaluated."""
+        bank, self._being_read = self._being_read, None
+        if bank is not None:
+            bank.finish()
+        for reader, result in self._results:
+            reader.note(result)
+        self._results.clear()
+
+    def end(self, sampler: Sampler | None) -> tuple[mx.array, ...]:
+        """The logits, and what the sampler makes of them; all layers have been served."""
+        bank = self._residency.banks[-1]
+        found: tuple[mx.array, ...] = self._pieces.head((bank.device_table(), *self._routed[-1]), sampler)
+        self._results.append((bank, found[0]))
+        self.finish_reading()
+        return found
+
+    def abandon(self) -> None:
+        """After an error: nobody writes any more."""
+        if self._being_read is not None:
+            self._being_read.abandon()
+
+
+_CHOICE = Routed._fields.index("expert_indices")
 
 
 class Pace:
@@ -125,16 +188,9 @@ class Pace:
         self._cost = read_back_cost or (READ_BACK_COST_ON_CPU if runs_on_cpu() else READ_BACK_COST)
         self._miss_rate = 0.5
 
-    def next(self, start: int, served: int, num_layers: int) -> tuple[int, int]:
-        """(first, stop): to run layers start ... stop - 1 next, and to look at those from `first` on.
-
-        served: the last layer whose experts are there for certain; it runs again, with the layers behind it.
-        """
-        first = max(start, served + 1)
-        stride = self._layers_at_once or best_stride(self._miss_rate, self._cost)
-        if stride == 1 and first > start:
-            return first, first
-        return first, min(num_layers, first + stride)
+    def next(self, first: int, num_layers: int) -> int:
+        """Where to stop: layers `first` ... stop - 1 are run next and looked at together."""
+        return min(num_layers, first + (self._layers_at_once or best_stride(self._miss_rate, self._cost)))
 
     def saw(self, is_missing: bool) -> None:
         """A layer lacked an expert, or did not."""

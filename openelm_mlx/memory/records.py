@@ -1,7 +1,7 @@
 """Bytes of a checkpoint's files straight into memory that is already there, by several threads at once.
 
 A file that changes while a model uses it would mix two models: size, time of modification and inode are compared before
-and after each read. Reads never map the file, and leave the system's file cache on.
+and after the reads of each call. Reads never map the file, and leave the system's file cache on.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from queue import SimpleQueue
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from ..errors import CheckpointError
 
 NUM_THREADS = 8
-# A record is read in pieces of about this size, so that several threads share one expert.
-PIECE_BYTES = 4 * 2**20
+# A record is read in pieces of this size, so that several threads share one expert.
+PIECE_BYTES = 2 * 2**20
 # Less than this in all is read by the calling thread: handing it over would take longer.
 INLINE_BYTES = 256 * 2**10
-# More than this many pieces (rows of an embedding) are handed over several at a time.
-MOST_TASKS = 256
 # macOS refuses reads of 2 GiB and more in one call.
 LARGEST_READ = 2**30
 
@@ -40,12 +42,66 @@ class Identity(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
+# Looks at bytes that have been read; raises CheckpointError where they cannot be right.
+Check = Callable[[memoryview], None]
+# What is left to do with bytes that have been read, for the thread that asked for them.
+Delivery = Callable[[], None]
+
+
+class Target(Protocol):
+    """Where bytes are to go, `nbytes` of them."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> Target:
+        """Bytes start ... stop - 1 of it, to be filled by another thread."""
+
+    def fill(self, read: Callable[[memoryview], None]) -> Delivery | None:
+        """Have `read` put all bytes into a buffer, at most PIECE_BYTES or straight into their place. Any thread may."""
+
+
+class HostTarget(NamedTuple):
+    """Memory that the host can write: bytes are read straight into it."""
+
+    memory: memoryview
+    check: Check | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
+
+    def part(self, start: int, stop: int) -> HostTarget:
+        return HostTarget(self.memory[start:stop], self.check)
+
+    def fill(self, read: Callable[[memoryview], None]) -> None:
+        read(self.memory)
+        if self.check is not None:
+            self.check(self.memory)
+
+
+def fill_with(target: Target, array: np.ndarray) -> None:
+    """Have the target hold the bytes of an array, which has as many."""
+    data = np.ascontiguousarray(array).data.cast("B")
+
+    def read(buffer: memoryview) -> None:
+        buffer[:] = data
+
+    deliver = target.fill(read)
+    if deliver is not None:
+        deliver()
+
+
 class Record(NamedTuple):
     """Bytes to read: all of `target` from byte `start` of `file`."""
 
     file: RecordFile
     start: int
-    target: memoryview
+    target: Target
+
+    def read(self) -> Delivery | None:
+        """Fill the target. Raises CheckpointError. Whether the file is still the same is for the caller to check."""
+        return self.target.fill(lambda buffer: self.file.read_unchecked(buffer, self.start))
 
 
 class RecordFile:
@@ -70,12 +126,28 @@ class RecordFile:
             self._fd, self._is_suspect = fd, False
 
     def read(self, target: memoryview, start: int) -> None:
+        """Fill `target` from byte `start` of a file that is the same before and after. Raises CheckpointError."""
+        self.check()
+        self.read_unchecked(target, start)
+        self.check()
+
+    def check(self) -> None:
+        """Raises CheckpointError when the file is not what it was when it was opened, or cannot be asked."""
+        try:
+            self._check()
+        except OSError as error:
+            self._is_suspect = True
+            raise self._unreadable(error) from error
+        except CheckpointError:
+            self._is_suspect = True
+            raise
+
+    def read_unchecked(self, target: memoryview, start: int) -> None:
         """Fill `target` from byte `start`; a short read goes on, an early end is an error. Raises CheckpointError.
 
         Any number of threads may be in here; the descriptor stays open until the next `prepare`.
         """
         try:
-            self._check()
             rest = target
             while rest.nbytes:
                 count = self.read_into(self._fd, rest[:LARGEST_READ], start)
@@ -86,7 +158,6 @@ class RecordFile:
                         "or copy it again."
                     )
                 rest, start = rest[count:], start + count
-            self._check()
         except OSError as error:
             self._is_suspect = True
             raise self._unreadable(error) from error
@@ -122,45 +193,114 @@ class RecordFile:
         )
 
 
+class Reading:
+    """Reads under way: threads take pieces until none is left, and the thread that began them delivers what they read."""
+
+    def __init__(self, files: Sequence[RecordFile] = (), pieces: Iterable[Record] = ()) -> None:
+        self.files, self.pieces = files, deque(pieces)
+        self._read: SimpleQueue[Delivery | None] = SimpleQueue()
+        self._num_working = 0
+        self._error: BaseException | None = None
+
+    def begin(self, pool: ThreadPoolExecutor, num_threads: int) -> None:
+        """Let so many threads work."""
+        for _ in range(min(num_threads, len(self.pieces))):
+            pool.submit(self._work)
+            self._num_working += 1
+
+    def finish(self) -> None:
+        """Wait for all of them, also when one fails or the user interrupts: a late one would write into a slot given away.
+
+        Raises CheckpointError for what went wrong, and when a file has changed meanwhile.
+        """
+        try:
+            while self._num_working:
+                deliver = self._read.get()
+                if deliver is None:
+                    self._num_working -= 1
+                else:
+                    deliver()
+            if self._error is not None:
+                raise self._error
+            for file in self.files:
+                file.check()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Let no more of them begin, and wait for those that have begun, whatever becomes of them."""
+        self.pieces.clear()
+        while self._num_working:
+            deliver = self._read.get()
+            if deliver is None:
+                self._num_working -= 1
+            else:  # into a slot that will be given back: the buffer is needed by others
+                with contextlib.suppress(RuntimeError):
+                    deliver()
+
+    def _work(self) -> None:
+        """Read what is left; after an error nobody goes on."""
+        try:
+            while self.pieces:
+                try:
+                    piece = self.pieces.popleft()
+                except IndexError:  # another thread was faster
+                    break
+                deliver = piece.read()
+                if deliver is not None:
+                    self._read.put(deliver)
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+            self.pieces.clear()
+            self._error = error
+        finally:
+            self._read.put(None)
+
+
 class RecordReader:
-    """A pool of threads that reads records, all pieces of a call at once."""
+    """A pool of threads that reads records, the pieces of a call side by side."""
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
+        self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="experts")
 
     def read(self, records: Sequence[Record]) -> None:
         """Fill every record, or raise the first error once no thread is writing any more."""
-        for file in {record.file for record in records}:
+        self.start(records).finish()
+
+    def start(self, records: Sequence[Record]) -> Reading:
+        """Begin to fill every record; what this gives has to be finished or abandoned, whatever happens meanwhile.
+
+        Little is read at once, by the calling thread: errors may come from here, too. No other read of these files may be
+        under way.
+        """
+        files = list(dict.fromkeys(record.file for record in records))
+        for file in files:
             file.prepare()
+            file.check()
         if sum(record.target.nbytes for record in records) <= INLINE_BYTES:
-            _read_all(records)
-            return
-        pieces = [
-            Record(record.file, record.start + start, record.target[start : start + PIECE_BYTES])
-            for record in records
-            for start in range(0, record.target.nbytes, PIECE_BYTES)
-        ]
-        share = -(-len(pieces) // MOST_TASKS)
-        finish([self._pool.submit(_read_all, pieces[start : start + share]) for start in range(0, len(pieces), share)])
+            for record in records:
+                deliver = record.read()
+                if deliver is not None:
+                    deliver()
+            return Reading(files)
+        reading = Reading(
+            files,
+            (
+                Record(record.file, record.start + start, record.target.part(start, start + PIECE_BYTES))
+                for record in records
+                for start in range(0, record.target.nbytes, PIECE_BYTES)
+            ),
+        )
+        try:
+            reading.begin(self._pool, self._num_threads)
+        except BaseException:  # an interruption between two: those under way are known to nobody else
+            reading.abandon()
+            raise
+        return reading
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _read_all(records: Sequence[Record]) -> None:
-    for record in records:
-        record.file.read(record.target, record.start)
-
-
-def finish(futures: Sequence[Future[Any]]) -> None:
-    """Wait for all of them, also when one fails or the user interrupts: a late one would write into a slot given away."""
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
 
 
 def default_reader() -> Callable[[int, memoryview, int], int]:

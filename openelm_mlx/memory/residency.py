@@ -8,33 +8,34 @@ Router, attention and the experts' biases are in memory as ever.
 Why a slot is never overwritten under a kernel that reads it
 ------------------------------------------------------------
 MLX is lazy and keeps no watch over memory that is written from outside, so the order of reads by kernels and writes by
-threads is ours to keep. Four rules do it:
+threads is ours to keep. Five rules do it:
 
-1. Kernels read a bank through `feed_forward` alone, and every result of it is noted as a reader of the bank before
-   anything else can happen to it. Results of one bank's calls do not depend on each other: a chunk's router does
-   not wait for the experts of the chunk before in the same layer, and what the last layer computed for a chunk that
-   only fills the cache may never be wanted. So nothing is inferred from other values having arrived.
-2. Before a slot is overwritten, `fence` evaluates all noted readers, which ends when their kernels have ended.
-3. Writers are joined before the call that asked for them returns, however it ends (`records.finish`). A graph that reads
-   the slots is built after that, so it is built on bytes that are there.
+1. Kernels read a bank through `feed_forward` alone, and every result of it is noted as a reader of the bank, with the
+   slots it may read, before anything else can happen to it. Results of one bank's calls do not depend on each other: a
+   chunk's router does not wait for the experts of the chunk before in the same layer, and what the last layer computed for
+   a chunk that only fills the cache may never be wanted. So nothing is inferred from other values having arrived.
+2. Before slots are overwritten, `fence` evaluates all noted readers that may read one of them, which ends when their
+   kernels have ended. The table of slots is overwritten only after all who look slots up in it.
+3. Between `begin` and `finish` threads write into the slots. Whoever builds a graph on them in between evaluates nothing of
+   it before `finish`; and writers are joined however that ends (`records.finish`). Where an array is not written in place,
+   `begin` does all of it.
 4. A slot that holds an expert of the call that is being served is never chosen for another one (`SlotTable.place`), and
    a slot is named resident only when all its bytes have come. An error in between frees it.
-
-A reader is struck from the notes without being evaluated in one place alone, `forget_newest`, by the step that has
-built it, found it wrong and holds the only way to it. Within one model the work of different threads is kept apart by
-`Residency.exclusive`.
+5. What is built in one turn (`Turn`) is dispatched before the turn ends, so that another thread's fence only waits.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -46,16 +47,15 @@ from ..errors import CheckpointError, SettingError
 from ..models.gpt_oss import GptOss
 from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, QuantizedExpertLinear, rows_in_a_tile, uses_tiles
 from ..specs import ModelSpec
-from .records import Record, RecordFile, RecordReader
+from .cuda_driver import MOST_RESULTS, ResultBuffer, cuda_driver, results_on_host
+from .records import HostTarget, Reading, Record, RecordFile, RecordReader, fill_with
 from .slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
-
-Writes = Literal["view", "copy"]
+from .written import Writes, Writing, Written
 
 EMBEDDING = "model.embed_tokens.weight"
 PROJECTIONS = ("gate_up_proj", "down_proj")
 PARTS = ("weight", "scales")
-# Results that wait for a fence are small (a token's); larger ones are evaluated at once.
-LARGEST_PENDING_ROUTES = SORT_FROM_ROUTES
+# Results of a layer that wait for a fence; with one more, all are waited for.
 MOST_PENDING = 16
 
 
@@ -63,7 +63,8 @@ MOST_PENDING = 16
 class LayerStatistics:
     """What one layer's slots did. hits and misses count experts asked for, each once a call; bytes_read in bytes.
 
-    seconds_waited: for reads, from asking to the last byte. read_backs: times that the host waited for a choice of experts.
+    seconds_waited: for reads, when there was nothing else to do. read_backs: how often the host waited for a choice of
+    experts.
     """
 
     hits: int = 0
@@ -102,83 +103,89 @@ class Stored(NamedTuple):
 
 
 class Part:
-    """One array of a bank, (S, rows, columns) with S slots, and how bytes come into a slot of it.
+    """One array of a bank, (S, rows, columns) with S slots, and how an expert's bytes come into a slot of it.
 
     rows may be more than an expert has: its bytes then fill the first of them.
     """
 
-    def __init__(self, stored: Stored, shape: tuple[int, ...], dtype: mx.Dtype, num_slots: int, writes: Writes) -> None:
-        self.stored = stored
-        self.array = mx.zeros((num_slots, *shape), dtype)
-        mx.eval(self.array)  # a view needs memory that exists
-        self.view = memory_of(self.array) if writes == "view" else None
-        self._record = np.zeros(shape, _NUMPY_TYPES[dtype]) if self.view is None else None
+    def __init__(self, stored: Stored, memory: Written) -> None:
+        self.stored, self.memory = stored, memory
 
-    def target(self, slot: int) -> memoryview:
-        """Where an expert's bytes have to be put: the slot itself, or the one record that is copied into it."""
-        place = self._record if self.view is None else self.view[slot]
-        assert place is not None
-        return cast(memoryview, place.data).cast("B")[: self.stored.nbytes]
+    @property
+    def array(self) -> mx.array:
+        return self.memory.array
 
-    def settle(self, slot: int) -> None:
-        """Bring what is in the record into the array. In place: nothing else holds the array, as a fence came before."""
-        if self._record is not None:
-            self.array[slot] = mx.array(self._record)
+    def record(self, expert: int, slot: int) -> Record:
+        """What brings an expert into a slot."""
+        stored = self.stored
+        check = partial(_check_scales, expert, stored) if stored.name.endswith("scales") else None
+        return Record(
+            stored.file, stored.start + expert * stored.nbytes, self.memory.target(slot, stored.nbytes, check)
+        )
 
 
-_NUMPY_TYPES = {mx.uint32: np.uint32, mx.uint8: np.uint8}
+def _check_scales(expert: int, stored: Stored, scales: memoryview) -> None:
+    """A resident model refuses scales that stand for no number when it is loaded; here they are seen when read."""
+    if np.frombuffer(scales, np.uint8).max() == NOT_A_SCALE:
+        raise CheckpointError(
+            f"The scales of expert {expert} in {stored.name} have a byte of 255, which stands for no number (NaN): "
+            f"{stored.file.path} is damaged; download or copy it again."
+        )
 
 
-def memory_of(array: mx.array) -> np.ndarray | None:
-    """An evaluated array's own memory as a NumPy array that can be written; None where NumPy gave a copy instead.
+class Turn:
+    """Whose turn it is with a model's slots: one thread's at a time.
 
-    NumPy 1 copies without a word what it cannot view: two views of one array have one address, two copies have not.
+    A chunk of a prompt or one step of an answer: two threads may each have an answer under way from one model.
     """
-    try:
-        view, again = np.array(array, copy=False), np.array(array, copy=False)
-    except (ValueError, TypeError, BufferError):
-        return None
-    is_memory = view.ctypes.data == again.ctypes.data and view.flags.writeable and view.flags.c_contiguous
-    return view if is_memory else None
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.RLock(), 0
+        self._unstarted: list[Callable[[], Sequence[mx.array]]] = []
+
+    def ends_with(self, unstarted: Callable[[], Sequence[mx.array]]) -> None:
+        """At the end of every turn start what this gives: nothing unstarted may be left in the slots."""
+        self._unstarted.append(unstarted)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Nobody else in the slots until the outermost block is left."""
+        with self._lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    mx.async_eval([array for unstarted in self._unstarted for array in unstarted()])
 
 
-def views_work() -> bool:
-    """Whether, on this machine and backend, a NumPy view is an array's memory and the next kernel sees what it writes."""
-    for dtype, kind in _NUMPY_TYPES.items():
-        array = mx.zeros((4, 64), dtype)
-        mx.eval(array)
-        view = memory_of(array)
-        if view is None:
-            return False
-        before = mx.sum(array).item()
-        view[2] = np.arange(64, dtype=kind)
-        if (before, mx.sum(array).item()) != (0, 63 * 32):
-            return False
-    return True
+class Reader(NamedTuple):
+    """A result that is computed from slots: those of `slots`, or None for any that the table says."""
+
+    result: mx.array
+    slots: frozenset[int] | None
 
 
-def chosen_writes(asked: Writes | None = None) -> Writes:
-    """How slots are written: as asked, else through views where they work, else by copies of one expert at a time.
-
-    MLX's CUDA backend answers a view by moving the whole array to managed memory, from where its kernels read it at
-    another speed: copies are the default there.
-    """
-    if asked == "copy":
-        return "copy"
-    if asked is None and mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu):
-        return "copy"
-    return "view" if views_work() else "copy"
+NOTHING_COMING: tuple[list[tuple[int, int]], Reading, Sequence[int]] = ([], Reading(), ())
 
 
 class ExpertBank:
     """The slots of one layer: which experts are in them, and how the others get there."""
 
-    def __init__(self, parts: Sequence[Part], table: SlotTable, num_experts: int, reader: RecordReader) -> None:
+    def __init__(
+        self, parts: Sequence[Part], table: SlotTable, num_experts: int, reader: RecordReader, write: Writing
+    ) -> None:
         self.parts, self.table, self.num_experts = parts, table, num_experts
         self.statistics = LayerStatistics()
         self._read = reader
-        self._readers: list[mx.array] = []
-        self._device_table: mx.array | None = None
+        self._readers: list[Reader] = []
+        # Expert -> slot as kernels look it up, (1, E): any slot for an expert that is not resident.
+        self._on_device = write((1, num_experts), mx.uint32)
+        self._in_place = self._on_device.in_place and all(part.memory.in_place for part in parts)
+        self._unstarted: list[mx.array] = []
+        # What is under way between `begin` and `finish`: (expert, slot), the reads, and all that was wanted.
+        self._coming: tuple[list[tuple[int, int]], Reading, Sequence[int]] = NOTHING_COMING
 
     @property
     def num_slots(self) -> int:
@@ -195,91 +202,117 @@ class ExpertBank:
 
     def require(self, wanted: Sequence[int]) -> None:
         """Have all of `wanted` (each once, at most as many as there are slots) resident, and count it."""
+        self.begin(wanted)
+        self.finish()
+
+    def begin(self, wanted: Sequence[int]) -> None:
+        """Begin to have all of `wanted` resident; `finish` has to be called before anything else is asked of the bank."""
+        self.abandon()  # what an interruption may have left
         placed = self.table.place(wanted)
         self.statistics.hits += len(wanted) - len(placed)
         self.statistics.misses += len(placed)
         self.statistics.evictions = self.table.evictions
-        if placed:
-            self._device_table = None
-            self._fetch(placed)
+        if not placed:
+            self.table.use(wanted)
+            return
+        self._coming = placed, Reading(), wanted
+        try:
+            self.fence({slot for _, slot in placed} if self._in_place else None)
+            with self._waiting():
+                if self._in_place:
+                    reading = self._read.start([part.record(*each) for each in placed for part in self.parts])
+                    self._coming = placed, reading, wanted
+                else:
+                    self._fetch_by_copies(placed)
+            if not self._in_place:
+                self.finish()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def finish(self) -> None:
+        """All that `begin` was asked for is resident now. Raises what went wrong with the reads, and nothing is lost."""
+        placed, reading, wanted = self._coming
+        if not placed:
+            return
+        try:
+            slots = self.slots(np.arange(self.num_experts))
+            for expert, slot in placed:
+                slots[expert] = slot
+            with self._waiting():
+                reading.finish()
+                # Of those who look slots up none is left: they were waited for before the first slot was overwritten.
+                fill_with(self._on_device.target(0), slots)
+                self._on_device.settle(0)
+                self._on_device.wait()
+        except BaseException:
+            self.abandon()
+            raise
+        self._coming = NOTHING_COMING
+        self.table.arrived(placed)
         self.table.use(wanted)
+        self.statistics.bytes_read += len(placed) * sum(part.stored.nbytes for part in self.parts)
+
+    def abandon(self) -> None:
+        """Nobody writes into the slots any more, and what was coming is not resident. Does nothing after `finish`."""
+        placed, reading, _ = self._coming
+        reading.abandon()
+        if placed:
+            self._on_device.wait()
+        self._coming = NOTHING_COMING
+        self.table.release(placed)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.statistics.seconds_waited += time.perf_counter() - started
 
     def slots(self, experts: np.ndarray) -> np.ndarray:
-        """The slot of each of `experts`, all resident. Any shape, uint32."""
+        """The slot of each of `experts`; 0 for one that is not resident. Any shape, uint32."""
         lookup = np.zeros(self.num_experts, np.uint32)
         for expert, slot in self.table.slot_of.items():
             lookup[expert] = slot
         return lookup[experts]
 
     def device_table(self) -> mx.array:
-        """(E,) uint32: the slot of each expert, and any slot for one that is not resident."""
-        if self._device_table is None:
-            self._device_table = mx.array(self.slots(np.arange(self.num_experts)))
-        return self._device_table
+        """(E,) uint32: the slot of each expert when what is built on it is evaluated, and any slot for one that is not
+        resident then.
+        """
+        return self._on_device.array.reshape(-1)
 
-    def note(self, reader: mx.array) -> None:
-        """`reader` is computed from the slots as they are now: to be evaluated before one is overwritten."""
-        self._readers.append(reader)
+    def note(self, result: mx.array, slots: Collection[int] | None = None) -> None:
+        """`result` is computed from these slots as they are now, or from those that the table gives."""
+        self._readers.append(Reader(result, None if slots is None else frozenset(slots)))
+        self._unstarted.append(result)
         if len(self._readers) > MOST_PENDING:
             newest = self._readers.pop()
             self.fence()  # most have long been computed, and are only kept alive by this list
             self._readers.append(newest)
 
-    def forget_newest(self) -> None:
-        """The last reader noted has not been computed and never will be: its result was dropped by who made it."""
-        self._readers.pop()
+    def fence(self, slots: Collection[int] | None = None) -> None:
+        """Wait for every kernel that may read one of `slots`, None: any slot."""
+        waited = [
+            reader
+            for reader in self._readers
+            if slots is None or reader.slots is None or not reader.slots.isdisjoint(slots)
+        ]
+        self._readers = [reader for reader in self._readers if not any(reader is each for each in waited)]
+        mx.eval([reader.result for reader in waited])
 
-    def fence(self) -> None:
-        """Wait for every kernel that reads the slots."""
-        readers, self._readers = self._readers, []
-        mx.eval(readers)
-
-    def dispatch(self) -> None:
-        """Start what reads the slots, so that a fence in another thread has only to wait for it."""
-        mx.async_eval(self._readers)
-
-    def _fetch(self, placed: Sequence[tuple[int, int]]) -> None:
-        started = time.perf_counter()
-        try:
-            self.fence()
-            started = time.perf_counter()
-            if all(part.view is not None for part in self.parts):
-                self._read.read([record for expert, slot in placed for record in self._records(expert, slot)])
-            else:
-                self._fetch_by_copies(placed)
-            self._check_scales(placed)
-        except BaseException:
-            self.table.release(placed)
-            raise
-        self.table.arrived(placed)
-        self.statistics.bytes_read += len(placed) * sum(part.stored.nbytes for part in self.parts)
-        self.statistics.seconds_waited += time.perf_counter() - started
+    def unstarted(self) -> list[mx.array]:
+        """What has been noted since the last time."""
+        noted, self._unstarted = self._unstarted, []
+        return noted
 
     def _fetch_by_copies(self, placed: Sequence[tuple[int, int]]) -> None:
         for expert, slot in placed:
-            self._read.read(self._records(expert, slot))
+            self._read.read([part.record(expert, slot) for part in self.parts])
             for part in self.parts:
-                part.settle(slot)
-            self._check_scales([(expert, slot)])
+                part.memory.settle(slot)
             mx.eval([part.array for part in self.parts])  # before the record is filled again
-
-    def _records(self, expert: int, slot: int) -> list[Record]:
-        return [
-            Record(part.stored.file, part.stored.start + expert * part.stored.nbytes, part.target(slot))
-            for part in self.parts
-        ]
-
-    def _check_scales(self, placed: Sequence[tuple[int, int]]) -> None:
-        """A resident model refuses scales that stand for no number when it is loaded; here they are seen when read."""
-        for expert, slot in placed:
-            for part in self.parts:
-                if part.stored.name.endswith("scales"):
-                    scales = np.frombuffer(part.target(slot), np.uint8)
-                    if scales.max() == NOT_A_SCALE:
-                        raise CheckpointError(
-                            f"The scales of expert {expert} in {part.stored.name} have a byte of 255, which stands for no "
-                            f"number (NaN): {part.stored.file.path} is damaged; download or copy it again."
-                        )
 
 
 class StreamedExperts:
@@ -288,39 +321,32 @@ class StreamedExperts:
     experts: the layer's own arithmetic with the bank's arrays as weights.
     """
 
-    def __init__(self, experts: Experts, bank: ExpertBank) -> None:
+    def __init__(self, experts: Experts, bank: ExpertBank, turn: Turn, read_back: ReadBack) -> None:
         self.experts, self.bank = experts, bank
         self.is_skipped = False
-        # Choices of experts that the host has not seen, when it looks at several layers' at once; None: it looks at each.
-        self.unseen: list[mx.array] | None = None
         self.on_choice: Any = None
+        self._turn, self._read_back = turn, read_back
 
     def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
         if self.is_skipped:
             return mx.zeros((*expert_indices.shape, x.shape[-1]), x.dtype)
-        if self.unseen is not None:
-            return self._by_device_table(x, expert_indices, self.unseen)
-        mx.eval(expert_indices)  # the host needs them to know what to read
-        self.bank.statistics.read_backs += 1
-        chosen = np.array(expert_indices)
-        if self.on_choice is not None:
-            self.on_choice(chosen)
-        is_grouped = chosen.size >= SORT_FROM_ROUTES
-        rounds = rounds_of(chosen.ravel().tolist(), self.bank.table, is_grouped)
-        if is_grouped or len(rounds) > 1:
-            return self._by_blocks(x, chosen, rounds)
-        self.bank.require(rounds[0])
-        outputs = self.experts.feed_forward(x[..., None, :], expert_indices, mx.array(self.bank.slots(chosen)))
-        self.bank.note(outputs)
-        return outputs
+        with self._turn.taken():
+            [chosen] = self._read_back([expert_indices])  # the host needs them to know what to read
+            self.bank.statistics.read_backs += 1
+            if self.on_choice is not None:
+                self.on_choice(chosen)
+            is_grouped = chosen.size >= SORT_FROM_ROUTES
+            rounds = rounds_of(chosen.ravel().tolist(), self.bank.table, is_grouped)
+            if is_grouped or len(rounds) > 1:
+                return self._by_blocks(x, chosen, rounds)
+            self.bank.require(rounds[0])
+            outputs = self.looked_up(x, expert_indices, self.bank.device_table())
+            self.bank.note(outputs)
+            return outputs
 
-    def _by_device_table(self, x: mx.array, expert_indices: mx.array, unseen: list[mx.array]) -> mx.array:
-        """With the slots that the device looks up itself: right if all experts turn out to have been resident."""
-        unseen.append(expert_indices)
-        slots = self.bank.device_table()[expert_indices]
-        outputs = self.experts.feed_forward(x[..., None, :], expert_indices, slots)
-        self.bank.note(outputs)
-        return outputs
+    def looked_up(self, x: mx.array, expert_indices: mx.array, table: mx.array) -> mx.array:
+        """The chosen experts' outputs from the slots that `table`, the bank's, gives: right if all are resident then."""
+        return self.experts.feed_forward(x[..., None, :], expert_indices, table[expert_indices])
 
     def _by_blocks(self, x: mx.array, chosen: np.ndarray, blocks: list[list[int]]) -> mx.array:
         """Routes grouped by expert, experts taken in blocks that fit: each expert is read at most once.
@@ -332,14 +358,21 @@ class StreamedExperts:
         tiles = uses_tiles(routes.size, self.bank.num_experts)
         pieces: list[mx.array] = []
         positions: list[np.ndarray] = []
-        for block in blocks:
-            self.bank.require(block)
-            mine = np.flatnonzero(np.isin(routes, block))
-            slots = self.bank.slots(routes[mine])
-            order = np.argsort(slots, kind="stable")
-            mine, slots = mine[order], slots[order]
-            pieces.append(self._block(rows, routes, mine, slots, tiles, chosen.shape[-1]))
-            positions.append(mine)
+        try:
+            self.bank.begin(blocks[0])
+            for block, following in itertools.zip_longest(blocks, blocks[1:]):
+                self.bank.finish()
+                mine = np.flatnonzero(np.isin(routes, block))
+                slots = self.bank.slots(routes[mine])
+                order = np.argsort(slots, kind="stable")
+                mine, slots = mine[order], slots[order]
+                pieces.append(self._block(rows, routes, mine, slots, tiles, chosen.shape[-1]))
+                positions.append(mine)
+                if following is not None:
+                    # Read while this block is computed: the slots that change are those of blocks before it, if possible.
+                    self.bank.begin(following)
+        finally:
+            self.bank.abandon()
         back = np.argsort(np.concatenate(positions)).astype(np.uint32)
         outputs = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         return outputs[mx.array(back)].reshape(*chosen.shape, -1)
@@ -347,20 +380,20 @@ class StreamedExperts:
     def _block(
         self, rows: mx.array, routes: np.ndarray, mine: np.ndarray, slots: np.ndarray, tiles: bool, k: int
     ) -> mx.array:
-        """The outputs (n, hidden_size) of the n routes `mine`, whose slots do not decrease."""
+        """The outputs (n, hidden_size) of the n routes `mine`, whose slots do not decrease; they are being computed."""
         count = len(mine)
-        if (
-            tiles
-        ):  # the bank has fewer experts than the model, and could be below the tiles' threshold where that is not
+        if tiles:
+            # The bank has fewer experts than the model, and could be below the tiles' threshold where that is not.
             filler = max(0, max(SORT_FROM_ROUTES, TILE_FROM_ROWS * self.bank.num_slots) - count)
             mine = np.concatenate([mine, np.repeat(mine[-1:], filler)])
             slots = np.concatenate([slots, np.repeat(slots[-1:], filler)])
         inputs = rows[mx.array((mine // k).astype(np.uint32))]
         experts = mx.array(routes[mine].astype(np.uint32))
         outputs = self.experts.feed_forward(inputs, experts, mx.array(slots), sorted_slots=tiles)[:count]
-        self.bank.note(outputs)
-        if count > LARGEST_PENDING_ROUTES:
-            self.bank.fence()  # not kept waiting: its inputs would be kept, too
+        # One number that needs them all stands for them: what waits for a fence is kept in memory.
+        mark = outputs[:1, :1] + 0
+        self.bank.note(mark, set(slots.tolist()))
+        mx.async_eval(outputs, mark)
         return outputs
 
 
@@ -387,17 +420,36 @@ class StreamedEmbedding:
         data = np.empty((len(rows), self._row_bytes), np.uint8)
         self._read.read(
             [
-                Record(self._file, self._entry.start + int(row) * self._row_bytes, memoryview(data[i]))
+                Record(self._file, self._entry.start + int(row) * self._row_bytes, HostTarget(memoryview(data[i])))
                 for i, row in enumerate(rows)
             ]
         )
         table = mx.array(data).view(_STORED_TYPES[self._entry.dtype]).astype(self._dtype)
         if self._packing is not None:
             table = self._packing.dequantize(self._packing.quantize(table), self._dtype)
+        if len(rows) == 1:
+            return (
+                mx.broadcast_to(table, (*ids.shape, table.shape[-1])) if ids.size > 1 else table.reshape(*ids.shape, -1)
+            )
         return table[mx.array(where.reshape(ids.shape).astype(np.uint32))]
 
 
 _STORED_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+
+
+class ReadBack:
+    """Brings what routers chose to the host, and evaluates what that needs."""
+
+    def __init__(self) -> None:
+        driver = cuda_driver()
+        self._buffer = None if driver is None else ResultBuffer(driver)
+
+    def __call__(self, choices: Sequence[mx.array]) -> list[np.ndarray]:
+        """Each of the choices, uint32, of any shapes."""
+        if self._buffer is not None and sum(each.size for each in choices) <= MOST_RESULTS:
+            return results_on_host(choices, self._buffer)
+        mx.eval(choices)
+        return [np.array(each) for each in choices]
 
 
 @dataclass
@@ -411,9 +463,10 @@ class Residency:
     files: tuple[RecordFile, ...]
     reader: RecordReader
     writes: Writes
+    turn: Turn
+    read_back: ReadBack
     embedding_on_disk: bool = False
     pace: Any = None
-    _lock: Any = field(default_factory=threading.RLock)
 
     @property
     def banks(self) -> list[ExpertBank]:
@@ -450,16 +503,9 @@ class Residency:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Nobody else in the slots until the block is left, and nothing unstarted in them afterwards.
-
-        A chunk of a prompt or one step of an answer: two threads may each have an answer under way from one model.
-        """
-        with self._lock:
-            try:
-                yield
-            finally:
-                for bank in self.banks:
-                    bank.dispatch()
+        """Nobody else in the slots until the block is left, and nothing unstarted in them afterwards."""
+        with self.turn.taken():
+            yield
 
     @contextmanager
     def cache_only(self) -> Iterator[None]:
@@ -470,18 +516,6 @@ class Residency:
             yield
         finally:
             last.is_skipped = False
-
-    @contextmanager
-    def unseen_choices(self) -> Iterator[list[mx.array]]:
-        """Within the block layers choose among what is resident without asking the host; gives their choices in order."""
-        unseen: list[mx.array] = []
-        for layer in self.layers:
-            layer.unseen = unseen
-        try:
-            yield unseen
-        finally:
-            for layer in self.layers:
-                layer.unseen = None
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -510,7 +544,7 @@ class Streaming:
     of its own and `embedding_on_disk` allows it, the embedding. Raises CheckpointError when the checkpoint has its
     experts in a form that cannot be read in place.
 
-    policy, writes: see `SlotTable` and `chosen_writes`. padded_down_rows: rows of the down slots; as many as those of a
+    policy, writes: see `SlotTable` and `Writing`. padded_down_rows: rows of the down slots; as many as those of a
     resident model's matrices when it is None, so that both go through the same kernel.
     """
 
@@ -555,36 +589,40 @@ class Streaming:
         named = dict(weights)
         entries = [*self._entries.values(), *([] if self._embedding is None else [self._embedding])]
         files = {file: RecordFile(file) for file in dict.fromkeys(entry.file for entry in entries)}
-        reader, writes = RecordReader(), chosen_writes(self._writes)
+        reader, write, turn, read_back = RecordReader(), Writing(self._writes), Turn(), ReadBack()
         layers = []
         for i, block in enumerate(model.layers):
             experts, parts = cast(Experts, block.mlp.experts), []
             for projection in PROJECTIONS:
                 module = f"model.layers.{i}.mlp.experts.{projection}"
-                weight, scales = (self._part(f"{module}.{part}", files, writes) for part in PARTS)
+                weight, scales = (self._part(f"{module}.{part}", files, write) for part in PARTS)
                 parts += [weight, scales]
                 packing, bias = packings[module], named.pop(f"{module}.bias")
                 experts[projection] = QuantizedExpertLinear(
                     weight.array, scales.array, None, bias, packing.group_size, packing.bits, packing.mode
                 )
-            bank = ExpertBank(parts, SlotTable(self._num_slots, self._policy), experts.num_experts, reader)
-            layers.append(StreamedExperts(experts, bank))
+            table = SlotTable(self._num_slots, self._policy)
+            bank = ExpertBank(parts, table, experts.num_experts, reader, write)
+            turn.ends_with(bank.unstarted)
+            layers.append(StreamedExperts(experts, bank, turn, read_back))
             block.mlp.experts = layers[-1]
         if self._embedding is not None:
             file, module = files[self._embedding.file], EMBEDDING.removesuffix(".weight")
             model.model.embed_tokens = StreamedEmbedding(file, self._embedding, dtype, packings.get(module), reader)
-        model.residency = Residency(layers, tuple(files.values()), reader, writes, self._embedding is not None)
+        model.residency = Residency(
+            layers, tuple(files.values()), reader, write.way, turn, read_back, self._embedding is not None
+        )
         weakref.finalize(model, _close, reader, model.residency.files)
         return list(named.items())
 
-    def _part(self, name: str, files: Mapping[Path, RecordFile], writes: Writes) -> Part:
+    def _part(self, name: str, files: Mapping[Path, RecordFile], write: Writing) -> Part:
         entry = self._entries[name]
         num_experts, rows = entry.shape[:2]
         nbytes = entry.nbytes // num_experts
         dtype = mx.uint32 if name.endswith(".weight") else mx.uint8
         padded = (self._padded_down_rows or rows + -rows % rows_in_a_tile()) if ".down_proj." in name else rows
         stored = Stored(name, files[entry.file], entry.start, nbytes)
-        return Part(stored, (padded, nbytes // rows // dtype.size), dtype, self._num_slots, writes)
+        return Part(stored, write((self._num_slots, padded, nbytes // rows // dtype.size), dtype))
 
 
 def _expert_entries(contents: Contents, checkpoint: Checkpoint) -> dict[str, TensorEntry]:

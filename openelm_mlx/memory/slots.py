@@ -91,20 +91,21 @@ class SlotTable:
 
 
 def blocks_of(wanted: Sequence[int], table: SlotTable) -> list[list[int]]:
-    """`wanted` (each once, the one used last at the end) in blocks that fit into the slots.
+    """`wanted` (each once, the one used last at the end) in blocks of which two fit into the slots.
 
-    The first block is what is resident already, so that none of it is evicted before it was used and then read again:
-    each expert is read at most once. The last block is what the last tokens used, which the next ones likely want.
+    One block can be read while the one before it is computed. What is resident already comes first, so that none of it is
+    evicted before it was used and then read again: each expert is read at most once. The last block is what the last tokens
+    used, which the next ones likely want.
     """
     resident = [expert for expert in wanted if expert in table.slot_of]
     missing = [expert for expert in wanted if expert not in table.slot_of]
-    if len(wanted) <= table.num_slots:
-        return [list(wanted)]
-    size = table.num_slots
-    first = len(missing) % size  # a short block comes first, so that the last one is whole
-    starts = ([0] if first else []) + list(range(first, len(missing), size))
-    blocks = [missing[start : start + (first if start == 0 and first else size)] for start in starts]
-    return ([resident] if resident else []) + blocks
+    size = max(1, table.num_slots // 2) if len(wanted) > table.num_slots else table.num_slots
+    return [*_cut(resident, size), *_cut(missing, size)]
+
+
+def _cut(experts: list[int], size: int) -> list[list[int]]:
+    """In pieces of `size`; a short one comes first, so that the last one is whole."""
+    return [experts[max(0, stop - size) : stop] for stop in range(len(experts) % size or size, len(experts) + 1, size)]
 
 
 def by_last_use(experts: Sequence[int]) -> list[int]:

@@ -6,7 +6,7 @@ files; q, k and v are one projection, gate and up another one with alternating r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx import nn
@@ -16,7 +16,7 @@ from . import block
 from .attention import Mask, causal_mask, merge_heads, split_heads
 from .block import Settle
 from .cache import Cache, make_cache
-from .moe import Experts, MoE
+from .moe import Experts, MoE, weighted_sum
 from .norm import RMSNorm
 from .precision import add_rounded, linear
 from .rope import Rotation
@@ -121,6 +121,18 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
+class Routed(NamedTuple):
+    """A layer before its experts: the residual stream, what the experts are given, which ones, and their weights.
+
+    h, x (B, L, hidden_size); expert_indices, expert_weights (B, L, k). One token a row: without L.
+    """
+
+    h: mx.array
+    x: mx.array
+    expert_indices: mx.array
+    expert_weights: mx.array
+
+
 class Block(block.Block):
     """h = x + attention(norm(x)); h + moe(norm(h)), each rounded to the layer's type."""
 
@@ -140,10 +152,23 @@ class Block(block.Block):
         return attention.project(self.input_layernorm(x, attention.dtype), offset)
 
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
+        h, dtype = self._after_output(x, out), self.self_attn.dtype
+        return add_rounded(h, self.mlp(self.post_attention_layernorm.in_float32(h), dtype), dtype)
+
+    def _after_output(self, x: mx.array, out: mx.array) -> mx.array:
         attention = self.self_attn
-        h = add_rounded(x, linear(attention.o_proj, merge_heads(out, x)), attention.dtype)
-        output = self.mlp(self.post_attention_layernorm.in_float32(h), attention.dtype)
-        return add_rounded(h, output, attention.dtype)
+        return add_rounded(x, linear(attention.o_proj, merge_heads(out, x)), attention.dtype)
+
+    def to_experts(self, x: mx.array, out: mx.array) -> Routed:
+        """`after_attention` up to where the experts are asked."""
+        h = self._after_output(x, out)
+        normed = self.post_attention_layernorm.in_float32(h)
+        return Routed(h, normed.astype(self.self_attn.dtype), *self.mlp.route(normed))
+
+    def from_experts(self, routed: Routed, outputs: mx.array) -> mx.array:
+        """The rest of `after_attention`: the layer's output from those of its experts, (B, L, k, hidden_size)."""
+        dtype = self.self_attn.dtype
+        return add_rounded(routed.h, weighted_sum(outputs, routed.expert_weights, dtype), dtype)
 
     def made_once(self) -> list[mx.array]:
         experts = self.mlp.experts

@@ -66,13 +66,7 @@ class MoE(nn.Module):
         The output is float32 for few tokens and `dtype` for many, where float32 would take twice the memory.
         """
         expert_indices, expert_weights = self.route(x)
-        outputs = self.experts(x.astype(dtype), expert_indices)
-        sum_dtype = mx.float32 if expert_indices.size < SORT_FROM_ROUTES else dtype
-        expert_weights, outputs = expert_weights.astype(sum_dtype), outputs.astype(sum_dtype)
-        if x.ndim == 2 and x.shape[0] == 1:  # (1, k) @ (k, hidden_size), in the fewest steps
-            return expert_weights @ outputs.reshape(-1, outputs.shape[-1])
-        # (B, L, 1, k) @ (B, L, k, hidden_size): the sum is rounded once, where k products and a sum round k times more.
-        return (expert_weights[..., None, :] @ outputs).squeeze(-2)
+        return weighted_sum(self.experts(x.astype(dtype), expert_indices), expert_weights, dtype)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The k chosen experts of each token and their weights, both (B, L, k), in no particular order.
@@ -87,6 +81,19 @@ class MoE(nn.Module):
             expert_indices = mx.stop_gradient(expert_indices)
         chosen = mx.take_along_axis(logits, expert_indices, axis=-1)
         return expert_indices, mx.softmax(chosen, axis=-1, precise=True)
+
+
+def weighted_sum(outputs: mx.array, expert_weights: mx.array, dtype: mx.Dtype) -> mx.array:
+    """What a layer makes of its experts' outputs (B, L, k, hidden_size) and their weights (B, L, k): (B, L, hidden_size).
+
+    Or (B, hidden_size), one token a row. See `MoE.__call__` for the type.
+    """
+    sum_dtype = mx.float32 if expert_weights.size < SORT_FROM_ROUTES else dtype
+    expert_weights, outputs = expert_weights.astype(sum_dtype), outputs.astype(sum_dtype)
+    if expert_weights.ndim == 2 and expert_weights.shape[0] == 1:  # (1, k) @ (k, hidden_size), in the fewest steps
+        return expert_weights @ outputs.reshape(-1, outputs.shape[-1])
+    # (B, L, 1, k) @ (B, L, k, hidden_size): the sum is rounded once, where k products and a sum round k times more.
+    return (expert_weights[..., None, :] @ outputs).squeeze(-2)
 
 
 class Experts(nn.Module):

@@ -1,0 +1,149 @@
+"""A model cut into functions that can be compiled: each has the same shapes for every token, whatever the cache holds.
+
+Attention and the writes into the cache stay outside: they depend on how many tokens there are, and MLX's attention is
+fastest with exactly the keys that exist and no mask. What is left is traced once for a model and never again, whatever the
+cache is: growing, a ring, in 8 bits, a row a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import mlx.core as mx
+
+from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from ..memory.residency import Residency
+    from ..models import Model
+    from ..models.gpt_oss import GptOss, Routed
+
+# Last pieces kept for a model, one for each way of choosing a token; the others are few.
+MOST_CHOICES = 32
+
+# The residual stream and the next layer's queries, keys and values.
+Projected = tuple[mx.array, mx.array, mx.array, mx.array]
+
+
+class Pieces:
+    """What both ways to cut have: a `head` for each way of choosing a token, after all layers.
+
+    The model's parameters are part of the pieces; changing them afterwards needs a new model. compile: False leaves them
+    as they are, which is what the tests compare.
+    """
+
+    def __init__(self, model: Model, compile: bool) -> None:
+        self.model = model
+        self.compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = mx.compile if compile else lambda f: f
+        self._heads: dict[Any, Callable[..., Any]] = {}
+        mx.eval([layer.made_once() for layer in model.layers])
+
+    def last_layer(self, *state: mx.array) -> mx.array:
+        """The residual stream after the last layer, from what is known before its last piece."""
+        raise NotImplementedError
+
+    def head(self, state: Sequence[mx.array], sampler: Sampler | None) -> tuple[Any, ...]:
+        """The logits (V,); with a sampler also its choice and its next state."""
+        form = None if sampler is None else sampler.form
+        if form not in self._heads:
+            self._heads[form] = self.compiled(self._make_head(sampler))
+            if len(self._heads) > MOST_CHOICES:
+                del self._heads[next(iter(self._heads))]  # the oldest
+        found: tuple[Any, ...] = self._heads[form](list(state), () if sampler is None else sampler.arrays)
+        return found
+
+    def _make_head(self, sampler: Sampler | None) -> Callable[..., tuple[Any, ...]]:
+        # Only the form of this sampler stays with the piece: its arrays are as large as the vocabulary.
+        form = None if sampler is None else sampler.with_arrays([mx.array(0)] * len(sampler.arrays))
+
+        def head(state: Sequence[mx.array], arrays: Sequence[mx.array]) -> tuple[Any, ...]:
+            logits = self.model.head(self.last_layer(*state))[0]
+            if form is None:
+                return (logits,)
+            chooser = form.with_arrays(arrays)
+            return (logits, chooser(logits), *chooser.state)
+
+        return head
+
+
+class ResidentPieces(Pieces):
+    """`first`, one `between` each layer's attention and the next one's, and the heads."""
+
+    def __init__(self, model: Model, compile: bool) -> None:
+        super().__init__(model, compile)
+        layers = model.layers
+
+        def first(tokens: mx.array, position: mx.array) -> Projected:
+            x = model.embed(tokens)
+            return (x, *layers[0].before_attention(x, position))
+
+        def between(i: int) -> Callable[..., Projected]:
+            def piece(x: mx.array, out: mx.array, position: mx.array) -> Projected:
+                x = layers[i].after_attention(x, out)
+                return (x, *layers[i + 1].before_attention(x, position))
+
+            return piece
+
+        self.first = self.compiled(first)
+        self.between = [self.compiled(between(i)) for i in range(len(layers) - 1)]
+
+    def last_layer(self, *state: mx.array) -> mx.array:
+        x, out = state
+        return self.model.layers[-1].after_attention(x, out)
+
+
+class StreamedPieces(Pieces):
+    """Each piece of `ResidentPieces` in two, with the host between: `to_experts` and `from_experts` of every layer."""
+
+    def __init__(self, model: Model, compile: bool) -> None:
+        super().__init__(model, compile)
+        self._gpt_oss = cast("GptOss", model)
+        layers = self._gpt_oss.layers
+
+        def to_experts(i: int) -> Callable[..., Routed]:
+            def piece(x: mx.array, out: mx.array) -> tuple[mx.array, ...]:
+                return tuple(layers[i].to_experts(x, out))
+
+            return self.compiled(piece)
+
+        def from_experts(i: int) -> Callable[..., Projected]:
+            def piece(position: mx.array, table: mx.array, *routed: mx.array) -> Projected:
+                x = self._layer(i, table, *routed)
+                return (x, *layers[i + 1].before_attention(x, position))
+
+            return self.compiled(piece)
+
+        self.first = self.compiled(lambda x, position: layers[0].before_attention(x, position))
+        self.to_experts = [to_experts(i) for i in range(len(layers))]
+        self.from_experts = [from_experts(i) for i in range(len(layers) - 1)]
+
+    def _layer(self, i: int, table: mx.array, *routed: mx.array) -> mx.array:
+        from ..models.gpt_oss import Routed
+
+        residency: Residency = self._gpt_oss.residency
+        given = Routed(*routed)
+        outputs = residency.layers[i].looked_up(given.x, given.expert_indices, table)
+        return self._gpt_oss.layers[i].from_experts(given, outputs)
+
+    def last_layer(self, *state: mx.array) -> mx.array:
+        return self._layer(len(self._gpt_oss.layers) - 1, *state)
+
+
+def forget_pieces(model: Model) -> None:
+    """Trace anew from now on: something that the pieces took from the model has been replaced."""
+    object.__setattr__(model, "_traced_pieces", None)
+
+
+P = TypeVar("P", bound=Pieces)
+
+
+def pieces_of(model: Model, kind: type[P], compile: bool) -> P:
+    """The pieces that were traced for a model already, whichever request it was for."""
+    made: dict[Any, Any] | None = model.__dict__.get("_traced_pieces")
+    if made is None:
+        made = {}
+        object.__setattr__(model, "_traced_pieces", made)
+    if (kind, compile) not in made:
+        made[kind, compile] = kind(model, compile)
+    return cast("P", made[kind, compile])

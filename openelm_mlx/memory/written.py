@@ -1,0 +1,150 @@
+"""Arrays of MLX whose memory is written from outside MLX, in the way that works on this machine."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from .cuda_driver import Courier, DeviceTarget, address_of, cuda_driver
+from .records import Check, HostTarget, Target
+
+# view: through a NumPy view of the array's own memory. driver: through CUDA's driver. copy: through a copy of one place.
+Writes = Literal["view", "driver", "copy"]
+
+_NUMPY_TYPES = {mx.uint32: np.uint32, mx.uint8: np.uint8}
+
+
+class Written(Protocol):
+    """An array of S places along its first axis, each of which can be filled from outside.
+
+    in_place: whether `array` stays the same memory, so that graphs may be built on it before a place is filled, and several
+    places may be filled at once. Where it does not, `settle` and `wait` have to follow each filling.
+    """
+
+    array: mx.array
+    in_place: bool
+
+    def target(self, place: int, nbytes: int | None = None, check: Check | None = None) -> Target:
+        """The first `nbytes` bytes of a place; all of them by default."""
+
+    def settle(self, place: int) -> None:
+        """Bring what was filled into the array. Nothing else may hold the array then."""
+
+    def wait(self) -> None:
+        """Until all that was filled before, in any array of the same `Writing`, is there for kernels."""
+
+
+class Viewed:
+    """Through a NumPy view: where host and device have one memory, or the device is the host."""
+
+    in_place = True
+
+    def __init__(self, array: mx.array, view: np.ndarray) -> None:
+        self.array, self.view = array, view
+
+    def target(self, place: int, nbytes: int | None = None, check: Check | None = None) -> HostTarget:
+        return HostTarget(self.view[place].data.cast("B")[:nbytes], check)
+
+    def settle(self, place: int) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+class Sent:
+    """Through CUDA's driver, to the address of the array on the device. No view of the array may ever be made."""
+
+    in_place = True
+
+    def __init__(self, array: mx.array, courier: Courier) -> None:
+        self.array, self._courier = array, courier
+        self._address = address_of(array)
+        self._place_bytes = array.nbytes // array.shape[0]
+
+    def target(self, place: int, nbytes: int | None = None, check: Check | None = None) -> DeviceTarget:
+        address = self._address + place * self._place_bytes
+        return DeviceTarget(self._courier, address, self._place_bytes if nbytes is None else nbytes, check)
+
+    def settle(self, place: int) -> None:
+        pass
+
+    def wait(self) -> None:
+        self._courier.wait()
+
+
+class Copied:
+    """Through a record of one place, which MLX copies into the array: everywhere, and slowly."""
+
+    in_place = False
+
+    def __init__(self, array: mx.array) -> None:
+        self.array = array
+        self._record = np.zeros(array.shape[1:], _NUMPY_TYPES[array.dtype])
+
+    def target(self, place: int, nbytes: int | None = None, check: Check | None = None) -> HostTarget:
+        return HostTarget(self._record.data.cast("B")[:nbytes], check)
+
+    def settle(self, place: int) -> None:
+        self.array[place] = mx.array(self._record)
+
+    def wait(self) -> None:
+        mx.eval(self.array)
+
+
+class Writing:
+    """The way in which one model's arrays are written: as asked where that works; by default the fastest that does.
+
+    MLX's CUDA backend answers a view by moving the whole array to managed memory, from where its kernels read it at
+    another speed: there it is the driver, or else copies, unless views are asked for.
+    """
+
+    def __init__(self, asked: Writes | None = None) -> None:
+        on_cuda = mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
+        self._courier: Courier | None = None
+        self.way: Writes = "copy"
+        if asked == "driver" or (asked is None and on_cuda):
+            driver = cuda_driver()
+            if driver is not None:
+                self.way, self._courier = "driver", Courier(driver)
+        elif asked != "copy" and views_work():
+            self.way = "view"
+
+    def __call__(self, shape: tuple[int, ...], dtype: mx.Dtype) -> Written:
+        """An array of zeros to be written."""
+        array = mx.zeros(shape, dtype)
+        mx.eval(array)  # there has to be memory
+        if self._courier is not None:
+            return Sent(array, self._courier)
+        view = memory_of(array) if self.way == "view" else None
+        return Copied(array) if view is None else Viewed(array, view)
+
+
+def memory_of(array: mx.array) -> np.ndarray | None:
+    """An evaluated array's own memory as a NumPy array that can be written; None where NumPy gave a copy instead.
+
+    NumPy 1 copies without a word what it cannot view: two views of one array have one address, two copies have not.
+    """
+    try:
+        view, again = np.array(array, copy=False), np.array(array, copy=False)
+    except (ValueError, TypeError, BufferError):
+        return None
+    is_memory = view.ctypes.data == again.ctypes.data and view.flags.writeable and view.flags.c_contiguous
+    return view if is_memory else None
+
+
+def views_work() -> bool:
+    """Whether, on this machine and backend, a NumPy view is an array's memory and the next kernel sees what it writes."""
+    for dtype, kind in _NUMPY_TYPES.items():
+        array = mx.zeros((4, 64), dtype)
+        mx.eval(array)
+        view = memory_of(array)
+        if view is None:
+            return False
+        before = mx.sum(array).item()
+        view[2] = np.arange(64, dtype=kind)
+        if (before, mx.sum(array).item()) != (0, 63 * 32):
+            return False
+    return True

@@ -39,7 +39,9 @@ from .decoding.step import Step
 from .decoding.tokens import Choice, constrained, one_by_one
 from .errors import CheckpointError, PromptError, SettingError, TokenizerError
 from .loading import no_tokenizer
+from .memory.expert_statistics import ExpertStatistics
 from .memory.limits import Held
+from .memory.residency import Residency
 from .models.cache import Cache
 from .text.chat import HARMONY, PLAIN, render_chat
 from .text.conversation import ResponseFormat, SystemContent, conversation
@@ -145,7 +147,7 @@ def _answer(
     budget: Budget,
     held: Held,
 ) -> Iterator[Chunk]:
-    clock = Clock(len(request.prompt_tokens), turn.num_reused, request.max_tokens, held)
+    clock = Clock(len(request.prompt_tokens), turn.num_reused, request.max_tokens, held, model.residency)
     eos_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
@@ -201,7 +203,8 @@ class Statistics:
     limit that held: what was asked for, or less where the context has no room for it. notes: sentences about settings
     of the process that were left as they are. cached_tokens: how many of the prompt's tokens came from a prefix cache;
     prefill_tps counts the others. drafted_tokens, accepted_tokens, speculation_speedup: what guessing did; times as fast as
-    plain steps, None where it was not measured.
+    plain steps, None where it was not measured. prompt_experts, answer_experts: what was read from disk for either, in all
+    and by layer, where experts are there (of two answers at a time from one model, for both); else None.
     """
 
     prompt_tokens: int
@@ -216,6 +219,8 @@ class Statistics:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     speculation_speedup: float | None = None
+    prompt_experts: ExpertStatistics | None = None
+    answer_experts: ExpertStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -431,21 +436,36 @@ def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:
 class Clock:
     """Times and memory of one request."""
 
-    def __init__(self, num_prompt_tokens: int, num_cached_tokens: int, max_tokens: int, held: Held) -> None:
+    def __init__(
+        self,
+        num_prompt_tokens: int,
+        num_cached_tokens: int,
+        max_tokens: int,
+        held: Held,
+        residency: Residency | None = None,
+    ) -> None:
         self._num_prompt_tokens, self._max_tokens, self._held = num_prompt_tokens, max_tokens, held
         self._num_cached_tokens = num_cached_tokens
         self.speculation = Counts()
         self._started = self._first = self._last = time.perf_counter()
         self._num_tokens = 0
+        self._residency = residency
+        self._experts = [] if residency is None else [residency.statistics()]
 
     def token_arrived(self) -> None:
         self._last = time.perf_counter()
         if self._num_tokens == 0:
             self._first = self._last
+            if self._residency is not None:
+                self._experts.append(self._residency.statistics())
         self._num_tokens += 1
 
     def statistics(self) -> Statistics:
         prefill, decode = self._first - self._started, self._last - self._first
+        experts: dict[str, ExpertStatistics] = {}
+        if self._residency is not None:
+            start, first, last = *self._experts, self._residency.statistics()
+            experts = {"prompt_experts": first.since(start), "answer_experts": last.since(first)}
         return Statistics(
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._num_tokens,
@@ -459,6 +479,7 @@ class Clock:
             drafted_tokens=self.speculation.drafted,
             accepted_tokens=self.speculation.accepted,
             speculation_speedup=self.speculation.speedup,
+            **experts,
         )
 
 

@@ -123,5 +123,5 @@ def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch):
         each["floor_seconds"] > each["resident_seconds"] or each["bytes_per_token"] == 0 for each in found["row"]
     )
     assert all(each.get("reads_per_expert", 0) <= 1 for each in found["prefill"])
-    assert len(found["prefill"]) == 5
+    assert [each.get("cache") for each in found["prefill"]] == [None, *["warm", "cold"] * 4]
     assert "uniform" in capsys.readouterr().out

@@ -413,6 +413,37 @@ def test_another_policy_can_take_its_place(folders, residents):
     assert model.residency.statistics().misses != other.residency.statistics().misses
 
 
+# --- statistics --------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_says_what_was_read_for_it(folders):
+    model, _ = om.load(folders[32], dtype="float32", expert_slots=6)
+    before = model.residency.statistics()
+    *_, last = stream_generate(model, None, PROMPT, max_tokens=9)
+    prompt, answer = last.statistics.prompt_experts, last.statistics.answer_experts
+    every = model.residency.statistics().since(before)
+    assert prompt.misses + answer.misses == every.misses > 0
+    assert prompt.bytes_read + answer.bytes_read == every.bytes_read
+    assert answer.hits + answer.misses == 8 * 3 * 4  # eight steps, the first token comes from the prompt
+    assert [layer.hits + layer.misses for layer in answer.layers] == [8 * 4] * 3
+    assert 0 < answer.hit_rate < 1
+    *_, again = stream_generate(model, None, PROMPT, max_tokens=9)
+    assert again.statistics.answer_experts.hits + again.statistics.answer_experts.misses == 8 * 3 * 4
+    assert prompt.misses + answer.misses == every.misses  # what was given stays as it was
+
+
+def test_the_command_line_says_what_was_read(capsys):
+    arguments = ["generate", "--model", "demo-gpt-oss", "--expert-slots", "6", "--max-tokens", "6", "What is a banjo?"]
+    assert main(arguments) == 0
+    assert "MB a token" in capsys.readouterr().err
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["statistics"]
+    assert found["answer_experts"]["misses"] > 0
+    assert 0 < found["answer_experts"]["hit_rate"] < 1
+    assert main(["generate", "--model", "demo-gpt-oss", "--max-tokens", "3", "--json", "What is a banjo?"]) == 0
+    assert "answer_experts" not in json.loads(capsys.readouterr().out)["statistics"]
+
+
 # --- what a view is ---------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import DestinationError, SettingError, UserError
 from . import INTERRUPTED
-from .generate import print_dimmed
+from .generate import experts_read, print_dimmed
 from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Screen:
         return (
             f"{s.prompt_tokens} prompt tokens, {s.time_to_first_token:.2f} s to the first token; "
             f"{self.last.num_tokens} tokens at {s.decode_tps:.1f} tokens/s, {_count(self.last.num_calls, 'tool call')}; "
-            f"peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; "
+            f"{experts_read(s)}peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; "
             f"{s.prompt_tokens + s.completion_tokens:,} of {self.chat.model.context_length:,} tokens of context used."
         )
 

@@ -15,7 +15,8 @@ from .options import add_model_arguments, add_sampling_arguments, load_options, 
 if TYPE_CHECKING:
     from ..decoding.drafts import Drafts
     from ..decoding.prefix_cache import PrefixCache
-    from ..generate import Chunk
+    from ..generate import Chunk, Statistics
+    from ..memory.expert_statistics import ExpertStatistics
     from ..models import Model
 
 HELP = "generate text from a prompt"
@@ -212,12 +213,35 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
         **({"reasoning": reasoning} if reasoning else {}),
         "tokens": [chunk.token for chunk in received],
         "finish_reason": "interrupted" if exit_code else last.finish_reason if last else None,
-        "statistics": vars(last.statistics) if last and last.statistics else None,
+        "statistics": statistics_as_json(last.statistics) if last and last.statistics else None,
     }
     if args.logprobs is not None:
         answer["logprobs"] = [{"token": c.token, "logprob": c.logprob, "top": c.top_logprobs} for c in received]
     print(json.dumps(answer, ensure_ascii=False))
     return exit_code
+
+
+def statistics_as_json(statistics: Statistics) -> dict[str, Any]:
+    """Their names and numbers; of experts on disk the sums."""
+    found = dict(vars(statistics))
+    for name in ("prompt_experts", "answer_experts"):
+        experts: ExpertStatistics | None = found.pop(name)
+        if experts is not None:
+            sums = {key: value for key, value in experts._asdict().items() if key != "layers"}
+            found[name] = {**sums, "hit_rate": experts.hit_rate}
+    return found
+
+
+def experts_read(statistics: Statistics) -> str:
+    """What was read from disk, in words and with a semicolon; nothing where all is in memory."""
+    prompt, answer = statistics.prompt_experts, statistics.answer_experts
+    if prompt is None or answer is None:
+        return ""
+    each = answer.bytes_read / max(1, statistics.completion_tokens - 1)
+    return (
+        f"experts read: {prompt.bytes_read / 1e6:,.0f} MB for the prompt (waited {prompt.seconds_waited:.2f} s), "
+        f"{each / 1e6:,.1f} MB a token ({answer.hit_rate:.0%} were in memory, waited {answer.seconds_waited:.2f} s); "
+    )
 
 
 def print_dimmed(text: str) -> None:
@@ -238,7 +262,7 @@ def summary(last: Chunk | None, count: int, max_tokens: int) -> str:
     guessed = f"{s.accepted_tokens} of {s.drafted_tokens} guesses right; " if s.drafted_tokens else ""
     return (
         f"[{s.prompt_tokens} prompt tokens{cached}, {s.time_to_first_token:.2f} s to the first token; "
-        f"{s.completion_tokens} tokens at {s.decode_tps:.1f} tokens/s; {guessed}"
+        f"{s.completion_tokens} tokens at {s.decode_tps:.1f} tokens/s; {guessed}{experts_read(s)}"
         f"peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; {end}]"
     )
 

@@ -48,6 +48,7 @@ from ..models.gpt_oss import GptOss
 from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, QuantizedExpertLinear, rows_in_a_tile, uses_tiles
 from ..specs import ModelSpec
 from .cuda_driver import MOST_RESULTS, ResultBuffer, cuda_driver, results_on_host
+from .expert_statistics import ExpertStatistics, LayerStatistics
 from .records import HostTarget, Reading, Record, RecordFile, RecordReader, fill_with
 from .slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
 from .written import Writes, Writing, Written
@@ -57,40 +58,6 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 PARTS = ("weight", "scales")
 # Results of a layer that wait for a fence; with one more, all are waited for.
 MOST_PENDING = 16
-
-
-@dataclass
-class LayerStatistics:
-    """What one layer's slots did. hits and misses count experts asked for, each once a call; bytes_read in bytes.
-
-    seconds_waited: for reads, when there was nothing else to do. read_backs: how often the host waited for a choice of
-    experts.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    seconds_waited: float = 0.0
-    read_backs: int = 0
-    evictions: int = 0
-
-
-class Statistics(NamedTuple):
-    """Sums over all layers, since loading or the last `reset_statistics`; `layers` has each."""
-
-    hits: int
-    misses: int
-    bytes_read: int
-    seconds_waited: float
-    read_backs: int
-    evictions: int
-    layers: tuple[LayerStatistics, ...]
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits over experts asked for; 0 when none was."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else 0.0
 
 
 class Stored(NamedTuple):
@@ -482,18 +449,9 @@ class Residency:
         """Bytes of all slots."""
         return sum(bank.nbytes for bank in self.banks)
 
-    def statistics(self) -> Statistics:
-        """What happened since loading, or since `reset_statistics`."""
-        layers = tuple(bank.statistics for bank in self.banks)
-        return Statistics(
-            sum(layer.hits for layer in layers),
-            sum(layer.misses for layer in layers),
-            sum(layer.bytes_read for layer in layers),
-            sum(layer.seconds_waited for layer in layers),
-            sum(layer.read_backs for layer in layers),
-            sum(layer.evictions for layer in layers),
-            layers,
-        )
+    def statistics(self) -> ExpertStatistics:
+        """What happened since loading, or since `reset_statistics`: of all answers from this model."""
+        return ExpertStatistics.of(bank.statistics for bank in self.banks)
 
     def reset_statistics(self) -> None:
         """Count anew."""

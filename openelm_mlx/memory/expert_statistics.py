@@ -1,0 +1,56 @@
+"""What slots for experts did, counted: by layer, in all, and since an earlier moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+
+@dataclass
+class LayerStatistics:
+    """What one layer's slots did. hits and misses count experts asked for, each once a call; bytes_read in bytes.
+
+    seconds_waited: for reads, when there was nothing else to do. read_backs: how often the host waited for a choice of
+    experts.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    seconds_waited: float = 0.0
+    read_backs: int = 0
+    evictions: int = 0
+
+    def since(self, before: LayerStatistics) -> LayerStatistics:
+        """What came after `before`, an earlier state of the same layer."""
+        return LayerStatistics(*(getattr(self, each.name) - getattr(before, each.name) for each in fields(self)))
+
+
+class ExpertStatistics(NamedTuple):
+    """Sums over all layers, as in `LayerStatistics`; `layers` has each, as it was then."""
+
+    hits: int
+    misses: int
+    bytes_read: int
+    seconds_waited: float
+    read_backs: int
+    evictions: int
+    layers: tuple[LayerStatistics, ...]
+
+    @classmethod
+    def of(cls, layers: Iterable[LayerStatistics]) -> ExpertStatistics:
+        """The sums as they are now."""
+        kept = tuple(replace(layer) for layer in layers)
+        total = {each.name: sum(getattr(layer, each.name) for layer in kept) for each in fields(LayerStatistics)}
+        return cls(**total, layers=kept)
+
+    def since(self, before: ExpertStatistics) -> ExpertStatistics:
+        """What came after `before`, which the same model gave earlier."""
+        return self.of(now.since(then) for now, then in zip(self.layers, before.layers, strict=True))
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over experts asked for; 0 when none was."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 0.0

@@ -21,7 +21,7 @@ CACHE_LIMIT_BYTES = 256 * 2**20
 CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
 # A chunk is as long as a prompt is fast with, unless computing would take more than this share of weights and cache; no
-# shorter than this for that alone. Where experts are read from disk, short chunks would read them more often.
+# shorter than this for that alone. Where experts are read from disk another rule holds: `_Planner.usual_seconds`.
 CHUNK_SHARE, SHORT_CHUNK, SHORT_CHUNK_ON_CUDA = 0.07, 64, 32
 # A context that nobody asked for is not paid for in advance beyond this.
 USUAL_CONTEXT = 8192
@@ -31,6 +31,10 @@ DECODE_EFFICIENCY = 0.45
 PREFILL_EFFICIENCY = 0.35
 # What a layer costs a token however small it is: launches. An assumption too, without which tiny models look absurd.
 SECONDS_A_LAYER = 50e-6
+# A request by which chunks are weighed against slots where experts are on disk; and what is assumed of a machine of which
+# it is not known: bytes and tokens a second.
+USUAL_PROMPT, USUAL_ANSWER = 2048, 256
+ASSUMED_DISK, ASSUMED_PREFILL, ASSUMED_PREFILL_ON_CPU = 3e9, 300.0, 20.0
 # What the system's file cache and macOS keep when experts are read through it and nobody set a limit.
 LEFT_TO_FILES = 6_000_000_000
 
@@ -154,9 +158,9 @@ def make_plan(
 
     itemsize: bytes of a number that the model computes with. packed: gives the weights with dense_bits=8,
     where no bits were asked for. What the wish leaves open is chosen: the context (the
-    model's own, at most 8,192 unless more was asked for), the chunk (512, smaller where memory is short), and, when the
-    weights do not fit whole and can be read in place, how many experts stay in memory. Nothing that was asked for is
-    changed: a plan that cannot keep to it does not fit.
+    model's own, at most 8,192 unless more was asked for), the chunk (as long as a prompt is fast with, smaller where memory
+    is short), and, when the weights do not fit whole and can be read in place, how many experts stay in memory. Nothing
+    that was asked for is changed: a plan that cannot keep to it does not fit.
     """
     planner = _Planner(source, spec, weights, machine, wish, itemsize, packed)
     plan = planner.best()
@@ -194,22 +198,47 @@ class _Planner:
         """The first plan that fits, from the one that costs nothing on; the last one when none does."""
         wish = self.wish
         context = wish.context_length or min(self.spec.context_length, USUAL_CONTEXT)
-        slots_to_try: list[int | None] = [wish.expert_slots]
-        if wish.expert_slots is None and self.weights.can_stream and self.weights.slot:
-            slots_to_try = [None, self._most_slots(context, self.wish.prefill_chunk or CHUNKS[-1])]
-        for slots in slots_to_try:
-            for chunk in self._chunks(context, slots):
-                plan = self.plan(context, chunk, slots)
+        if wish.expert_slots is None:
+            for chunk in self._chunks(context):
+                plan = self.plan(context, chunk, None)
                 if plan.fits:
                     return plan
-        return plan
+            if not (self.weights.can_stream and self.weights.slot):
+                return plan
+        return self._streamed(context)
 
-    def _chunks(self, context: int, slots: int | None) -> list[int]:
-        """The chunks to try, from the one that costs nothing on."""
+    def _streamed(self, context: int) -> MemoryPlan:
+        """Of the plans that leave experts on disk and fit, the one by which a usual request takes least; or the smallest.
+
+        A longer chunk takes memory that slots could have, so that answers read more; but each chunk of a prompt reads all
+        experts that are not there.
+        """
+        plans = []
+        for chunk in [self.wish.prefill_chunk] if self.wish.prefill_chunk else CHUNKS:
+            slots = self.wish.expert_slots or self._most_slots(context, chunk)
+            plans.append(self.plan(context, chunk, slots, with_limits=False))
+        best = min((plan for plan in plans if plan.fits), key=self.usual_seconds, default=plans[-1])
+        return self.plan(context, best.prefill_chunk, best.expert_slots)
+
+    def usual_seconds(self, plan: MemoryPlan) -> float:
+        """Seconds of a request of usual lengths, as far as they depend on how memory is shared by chunks and slots.
+
+        A chunk is read and computed at the same time; every expert is equally likely. Rates that are not known are assumed:
+        they only weigh a prompt against its answer.
+        """
+        prompt = min(plan.context_length, USUAL_PROMPT)
+        chunk = min(plan.prefill_chunk, prompt)
+        slots = plan.expert_slots or 0
+        disk = self.machine.ssd_bandwidth or ASSUMED_DISK
+        rate = self._prefill_rate() or (ASSUMED_PREFILL if self.is_gpu else ASSUMED_PREFILL_ON_CPU)
+        touched = self.num_experts * (1 - (1 - self.per_token / self.num_experts) ** chunk)
+        read = touched * (1 - slots / self.num_experts) * self.weights.slot / disk
+        return prompt / chunk * max(read, chunk / rate) + USUAL_ANSWER * self._missed_bytes(slots) / disk
+
+    def _chunks(self, context: int) -> list[int]:
+        """The chunks to try with everything in memory, from the one that costs nothing on."""
         if self.wish.prefill_chunk:
             return [self.wish.prefill_chunk]
-        if slots is not None:
-            return [each for each in CHUNKS if each <= DEFAULT_CHUNK]
         longest = next(
             each
             for each in CHUNKS
@@ -290,8 +319,11 @@ class _Planner:
             seconds = (
                 None if m.ssd_bandwidth is None else seconds + self._missed_bytes(plan.expert_slots) / m.ssd_bandwidth
             )
-        prefill = None if m.flops is None else m.flops * PREFILL_EFFICIENCY / (2 * self.spec.num_active_parameters())
-        return prefill, None if seconds is None else 1 / seconds
+        return self._prefill_rate(), None if seconds is None else 1 / seconds
+
+    def _prefill_rate(self) -> float | None:
+        flops = self.machine.flops
+        return None if flops is None else flops * PREFILL_EFFICIENCY / (2 * self.spec.num_active_parameters())
 
     def _missed_bytes(self, slots: int) -> float:
         """Expert bytes a token reads from disk, every expert being equally likely: more than a real model's routing."""

@@ -218,6 +218,8 @@ def load_model(
     if streaming is None and rows_in_a_tile() > 1 and contents.spec.layers[0].num_experts:
         _pad_experts(cast("GptOss", model))
     model.eval()
+    for layer in model.layers:  # now, and not by the first of several threads, whose streams the others do not have
+        mx.eval(layer.made_once())
     return model
 
 

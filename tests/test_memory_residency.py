@@ -840,6 +840,28 @@ def test_two_threads(folders, answer, models):
     assert seen == [answer, answer]
 
 
+def test_the_model_called_from_two_threads(folders, residents):
+    """Without a loop around it: each layer's turn is taken anew, and what others still have to compute is waited for."""
+    model, _ = om.load(folders[32], dtype="float32", expert_slots=5)
+    random = np.random.default_rng(4)
+    prompts = [[random.integers(0, 300, (1, length)) for length in (1, 3, 20, 1, 40, 2) * 3] for _ in range(2)]
+    expected = [[np.array(residents[32](mx.array(each))) for each in rows] for rows in prompts]
+    seen = [[], []]
+
+    def work(i):
+        with mx.stream(mx.new_stream(mx.default_device())):
+            seen[i] = [np.array(model(mx.array(each))) for each in prompts[i]]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rows, known in zip(seen, expected, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(rows, known, strict=True))
+        assert len(rows) == len(known)
+
+
 def test_two_answers_in_turns_from_one_model(folders, answer):
     model, _ = om.load(folders[32], dtype="float32", expert_slots=5)
     both = [stream_generate(model, None, PROMPT, max_tokens=30) for _ in range(2)]

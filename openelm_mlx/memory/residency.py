@@ -17,7 +17,7 @@ threads is ours to keep. Five rules do it:
 2. Before slots are overwritten, `fence` evaluates all noted readers that may read one of them, which ends when their
    kernels have ended. The table of slots is overwritten only after all who look slots up in it.
 3. Between `begin` and `finish` threads write into the slots. Whoever builds a graph on them in between evaluates nothing of
-   it before `finish`; and writers are joined however that ends (`records.finish`). Where an array is not written in place,
+   it before `finish`; and writers are joined however that ends (`Reading`). Where an array is not written in place,
    `begin` does all of it.
 4. A slot that holds an expert of the call that is being served is never chosen for another one (`SlotTable.place`), and
    a slot is named resident only when all its bytes have come. An error in between frees it.

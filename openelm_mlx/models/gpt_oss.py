@@ -171,8 +171,10 @@ class Block(block.Block):
         return add_rounded(routed.h, weighted_sum(outputs, routed.expert_weights, dtype), dtype)
 
     def made_once(self) -> list[mx.array]:
-        experts = self.mlp.experts
-        return [experts.bias_table()] if isinstance(experts, Experts) and experts.has_one_bias_type else []
+        experts = getattr(self.mlp.experts, "experts", self.mlp.experts)  # streamed ones have them within
+        if not (isinstance(experts, Experts) and experts.has_one_bias_type):
+            return []
+        return [experts.bias_table(), experts.gate_up_proj.bias, experts.down_proj.bias]
 
 
 class Attention(block.BlockAttention):

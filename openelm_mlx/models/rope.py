@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import mlx.core as mx
 
@@ -20,8 +21,8 @@ class Rotation:
     def __init__(self, theta: float, yarn: YarnSpec | None = None) -> None:
         self.theta, self.yarn = theta, yarn
         self._periods: dict[int, mx.array | None] = {}
-        self._made_for: tuple[int, int, int | mx.array] | None = None
-        self._table: tuple[mx.array, mx.array] | None = None
+        # For what a table was made (tokens, head_dim and thread; the offset), and it: one tuple, replaced as a whole.
+        self._made: tuple[tuple[int, int, int], int | mx.array, tuple[mx.array, mx.array]] | None = None
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """x (B, H, L, D) from position `offset` on, an int, an array of one, or one a row (B,)."""
@@ -40,11 +41,11 @@ class Rotation:
 
     def _cosines_and_sines(self, L: int, offset: int | mx.array, head_dim: int) -> tuple[mx.array, mx.array]:
         """Of each position and number of a head, (L, D) both; the sines that the first half needs are negative."""
-        before = self._made_for
-        is_same = before is not None and before[:2] == (L, head_dim) and _is_same(before[2], offset)
-        if not is_same or self._table is None:
-            self._made_for, self._table = (L, head_dim, offset), self._make_table(L, offset, head_dim)
-        return self._table
+        # The layers of a pass share a table. Threads do not: what one has not evaluated another one cannot.
+        key, made = (L, head_dim, threading.get_ident()), self._made
+        if made is None or made[0] != key or not _is_same(made[1], offset):
+            self._made = made = key, offset, self._make_table(L, offset, head_dim)
+        return made[2]
 
     def _make_table(self, L: int, offset: int | mx.array, head_dim: int) -> tuple[mx.array, mx.array]:
         half, periods = head_dim // 2, self.periods(head_dim)

@@ -16,8 +16,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from threading import Semaphore
+from functools import lru_cache, partial
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemFreeHost": (_Pointer,),
     "cuStreamCreate": (_Pointer, ctypes.c_uint),
     "cuStreamSynchronize": (_Pointer,),
+    "cuStreamDestroy_v2": (_Pointer,),
     "cuMemcpyHtoDAsync_v2": (ctypes.c_uint64, _Pointer, _Size, _Pointer),
 }
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not held up by work on the default stream
@@ -95,6 +96,11 @@ class CudaDriver:
         """Until all that was begun in a stream is done."""
         self._call("cuStreamSynchronize", stream)
 
+    def end_stream(self, stream: Any) -> None:
+        """Wait for it, and let it go."""
+        self.wait(stream)
+        self._call("cuStreamDestroy_v2", stream)
+
 
 class Pinned(NamedTuple):
     """Pinned memory, where it begins, and what frees it."""
@@ -108,32 +114,41 @@ class Courier:
     """Brings bytes to the device for one model, in buffers that any thread may fill; one thread at a time sends.
 
     Threads that call the driver hold each other up (docs/LOG.md), so those that read do not. Whoever sends must not wait for
-    a buffer while others fill them: they may have all.
+    a buffer while others fill them: they may have all. See `records.Buffers`.
     """
 
     def __init__(self, driver: CudaDriver) -> None:
         self._driver = driver
         self._stream = driver.new_stream()
         self._pinned = driver.pinned(NUM_BUFFERS * PIECE_BYTES)
-        # The buffer that was free last is taken first: it may still be in the processor's cache.
-        self._free, self._num_free = deque(range(NUM_BUFFERS)), Semaphore(NUM_BUFFERS)
         self._sent: list[int] = []
         weakref.finalize(self, _end, driver, self._stream, self._pinned).atexit = False
+        self.open()
+
+    def open(self) -> None:
+        self._driver.use()
+        # A queue of its own for each reading: an interruption may have lost numbers of the last one's.
+        self._sent, free = [], SimpleQueue[int | None]()
+        for number in range(NUM_BUFFERS):
+            free.put(number)
+        self._free = free
+
+    def stop(self) -> None:
+        self._free.put(None)
 
     def fill(self, address: int, nbytes: int, read: Callable[[memoryview], None], check: Check | None) -> Delivery:
         """Have a buffer filled with so many bytes; gives what sends them to the device's address."""
-        self._num_free.acquire()
-        number = self._free.pop()
+        free = self._free
+        number = free.get()
+        if number is None:
+            free.put(None)  # for the next one who waits
+            raise RuntimeError("There will be no buffer: the reads have been abandoned.")
         start = number * PIECE_BYTES
-        try:
-            buffer = self._pinned.memory[start : start + nbytes]
-            read(buffer)
-            if check is not None:
-                check(buffer)
-        except BaseException:
-            self._give_back(number)
-            raise
-        return lambda: self._send(number, address, nbytes)
+        buffer = self._pinned.memory[start : start + nbytes]
+        read(buffer)
+        if check is not None:
+            check(buffer)
+        return partial(self._send, number, address, nbytes)
 
     def _send(self, number: int, address: int, nbytes: int) -> None:
         self._driver.copy(address, self._pinned.address + number * PIECE_BYTES, nbytes, self._stream)
@@ -143,25 +158,28 @@ class Courier:
 
     def wait(self) -> None:
         """Until all that was sent has arrived."""
+        self._driver.use()
         self._driver.wait(self._stream)
-        while self._sent:
-            self._give_back(self._sent.pop())
-
-    def _give_back(self, number: int) -> None:
-        self._free.append(number)
-        self._num_free.release()
+        sent, self._sent = self._sent, []
+        for number in sent:
+            self._free.put(number)
 
 
 def _end(driver: CudaDriver, stream: Any, pinned: Pinned) -> None:
-    driver.wait(stream)
+    driver.use()  # whichever thread it is that lets go of a courier last
+    driver.end_stream(stream)
     pinned.free()
 
 
-@lru_cache(maxsize=1)
 def cuda_driver() -> CudaDriver | None:
     """The driver; None where MLX does not compute on CUDA, or where it cannot be reached."""
     if not mx.cuda.is_available() or mx.default_device() == mx.Device(mx.cpu):
         return None
+    return _tried_driver()
+
+
+@lru_cache(maxsize=1)
+def _tried_driver() -> CudaDriver | None:
     try:
         driver = CudaDriver()
         return driver if driver_works(driver) else None
@@ -221,13 +239,25 @@ class DeviceTarget:
 
 
 class ResultBuffer:
-    """Pinned memory for up to MOST_RESULTS numbers that a kernel writes and the host waits for."""
+    """Pinned memory for up to MOST_RESULTS numbers that a kernel writes and the host waits for; twice, used in turns.
+
+    A kernel that nobody has waited for, after an interruption, writes into the half that is not looked at next; and when the
+    results of the next one are there, it has run.
+    """
 
     def __init__(self, driver: CudaDriver) -> None:
-        pinned = driver.pinned(4 * MOST_RESULTS)
-        self.numbers = np.frombuffer(pinned.memory, np.uint32)
-        self.address = mx.array([pinned.address], mx.uint64)
+        pinned = driver.pinned(2 * 4 * MOST_RESULTS)
+        numbers = np.frombuffer(pinned.memory, np.uint32)
+        self._halves = deque(
+            (numbers[start : start + MOST_RESULTS], mx.array([pinned.address + 4 * start], mx.uint64))
+            for start in (0, MOST_RESULTS)
+        )
         weakref.finalize(self, pinned.free).atexit = False
+
+    def next(self) -> tuple[np.ndarray, mx.array]:
+        """The memory for the next results, and where it is."""
+        self._halves.rotate()
+        return self._halves[0]
 
 
 @lru_cache(maxsize=1)
@@ -255,20 +285,26 @@ def results_on_host(arrays: Sequence[mx.array], buffer: ResultBuffer) -> list[np
     flat = [array.reshape(-1) for array in arrays]
     numbers = mx.concatenate(flat) if len(flat) > 1 else flat[0]
     count = numbers.size
-    buffer.numbers[:count] = NOT_THERE
+    memory, address = buffer.next()
+    memory = memory[:count]
+    memory[:] = NOT_THERE
     [done] = _result_kernel()(
-        inputs=[numbers, buffer.address],
+        inputs=[numbers, address],
         grid=(count, 1, 1),
         threadgroup=(min(count, 256), 1, 1),
         output_shapes=[(count,)],
         output_dtypes=[mx.uint32],
     )
-    mx.async_eval(done)
-    deadline = time.perf_counter() + LONGEST_LOOK
-    while (buffer.numbers[:count] == NOT_THERE).any():
-        if time.perf_counter() > deadline:
-            mx.eval(done)  # much to compute before it, or an error, which is raised here
-            break
-    found = buffer.numbers[:count].copy()
+    try:
+        mx.async_eval(done)
+        deadline = time.perf_counter() + LONGEST_LOOK
+        while (memory == NOT_THERE).any():
+            if time.perf_counter() > deadline:
+                mx.eval(done)  # much to compute before it, or an error, which is raised here
+                break
+    except BaseException:
+        mx.eval(done)  # see `ResultBuffer`
+        raise
+    found = memory.copy()
     stops = np.cumsum([array.size for array in arrays])[:-1]
     return [part.reshape(array.shape) for part, array in zip(np.split(found, stops), arrays, strict=True)]

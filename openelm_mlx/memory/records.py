@@ -11,10 +11,10 @@ import io
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -193,114 +193,169 @@ class RecordFile:
         )
 
 
-class Reading:
-    """Reads under way: threads take pieces until none is left, and the thread that began them delivers what they read."""
+class Buffers(Protocol):
+    """What targets fill that bytes do not go into straight away (memory/cuda_driver.py)."""
 
-    def __init__(self, files: Sequence[RecordFile] = (), pieces: Iterable[Record] = ()) -> None:
-        self.files, self.pieces = files, deque(pieces)
-        self._read: SimpleQueue[Delivery | None] = SimpleQueue()
-        self._num_working = 0
+    def open(self) -> None:
+        """All buffers are free again: nobody fills or sends one any more."""
+
+    def stop(self) -> None:
+        """Whoever waits for a buffer gets an error."""
+
+
+class Reading:
+    """Reads of one call: threads take pieces until none is left, and the thread that began them delivers what they read.
+
+    An interruption (Ctrl-C) is raised in the thread that waits, after any call. So what is under way is counted by those that
+    do it, and that thread uses nothing of Python's that an interruption can leave locked: plain locks and simple queues, no
+    conditions and no executors.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[RecordFile] = (),
+        records: Sequence[Record] = (),
+        jobs: Jobs | None = None,
+        num_threads: int = 0,
+        buffers: Buffers | None = None,
+    ) -> None:
+        self._files, self._jobs, self._num_threads, self._buffers = files, jobs, num_threads, buffers
+        self._pieces = deque(
+            Record(record.file, record.start + start, record.target.part(start, start + PIECE_BYTES))
+            for record in records
+            for start in range(0, record.target.nbytes, PIECE_BYTES)
+        )
+        self._is_small = sum(record.target.nbytes for record in records) <= INLINE_BYTES
+        # Under the lock: pieces that are being read, what was read, what went wrong first. Something is put into `_changed`
+        # after each piece.
+        self._lock, self._changed = Lock(), SimpleQueue[None]()
+        self._num_being_read = 0
+        self._read: deque[Delivery] = deque()
         self._error: BaseException | None = None
 
-    def begin(self, pool: ThreadPoolExecutor, num_threads: int) -> None:
-        """Let so many threads work."""
-        for _ in range(min(num_threads, len(self.pieces))):
-            pool.submit(self._work)
-            self._num_working += 1
+    def begin(self) -> None:
+        """Begin to read; whoever calls this has to call `finish` or `abandon`, whatever happens.
+
+        Little is read at once, by the calling thread. No other read of these files may be under way.
+        """
+        for file in self._files:
+            file.prepare()
+            file.check()
+        if self._buffers is not None:
+            self._buffers.open()
+        if self._is_small or self._jobs is None:
+            while self._pieces:
+                deliver = self._pieces.popleft().read()
+                if deliver is not None:
+                    deliver()
+            return
+        for _ in range(min(self._num_threads, len(self._pieces))):
+            self._jobs.put(self._work)
 
     def finish(self) -> None:
-        """Wait for all of them, also when one fails or the user interrupts: a late one would write into a slot given away.
-
-        Raises CheckpointError for what went wrong, and when a file has changed meanwhile.
-        """
+        """Wait for all of them. Raises CheckpointError for what went wrong, and when a file has changed meanwhile."""
         try:
-            while self._num_working:
-                deliver = self._read.get()
-                if deliver is None:
-                    self._num_working -= 1
-                else:
-                    deliver()
+            while (deliver := self._next()) is not None:
+                deliver()
             if self._error is not None:
                 raise self._error
-            for file in self.files:
+            for file in self._files:
                 file.check()
         except BaseException:
             self.abandon()
             raise
 
     def abandon(self) -> None:
-        """Let no more of them begin, and wait for those that have begun, whatever becomes of them."""
-        self.pieces.clear()
-        while self._num_working:
-            deliver = self._read.get()
-            if deliver is None:
-                self._num_working -= 1
-            else:  # into a slot that will be given back: the buffer is needed by others
-                with contextlib.suppress(RuntimeError):
-                    deliver()
+        """Let no more of them begin, and wait for those that have begun: a late one would write into a slot given away.
+
+        An interruption waits too, and is raised then.
+        """
+        interruption: BaseException | None = None
+        while True:
+            try:
+                with self._lock:
+                    self._pieces.clear()
+                if self._buffers is not None and self._num_being_read:
+                    self._buffers.stop()
+                while self._num_being_read:
+                    with contextlib.suppress(Empty):  # an interruption may have taken what was put in
+                        self._changed.get(timeout=0.05)
+                break
+            except (KeyboardInterrupt, SystemExit) as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
+
+    def _next(self) -> Delivery | None:
+        """Something to deliver as soon as there is something; None when all has been read."""
+        while True:
+            with self._lock:
+                if self._read:
+                    return self._read.popleft()
+                if not self._pieces and not self._num_being_read:
+                    return None
+            self._changed.get()
 
     def _work(self) -> None:
         """Read what is left; after an error nobody goes on."""
-        try:
-            while self.pieces:
-                try:
-                    piece = self.pieces.popleft()
-                except IndexError:  # another thread was faster
-                    break
+        while True:
+            with self._lock:
+                if not self._pieces:
+                    return
+                piece = self._pieces.popleft()
+                self._num_being_read += 1
+            deliver, failure = None, None
+            try:
                 deliver = piece.read()
-                if deliver is not None:
-                    self._read.put(deliver)
-        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
-            self.pieces.clear()
-            self._error = error
-        finally:
-            self._read.put(None)
+            except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+                failure = error
+            with self._lock:
+                self._num_being_read -= 1
+                if failure is not None:
+                    self._pieces.clear()
+                    self._error = self._error or failure
+                elif deliver is not None:
+                    self._read.append(deliver)
+            self._changed.put(None)
+
+
+# What the reading threads do next; None ends one.
+Jobs = SimpleQueue[Callable[[], None] | None]
 
 
 class RecordReader:
-    """A pool of threads that reads records, the pieces of a call side by side."""
+    """Threads that read records, the pieces of a call side by side. buffers: what the targets fill, if anything."""
 
-    def __init__(self, num_threads: int = NUM_THREADS) -> None:
-        self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="experts")
+    def __init__(self, num_threads: int = NUM_THREADS, buffers: Buffers | None = None) -> None:
+        self._num_threads, self._buffers, self._jobs = num_threads, buffers, Jobs()
+        for number in range(num_threads):
+            Thread(target=_serve, args=(self._jobs,), name=f"experts-{number}", daemon=True).start()
+
+    def reading(self, records: Sequence[Record]) -> Reading:
+        """To fill every record, not begun."""
+        files = list(dict.fromkeys(record.file for record in records))
+        return Reading(files, records, self._jobs, self._num_threads, self._buffers)
 
     def read(self, records: Sequence[Record]) -> None:
         """Fill every record, or raise the first error once no thread is writing any more."""
-        self.start(records).finish()
-
-    def start(self, records: Sequence[Record]) -> Reading:
-        """Begin to fill every record; what this gives has to be finished or abandoned, whatever happens meanwhile.
-
-        Little is read at once, by the calling thread: errors may come from here, too. No other read of these files may be
-        under way.
-        """
-        files = list(dict.fromkeys(record.file for record in records))
-        for file in files:
-            file.prepare()
-            file.check()
-        if sum(record.target.nbytes for record in records) <= INLINE_BYTES:
-            for record in records:
-                deliver = record.read()
-                if deliver is not None:
-                    deliver()
-            return Reading(files)
-        reading = Reading(
-            files,
-            (
-                Record(record.file, record.start + start, record.target.part(start, start + PIECE_BYTES))
-                for record in records
-                for start in range(0, record.target.nbytes, PIECE_BYTES)
-            ),
-        )
+        reading = self.reading(records)
         try:
-            reading.begin(self._pool, self._num_threads)
-        except BaseException:  # an interruption between two: those under way are known to nobody else
+            reading.begin()
+            reading.finish()
+        except BaseException:
             reading.abandon()
             raise
-        return reading
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Let the threads end."""
+        for _ in range(self._num_threads):
+            self._jobs.put(None)
+
+
+def _serve(jobs: Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # nothing is kept alive by a thread that waits
 
 
 def default_reader() -> Callable[[int, memoryview, int], int]:

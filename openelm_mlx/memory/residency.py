@@ -20,7 +20,8 @@ threads is ours to keep. Five rules do it:
    it before `finish`; and writers are joined however that ends (`Reading`). Where an array is not written in place,
    `begin` does all of it.
 4. A slot that holds an expert of the call that is being served is never chosen for another one (`SlotTable.place`), and
-   a slot is named resident only when all its bytes have come. An error in between frees it.
+   a slot is named resident only when all its bytes have come. An error or an interruption before that leaves it free, once
+   nobody writes into it any more.
 5. What is built in one turn (`Turn`) is dispatched before the turn ends, so that another thread's fence only waits.
 """
 
@@ -107,7 +108,7 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        self._lock, self._depth = threading.RLock(), 0
+        self._lock, self._is_taken = threading.RLock(), False
         self._unstarted: list[Callable[[], Sequence[mx.array]]] = []
 
     def ends_with(self, unstarted: Callable[[], Sequence[mx.array]]) -> None:
@@ -118,12 +119,13 @@ class Turn:
     def taken(self) -> Iterator[None]:
         """Nobody else in the slots until the outermost block is left."""
         with self._lock:
-            self._depth += 1
+            is_inner = self._is_taken
             try:
+                self._is_taken = True
                 yield
             finally:
-                self._depth -= 1
-                if not self._depth:
+                self._is_taken = is_inner
+                if not is_inner:
                     mx.async_eval([array for unstarted in self._unstarted for array in unstarted()])
 
 
@@ -182,15 +184,16 @@ class ExpertBank:
         if not placed:
             self.table.use(wanted)
             return
-        self._coming = placed, Reading(), wanted
         try:
             self.fence({slot for _, slot in placed} if self._in_place else None)
             with self._waiting():
                 if self._in_place:
-                    reading = self._read.start([part.record(*each) for each in placed for part in self.parts])
+                    reading = self._read.reading([part.record(*each) for each in placed for part in self.parts])
                     self._coming = placed, reading, wanted
+                    reading.begin()
                 else:
                     self._fetch_by_copies(placed)
+                    self._coming = placed, Reading(), wanted
             if not self._in_place:
                 self.finish()
         except BaseException:
@@ -215,19 +218,18 @@ class ExpertBank:
         except BaseException:
             self.abandon()
             raise
-        self._coming = NOTHING_COMING
         self.table.arrived(placed)
         self.table.use(wanted)
         self.statistics.bytes_read += len(placed) * sum(part.stored.nbytes for part in self.parts)
+        self._coming = NOTHING_COMING
 
     def abandon(self) -> None:
         """Nobody writes into the slots any more, and what was coming is not resident. Does nothing after `finish`."""
         placed, reading, _ = self._coming
-        reading.abandon()
         if placed:
+            reading.abandon()
             self._on_device.wait()
         self._coming = NOTHING_COMING
-        self.table.release(placed)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -295,9 +297,9 @@ class StreamedExperts:
         self._turn, self._read_back = turn, read_back
 
     def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
-        if self.is_skipped:
-            return mx.zeros((*expert_indices.shape, x.shape[-1]), x.dtype)
         with self._turn.taken():
+            if self.is_skipped:  # by the thread whose turn it is
+                return mx.zeros((*expert_indices.shape, x.shape[-1]), x.dtype)
             [chosen] = self._read_back([expert_indices])  # the host needs them to know what to read
             self.bank.statistics.read_backs += 1
             if self.on_choice is not None:
@@ -377,20 +379,23 @@ class StreamedEmbedding:
         dtype: mx.Dtype,
         packing: Quantization | None,
         reader: RecordReader,
+        turn: Turn,
     ) -> None:
         self._file, self._entry, self._dtype, self._packing, self._read = file, entry, dtype, packing, reader
+        self._turn = turn
         self._row_bytes = entry.nbytes // entry.shape[0]
 
     def __call__(self, tokens: mx.array) -> mx.array:
         ids = np.array(tokens)  # waits for them: a streamed model is never a token ahead
         rows, where = np.unique(ids, return_inverse=True)
         data = np.empty((len(rows), self._row_bytes), np.uint8)
-        self._read.read(
-            [
-                Record(self._file, self._entry.start + int(row) * self._row_bytes, HostTarget(memoryview(data[i])))
-                for i, row in enumerate(rows)
-            ]
-        )
+        with self._turn.taken():  # experts are in the same files, which one reading at a time may open again
+            self._read.read(
+                [
+                    Record(self._file, self._entry.start + int(row) * self._row_bytes, HostTarget(memoryview(data[i])))
+                    for i, row in enumerate(rows)
+                ]
+            )
         table = mx.array(data).view(_STORED_TYPES[self._entry.dtype]).astype(self._dtype)
         if self._packing is not None:
             table = self._packing.dequantize(self._packing.quantize(table), self._dtype)
@@ -547,7 +552,8 @@ class Streaming:
         named = dict(weights)
         entries = [*self._entries.values(), *([] if self._embedding is None else [self._embedding])]
         files = {file: RecordFile(file) for file in dict.fromkeys(entry.file for entry in entries)}
-        reader, write, turn, read_back = RecordReader(), Writing(self._writes), Turn(), ReadBack()
+        write, turn, read_back = Writing(self._writes), Turn(), ReadBack()
+        reader = RecordReader(buffers=write.courier)
         layers = []
         for i, block in enumerate(model.layers):
             experts, parts = cast(Experts, block.mlp.experts), []
@@ -566,7 +572,9 @@ class Streaming:
             block.mlp.experts = layers[-1]
         if self._embedding is not None:
             file, module = files[self._embedding.file], EMBEDDING.removesuffix(".weight")
-            model.model.embed_tokens = StreamedEmbedding(file, self._embedding, dtype, packings.get(module), reader)
+            model.model.embed_tokens = StreamedEmbedding(
+                file, self._embedding, dtype, packings.get(module), reader, turn
+            )
         model.residency = Residency(
             layers, tuple(files.values()), reader, write.way, turn, read_back, self._embedding is not None
         )

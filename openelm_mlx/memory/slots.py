@@ -5,39 +5,33 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 
 class Policy(Protocol):
-    """Decides which resident expert to evict. Experts are numbers; only resident ones are known to it."""
+    """Decides which resident expert to evict. Experts are numbers."""
 
     def use(self, expert: int) -> None:
         """`expert` is resident and has just been used."""
 
-    def forget(self, expert: int) -> None:
-        """`expert` is resident no longer."""
-
-    def victim(self, kept: Collection[int]) -> int:
-        """The resident expert to evict, none of `kept`; there is one."""
+    def victim(self, candidates: Collection[int]) -> int:
+        """Which of these resident experts to evict: there is one, and of some it may never have been told."""
 
 
 class LeastRecentlyUsed:
     """Evicts the expert whose last use is longest ago: the best of the simple policies on public traces of gpt-oss."""
 
     def __init__(self) -> None:
-        self._order: OrderedDict[int, None] = OrderedDict()
+        self._num_uses = 0
+        self._last_use: dict[int, int] = {}
 
     def use(self, expert: int) -> None:
-        self._order[expert] = None
-        self._order.move_to_end(expert)
+        self._num_uses += 1
+        self._last_use[expert] = self._num_uses
 
-    def forget(self, expert: int) -> None:
-        del self._order[expert]
-
-    def victim(self, kept: Collection[int]) -> int:
-        return next(expert for expert in self._order if expert not in kept)
+    def victim(self, candidates: Collection[int]) -> int:
+        return min(candidates, key=lambda expert: self._last_use.get(expert, 0))
 
 
 PolicyFactory = Callable[[], Policy]
@@ -46,8 +40,9 @@ PolicyFactory = Callable[[], Policy]
 class SlotTable:
     """One layer's slots: expert -> slot for what is there.
 
-    An expert that has to be read is `place`d first, which takes a slot for it, and is resident only once it has
-    `arrived`; when its read failed, `release` gives the slot back. So nothing half-read is ever named in `slot_of`.
+    An expert that has to be read is `place`d first, which says in what slot, and is resident only once it has `arrived`: so
+    nothing half-read is ever named in `slot_of`. A slot that is not named there is free. Nothing else is kept, so that there
+    is nothing that an interruption could leave half done.
     """
 
     def __init__(self, num_slots: int, policy: PolicyFactory = LeastRecentlyUsed) -> None:
@@ -55,7 +50,6 @@ class SlotTable:
         self.slot_of: dict[int, int] = {}
         self.evictions = 0
         self._policy = policy()
-        self._free = list(range(num_slots - 1, -1, -1))
 
     def missing(self, wanted: Sequence[int]) -> list[int]:
         """Those of `wanted` that are not resident, each once, in their order."""
@@ -68,26 +62,24 @@ class SlotTable:
                 self._policy.use(expert)
 
     def place(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
-        """(expert, slot) for each of `wanted` that is missing. Evicts others where needed, none of `wanted` ever."""
-        missing = self.missing(wanted)
-        kept = set(wanted)
+        """(expert, slot) for each of `wanted` that is missing. Evicts others where needed, none of `wanted` ever.
+
+        What was placed before and has not arrived has lost its slot.
+        """
+        missing, kept = self.missing(wanted), set(wanted)
         assert len(kept) <= self.num_slots, f"{len(kept)} experts at once in {self.num_slots} slots"
-        while len(self._free) < len(missing):
-            victim = self._policy.victim(kept)
-            self._policy.forget(victim)
-            self._free.append(self.slot_of.pop(victim))
+        free = sorted(set(range(self.num_slots)) - set(self.slot_of.values()))
+        while len(free) < len(missing):
+            victim = self._policy.victim([expert for expert in self.slot_of if expert not in kept])
+            free.append(self.slot_of.pop(victim))
             self.evictions += 1
-        return [(expert, self._free.pop()) for expert in missing]
+        return list(zip(missing, free, strict=False))
 
     def arrived(self, placed: Sequence[tuple[int, int]]) -> None:
         """What was placed is in its slots now, and used."""
         for expert, slot in placed:
             self.slot_of[expert] = slot
             self._policy.use(expert)
-
-    def release(self, placed: Sequence[tuple[int, int]]) -> None:
-        """What was placed did not arrive: its slots are free."""
-        self._free.extend(slot for _, slot in placed)
 
 
 def blocks_of(wanted: Sequence[int], table: SlotTable) -> list[list[int]]:

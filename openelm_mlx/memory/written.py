@@ -103,12 +103,12 @@ class Writing:
 
     def __init__(self, asked: Writes | None = None) -> None:
         on_cuda = mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
-        self._courier: Courier | None = None
+        self.courier: Courier | None = None
         self.way: Writes = "copy"
         if asked == "driver" or (asked is None and on_cuda):
             driver = cuda_driver()
             if driver is not None:
-                self.way, self._courier = "driver", Courier(driver)
+                self.way, self.courier = "driver", Courier(driver)
         elif asked != "copy" and views_work():
             self.way = "view"
 
@@ -116,8 +116,8 @@ class Writing:
         """An array of zeros to be written."""
         array = mx.zeros(shape, dtype)
         mx.eval(array)  # there has to be memory
-        if self._courier is not None:
-            return Sent(array, self._courier)
+        if self.courier is not None:
+            return Sent(array, self.courier)
         view = memory_of(array) if self.way == "view" else None
         return Copied(array) if view is None else Viewed(array, view)
 

@@ -103,6 +103,23 @@ def test_a_file_that_is_no_trace(tmp_path):
         Trace.load(tmp_path / "trace.npz")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--slots x", "--slots is 'x'"), ("--slots 8,-1", "--slots is '-1'"), ("--at-once 0", "--at-once is '0'"),
+        ("--at-once adapts,soon", "--at-once is 'soon'"), ("--writes pen", "one or several of auto, view, driver, copy"),
+        ("--routing mine", "own, uniform, skewed"), ("--cache hot", "warm, cold"), ("--tokens 0", "from 1 on"),
+        ("--slots 99", "from 4 to 16"), ("--prefill -1", "from 0 on"), ("--json /nowhere/file", "no such folder"),
+        ("--json /", "it is a folder"), ("--record /nowhere/file", "no such folder"), ("--random 20b --folder /no", "no folder"),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_is_not_measured(capsys, options, words):
+    assert main(["bench-streaming", "--tokens", "1", "--warm-up", "0", *options.split()]) == 2
+    seen = capsys.readouterr().err
+    assert words in seen
+    assert "Traceback" not in seen
+
+
 def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch):
     tiny = {
         "num_local_experts": 8, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16,

@@ -33,7 +33,7 @@ from ..decoding.step import Step
 from ..decoding.streamed_step import READ_BACK_COST, StreamedStep
 from ..loading import load, load_model, locate
 from ..memory.records import HostTarget, Record, RecordReader, fill_with
-from ..memory.residency import Residency, Streaming
+from ..memory.residency import Residency, Streaming, checked_slots
 from ..memory.written import Writes, Writing, Written
 from ..models.gpt_oss import GptOss
 from ..models.moe import MoE
@@ -120,6 +120,7 @@ def streamed_model(source: str | Path, num_slots: int, writes: Writes | None = N
     path = locate(source)
     config, checkpoint = read_config(path), open_checkpoint(path)
     contents = understand(checkpoint, config, spec_from_config(config))
+    checked_slots(contents.spec, num_slots)
     streaming = Streaming(contents, checkpoint, num_slots, writes=writes)
     return cast(GptOss, load_model(contents, checkpoint, streaming=streaming))
 
@@ -256,7 +257,7 @@ def _decode_forced(
     step: Step = make_step(model, cache) if residency is None else StreamedStep(model, cache, stride)
     token = mx.argmax(prefill(model, prompt, cache, 512))
     tokens, seconds = [cast(int, token.item())], []
-    for count in range(settings.warm_up_tokens + settings.num_tokens - 1):
+    for count in range(settings.warm_up_tokens + settings.num_tokens):
         if count == settings.warm_up_tokens and residency is not None:
             residency.reset_statistics()
             cast(StreamedStep, step).replayed_layers = 0

@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import DestinationError, SettingError
+
+if TYPE_CHECKING:
+    from ..bench.streaming import Settings
+    from ..memory.written import Writes
 
 HELP = "measure gpt-oss with only some experts in memory, beside all of them and beside a floor"
 
@@ -58,39 +66,72 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.streaming import demo_trace, random_model
 
     if args.record is not None:
-        demo_trace().save(Path(args.record))
+        with written(args.record) as file:
+            demo_trace().save(file)
         print(f"{args.record}: how the demo routes", file=sys.stderr)
         return 0
+    settings = settings_of(args)  # before 14 GB are written
     found: dict[str, list[Any]] = {}
     folder = None if args.folder is None else Path(args.folder)
+    if folder is not None and not folder.is_dir():
+        raise DestinationError(f"--folder {folder} is no folder: make it, or name another one.")
+    if args.json is not None:
+        with written(args.json):  # an hour later it would be too late
+            pass
     place: Any = nullcontext(args.model) if args.random is None else random_model(args.random, args.layers, folder)
     with place as source:
-        measure(args, source, found)
+        measure(args, replace(settings, source=str(source)), found)
     if args.random is None and args.model == "demo-gpt-oss":
         calibrate(found)
     predict(found)
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        with written(args.json) as file:
+            file.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
-def measure(args: argparse.Namespace, source: str | Path, found: dict[str, list[Any]]) -> None:
-    """Print a line for each way of decoding as it is measured."""
-    from ..bench.benchmark import machine_description
-    from ..bench.streaming import Row, Settings, row_as_json
-    from ..bench.streaming import run as run_settings
+@contextmanager
+def written(name: str) -> Iterator[Path]:
+    """The file of that name, to be written in the block. Raises DestinationError where it cannot be."""
+    file = Path(name)
+    try:
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise DestinationError(
+                f"{file} cannot be written: {'it is a folder' if file.is_dir() else 'there is no such folder'}."
+            )
+        yield file
+    except OSError as error:
+        raise DestinationError(f"{file} cannot be written: {error.strerror}.") from error
 
-    settings = Settings(
-        source=str(source),
-        slots=None if args.slots is None else tuple(int(each) for each in args.slots.split(",")),
-        routings=tuple(args.routing.split(",")),
-        caches=tuple(args.cache.split(",")),
-        writes=tuple(None if each == "auto" else each for each in args.writes.split(",")),
-        strides=tuple(None if each == "adapts" else int(each) for each in args.at_once.split(",")),
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What is to be measured, of the model that the arguments name. Raises SettingError."""
+    from ..bench.streaming import Settings
+
+    for option, least in (("tokens", 1), ("warm_up", 0), ("prefill", 0), ("layers", 1)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise SettingError(f"--{option.replace('_', '-')} is {value}: give a whole number from {least} on.")
+    writes = kinds("writes", args.writes, ("auto", "view", "driver", "copy"))
+    return Settings(
+        source=args.model,
+        slots=None if args.slots is None else numbers("slots", args.slots.split(",")),
+        routings=kinds("routing", args.routing, ("own", "uniform", "skewed")),
+        caches=kinds("cache", args.cache, ("warm", "cold")),
+        writes=tuple(None if each == "auto" else cast("Writes", each) for each in writes),
+        strides=tuple(None if each == "adapts" else numbers("at-once", [each])[0] for each in args.at_once.split(",")),
         num_tokens=args.tokens,
         warm_up_tokens=args.warm_up,
         prefill_tokens=args.prefill,
     )
+
+
+def measure(args: argparse.Namespace, settings: Settings, found: dict[str, list[Any]]) -> None:
+    """Print a line for each way of decoding as it is measured."""
+    from ..bench.benchmark import machine_description
+    from ..bench.streaming import Row, row_as_json
+    from ..bench.streaming import run as run_settings
+
     print(f"{args.model if args.random is None else 'random ' + args.random} on {machine_description()}")
     print(
         "slots routing  cache writes at once   ms/token resident   floor ratio  stall  hits  MB/token   GB/s  waits  again"
@@ -99,6 +140,23 @@ def measure(args: argparse.Namespace, source: str | Path, found: dict[str, list[
         found.setdefault(what, []).append(row_as_json(value) if isinstance(value, Row) else value)
         print(line(value) if isinstance(value, Row) else f"{what}: {value}")
         sys.stdout.flush()
+
+
+def kinds(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The values of an option, each of which has to be known. Raises SettingError."""
+    found = tuple(text.split(","))
+    for each in found:
+        if each not in known:
+            raise SettingError(f"--{option} is {each!r}: give one or several of {', '.join(known)}, with commas.")
+    return found
+
+
+def numbers(option: str, texts: Sequence[str]) -> tuple[int, ...]:
+    """The values of an option as whole numbers from 1 on. Raises SettingError."""
+    for each in texts:
+        if not each.strip().isdecimal() or int(each) < 1:
+            raise SettingError(f"--{option} is {each!r}: give whole numbers from 1 on, with commas.")
+    return tuple(int(each) for each in texts)
 
 
 def line(row: Any) -> str:

@@ -184,13 +184,17 @@ class Pace:
     """
 
     def __init__(self, layers_at_once: int | None = None, read_back_cost: float | None = None) -> None:
+        assert layers_at_once is None or layers_at_once > 0
         self._layers_at_once = layers_at_once
         self._cost = read_back_cost or (READ_BACK_COST_ON_CPU if runs_on_cpu() else READ_BACK_COST)
         self._miss_rate = 0.5
 
     def next(self, first: int, num_layers: int) -> int:
         """Where to stop: layers `first` ... stop - 1 are run next and looked at together."""
-        return min(num_layers, first + (self._layers_at_once or best_stride(self._miss_rate, self._cost)))
+        stride = self._layers_at_once
+        if stride is None:
+            stride = best_stride(self._miss_rate, self._cost)
+        return min(num_layers, first + stride)
 
     def saw(self, is_missing: bool) -> None:
         """A layer lacked an expert, or did not."""

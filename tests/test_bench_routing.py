@@ -110,7 +110,8 @@ def test_a_file_that_is_no_trace(tmp_path):
         ("--at-once adapts,soon", "--at-once is 'soon'"), ("--writes pen", "one or several of auto, view, driver, copy"),
         ("--routing mine", "own, uniform, skewed"), ("--cache hot", "warm, cold"), ("--tokens 0", "from 1 on"),
         ("--slots 99", "from 4 to 16"), ("--prefill -1", "from 0 on"), ("--json /nowhere/file", "no such folder"),
-        ("--json /", "it is a folder"), ("--record /nowhere/file", "no such folder"), ("--random 20b --folder /no", "no folder"),
+        ("--json /", "it is a folder"), ("--record /nowhere/file", "no such folder"),
+        ("--random 20b --folder /no", "no folder"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_not_measured(capsys, options, words):

@@ -26,7 +26,7 @@ from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.budget import Budget
-from openelm_mlx.decoding.prefill import fill, prefill
+from openelm_mlx.decoding.prefill import fill, prefill, reading_no_more_than_needed
 from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.streamed_step import StreamedStep
 from openelm_mlx.errors import CheckpointError, SettingError
@@ -587,6 +587,37 @@ def test_a_driver_is_tried_before_it_is_trusted(monkeypatch):
     assert not cuda_driver.driver_works(MemoryDriver())
 
 
+def test_results_that_nobody_waited_for_are_not_taken_for_the_next_ones(monkeypatch):
+    """An interruption leaves a kernel behind, which writes its numbers later: before those of the next one."""
+    driver, queued = MemoryDriver(), []
+
+    def kernel(inputs, **_):
+        numbers, address = (np.array(each) for each in inputs)
+        queued.append((int(address[0]), numbers))
+        return [inputs[0]]
+
+    def look():
+        """The clock, which the host asks between two looks: one kernel has run meanwhile."""
+        if is_interrupted:
+            raise KeyboardInterrupt
+        if queued:
+            address, numbers = queued.pop(0)
+            ctypes.memmove(address, numbers.ctypes.data, numbers.nbytes)
+        return 0.0
+
+    monkeypatch.setattr(cuda_driver, "_result_kernel", lambda: kernel)
+    monkeypatch.setattr(cuda_driver.time, "perf_counter", look)
+    buffer, is_interrupted = cuda_driver.ResultBuffer(driver), True
+    with pytest.raises(KeyboardInterrupt):
+        cuda_driver.results_on_host([mx.array([1, 2, 3, 4], mx.uint32)], buffer)
+    assert len(queued) == 1  # still to come
+    is_interrupted = False
+    for numbers in ([9, 8, 7, 6], [5, 5, 5, 5], [1, 2, 3, 4]):
+        asked = [mx.array([numbers[:2]], mx.uint32), mx.array(numbers[2:], mx.uint32)]
+        first, second = cuda_driver.results_on_host(asked, buffer)
+        assert (first.tolist(), second.tolist()) == ([numbers[:2]], numbers[2:])
+
+
 def test_there_is_no_driver_for_the_cpu():
     assert cuda_driver.cuda_driver() is None
 
@@ -920,6 +951,24 @@ def test_the_model_called_from_two_threads(folders, residents):
     for rows, known in zip(seen, expected, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(rows, known, strict=True))
         assert len(rows) == len(known)
+
+
+def test_what_one_thread_leaves_out_another_one_gets(folders, residents):
+    """A chunk that only fills the cache skips the last layer's experts; a call beside it waits for its turn."""
+    model, _ = om.load(folders[32], dtype="float32", expert_slots=5)
+    tokens, seen = [[5, 6, 7]], []
+
+    def call():
+        with mx.stream(mx.new_stream(mx.default_device())):
+            seen.append(np.array(model(mx.array(tokens))))
+
+    with reading_no_more_than_needed(model):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join(0.3)
+        assert not seen
+    thread.join()
+    assert np.array_equal(seen[0], np.array(residents[32](mx.array(tokens))))
 
 
 def test_two_answers_in_turns_from_one_model(folders, answer):

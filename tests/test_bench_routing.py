@@ -10,6 +10,7 @@ from openelm_mlx.bench import routing, streaming
 from openelm_mlx.bench.routing import Speed, Trace, alike, recording, replay, reuse_depths, uniform
 from openelm_mlx.commands import main
 from openelm_mlx.errors import SettingError
+from openelm_mlx.memory.machine import find_mac
 from openelm_mlx.memory.slots import LeastRecentlyUsed
 from openelm_mlx.specs import spec_from_config
 
@@ -92,8 +93,10 @@ def test_times_are_sums():
 def test_the_released_sizes_have_their_expert_bytes():
     spec = spec_from_config(streaming.released_gpt_oss_config("20b"))
     assert routing.expert_bytes_of(spec) == 13_219_200
-    rows = streaming.mac_predictions("20b", uniform(50, 24, 32, 4), (8, 32))
-    assert [row["mac"] for row in rows] == ["M4 16 GB", "M4 16 GB", "M3 Max 36 GB", "M3 Max 36 GB"]
+    rows = streaming.mac_predictions(
+        "20b", uniform(50, 24, 32, 4), [find_mac("M4 16GB"), find_mac("M3 Max 36GB")], (8, 32)
+    )
+    assert [row["mac"] for row in rows] == ["M4 16GB", "M4 16GB", "M3 Max 36GB", "M3 Max 36GB"]
     assert rows[0]["tokens_per_second"] < rows[1]["tokens_per_second"] < rows[3]["tokens_per_second"]
 
 
@@ -111,7 +114,8 @@ def test_a_file_that_is_no_trace(tmp_path):
         ("--routing mine", "own, uniform, skewed"), ("--cache hot", "warm, cold"), ("--tokens 0", "from 1 on"),
         ("--slots 99", "from 4 to 16"), ("--prefill -1", "from 0 on"), ("--json /nowhere/file", "no such folder"),
         ("--json /", "it is a folder"), ("--record /nowhere/file", "no such folder"),
-        ("--random 20b --folder /no", "no folder"),
+        ("--random 20b --folder /no", "no folder"), ("--predict 20b --macs M9", "no Mac 'M9'"),
+        ("--predict 20b --trace /nowhere/file", "No such file"), (f"--predict 20b --trace {__file__}", "no routing trace"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_not_measured(capsys, options, words):
@@ -121,6 +125,45 @@ def test_what_is_not_known_is_not_measured(capsys, options, words):
     assert "Traceback" not in seen
 
 
+def test_a_recorded_trace_is_what_predictions_are_made_of(tmp_path, capsys, monkeypatch):
+    tiny = {
+        "num_local_experts": 8, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 319,
+    }  # fmt: skip
+    known, file = streaming.released_gpt_oss_config("20b"), tmp_path / "routes"
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **tiny})
+        assert (
+            main(["bench-streaming", *f"--random 20b --layers 2 --record {file} --tokens 5 --warm-up 2".split()]) == 0
+        )
+    trace = Trace.load(file)
+    assert (trace.num_experts, trace.num_layers) == (8, 2)
+    assert [len(each) for each in trace.passes] == [64, *[1] * 7]
+    capsys.readouterr()
+    options = ["--predict", "20b", "--macs", "M4 16GB", "--json", str(tmp_path / "json")]
+    assert main(["bench-streaming", *options, "--trace", str(file)]) == 0
+    by_trace = json.loads((tmp_path / "json").read_text())["macs"]
+    assert "routed as the trace routes" in capsys.readouterr().out
+    assert main(["bench-streaming", *options]) == 0
+    by_demo = json.loads((tmp_path / "json").read_text())["macs"]
+    assert [row["slots"] for row in by_trace] == [8, 12, 16, 20, 24, 28, 32]
+    assert [row["uniform"] for row in by_trace] == [row["uniform"] for row in by_demo]
+    assert [row["hit_rate"] for row in by_trace] != [row["hit_rate"] for row in by_demo]
+    for rows in (by_trace, by_demo):
+        rates = [row["tokens_per_second"] for row in rows]
+        assert rates == sorted(rates)
+        assert rows[-1]["hit_rate"] == 1
+
+
+def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys):
+    assert main(["bench-streaming", "--predict", "20b", "--macs", "all"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    slots = {" ".join(row[: row.index("slots") - 1]): int(row[row.index("slots") - 1]) for row in rows}
+    assert len(slots) > 40
+    assert slots["M4 Max 128GB"] == 32
+    assert slots["M4 16GB"] == om.plan("openai/gpt-oss-20b", mac="M4 16GB").expert_slots < 32
+
+
 def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch):
     tiny = {
         "num_local_experts": 8, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16,
@@ -128,7 +171,7 @@ def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch):
     }  # fmt: skip
     known = streaming.released_gpt_oss_config("20b")
     monkeypatch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **tiny})
-    monkeypatch.setattr("openelm_mlx.commands.bench_streaming.predict", lambda found: None)
+    monkeypatch.setattr("openelm_mlx.commands.bench_streaming.predict", lambda *_: None)
     arguments = (
         "--random 20b --layers 2 --routing own,uniform,skewed --cache warm,cold --writes view,copy --tokens 3 --warm-up 2 "
         f"--prefill 40 --slots 6,4 --json {tmp_path / 'out.json'}"

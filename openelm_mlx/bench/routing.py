@@ -6,6 +6,7 @@ last one. Its times are as good as the rates it is given: calibrate it with one 
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,10 @@ class Trace:
     def save(self, path: Path) -> None:
         """Write it, compressed: some 4 bytes a layer and token."""
         lengths = [len(each) for each in self.passes]
-        np.savez_compressed(path, num_experts=self.num_experts, lengths=lengths, experts=np.concatenate(self.passes))
+        with path.open("wb") as stream:  # to this name, whatever it ends with
+            np.savez_compressed(
+                stream, num_experts=self.num_experts, lengths=lengths, experts=np.concatenate(self.passes)
+            )
 
     @classmethod
     def load(cls, path: Path) -> Trace:
@@ -53,8 +57,10 @@ class Trace:
             with np.load(path, allow_pickle=False) as arrays:
                 experts, lengths = arrays["experts"], arrays["lengths"]
                 return cls(int(arrays["num_experts"]), np.split(experts, np.cumsum(lengths)[:-1]))
-        except (OSError, ValueError, KeyError) as error:
-            raise SettingError(f"{path} is no routing trace ({error}): record one with --record.") from error
+        except OSError as error:
+            raise SettingError(f"The trace {path} cannot be read: {error.strerror or error}.") from error
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise SettingError(f"{path} is no routing trace: record one with --record.") from error
 
 
 @contextmanager
@@ -203,6 +209,12 @@ def alike(trace: Trace, num_tokens: int, num_layers: int, num_experts: int, seed
             chosen[token, layer] = experts
             stacks[layer] = [*experts, *(expert for expert in stack if expert not in experts)]
     return Trace(num_experts, list(chosen[:, None]))
+
+
+def after_a_prompt(trace: Trace) -> Trace:
+    """The trace with one pass more before it, of a prompt that uses every expert of every layer: no slot is empty then."""
+    each = np.arange(trace.num_experts, dtype=np.int16).reshape(-1, 1, trace.experts_per_token)
+    return Trace(trace.num_experts, [each.repeat(trace.num_layers, axis=1), *trace.passes])
 
 
 def reuse_depths(trace: Trace) -> np.ndarray:

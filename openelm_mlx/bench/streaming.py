@@ -32,15 +32,18 @@ from ..decoding.prefill import fill, prefill
 from ..decoding.step import Step
 from ..decoding.streamed_step import READ_BACK_COST, StreamedStep
 from ..loading import load, load_model, locate
+from ..memory.machine import Machine
 from ..memory.records import HostTarget, Record, RecordReader, fill_with
 from ..memory.residency import Residency, Streaming, checked_slots
 from ..memory.written import Writes, Writing, Written
 from ..models.gpt_oss import GptOss
 from ..models.moe import MoE
+from ..planning import plan as make_plan
 from ..specs import spec_from_config
 from .random_gpt_oss import write_random_gpt_oss
 from .routing import (
     Trace,
+    after_a_prompt,
     alike,
     calibrated,
     expert_bytes_of,
@@ -55,14 +58,15 @@ if TYPE_CHECKING:
     from ..models import Model
     from ..text.tokenizer import Tokenizer
 
-# Bandwidth of the memory and reading rate of the disk, bytes a second. M4: bandwidth as published; no measured rate of
-# its smallest disks was found, 3 GB/s is an assumption. M3 Max with 36 GB: 300 GB/s; 5.5 GB/s cold and parallel (reported).
-MACS = {"M4 16 GB": (120e9, 3.0e9), "M3 Max 36 GB": (300e9, 5.5e9)}
+# Bytes a second of a disk that nobody has reported: an assumption.
+ASSUMED_DISK = 3.0e9
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. slots: numbers of slots a layer; None for 75, 50 and 25 % of the experts."""
+    """What to measure. slots: numbers of slots a layer; None for 75, 50 and 25 % of the experts. trace: what "skewed" routing
+    is like; None for the demo's.
+    """
 
     source: str
     slots: tuple[int, ...] | None = None
@@ -75,6 +79,7 @@ class Settings:
     prompt_tokens: int = 64
     prefill_tokens: int = 0
     seed: int = 0
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,16 @@ def demo_trace(num_tokens: int = 256) -> Trace:
     return trace
 
 
+def own_trace(source: str | Path, settings: Settings) -> Trace:
+    """How a model routes by itself while it goes on from a random prompt: a pass of the prompt, and one a token."""
+    spec = spec_from_config(read_config(locate(source)))
+    model = streamed_model(source, checked_slots(spec, max(1, spec.layers[0].experts_per_token)))
+    prompt = np.random.default_rng(settings.seed).integers(0, spec.vocab_size, settings.prompt_tokens).tolist()
+    with recording(model.residency) as trace:
+        _decode(model, prompt, settings, None, 1, False)
+    return trace
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -186,15 +201,15 @@ def run(settings: Settings) -> Iterator[tuple[str, Any]]:
     k, num_experts, num_layers = layer.experts_per_token, layer.num_experts, len(spec.layers)
     slots = settings.slots or tuple(max(k, num_experts * share // 100) for share in (75, 50, 25))
     num_tokens = settings.warm_up_tokens + settings.num_tokens
-    trace_of_demo = demo_trace() if "skewed" in settings.routings else None
+    recorded = (settings.trace or demo_trace()) if "skewed" in settings.routings else None
     prompt = np.random.default_rng(settings.seed).integers(0, spec.vocab_size, settings.prompt_tokens).tolist()
     traces: dict[str, Trace | None] = {}
     for routing in settings.routings:
         if routing == "uniform":
             traces[routing] = uniform(num_tokens, num_layers, num_experts, k, settings.seed)
         elif routing == "skewed":
-            assert trace_of_demo is not None
-            traces[routing] = alike(trace_of_demo, num_tokens, num_layers, num_experts, settings.seed)
+            assert recorded is not None
+            traces[routing] = alike(recorded, num_tokens, num_layers, num_experts, settings.seed)
         else:
             traces[routing] = None
     resident_seconds, expected = {}, {}
@@ -443,19 +458,37 @@ def middle_mean(values: Sequence[float]) -> float:
     return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
-def mac_predictions(size: str, trace: Trace, slots: Sequence[int]) -> list[dict[str, Any]]:
+def mac_predictions(size: str, trace: Trace, machines: Sequence[Machine], slots: Sequence[int]) -> list[dict[str, Any]]:
     """What Macs should reach with a released model, by the simulator. Nobody has measured these."""
     spec = spec_from_config(released_gpt_oss_config(size))
+    whole = after_a_prompt(trace)
+    replays = {
+        each: replay(whole, each, read_back_cost=READ_BACK_COST, warm_up=len(whole.passes) // 2) for each in set(slots)
+    }
     rows = []
-    for name, (bandwidth, rate) in MACS.items():
+    for machine in machines:
         for num_slots in slots:
-            speed = speed_of_chip(spec, bandwidth, rate)
-            replayed = replay(trace, num_slots, read_back_cost=READ_BACK_COST, warm_up=len(trace.passes) // 2)
+            assert machine.bandwidth is not None
+            speed = speed_of_chip(spec, machine.bandwidth, machine.ssd_bandwidth or ASSUMED_DISK)
+            replayed = replays[num_slots]
             seconds = seconds_per_token(replayed, len(spec.layers), expert_bytes_of(spec), speed)
             rows.append(
-                {"mac": name, "slots": num_slots, "hit_rate": replayed.hit_rate, "tokens_per_second": 1 / seconds}
+                {
+                    "mac": machine.name,
+                    "slots": num_slots,
+                    "hit_rate": replayed.hit_rate,
+                    "tokens_per_second": 1 / seconds,
+                }
             )
     return rows
+
+
+def planned_slots(size: str, machine: Machine) -> int | None:
+    """How many experts of a layer a plan keeps in memory there; None where the model does not fit."""
+    plan = make_plan(f"openai/gpt-oss-{size}", mac=machine.name)
+    if not plan.fits:
+        return None
+    return plan.expert_slots or spec_from_config(released_gpt_oss_config(size)).layers[0].num_experts
 
 
 def row_as_json(row: Row) -> dict[str, Any]:

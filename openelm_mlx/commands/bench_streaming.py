@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import DestinationError, SettingError
 
 if TYPE_CHECKING:
+    from ..bench.routing import Trace
     from ..bench.streaming import Settings
+    from ..memory.machine import Machine
     from ..memory.written import Writes
 
+USUAL_MACS = "M4 16GB,M3 Max 36GB"
 HELP = "measure gpt-oss with only some experts in memory, beside all of them and beside a floor"
 
 
@@ -57,35 +60,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill", type=int, default=0, metavar="N", help="also a prompt of N tokens in one chunk (default: none)"
     )
-    parser.add_argument("--record", metavar="FILE", help="write a routing trace of the demo's answers to FILE (.npz)")
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="only write how the model routes to FILE (.npz): the demo in its answers, another one by itself",
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE", help="what skewed routing is like, recorded before (default: the demo's)"
+    )
+    parser.add_argument(
+        "--predict",
+        choices=["20b", "120b"],
+        help="measure nothing, and say by simulation what Macs should reach with this model",
+    )
+    parser.add_argument(
+        "--macs",
+        default=USUAL_MACS,
+        metavar="NAMES",
+        help=f"Macs to predict, with commas; all: every one, with as many experts as a plan leaves (default: {USUAL_MACS})",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write everything to FILE as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    from ..bench.streaming import demo_trace, random_model
+    from ..bench.streaming import demo_trace, own_trace, random_model
 
-    if args.record is not None:
-        with written(args.record) as file:
-            demo_trace().save(file)
-        print(f"{args.record}: how the demo routes", file=sys.stderr)
-        return 0
-    settings = settings_of(args)  # before 14 GB are written
     found: dict[str, list[Any]] = {}
+    settings, machines = settings_of(args), machines_of(args.macs)  # before 14 GB are written
+    if args.predict is not None:
+        predict(args.predict, settings.trace, machines, found)
+        return written_as_json(args.json, found)
     folder = None if args.folder is None else Path(args.folder)
     if folder is not None and not folder.is_dir():
         raise DestinationError(f"--folder {folder} is no folder: make it, or name another one.")
-    if args.json is not None:
-        with written(args.json):  # an hour later it would be too late
-            pass
+    for name in (args.json, args.record):
+        if name is not None:
+            with written(name):  # an hour later it would be too late
+                pass
     place: Any = nullcontext(args.model) if args.random is None else random_model(args.random, args.layers, folder)
+    is_demo = args.random is None and args.model == "demo-gpt-oss"
     with place as source:
+        if args.record is not None:
+            trace = demo_trace() if is_demo else own_trace(source, settings)
+            with written(args.record) as file:
+                trace.save(file)
+            print(f"{args.record}: how {args.random or args.model} routes, {len(trace.passes)} passes", file=sys.stderr)
+            return 0
         measure(args, replace(settings, source=str(source)), found)
-    if args.random is None and args.model == "demo-gpt-oss":
+    if is_demo:
         calibrate(found)
-    predict(found)
-    if args.json is not None:
-        with written(args.json) as file:
+    predict("20b", settings.trace, machines, found)
+    return written_as_json(args.json, found)
+
+
+def written_as_json(name: str | None, found: dict[str, list[Any]]) -> int:
+    """Write everything, where that was asked for. Raises DestinationError."""
+    if name is not None:
+        with written(name) as file:
             file.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
@@ -106,6 +138,7 @@ def written(name: str) -> Iterator[Path]:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """What is to be measured, of the model that the arguments name. Raises SettingError."""
+    from ..bench.routing import Trace
     from ..bench.streaming import Settings
 
     for option, least in (("tokens", 1), ("warm_up", 0), ("prefill", 0), ("layers", 1)):
@@ -123,7 +156,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
         num_tokens=args.tokens,
         warm_up_tokens=args.warm_up,
         prefill_tokens=args.prefill,
+        trace=None if args.trace is None else Trace.load(Path(args.trace)),
     )
+
+
+def machines_of(names: str) -> list[Machine] | None:
+    """The Macs of these names, None for all. Raises SettingError."""
+    from ..memory.machine import find_mac
+
+    return None if names.strip() == "all" else [find_mac(each) for each in names.split(",")]
 
 
 def measure(args: argparse.Namespace, settings: Settings, found: dict[str, list[Any]]) -> None:
@@ -185,19 +226,33 @@ def calibrate(found: dict[str, list[Any]]) -> None:
         )
 
 
-def predict(found: dict[str, list[Any]]) -> None:
-    """What Macs should reach: simulated, not measured."""
+def predict(size: str, trace: Trace | None, machines: Sequence[Machine] | None, found: dict[str, list[Any]]) -> None:
+    """What Macs should reach: simulated, not measured. machines: None for every Mac, each as a plan leaves it."""
     from ..bench.routing import alike, uniform
-    from ..bench.streaming import demo_trace, mac_predictions
+    from ..bench.streaming import demo_trace, mac_predictions, planned_slots
+    from ..checkpoint.released import released_gpt_oss_config
+    from ..memory.machine import macs
+    from ..specs import spec_from_config
 
-    print("predicted, not measured: gpt-oss-20b on Macs, routed as the demo routes / uniformly")
-    shape = {"num_tokens": 256, "num_layers": 24, "num_experts": 32}
-    slots = (8, 12, 16, 20, 24, 28, 32)
-    skewed = mac_predictions("20b", alike(demo_trace(), **shape), slots)
-    even = mac_predictions("20b", uniform(**shape, k=4), slots)
-    found["macs"] = [{**a, "uniform": b["tokens_per_second"]} for a, b in zip(skewed, even, strict=True)]
-    for row in found["macs"]:
-        print(
-            f"{row['mac']:14} {row['slots']:3} slots  hits {row['hit_rate']:.0%}  {row['tokens_per_second']:5.1f} / "
-            f"{row['uniform']:5.1f} tokens/s"
-        )
+    spec = spec_from_config(released_gpt_oss_config(size))
+    num_experts, k = spec.layers[0].num_experts, spec.layers[0].experts_per_token
+    shape = {"num_tokens": 256, "num_layers": len(spec.layers), "num_experts": num_experts}
+    skewed, even = alike(trace or demo_trace(), **shape), uniform(**shape, k=k)
+    like = "the demo" if trace is None else "the trace"
+    print(f"predicted, not measured: gpt-oss-{size} on Macs, routed as {like} routes / uniformly")
+    wanted: list[tuple[Machine, tuple[int, ...]]]
+    if machines is None:
+        planned = [(machine, planned_slots(size, machine)) for machine in macs()]
+        wanted = [(machine, (each,)) for machine, each in planned if each is not None]
+    else:
+        wanted = [(machine, tuple(num_experts * eighths // 8 for eighths in range(2, 9))) for machine in machines]
+    found["macs"] = []
+    for machine, slots in wanted:
+        rows = (mac_predictions(size, each, [machine], slots) for each in (skewed, even))
+        for row, other in zip(*rows, strict=True):
+            found["macs"].append({**row, "uniform": other["tokens_per_second"]})
+            disk = "" if machine.ssd_bandwidth is not None or row["slots"] == num_experts else "  (its disk assumed)"
+            print(
+                f"{row['mac']:14} {row['slots']:3} slots  hits {row['hit_rate']:.0%}  {row['tokens_per_second']:5.1f} / "
+                f"{other['tokens_per_second']:5.1f} tokens/s{disk}"
+            )

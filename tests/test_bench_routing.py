@@ -112,9 +112,11 @@ def test_a_file_that_is_no_trace(tmp_path):
         ("--slots x", "--slots is 'x'"), ("--slots 8,-1", "--slots is '-1'"), ("--at-once 0", "--at-once is '0'"),
         ("--at-once adapts,soon", "--at-once is 'soon'"), ("--writes pen", "one or several of auto, view, driver, copy"),
         ("--routing mine", "own, uniform, skewed"), ("--cache hot", "warm, cold"), ("--tokens 0", "from 1 on"),
-        ("--slots 99", "from 4 to 16"), ("--prefill -1", "from 0 on"), ("--json /nowhere/file", "no such folder"),
+        ("--slots 99", "from 4 to 16"), ("--random 20b --slots 33", "from 4 to 32"),
+        ("--prefill -1", "from 0 on"), ("--json /nowhere/file", "no such folder"),
         ("--json /", "it is a folder"), ("--record /nowhere/file", "no such folder"),
         ("--random 20b --folder /no", "no folder"), ("--predict 20b --macs M9", "no Mac 'M9'"),
+        ("--predict 20b --json /nowhere/file", "no such folder"),
         ("--predict 20b --trace /nowhere/file", "No such file"), (f"--predict 20b --trace {__file__}", "no routing trace"),
     ],
 )  # fmt: skip
@@ -153,6 +155,36 @@ def test_a_recorded_trace_is_what_predictions_are_made_of(tmp_path, capsys, monk
         rates = [row["tokens_per_second"] for row in rows]
         assert rates == sorted(rates)
         assert rows[-1]["hit_rate"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"experts": np.zeros((0, 2, 4), int), "lengths": np.zeros(0, int)}, {"experts": np.full((6, 2, 4), 3)},
+        {"experts": np.arange(48).reshape(6, 2, 4)}, {"experts": np.full((6, 2, 4), -2)}, {"lengths": [500, 3]},
+        {"lengths": [6]}, {"experts": np.arange(8.0).reshape(1, 2, 4), "lengths": [1]}, {"experts": np.arange(6)},
+        {"num_experts": 0}, {"lengths": [[6]]},
+    ],
+)  # fmt: skip
+def test_a_trace_that_cannot_be_is_refused(tmp_path, changes):
+    right = {"num_experts": 16, "experts": np.arange(8).reshape(1, 2, 4).repeat(6, 0), "lengths": [3, 1, 1, 1]}
+    with (tmp_path / "trace").open("wb") as stream:
+        np.savez_compressed(stream, **right)
+    assert Trace.load(tmp_path / "trace").num_layers == 2
+    with (tmp_path / "trace").open("wb") as stream:
+        np.savez_compressed(stream, **{**right, **changes})
+    with pytest.raises(SettingError, match="no routing trace"):
+        Trace.load(tmp_path / "trace")
+
+
+def test_routing_that_never_changes_can_be_stretched_and_squeezed():
+    """Of 128 experts always the same four: in 32 they would all fall into one place."""
+    same = Trace(128, [np.arange(4, dtype=np.int16).reshape(1, 1, 4)] * 20)
+    for num_experts in (4, 32, 512):
+        chosen = np.concatenate(alike(same, 30, 3, num_experts).passes)
+        assert chosen.shape == (30, 3, 4)
+        assert all(len(set(row)) == 4 for token in chosen.tolist() for row in token)
+        assert chosen.max() < num_experts
 
 
 def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys):

@@ -25,6 +25,8 @@ from ..specs import ModelSpec
 
 # Where a layer was not asked: of a chunk that only fills the cache the last layer's experts are not wanted.
 NOT_ASKED = -1
+# Places are drawn so often for each that is wanted.
+TRIES = 50
 
 
 @dataclass
@@ -55,12 +57,34 @@ class Trace:
         """Read what `save` wrote. Raises SettingError for another file."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                experts, lengths = arrays["experts"], arrays["lengths"]
-                return cls(int(arrays["num_experts"]), np.split(experts, np.cumsum(lengths)[:-1]))
+                experts, lengths, num_experts = arrays["experts"], arrays["lengths"], int(arrays["num_experts"])
         except OSError as error:
             raise SettingError(f"The trace {path} cannot be read: {error.strerror or error}.") from error
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise SettingError(f"{path} is no routing trace: record one with --record.") from error
+        if not _are_choices(experts, lengths, num_experts):
+            raise SettingError(
+                f"{path} is no routing trace that could be: each token has to have chosen different ones of the experts that "
+                "there are, and some tokens have to have been computed one by one. Record one with --record."
+            )
+        return cls(num_experts, np.split(experts, np.cumsum(lengths)[:-1]))
+
+
+def _are_choices(experts: np.ndarray, lengths: np.ndarray, num_experts: int) -> bool:
+    """Whether (tokens, layers, k) choices, in passes of so many tokens, can have been recorded."""
+    if experts.ndim != 3 or lengths.ndim != 1 or {experts.dtype.kind, lengths.dtype.kind} - set("iu"):
+        return False
+    if not experts.size or (lengths < 1).any() or lengths.sum() != len(experts) or not (lengths == 1).any():
+        return False
+    asked = (experts != NOT_ASKED).all(-1)
+    chosen = np.sort(experts[asked], axis=-1)
+    return bool(
+        len(chosen)
+        and chosen.min() >= 0
+        and chosen.max() < num_experts
+        and (chosen[:, 1:] != chosen[:, :-1]).all()
+        and (experts[~asked] == NOT_ASKED).all()
+    )
 
 
 @contextmanager
@@ -202,9 +226,13 @@ def alike(trace: Trace, num_tokens: int, num_layers: int, num_experts: int, seed
     for token in range(num_tokens):
         for layer, stack in enumerate(stacks):
             places: set[int] = set()
-            while len(places) < k:
+            for _ in range(TRIES * k):
                 depth = depths[random.integers(len(depths))]
                 places.add(int((depth + random.random()) * num_experts / trace.num_experts))
+                if len(places) == k:
+                    break
+            # Where routing is so narrow that its places fall together in fewer experts: the next ones.
+            places |= set(sorted(set(range(num_experts)) - places)[: k - len(places)])
             experts = [stack[place] for place in sorted(places)]
             chosen[token, layer] = experts
             stacks[layer] = [*experts, *(expert for expert in stack if expert not in experts)]

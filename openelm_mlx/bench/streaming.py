@@ -196,6 +196,9 @@ def own_trace(source: str | Path, settings: Settings) -> Trace:
 
 def run(settings: Settings) -> Iterator[tuple[str, Any]]:
     """Measure; gives (what, value) as it comes: facts, rows of `Row`, and predictions from the first row's slots."""
+    stored = spec_from_config(read_config(locate(settings.source)))
+    for each in settings.slots or ():
+        checked_slots(stored, each)
     known = resident_model(settings.source)
     spec, layer = known.spec, known.spec.layers[0]
     k, num_experts, num_layers = layer.experts_per_token, layer.num_experts, len(spec.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -88,16 +89,16 @@ def run(args: argparse.Namespace) -> int:
 
     found: dict[str, list[Any]] = {}
     settings, machines = settings_of(args), machines_of(args.macs)  # before 14 GB are written
+    for name in (args.json, args.record):
+        if name is not None:
+            with written(name):  # an hour later it would be too late
+                pass
     if args.predict is not None:
         predict(args.predict, settings.trace, machines, found)
         return written_as_json(args.json, found)
     folder = None if args.folder is None else Path(args.folder)
     if folder is not None and not folder.is_dir():
         raise DestinationError(f"--folder {folder} is no folder: make it, or name another one.")
-    for name in (args.json, args.record):
-        if name is not None:
-            with written(name):  # an hour later it would be too late
-                pass
     place: Any = nullcontext(args.model) if args.random is None else random_model(args.random, args.layers, folder)
     is_demo = args.random is None and args.model == "demo-gpt-oss"
     with place as source:
@@ -131,6 +132,8 @@ def written(name: str) -> Iterator[Path]:
             raise DestinationError(
                 f"{file} cannot be written: {'it is a folder' if file.is_dir() else 'there is no such folder'}."
             )
+        if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+            raise DestinationError(f"{file} cannot be written: it is not allowed here.")
         yield file
     except OSError as error:
         raise DestinationError(f"{file} cannot be written: {error.strerror}.") from error
@@ -140,15 +143,22 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """What is to be measured, of the model that the arguments name. Raises SettingError."""
     from ..bench.routing import Trace
     from ..bench.streaming import Settings
+    from ..checkpoint.released import released_gpt_oss_config
+    from ..memory.residency import checked_slots
+    from ..specs import spec_from_config
 
     for option, least in (("tokens", 1), ("warm_up", 0), ("prefill", 0), ("layers", 1)):
         value = getattr(args, option)
         if value is not None and value < least:
             raise SettingError(f"--{option.replace('_', '-')} is {value}: give a whole number from {least} on.")
+    slots = None if args.slots is None else numbers("slots", args.slots.split(","))
+    if args.random is not None:
+        for each in slots or ():
+            checked_slots(spec_from_config(released_gpt_oss_config(args.random)), each)
     writes = kinds("writes", args.writes, ("auto", "view", "driver", "copy"))
     return Settings(
         source=args.model,
-        slots=None if args.slots is None else numbers("slots", args.slots.split(",")),
+        slots=slots,
         routings=kinds("routing", args.routing, ("own", "uniform", "skewed")),
         caches=kinds("cache", args.cache, ("warm", "cold")),
         writes=tuple(None if each == "auto" else cast("Writes", each) for each in writes),
@@ -239,6 +249,10 @@ def predict(size: str, trace: Trace | None, machines: Sequence[Machine] | None, 
     shape = {"num_tokens": 256, "num_layers": len(spec.layers), "num_experts": num_experts}
     skewed, even = alike(trace or demo_trace(), **shape), uniform(**shape, k=k)
     like = "the demo" if trace is None else "the trace"
+    if trace is not None and trace.experts_per_token != k:
+        raise SettingError(
+            f"The trace's tokens choose {trace.experts_per_token} experts, and gpt-oss-{size}'s {k}: record one of a gpt-oss."
+        )
     print(f"predicted, not measured: gpt-oss-{size} on Macs, routed as {like} routes / uniformly")
     wanted: list[tuple[Machine, tuple[int, ...]]]
     if machines is None:

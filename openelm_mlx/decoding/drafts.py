@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..errors import SettingError
 from .compiled_step import make_step
-from .prefill import reading_no_more_than_needed
+from .prefill import only_cache
 from .sampling import Sampler
 from .speculation_gain import Memory
 
@@ -200,10 +200,7 @@ class _Drafter:
         del self._fed[shared:]
         missing = tokens[shared:-1]
         for start in range(0, len(missing), _CHUNK):
-            chunk = mx.array(list(missing[start : start + _CHUNK]))[None]
-            with reading_no_more_than_needed(self._model):
-                self._model.run_layers(self._model.embed(chunk), self._cache)
-                mx.eval([layer.buffers for layer in self._cache])  # chunk by chunk, to bound what is in flight
+            only_cache(self._model, missing[start : start + _CHUNK], self._cache)
         self._fed += missing
         return mx.array(tokens[-1], mx.uint32)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -89,11 +89,7 @@ def fill(
             logits = _last_logits(model, tokens[start:], cache)
             mx.eval([[logits], *(layer.buffers for layer in cache)])
         else:
-            chunk = mx.array(list(tokens[start : start + length]))[None]
-            with reading_no_more_than_needed(model):
-                # Keys and values only: of the last layer nothing else is computed, and the output head never runs.
-                model.run_layers(model.embed(chunk), cache, settle=in_turn(cache, len(cache) - 1))
-                mx.eval([layer.buffers for layer in cache])
+            only_cache(model, tokens[start : start + length], cache, in_turn(cache, len(cache) - 1))
         budget.chunk_is_done(length)
         if at_border is not None:
             at_border()
@@ -107,19 +103,37 @@ def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
     if len(tokens) == 1:
         return make_step(model, cache)(mx.array(tokens[0]))
     last_block, last_cache = model.layers[-1], cache[-1]
-    with nullcontext() if model.residency is None else model.residency.exclusive():
-        settle = in_turn(cache, len(cache))
-        h = model.run_layers(model.embed(mx.array(list(tokens))[None]), cache, 0, len(cache) - 1, settle=settle)
-        queries, *new = last_block.before_attention(h, last_cache.offset)
-        settle([queries, *new], False)
-        keys, values = cast("tuple[mx.array, mx.array]", last_cache.update_and_fetch(*new))
+    with _lock_of(model):
+        h, queries, keys, values = _through_the_layers(model, tokens, cache, in_turn(cache, len(cache)))
         if isinstance(last_cache, SlidingKVCache):  # in the order of positions: the last token sees the end
             keys, values = keys[..., -last_cache.window :, :], values[..., -last_cache.window :, :]
         out = last_block.attention.attend_over(queries[:, :, -1:], keys, values, None)
-        logits = model.head(last_block.after_attention(h[:, -1], out))[0]
-        if model.residency is not None:
-            mx.async_eval(logits)  # nothing unstarted may be left in the slots
-    return logits
+        return model.head(last_block.after_attention(h[:, -1], out))[0]
+
+
+def only_cache(model: Model, tokens: Sequence[int], cache: Cache, settle: Settle | None = None) -> None:
+    """The keys and values of `tokens` into the cache, evaluated: of the last layer and the head nothing else is computed."""
+    with _lock_of(model):
+        _through_the_layers(model, tokens, cache, settle)
+        mx.eval([layer.buffers for layer in cache])
+
+
+def _through_the_layers(
+    model: Model, tokens: Sequence[int], cache: Cache, settle: Settle | None
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """What the last layer begins with, its queries, and the keys and values in its cache, to which the new ones belong."""
+    last_block, last_cache = model.layers[-1], cache[-1]
+    h = model.run_layers(model.embed(mx.array(list(tokens))[None]), cache, 0, len(cache) - 1, settle=settle)
+    queries, *new = last_block.before_attention(h, last_cache.offset)
+    if settle is not None:
+        settle([queries, *new], False)
+    keys, values = cast("tuple[mx.array, mx.array]", last_cache.update_and_fetch(*new))
+    return h, queries, keys, values
+
+
+def _lock_of(model: Model) -> Any:
+    """What is held for a chunk of a prompt, where experts are on disk."""
+    return nullcontext() if model.residency is None else model.residency.lock
 
 
 def in_turn(cache: Cache, num_layers: int) -> Settle:
@@ -168,16 +182,6 @@ def _until_below(num_bytes: int) -> bool:
     while mx.get_active_memory() > num_bytes and time.perf_counter() < deadline:
         time.sleep(0)
     return mx.get_active_memory() <= num_bytes
-
-
-@contextmanager
-def reading_no_more_than_needed(model: Model) -> Iterator[None]:
-    """Where experts are streamed: those of the last layer are not, and no other thread is in the slots meanwhile."""
-    if model.residency is None:
-        yield
-        return
-    with model.residency.exclusive(), model.residency.cache_only():
-        yield
 
 
 def is_watchdog(error: RuntimeError) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
@@ -109,9 +108,8 @@ class Speculative:
         cache, num_drafts = self._step.cache, draft.tokens.size
         start = cache[0].offset
         fed = mx.concatenate([mx.array(self._tokens[-1:], mx.uint32), draft.tokens])
-        with nullcontext() if self._model.residency is None else self._model.residency.exclusive():
-            logits = self._step.many(fed)
-            guesses, others, num_held = self._compare(draft, logits, masks)
+        logits = self._step.many(fed)
+        guesses, others, num_held = self._compare(draft, logits, masks)
         tokens = [*guesses[:num_held], others[num_held]]
         self.gain.counts.rounds += 1
         self.gain.counts.drafted += num_drafts

@@ -71,12 +71,12 @@ class StreamedStep(Step):
         return logits, chosen
 
     def many(self, tokens: mx.array) -> mx.array:
-        with self.residency.exclusive():
+        with self.residency.lock:
             return self.model(tokens[None], cache=self.cache)[0]
 
     def _run(self, token: mx.array, sampler: Sampler | None) -> tuple[mx.array, ...]:
         """The logits, and what the sampler makes of them."""
-        with self.residency.exclusive():
+        with self.residency.lock:
             way = _Way(self.model, self.cache, self._pieces, token)
             try:
                 first = 0  # the layers before it have their experts, or get them
@@ -126,15 +126,14 @@ class _Way:
         # Of each layer what its experts are asked; of those behind the last one served it may be wrong.
         self._routed: list[tuple[mx.array, ...]] = [()] * self.num_layers
         self._being_read: ExpertBank | None = None
-        self._results: list[tuple[ExpertBank, mx.array]] = []
 
     def ask(self, layer: int) -> None:
         """Go on to where the experts of `layer` are asked, by the experts of the layer before as the table has them."""
         if layer:
             bank = self._residency.banks[layer - 1]
             before = self._routed[layer - 1]
+            # No reader to be noted: what the router of this layer chooses is computed from it, and is waited for.
             self._projected = self._pieces.from_experts[layer - 1](self._position, bank.device_table(), *before)
-            self._results.append((bank, self._projected[0]))
         x, queries, keys, values = self._projected
         cache, window = self._cache[layer], self._model.spec.layers[layer].window
         if window not in self._masks:
@@ -156,16 +155,14 @@ class _Way:
         bank, self._being_read = self._being_read, None
         if bank is not None:
             bank.finish()
-        for reader, result in self._results:
-            reader.note(result)
-        self._results.clear()
 
     def end(self, sampler: Sampler | None) -> tuple[mx.array, ...]:
         """The logits, and what the sampler makes of them; all layers have been served."""
         bank = self._residency.banks[-1]
         found: tuple[mx.array, ...] = self._pieces.head((bank.device_table(), *self._routed[-1]), sampler)
-        self._results.append((bank, found[0]))
         self.finish_reading()
+        mx.async_eval(found[0])
+        bank.note(found[0])
         return found
 
     def abandon(self) -> None:

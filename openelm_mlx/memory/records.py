@@ -172,6 +172,11 @@ class RecordFile:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
+    def __del__(self) -> None:
+        # Where nobody could close it: loading was broken off.
+        if hasattr(self, "_fd"):
+            self.close()
+
     def _check(self) -> None:
         found = Identity.of(os.fstat(self._fd))
         if found != self.identity:
@@ -319,7 +324,7 @@ class Reading:
             self._changed.put(None)
 
 
-# What the reading threads do next; None ends one.
+# What the reading threads do next; None ends them.
 Jobs = SimpleQueue[Callable[[], None] | None]
 
 
@@ -328,11 +333,13 @@ class RecordReader:
 
     def __init__(self, num_threads: int = NUM_THREADS, buffers: Buffers | None = None) -> None:
         self._num_threads, self._buffers, self._jobs = num_threads, buffers, Jobs()
-        for number in range(num_threads):
-            Thread(target=_serve, args=(self._jobs,), name=f"experts-{number}", daemon=True).start()
+        self._num_started = 0
 
     def reading(self, records: Sequence[Record]) -> Reading:
         """To fill every record, not begun."""
+        while self._num_started < self._num_threads:
+            Thread(target=_serve, args=(self._jobs,), name=f"experts-{self._num_started}", daemon=True).start()
+            self._num_started += 1
         files = list(dict.fromkeys(record.file for record in records))
         return Reading(files, records, self._jobs, self._num_threads, self._buffers)
 
@@ -348,14 +355,14 @@ class RecordReader:
 
     def close(self) -> None:
         """Let the threads end."""
-        for _ in range(self._num_threads):
-            self._jobs.put(None)
+        self._jobs.put(None)
 
 
 def _serve(jobs: Jobs) -> None:
     while (job := jobs.get()) is not None:
         job()
         del job  # nothing is kept alive by a thread that waits
+    jobs.put(None)  # for the next one
 
 
 def default_reader() -> Callable[[int, memoryview, int], int]:

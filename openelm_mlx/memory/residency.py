@@ -10,10 +10,10 @@ Why a slot is never overwritten under a kernel that reads it
 MLX is lazy and keeps no watch over memory that is written from outside, so the order of reads by kernels and writes by
 threads is ours to keep. Five rules do it:
 
-1. Kernels read a bank through `feed_forward` alone, and every result of it is noted as a reader of the bank, with the
-   slots it may read, before anything else can happen to it. Results of one bank's calls do not depend on each other: a
-   chunk's router does not wait for the experts of the chunk before in the same layer, and what the last layer computed for
-   a chunk that only fills the cache may never be wanted. So nothing is inferred from other values having arrived.
+1. Kernels read a bank through `feed_forward` alone. Every result of it that is still to be computed when the thread lets go
+   of the bank is dispatched by then, and noted as a reader, with the slots it may read. Results of one bank's calls do not
+   depend on each other: a chunk's router does not wait for the experts of the chunk before in the same layer. So nothing is
+   inferred from other values having arrived, but from those that were computed from the result itself.
 2. Before slots are overwritten, `fence` evaluates all noted readers that may read one of them, which ends when their
    kernels have ended. The table of slots is overwritten only after all who look slots up in it.
 3. Between `begin` and `finish` threads write into the slots. Whoever builds a graph on them in between evaluates nothing of
@@ -22,7 +22,8 @@ threads is ours to keep. Five rules do it:
 4. A slot that holds an expert of the call that is being served is never chosen for another one (`SlotTable.place`), and
    a slot is named resident only when all its bytes have come. An error or an interruption before that leaves it free, once
    nobody writes into it any more.
-5. What is built in one turn (`Turn`) is dispatched before the turn ends, so that another thread's fence only waits.
+5. One thread at a time is at a model's banks: a plain lock, held in the frame that works (a context manager's own frame
+   could keep it after an interruption). Of what a thread had built when it was interrupted nobody sees a result.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,7 @@ from .records import HostTarget, Reading, Record, RecordFile, RecordReader, fill
 from .slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
 from .written import Writes, Writing, Written
 
+Lock = Any  # threading.RLock(), which has no type of its own
 EMBEDDING = "model.embed_tokens.weight"
 PROJECTIONS = ("gate_up_proj", "down_proj")
 PARTS = ("weight", "scales")
@@ -101,34 +103,6 @@ def _check_scales(expert: int, stored: Stored, scales: memoryview) -> None:
         )
 
 
-class Turn:
-    """Whose turn it is with a model's slots: one thread's at a time.
-
-    A chunk of a prompt or one step of an answer: two threads may each have an answer under way from one model.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._is_taken = threading.RLock(), False
-        self._unstarted: list[Callable[[], Sequence[mx.array]]] = []
-
-    def ends_with(self, unstarted: Callable[[], Sequence[mx.array]]) -> None:
-        """At the end of every turn start what this gives: nothing unstarted may be left in the slots."""
-        self._unstarted.append(unstarted)
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Nobody else in the slots until the outermost block is left."""
-        with self._lock:
-            is_inner = self._is_taken
-            try:
-                self._is_taken = True
-                yield
-            finally:
-                self._is_taken = is_inner
-                if not is_inner:
-                    mx.async_eval([array for unstarted in self._unstarted for array in unstarted()])
-
-
 class Reader(NamedTuple):
     """A result that is computed from slots: those of `slots`, or None for any that the table says."""
 
@@ -152,7 +126,6 @@ class ExpertBank:
         # Expert -> slot as kernels look it up, (1, E): any slot for an expert that is not resident.
         self._on_device = write((1, num_experts), mx.uint32)
         self._in_place = self._on_device.in_place and all(part.memory.in_place for part in parts)
-        self._unstarted: list[mx.array] = []
         # What is under way between `begin` and `finish`: (expert, slot), the reads, and all that was wanted.
         self._coming: tuple[list[tuple[int, int]], Reading, Sequence[int]] = NOTHING_COMING
 
@@ -253,9 +226,8 @@ class ExpertBank:
         return self._on_device.array.reshape(-1)
 
     def note(self, result: mx.array, slots: Collection[int] | None = None) -> None:
-        """`result` is computed from these slots as they are now, or from those that the table gives."""
+        """`result`, which has been dispatched, is computed from these slots as they are now, or from what the table gives."""
         self._readers.append(Reader(result, None if slots is None else frozenset(slots)))
-        self._unstarted.append(result)
         if len(self._readers) > MOST_PENDING:
             newest = self._readers.pop()
             self.fence()  # most have long been computed, and are only kept alive by this list
@@ -271,11 +243,6 @@ class ExpertBank:
         self._readers = [reader for reader in self._readers if not any(reader is each for each in waited)]
         mx.eval([reader.result for reader in waited])
 
-    def unstarted(self) -> list[mx.array]:
-        """What has been noted since the last time."""
-        noted, self._unstarted = self._unstarted, []
-        return noted
-
     def _fetch_by_copies(self, placed: Sequence[tuple[int, int]]) -> None:
         for expert, slot in placed:
             self._read.read([part.record(expert, slot) for part in self.parts])
@@ -290,16 +257,13 @@ class StreamedExperts:
     experts: the layer's own arithmetic with the bank's arrays as weights.
     """
 
-    def __init__(self, experts: Experts, bank: ExpertBank, turn: Turn, read_back: ReadBack) -> None:
+    def __init__(self, experts: Experts, bank: ExpertBank, lock: Lock, read_back: ReadBack) -> None:
         self.experts, self.bank = experts, bank
-        self.is_skipped = False
         self.on_choice: Any = None
-        self._turn, self._read_back = turn, read_back
+        self._lock, self._read_back = lock, read_back
 
     def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
-        with self._turn.taken():
-            if self.is_skipped:  # by the thread whose turn it is
-                return mx.zeros((*expert_indices.shape, x.shape[-1]), x.dtype)
+        with self._lock:
             [chosen] = self._read_back([expert_indices])  # the host needs them to know what to read
             self.bank.statistics.read_backs += 1
             if self.on_choice is not None:
@@ -310,6 +274,7 @@ class StreamedExperts:
                 return self._by_blocks(x, chosen, rounds)
             self.bank.require(rounds[0])
             outputs = self.looked_up(x, expert_indices, self.bank.device_table())
+            mx.async_eval(outputs)
             self.bank.note(outputs)
             return outputs
 
@@ -361,8 +326,8 @@ class StreamedExperts:
         outputs = self.experts.feed_forward(inputs, experts, mx.array(slots), sorted_slots=tiles)[:count]
         # One number that needs them all stands for them: what waits for a fence is kept in memory.
         mark = outputs[:1, :1] + 0
-        self.bank.note(mark, set(slots.tolist()))
         mx.async_eval(outputs, mark)
+        self.bank.note(mark, set(slots.tolist()))
         return outputs
 
 
@@ -379,17 +344,17 @@ class StreamedEmbedding:
         dtype: mx.Dtype,
         packing: Quantization | None,
         reader: RecordReader,
-        turn: Turn,
+        lock: Lock,
     ) -> None:
         self._file, self._entry, self._dtype, self._packing, self._read = file, entry, dtype, packing, reader
-        self._turn = turn
+        self._lock = lock
         self._row_bytes = entry.nbytes // entry.shape[0]
 
     def __call__(self, tokens: mx.array) -> mx.array:
         ids = np.array(tokens)  # waits for them: a streamed model is never a token ahead
         rows, where = np.unique(ids, return_inverse=True)
         data = np.empty((len(rows), self._row_bytes), np.uint8)
-        with self._turn.taken():  # experts are in the same files, which one reading at a time may open again
+        with self._lock:  # experts are in the same files, which one reading at a time may open again
             self._read.read(
                 [
                     Record(self._file, self._entry.start + int(row) * self._row_bytes, HostTarget(memoryview(data[i])))
@@ -428,6 +393,7 @@ class ReadBack:
 class Residency:
     """What a model with streamed experts has more than another one: its layers' banks, files and threads.
 
+    lock: to be held by who works with several layers, a chunk of a prompt or a step of an answer; each layer takes it anyway.
     pace: what the decode step has learned about misses, kept from one answer to the next.
     """
 
@@ -435,7 +401,7 @@ class Residency:
     files: tuple[RecordFile, ...]
     reader: RecordReader
     writes: Writes
-    turn: Turn
+    lock: Lock
     read_back: ReadBack
     embedding_on_disk: bool = False
     pace: Any = None
@@ -463,22 +429,6 @@ class Residency:
         for bank in self.banks:
             bank.statistics = LayerStatistics()
             bank.table.evictions = 0
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Nobody else in the slots until the block is left, and nothing unstarted in them afterwards."""
-        with self.turn.taken():
-            yield
-
-    @contextmanager
-    def cache_only(self) -> Iterator[None]:
-        """Within the block the last layer's experts are not read: only keys and values are wanted, which need none."""
-        last = self.layers[-1]
-        last.is_skipped = True
-        try:
-            yield
-        finally:
-            last.is_skipped = False
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -552,7 +502,7 @@ class Streaming:
         named = dict(weights)
         entries = [*self._entries.values(), *([] if self._embedding is None else [self._embedding])]
         files = {file: RecordFile(file) for file in dict.fromkeys(entry.file for entry in entries)}
-        write, turn, read_back = Writing(self._writes), Turn(), ReadBack()
+        write, lock, read_back = Writing(self._writes), threading.RLock(), ReadBack()
         reader = RecordReader(buffers=write.courier)
         layers = []
         for i, block in enumerate(model.layers):
@@ -567,16 +517,15 @@ class Streaming:
                 )
             table = SlotTable(self._num_slots, self._policy)
             bank = ExpertBank(parts, table, experts.num_experts, reader, write)
-            turn.ends_with(bank.unstarted)
-            layers.append(StreamedExperts(experts, bank, turn, read_back))
+            layers.append(StreamedExperts(experts, bank, lock, read_back))
             block.mlp.experts = layers[-1]
         if self._embedding is not None:
             file, module = files[self._embedding.file], EMBEDDING.removesuffix(".weight")
             model.model.embed_tokens = StreamedEmbedding(
-                file, self._embedding, dtype, packings.get(module), reader, turn
+                file, self._embedding, dtype, packings.get(module), reader, lock
             )
         model.residency = Residency(
-            layers, tuple(files.values()), reader, write.way, turn, read_back, self._embedding is not None
+            layers, tuple(files.values()), reader, write.way, lock, read_back, self._embedding is not None
         )
         weakref.finalize(model, _close, reader, model.residency.files)
         return list(named.items())

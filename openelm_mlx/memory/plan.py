@@ -231,9 +231,13 @@ class _Planner:
         slots = plan.expert_slots or 0
         disk = self.machine.ssd_bandwidth or ASSUMED_DISK
         rate = self._prefill_rate() or (ASSUMED_PREFILL if self.is_gpu else ASSUMED_PREFILL_ON_CPU)
-        touched = self.num_experts * (1 - (1 - self.per_token / self.num_experts) ** chunk)
-        read = touched * (1 - slots / self.num_experts) * self.weights.slot / disk
+        read = self._read_bytes(slots, chunk) / disk
         return prompt / chunk * max(read, chunk / rate) + USUAL_ANSWER * self._missed_bytes(slots) / disk
+
+    def _read_bytes(self, slots: int, chunk: int) -> float:
+        """Expert bytes that so many tokens at once read from disk, every expert being equally likely."""
+        touched = self.num_experts * (1 - (1 - self.per_token / self.num_experts) ** chunk)
+        return touched * (1 - slots / self.num_experts) * self.weights.slot
 
     def _chunks(self, context: int) -> list[int]:
         """The chunks to try with everything in memory, from the one that costs nothing on."""
@@ -319,7 +323,12 @@ class _Planner:
             seconds = (
                 None if m.ssd_bandwidth is None else seconds + self._missed_bytes(plan.expert_slots) / m.ssd_bandwidth
             )
-        return self._prefill_rate(), None if seconds is None else 1 / seconds
+        prefill = self._prefill_rate()
+        if prefill is not None and plan.expert_slots is not None:
+            # Computed and read at the same time.
+            chunk, read = plan.prefill_chunk, self._read_bytes(plan.expert_slots, plan.prefill_chunk)
+            prefill = None if m.ssd_bandwidth is None else chunk / max(chunk / prefill, read / m.ssd_bandwidth)
+        return prefill, None if seconds is None else 1 / seconds
 
     def _prefill_rate(self) -> float | None:
         flops = self.machine.flops

@@ -1,5 +1,7 @@
 """The step that looks at several layers at once: when it waits, what it does again, and that nothing else changes."""
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import openelm_mlx as om
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
+from openelm_mlx.decoding.compiled_step import CompiledStep
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.streamed_step import Pace, StreamedStep, best_stride
 
@@ -116,3 +119,21 @@ def test_caches_of_other_kinds_take_a_token_back(folder, options):
     for each in (known, model):
         each.tokens = [c.token for c in om.stream_generate(each, None, list(range(20)), max_tokens=30, **options)]
     assert known.tokens == model.tokens
+
+
+def test_compiled_it_is_the_compiled_resident_step(folder):
+    """As on a GPU, where both are compiled: bit for bit, whatever is missing and however many layers are looked at."""
+
+    def logits_of(model, make):
+        cache = model.make_cache()
+        prefill(model, list(range(20)), cache, 512)
+        step = make(model, cache)
+        return mx.stack([step(mx.array(7 * token % 300)) for token in range(12)])
+
+    known, _ = om.load(folder, dtype="float32")
+    model, _ = om.load(folder, dtype="float32", expert_slots=5)
+    expected = logits_of(known, functools.partial(CompiledStep, compile=True))
+    for layers_at_once in (1, 3, None):
+        make = functools.partial(StreamedStep, layers_at_once=layers_at_once, compile=True)
+        assert mx.array_equal(logits_of(model, make), expected)
+    assert model.residency.statistics().misses > 0

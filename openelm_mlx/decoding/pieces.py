@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import mlx.core as mx
 
+from ..models.gpt_oss import GptOss, Routed
 from .sampling import Sampler
 
 if TYPE_CHECKING:
     from ..memory.residency import Residency
     from ..models import Model
-    from ..models.gpt_oss import GptOss, Routed
 
 # Last pieces kept for a model, one for each way of choosing a token; the others are few.
 MOST_CHOICES = 32
@@ -119,8 +119,6 @@ class StreamedPieces(Pieces):
         self.from_experts = [from_experts(i) for i in range(len(layers) - 1)]
 
     def _layer(self, i: int, table: mx.array, *routed: mx.array) -> mx.array:
-        from ..models.gpt_oss import Routed
-
         residency: Residency = self._gpt_oss.residency
         given = Routed(*routed)
         outputs = residency.layers[i].looked_up(given.x, given.expert_indices, table)

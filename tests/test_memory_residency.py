@@ -33,7 +33,7 @@ from openelm_mlx.errors import CheckpointError, SettingError
 from openelm_mlx.generate import stream_generate
 from openelm_mlx.loading import load_model
 from openelm_mlx.memory import cuda_driver, records, residency, written
-from openelm_mlx.memory.records import PlainReader, RecordFile, preadv_into
+from openelm_mlx.memory.records import HostTarget, PlainReader, Record, RecordFile, RecordReader, preadv_into
 from openelm_mlx.memory.residency import Streaming
 from openelm_mlx.memory.slots import LeastRecentlyUsed, SlotTable, blocks_of, by_last_use
 from openelm_mlx.models.moe import Experts, sort_routes, uses_tiles
@@ -853,8 +853,9 @@ def test_a_file_that_changes_during_its_only_read(tmp_path):
         (tmp_path / "file").write_bytes(bytes(101))
         return preadv_into(fd, buffer, offset)
 
+    record = Record(RecordFile(tmp_path / "file", read_into), 0, HostTarget(memoryview(bytearray(50))))
     with pytest.raises(CheckpointError, match=r"101 bytes now, 100 then"):
-        RecordFile(tmp_path / "file", read_into).read(memoryview(bytearray(50)), 0)
+        RecordReader(num_threads=0).read([record])
 
 
 def test_a_file_replaced_by_another_goes_on_from_the_one_that_was_opened(own_copy, answer):

@@ -6,7 +6,7 @@ memory, which the device's copy engine reads at the full rate of the bus while t
 results are written by a kernel into pinned memory that the host looks at. An array's address is asked of a kernel; it holds
 as long as nobody makes a view of the array.
 
-CUDA Driver API reference, sections 6.13 (memory) and 6.18 (streams). The library comes with NVIDIA's driver.
+CUDA Driver API reference: memory management, stream management. The library comes with NVIDIA's driver.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import io
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -100,8 +100,8 @@ class Record(NamedTuple):
     target: Target
 
     def read(self) -> Delivery | None:
-        """Fill the target. Raises CheckpointError. Whether the file is still the same is for the caller to check."""
-        return self.target.fill(lambda buffer: self.file.read_unchecked(buffer, self.start))
+        """Fill the target; see `RecordFile.read`."""
+        return self.target.fill(lambda buffer: self.file.read(buffer, self.start))
 
 
 class RecordFile:
@@ -125,29 +125,18 @@ class RecordFile:
             self.close()
             self._fd, self._is_suspect = fd, False
 
-    def read(self, target: memoryview, start: int) -> None:
-        """Fill `target` from byte `start` of a file that is the same before and after. Raises CheckpointError."""
-        self.check()
-        self.read_unchecked(target, start)
-        self.check()
-
     def check(self) -> None:
         """Raises CheckpointError when the file is not what it was when it was opened, or cannot be asked."""
-        try:
+        with self._suspecting():
             self._check()
-        except OSError as error:
-            self._is_suspect = True
-            raise self._unreadable(error) from error
-        except CheckpointError:
-            self._is_suspect = True
-            raise
 
-    def read_unchecked(self, target: memoryview, start: int) -> None:
+    def read(self, target: memoryview, start: int) -> None:
         """Fill `target` from byte `start`; a short read goes on, an early end is an error. Raises CheckpointError.
 
-        Any number of threads may be in here; the descriptor stays open until the next `prepare`.
+        Whether the file is the same before and after is for the caller to `check`. Any number of threads may be in here; the
+        descriptor stays open until the next `prepare`.
         """
-        try:
+        with self._suspecting():
             rest = target
             while rest.nbytes:
                 count = self.read_into(self._fd, rest[:LARGEST_READ], start)
@@ -158,12 +147,6 @@ class RecordFile:
                         "or copy it again."
                     )
                 rest, start = rest[count:], start + count
-        except OSError as error:
-            self._is_suspect = True
-            raise self._unreadable(error) from error
-        except CheckpointError:
-            self._is_suspect = True
-            raise
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -176,6 +159,18 @@ class RecordFile:
         # Where nobody could close it: loading was broken off.
         if hasattr(self, "_fd"):
             self.close()
+
+    @contextlib.contextmanager
+    def _suspecting(self) -> Iterator[None]:
+        """Whatever goes wrong is a CheckpointError, after which the file is opened again before it is read."""
+        try:
+            yield
+        except OSError as error:
+            self._is_suspect = True
+            raise self._unreadable(error) from error
+        except CheckpointError:
+            self._is_suspect = True
+            raise
 
     def _check(self) -> None:
         found = Identity.of(os.fstat(self._fd))

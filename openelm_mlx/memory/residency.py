@@ -235,13 +235,15 @@ class ExpertBank:
 
     def fence(self, slots: Collection[int] | None = None) -> None:
         """Wait for every kernel that may read one of `slots`, None: any slot."""
-        waited = [
-            reader
-            for reader in self._readers
-            if slots is None or reader.slots is None or not reader.slots.isdisjoint(slots)
-        ]
-        self._readers = [reader for reader in self._readers if not any(reader is each for each in waited)]
-        mx.eval([reader.result for reader in waited])
+        waited: list[mx.array] = []
+        others: list[Reader] = []
+        for reader in self._readers:
+            if slots is None or reader.slots is None or not reader.slots.isdisjoint(slots):
+                waited.append(reader.result)
+            else:
+                others.append(reader)
+        self._readers = others
+        mx.eval(waited)
 
     def _fetch_by_copies(self, placed: Sequence[tuple[int, int]]) -> None:
         for expert, slot in placed:

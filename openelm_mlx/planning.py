@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -105,29 +105,13 @@ def released_contents(name: str) -> Contents | None:
         return OpenedSource.open(folder).contents if write_released_headers(folder, name) else None
 
 
-def checked_wish(
-    contents: Contents,
-    memory_limit: int | str | None = None,
-    context_length: int | None = None,
-    batch_size: int = 1,
-    prefill_chunk: int | None = None,
-    kv_bits: int | None = None,
-    dense_bits: int | None = None,
-    expert_slots: int | None = None,
-) -> Wish:
-    """The wish, with every number in its range. Raises SettingError."""
-    spec = contents.spec
-    limits: Mapping[str, tuple[int | None, int]] = {
-        "context_length": (context_length, spec.context_length),
-        "batch_size": (batch_size, 4096),
-        "prefill_chunk": (prefill_chunk, 2**20),
-    }
-    for name, (value, most) in limits.items():
+def checked_wish(contents: Contents, memory_limit: int | str | None = None, **wishes: Any) -> Wish:
+    """The `Wish` of these fields, with every number in its range. Raises SettingError."""
+    spec, wish = contents.spec, Wish(**wishes)
+    for name, most in {"context_length": spec.context_length, "batch_size": 4096, "prefill_chunk": 2**20}.items():
+        value = getattr(wish, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
             raise SettingError(f"{name} is {value!r}: it must be a whole number, at least 1 and at most {most:,}.")
-    if expert_slots is not None:
-        checked_slots(spec, expert_slots)
-    return Wish(
-        parse_memory(memory_limit), context_length, batch_size, prefill_chunk, checked_kv_bits(spec, kv_bits), dense_bits,
-        expert_slots,
-    )  # fmt: skip
+    if wish.expert_slots is not None:
+        checked_slots(spec, wish.expert_slots)
+    return replace(wish, memory_limit=parse_memory(memory_limit), kv_bits=checked_kv_bits(spec, wish.kv_bits))

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,13 @@ from ..decoding.step import Step
 from ..decoding.streamed_step import READ_BACK_COST, StreamedStep
 from ..loading import load, load_model, locate
 from ..memory.machine import Machine
+from ..memory.plan import ASSUMED_DISK
 from ..memory.records import HostTarget, Record, RecordReader, fill_with
 from ..memory.residency import Residency, Streaming, checked_slots
 from ..memory.written import Writes, Writing, Written
 from ..models.gpt_oss import GptOss
 from ..models.moe import MoE
-from ..planning import plan as make_plan
+from ..planning import plan as plan_of
 from ..specs import spec_from_config
 from .random_gpt_oss import write_random_gpt_oss
 from .routing import (
@@ -57,9 +58,6 @@ from .routing import (
 if TYPE_CHECKING:
     from ..models import Model
     from ..text.tokenizer import Tokenizer
-
-# Bytes a second of a disk that nobody has reported: an assumption.
-ASSUMED_DISK = 3.0e9
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class Forced:
             each.settle(0)
             each.wait()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Let every layer route by itself again."""
         for layer in self._model.layers:
             layer.mlp.__dict__.pop("route", None)
@@ -251,43 +249,27 @@ def _decode(
     measured: dict[str, float] | None = None,
 ) -> tuple[float, list[int]]:
     """Mean seconds of a greedy token, evaluated one by one, and the tokens. measured: what the slots did a token."""
-    forced = None if trace is None else Forced(model, trace)
-    try:
-        return _decode_forced(model, prompt, settings, forced, stride, is_cold, measured)
-    finally:
-        if forced is not None:
-            forced.end()
-
-
-def _decode_forced(
-    model: GptOss,
-    prompt: Sequence[int],
-    settings: Settings,
-    forced: Forced | None,
-    stride: int | None,
-    is_cold: bool,
-    measured: dict[str, float] | None = None,
-) -> tuple[float, list[int]]:
-    cache = model.make_cache()
-    residency: Residency | None = model.residency
-    if residency is not None:
-        residency.pace = None
-    step: Step = make_step(model, cache) if residency is None else StreamedStep(model, cache, stride)
-    token = mx.argmax(prefill(model, prompt, cache, 512))
-    tokens, seconds = [cast(int, token.item())], []
-    for count in range(settings.warm_up_tokens + settings.num_tokens):
-        if count == settings.warm_up_tokens and residency is not None:
-            residency.reset_statistics()
-            cast(StreamedStep, step).replayed_layers = 0
-        if is_cold and residency is not None:
-            forget_files(residency)
-        if forced is not None:
-            forced.go_to(count)
-        started = time.perf_counter()
-        token = mx.argmax(step(token))
-        mx.eval(token)
-        seconds.append(time.perf_counter() - started)
-        tokens.append(cast(int, token.item()))
+    with nullcontext() if trace is None else closing(Forced(model, trace)) as forced:
+        cache = model.make_cache()
+        residency: Residency | None = model.residency
+        if residency is not None:
+            residency.pace = None
+        step: Step = make_step(model, cache) if residency is None else StreamedStep(model, cache, stride)
+        token = mx.argmax(prefill(model, prompt, cache, 512))
+        tokens, seconds = [cast(int, token.item())], []
+        for count in range(settings.warm_up_tokens + settings.num_tokens):
+            if count == settings.warm_up_tokens and residency is not None:
+                residency.reset_statistics()
+                cast(StreamedStep, step).replayed_layers = 0
+            if is_cold and residency is not None:
+                forget_files(residency)
+            if forced is not None:
+                forced.go_to(count)
+            started = time.perf_counter()
+            token = mx.argmax(step(token))
+            mx.eval(token)
+            seconds.append(time.perf_counter() - started)
+            tokens.append(cast(int, token.item()))
     seconds = seconds[settings.warm_up_tokens :]
     if residency is not None and measured is not None:
         found = residency.statistics()
@@ -488,7 +470,7 @@ def mac_predictions(size: str, trace: Trace, machines: Sequence[Machine], slots:
 
 def planned_slots(size: str, machine: Machine) -> int | None:
     """How many experts of a layer a plan keeps in memory there; None where the model does not fit."""
-    plan = make_plan(f"openai/gpt-oss-{size}", mac=machine.name)
+    plan = plan_of(f"openai/gpt-oss-{size}", mac=machine.name)
     if not plan.fits:
         return None
     return plan.expert_slots or spec_from_config(released_gpt_oss_config(size)).layers[0].num_experts

@@ -232,10 +232,12 @@ class _Planner:
         disk = self.machine.ssd_bandwidth or ASSUMED_DISK
         rate = self._prefill_rate() or (ASSUMED_PREFILL if self.is_gpu else ASSUMED_PREFILL_ON_CPU)
         read = self._read_bytes(slots, chunk) / disk
-        return prompt / chunk * max(read, chunk / rate) + USUAL_ANSWER * self._missed_bytes(slots) / disk
+        return prompt / chunk * max(read, chunk / rate) + USUAL_ANSWER * self._read_bytes(slots) / disk
 
-    def _read_bytes(self, slots: int, chunk: int) -> float:
-        """Expert bytes that so many tokens at once read from disk, every expert being equally likely."""
+    def _read_bytes(self, slots: int, chunk: int = 1) -> float:
+        """Expert bytes that so many tokens at once read from disk, every expert being equally likely: more than a real
+        model's routing.
+        """
         touched = self.num_experts * (1 - (1 - self.per_token / self.num_experts) ** chunk)
         return touched * (1 - slots / self.num_experts) * self.weights.slot
 
@@ -321,7 +323,7 @@ class _Planner:
         seconds = None if m.bandwidth is None else token_bytes / (m.bandwidth * DECODE_EFFICIENCY) + launches
         if seconds is not None and plan.expert_slots is not None:
             seconds = (
-                None if m.ssd_bandwidth is None else seconds + self._missed_bytes(plan.expert_slots) / m.ssd_bandwidth
+                None if m.ssd_bandwidth is None else seconds + self._read_bytes(plan.expert_slots) / m.ssd_bandwidth
             )
         prefill = self._prefill_rate()
         if prefill is not None and plan.expert_slots is not None:
@@ -333,10 +335,6 @@ class _Planner:
     def _prefill_rate(self) -> float | None:
         flops = self.machine.flops
         return None if flops is None else flops * PREFILL_EFFICIENCY / (2 * self.spec.num_active_parameters())
-
-    def _missed_bytes(self, slots: int) -> float:
-        """Expert bytes a token reads from disk, every expert being equally likely: more than a real model's routing."""
-        return self.per_token * self.weights.slot * (1 - slots / self.num_experts)
 
     def changes(self, plan: MemoryPlan) -> Iterator[Change]:
         """What would make it fit: each alone, the cheapest first."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +34,22 @@ def load_fixture(path: Path, dtype: mx.Dtype | None = mx.float32):
     config = read_config(path)
     checkpoint = open_checkpoint(path)
     return load_model(understand(checkpoint, config, spec_from_config(config)), checkpoint, dtype)
+
+
+def in_threads(work: Callable[[int], Any], count: int = 2) -> list[Any]:
+    """What `work(0)`, `work(1)`, ... give, each in a thread and a stream of its own at the same time; [] of one that failed."""
+    results: list[Any] = [[] for _ in range(count)]
+
+    def run(i: int) -> None:
+        with mx.stream(mx.new_stream(mx.default_device())):
+            results[i] = work(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
 
 
 def oracle(folder: Path) -> dict[str, np.ndarray]:

@@ -14,6 +14,12 @@ from openelm_mlx.memory.machine import find_mac
 from openelm_mlx.memory.slots import LeastRecentlyUsed
 from openelm_mlx.specs import spec_from_config
 
+# A released shape, made small.
+TINY = {
+    "num_local_experts": 8, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 319,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def runs():
@@ -128,13 +134,9 @@ def test_what_is_not_known_is_not_measured(capsys, options, words):
 
 
 def test_a_recorded_trace_is_what_predictions_are_made_of(tmp_path, capsys, monkeypatch):
-    tiny = {
-        "num_local_experts": 8, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 319,
-    }  # fmt: skip
     known, file = streaming.released_gpt_oss_config("20b"), tmp_path / "routes"
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **tiny})
+        patch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **TINY})
         assert (
             main(["bench-streaming", *f"--random 20b --layers 2 --record {file} --tokens 5 --warm-up 2".split()]) == 0
         )
@@ -197,12 +199,8 @@ def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys):
 
 
 def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch):
-    tiny = {
-        "num_local_experts": 8, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 319,
-    }  # fmt: skip
     known = streaming.released_gpt_oss_config("20b")
-    monkeypatch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **tiny})
+    monkeypatch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **TINY})
     monkeypatch.setattr("openelm_mlx.commands.bench_streaming.predict", lambda *_: None)
     arguments = (
         "--random 20b --layers 2 --routing own,uniform,skewed --cache warm,cold --writes view,copy --tokens 3 --warm-up 2 "

@@ -17,6 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import in_threads
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
@@ -930,17 +931,7 @@ def test_without_preadv(folders, residents, monkeypatch):
 def test_two_threads(folders, answer, models):
     """Two models, and one model with two answers under way."""
     loaded = [om.load(folders[32], dtype="float32", expert_slots=5)[0] for _ in range(models)]
-    seen = [None, None]
-
-    def work(i):
-        with mx.stream(mx.new_stream(mx.default_device())):
-            seen[i] = tokens_of(stream_generate(loaded[i % models], None, PROMPT, max_tokens=30))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    seen = in_threads(lambda i: tokens_of(stream_generate(loaded[i % models], None, PROMPT, max_tokens=30)))
     assert seen == [answer, answer]
 
 
@@ -950,17 +941,7 @@ def test_the_model_called_from_two_threads(folders, residents):
     random = np.random.default_rng(4)
     prompts = [[random.integers(0, 300, (1, length)) for length in (1, 3, 20, 1, 40, 2) * 3] for _ in range(2)]
     expected = [[np.array(residents[32](mx.array(each))) for each in rows] for rows in prompts]
-    seen = [[], []]
-
-    def work(i):
-        with mx.stream(mx.new_stream(mx.default_device())):
-            seen[i] = [np.array(model(mx.array(each))) for each in prompts[i]]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    seen = in_threads(lambda i: [np.array(model(mx.array(each))) for each in prompts[i]])
     for rows, known in zip(seen, expected, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(rows, known, strict=True))
         assert len(rows) == len(known)

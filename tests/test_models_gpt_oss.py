@@ -15,7 +15,7 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import config_of, max_difference, oracle
+from conftest import config_of, in_threads, max_difference, oracle
 from mlx import nn
 from mlx.utils import tree_flatten
 from reference import gpt_oss as reference
@@ -850,18 +850,11 @@ def test_biases_of_a_few_experts_looked_up_together_are_those_looked_up_apart(ti
 
 def test_threads_have_tables_of_their_own():
     """What one thread has built and not evaluated another one cannot, and two may be in the model at once."""
-    rotation, found = Rotation(10000.0), []
+    rotation = Rotation(10000.0)
     x = mx.random.normal((1, 2, 5, 8), key=mx.random.key(0))
     mx.eval(x)
     rotation(x, 3)
-
-    def work():
-        with mx.stream(mx.new_stream(mx.default_device())):
-            found.append(np.array(rotation(x, 3)))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    found = in_threads(lambda _: np.array(rotation(x, 3)), count=1)
     assert np.array_equal(found[0], np.array(rotation(x, 3)))
     assert np.allclose(found[0], np.array(rotate(x, 10000.0, 3)), atol=1e-6)
 
@@ -872,17 +865,7 @@ def test_two_threads_call_one_model(source):
     prompts = [[[7, 8, 9]], [[11, 12, 13]]]
     expected = [np.array(model(mx.array(each))) for each in prompts]
     model, _ = om.load(source)  # nothing of it has been used
-    seen = [[], []]
-
-    def work(i):
-        with mx.stream(mx.new_stream(mx.default_device())):
-            seen[i] = [np.array(model(mx.array(prompts[i]))) for _ in range(20)]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    seen = in_threads(lambda i: [np.array(model(mx.array(prompts[i]))) for _ in range(20)])
     for rows, known in zip(seen, expected, strict=True):
         assert len(rows) == 20
         assert all(np.array_equal(each, known) for each in rows)

@@ -3,6 +3,7 @@
 import pytest
 
 from openelm_mlx.errors import SettingError
+from openelm_mlx.memory.chips import CHIPS, chip_of
 from openelm_mlx.memory.machine import GIB, find_mac, macs, this_machine, wired_limit_advice, working_set_of
 
 # `device_info` as recorded on Macs (48 and 64 GB), and of the others what their logs say.
@@ -125,3 +126,36 @@ def test_the_line_that_raises_the_limit():
     assert advice.startswith("sudo sysctl iogpu.wired_limit_mb=12511 ")
     assert wired_limit_advice(mac, 12_000_000_000) is None  # fits as it is
     assert wired_limit_advice(mac, 16_000_000_000) is None  # macOS needs some too
+
+
+# --- chips ---
+
+
+@pytest.mark.parametrize(
+    ("chip", "memory", "cores", "expected"),
+    [("Apple M3 Max", 36, None, (300, 30, 10.65)), ("M3 Max", 96, None, (300, 30, 10.65)),
+     ("M3 Max", 128, None, (400, 40, 14.2)),
+     ("M4 Max", 36, None, (410, 32, 14.72)), ("Apple M5 Max", 36, None, (460, 32, 18.24)), ("M5 Max", 64, 40, (614, 40, 22.8)),
+     ("M3 Max", 64, 30, (300, 30, 10.65)), ("M2 Max", 32, 30, (400, 30, 10.66)), ("M1", 8, 7, (68, 7, 2.27)),
+     ("M3 Ultra", 256, 60, (819, 60, 21.3))],
+)  # fmt: skip
+def test_fewer_cores_have_less_arithmetic_and_narrow_max_chips_a_narrower_bus(chip, memory, cores, expected):
+    found = chip_of(chip, memory, cores)
+    assert (found.bandwidth, found.cores, found.teraflops) == expected
+
+
+def test_a_chip_that_nobody_knows():
+    assert chip_of("Apple M9 Max", 36) is None
+
+
+def test_a_narrow_chip_is_known_on_the_machine_itself():
+    info = {"device_name": "Apple M3 Max", "memory_size": 36 * GIB, "max_recommended_working_set_size": RECORDED[36]}
+    machine = this_machine(info, "metal", run=lambda command: None)
+    assert (machine.bandwidth, machine.flops, machine.chip) == (300e9, 10.65e12, "M3 Max")
+
+
+def test_every_chip_has_what_a_plan_needs():
+    for name, chip in CHIPS.items():
+        assert 1 < chip.ssd[0] <= chip.ssd[1] < 20, name
+        assert chip.cores, name
+    assert find_mac("M4 Pro 64GB").ssd_bandwidth == (2.0e9 + 7.3e9) / 2

@@ -1,8 +1,7 @@
 """What a machine has for a model: memory, what others use of it, bandwidth, arithmetic; this one, or any Mac by name.
 
-Figures of Macs: working sets as reported from `device_info` dumps and logs of llama.cpp on recent macOS, bandwidth and
-cores as Apple publishes them, arithmetic from huggingface.js `hardware.ts`. None of them was measured here; what is not
-known is None, and what is estimated says so in `notes`.
+Figures of Macs: working sets as reported from `device_info` dumps and logs of llama.cpp on recent macOS; chips from
+`memory/chips.py`. None of them was measured here; what is not known is None, and what is estimated says so in `notes`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
+from .chips import CHIPS, chip_name, chip_of
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -32,8 +32,8 @@ class Machine:
     """A machine that a model may run on. Sizes in bytes, rates in bytes and operations a second; None: not known.
 
     working_set_bytes: what the GPU may use at once (`max_recommended_working_set_size`); all memory on other backends.
-    used_bytes: what other programs use now. backend: "metal", "cuda" or "cpu". calibration: what `plan --calibrate` has
-    measured, see `calibrated`.
+    used_bytes: what other programs use now. backend: "metal", "cuda" or "cpu". chip: Apple's name of it, "M4 Pro". ssd: the
+    least and the most that its SSD may read. calibration: what `plan --calibrate` has measured, see `calibrated`.
     """
 
     name: str
@@ -43,41 +43,21 @@ class Machine:
     used_bytes: int = 0
     bandwidth: float | None = None
     flops: float | None = None
-    ssd_bandwidth: float | None = None
+    ssd: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    chip: str = ""
+
+    @property
+    def ssd_bandwidth(self) -> float | None:
+        """One number where one is needed: the middle of what its SSD may read."""
+        return None if self.ssd is None else sum(self.ssd) / 2
 
     @property
     def available_bytes(self) -> int:
         """What a model may use: the working set, or less where other programs have more than the rest."""
         return max(0, min(self.working_set_bytes, self.memory_bytes - self.used_bytes))
 
-
-@dataclass(frozen=True)
-class Chip:
-    """An Apple chip: GB/s of memory, TFLOPS of the GPU, GB/s of the SSD, and the memories (GB) it comes with."""
-
-    bandwidth: float
-    teraflops: float
-    memories: tuple[int, ...]
-    ssd: float | None = None
-
-
-CHIPS: dict[str, Chip] = {
-    "M1": Chip(68, 2.6, (8, 16), 2.9), "M1 Pro": Chip(200, 5.2, (16, 32), 5.8), "M1 Max": Chip(400, 10.4, (32, 64), 5.8),
-    "M1 Ultra": Chip(800, 21, (64, 128)),
-    "M2": Chip(100, 3.6, (8, 16, 24)), "M2 Pro": Chip(200, 6.8, (16, 32), 5.4), "M2 Max": Chip(400, 13.5, (32, 64, 96), 5.3),
-    "M2 Ultra": Chip(800, 27.2, (64, 128, 192)),
-    "M3": Chip(100, 4.1, (8, 16, 24)), "M3 Pro": Chip(150, 7.4, (18, 36)),
-    "M3 Max": Chip(400, 14.2, (36, 48, 64, 96, 128), 5.5),
-    "M3 Ultra": Chip(819, 28.4, (96, 256, 512)),
-    "M4": Chip(120, 4.6, (16, 24, 32)), "M4 Pro": Chip(273, 9.2, (24, 48)), "M4 Max": Chip(546, 18.4, (36, 48, 64, 128), 7.3),
-    "M5": Chip(153, 5.7, (16, 24, 32), 5.5), "M5 Pro": Chip(307, 11.4, (24, 48, 64), 12.8),
-    "M5 Max": Chip(614, 22.8, (36, 48, 64, 128), 13.6),
-}  # fmt: skip
-
-# Max chips with the smaller GPU have a narrower bus; Apple pairs it with these memories.
-_NARROW = {("M3 Max", 36): 300.0, ("M3 Max", 96): 300.0, ("M4 Max", 36): 410.0, ("M5 Max", 36): 460.0}
 
 # Reported `max_recommended_working_set_size` on recent macOS, by GB of memory.
 WORKING_SETS = {
@@ -117,16 +97,17 @@ def find_mac(name: str) -> Machine:
     )
 
 
-def _mac(chip_name: str, memory_gb: int) -> Machine:
-    chip = CHIPS[chip_name]
+def _mac(name: str, memory_gb: int) -> Machine:
+    chip = chip_of(name, memory_gb)
+    assert chip is not None
     working_set, is_reported = working_set_of(memory_gb)
     notes = () if is_reported else (f"the working set of {memory_gb} GB is estimated, not reported by anyone",)
     return Machine(
-        f"{chip_name} {memory_gb}GB", "metal", memory_gb * GIB, working_set,
+        f"{name} {memory_gb}GB", "metal", memory_gb * GIB, working_set,
         # macOS and a browser; the working set is what the system leaves to the GPU on top of it.
         used_bytes=min(4 * GIB, memory_gb * GIB // 4),
-        bandwidth=_NARROW.get((chip_name, memory_gb), chip.bandwidth) * 1e9, flops=chip.teraflops * 1e12,
-        ssd_bandwidth=None if chip.ssd is None else chip.ssd * 1e9, notes=notes,
+        bandwidth=chip.bandwidth * 1e9, flops=chip.teraflops * 1e12, ssd=(chip.ssd[0] * 1e9, chip.ssd[1] * 1e9),
+        notes=notes, chip=name,
     )  # fmt: skip
 
 
@@ -195,12 +176,13 @@ def _this_mac(name: str, info: Mapping[str, Any], run: Callable[[list[str]], str
     memory = int(info.get("memory_size", 0)) or int(run(["sysctl", "-n", "hw.memsize"]) or 0)
     working_set = int(info.get("max_recommended_working_set_size", 0)) or working_set_of(round(memory / GIB))[0]
     limit = int(run(["sysctl", "-n", "iogpu.wired_limit_mb"]) or 0) * 2**20
-    chip = CHIPS.get(re.sub(r"^Apple ", "", name))
+    chip = chip_of(name, round(memory / GIB))
     return Machine(
         f"{name} {round(memory / GIB)}GB", "metal", memory, limit or working_set, _used_on_mac(run, memory),
-        None if chip is None else _NARROW.get((name, round(memory / GIB)), chip.bandwidth) * 1e9,
+        None if chip is None else chip.bandwidth * 1e9,
         None if chip is None else chip.teraflops * 1e12,
-        None if chip is None or chip.ssd is None else chip.ssd * 1e9,
+        None if chip is None else (chip.ssd[0] * 1e9, chip.ssd[1] * 1e9),
+        chip="" if chip is None else chip_name(name),
     )  # fmt: skip
 
 

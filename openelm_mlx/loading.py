@@ -20,7 +20,7 @@ from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_con
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
-from .memory.machine import this_machine
+from .memory.machine import allow_open_files, this_machine
 from .memory.plan import Weights, Wish, make_plan, parse_memory
 from .memory.residency import Streaming, checked_slots
 from .models import build_model
@@ -127,6 +127,7 @@ def load(
     """
     wanted_type = parse_dtype(dtype)
     use_choices(stored_choices())
+    allow_open_files()
     path = locate(source, revision, progress)
     config = read_config(path)
     spec = spec_from_config(config)

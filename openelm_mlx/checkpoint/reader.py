@@ -59,13 +59,19 @@ class Checkpoint(Protocol):
 
 
 class SafetensorsCheckpoint:
-    """Tensors of one or several safetensors files, every header checked before any tensor is read."""
+    """Tensors of one or several safetensors files, every header checked before any tensor is read.
+
+    To be read by one thread. A file is open once, however many of its arrays are not evaluated yet: on macOS a program
+    that was started in a Terminal may have no more than 256 files open, and a model has hundreds of tensors.
+    """
 
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = tuple(files)
+        # Lazy arrays that nobody has asked for yet. They share their file's descriptor and hold no bytes.
+        self._unread: dict[Path, dict[str, mx.array]] = {}
         entries: dict[str, TensorEntry] = {}
         for file in self.files:
             for entry in read_header(file).values():
@@ -77,12 +83,9 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str) -> mx.array:
         file = self.entries[name].file
-        try:
-            arrays = mx.load(str(file), format="safetensors")
-        except (RuntimeError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}. Download or copy it again.") from error
-        assert isinstance(arrays, dict)
-        return arrays[name]
+        if name not in self._unread.get(file, {}):  # the first of its file, or one that was read before
+            self._unread[file] = _lazy_arrays(file)
+        return self._unread[file].pop(name)  # given away: what is evaluated does not stay here
 
 
 class TorchCheckpoint:
@@ -267,6 +270,16 @@ def _check_numbering(folder: Path, files: list[Path]) -> None:
             f"{folder} has {len(numbers)} parts of a checkpoint, and part {', '.join(map(str, missing))} of {last} is "
             "missing: download or copy it."
         )
+
+
+def _lazy_arrays(file: Path) -> dict[str, mx.array]:
+    """All of a file's tensors, none of them read; the file is open until the last of them is evaluated or gone."""
+    try:
+        arrays = mx.load(str(file), format="safetensors")
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Download or copy it again.") from error
+    assert isinstance(arrays, dict)
+    return arrays
 
 
 def _entry(name: str, value: dict[str, Any], file: Path, data_start: int) -> TensorEntry:

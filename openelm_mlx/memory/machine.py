@@ -147,6 +147,30 @@ def process_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+# Shards, sockets and a tool's pipes need no more.
+ENOUGH_OPEN_FILES = 4096
+
+
+def allow_open_files(wanted: int = ENOUGH_OPEN_FILES) -> int:
+    """Let this process have `wanted` files open, or as many as it may; gives how many that are. Never fewer than before.
+
+    macOS gives a program that was started in a Terminal 256, and no bound to raising that.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft >= most:
+        return soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (ValueError, OSError):  # the system's own bound is below what the limit says
+        return soft
+    return most
+
+
 @lru_cache
 def _trim() -> Callable[[int], int] | None:
     try:

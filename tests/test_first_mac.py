@@ -6,6 +6,7 @@ change made elsewhere cannot break the first Mac unseen.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+import openelm_mlx as om
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config, released_openelm_config
 from openelm_mlx.checkpoint.writer import OutputTensor, plan_files, write_sparse
-from openelm_mlx.memory.machine import allow_open_files
+from openelm_mlx.loading import load
+from openelm_mlx.memory.machine import GIB, Machine, allow_open_files, process_peak_bytes, this_machine, working_set_of
+from openelm_mlx.memory.macos import Footprint, footprint, on_macos, used_bytes
 from openelm_mlx.specs import openelm_config, spec_from_config
 
 TESTS = Path(__file__).parent
@@ -123,3 +127,182 @@ def test_loading_raises_the_limit():
         "om.load('demo-openelm'); print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     assert run_python("-c", script).split() == ["128", "128"]
+
+
+# --- what the machine says of itself ----------------------------------------------------------------------------------
+
+# `vm_stat` on a Mac of 32 GB (GIB) after a file of 13 GB was read twice: of the active pages many are the file's.
+AFTER_READING = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                              152000.
+Pages active:                            870000.
+Pages inactive:                          861000.
+Pages speculative:                         3800.
+Pages throttled:                              0.
+Pages wired down:                        150000.
+Pages purgeable:                           9000.
+"Translation faults":                1284716519.
+Pages copy-on-write:                   39116052.
+Pages zero filled:                    744127322.
+Pages reactivated:                     22938123.
+Pages purged:                           4720392.
+File-backed pages:                      1183000.
+Anonymous pages:                         561800.
+Pages stored in compressor:              180000.
+Pages occupied by compressor:             60400.
+Decompressions:                        10273381.
+Compressions:                          14380230.
+Pageins:                               48282034.
+Pageouts:                                141203.
+Swapins:                                      0.
+Swapouts:                                     0.
+"""
+
+# `max_recommended_working_set_size` as dumps and logs have it; of 8, 18 and 96 GB estimated.
+WORKING_SETS = {
+    8: 5_726_623_061, 16: 12_713_120_000, 18: 14_302_241_095, 24: 19_069_670_000, 32: 26_800_600_000, 36: 30_150_672_384,
+    48: 40_200_896_512, 64: 55_662_788_608, 96: 83_494_164_234, 128: 115_448_730_000, 256: 223_338_299_392,
+    512: 498_216_206_336,
+}  # fmt: skip
+
+
+class Mac:
+    """A Mac's words: what `device_info` has with the GPU or the CPU as default device, and what its commands print."""
+
+    def __init__(self, chip: str, memory_gb: int, cores: int | None = None, vm_stat: str = AFTER_READING) -> None:
+        self.memory = memory_gb * GIB
+        self.on_gpu = {
+            "device_name": f"Apple {chip}", "architecture": "applegpu_g16s", "memory_size": self.memory,
+            "max_recommended_working_set_size": WORKING_SETS[memory_gb],
+            "max_buffer_length": WORKING_SETS[memory_gb] * 3 // 4, "resource_limit": 499000,
+        }  # fmt: skip
+        self.on_cpu = {"device_name": "arm", "architecture": "arm64"}
+        self.answers = {
+            "sysctl -n hw.memsize": str(self.memory),
+            "sysctl -n machdep.cpu.brand_string": f"Apple {chip}",
+            "sysctl -n iogpu.wired_limit_mb": "0",
+            "vm_stat": vm_stat,
+        }
+        if cores is not None:
+            self.answers["ioreg -r -c AGXAccelerator -d 1"] = (
+                f'+-o AGXAcceleratorG16X\n    {{\n      "gpu-core-count" = {cores}\n    }}\n'
+            )
+
+    def run(self, command: list[str]) -> str | None:
+        return self.answers.get(" ".join(command))
+
+    def machine(self, on_cpu: bool = False) -> Machine:
+        if on_cpu:
+            return this_machine(self.on_cpu, "cpu", self.run, is_mac=True)
+        return this_machine(self.on_gpu, "metal", self.run, is_mac=True)
+
+
+@pytest.mark.parametrize("memory_gb", WORKING_SETS)
+def test_macs_of_every_size(memory_gb):
+    machine = Mac("M4 Max", memory_gb).machine()
+    assert (machine.memory_bytes, machine.working_set_bytes) == (memory_gb * GIB, WORKING_SETS[memory_gb])
+    assert machine.available_bytes == min(WORKING_SETS[memory_gb], max(0, memory_gb * GIB - machine.used_bytes))
+    assert working_set_of(memory_gb)[0] == WORKING_SETS[memory_gb]
+
+
+def test_the_largest_macs_leave_48_gib():
+    for memory_gb in (256, 512):
+        assert working_set_of(memory_gb) == ((memory_gb - 48) * GIB, True)
+
+
+def test_a_file_that_was_read_is_no_used_memory():
+    assert used_bytes(AFTER_READING) == pytest.approx(12.5e9, rel=0.001)
+    active = (150_000 + 870_000 + 60_400) * 16384
+    assert active == pytest.approx(17.7e9, rel=0.001)  # what wired, active and compressed pages come to
+
+
+def test_what_vm_stat_does_not_say():
+    assert used_bytes("") == 0
+    assert used_bytes("page size of 4096 bytes\nPages wired down: 10.") == 40960
+    assert used_bytes(AFTER_READING.replace("561800", "5000")) == 16384 * (150_000 + 60_400)  # never below nothing
+
+
+@pytest.mark.parametrize("memory_gb", [8, 36, 512])
+def test_the_cpu_as_default_device_has_the_mac_s_memory(memory_gb):
+    machine = Mac("M3 Max", memory_gb).machine(on_cpu=True)
+    assert (machine.name, machine.backend) == (f"Apple M3 Max {memory_gb}GB", "cpu")
+    assert machine.memory_bytes == machine.working_set_bytes == memory_gb * GIB
+    assert machine.used_bytes == min(memory_gb * GIB, used_bytes(AFTER_READING))
+    assert machine.bandwidth is machine.flops is None  # a plan's rates are the GPU's
+
+
+@pytest.fixture
+def pretended_mac(monkeypatch) -> Mac:
+    """This machine as a Mac whose default device is the CPU: macOS's commands answer, and what macOS lacks is missing."""
+    mac = Mac("M2", 16)
+    monkeypatch.setattr("openelm_mlx.memory.machine.on_macos", lambda: True)
+    monkeypatch.setattr("openelm_mlx.memory.machine.output", mac.run)
+    monkeypatch.setattr("openelm_mlx.memory.machine.footprint", lambda: Footprint(10**8, 2 * 10**8))
+    monkeypatch.setattr("openelm_mlx.memory.machine._linux_memory", lambda root: (0, 0))  # there is no /proc
+    for name in ("posix_fadvise", "sched_getaffinity"):
+        monkeypatch.delattr(os, name, raising=False)
+    return mac
+
+
+def test_the_demos_load_with_the_cpu_as_default_device(pretended_mac):
+    for source in ("demo-openelm", "demo-gpt-oss"):
+        model, tokenizer = load(source, context_length=256)
+        assert model.plan.machine.memory_bytes == 16 * GIB
+        assert len(list(om.stream_generate(model, tokenizer, "Hello", max_tokens=2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("chip", "memory_gb", "cores", "bandwidth", "flops"),
+    [
+        ("M3 Max", 36, None, 300e9, 10.65e12),
+        ("M3 Max", 36, 30, 300e9, 10.65e12),
+        ("M3 Max", 64, 40, 400e9, 14.2e12),
+        ("M4 Max", 36, 32, 410e9, 14.72e12),
+        ("M5 Max", 36, None, 460e9, 18.24e12),
+        ("M2 Max", 32, 30, 400e9, 10.66e12),  # the whole bus, fewer cores: only ioreg knows
+    ],
+)
+def test_a_chip_with_fewer_cores_is_known(chip, memory_gb, cores, bandwidth, flops):
+    machine = Mac(chip, memory_gb, cores).machine()
+    assert (machine.bandwidth, machine.flops) == (bandwidth, flops)
+
+
+def test_a_raised_wired_limit_counts():
+    mac = Mac("M1", 16)
+    mac.answers["sysctl -n iogpu.wired_limit_mb"] = "14000"
+    assert mac.machine().working_set_bytes == 14000 * 2**20
+    mac.answers["sysctl -n iogpu.wired_limit_mb"] = "99999"  # more than there is
+    assert mac.machine().working_set_bytes == 16 * GIB
+    mac.answers["sysctl -n iogpu.wired_limit_mb"] = "unknown oid"
+    assert mac.machine().working_set_bytes == WORKING_SETS[16]
+
+
+class SystemLibrary:
+    """libSystem's `proc_pid_rusage`: an unsigned 64-bit number at each offset that XNU's header gives it."""
+
+    def __init__(self, now: int, peak: int, processes: set[int]) -> None:
+        self.now, self.peak, self.processes = now, peak, processes
+
+    def proc_pid_rusage(self, pid: int, flavor: int, info) -> int:
+        assert flavor == 4
+        if pid not in self.processes:
+            return -1
+        words = ctypes.cast(info, ctypes.POINTER(ctypes.c_uint64))
+        words[9], words[30] = self.now, self.peak  # behind 16 bytes of uuid: ri_phys_footprint, ..._lifetime_max_...
+        return 0
+
+
+def test_the_footprint_of_a_process():
+    library = SystemLibrary(5 * 10**9, 7 * 10**9, {os.getpid(), 4711})
+    assert footprint(None, library) == footprint(4711, library) == (5 * 10**9, 7 * 10**9)
+    assert footprint(4712, library) is None  # has ended, or is another user's
+    assert footprint() is None or on_macos()
+
+
+def test_the_peak_on_macos_is_the_footprint_s(pretended_mac):
+    assert process_peak_bytes() == 2 * 10**8
+
+
+def test_linux_without_proc_has_memory_too(tmp_path):
+    machine = this_machine({"device_name": "a CPU"}, "cpu", root=tmp_path, is_mac=False)
+    assert machine.memory_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert machine.available_bytes > 0

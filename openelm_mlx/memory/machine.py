@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import difflib
+import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 from .chips import CHIPS, chip_name, chip_of
+from .macos import Run, footprint, gpu_cores, on_macos, output, sysctl, sysctl_number, used_bytes
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -59,10 +59,10 @@ class Machine:
         return max(0, min(self.working_set_bytes, self.memory_bytes - self.used_bytes))
 
 
-# Reported `max_recommended_working_set_size` on recent macOS, by GB of memory.
+# Reported `max_recommended_working_set_size` on recent macOS, by GB of memory. Those of 256 and 512 GB leave 48 GiB.
 WORKING_SETS = {
     16: 12_713_120_000, 24: 19_069_670_000, 32: 26_800_600_000, 36: 30_150_672_384, 48: 40_200_896_512,
-    64: 55_662_788_608, 128: 115_448_730_000, 256: 223_338_299_392,
+    64: 55_662_788_608, 128: 115_448_730_000, 256: 223_338_299_392, 512: 498_216_206_336,
 }  # fmt: skip
 
 
@@ -114,8 +114,9 @@ def _mac(name: str, memory_gb: int) -> Machine:
 def this_machine(
     device_info: Mapping[str, Any] | None = None,
     backend: str | None = None,
-    run: Callable[[list[str]], str | None] | None = None,
+    run: Run | None = None,
     root: Path = Path("/"),
+    is_mac: bool | None = None,
 ) -> Machine:
     """This machine, as MLX and the system describe it now. Every source can be injected."""
     if device_info is None or backend is None:
@@ -123,10 +124,11 @@ def this_machine(
 
         device_info = mx.device_info() if device_info is None else device_info
         backend = _backend(mx) if backend is None else backend
-    run = _output if run is None else run
+    run = output if run is None else run
     name = str(device_info.get("device_name") or "this machine")
-    if backend == "metal":
-        return _this_mac(name, device_info, run)
+    is_mac = on_macos() if is_mac is None else is_mac
+    if backend == "metal" or (backend == "cpu" and is_mac):
+        return _this_mac(name, device_info, run, backend)
     memory, used = _linux_memory(root)
     if backend == "cuda":
         total = int(device_info.get("total_memory") or memory)
@@ -138,13 +140,16 @@ def process_peak_bytes() -> int:
     """The most memory that this process has had in use, everything in it counted."""
     import resource
 
+    charged = footprint()
+    if charged is not None:  # macOS's ru_maxrss counts pages of files that were read, and no buffers of the GPU
+        return charged.peak
     # On Linux a process takes over the mark of the one that started it; the kernel's own does not.
     with contextlib.suppress(OSError):
         found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return int(found[1]) * 1024
     # Bytes on macOS, KiB on Linux.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if on_macos() else 1024)
 
 
 # Shards, sockets and a tool's pipes need no more.
@@ -196,28 +201,32 @@ def _backend(mx: Any) -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def _this_mac(name: str, info: Mapping[str, Any], run: Callable[[list[str]], str | None]) -> Machine:
-    memory = int(info.get("memory_size", 0)) or int(run(["sysctl", "-n", "hw.memsize"]) or 0)
-    working_set = int(info.get("max_recommended_working_set_size", 0)) or working_set_of(round(memory / GIB))[0]
-    limit = int(run(["sysctl", "-n", "iogpu.wired_limit_mb"]) or 0) * 2**20
-    chip = chip_of(name, round(memory / GIB))
+def _this_mac(name: str, info: Mapping[str, Any], run: Run, backend: str) -> Machine:
+    """A Mac, of which MLX says less where the CPU is its default device: nothing of memory, and another name."""
+    memory = int(info.get("memory_size", 0)) or sysctl_number(run, "hw.memsize") or _memory_of_the_system()
+    if backend == "metal":
+        working_set = int(info.get("max_recommended_working_set_size", 0)) or working_set_of(round(memory / GIB))[0]
+        working_set = sysctl_number(run, "iogpu.wired_limit_mb") * 2**20 or working_set
+    else:
+        name, working_set = sysctl(run, "machdep.cpu.brand_string") or name, memory
+    chip = chip_of(name, round(memory / GIB), gpu_cores(run))
     return Machine(
-        f"{name} {round(memory / GIB)}GB", "metal", memory, limit or working_set, _used_on_mac(run, memory),
-        None if chip is None else chip.bandwidth * 1e9,
-        None if chip is None else chip.teraflops * 1e12,
+        f"{name} {round(memory / GIB)}GB", backend, memory, min(working_set, memory),
+        min(memory, used_bytes(run(["vm_stat"]) or "")),
+        # What a plan makes of these two holds for the GPU.
+        None if chip is None or backend != "metal" else chip.bandwidth * 1e9,
+        None if chip is None or backend != "metal" else chip.teraflops * 1e12,
         None if chip is None else (chip.ssd[0] * 1e9, chip.ssd[1] * 1e9),
         chip="" if chip is None else chip_name(name),
     )  # fmt: skip
 
 
-def _used_on_mac(run: Callable[[list[str]], str | None], memory: int) -> int:
-    """What cannot be given up: wired, active and compressed pages (vm_stat)."""
-    text = run(["vm_stat"]) or ""
-    found = re.search(r"page size of (\d+)", text)
-    page = 16384 if found is None else int(found[1])
-    names = ("Pages wired down", "Pages active", "Pages occupied by compressor")
-    counts = [re.search(rf"{name}:\s+(\d+)", text) for name in names]
-    return min(memory, page * sum(int(count[1]) for count in counts if count))
+def _memory_of_the_system() -> int:
+    """Bytes of memory as the C library has them; 0 where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 
 def _linux_memory(root: Path) -> tuple[int, int]:
@@ -226,6 +235,7 @@ def _linux_memory(root: Path) -> tuple[int, int]:
     fields = dict(found)
     total = int(fields.get("MemTotal", 0)) * 1024
     used = total - int(fields.get("MemAvailable", fields.get("MemFree", 0))) * 1024
+    total = total or _memory_of_the_system()  # /proc may be hidden
     for limit_file, usage_file in (
         ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
         ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -257,13 +267,3 @@ def _read(file: Path) -> str:
         return file.read_text().strip()
     except (OSError, ValueError):
         return ""
-
-
-def _output(command: list[str]) -> str | None:
-    if sys.platform != "darwin":
-        return None
-    try:
-        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return finished.stdout.strip() if finished.returncode == 0 else None

@@ -1,0 +1,130 @@
+"""What macOS says of itself and of a process: sysctl, vm_stat, ioreg, and the footprint that its own tools show.
+
+Whatever is asked in another way on Linux is asked here and nowhere else, and every answer can be injected: a Mac's words
+are tested where there is no Mac.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+# A program's standard output, or None when it does not exist or fails.
+Run = Callable[[list[str]], str | None]
+
+DEFAULT_PAGE_BYTES = 16384
+# bsd/sys/resource.h: which of its structures `proc_pid_rusage` fills.
+_RUSAGE_INFO_V4 = 4
+
+
+def on_macos() -> bool:
+    """Whether this is macOS. The one place that asks, so that tests can say yes."""
+    return sys.platform == "darwin"
+
+
+def output(command: list[str]) -> str | None:
+    """The `Run` of this machine; None for everything where this is no Mac."""
+    if not on_macos():
+        return None
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return finished.stdout.strip() if finished.returncode == 0 else None
+
+
+def sysctl(run: Run, name: str) -> str:
+    """What the kernel says under that name; empty where it says nothing."""
+    return (run(["sysctl", "-n", name]) or "").strip()
+
+
+def sysctl_number(run: Run, name: str) -> int:
+    """The same as a number; 0 where it is none."""
+    text = sysctl(run, name)
+    return int(text) if text.isdigit() else 0
+
+
+def used_bytes(vm_stat: str) -> int:
+    """What of a Mac's memory programs and the system cannot give up, from the words of `vm_stat`; 0 where it has none.
+
+    Wired pages, the programs' own (anonymous) ones but those that they offered to lose (purgeable), and what compressed
+    ones take. Pages of files are none of it, however active: they are dropped for who needs the room, so a checkpoint that
+    was read before does not stand in the way of itself.
+    """
+    found = re.search(r"page size of (\d+)", vm_stat)
+    page = DEFAULT_PAGE_BYTES if found is None else int(found[1])
+    names = ("Pages wired down", "Anonymous pages", "Pages purgeable", "Pages occupied by compressor")
+    wired, anonymous, purgeable, compressor = (_pages(vm_stat, name) or 0 for name in names)
+    return page * (wired + max(0, anonymous - purgeable) + compressor)
+
+
+def _pages(vm_stat: str, name: str) -> int | None:
+    found = re.search(rf"^{name}:\s+(\d+)", vm_stat, re.MULTILINE)
+    return None if found is None else int(found[1])
+
+
+def gpu_cores(run: Run) -> int | None:
+    """How many cores the GPU has, which its name does not say; None where that cannot be learned."""
+    found = re.search(r'"gpu-core-count"\s*=\s*(\d+)', run(["ioreg", "-r", "-c", "AGXAccelerator", "-d", "1"]) or "")
+    return None if found is None else int(found[1])
+
+
+class Footprint(NamedTuple):
+    """Bytes of memory that are charged to a process, now and at most since it began: buffers of the GPU, compressed and
+    swapped pages too, pages of files not. It is what Activity Monitor shows, and what macOS ends a process for.
+    """
+
+    now: int
+    peak: int
+
+
+class _RusageInfo(ctypes.Structure):
+    """`struct rusage_info_v4`, with room behind it."""
+
+    _fields_ = [
+        ("uuid", ctypes.c_uint8 * 16),
+        *((name, ctypes.c_uint64) for name in (
+            "user_time", "system_time", "pkg_idle_wkups", "interrupt_wkups", "pageins", "wired_size", "resident_size",
+            "phys_footprint", "proc_start_abstime", "proc_exit_abstime", "child_user_time", "child_system_time",
+            "child_pkg_idle_wkups", "child_interrupt_wkups", "child_pageins", "child_elapsed_abstime",
+            "diskio_bytesread", "diskio_byteswritten", "cpu_time_qos_default", "cpu_time_qos_maintenance",
+            "cpu_time_qos_background", "cpu_time_qos_utility", "cpu_time_qos_legacy", "cpu_time_qos_user_initiated",
+            "cpu_time_qos_user_interactive", "billed_system_time", "serviced_system_time", "logical_writes",
+            "lifetime_max_phys_footprint", "instructions", "cycles", "billed_energy", "serviced_energy",
+            "interval_max_phys_footprint", "runnable_time",
+        )),
+        ("room", ctypes.c_uint64 * 32),
+    ]  # fmt: skip
+
+
+def footprint(pid: int | None = None, library: Any = None) -> Footprint | None:
+    """The footprint of a process of this user (None: of this one). None where it cannot be asked, or has ended.
+
+    library: what has `proc_pid_rusage`; macOS's own when it is None.
+    """
+    library = _system_library() if library is None else library
+    if library is None:
+        return None
+    info = _RusageInfo()
+    if library.proc_pid_rusage(os.getpid() if pid is None else pid, _RUSAGE_INFO_V4, ctypes.byref(info)) != 0:
+        return None
+    return Footprint(info.phys_footprint, info.lifetime_max_phys_footprint)
+
+
+@lru_cache
+def _system_library() -> Any:
+    if not on_macos():
+        return None
+    try:
+        library = ctypes.CDLL("/usr/lib/libSystem.B.dylib")
+        library.proc_pid_rusage.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+        library.proc_pid_rusage.restype = ctypes.c_int
+    except (OSError, AttributeError):
+        return None
+    return library

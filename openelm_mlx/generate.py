@@ -168,7 +168,7 @@ def _answer(
         if piece.is_stopped or count == request.max_tokens:
             rest = text.finish()
             is_stopped = piece.is_stopped or rest.is_stopped
-            whole = Piece(piece.text + rest.text, rest.channel or piece.channel)
+            whole = Piece(piece.text + rest.text, rest.channel if rest.text else piece.channel)
             yield chunk_of(choice, whole, "stop" if is_stopped else "length", clock.statistics())
             return
         yield chunk_of(choice, piece)

@@ -192,6 +192,22 @@ def test_an_answer_cannot_be_left_out(harmony):
     assert allowed(constraint.mask()) == [harmony.message]
 
 
+def test_a_line_that_strays_between_messages_does_not_shut_the_next_one_out(harmony):
+    constraint = harmony_constraint(harmony, WORD)
+    feed(
+        constraint,
+        harmony,
+        "<|channel|>analysis<|message|>a<|end|>Hm. So.<|start|>assistant<|channel|>final<|message|>",
+    )
+    feed(constraint, harmony, '{"word": "a", "count": 1}<|return|>')
+    assert constraint.is_finished
+    constraint = harmony_constraint(harmony, WORD)
+    feed(constraint, harmony, "<|channel|>analysis<|message|>a<|end|>Hm.")
+    assert not set(allowed(constraint.mask())) & harmony.end_tokens  # it would end with nothing
+    feed(constraint, harmony, "<|channel|>final")
+    assert harmony.start not in allowed(constraint.mask())
+
+
 def test_the_tracker_is_where_the_parser_is(harmony):
     """Random streams of markup: the channel and recipient of every token are those of HarmonyParser."""
     pieces = [

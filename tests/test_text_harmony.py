@@ -357,6 +357,52 @@ def test_results_find_their_calls():
     ]
 
 
+def names_answered(*items) -> list[str]:
+    return [m.name for m in conversation([{"role": "user", "content": "Hi"}, *items]) if m.role == "tool"]
+
+
+def calls_of(*names, ids):
+    calls = [{"id": n, "function": {"name": name}} for n, name in zip(ids, names, strict=True)]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+@pytest.mark.parametrize("same", ["call_0", "", 0])
+def test_a_result_belongs_to_the_open_call_with_its_id(same):
+    """Servers that count anew in each round, or give no ids, write the same one again and again."""
+
+    def result(**more):
+        return {"role": "tool", "tool_call_id": same, "content": "r", **more}
+
+    first, second = calls_of("f", ids=[same]), calls_of("g", ids=[same])
+    assert names_answered(first, result(), second, result()) == ["functions.f", "functions.g"]
+    both = calls_of("f", "g", ids=[same, same])
+    assert names_answered(both, result(), result()) == ["functions.f", "functions.g"]
+    assert names_answered(both, result(name="g"), result(name="f")) == ["functions.g", "functions.f"]
+    # A call that was never answered does not take the next round's result.
+    user = {"role": "user", "content": "Again"}
+    assert names_answered(first, user, second, result()) == ["functions.g"]
+    # One message a call is one round all the same.
+    assert names_answered(first, second, result(), result()) == ["functions.f", "functions.g"]
+    with pytest.raises(PromptError, match="no open tool call"):
+        conversation([user, first, result(), result()])
+
+
+def test_null_and_parts_are_contents_of_every_role():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for role in ("system", "developer", "user", "assistant", "tool"):
+        before = [USER, calls_of("f", ids=["x"])] if role == "tool" else []
+        for content, text in ((None, ""), (parts, "ab"), ([], "")):
+            (*_, last) = conversation([*before, {"role": role, "content": content}, USER])[:-1]
+            if role in ("system", "developer"):
+                assert (last.content.instructions if last.role == "developer" else None) == (text or None)
+            elif role == "assistant" and content is None:
+                assert last.role == "system"  # nothing was said
+            else:
+                assert (last.role, last.text) == (role, text)
+    cut = {"role": "assistant", "content": None, "reasoning": parts}
+    assert conversation([USER, cut])[-1].text == "ab"
+
+
 def test_a_function_may_be_called_python():
     chat = [{"role": "assistant", "tool_calls": [{"function": {"name": "python", "arguments": "{}"}}]}]
     assert conversation(chat)[-1].recipient == "functions.python"
@@ -406,7 +452,10 @@ USER = {"role": "user", "content": "Hi"}
         ([USER, "Hi"], "Message 2 is 'Hi'"),
         ([{"content": "Hi"}], "Message 1 has role None"),
         ([USER, {"role": "bot", "content": "Hi"}], "Message 2 has role 'bot'"),
-        ([{"role": "user"}], "The content of message 1 is None"),
+        ([{"role": "user"}], "Message 1 has no content"),
+        ([{"role": "user", "content": 5}], "The content of message 1 is 5"),
+        ([USER, {"role": "assistant", "tool_calls": {"name": "f"}}], "give a list of calls"),
+        ([USER, {"role": "assistant", "tool_calls": 7}], "give a list of calls"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "'image_url'"),
         ([{"role": "user", "content": ["Hi"]}], "'Hi'"),
         ([USER, {"role": "assistant"}], "no content, no thinking and no tool_calls"),
@@ -594,9 +643,25 @@ WELL_FORMED = {
 }
 SALVAGED = {
     # No header at all, or one without <|message|>.
-    "I cannot help.[E][S]assistant[C]analysis[M]a[E]": [final("I cannot help."), analysis("a")],
-    "word[E][S]assistant[C]final[M]x[R]": [final("word"), final("x")],
+    "I cannot help.[E][S]assistant[C]analysis[M]a[E]": [analysis("a"), final("I cannot help.")],
+    "word[E][S]assistant[C]final[M]x[R]": [analysis("word"), final("x")],
     "bare text\nto the end": [final("bare text\nto the end")],
+    # A line that strays between two messages, or before the first, is not the beginning of the answer.
+    "[C]analysis[M]a[E]\nHm.\n[S]assistant[C]final[M]x[R]": [analysis("a"), analysis("Hm.\n"), final("x")],
+    "[C]analysis[M]a[E]\n[S]assistant[C]final[M]x[R]": [analysis("a"), final("x")],
+    "[C]analysis[M]a[E]Hm.[E][S]assistant[C]final[M]x[R]": [analysis("a"), analysis("Hm."), final("x")],
+    "[C]analysis[M]a[E]Hm.[S][S]assistant[M]x[R]": [analysis("a"), analysis("Hm."), final("x")],
+    "[C]analysis[M]a[E]Hm.[M]x[R]": [analysis("a"), analysis("Hm."), final("x")],
+    "[C]analysis[M]a[E]b[S]c[S]assistant[C]final[M]x": [analysis("a"), analysis("b"), analysis("c"), final("x")],
+    "[C]analysis[M]a[E]Hm.[S]assistant[C]commentary to=functions.f[M]{}[L]": [analysis("a"), analysis("Hm."), call()],
+    "[C]analysis[M]a[E]Hm.[S]assistant to=functions.f[L]": [analysis("a"), call(text=""), analysis("Hm.")],
+    "[C]analysis[M]a[E]Hm.[E][C]final y[E]": [analysis("a"), final("y"), analysis("Hm.")],
+    "Hm.[S]assistant[C]analysis[M]a[E][S]assistant[C]final[M]x": [analysis("a"), analysis("Hm."), final("x")],
+    "[C]analysis[M]a[E]Hm.[S]assistant[C]analysis[M]b": [analysis("a"), analysis("b"), analysis("Hm.")],
+    # But what no answer follows is one.
+    "[C]analysis[M]a[E]Hm.[R]": [analysis("a"), final("Hm.")],
+    "[C]analysis[M]a[E]Hm.[E][S]assistant": [analysis("a"), final("Hm.")],
+    "[C]analysis[M]a[E]One.[E]Two.": [analysis("a"), final("One."), final("Two.")],
     "[C]analysis text[E][S]assistant[C]final[M]x[R]": [analysis("text"), final("x")],
     "[C]analysis two  words\n[E]": [analysis("two  words\n")],
     "[C]final text[R]": [final("text")],
@@ -695,6 +760,20 @@ def test_messages_of_others(byte_harmony, completion, expected):
     tokens = tokens_of(byte_harmony, completion)
     assert byte_harmony.parse(tokens, role=None) == [expected]
     assert byte_harmony.parse(tokens_of(byte_harmony, "[C]final[M]a[E]") + tokens)[1:] == [expected]
+
+
+def test_an_answer_without_a_header_stays_one_before_an_invented_question(byte_harmony):
+    tokens = tokens_of(byte_harmony, "[C]analysis[M]a[E]The answer.[E][S]user[M]And now?[E]")
+    assert [(m.role, m.channel, m.text) for m in assert_stream_agrees(byte_harmony, tokens)] == [
+        ("assistant", "analysis", "a"), ("assistant", "final", "The answer."), ("user", None, "And now?"),
+    ]  # fmt: skip
+
+
+def test_a_stray_line_is_held_until_it_is_known_what_it_is(byte_harmony):
+    parser = byte_harmony.parser()
+    deltas = [parser.push(token) for token in tokens_of(byte_harmony, "[C]analysis[M]a[E]Hm.[S]assistant[C]final[M]")]
+    shown = [(delta.channel, delta.text) for delta in deltas if delta.text]
+    assert shown == [("analysis", "a"), ("analysis", "Hm.")]
 
 
 def test_an_answer_without_a_header_is_streamed(byte_harmony):

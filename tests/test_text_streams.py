@@ -81,6 +81,20 @@ def test_reasoning_and_answer_come_in_their_channels(tokenizer):
     assert om.generate(Scripted(tokenizer, THOUGHT_AND_ANSWER), tokenizer, "Hi") == texts["final"]
 
 
+@pytest.mark.parametrize("stray", ["\n", "Hm.", "A line.\n", "Sure!<|end|>", "a<|end|>b"])
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_stray_line_between_messages_is_not_the_start_of_the_answer(tokenizer, stray, begins):
+    thought, rest = THOUGHT_AND_ANSWER.split("<|start|>")
+    script = f"{'' if begins else thought}{stray}<|start|>{rest}"
+    texts, reason = answer(tokenizer, script, stop=["!!"])
+    assert (texts["final"], reason) == ("Yes. Stop here, please.", "stop")
+    # Cut anywhere in the thought, nothing of the line is taken for an answer.
+    script = f"{stray}<|start|>assistant{THOUGHT_AND_ANSWER}"
+    length = len(HarmonyFormat(tokenizer).encode_markup(f"{stray}<|start|>assistant<|channel|>analysis<|message|>The"))
+    texts, reason = answer(tokenizer, script, max_tokens=length)
+    assert (texts.get("final"), reason) == (None, "length")
+
+
 @pytest.mark.parametrize("stop", ["Stop here", "top he", ". S"])
 def test_stop_strings_count_in_the_final_channel_only(tokenizer, stop):
     texts, reason = answer(tokenizer, THOUGHT_AND_ANSWER, stop=[stop, "user says"])

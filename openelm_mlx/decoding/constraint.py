@@ -184,13 +184,17 @@ class Span:
 
 
 class _Place(NamedTuple):
-    """Where a Harmony completion stands: in a header, or in a message's content."""
+    """Where a Harmony completion stands: in a header, or in a message's content.
+
+    is_between: behind the end of a message, and no `<|start|>` has come yet: a line that strays there is no header.
+    """
 
     header: tuple[int, ...] | None = ()
     role: str | None = "assistant"
     channel: str | None = None
     recipient: str | None = None
     span: Span | None = None
+    is_between: bool = False
 
 
 # A header takes some ten tokens; one that is longer than this is ended, before a parser takes it for an answer.
@@ -246,7 +250,7 @@ class HarmonyConstraint:
             return self._in_call if place.recipient is not None else self._in_text
         if len(place.header) >= _LONGEST_HEADER:
             return self._header_end
-        return self._in_header if place.header or place.role is not None else self._between
+        return self._between if place.is_between or (not place.header and place.role is None) else self._in_header
 
     def accept(self, token: int) -> bool:
         place = self._places[-1]
@@ -275,12 +279,13 @@ class HarmonyConstraint:
             if token == harmony.message:
                 return self._content(place)
             if token == harmony.start or token in harmony.end_tokens:
-                return _Place(role=None)
-            return place._replace(header=(*place.header, token))
+                return _Place(role=None, is_between=token != harmony.start)
+            is_between = place.is_between and token != harmony.channel
+            return place._replace(header=(*place.header, token), is_between=is_between)
         if token == harmony.channel:
             return _Place((token,), place.role)
         if token == harmony.start or token in harmony.end_tokens:
-            return _Place(role=None)
+            return _Place(role=None, is_between=token != harmony.start)
         return place
 
     def _content(self, place: _Place) -> _Place:

@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from openelm_mlx.errors import PromptError, SettingError, TokenizerError
+from openelm_mlx.text.conversation import text_parts
 from openelm_mlx.text.tokenizer import Tokenizer
 
 OPENELM_INSTRUCT = "openelm-instruct"
@@ -55,7 +56,8 @@ def render_chat(
 ) -> list[int]:
     """Render messages as the tokens of a prompt; PromptError for messages that the template cannot express.
 
-    messages: `{"role": "system" | "user" | "assistant", "content": text}`, in any order: the template is a loop.
+    messages: `{"role": "system" | "user" | "assistant", "content": text}`, in any order: the template is a loop. A content
+    may be a list of text parts as OpenAI writes them, or None for no text.
 
     `openelm-instruct` is the template of Apple's DPO recipe (corenet, projects/openelm/instruction_tuning). The text
     below is one line for each of its lines; `</s>` is the end-of-text token, and BOS comes before everything:
@@ -98,12 +100,12 @@ def render_chat(
 def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str]:
     if not isinstance(message, Mapping):
         raise PromptError(f"Message {number} is {message!r}; a message is a dictionary with a role and a content.")
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
     if role not in _ROLES:
         raise PromptError(f"Message {number} has the role {role!r}; this chat template knows {', '.join(_ROLES)}.")
-    if not isinstance(content, str):
-        raise PromptError(f"Message {number} ({role}) has the content {content!r}; this chat template takes only text.")
-    return role, content
+    if message.get("tool_calls"):
+        raise PromptError(f"Message {number} calls a tool, and OpenELM's chat template has no calls: leave it out.")
+    return role, "".join(text_parts(message, number))
 
 
 def _known(template: str, origin: str) -> str:

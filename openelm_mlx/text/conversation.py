@@ -24,6 +24,7 @@ EVERYONE = "all"  # a recipient that means no tool and is not written down
 
 _FUNCTIONS = "functions"
 _INSTRUCTING = ("system", "developer")  # roles whose dicts hold instructions
+_THINKING = ("thinking", "reasoning", "reasoning_content")  # what servers call an assistant's reasoning
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,9 @@ def conversation(
     `chat` is a question, or OpenAI-style dicts, or messages (passed through as they are), or dicts and messages mixed.
     Leading dicts of role "system" or "developer" become the instructions; later ones become developer messages where
     they stand. An assistant dict may have `thinking` (or `reasoning`, `reasoning_content`), `content` and `tool_calls`.
-    A tool dict has a `tool_call_id` or a `name`; without either it answers the first call still open. A chat that
-    starts with a system Message keeps that one, and `system` is not used.
+    A content is text, a list of text parts as OpenAI writes them, or None for no text. A tool dict has a
+    `tool_call_id`, which means the open call with that id, or a `name`; without either it answers the first call still
+    open. A chat that starts with a system Message keeps that one, and `system` is not used.
 
     Raises PromptError when `chat` is no chat, SettingError when a tool or format cannot be used.
     """
@@ -158,9 +160,9 @@ def conversation(
         if not isinstance(item, Mapping) or item.get("role") not in _INSTRUCTING:
             break
         start += 1
-        instructions.append("".join(_parts(item.get("content"), start)))
+        instructions.append("".join(text_parts(item, start)))
     developer = DeveloperContent(
-        instructions="\n\n".join(instructions) or None,
+        instructions="\n\n".join(filter(None, instructions)) or None,
         tools=tuple(tool if isinstance(tool, Tool) else Tool.from_dict(tool) for tool in tools),
         response_formats=tuple(
             answer if isinstance(answer, ResponseFormat) else ResponseFormat.from_dict(answer)
@@ -268,7 +270,8 @@ class _Call:
 
     recipient: str
     channel: str | None
-    id: str | None = None
+    round: int
+    id: object = None
     answered: bool = False
 
 
@@ -278,18 +281,25 @@ class _ChatReader:
     def __init__(self, recipients: Collection[str]) -> None:
         self._recipients = recipients
         self._calls: list[_Call] = []
+        self._round = 0  # the calls between two other things that were said
+        self._is_calling = False
 
     def read(self, item: object, number: int) -> list[Message]:
         """The messages that one item of a chat stands for; `number` is its place, for the error messages."""
+        messages = self._messages(item, number)
+        self._is_calling = bool(messages) and messages[-1].role == "assistant"
+        return messages
+
+    def _messages(self, item: object, number: int) -> list[Message]:
         if isinstance(item, Message):
             return [self._note(item)]
         if not isinstance(item, Mapping):
             raise PromptError(f"Message {number} is {reprlib.repr(item)}; give a dict with role and content.")
         role = item.get("role")
         if role in _INSTRUCTING:
-            return [Message("developer", DeveloperContent("".join(_parts(item.get("content"), number))))]
+            return [Message("developer", DeveloperContent("".join(text_parts(item, number)) or None))]
         if role == "user":
-            return [Message("user", _text(item.get("content"), number), name=item.get("name"))]
+            return [Message("user", _text(item, number), name=item.get("name"))]
         if role == "assistant":
             return self._assistant(item, number)
         if role == "tool":
@@ -298,7 +308,7 @@ class _ChatReader:
 
     def _note(self, message: Message) -> Message:
         if message.is_call:
-            self._calls.append(_Call(str(message.recipient), message.channel))
+            self._open(str(message.recipient), message.channel)
         if message.role == "tool":
             for call in self._calls:
                 if not call.answered and call.recipient == message.name:
@@ -306,17 +316,25 @@ class _ChatReader:
                     break
         return message
 
+    def _open(self, recipient: str, channel: str | None, call_id: object = None) -> None:
+        if not self._is_calling:
+            self._round += 1
+            self._is_calling = True
+        self._calls.append(_Call(recipient, channel, self._round, call_id))
+
     def _assistant(self, item: Mapping[str, Any], number: int) -> list[Message]:
-        thinking = item.get("thinking") or item.get("reasoning") or item.get("reasoning_content")
+        thinking = next((name for name in _THINKING if item.get(name)), None)
         content, calls = item.get("content"), item.get("tool_calls") or ()
-        messages = [Message("assistant", _text(thinking, number), channel="analysis")] if thinking else []
+        if isinstance(calls, (str, Mapping)) or not isinstance(calls, Sequence):
+            raise PromptError(f"The tool_calls of message {number} are {reprlib.repr(calls)}; give a list of calls.")
+        messages = [Message("assistant", _text(item, number, thinking), channel="analysis")] if thinking else []
         if calls and content:
-            messages.append(Message("assistant", _text(content, number), channel="commentary"))  # a preamble
+            messages.append(Message("assistant", _text(item, number), channel="commentary"))  # a preamble
         messages += [self._call(call, number) for call in calls]
         # An empty answer beside reasoning is a turn that was cut off: as an answer it would end the turn.
         if not calls and (content or (content is not None and not thinking)):
-            messages.append(Message("assistant", _text(content, number), channel="final"))
-        if not messages:
+            messages.append(Message("assistant", _text(item, number), channel="final"))
+        if not messages and "content" not in item:
             raise PromptError(f"Message {number} of the assistant has no content, no thinking and no tool_calls.")
         return messages
 
@@ -337,27 +355,30 @@ class _ChatReader:
                     f"Message {number} calls {name!r} with arguments that JSON cannot say: {error}."
                 ) from None
         channel = "analysis" if is_built_in else "commentary"  # where gpt-oss was trained to call each kind
-        self._calls.append(_Call(recipient, channel, call.get("id")))
+        self._open(recipient, channel, call.get("id"))
         content_type = None if is_built_in else JSON_CALL
         return Message("assistant", arguments, channel=channel, recipient=recipient, content_type=content_type)
 
     def _tool(self, item: Mapping[str, Any], number: int) -> Message:
         call = self._answered_call(item, number)
         call.answered = True
-        content = _text(item.get("content"), number)
+        content = _text(item, number)
         return Message("tool", content, name=call.recipient, channel=call.channel, recipient="assistant")
 
     def _answered_call(self, item: Mapping[str, Any], number: int) -> _Call:
         open_calls = [call for call in self._calls if not call.answered]
         call_id, name = item.get("tool_call_id"), item.get("name")
+        bare = str(name).removeprefix(f"{_FUNCTIONS}.")
+        named = [call for call in open_calls if call.recipient.removeprefix(f"{_FUNCTIONS}.") == bare]
         if call_id is not None:
-            matching = [call for call in self._calls if call.id == call_id]
+            # Servers begin to count anew in each round ("call_0", or no id at all): the last round's call is meant.
+            same = [call for call in open_calls if call.id == call_id]
+            same = [call for call in same if call.round == same[-1].round]
+            matching = [call for call in same if call in named] or same
             matching = matching or [call for call in open_calls if call.id is None]  # calls that came as a Message
             wanted = f"tool_call_id {call_id!r}"
         elif name is not None:
-            bare = str(name).removeprefix(f"{_FUNCTIONS}.")
-            matching = [call for call in open_calls if call.recipient.removeprefix(f"{_FUNCTIONS}.") == bare]
-            wanted = f"tool {name!r}"
+            matching, wanted = named, f"tool {name!r}"
         else:
             matching, wanted = open_calls, "a tool"
         if not matching:
@@ -368,19 +389,27 @@ class _ChatReader:
         return matching[0]
 
 
-def _text(content: object, number: int) -> str | tuple[str, ...]:
-    parts = _parts(content, number)
+def _text(item: Mapping[str, Any], number: int, key: str = "content") -> str | tuple[str, ...]:
+    parts = text_parts(item, number, key)
     return parts[0] if len(parts) == 1 else parts
 
 
-def _parts(content: object, number: int) -> tuple[str, ...]:
-    """The texts of a chat dict's content: a string, or a list of parts as OpenAI writes them."""
+def text_parts(item: Mapping[str, Any], number: int, key: str = "content") -> tuple[str, ...]:
+    """The texts of a chat dict's content: a string, None for no text, or a list of parts as OpenAI writes them.
+
+    Raises PromptError, with the message's `number`, when there is no content, or one that is not all text.
+    """
+    if key not in item:
+        raise PromptError(f"Message {number} has no {key}; give it as a string.")
+    content = item[key]
+    if content is None:
+        return ("",)
     if isinstance(content, str):
         return (content,)
     if not isinstance(content, (list, tuple)):
-        raise PromptError(f"The content of message {number} is {reprlib.repr(content)}; give a string.")
+        raise PromptError(f"The {key} of message {number} is {reprlib.repr(content)}; give a string.")
     for part in content:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else part
-            raise PromptError(f"Message {number} has a part of type {reprlib.repr(kind)}; gpt-oss reads text only.")
+            raise PromptError(f"Message {number} has a part of type {reprlib.repr(kind)}; the model reads text only.")
     return tuple(part["text"] for part in content)

@@ -281,9 +281,10 @@ class HarmonyParser:
     role, channel, recipient, content_type and text. Call `finish` at the end: it closes a message that was cut off.
 
     Salvage, in short (docs/harmony.md has the table): header parts count in any order; a missing or unknown channel is
-    `final`, or `commentary` for a tool call, so that what may be an answer is seen; text without a header is a message
-    of its own; words of a header that mean nothing become an `analysis` message in front; `<|start|>` and `<|channel|>`
-    in the midst of a message begin another; other control tokens there are dropped.
+    `final`, or `commentary` for a tool call, so that what may be an answer is seen; text without a header is a message of
+    its own, on `final` unless the answer or a call comes after it; words of a header that mean nothing become an
+    `analysis` message in front; `<|start|>` and `<|channel|>` in the midst of a message begin another; other control
+    tokens there are dropped.
     """
 
     def __init__(self, harmony: HarmonyFormat, role: str | None, channel: str | None, text: str) -> None:
@@ -294,6 +295,8 @@ class HarmonyParser:
         self._open: Message | None = None  # its content is in _texts
         self._texts: list[str] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._headless: list[Message] = []  # texts without a header, until it is known what they are
+        self._is_stray = False  # they are no answer: the answer, or a call, came after them
         if channel is not None:
             self._open_message(Message(role or "assistant", "", channel=channel))
             self._texts.append(text)
@@ -325,13 +328,17 @@ class HarmonyParser:
 
     def push(self, token: int) -> Delta:
         """Take the next token, stop tokens included, and return what it adds."""
-        return self._push_header(token) if self._open is None else self._push_content(token)
+        delta = self._push_header(token) if self._open is None else self._push_content(token)
+        return delta if delta.text or not self._is_stray else self._released("analysis", delta)
 
     def finish(self) -> Delta:
         """The completion is over: close the open message, salvage an open header. Returns what that adds."""
-        delta = self._salvage("cut") if self._open is None else self._close()
+        is_cut = self._open is not None
+        delta = self._close() if is_cut else self._salvage("cut")
         self._expect(None)
-        return delta
+        if is_cut:  # in a thought: what was said before it is no answer yet
+            return self._released(delta.channel, delta)
+        return self._released("analysis" if self._is_stray else "final", delta)
 
     def _push_header(self, token: int) -> Delta:
         harmony = self._harmony
@@ -345,8 +352,11 @@ class HarmonyParser:
         if len(self._header) < _LONGEST_HEADER or not self._ends_with_whole_character():
             return Delta()
         message, text = self._read_header("ended")
+        # Where the answer lacks its header, so did what came right before it.
+        delta = self._released("final", Delta()) if _is_answer(message) else Delta()
+        self._note(message)
         self._open_message(message)
-        return self._add(text)
+        return replace(self._add(text), text=delta.text + text)
 
     def _push_content(self, token: int) -> Delta:
         harmony = self._harmony
@@ -366,11 +376,16 @@ class HarmonyParser:
     def _begin(self) -> Delta:
         """`<|message|>`: the header is complete."""
         message, rest = self._read_header("complete")
+        self._note(message)
         self._open_message(message)
-        if not rest:
-            return self._add("")
-        self.messages.append(Message("assistant", rest, channel="analysis"))
-        return Delta(rest, "assistant", "analysis")
+        delta = Delta()
+        if self._is_stray or message.role != "assistant":  # whoever invents the next part has answered before
+            delta = self._released("analysis" if self._is_stray else "final", delta)
+        if rest:
+            channel = delta.channel or "analysis"
+            self.messages.append(Message("assistant", rest, channel=channel))
+            delta = Delta(delta.text + rest, "assistant", channel)
+        return delta if delta.text else self._add("")
 
     def _salvage(self, ending: _Ending) -> Delta:
         """A header that ends without `<|message|>`: its text is the message's content."""
@@ -378,8 +393,29 @@ class HarmonyParser:
         is_call = message.recipient is not None and ending == "ended"  # one that was cut off may lack its arguments
         if not text.strip() and not is_call:
             return Delta()
-        self.messages.append(replace(message, content=text))
+        message = replace(message, content=text)
+        has_header = self._harmony.channel in self._header or message.recipient is not None
+        if message.role == "assistant" and (not has_header or (self._headless and ending == "cut")):
+            self._headless.append(replace(message, recipient=None))
+            return Delta()
+        self._note(message)
+        self.messages.append(message)
         return Delta(text, message.role, message.channel, message.recipient)
+
+    def _note(self, message: Message) -> None:
+        """`message` is what it says: if it is the answer or a call, texts without a header before it were neither.
+
+        A model that writes a line between two messages, or begins with one, goes on with a message that has a header.
+        """
+        self._is_stray = bool(self._headless) and (self._is_stray or _is_answer(message) or message.is_call)
+
+    def _released(self, channel: str | None, delta: Delta) -> Delta:
+        """`delta`, and the texts without a header, which turned out to stand on `channel`."""
+        texts = [message.text for message in self._headless]
+        role = delta.role or "assistant"
+        self.messages += [replace(message, role=role, channel=channel) for message in self._headless]
+        self._headless, self._is_stray = [], False
+        return Delta(delta.text + "".join(texts), role, channel, delta.recipient) if texts else delta
 
     def _read_header(self, ending: _Ending) -> tuple[Message, str]:
         return _HeaderReader(self._role, ending).read(self._header_runs())
@@ -420,6 +456,10 @@ class HarmonyParser:
         self._open = None
         self._texts = []
         return delta
+
+
+def _is_answer(message: Message) -> bool:
+    return message.role == "assistant" and message.channel == "final" and message.recipient is None
 
 
 # --- Headers ----------------------------------------------------------------------------------------------------------

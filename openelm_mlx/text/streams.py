@@ -86,8 +86,12 @@ class HarmonyStream:
         last = self._shown(self._parser.push(end)) if end is not None else Piece()
         rest = self._shown(self._parser.finish())
         held = self._released() if not (last.is_stopped or rest.is_stopped) else ""
-        channel = FINAL if held else rest.channel if rest.text else last.channel
-        return Piece(last.text + rest.text + held, channel, last.is_stopped or rest.is_stopped)
+        if rest.text + held:
+            # What is left of a thought, half a character, is never a part of the answer.
+            channel = FINAL if held else rest.channel
+            text = last.text * (last.channel == channel) + rest.text + held
+            return Piece(text, channel, last.is_stopped or rest.is_stopped)
+        return last
 
     def _shown(self, delta: Delta) -> Piece:
         if delta.channel != FINAL or delta.recipient is not None:

@@ -101,6 +101,7 @@ def load(
     kv_bits: int | None = None,
     expert_slots: int | None = None,
     memory_limit: int | str | None = None,
+    wire: bool | None = None,
     tokenizer: Source | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
@@ -117,7 +118,9 @@ def load(
     checkpoint's files when they are chosen, with the same answers bit for bit (memory/residency.py); the embedding stays
     on disk too where the head has a matrix of its own. memory_limit: bytes or "10GB", for MLX's memory, its buffer cache
     and the process's own together; experts that do not fit stay on disk by themselves, and what fits not even so is
-    refused before a tensor is read. None: what the machine has. `model.plan` says what was planned. tokenizer:
+    refused before a tensor is read. None: what the machine has. `model.plan` says what was planned. wire: whether macOS
+    is asked, from the first request until the model is gone, not to page any of it out; None: only where it takes most of
+    what the GPU may have. tokenizer:
     a file, folder or repository; without it the search is: the source itself, then Llama tokenizers in the Hugging Face
     cache; when there is none, the second result is None and prompts must be token ids. chat_template: "openelm-instruct",
     "plain", or gpt-oss's "harmony"; else what conversion stored, else what the source's name says. progress: called with
@@ -142,6 +145,7 @@ def load(
         kv_bits=checked_kv_bits(spec, kv_bits),
         dense_bits=dense_bits,
         expert_slots=expert_slots,
+        wire=checked_wire(wire),
     )
     dense = dense_packing(dense_bits)
     weights, itemsize = memory_weights(contents, wanted_type, dense, folder=path if path.is_dir() else path.parent)
@@ -503,6 +507,13 @@ def checked_context_length(asked: int | None, spec: ModelSpec) -> int:
             f"context_length is {asked!r}: it must be a whole number, at least 1 and at most the model's "
             f"{spec.context_length:,}."
         )
+    return asked
+
+
+def checked_wire(asked: bool | None) -> bool | None:
+    """Whether to wire. Raises SettingError for what is neither True, False nor None."""
+    if asked is not None and not isinstance(asked, bool):
+        raise SettingError(f"wire is {asked!r}: it must be True, False, or None, which leaves it to the plan.")
     return asked
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ import openelm_mlx as om
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config, released_openelm_config
 from openelm_mlx.checkpoint.writer import OutputTensor, plan_files, write_sparse
+from openelm_mlx.commands import main
+from openelm_mlx.errors import SettingError
 from openelm_mlx.loading import load
 from openelm_mlx.memory.machine import GIB, Machine, allow_open_files, process_peak_bytes, this_machine, working_set_of
 from openelm_mlx.memory.macos import Footprint, footprint, on_macos, used_bytes
+from openelm_mlx.memory.plan import Weights, Wish, make_plan
 from openelm_mlx.specs import openelm_config, spec_from_config
 
 TESTS = Path(__file__).parent
@@ -306,3 +310,39 @@ def test_linux_without_proc_has_memory_too(tmp_path):
     machine = this_machine({"device_name": "a CPU"}, "cpu", root=tmp_path, is_mac=False)
     assert machine.memory_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert machine.available_bytes > 0
+
+
+# --- what is wired ----------------------------------------------------------------------------------------------------
+
+OPENELM = spec_from_config(released_openelm_config("270M"))
+
+
+def wired(memory_gb: int, weights: float, wire: bool | None = None, on_cpu: bool = False) -> int:
+    """The wired limit of a plan for weights of so many bytes."""
+    machine = replace(Mac("M4 Max", memory_gb).machine(on_cpu), used_bytes=0)
+    plan = make_plan("m", OPENELM, Weights(int(weights)), machine, Wish(context_length=128, wire=wire))
+    assert plan.wired_limit_bytes in (0, plan.total_bytes)
+    return plan.wired_limit_bytes
+
+
+def test_only_what_takes_most_of_the_working_set_is_wired():
+    assert wired(16, 2e9) == wired(64, 13.8e9) == wired(128, 65e9) == 0
+    assert wired(128, 102e9) >= 102e9  # 40 times slower unwired, on such a Mac
+    assert wired(24, 15.5e9) >= 15.5e9
+
+
+def test_who_asks_to_wire_or_not_gets_it():
+    assert wired(64, 2e9, wire=True) >= 2e9
+    assert wired(128, 102e9, wire=False) == 0
+    assert wired(128, 102e9, wire=True, on_cpu=True) == 0  # there is nothing to wire for
+
+
+def test_the_option(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("openelm_mlx.loading.load", lambda *_, wire, **__: asked.append(wire) or sys.exit(0))
+    for words in ([], ["--wire"], ["--no-wire"]):
+        with pytest.raises(SystemExit):
+            main(["generate", "--prompt", "x", *words])
+    assert asked == [None, True, False]
+    with pytest.raises(SettingError, match="wire is 1"):
+        load("demo-openelm", wire=1)

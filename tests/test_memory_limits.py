@@ -103,12 +103,60 @@ def test_where_nothing_is_wired(info):
 
 
 def test_set_while_idle_and_put_back():
-    mlx = FakeMLX()
+    mlx, the_plan = FakeMLX(), plan()
     owner = Owner(mlx)
-    with owner.generating(plan()):
+    with owner.generating(the_plan):
         assert mlx.calls == [("synchronize", HERE), ("wired", 8 * GB), ("cache", GB // 4)]
         mlx.calls.clear()
-    assert mlx.calls == [("synchronize", HERE), ("wired", 0), ("cache", DEFAULT_CACHE)]
+    assert mlx.calls == [("synchronize", HERE), ("cache", DEFAULT_CACHE)]
+    del the_plan
+    assert mlx.calls[2:] == [("wired", 0)]
+
+
+def test_a_model_is_wired_once_however_many_requests_it_has():
+    mlx, the_plan, another = FakeMLX(), plan(wired=6 * GB), plan(wired=3 * GB)
+    owner = Owner(mlx)
+    for _ in range(20):
+        with owner.generating(the_plan):
+            assert mlx.wired == 6 * GB
+    assert [call for call in mlx.calls if call[0] == "wired"] == [("wired", 6 * GB)]
+    with owner.generating(another):
+        assert mlx.wired == 9 * GB
+    del the_plan
+    assert mlx.wired == 3 * GB
+    with owner.generating(another):
+        pass
+    del another
+    assert [value for call, value in mlx.calls if call == "wired"] == [6 * GB, 9 * GB, 3 * GB, 0]
+
+
+def test_a_plan_that_wires_nothing_touches_no_wired_limit():
+    mlx = FakeMLX()
+    with Owner(mlx).generating(plan(wired=0)):
+        pass
+    assert {call for call, _ in mlx.calls} == {"synchronize", "cache"}
+
+
+def test_a_model_that_goes_while_another_thread_is_at_work_is_unwired_later():
+    mlx, first, second = FakeMLX(), plan(wired=6 * GB), plan(wired=3 * GB)
+    owner = Owner(mlx)
+    with owner.generating(first):
+        pass
+    in_thread, go_on = threading.Event(), threading.Event()
+
+    def other():
+        with owner.generating(second):
+            in_thread.set()
+            go_on.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert in_thread.wait(10)
+    del first
+    assert mlx.wired == 9 * GB, "the GPU may be at work"
+    go_on.set()
+    thread.join()
+    assert mlx.wired == 3 * GB
 
 
 def test_put_back_after_an_error_also_of_the_gpu():
@@ -165,7 +213,7 @@ def test_without_a_plan_or_a_mac_nothing_is_set():
 
 
 def test_two_models_nested_and_interleaved():
-    """Both are wired while both generate, and neither puts back what the other needs, in whichever order they end."""
+    """Both are wired as long as they are there, and neither puts back what the other needs, in whichever order they end."""
     first, second = plan(wired=6 * GB, cache=GB), plan(wired=3 * GB, cache=2 * GB)
     for end_first in (True, False):
         mlx = FakeMLX()
@@ -175,9 +223,9 @@ def test_two_models_nested_and_interleaved():
         other.__enter__()
         assert (mlx.wired, mlx.cache) == (9 * GB, 2 * GB)
         (one if end_first else other).__exit__(None, None, None)
-        assert (mlx.wired, mlx.cache) == ((3 * GB, 2 * GB) if end_first else (6 * GB, GB))
+        assert (mlx.wired, mlx.cache) == (9 * GB, 2 * GB if end_first else GB)
         (other if end_first else one).__exit__(None, None, None)
-        assert (mlx.wired, mlx.cache) == (0, DEFAULT_CACHE)
+        assert (mlx.wired, mlx.cache) == (9 * GB, DEFAULT_CACHE)
         for i, (call, _) in enumerate(mlx.calls):
             if call == "wired":
                 assert mlx.calls[i - 1][0] == "synchronize"
@@ -191,7 +239,6 @@ def test_two_requests_to_one_model_wire_it_once():
         with owner.generating(the_plan):
             pass
         assert mlx.calls == [], "nothing changes, so nobody has to wait"
-    assert mlx.wired == 0
 
 
 def test_nothing_changes_while_another_thread_may_have_work_on_the_gpu():

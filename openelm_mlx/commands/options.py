@@ -41,6 +41,12 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="keep to so much memory, for example 8GB; experts that do not fit stay on disk (default: what there is)",
     )
+    group.add_argument(
+        "--wire",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="ask macOS not to page the model out (default: only where it takes most of what the GPU may have)",
+    )
     group.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
     group.add_argument(
         "--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)"
@@ -57,6 +63,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "dense_bits": args.dense_bits,
         "expert_slots": args.expert_slots,
         "memory_limit": args.memory_limit,
+        "wire": args.wire,
         "tokenizer": args.tokenizer,
         "chat_template": args.chat_template,
         "revision": args.revision,

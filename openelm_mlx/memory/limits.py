@@ -2,11 +2,16 @@
 
 A request holds them while it generates (`generating`). They are changed only while the GPU is idle, they are put back
 when the last request ends, however it ends, and a value that the program itself has set is left alone and reported.
+
+The wired limit stays longer: from a model's first request until the model is gone. Each change of it takes every buffer
+into Metal's residency set or out of it, and macOS 26 was reported to panic where that was done for every request, with two
+of them at work (mlx#3186).
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -58,25 +63,34 @@ class Held:
 class Setting:
     """One process-wide number that is set and read by a single call of MLX's, which returns the value before.
 
-    is_default says of a value found there whether MLX itself had put it there.
+    is_default says of a value found there whether MLX itself had put it there. is_costly: even looking at it costs, since
+    that is setting it; so what the program has set is looked at once.
     """
 
-    def __init__(self, name: str, call: Callable[[int], int], is_default: Callable[[int], bool]) -> None:
-        self.name, self._call, self._is_default = name, call, is_default
+    def __init__(
+        self, name: str, call: Callable[[int], int], is_default: Callable[[int], bool], is_costly: bool = False
+    ) -> None:
+        self.name, self._call, self._is_default, self._is_costly = name, call, is_default, is_costly
         self.ours: int | None = None
         self._original = 0
+        self._theirs: int | None = None
 
     def hold(self, value: int) -> str | None:
         """Set `value`, unless the program has one of its own there: then that stays, and a sentence says so."""
         if value == self.ours:
             return None
+        if self._theirs is not None and self._is_costly:
+            return self._left_as(self._theirs, value)
         found = self._call(value)
         if found == self.ours or (self.ours is None and self._is_default(found)):
             self._original = found if self.ours is None else self._original
             self.ours = value
             return None
         self._call(found)
-        self.ours = None
+        self.ours, self._theirs = None, found
+        return self._left_as(found, value)
+
+    def _left_as(self, found: int, value: int) -> str:
         return f"The {self.name} of {found:,} bytes that this program set was left as it is; the plan's is {value:,} bytes."
 
     def put_back(self) -> None:
@@ -92,16 +106,18 @@ class Setting:
 class Owner:
     """Who holds the settings, and what follows from it. `mlx` and the device's facts can be injected.
 
-    Two models that generate in turns are wired both; a setting waits when a thread other than this one may have work on
-    the GPU. Every method may be called from any thread, and by the garbage collector in the middle of another one.
+    Two models are wired both; a setting waits when a thread other than this one may have work on the GPU. Every method may
+    be called from any thread, and by the garbage collector in the middle of another one.
     """
 
     def __init__(self, mlx: Any = mx, device_info: Mapping[str, Any] | None = None) -> None:
         self._mlx, self._device_info = mlx, device_info
-        self._wired = Setting("wired limit", mlx.set_wired_limit, lambda found: found == 0)
+        self._wired = Setting("wired limit", mlx.set_wired_limit, lambda found: found == 0, is_costly=True)
         # On a GPU MLX's own cache limit is its memory limit, which is as good as none; the CPU's is small enough.
         self._cache = Setting("cache limit", mlx.set_cache_limit, lambda found: found == mlx.get_memory_limit())
         self._holders: list[Held] = []
+        # Bytes to be wired for each plan that had a request and is still there: its model has it.
+        self._wired_bytes: dict[int, int] = {}
         self._streams: list[Any] = []  # where work may still run that began under the present settings
         self._lock = threading.RLock()
         self._is_settling = self._is_stale = False
@@ -117,6 +133,7 @@ class Owner:
                 self._mlx.reset_peak_memory()
                 held.peak = held.lap_peak = self._mlx.get_active_memory()
                 self._holders.append(held)
+                self._note_wiring(plan)
             self._settle()
             yield held
         finally:
@@ -125,6 +142,17 @@ class Owner:
                 if held in self._holders:
                     self._holders.remove(held)
             self._settle()
+
+    def _note_wiring(self, plan: MemoryPlan | None) -> None:
+        if plan is not None and plan.wired_limit_bytes and id(plan) not in self._wired_bytes:
+            self._wired_bytes[id(plan)] = plan.wired_limit_bytes
+            # The process's end gives everything back by itself.
+            weakref.finalize(plan, self._forget_wiring, id(plan)).atexit = False
+
+    def _forget_wiring(self, plan_id: int) -> None:
+        with self._lock:
+            del self._wired_bytes[plan_id]
+        self._settle()
 
     def read_peak(self) -> int:
         """The largest amount in use since the process began, as far as counted; every holder's mark is moved up to it."""
@@ -162,25 +190,24 @@ class Owner:
         self._streams += [held.stream for held in self._holders if held.stream not in self._streams]
         if any(held.thread != threading.get_ident() for held in self._holders):
             return
-        plans = list({id(held.plan): held.plan for held in self._holders if held.plan is not None}.values())
-        wired, cache = self._wanted(plans)
+        wired, cache = self._wanted()
         if (wired, cache) == (self._wired.ours, self._cache.ours) or not self._is_idle():
             return
         for setting, value in ((self._wired, wired), (self._cache, cache)):
             if value is None:
                 setting.put_back()
-            elif (note := setting.hold(value)) is not None:
+            elif (note := setting.hold(value)) is not None and self._holders:
                 self._holders[-1].notes.append(note)
 
-    def _wanted(self, plans: list[MemoryPlan]) -> tuple[int | None, int | None]:
-        """The wired and the cache limit for those plans together; None where nothing is to be set."""
-        if not plans:
+    def _wanted(self) -> tuple[int | None, int | None]:
+        """The wired limit of all models and the cache limit of those at work; None where nothing is to be set."""
+        caches = [held.plan.cache_limit_bytes for held in self._holders if held.plan is not None]
+        if not caches and not self._wired_bytes:
             return None, None
         info = self._mlx.device_info() if self._device_info is None else self._device_info
-        wired = wired_limit(sum(plan.wired_limit_bytes for plan in plans), info)
         # The CPU's own cache limit is a few megabytes, and no device with a memory of its own.
         has_gpu = "memory_size" in info or "total_memory" in info
-        cache = max(plan.cache_limit_bytes for plan in plans) if has_gpu else 0
+        wired, cache = wired_limit(sum(self._wired_bytes.values()), info), max(caches, default=0) if has_gpu else 0
         return wired or None, cache or None
 
     def _is_idle(self) -> bool:

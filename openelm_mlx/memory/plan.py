@@ -37,6 +37,9 @@ USUAL_PROMPT, USUAL_ANSWER = 2048, 256
 ASSUMED_DISK, ASSUMED_PREFILL, ASSUMED_PREFILL_ON_CPU = 3e9, 300.0, 20.0
 # What the system's file cache and macOS keep when experts are read through it and nobody set a limit.
 LEFT_TO_FILES = 6_000_000_000
+# From this share of the working set on a model is wired. One that took 89 % of it was 40 times slower unwired
+# (vmlx-swift#418); one that is far below has room, and wiring was reported to stop some Macs (mlx#3186).
+WIRED_FROM = 0.8
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Wish:
     kv_bits: int | None = None
     dense_bits: int | None = None
     expert_slots: int | None = None
+    wire: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class MemoryPlan:
     kv_bits: int | None = None
     expert_slots: int | None = None
     dense_bits: int | None = None
-    wired_limit_bytes: int = 0
+    wired_limit_bytes: int = 0  # what macOS is asked not to page out; 0: nothing
     cache_limit_bytes: int = 0
     prefill_tps: float | None = None
     decode_tps: float | None = None
@@ -282,7 +286,7 @@ class _Planner:
             total_bytes=total, process_bytes=process, budget_bytes=max(0, self.limit - self.overhead),
             context_length=context, max_context_length=0, batch_size=self.wish.batch_size, prefill_chunk=chunk,
             kv_bits=kv_bits, expert_slots=slots, dense_bits=self.wish.dense_bits,
-            wired_limit_bytes=total if self.is_gpu else 0, cache_limit_bytes=self.cache_limit if self.is_gpu else 0,
+            wired_limit_bytes=self._wired(total), cache_limit_bytes=self.cache_limit if self.is_gpu else 0,
             memory_limit=self.limit, machine=self.machine,
         )  # fmt: skip
         if not with_limits:
@@ -295,6 +299,12 @@ class _Planner:
             prefill_tps=prefill,
             decode_tps=decode,
         )
+
+    def _wired(self, total: int) -> int:
+        """What of `total` macOS is not to page out: all or nothing."""
+        is_near = total >= WIRED_FROM * self.machine.working_set_bytes
+        wanted = is_near if self.wish.wire is None else self.wish.wire
+        return total if wanted and self.machine.backend == "metal" else 0
 
     def weights_bytes(self, slots: int | None) -> int:
         if slots is None:

@@ -14,14 +14,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from conftest import random_model
 
 import openelm_mlx as om
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config, released_openelm_config
 from openelm_mlx.checkpoint.writer import OutputTensor, plan_files, write_sparse
 from openelm_mlx.commands import main
-from openelm_mlx.errors import SettingError
+from openelm_mlx.decoding.gpu_errors import empty_stream
+from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.loading import load
 from openelm_mlx.memory.machine import GIB, Machine, allow_open_files, process_peak_bytes, this_machine, working_set_of
 from openelm_mlx.memory.macos import Footprint, footprint, on_macos, used_bytes
@@ -346,3 +349,80 @@ def test_the_option(monkeypatch, capsys):
     assert asked == [None, True, False]
     with pytest.raises(SettingError, match="wire is 1"):
         load("demo-openelm", wire=1)
+
+
+# --- the GPU's errors -------------------------------------------------------------------------------------------------
+
+
+def metal_error(words: str, number: int, name: str) -> str:
+    return f"[METAL] Command buffer execution failed: {words} ({number:08x}:kIOGPUCommandBufferCallbackError{name})"
+
+
+TIMEOUT = metal_error("Caused GPU Timeout Error", 2, "Timeout")
+IGNORED = metal_error("Ignored (for causing prior/excessive GPU errors)", 4, "SubmissionsIgnored")
+VICTIM = metal_error("Innocent Victim (for being a victim of a GPU error/recovery)", 5, "InnocentVictim")
+NO_MEMORY = metal_error("Insufficient Memory", 8, "OutOfMemory")
+
+
+class Gpu:
+    """A GPU with failed command buffers: whoever waits for it, by `eval` or `synchronize`, hears of the next, once."""
+
+    def __init__(self, monkeypatch, errors: list[str]) -> None:
+        self.errors: list[str] = []
+        self.strikes, self.evaluate = errors, mx.eval
+        monkeypatch.setattr("openelm_mlx.decoding.prefill.mx.eval", self.eval)
+        monkeypatch.setattr("openelm_mlx.decoding.gpu_errors.mx.synchronize", lambda stream: self.report())
+
+    def eval(self, *arrays) -> None:
+        self.evaluate(*arrays)
+        self.errors, self.strikes = self.errors + self.strikes, []
+        self.report()
+
+    def report(self) -> None:
+        if self.errors:
+            raise RuntimeError(self.errors.pop(0))
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    return random_model(context_length=512)
+
+
+def answer(model, prompt_tokens: int = 60) -> list[int]:
+    return [each.token for each in om.stream_generate(model, None, [3] * prompt_tokens, max_tokens=4, prefill_chunk=16)]
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [[TIMEOUT], [TIMEOUT, IGNORED, IGNORED, VICTIM], [IGNORED], [VICTIM], [VICTIM, TIMEOUT]],
+    ids=["alone", "with those behind it", "ignored", "another program's", "out of order"],
+)
+def test_the_watchdog_is_known_by_all_its_names_and_its_errors_are_heard_to_the_end(small_model, monkeypatch, errors):
+    expected = answer(small_model)
+    gpu = Gpu(monkeypatch, errors)
+    assert answer(small_model) == expected
+    assert gpu.errors == gpu.strikes == []
+
+
+def test_memory_that_ran_out_behind_an_ignored_buffer_is_what_is_said(monkeypatch):
+    model = random_model(context_length=512)
+    gpu = Gpu(monkeypatch, [IGNORED, NO_MEMORY, IGNORED])
+    with pytest.raises(MemoryLimitError, match="memory ran out"):
+        answer(model)
+    assert gpu.errors == []
+
+
+def test_after_another_error_nothing_is_left_for_the_next_request(small_model, monkeypatch):
+    gpu = Gpu(monkeypatch, [metal_error("Page Fault", 11, "PageFault"), IGNORED, IGNORED])
+    with pytest.raises(RuntimeError, match="PageFault"):
+        answer(small_model)
+    assert gpu.errors == []
+    assert len(answer(small_model)) == 4
+
+
+def test_a_stream_of_another_thread_is_not_waited_for(monkeypatch):
+    def not_here(stream):
+        raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
+
+    monkeypatch.setattr("openelm_mlx.decoding.gpu_errors.mx.synchronize", not_here)
+    assert empty_stream() == []

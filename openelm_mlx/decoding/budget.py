@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..errors import MemoryLimitError
 from ..memory.limits import Held, generating
 from ..models.cache import Cache
+from .gpu_errors import empty_stream, is_out_of_memory
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -24,9 +25,6 @@ DEFAULT_CHUNK = 512
 LEAST_CHUNK = 16
 # So many tokens of an answer are made room for at once.
 TOKENS_AT_ONCE = 64
-
-# What MLX's backends say when there is no memory left: Metal, its command buffers, CUDA, and the CPU.
-_OUT_OF_MEMORY = ("malloc", "insufficient memory", "out of memory", "outofmemory", "unable to allocate", "bad_alloc")
 
 
 class Budget:
@@ -163,6 +161,8 @@ def keeping_to_plan(model: Model, cache: Cache) -> Iterator[tuple[Budget, Held]]
             yield Budget(model, cache, held), held
         except (RuntimeError, MemoryError) as error:
             drop(cache)
+            # Nothing of this request is left for the next one to hear of.
+            error = next((each for each in (error, *empty_stream()) if is_out_of_memory(each)), error)
             if not is_out_of_memory(error):
                 raise
             model.failure = (
@@ -195,12 +195,6 @@ def drop(cache: Cache) -> None:
     for layer in cache:
         layer.clear()
     mx.clear_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether MLX's error says that there was no memory left."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
 def size(num_bytes: int) -> str:

@@ -18,15 +18,13 @@ from ..models.cache import Cache, SlidingKVCache
 from ..models.precision import runs_on_cpu
 from .budget import Budget, drop
 from .compiled_step import make_step
+from .gpu_errors import empty_stream, is_out_of_memory, is_watchdog
 
 if TYPE_CHECKING:
     from ..models import Model
 
 # Seconds. On CUDA it took less.
 LONGEST_RELEASE = 1e-3
-
-# macOS ends GPU work that keeps the screen waiting; what Metal says then.
-_WATCHDOG = ("callbackerrortimeout", "gpu timeout", "impactinginteractivity", "impacting interactivity")
 
 
 def prefill(
@@ -57,6 +55,10 @@ def prefill(
             return logits
         fill(model, tokens[:-1], cache, chunk_length, budget, stops, at_border)
     except RuntimeError as error:
+        others = empty_stream()  # what was committed behind it has failed too
+        for other in others:
+            if is_out_of_memory(other):
+                raise other from error
         if not is_watchdog(error):
             raise
         drop(cache)  # what the chunk had begun to write is lost
@@ -182,9 +184,3 @@ def _until_below(num_bytes: int) -> bool:
     while mx.get_active_memory() > num_bytes and time.perf_counter() < deadline:
         time.sleep(0)
     return mx.get_active_memory() <= num_bytes
-
-
-def is_watchdog(error: RuntimeError) -> bool:
-    """Whether macOS stopped the GPU because its work took too long at a time."""
-    text = str(error).lower()
-    return any(words in text for words in _WATCHDOG)

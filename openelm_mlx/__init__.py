@@ -9,9 +9,22 @@ print(om.generate(model, tokenizer, "What is a banjo?"))
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Apple's own Python is 3.9. pip refuses it in words of its own; a copy of the repository would fail somewhere in the middle.
+if sys.version_info < (3, 10):  # noqa: UP036
+    _told = (
+        f"openelm_mlx needs Python 3.10 or later, and this is Python {sys.version_info[0]}.{sys.version_info[1]} "
+        f"({sys.executable}): install a newer one, for example with `brew install python`, and make a new virtual "
+        "environment with it."
+    )
+    if sys.argv[:1] == ["-m"]:  # python -m openelm_mlx: the command line has sentences, and no tracebacks
+        sys.stderr.write("openelm_mlx: " + _told + "\n")
+        raise SystemExit(2)
+    raise ImportError(_told)
 
 # Public name -> module. Loaded on first use, so that `import openelm_mlx` costs a millisecond and touches no device.
 _PUBLIC = {
@@ -51,7 +64,12 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_PUBLIC[name]}", __name__)
+    try:
+        module = importlib.import_module(f".{_PUBLIC[name]}", __name__)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "mlx":
+            importlib.import_module(".platforms", __name__).require_mlx()  # says what is the matter with this computer
+        raise
     # The module `generate` is callable: the one object is both what `om.generate` and `import openelm_mlx.generate` name.
     value = module if name == "generate" else getattr(module, name)
     globals()[name] = value

@@ -26,6 +26,7 @@ from .memory.residency import Streaming, checked_slots
 from .models import build_model
 from .models.moe import Experts, rows_in_a_tile
 from .models.precision import by_columns, runs_on_cpu, use_choices
+from .platforms import keep_float32
 from .specs import ModelSpec, checked_kv_bits, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
 from .text.tokenizer import Tokenizer, load_tokenizer
@@ -131,6 +132,7 @@ def load(
     wanted_type = parse_dtype(dtype)
     use_choices(stored_choices())
     allow_open_files()
+    keep_float32()
     path = locate(source, revision, progress)
     config = read_config(path)
     spec = spec_from_config(config)

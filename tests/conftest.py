@@ -9,16 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten, tree_map
+from openelm_mlx.platforms import keep_float32
 
-from openelm_mlx.checkpoint.layouts import understand
-from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
-from openelm_mlx.loading import load_model
-from openelm_mlx.models import build_model
-from openelm_mlx.specs import openelm_config, spec_from_config
+keep_float32()  # before MLX makes its first product: what is compared here is float32
+
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
+
+from openelm_mlx.checkpoint.layouts import understand  # noqa: E402
+from openelm_mlx.checkpoint.reader import open_checkpoint, read_config  # noqa: E402
+from openelm_mlx.loading import load_model  # noqa: E402
+from openelm_mlx.models import build_model  # noqa: E402
+from openelm_mlx.specs import openelm_config, spec_from_config  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -11,8 +11,9 @@ import mlx.core as mx
 import pytest
 from conftest import random_model, save_folder
 
-from openelm_mlx.commands import main, require_mlx
+from openelm_mlx.commands import main
 from openelm_mlx.errors import PlatformError
+from openelm_mlx.platforms import require_mlx
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ change made elsewhere cannot break the first Mac unseen.
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import json
 import os
@@ -24,11 +25,12 @@ from openelm_mlx.checkpoint.released import released_gpt_oss_config, released_op
 from openelm_mlx.checkpoint.writer import OutputTensor, plan_files, write_sparse
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.gpu_errors import empty_stream
-from openelm_mlx.errors import MemoryLimitError, SettingError
+from openelm_mlx.errors import MemoryLimitError, PlatformError, SettingError
 from openelm_mlx.loading import load
 from openelm_mlx.memory.machine import GIB, Machine, allow_open_files, process_peak_bytes, this_machine, working_set_of
 from openelm_mlx.memory.macos import Footprint, footprint, on_macos, used_bytes
 from openelm_mlx.memory.plan import Weights, Wish, make_plan
+from openelm_mlx.platforms import keep_float32, require_mlx
 from openelm_mlx.specs import openelm_config, spec_from_config
 
 TESTS = Path(__file__).parent
@@ -426,3 +428,65 @@ def test_a_stream_of_another_thread_is_not_waited_for(monkeypatch):
 
     monkeypatch.setattr("openelm_mlx.decoding.gpu_errors.mx.synchronize", not_here)
     assert empty_stream() == []
+
+
+# --- computers that cannot, and float32 that is float32 ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (("Darwin", "arm64", None, "13.6.1"), "macOS 13.6.1, and MLX needs macOS 14"),
+        (("Darwin", "arm64", None, "12.0"), "Software Update"),
+        (("Darwin", "x86_64", False, "15.0"), "Intel Mac"),
+        (("Darwin", "x86_64", True, "15.0"), "Rosetta"),
+    ],
+)
+def test_a_computer_that_cannot_run_mlx_gets_a_sentence(facts, said):
+    with pytest.raises(PlatformError, match=said):
+        require_mlx(*facts)
+
+
+@pytest.mark.parametrize("release", ["14.0", "15.7.1", "26.2", "99"])
+def test_a_mac_that_can(release):
+    require_mlx("Darwin", "arm64", None, release)
+
+
+def test_a_program_without_mlx_is_told_what_is_the_matter(monkeypatch):
+    monkeypatch.delitem(om.__dict__, "load", raising=False)
+    monkeypatch.setitem(sys.modules, "mlx", None)
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    for name in [name for name in sys.modules if name.startswith("openelm_mlx.loading")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(PlatformError, match="MLX cannot be imported"):
+        om.load  # noqa: B018
+
+
+OLD_PYTHON = "import sys; sys.version_info = (3, 9, 6, 'final', 0); sys.argv = {argv}; import openelm_mlx"
+
+
+def test_apple_s_own_python_is_told_so():
+    """Whatever else of it is old, the first file of the package can be read by it."""
+    for argv, code in ((["-m"], 2), (["x.py"], 1)):
+        script = OLD_PYTHON.format(argv=argv)
+        finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert finished.returncode == code
+        assert "openelm_mlx needs Python 3.10 or later, and this is Python 3.9" in finished.stderr
+        assert ("Traceback" in finished.stderr) == (code == 1)
+    for name in ("__init__.py", "__main__.py"):
+        ast.parse((TESTS.parent / "openelm_mlx" / name).read_text(), feature_version=(3, 9))
+
+
+def test_float32_stays_float32_unless_the_user_says_otherwise():
+    for given, then in (({}, "0"), ({"MLX_ENABLE_TF32": "1"}, "1"), ({"MLX_ENABLE_TF32": "0"}, "0")):
+        environment = dict(given)
+        keep_float32(environment)
+        assert environment == {"MLX_ENABLE_TF32": then}
+    assert os.environ["MLX_ENABLE_TF32"], "the tests themselves"
+    script = "import os, openelm_mlx as om; assert 'MLX_ENABLE_TF32' not in os.environ; om.load('demo-openelm'); {}"
+    environment = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
+    script = script.format("print(os.environ['MLX_ENABLE_TF32'])")
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
+    assert finished.stdout.strip() == "0"

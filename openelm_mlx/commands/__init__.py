@@ -10,12 +10,12 @@ import argparse
 import errno
 import importlib
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..errors import PlatformError, UserError
+from ..errors import UserError
+from ..platforms import keep_float32, require_mlx
 
 # Name -> module, in the order of the help. Each has HELP, add_arguments(parser) and run(args) -> exit code, and imports
 # what is slow only in run, so that --help is instant.
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = build_parser(prog, arguments).parse_args(arguments)
+        keep_float32()
         require_mlx()
         return args.run(args)
     except UserError as error:
@@ -83,35 +84,3 @@ def build_parser(prog: str, arguments: Sequence[str] = ()) -> Parser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
-
-
-def require_mlx(system: str | None = None, machine: str | None = None, translated: bool | None = None) -> None:
-    """Raise PlatformError with what is needed when this computer cannot run MLX. Every fact can be injected."""
-    system, machine = system or platform.system(), machine or platform.machine()
-    if system == "Darwin" and machine == "x86_64":
-        if _is_translated() if translated is None else translated:
-            raise PlatformError(
-                "This Python runs under Rosetta as an Intel program, and MLX needs a native one: install Python for "
-                "Apple silicon (arm64), for example with `brew install python` in a Terminal that is not set to Rosetta, "
-                "and make a new virtual environment with it."
-            )
-        raise PlatformError(
-            "This is an Intel Mac, and MLX runs on Apple silicon (M1 or later) only: use such a Mac, or Linux with "
-            "`pip install 'mlx[cpu]'`."
-        )
-    try:
-        import mlx.core  # noqa: F401
-    except ImportError as error:
-        extra = "" if system == "Darwin" else "[cpu]"
-        raise PlatformError(
-            f"MLX cannot be imported ({error}): install it with `pip install 'mlx{extra}'` (macOS 14 or later on Apple "
-            "silicon, or Linux)."
-        ) from error
-
-
-def _is_translated() -> bool:
-    """Whether macOS translates this process from Intel code."""
-    import subprocess
-
-    answer = subprocess.run(["sysctl", "-n", "sysctl.proc_translated"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() == "1"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 
 HELP = "check on this machine what nobody could check on it, and print a report"
@@ -19,8 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check and print. Returns 0 when nothing failed, else 1."""
-    # Parity is asked of float32; MLX's GPU backends may multiply matrices in fewer bits unless told not to, once.
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")
     from .. import __version__
     from ..bench.benchmark import machine_description
     from ..bench.conditions import disturbances

@@ -1,0 +1,70 @@
+"""Where MLX runs, and what it is told before it starts. Nothing here imports it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import MutableMapping
+
+from .errors import PlatformError
+
+# The oldest macOS that MLX is built for.
+OLDEST_MACOS = 14
+
+
+def keep_float32(environment: MutableMapping[str, str] | None = None) -> None:
+    """Have MLX compute float32 in float32, unless the user has set MLX_ENABLE_TF32.
+
+    MLX lets matrix units round float32 to TF32's 10 bits (CUDA; M5 with macOS 26.2). gpt-oss's router decides near-ties
+    in float32, and so is all of a model compared that is compared with Apple's and OpenAI's code. MLX looks at the
+    variable at its first product: a program that has made one before keeps what it had.
+    """
+    (os.environ if environment is None else environment).setdefault("MLX_ENABLE_TF32", "0")
+
+
+def require_mlx(
+    system: str | None = None, machine: str | None = None, translated: bool | None = None, release: str | None = None
+) -> None:
+    """Raise PlatformError with what is needed when this computer cannot run MLX. Every fact can be injected.
+
+    release: of macOS, such as "14.5".
+    """
+    system, machine = system or platform.system(), machine or platform.machine()
+    if system == "Darwin" and machine == "x86_64":
+        if (_sysctl("sysctl.proc_translated") == "1") if translated is None else translated:
+            raise PlatformError(
+                "This Python runs under Rosetta as an Intel program, and MLX needs a native one: install Python for "
+                "Apple silicon (arm64), for example with `brew install python` in a Terminal that is not set to Rosetta, "
+                "and make a new virtual environment with it."
+            )
+        raise PlatformError(
+            "This is an Intel Mac, and MLX runs on Apple silicon (M1 or later) only: use such a Mac, or Linux with "
+            "`pip install 'mlx[cpu]'`."
+        )
+    if system == "Darwin":
+        # A Python that was built for an old macOS is told 10.16 or 16 by the system; the kernel says what it is.
+        release = release or _sysctl("kern.osproductversion") or platform.mac_ver()[0]
+        number = re.match(r"\d+", release)
+        if number is not None and int(number[0]) < OLDEST_MACOS:
+            raise PlatformError(
+                f"This Mac has macOS {release}, and MLX needs macOS {OLDEST_MACOS} or later: update it in System Settings, "
+                "General, Software Update."
+            )
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        extra = "" if system == "Darwin" else "[cpu]"
+        raise PlatformError(
+            f"MLX cannot be imported ({error}): install it with `pip install 'mlx{extra}'` (macOS 14 or later on Apple "
+            "silicon, or Linux)."
+        ) from error
+
+
+def _sysctl(name: str) -> str:
+    try:
+        answer = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip()

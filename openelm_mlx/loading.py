@@ -18,6 +18,7 @@ from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
+from .finder import is_macos_own
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import allow_open_files, this_machine
@@ -452,7 +453,7 @@ def choose_model_files(files: list[hub.RepoFile]) -> list[str]:
 
     Weights in subfolders are other layouts' copies of the same model, and pickles repeat what safetensors hold.
     """
-    top = [file.name for file in files if "/" not in file.name]
+    top = [file.name for file in files if "/" not in file.name and not is_macos_own(file.name)]
     weights = [name for name in top if name.endswith(".safetensors")]
     if not weights:
         weights = [name for name in top if name.endswith((".pt", ".pth"))]

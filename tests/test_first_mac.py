@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import errno
 import json
 import os
 import subprocess
@@ -21,12 +22,22 @@ from conftest import random_model
 
 import openelm_mlx as om
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.checkpoint.hub import RepoFile
+from openelm_mlx.checkpoint.reader import open_checkpoint, read_config, read_header
 from openelm_mlx.checkpoint.released import released_gpt_oss_config, released_openelm_config
-from openelm_mlx.checkpoint.writer import OutputTensor, plan_files, write_sparse
+from openelm_mlx.checkpoint.writer import OutputTensor, check_destination, plan_files, write_sparse
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.gpu_errors import empty_stream
-from openelm_mlx.errors import MemoryLimitError, PlatformError, SettingError
-from openelm_mlx.loading import load
+from openelm_mlx.errors import (
+    CheckpointError,
+    ConfigError,
+    DestinationError,
+    MemoryLimitError,
+    PlatformError,
+    SettingError,
+)
+from openelm_mlx.finder import sync, sync_folder
+from openelm_mlx.loading import choose_model_files, load
 from openelm_mlx.memory.machine import GIB, Machine, allow_open_files, process_peak_bytes, this_machine, working_set_of
 from openelm_mlx.memory.macos import Footprint, footprint, on_macos, used_bytes
 from openelm_mlx.memory.plan import Weights, Wish, make_plan
@@ -490,3 +501,113 @@ def test_float32_stays_float32_unless_the_user_says_otherwise():
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
     )
     assert finished.stdout.strip() == "0"
+
+
+# --- Finder, external and network disks -------------------------------------------------------------------------------
+
+APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64)
+FINDERS = (".DS_Store", ".localized", "Icon\r", "._model.safetensors", "._config.json")
+
+
+def with_apple_doubles(folder: Path) -> Path:
+    """As a folder looks after it was copied to exFAT and shown in Finder."""
+    for file in list(folder.iterdir()):
+        (folder / f"._{file.name}").write_bytes(APPLE_DOUBLE)
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    return folder
+
+
+def sharded(folder: Path) -> Path:
+    return write_random_gpt_oss(folder, narrow("20b"), max_file_bytes=2**20, sparse=True)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_apple_doubles_are_no_shards_and_no_indexes(tmp_path, index):
+    folder = sharded(tmp_path / "m")
+    shards = sorted(folder.glob("*.safetensors"))
+    names = {name: file.name for file in shards for name in read_header(file)}
+    if index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with_apple_doubles(folder)
+    assert open_checkpoint(folder).files == tuple(shards)
+    assert read_config(folder)["model_type"] == "gpt_oss"
+
+
+@pytest.mark.parametrize("name", ["._model.bin", "._model.pt"])
+def test_an_apple_double_is_no_weight_at_all(tmp_path, name):
+    (tmp_path / name).write_bytes(APPLE_DOUBLE)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_apple_double_is_no_config(tmp_path):
+    (tmp_path / "._config.yaml").write_bytes(APPLE_DOUBLE)
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        read_config(tmp_path)
+
+
+def test_an_apple_double_in_a_repository_is_not_fetched():
+    names = ["model.safetensors", "._model.safetensors", "config.json", "._config.json", ".DS_Store"]
+    assert choose_model_files([RepoFile(name, 1) for name in names]) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", FINDERS)
+def test_a_folder_with_finder_s_files_is_empty(tmp_path, name):
+    destination = tmp_path / "out"
+    destination.mkdir()
+    (destination / name).write_bytes(b"x")
+    check_destination(destination)
+    (destination / ".gitignore").write_text("")
+    with pytest.raises(DestinationError, match="folder with files in it"):
+        check_destination(destination)
+
+
+def test_a_conversion_into_a_folder_that_finder_has_shown(tmp_path):
+    destination = tmp_path / "out"
+    destination.mkdir()
+    (destination / ".DS_Store").write_bytes(b"Bud1")
+    om.convert("demo-openelm", destination, verify=False)
+    assert (destination / ".DS_Store").read_bytes() == b"Bud1"
+    assert open_checkpoint(destination).entries
+
+
+class Fcntl:
+    """`fcntl` as macOS has it; F_FULLFSYNC is passed to a disk that answers with this error (None: does it)."""
+
+    F_FULLFSYNC = 51
+
+    def __init__(self, error: int | None) -> None:
+        self.error, self.calls = error, 0
+
+    def fcntl(self, descriptor: int, command: int) -> int:
+        assert command == self.F_FULLFSYNC
+        self.calls += 1
+        if self.error is not None:
+            raise OSError(self.error, os.strerror(self.error))
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("code", "synced"), [(None, 0), (errno.ENOTSUP, 1), (errno.ENOTTY, 1), (errno.EINVAL, 1), (errno.EIO, None)]
+)
+def test_a_disk_that_refuses_f_fullfsync_is_asked_to_fsync(tmp_path, monkeypatch, code, synced):
+    calls, disk = [], Fcntl(code)
+    monkeypatch.setattr("openelm_mlx.finder.fcntl", disk)
+    monkeypatch.setattr("openelm_mlx.finder.sys.platform", "darwin")
+    monkeypatch.setattr(os, "fsync", calls.append)
+    with (tmp_path / "x").open("wb") as stream:
+        if synced is None:  # what the disk really says of a write is heard
+            with pytest.raises(OSError, match="Input/output"):
+                sync(stream)
+        else:
+            sync(stream)
+            assert len(calls) == synced
+    assert disk.calls == 1
+
+
+def test_a_network_disk_whose_folders_cannot_be_synced(tmp_path, monkeypatch):
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    sync_folder(tmp_path)

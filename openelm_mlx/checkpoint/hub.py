@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from openelm_mlx.errors import CheckpointError, DestinationError, HubError, UserError
+from openelm_mlx.finder import MACOS_PATTERNS, is_empty, is_macos_own
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -144,7 +145,7 @@ def upload(
 
     folder = Path(folder)
     _check_repo_name(repo)
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or is_empty(folder):
         raise CheckpointError(f"{folder} is not a folder with files in it: name the folder that is to be uploaded.")
     api = HfApi(endpoint=constants.ENDPOINT, library_name=_LIBRARY)
     try:
@@ -156,7 +157,7 @@ def upload(
                     f"{repo} exists and is public: choose another name for a private upload of {folder}, or make it "
                     f"private first at {constants.ENDPOINT}/{repo}/settings."
                 )
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=[".DS_Store"])
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=MACOS_PATTERNS)
     except UserError:
         raise
     except Exception as error:  # huggingface_hub and its Rust part raise classes of many kinds, RuntimeError among them
@@ -333,7 +334,7 @@ class _RepoCache:
             noted = json.loads(self._memo(commit).read_text(encoding="utf-8"))
             return _Listing(repo, commit, tuple(RepoFile(*entry) for entry in noted), refusal)
         snapshot = self.snapshot(commit)
-        here = sorted(path for path in snapshot.rglob("*") if path.is_file())
+        here = sorted(path for path in snapshot.rglob("*") if path.is_file() and not is_macos_own(path.name))
         files = tuple(RepoFile(path.relative_to(snapshot).as_posix(), path.stat().st_size) for path in here)
         return _Listing(repo, commit, files, refusal, is_whole=False)
 

@@ -144,24 +144,29 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"There is no folder {folder}: check the path, or give a Hugging Face repository as owner/name."
         )
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    indexes = _files_like(folder, "*.safetensors.index.json")
     if indexes:
         return _indexed_files(indexes[0])
     for pattern in ("model.safetensors", "weights.safetensors", "model*.safetensors", "*.safetensors", "*.pt", "*.pth"):
-        files = sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
+        files = _files_like(folder, pattern)
         if len(files) > 1 and pattern != "model*.safetensors":
             names = ", ".join(file.name for file in files)
             raise CheckpointError(f"{folder} holds several checkpoints ({names}): give the path of the one to read.")
         if files:
             _check_numbering(folder, files)
             return files
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pkl", "*.npz") for file in folder.glob(pattern))
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pkl", "*.npz") for file in _files_like(folder, pattern))
     if pickles:
         raise CheckpointError(
             f"{folder} has its weights only as {pickles[0]}, which is not read because a pickle can run any code: "
             "look for the model's safetensors files."
         )
     raise CheckpointError(f"{folder} holds no weights: there is no safetensors or PyTorch file in it.")
+
+
+def _files_like(folder: Path, pattern: str) -> list[Path]:
+    """The files of such names; none that is hidden, as those that macOS writes beside others on some disks."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -208,7 +213,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"There is no folder {folder}: check the path, or give a Hugging Face repository as owner/name."
         )
-    for file in (folder / "config.json", folder / "corenet.json", *sorted(folder.glob("*.y*ml"))):
+    for file in (folder / "config.json", folder / "corenet.json", *_files_like(folder, "*.y*ml")):
         if file.is_file():
             return _read_object(file)
     raise ConfigError(

@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..errors import DestinationError
+from ..finder import is_empty, sync, sync_folder
 from .reader import ITEM_SIZES
 
 # Loaders of 5 GB files are everywhere, and the Hub sends no larger ones at one go.
@@ -218,15 +219,18 @@ class CheckpointWriter:
                 if name == "config.json":
                     for file in self._files:
                         os.replace(self._unfinished(file), self._output / file.name)
-                    _sync_folder(self._output)
+                    sync_folder(self._output)
                 self._put(name, others[name])
-            _sync_folder(self._output)
+            sync_folder(self._output)
         return self._output
 
     def publish(self) -> None:
         """Rename the assembled folder to the destination: from one moment to the next it is there, and whole."""
         with self._explained():
             try:
+                if self.destination.is_dir() and is_empty(self.destination):
+                    for path in list(self.destination.iterdir()):  # Finder's: it goes along, or the folder is not empty
+                        os.replace(path, self._output / path.name)
                 os.rename(self._output, self.destination)
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
@@ -235,7 +239,7 @@ class CheckpointWriter:
                     f"{self.destination} appeared while it was being written, and nothing is overwritten: choose another "
                     "destination."
                 ) from error
-            _sync_folder(self.destination.parent)
+            sync_folder(self.destination.parent)
         self._remove()
 
     # --- resuming ---
@@ -271,7 +275,7 @@ class CheckpointWriter:
                 self._position += 1
             else:
                 stream.truncate()
-                _sync(stream)
+                sync(stream)
                 self.checksums[file.name] = self._checksum.hexdigest()
                 return True
         self._stream = path.open("ab")
@@ -324,7 +328,7 @@ class CheckpointWriter:
 
     def _end(self, file: OutputFile) -> None:
         assert self._stream is not None
-        _sync(self._stream)
+        sync(self._stream)
         self._stream.close()
         self._stream = None
         self.checksums[file.name] = self._checksum.hexdigest()
@@ -332,7 +336,7 @@ class CheckpointWriter:
     def _put(self, name: str, content: bytes | Path) -> None:
         with (self._output / name).open("wb") as stream:
             _append(stream, content if isinstance(content, bytes) else content.read_bytes())
-            _sync(stream)
+            sync(stream)
 
     def _unfinished(self, file: OutputFile) -> Path:
         return self._output / (file.name + _UNFINISHED)
@@ -345,7 +349,7 @@ class CheckpointWriter:
     # --- the folder ---
 
     def _check_partial(self) -> None:
-        if self.partial.exists() and any(self.partial.iterdir()) and not (self.partial / _LOCK).exists():
+        if self.partial.exists() and not is_empty(self.partial) and not (self.partial / _LOCK).exists():
             raise DestinationError(
                 f"{self.partial} is where the conversion would be written, and holds something else: move it away, or "
                 "choose another destination."
@@ -388,7 +392,7 @@ class CheckpointWriter:
 def check_destination(destination: Path) -> None:
     """Raise DestinationError when there is something at `destination` already; an empty folder is nothing."""
     try:
-        if destination.is_dir() and not any(destination.iterdir()):
+        if destination.is_dir() and is_empty(destination):
             return
         if os.path.lexists(destination):
             kind = "folder with files in it" if destination.is_dir() else "file"
@@ -439,22 +443,6 @@ def _read_checksum(stream: BinaryIO, nbytes: int, *whole: hashlib._Hash) -> str:
             each.update(block)
         nbytes -= len(block)
     return checksum.hexdigest()
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    if sys.platform == "darwin":
-        fcntl.fcntl(stream, fcntl.F_FULLFSYNC)  # macOS's fsync leaves the bytes in the drive's cache
-    else:
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sentence(error: OSError, destination: Path) -> DestinationError:

@@ -25,6 +25,7 @@ from ..checkpoint import hub
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, check_destination
 from ..errors import HubError, SettingError
+from ..finder import files_of
 from ..loading import find_tokenizer, stored_template
 from ..text.tokenizer import Tokenizer
 from .card import CardFacts, licence_files, model_card
@@ -119,7 +120,7 @@ def convert(
         if verify:
             original = (opened.contents, opened.checkpoint)
             verification = verify_files(folder, writer.checksums, original, found, _stage("verify", progress))
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        sizes = {path.name: path.stat().st_size for path in sorted(files_of(folder))}
         writer.publish()
     url = None if upload is None else hub.upload(target, upload, private, f"Convert {opened.name} with {_PROGRAM}")
     return replace(

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +20,8 @@ _NAMES = {
 }  # fmt: skip
 # The same for who takes patterns.
 MACOS_PATTERNS = [*sorted(_NAMES), "._*"]
+# What a read says of a disk that was pulled out, or of a server that went away.
+_DISK_IS_GONE = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOENT, errno.ENOTCONN, errno.ETIMEDOUT}
 # What a disk says that has no such call: SMB, NFS, exFAT, FUSE.
 _NO_SUCH_CALL = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS}
 
@@ -37,6 +39,27 @@ def files_of(folder: Path) -> Iterator[Path]:
 def is_empty(folder: Path) -> bool:
     """Whether nothing is in a folder but what macOS has put there."""
     return next(files_of(folder), None) is None
+
+
+def disk_trouble(files: Iterable[Path]) -> str | None:
+    """What is the matter with the disk of one of these files, and what to do about it; None when they can be read.
+
+    MLX says of a read that failed only that it did.
+    """
+    for file in files:
+        try:
+            with file.open("rb", buffering=0) as stream:
+                stream.read(1)
+                stream.seek(-1, os.SEEK_END)
+                stream.read(1)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                return f"{file} cannot be opened ({reason}): close other programs, or run `ulimit -n 4096` before this one."
+            if error.errno in _DISK_IS_GONE:
+                return f"{file} cannot be read any more ({reason}): connect its disk again, and try again."
+            return f"{file} cannot be read ({reason})."
+    return None
 
 
 def sync(stream: IO[bytes]) -> None:

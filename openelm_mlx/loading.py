@@ -18,7 +18,7 @@ from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
-from .finder import is_macos_own
+from .finder import disk_trouble, is_macos_own
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import allow_open_files, this_machine
@@ -27,7 +27,7 @@ from .memory.residency import Streaming, checked_slots
 from .models import build_model
 from .models.moe import Experts, rows_in_a_tile
 from .models.precision import by_columns, runs_on_cpu, use_choices
-from .platforms import keep_float32
+from .platforms import keep_float32, use_device
 from .specs import ModelSpec, checked_kv_bits, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
 from .text.tokenizer import Tokenizer, load_tokenizer
@@ -134,6 +134,7 @@ def load(
     use_choices(stored_choices())
     allow_open_files()
     keep_float32()
+    use_device()
     path = locate(source, revision, progress)
     config = read_config(path)
     spec = spec_from_config(config)
@@ -593,4 +594,7 @@ def _evaluate(arrays: list[mx.array], checkpoint: Checkpoint) -> None:
         mx.clear_cache()  # what a conversion was made from
     except RuntimeError as error:  # MLX reads the file here
         names = ", ".join(file.name for file in checkpoint.files)
-        raise CheckpointError(f"{names} could not be read to the end ({error}): download or copy it again.") from error
+        trouble = disk_trouble(checkpoint.files)
+        raise CheckpointError(
+            trouble or f"{names} could not be read to the end ({error}): download or copy it again."
+        ) from error

@@ -62,6 +62,24 @@ def require_mlx(
         ) from error
 
 
+def use_device(environment: MutableMapping[str, str] | None = None) -> None:
+    """Compute on the device that OPENELM_MLX_DEVICE names, "cpu" or "gpu"; MLX's own choice where it is not set.
+
+    Raises PlatformError for another name, and for a GPU that is not there.
+    """
+    name = (os.environ if environment is None else environment).get("OPENELM_MLX_DEVICE")
+    if not name:
+        return
+    import mlx.core as mx
+
+    if name not in ("cpu", "gpu"):
+        raise PlatformError(f"OPENELM_MLX_DEVICE is {name!r}: set it to cpu or gpu, or leave it out.")
+    device = mx.Device(mx.cpu if name == "cpu" else mx.gpu)
+    if name == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
+        raise PlatformError("OPENELM_MLX_DEVICE is gpu, and MLX finds none here: set it to cpu, or leave it out.")
+    mx.set_default_device(device)
+
+
 def _sysctl(name: str) -> str:
     try:
         answer = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False, timeout=5)

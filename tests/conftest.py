@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.platforms import keep_float32
+from openelm_mlx.platforms import keep_float32, use_device
 
 keep_float32()  # before MLX makes its first product: what is compared here is float32
+use_device()
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402

@@ -268,7 +268,7 @@ class Markov:
     """A model whose next token depends on the last one: small enough to know its distribution exactly."""
 
     residency = None
-    spec = SimpleNamespace(vocab_size=VOCAB)
+    spec = SimpleNamespace(vocab_size=VOCAB, layers=[SimpleNamespace(num_heads=1, num_kv_heads=1)])
 
     def __init__(self, seed):
         self.table = mx.array(np.random.default_rng(seed).normal(0, 1.2, (VOCAB, VOCAB)), mx.float32)

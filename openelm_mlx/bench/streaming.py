@@ -33,6 +33,7 @@ from ..decoding.step import Step
 from ..decoding.streamed_step import READ_BACK_COST, StreamedStep
 from ..loading import load, load_model, locate
 from ..memory.machine import Machine
+from ..memory.macos import forget_file
 from ..memory.plan import ASSUMED_DISK
 from ..memory.records import HostTarget, Record, RecordReader, fill_with
 from ..memory.residency import Residency, Streaming, checked_slots
@@ -363,6 +364,8 @@ def bring_about(cache: str, residency: Residency) -> None:
 def forget_files(residency: Residency) -> None:
     """Ask the system to drop its cache of the files, where it can be asked."""
     if not hasattr(os, "posix_fadvise"):
+        for file in residency.files:
+            forget_file(file.path)
         return
     for file in residency.files:
         with file.path.open("rb") as stream:

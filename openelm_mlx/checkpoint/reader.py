@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from ..errors import CheckpointError, ConfigError
+from ..finder import disk_trouble
 
 # safetensors' names of the types that weights come in, with bytes an element (huggingface/safetensors, format section).
 ITEM_SIZES = {
@@ -282,7 +283,8 @@ def _lazy_arrays(file: Path) -> dict[str, mx.array]:
     try:
         arrays = mx.load(str(file), format="safetensors")
     except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Download or copy it again.") from error
+        trouble = disk_trouble([file]) or f"{file} cannot be read: {error}. Download or copy it again."
+        raise CheckpointError(trouble) from error
     assert isinstance(arrays, dict)
     return arrays
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import UserError
-from ..platforms import keep_float32, require_mlx
+from ..platforms import keep_float32, require_mlx, use_device
 
 # Name -> module, in the order of the help. Each has HELP, add_arguments(parser) and run(args) -> exit code, and imports
 # what is slow only in run, so that --help is instant.
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
         args = build_parser(prog, arguments).parse_args(arguments)
         keep_float32()
         require_mlx()
+        use_device()
         return args.run(args)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 import numpy as np
 
+from ..models.precision import runs_on_cpu
+from ..specs import ModelSpec
 from .constraint import TokenConstraint
 from .drafts import Draft, Guesser
 from .sampling import Sampler, log_probabilities, unpacked
@@ -23,6 +25,9 @@ from .tokens import Choice, constrained, one_by_one
 
 if TYPE_CHECKING:
     from ..models import Model
+
+# What MLX's Metal kernels of attention take (backend/metal/scaled_dot_product_attention.cpp, 0.32.2).
+FUSED_PRODUCT, LEAST_OF_MANY = 32, 9
 
 # Plain steps where there is nothing to guess by.
 _WITHOUT_GUESS = 3
@@ -91,7 +96,8 @@ class Speculative:
         state = self._sampler.state
         draft = None
         if left > 1:
-            draft = self._guesser.guess(self._tokens, min(self.gain.num_drafts, left - 1), self._sampler, guide)
+            count = num_fused(min(self.gain.num_drafts, left - 1), self._model.spec)
+            draft = self._guesser.guess(self._tokens, count, self._sampler, guide)
         guide.back()
         # The keys that were drawn stay drawn; the penalties are those before the guess again.
         self._sampler.state = (self._sampler.state[0], *state[1:])
@@ -177,6 +183,21 @@ class Speculative:
             if not is_taken or self._is_finished:
                 break
         return choices
+
+
+def num_fused(num_drafts: int, spec: ModelSpec, on_metal: bool | None = None) -> int:
+    """How many of `num_drafts` guesses to check at once so that attention over them is one kernel.
+
+    Metal has a kernel for 9 queries and more, and one for 1 to 8 where queries times query heads a key head are at most 32;
+    anything between takes several, and an array of scores. gpt-oss has 8 such heads: 1 to 4 queries, or 9 and more. One
+    query is the token before the guesses.
+    """
+    if on_metal is None:
+        on_metal = mx.metal.is_available() and not runs_on_cpu()
+    if not on_metal:
+        return num_drafts
+    most = FUSED_PRODUCT // max(layer.num_heads // layer.num_kv_heads for layer in spec.layers)
+    return most - 1 if 1 < most < num_drafts + 1 < LEAST_OF_MANY else num_drafts
 
 
 class Guided:

@@ -7,13 +7,17 @@ are tested where there is no Mac.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 # A program's standard output, or None when it does not exist or fails.
 Run = Callable[[list[str]], str | None]
@@ -117,12 +121,32 @@ def footprint(pid: int | None = None, library: Any = None) -> Footprint | None:
     return Footprint(info.phys_footprint, info.lifetime_max_phys_footprint)
 
 
+# sys/mman.h, of macOS and of Linux.
+_MS_INVALIDATE = 2
+
+
+def forget_file(path: Path, library: Any = None) -> None:
+    """Have the system drop what it keeps of a file in memory: on macOS, which has no posix_fadvise.
+
+    A file's cache is dropped there through a shared map of it; F_NOCACHE would leave what is cached already.
+    """
+    library = _system_library() if library is None else library
+    if library is None or not path.stat().st_size:
+        return
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        failed = library.msync(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(view.size), _MS_INVALIDATE)
+        del view  # or the map cannot be closed
+    if failed:
+        raise OSError(ctypes.get_errno(), f"{path} stays in the system's file cache")
+
+
 @lru_cache
 def _system_library() -> Any:
     if not on_macos():
         return None
     try:
-        library = ctypes.CDLL("/usr/lib/libSystem.B.dylib")
+        library = ctypes.CDLL("/usr/lib/libSystem.B.dylib", use_errno=True)
         library.proc_pid_rusage.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
         library.proc_pid_rusage.restype = ctypes.c_int
     except (OSError, AttributeError):

@@ -25,8 +25,8 @@ from .memory.machine import allow_open_files, this_machine
 from .memory.plan import Weights, Wish, make_plan, parse_memory
 from .memory.residency import Streaming, checked_slots
 from .models import build_model
-from .models.moe import Experts, rows_in_a_tile
-from .models.precision import by_columns, runs_on_cpu, use_choices
+from .models.moe import Experts
+from .models.precision import KernelChoices, by_columns, runs_on_cpu
 from .platforms import keep_float32, use_device
 from .specs import ModelSpec, checked_kv_bits, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
@@ -131,7 +131,6 @@ def load(
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
     wanted_type = parse_dtype(dtype)
-    use_choices(stored_choices())
     allow_open_files()
     keep_float32()
     use_device()
@@ -159,7 +158,7 @@ def load(
         raise plan.refusal()
     slots = plan.expert_slots
     streaming = None if slots is None else Streaming(contents, checkpoint, slots)
-    model = load_model(contents, checkpoint, wanted_type, dense, streaming)
+    model = load_model(contents, checkpoint, wanted_type, dense, streaming, stored_choices())
     model.plan = plan
     model.context_length = checked_context_length(context_length, spec)
     model.kv_bits = kv_bits
@@ -175,13 +174,14 @@ def load_model(
     dtype: mx.Dtype | None = None,
     dense: Quantization | None = None,
     streaming: Streaming | None = None,
+    choices: KernelChoices | None = None,
 ) -> Model:
     """The module with the checkpoint's parameters in it, evaluated; at no time in memory twice.
 
     dense: how matrices that the checkpoint has unpacked are packed as they are read; None leaves them. streaming: what
-    stays on disk; None has all in memory.
+    stays on disk; None has all in memory. choices: which of equal ways its kernels take; None: the backend's defaults.
     """
-    model = build_model(contents.spec)
+    model = build_model(contents.spec, choices)
     packings = {**contents.quantized, **dense_packings(contents, dense)}
     if dtype is None:
         dtype = default_dtype(contents.spec, _stored_type(contents), packings.keys(), _plain_bytes(contents, packings))
@@ -224,11 +224,11 @@ def load_model(
         weights = streaming.attach(cast("GptOss", model), weights, packings, dtype)
     model.load_weights(weights)
     del weights, pending
-    if streaming is None and rows_in_a_tile() > 1 and contents.spec.layers[0].num_experts:
+    if streaming is None and model.choices.rows_in_a_tile > 1 and contents.spec.layers[0].num_experts:
         _pad_experts(cast("GptOss", model))
     model.eval()
     for layer in model.layers:  # now, and not by the first of several threads, whose streams the others do not have
-        mx.eval(layer.made_once())
+        mx.eval(layer.prepare_constants())
     return model
 
 
@@ -268,17 +268,18 @@ def _pad_experts(model: GptOss) -> None:
         down = cast(Experts, layer.mlp.experts).down_proj
         names = {f".experts.down_proj.{part}": part for part in ("weight", "scales", "biases") if part in down}
         for name, part in names.items():
-            down[part] = pad_expert_rows({name: down[part]})[name]
+            down[part] = pad_expert_rows({name: down[part]}, model.choices.rows_in_a_tile)[name]
 
 
-def pad_expert_rows(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def pad_expert_rows(weights: Mapping[str, mx.array], tile: int) -> dict[str, mx.array]:
     """The weights with rows added to the experts' down projections where that makes prefill faster, a matrix at a time.
 
     Their 2,880 rows are no whole number of tiles, and a sorted product over them took 24.4 ms on a GPU with MLX's CUDA
     backend, where one over 2,944 rows took 2.3 ms (docs/LOG.md). What the rows hold is never read.
+
+    tile: the number whose multiples the rows are made.
     """
     padded = dict(weights)
-    tile = rows_in_a_tile()
     for name in [name for name in padded if ".experts.down_proj." in name and not name.endswith(".bias")]:
         missing = -padded[name].shape[1] % tile
         if missing:

@@ -15,9 +15,7 @@ from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.memory import choices as kept
 from openelm_mlx.memory import stored
 from openelm_mlx.models import precision
-from openelm_mlx.models.buffers import grown
-from openelm_mlx.models.moe import rows_in_a_tile
-from openelm_mlx.models.precision import Choices, use_choices
+from openelm_mlx.models.precision import KernelChoices
 
 SMALL = Sizes(
     hidden=96, inner=64, experts=4, routes=64, heads=4, kv_heads=2, head_dim=32, places=256, layers=1, tokens=2
@@ -27,8 +25,6 @@ SMALL = Sizes(
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENELM_MLX_CACHE", str(tmp_path / "cache"))
-    yield
-    use_choices(None)
 
 
 @pytest.fixture
@@ -41,7 +37,7 @@ def on_a_gpu(monkeypatch):
 def test_on_the_cpu_there_is_nothing_to_choose():
     assert time_alternatives(SMALL) == []
     assert kept.stored_choices() is None
-    kept.store_choices(Choices(spare_places=8))
+    kept.store_choices(KernelChoices(spare_places=8))
     assert kept.stored_choices() is None
 
 
@@ -72,11 +68,11 @@ def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monk
         alternatives, "_in_turns", lambda ways: {0: 1.0, 8: 0.94} if 8 in ways else {False: 0.96, True: 1.0}
     )
     monkeypatch.setattr(alternatives, "_ALTERNATIVES", {
-        "spare_places": lambda _: {0: None, 8: None}, "adds_in_products": lambda _: {False: None, True: None},
+        "spare_places": lambda _: {0: None, 8: None}, "fuse_residual_add": lambda _: {False: None, True: None},
     })  # fmt: skip
     found = time_alternatives(SMALL)
     assert [(each.name, each.default, each.winner) for each in found] == [
-        ("spare_places", 0, 8), ("adds_in_products", True, True),
+        ("spare_places", 0, 8), ("fuse_residual_add", True, True),
     ]  # fmt: skip
     assert winners(found) == replace(precision.default_choices(), spare_places=8)
     assert "takes 8, instead of 0" in found[0].line()
@@ -85,21 +81,22 @@ def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monk
 
 
 def test_every_choice_has_a_timing_and_a_set_of_values():
-    assert set(alternatives._ALTERNATIVES) == set(asdict(Choices())) == set(kept._ALLOWED)
+    assert set(alternatives._ALTERNATIVES) == set(asdict(KernelChoices())) == set(kept._ALLOWED)
 
 
 def test_what_is_stored_holds_from_the_next_model_on(on_a_gpu):
     assert kept.stored_choices() is None
-    kept.store_choices(Choices(rows_in_a_tile=64, spare_places=8, compiled_step=False, bias_apart=True))
+    kept.store_choices(KernelChoices(rows_in_a_tile=64, spare_places=8, compiled_step=False, bias_apart=True))
     chosen = kept.stored_choices()
-    assert chosen == Choices(64, 8, False, False, True)
-    use_choices(chosen)
-    assert rows_in_a_tile() == 64
-    assert grown(mx.zeros((1, 1, 0, 8)), 0, 10).shape[2] == 264
+    assert chosen == KernelChoices(64, 8, False, False, True)
     model, _ = om.load("demo-openelm", dtype="float32")
-    assert rows_in_a_tile() == 64
-    assert isinstance(make_step(model, model.make_cache()), PlainStep)
-    use_choices(replace(chosen, compiled_step=True))
+    assert model.choices == chosen
+    cache = model.make_cache()
+    assert isinstance(make_step(model, cache), PlainStep)
+    model(mx.array([[5]]), cache=cache)
+    assert cache[0].keys.shape[2] == 264
+    kept.store_choices(replace(chosen, compiled_step=True))
+    model, _ = om.load("demo-openelm", dtype="float32")
     assert isinstance(make_step(model, model.make_cache()), CompiledStep)
 
 

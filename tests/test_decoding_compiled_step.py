@@ -123,7 +123,7 @@ def test_a_cache_may_be_rewound_and_used_otherwise_in_between(models, name):
 def test_pieces_are_traced_once_for_a_model(models, monkeypatch):
     """However many tokens there are and however the prompts differ: a trace more would take longer than many tokens."""
     model, traced = models["gpt-oss"], []
-    model.__dict__.pop("_traced_pieces", None)
+    model.__dict__.pop("_traced", None)
     block = type(model.layers[0])
     original = block.after_attention
     monkeypatch.setattr(block, "after_attention", lambda *a: traced.append(1) or original(*a))
@@ -180,7 +180,7 @@ def test_a_choice_inside_the_graph_is_the_one_outside(models, params, compiled):
 
 def test_other_seeds_share_a_piece_and_pieces_do_not_pile_up(models, monkeypatch):
     model = models["openelm"]
-    model.__dict__.pop("_traced_pieces", None)
+    model.__dict__.pop("_traced", None)
     monkeypatch.setattr(pieces, "MOST_CHOICES", 3)
     cache = model.make_cache()
     prefill(model, prompt_of(model, 20), cache, 64)
@@ -198,6 +198,7 @@ def test_the_cpu_keeps_the_plain_step(models, monkeypatch):
     model = models["openelm"]
     assert isinstance(make_step(model, model.make_cache()), PlainStep)
     monkeypatch.setattr("openelm_mlx.models.precision.runs_on_cpu", lambda: False)
+    model = random_model()
     assert isinstance(make_step(model, model.make_cache()), CompiledStep)
 
 

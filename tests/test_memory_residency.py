@@ -33,11 +33,13 @@ from openelm_mlx.decoding.streamed_step import StreamedStep
 from openelm_mlx.errors import CheckpointError, SettingError
 from openelm_mlx.generate import stream_generate
 from openelm_mlx.loading import load_model
-from openelm_mlx.memory import cuda_driver, records, residency, written
+from openelm_mlx.memory import cuda_driver, records, written
 from openelm_mlx.memory.records import HostTarget, PlainReader, Record, RecordFile, RecordReader, preadv_into
 from openelm_mlx.memory.residency import Streaming
 from openelm_mlx.memory.slots import LeastRecentlyUsed, SlotTable, blocks_of, by_last_use
+from openelm_mlx.models import base
 from openelm_mlx.models.moe import Experts, sort_routes, uses_tiles
+from openelm_mlx.models.precision import KernelChoices
 from openelm_mlx.specs import spec_from_config
 
 SMALL = {
@@ -146,8 +148,7 @@ def test_other_ways_to_fill_slots(folders, residents, options):
 
 def test_rows_are_padded_alike_in_memory_and_in_slots(folders, residents, monkeypatch):
     """Where whole tiles pay: other rows would be another kernel."""
-    monkeypatch.setattr(om.loading, "rows_in_a_tile", lambda: 128)
-    monkeypatch.setattr(residency, "rows_in_a_tile", lambda: 128)
+    monkeypatch.setattr(base, "default_choices", lambda: KernelChoices(rows_in_a_tile=128, compiled_step=False))
     known, model = om.load(folders[32], dtype="float32")[0], streamed(folders[32], 6)
     assert known.layers[0].mlp.experts.down_proj.weight.shape[1] == 128
     assert model.layers[0].mlp.experts.experts.down_proj.weight.shape[1] == 128

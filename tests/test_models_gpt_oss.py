@@ -824,10 +824,11 @@ def complete(port: int, prompt: list[int], max_tokens: int) -> list[int]:
 
 def test_the_form_of_cuda_is_the_same_sum(tiny, monkeypatch):
     """A bias added apart, and buffers with places to spare."""
-    model = load_gpt_oss(tiny)
     tokens = oracle(tiny)["tokens"][0].tolist()
-    expected = model(mx.array([tokens]))[0]
-    monkeypatch.setattr(precision, "_chosen", precision.Choices(spare_places=8, bias_apart=True))
+    expected = load_gpt_oss(tiny)(mx.array([tokens]))[0]
+    chosen = precision.KernelChoices(spare_places=8, bias_apart=True)
+    monkeypatch.setattr("openelm_mlx.models.base.default_choices", lambda: chosen)
+    model = load_gpt_oss(tiny)
     cache = model.make_cache()
     for token, logits in zip(tokens, expected, strict=True):
         assert mx.abs(model(mx.array([token]), cache=cache)[0] - logits).max().item() < 1e-4

@@ -11,7 +11,6 @@ from conftest import load_fixture, max_difference, oracle, random_model
 from openelm_mlx.decoding.sampling import Sampler, SamplingParams
 from openelm_mlx.models import build_model
 from openelm_mlx.models.attention import visible_keys
-from openelm_mlx.models.precision import Choices
 from openelm_mlx.specs import spec_from_config
 
 TOLERANCE = 5e-5
@@ -202,7 +201,8 @@ def test_a_residual_added_inside_the_product_is_the_same_sum(monkeypatch):
     model = random_model()
     tokens = mx.array([[5, 6, 7, 8]])
     plain = model(tokens)
-    monkeypatch.setattr("openelm_mlx.models.openelm.choices", lambda: Choices(adds_in_products=True))
+    for layer in model.layers:
+        layer.fuse_residual_add = True
     assert max_difference(model(tokens), np.array(plain)) <= 2e-5
     counted = []
     real = mx.addmm

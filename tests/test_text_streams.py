@@ -10,6 +10,7 @@ import openelm_mlx as om
 from openelm_mlx.errors import SettingError, TokenizerError
 from openelm_mlx.generate import encode_prompt
 from openelm_mlx.models.cache import KVCache
+from openelm_mlx.models.precision import KernelChoices
 from openelm_mlx.text.harmony import HarmonyFormat
 from openelm_mlx.text.streams import HarmonyStream
 from openelm_mlx.text.tokenizer import load_tokenizer
@@ -35,6 +36,7 @@ class Scripted:
         self.spec = SimpleNamespace(vocab_size=size, usable_vocab_size=size, eos_tokens=())
         self.context_length = 4096
         self.plan = self.failure = self.kv_bits = self.residency = None
+        self.choices = KernelChoices(compiled_step=False)
         self.script = iter(HarmonyFormat(tokenizer).encode_markup(script))
         self.size = size
 
@@ -44,7 +46,7 @@ class Scripted:
     def embed(self, tokens):
         return tokens
 
-    def run_layers(self, h, cache, start=0, stop=None, settle=None):
+    def run_layers(self, h, cache, start=0, stop=None, throttle=None):
         return h
 
     @property

@@ -170,7 +170,7 @@ def random_pair(
     if not ours:
         return model, other
     # Not strict: padded rows are not in the empty model's shapes.
-    model.load_weights(list(pad_expert_rows(weights).items()), strict=False)
+    model.load_weights(list(pad_expert_rows(weights, model.choices.rows_in_a_tile).items()), strict=False)
     model.eval()
     mx.eval(model.parameters())
     return model, other

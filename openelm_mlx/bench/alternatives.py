@@ -19,7 +19,7 @@ from ..decoding.compiled_step import CompiledStep
 from ..decoding.prefill import prefill
 from ..decoding.step import PlainStep
 from ..models import build_model
-from ..models.precision import Choices, default_choices, runs_on_cpu
+from ..models.precision import KernelChoices, default_choices, runs_on_cpu
 from ..specs import spec_from_config
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def time_alternatives(sizes: Sizes | None = None) -> list[Timing]:
     return found
 
 
-def winners(timings: list[Timing]) -> Choices:
+def winners(timings: list[Timing]) -> KernelChoices:
     """The choices that they say."""
     return replace(default_choices(), **{each.name: each.winner for each in timings})
 
@@ -199,6 +199,6 @@ _ALTERNATIVES: dict[str, Callable[[Sizes], dict[Any, Callable[[], None]]]] = {
     "rows_in_a_tile": _rows,
     "spare_places": _places,
     "compiled_step": _compiled,
-    "adds_in_products": _sums,
+    "fuse_residual_add": _sums,
     "bias_apart": _biases,
 }

@@ -47,9 +47,13 @@ def forms_of_a_gpu() -> Iterator[None]:
             patches.enter_context(mock.patch.object(mx.fast, name, stand_in))
         for module in (attention, precision, rope):
             patches.enter_context(mock.patch.object(module, "runs_on_cpu", return_value=False))
-        as_on_metal = precision.Choices(adds_in_products=True)
-        patches.enter_context(mock.patch.object(openelm, "choices", return_value=as_on_metal))
+        patches.enter_context(mock.patch.object(openelm.Block, "_plus", _fused_plus))
         yield
+
+
+def _fused_plus(_: Any, residual: mx.array, module: Any, x: mx.array) -> mx.array:
+    """`Block._plus` as Metal computes it."""
+    return mx.addmm(residual, x, module.weight.T)
 
 
 def decode_primitives(

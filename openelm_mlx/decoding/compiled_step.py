@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..models.attention import Mask
+from ..models.base import LayerWalk
+from ..models.block import Projected
 from ..models.cache import Cache
-from ..models.precision import choices
 from .pieces import ResidentPieces, pieces_of
 from .sampling import Sampler
 from .step import PlainStep, Step
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 class CompiledStep(Step):
     """`PlainStep` in `mx.compile`d pieces: the same arithmetic in fewer kernels, and far less work for the host.
 
-    model, compile: see `Pieces`.
+    model, compile: see `Pieces`. When the model's parameters change, the next token is computed with the new ones.
     """
 
     runs_ahead = True
 
     def __init__(self, model: Model, cache: Cache, compile: bool = True) -> None:
         self.model, self.cache = model, cache
-        self._pieces = pieces_of(model, ResidentPieces, compile)
+        self._compile = compile
+        self._made = pieces_of(model, ResidentPieces, compile)
+        self._num_updates = model.num_updates
 
     def __call__(self, token: mx.array) -> mx.array:
         return self._pieces.head(self.run_layers(token[None]), None)[0]
@@ -48,18 +50,38 @@ class CompiledStep(Step):
 
         For several tokens a row, (B, L), they are (B, L, hidden_size) and (B, H, L, D).
         """
-        length = 1 if tokens.ndim == 1 else tokens.shape[1]
-        masks: dict[int | None, Mask] = {}
-        layers, position = cast("list[Any]", self.model.layers), mx.array(self.cache[0].offset)
-        x, queries, keys, values = self._pieces.first(tokens, position)
-        for i, (layer, cache) in enumerate(zip(layers, self.cache, strict=True)):
-            window = self.model.spec.layers[i].window
-            if window not in masks:
-                masks[window] = cache.make_mask(length, window_size=window)
-            out = layer.attention.attend(queries, keys, values, masks[window], cache)
-            if i + 1 < len(layers):
-                x, queries, keys, values = self._pieces.between[i](x, out, position)
-        return x, out
+        walk = _CompiledWalk(self.model, self.cache, tokens, self._pieces)
+        walk.run(0, len(self.cache))
+        return walk.state
+
+    @property
+    def _pieces(self) -> ResidentPieces:
+        if self._num_updates != self.model.num_updates:
+            self._made = pieces_of(self.model, ResidentPieces, self._compile)
+            self._num_updates = self.model.num_updates
+        return self._made
+
+
+class _CompiledWalk(LayerWalk):
+    """The walk in pieces from one layer's attention to the next one's.
+
+    state: what the layer that was walked last began with, and what its attention gave.
+    """
+
+    state: tuple[mx.array, mx.array]
+
+    def __init__(self, model: Model, cache: Cache, tokens: mx.array, pieces: ResidentPieces) -> None:
+        super().__init__(model, cache, 1 if tokens.ndim == 1 else tokens.shape[1])
+        self._tokens, self._pieces = tokens, pieces
+        self._position = mx.array(cache[0].offset)
+
+    def enter(self, i: int) -> Projected:
+        if i == 0:
+            return self._pieces.first(self._tokens, self._position)
+        return self._pieces.between[i - 1](*self.state, self._position)
+
+    def leave(self, i: int, x: mx.array, out: mx.array) -> None:
+        self.state = x, out
 
 
 def make_step(model: Model, cache: Cache) -> Step:
@@ -70,4 +92,4 @@ def make_step(model: Model, cache: Cache) -> Step:
     """
     if model.residency is not None:
         return StreamedStep(model, cache)
-    return CompiledStep(model, cache) if choices().compiled_step else PlainStep(model, cache)
+    return CompiledStep(model, cache) if model.choices.compiled_step else PlainStep(model, cache)

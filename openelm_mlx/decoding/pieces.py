@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import mlx.core as mx
 
+from ..models.block import Projected
 from ..models.gpt_oss import GptOss, Routed
 from .sampling import Sampler
 
@@ -22,22 +23,19 @@ if TYPE_CHECKING:
 # Last pieces kept for a model, one for each way of choosing a token; the others are few.
 MOST_CHOICES = 32
 
-# The residual stream and the next layer's queries, keys and values.
-Projected = tuple[mx.array, mx.array, mx.array, mx.array]
-
 
 class Pieces:
     """What both ways to cut have: a `head` for each way of choosing a token, after all layers.
 
-    The model's parameters are part of the pieces; changing them afterwards needs a new model. compile: False leaves them
-    as they are, which is what the tests compare.
+    The model's parameters are part of the pieces, so `pieces_of` makes new ones when a parameter has been replaced.
+    compile: False leaves them as they are, which is what the tests compare.
     """
 
     def __init__(self, model: Model, compile: bool) -> None:
         self.model = model
         self.compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = mx.compile if compile else lambda f: f
         self._heads: dict[Any, Callable[..., Any]] = {}
-        mx.eval([layer.made_once() for layer in model.layers])
+        mx.eval([layer.prepare_constants() for layer in model.layers])
 
     def last_layer(self, *state: mx.array) -> mx.array:
         """The residual stream after the last layer, from what is known before its last piece."""
@@ -121,27 +119,68 @@ class StreamedPieces(Pieces):
     def _layer(self, i: int, table: mx.array, *routed: mx.array) -> mx.array:
         residency: Residency = self._gpt_oss.residency
         given = Routed(*routed)
-        outputs = residency.layers[i].looked_up(given.x, given.expert_indices, table)
+        outputs = residency.layers[i].compute_from_slots(given.x, given.expert_indices, table)
         return self._gpt_oss.layers[i].from_experts(given, outputs)
 
     def last_layer(self, *state: mx.array) -> mx.array:
         return self._layer(len(self._gpt_oss.layers) - 1, *state)
 
 
+class _Traced:
+    """The pieces of a model, and what they were traced with: `weights` are its modules and their arrays."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[Any, Any] = {}
+        self.weights: list[Any] = []
+        self.num_updates = -1
+        self.version = 0
+
+
+def _traced(model: Model) -> _Traced:
+    """What is traced for a model. Pieces of replaced parameters are not among it any more."""
+    found: _Traced | None = model.__dict__.get("_traced")
+    if found is None:
+        found = _Traced()
+        object.__setattr__(model, "_traced", found)
+    weights = _weights_of(model)
+    if len(weights) != len(found.weights) or any(a is not b for a, b in zip(weights, found.weights, strict=True)):
+        found.pieces.clear()
+        found.weights = weights
+        found.version += 1
+    found.num_updates = model.num_updates
+    return found
+
+
+def _weights_of(model: Model) -> list[Any]:
+    """Every module and every array in it. They are compared by identity: an update puts others in their places."""
+    for layer in model.layers:
+        layer.prepare_constants()  # which may put views of one array in the places of two
+    found: list[Any] = []
+    for module in model.modules():
+        found.append(module)
+        found += [value for value in module.values() if isinstance(value, mx.array)]
+    return found
+
+
+def weights_version(model: Model) -> int:
+    """A number that is another one once a parameter of the model has been replaced, in whatever way.
+
+    What was computed with the old ones, keys and values in a prefix cache for instance, is then of no use.
+    """
+    return _traced(model).version
+
+
 def forget_pieces(model: Model) -> None:
-    """Trace anew from now on: something that the pieces took from the model has been replaced."""
-    object.__setattr__(model, "_traced_pieces", None)
+    """Trace anew from now on: something that the pieces took from the model, and no parameter, has been replaced."""
+    _traced(model).pieces.clear()
 
 
 P = TypeVar("P", bound=Pieces)
 
 
 def pieces_of(model: Model, kind: type[P], compile: bool) -> P:
-    """The pieces that were traced for a model already, whichever request it was for."""
-    made: dict[Any, Any] | None = model.__dict__.get("_traced_pieces")
-    if made is None:
-        made = {}
-        object.__setattr__(model, "_traced_pieces", made)
+    """The pieces that were traced for a model already, whichever request it was for, if its parameters are the same."""
+    made = _traced(model).pieces
     if (kind, compile) not in made:
         made[kind, compile] = kind(model, compile)
     return cast("P", made[kind, compile])

@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..errors import SettingError
 from ..memory.machine import give_back_freed
 from ..memory.scratch import LAYERS_IN_FLIGHT
-from ..models.block import Settle
+from ..models.block import LayerThrottle
 from ..models.cache import Cache, SlidingKVCache
 from ..models.precision import runs_on_cpu
 from .budget import Budget, drop
@@ -113,22 +113,22 @@ def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
         return model.head(last_block.after_attention(h[:, -1], out))[0]
 
 
-def only_cache(model: Model, tokens: Sequence[int], cache: Cache, settle: Settle | None = None) -> None:
+def only_cache(model: Model, tokens: Sequence[int], cache: Cache, throttle: LayerThrottle | None = None) -> None:
     """The keys and values of `tokens` into the cache, evaluated: of the last layer and the head nothing else is computed."""
     with _lock_of(model):
-        _through_the_layers(model, tokens, cache, settle)
+        _through_the_layers(model, tokens, cache, throttle)
         mx.eval([layer.buffers for layer in cache])
 
 
 def _through_the_layers(
-    model: Model, tokens: Sequence[int], cache: Cache, settle: Settle | None
+    model: Model, tokens: Sequence[int], cache: Cache, throttle: LayerThrottle | None
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """What the last layer begins with, its queries, and the keys and values in its cache, to which the new ones belong."""
     last_block, last_cache = model.layers[-1], cache[-1]
-    h = model.run_layers(model.embed(mx.array(list(tokens))[None]), cache, 0, len(cache) - 1, settle=settle)
+    h = model.run_layers(model.embed(mx.array(list(tokens))[None]), cache, 0, len(cache) - 1, throttle=throttle)
     queries, *new = last_block.before_attention(h, last_cache.offset)
-    if settle is not None:
-        settle([queries, *new], False)
+    if throttle is not None:
+        throttle([queries, *new], False)
     keys, values = cast("tuple[mx.array, mx.array]", last_cache.update_and_fetch(*new))
     return h, queries, keys, values
 
@@ -138,7 +138,7 @@ def _lock_of(model: Model) -> Any:
     return nullcontext() if model.residency is None else model.residency.lock
 
 
-def in_turn(cache: Cache, num_layers: int) -> Settle:
+def in_turn(cache: Cache, num_layers: int) -> LayerThrottle:
     """What lets the arrays of few layers be in memory at the same time while many tokens go through so many layers.
 
     MLX gives memory to everything that is dispatched, and takes it back when it has been computed; left alone, the host is
@@ -151,7 +151,7 @@ def in_turn(cache: Cache, num_layers: int) -> Settle:
     behind = LAYERS_IN_FLIGHT["cuda" if mx.cuda.is_available() else "metal"] - 1
     before_pass = [layer.nbytes for layer in cache]
 
-    def settle(arrays: Sequence[mx.array], is_complete: bool) -> None:
+    def throttle(arrays: Sequence[mx.array], is_complete: bool) -> None:
         nonlocal num_done, start, largest
         if num_done == num_layers:
             return
@@ -172,7 +172,7 @@ def in_turn(cache: Cache, num_layers: int) -> Settle:
             if not _until_below(start + behind * largest + largest // 16):
                 start = max(start, mx.get_active_memory() - behind * largest)  # it stays: nothing is waited for twice
 
-    return settle
+    return throttle
 
 
 def _until_below(num_bytes: int) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import MemoryLimitError, SettingError
 from ..models.buffers import Snapshot
 from ..models.cache import Cache
+from .pieces import weights_version
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -89,8 +90,8 @@ class Entry(NamedTuple):
 class PrefixCache:
     """Finished requests, the least recently used forgotten first. For one model; any number of conversations.
 
-    max_bytes, max_buffers: what all of it may take. A request longer than that is not kept. After the model's weights
-    were changed in place, call `clear`. Safe to use from several threads.
+    max_bytes, max_buffers: what all of it may take. A request longer than that is not kept. When the model's
+    parameters have been replaced, all of it is forgotten. Safe to use from several threads.
 
         cache = om.PrefixCache()
         om.generate(model, tokenizer, messages, prefix_cache=cache)
@@ -103,6 +104,7 @@ class PrefixCache:
         self.max_bytes, self.max_buffers = max_bytes, max_buffers
         self._entries: list[Entry] = []  # the least recently used first
         self._model: Model | None = None
+        self._weights_version: int | None = None  # by which everything kept was computed
         self._lock = threading.RLock()
 
     @property
@@ -154,6 +156,11 @@ class PrefixCache:
     def keep(self, entry: Entry) -> None:
         """Add a finished request, and forget others until all of it fits."""
         with self._lock:
+            if self._model is not None:
+                before = self._weights_version
+                self._check_model(self._model)
+                if before != self._weights_version:
+                    return  # the weights have changed under it
             self._entries.append(entry)
             while self._entries and (self.nbytes > self.max_bytes or self.num_buffers > self.max_buffers):
                 self._entries.pop(0)
@@ -193,7 +200,10 @@ class PrefixCache:
     def _check_model(self, model: Model) -> None:
         if self._model is not None and self._model is not model:
             raise SettingError("This PrefixCache belongs to another model: make one for each model.")
-        self._model = model
+        version = weights_version(model)
+        if self._model is not None and version != self._weights_version:
+            self._entries.clear()
+        self._model, self._weights_version = model, version
 
     def _longest(self, prompt: np.ndarray, kind: tuple[object, ...]) -> tuple[int, Entry | None]:
         """The entry that shares the most reusable tokens with the prompt, and how many it shares."""

@@ -16,11 +16,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..memory.residency import ExpertBank, Residency
-from ..models.attention import Mask
+from ..models.base import LayerWalk
+from ..models.block import Projected
 from ..models.cache import Cache
 from ..models.gpt_oss import Routed
-from ..models.precision import choices, runs_on_cpu
-from .pieces import Projected, StreamedPieces, pieces_of
+from ..models.precision import runs_on_cpu
+from .pieces import StreamedPieces, pieces_of
 from .sampling import Sampler
 from .step import Step
 
@@ -57,8 +58,10 @@ class StreamedStep(Step):
         self._pace: Pace = self.residency.pace if layers_at_once is None else Pace(layers_at_once)
         # Slots that are not written in place are other arrays each time, which a trace would not know.
         can_compile = self.residency.writes != "copy"
-        compile = choices().compiled_step if compile is None else compile
-        self._pieces = pieces_of(model, StreamedPieces, compile and can_compile)
+        compile = model.choices.compiled_step if compile is None else compile
+        self._compile = compile and can_compile
+        self._made = pieces_of(model, StreamedPieces, self._compile)
+        self._num_updates = model.num_updates
 
     def __call__(self, token: mx.array) -> mx.array:
         [logits] = self._run(token, None)
@@ -77,25 +80,31 @@ class StreamedStep(Step):
     def _run(self, token: mx.array, sampler: Sampler | None) -> tuple[mx.array, ...]:
         """The logits, and what the sampler makes of them."""
         with self.residency.lock:
-            way = _Way(self.model, self.cache, self._pieces, token)
+            forward = _ForwardPass(self.model, self.cache, self._pieces, token)
             try:
                 first = 0  # the layers before it have their experts, or get them
-                while first < way.num_layers:
-                    stop = self._pace.next(first, way.num_layers)
-                    for layer in range(first, stop):
-                        way.ask(layer)
-                    way.finish_reading()
-                    missing = self._first_missing(first, way.read_back(first, stop), way)
+                while first < forward.num_layers:
+                    stop = self._pace.next(first, forward.num_layers)
+                    forward.run(first, stop)
+                    forward.finish_reading()
+                    missing = self._first_missing(first, forward.read_back(first, stop), forward)
                     if missing is not None:  # what was computed behind it is dropped
                         for cache in self.cache[missing + 1 : stop]:
                             cache.rewind(1)
                         self.replayed_layers += stop - 1 - missing
                     first = stop if missing is None else missing + 1
-                return way.end(sampler)
+                return forward.end(sampler)
             finally:
-                way.abandon()
+                forward.abandon()
 
-    def _first_missing(self, first: int, choices: list[np.ndarray], way: _Way) -> int | None:
+    @property
+    def _pieces(self) -> StreamedPieces:
+        if self._num_updates != self.model.num_updates:
+            self._made = pieces_of(self.model, StreamedPieces, self._compile)
+            self._num_updates = self.model.num_updates
+        return self._made
+
+    def _first_missing(self, first: int, choices: list[np.ndarray], forward: _ForwardPass) -> int | None:
         """The first layer that lacks an expert, which is being read now; None when nothing is missing."""
         self.residency.banks[first].statistics.read_backs += 1
         for layer, chosen in enumerate(choices, first):
@@ -106,40 +115,37 @@ class StreamedStep(Step):
             was_there = experts.bank.has(wanted)
             self._pace.saw(not was_there)
             if not was_there:
-                way.begin_reading(layer, wanted)
+                forward.begin_reading(layer, wanted)
                 return layer
             experts.bank.require(wanted)
         return None
 
 
-class _Way:
-    """One token's way through the layers, as far as it has been built."""
+class _ForwardPass(LayerWalk):
+    """One token on its way through the layers, as far as it has been built. It may be walked on from an earlier layer."""
 
     def __init__(self, model: GptOss, cache: Cache, pieces: StreamedPieces, token: mx.array) -> None:
-        self._model, self._cache, self._pieces = model, cache, pieces
+        super().__init__(model, cache, length=1)
+        self._pieces = pieces
         self.num_layers = len(cache)
         self._residency: Residency = model.residency
         self._position = mx.array(cache[0].offset)
-        x = model.embed(token[None])
-        self._projected: Projected = (x, *pieces.first(x, self._position))
-        self._masks: dict[int | None, Mask] = {}
+        self._embedded = model.embed(token[None])
         # Of each layer what its experts are asked; of those behind the last one served it may be wrong.
         self._routed: list[tuple[mx.array, ...]] = [()] * self.num_layers
         self._being_read: ExpertBank | None = None
 
-    def ask(self, layer: int) -> None:
-        """Go on to where the experts of `layer` are asked, by the experts of the layer before as the table has them."""
-        if layer:
-            bank = self._residency.banks[layer - 1]
-            before = self._routed[layer - 1]
-            # No reader to be noted: what the router of this layer chooses is computed from it, and is waited for.
-            self._projected = self._pieces.from_experts[layer - 1](self._position, bank.device_table(), *before)
-        x, queries, keys, values = self._projected
-        cache, window = self._cache[layer], self._model.spec.layers[layer].window
-        if window not in self._masks:
-            self._masks[window] = cache.make_mask(1, window_size=window)
-        out = self._model.layers[layer].attention.attend(queries, keys, values, self._masks[window], cache)
-        self._routed[layer] = self._pieces.to_experts[layer](x, out)
+    def enter(self, i: int) -> Projected:
+        """By the experts of the layer before as the table has them."""
+        if i == 0:
+            return (self._embedded, *self._pieces.first(self._embedded, self._position))
+        # No reader to be noted: what the router of this layer chooses is computed from it, and is waited for.
+        table = self._residency.banks[i - 1].device_table()
+        return self._pieces.from_experts[i - 1](self._position, table, *self._routed[i - 1])
+
+    def leave(self, i: int, x: mx.array, out: mx.array) -> None:
+        """As far as where the experts of layer `i` are asked."""
+        self._routed[i] = self._pieces.to_experts[i](x, out)
 
     def read_back(self, first: int, stop: int) -> list[np.ndarray]:
         """What the routers of these layers chose; everything before is computed with it."""

@@ -1,4 +1,4 @@
-"""Which of equal ways this machine is fastest with, as `selfcheck` has stored it (models/precision.py, `Choices`)."""
+"""Which of equal ways this machine is fastest with, as `selfcheck` has stored it (models/precision.py, `KernelChoices`)."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..models.precision import Choices, default_choices, runs_on_cpu
+from ..models.precision import KernelChoices, default_choices, runs_on_cpu
 from .stored import load_stored, store
 
 SUBJECT = "choices"
 # What a value may be: a file that says otherwise was not written by this program.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rows_in_a_tile": (1, 32, 64, 128), "spare_places": (0, 8), "compiled_step": (False, True),
-    "adds_in_products": (False, True), "bias_apart": (False, True),
+    "fuse_residual_add": (False, True), "bias_apart": (False, True),
 }  # fmt: skip
 
 
-def stored_choices() -> Choices | None:
+def stored_choices() -> KernelChoices | None:
     """What was stored for this machine; None where nothing was, where it cannot be used, and on the CPU backend."""
     if runs_on_cpu():
         return None
     found = load_stored(SUBJECT)
     known = {
         each.name: found[each.name]
-        for each in fields(Choices)
+        for each in fields(KernelChoices)
         if any(found.get(each.name) is value or found.get(each.name) == value for value in _ALLOWED[each.name])
         and type(found.get(each.name)) is type(_ALLOWED[each.name][0])
     }
     return replace(default_choices(), **known) if known else None
 
 
-def store_choices(chosen: Choices) -> Path:
+def store_choices(chosen: KernelChoices) -> Path:
     """Keep them for this machine; the file. Raises DestinationError."""
     return store(SUBJECT, asdict(chosen))

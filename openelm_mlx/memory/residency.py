@@ -47,7 +47,7 @@ from ..checkpoint.quantize import NOT_A_SCALE, Quantization
 from ..checkpoint.reader import Checkpoint, SafetensorsCheckpoint, TensorEntry
 from ..errors import CheckpointError, SettingError
 from ..models.gpt_oss import GptOss
-from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, QuantizedExpertLinear, rows_in_a_tile, uses_tiles
+from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, QuantizedExpertLinear, uses_tiles
 from ..specs import ModelSpec
 from .cuda_driver import MOST_RESULTS, ResultBuffer, cuda_driver, results_on_host
 from .expert_statistics import ExpertStatistics, LayerStatistics
@@ -275,12 +275,12 @@ class StreamedExperts:
             if is_grouped or len(rounds) > 1:
                 return self._by_blocks(x, chosen, rounds)
             self.bank.require(rounds[0])
-            outputs = self.looked_up(x, expert_indices, self.bank.device_table())
+            outputs = self.compute_from_slots(x, expert_indices, self.bank.device_table())
             mx.async_eval(outputs)
             self.bank.note(outputs)
             return outputs
 
-    def looked_up(self, x: mx.array, expert_indices: mx.array, table: mx.array) -> mx.array:
+    def compute_from_slots(self, x: mx.array, expert_indices: mx.array, table: mx.array) -> mx.array:
         """The chosen experts' outputs from the slots that `table`, the bank's, gives: right if all are resident then."""
         return self.experts.feed_forward(x[..., None, :], expert_indices, table[expert_indices])
 
@@ -505,13 +505,13 @@ class Streaming:
         entries = [*self._entries.values(), *([] if self._embedding is None else [self._embedding])]
         files = {file: RecordFile(file) for file in dict.fromkeys(entry.file for entry in entries)}
         write, lock, read_back = Writing(self._writes), threading.RLock(), ReadBack()
-        reader = RecordReader(buffers=write.courier)
+        reader, tile = RecordReader(buffers=write.courier), model.choices.rows_in_a_tile
         layers = []
         for i, block in enumerate(model.layers):
             experts, parts = cast(Experts, block.mlp.experts), []
             for projection in PROJECTIONS:
                 module = f"model.layers.{i}.mlp.experts.{projection}"
-                weight, scales = (self._part(f"{module}.{part}", files, write) for part in PARTS)
+                weight, scales = (self._part(f"{module}.{part}", files, write, tile) for part in PARTS)
                 parts += [weight, scales]
                 packing, bias = packings[module], named.pop(f"{module}.bias")
                 experts[projection] = QuantizedExpertLinear(
@@ -532,12 +532,12 @@ class Streaming:
         weakref.finalize(model, _close, reader, model.residency.files)
         return list(named.items())
 
-    def _part(self, name: str, files: Mapping[Path, RecordFile], write: Writing) -> Part:
+    def _part(self, name: str, files: Mapping[Path, RecordFile], write: Writing, tile: int) -> Part:
         entry = self._entries[name]
         num_experts, rows = entry.shape[:2]
         nbytes = entry.nbytes // num_experts
         dtype = mx.uint32 if name.endswith(".weight") else mx.uint8
-        padded = (self._padded_down_rows or rows + -rows % rows_in_a_tile()) if ".down_proj." in name else rows
+        padded = (self._padded_down_rows or rows + -rows % tile) if ".down_proj." in name else rows
         stored = Stored(name, files[entry.file], entry.start, nbytes)
         return Part(stored, write((self._num_slots, padded, nbytes // rows // dtype.size), dtype))
 

@@ -9,19 +9,23 @@ from ..specs import ModelSpec
 if TYPE_CHECKING:
     from .gpt_oss import GptOss
     from .openelm import OpenELM
+    from .precision import KernelChoices
 
     Model = OpenELM | GptOss
 
 
-def build_model(spec: ModelSpec) -> Model:
-    """The module for `spec`, its parameters not yet loaded (and, MLX being lazy, not yet allocated)."""
+def build_model(spec: ModelSpec, choices: KernelChoices | None = None) -> Model:
+    """The module for `spec`, its parameters not yet loaded (and, MLX being lazy, not yet allocated).
+
+    choices: which of equal ways its kernels take; the backend's defaults when it is None.
+    """
     # One line a family; each file is imported only when it is wanted.
     if spec.family == "openelm":
         from .openelm import OpenELM
 
-        return OpenELM(spec)
+        return OpenELM(spec, choices)
     if spec.family == "gpt_oss":
         from .gpt_oss import GptOss
 
-        return GptOss(spec)
+        return GptOss(spec, choices)
     raise AssertionError(f"no model for family {spec.family!r}")

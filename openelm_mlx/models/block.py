@@ -1,7 +1,10 @@
 """What the layers of both families have in common: a part before their attention, the attention, and a part after it.
 
 The two parts have the same shapes for every single token, whatever the cache holds, so that they can be compiled
-(decoding/compiled_step.py); the attention between them is left alone.
+(decoding/compiled_step.py); the attention between them is left alone. The walk through the layers is in base.py.
+
+Submodules are looked up as items, `self["attn"]`, on the way of a token: an attribute of an `nn.Module` is found by a
+function in Python, and a token would go through more than a hundred of them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from .cache import LayerCache
 from .packed import Packed
 
 # Told of what has just been dispatched, and whether a layer is complete with it: it may wait (decoding/prefill.py).
-Settle = Callable[[Sequence[mx.array], bool], None]
+LayerThrottle = Callable[[Sequence[mx.array], bool], None]
+
+# The residual stream that a layer begins with, and its new tokens' queries, keys and values.
+Projected = tuple[mx.array, mx.array, mx.array, mx.array]
 
 
 class BlockAttention(nn.Module):
@@ -30,7 +36,7 @@ class BlockAttention(nn.Module):
     ) -> mx.array:
         """What the queries see of the new keys and values and, with a cache, of those before. -> (B, H, L, D)"""
         seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
-        return self.attend_over(queries, seen_keys, seen_values, mask)
+        return attend(queries, seen_keys, seen_values, mask, self.scale, self.get("sinks"))
 
     def attend_over(
         self, queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, mask: Mask
@@ -47,17 +53,10 @@ class Block(nn.Module):
         """The attention, which each family keeps under the name that its files have."""
         raise NotImplementedError
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None, settle: Settle | None = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None = None) -> mx.array:
+        """The layer by itself, x (B, L, hidden_size) -> the same shape; the walk calls its parts."""
         queries, keys, values = self.before_attention(x, 0 if cache is None else cache.offset)
-        if settle is None or cache is None:
-            return self.after_attention(x, self.attention.attend(queries, keys, values, mask, cache))
-        settle([queries, keys, values], False)
-        out = self.attention.attend(queries, keys, values, mask, cache)
-        settle([out, *cache.buffers], False)
-        del queries, keys, values
-        h = self.after_attention(x, out)
-        settle([h], True)
-        return h
+        return self.after_attention(x, self.attention.attend(queries, keys, values, mask, cache))
 
     def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""
@@ -67,8 +66,9 @@ class Block(nn.Module):
         """The layer's output from its input x and what attention gave, (B, H, L, D)."""
         raise NotImplementedError
 
-    def made_once(self) -> list[mx.array]:
-        """Makes what one token needs and none changes, if it is not there yet. Before tracing: a trace would make it
-        for every token.
+    def prepare_constants(self) -> list[mx.array]:
+        """Make what every token needs and none changes, where it is not there yet, and give it to be evaluated.
+
+        Called before tracing: a trace would make it anew for every token.
         """
         raise NotImplementedError

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..specs import kv_places
-from .precision import choices
 
 
 class Snapshot(NamedTuple):
@@ -18,13 +17,18 @@ class Snapshot(NamedTuple):
     arrays: tuple[mx.array, ...] = ()
 
 
-def appended(buffer: mx.array | None, new: mx.array, used: int, context_length: int | None = None) -> mx.array:
+def appended(
+    buffer: mx.array | None, new: mx.array, used: int, context_length: int | None = None, spare_places: int = 0
+) -> mx.array:
     """`buffer` (B, K, T, D), of which `used` tokens count, with `new` (B, K, L, D) after them, in place where they fit."""
     needed = used + new.shape[2]
     if buffer is None or needed > buffer.shape[2]:
         empty = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
-        buffer = grown(empty if buffer is None else buffer, used, needed, context_length)
-    write(buffer, slice(used, needed), new)
+        buffer = grown(empty if buffer is None else buffer, used, needed, context_length, spare_places)
+    if new.shape[2] == 1 < buffer.shape[2]:  # one more token: the common case, in the fewest steps of the host
+        buffer[..., used:needed, :] = new
+    else:
+        write(buffer, slice(used, needed), new)
     return buffer
 
 
@@ -41,9 +45,14 @@ def write(buffer: mx.array, places: slice, new: mx.array) -> None:
         buffer[..., first : places.stop, :] = new[..., first - places.start :, :]
 
 
-def grown(buffer: mx.array, used: int, needed: int, context_length: int | None = None) -> mx.array:
-    """A copy of the first `used` tokens of `buffer` (B, K, T, D) with at least `needed` places."""
+def grown(
+    buffer: mx.array, used: int, needed: int, context_length: int | None = None, spare_places: int = 0
+) -> mx.array:
+    """A copy of the first `used` tokens of `buffer` (B, K, T, D) with at least `needed` places.
+
+    spare_places: so many more (`KernelChoices`).
+    """
     batch, heads, _, head_dim = buffer.shape
-    places = kv_places(needed, context_length) + choices().spare_places
+    places = kv_places(needed, context_length) + spare_places
     more = mx.zeros((batch, heads, places - used, head_dim), buffer.dtype)
     return more if used == 0 else mx.concatenate([buffer[..., :used, :], more], axis=2)

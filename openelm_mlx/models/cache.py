@@ -28,25 +28,31 @@ def make_cache(
     room: int = 0,
     context_length: int | None = None,
     kv_bits: int | None = None,
+    spare_places: int = 0,
 ) -> Cache:
     """A cache for each layer of `spec`. `window` puts a ring of that many tokens where a layer would keep everything.
 
     left_padding: how many tokens of padding stand before each row of a batch, (B,). room: how many tokens a ring keeps
     beyond its window, so that a speculative decoder can take them back. context_length: beyond so many tokens no places
     are kept ready; the model's own when it is None. kv_bits: 8 quantizes what would keep everything; None and 16 do not.
+    spare_places: how many more a growing buffer has (`KernelChoices`).
     """
     kind = KVCache if checked_kv_bits(spec, kv_bits, window) is None else QuantizedKVCache
     limit = spec.context_length if context_length is None else context_length
     padding = None if left_padding is None or not any(left_padding) else mx.array(left_padding)
     windows = [layer.window or window for layer in spec.layers]
-    return [kind(padding, limit) if each is None else SlidingKVCache(each, room, padding) for each in windows]
+    return [
+        kind(padding, limit, spare_places) if each is None else SlidingKVCache(each, room, padding) for each in windows
+    ]
 
 
 class KVCache:
     """Keys and values of every token, (B, K, T, D) each, in buffers that grow as `kv_places` says."""
 
-    def __init__(self, left_padding: mx.array | None = None, context_length: int | None = None) -> None:
-        self.context_length = context_length
+    def __init__(
+        self, left_padding: mx.array | None = None, context_length: int | None = None, spare_places: int = 0
+    ) -> None:
+        self.context_length, self.spare_places = context_length, spare_places
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.offset = 0
@@ -55,8 +61,8 @@ class KVCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append L new keys and values (B, K, L, D); all cached ones come back, (B, K, offset + L, D)."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = appended(self.keys, keys, start, self.context_length)
-        self.values = appended(self.values, values, start, self.context_length)
+        self.keys = appended(self.keys, keys, start, self.context_length, self.spare_places)
+        self.values = appended(self.values, values, start, self.context_length, self.spare_places)
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
 
     def reserve(self, num_tokens: int) -> list[mx.array]:
@@ -68,7 +74,8 @@ class KVCache:
         if self.keys is None or self.values is None or num_tokens <= self.keys.shape[2]:
             return []
         self.keys, self.values = (
-            grown(buffer, self.offset, num_tokens, self.context_length) for buffer in (self.keys, self.values)
+            grown(buffer, self.offset, num_tokens, self.context_length, self.spare_places)
+            for buffer in (self.keys, self.values)
         )
         return self.buffers
 
@@ -110,7 +117,7 @@ class KVCache:
 
     def fork(self, snapshot: Snapshot) -> KVCache:
         """Another cache, as this one was at an earlier `snapshot`; what is written to one is not seen by the other."""
-        new = KVCache(self.left_padding, self.context_length)
+        new = KVCache(self.left_padding, self.context_length, self.spare_places)
         if self.keys is not None and self.values is not None:
             # Cut to what is used, so the first token written makes a buffer of its own.
             new.state = self.keys[..., : snapshot.offset, :], self.values[..., : snapshot.offset, :]

@@ -6,86 +6,34 @@ files; q, k and v are one projection, gate and up another one with alternating r
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
 from . import block
-from .attention import Mask, causal_mask, merge_heads, split_heads
-from .block import Settle
-from .cache import Cache, make_cache
+from .attention import merge_heads, split_heads
+from .base import LanguageModel
 from .moe import Experts, MoE, weighted_sum
 from .norm import RMSNorm
-from .precision import add_rounded, linear
+from .precision import KernelChoices, add_rounded, linear
 from .rope import Rotation
 
 
-class GptOss(nn.Module):
+class GptOss(LanguageModel):
     """The language model: tokens (B, L) -> logits (B, L, vocab_size)."""
 
-    # The memory plan that loading followed; why the model must be loaded again, once it must.
-    plan: Any = None
-    failure: str | None = None
-    # 8: new caches keep their keys and values in 8 bits, in the layers that keep them all.
-    kv_bits: int | None = None
-    # What reads experts that are not in memory (memory/residency.py); None when all are.
-    residency: Any = None
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.model_type = spec.family
-        self.context_length = spec.context_length
-        self.model = Transformer(spec)
+    def __init__(self, spec: ModelSpec, choices: KernelChoices | None = None) -> None:
+        super().__init__(spec, choices)
+        self.model = Transformer(spec, self.choices)
         if not spec.tied_head:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
-    def __call__(self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None) -> mx.array:
-        """Logits (B, L, V) of the next token after each of `tokens` (B, L); or (B, V) after (B,), one token a row.
-
-        cache: from `make_cache`, extended in place; with it, `tokens` are only the new ones. left_padding (B,): how
-        many tokens at the start of each row are padding; a cache has its own.
-        """
-        return self.head(self.run_layers(self.embed(tokens), cache, left_padding=left_padding))
-
     def embed(self, tokens: mx.array) -> mx.array:
-        """The residual stream before the first layer. (B, L) -> (B, L, hidden_size), (B,) -> (B, hidden_size)"""
         return self.model.embed_tokens(tokens)
 
-    def run_layers(
-        self,
-        h: mx.array,
-        cache: Cache | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        left_padding: mx.array | None = None,
-        inputs: list[mx.array] | None = None,
-        settle: Settle | None = None,
-    ) -> mx.array:
-        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1; (B, hidden_size): one token a row.
-
-        inputs: what each of these layers begins with is appended to it. settle: called after each part of a layer, with a
-        cache of ours. From the first layer on the residual stream is
-        float32, with numbers of the type that the layers compute in: a norm, which wants float32, needs no cast then.
-        """
-        L = 1 if h.ndim == 2 else h.shape[1]
-        masks: dict[int | None, Mask] = {}  # one for the sliding layers and one for the full ones
-        for i, layer in enumerate(self.layers[start:stop], start):
-            window = self.spec.layers[i].window
-            if window not in masks:
-                if cache is None:
-                    masks[window] = causal_mask(L, 0, window, left_padding)
-                else:  # mlx-lm's caches, which may stand here too, need both words
-                    masks[window] = cache[i].make_mask(L, return_array=False, window_size=window)
-            if inputs is not None:
-                inputs.append(h)
-            h = layer(h, masks[window], None if cache is None else cache[i], settle)
-        return h
-
     def head(self, h: mx.array) -> mx.array:
-        """Logits of the residual stream after the last layer. (B, L, hidden_size) -> (B, L, vocab_size)"""
         h = self.model.norm(h, self.layers[0].self_attn.dtype if self.layers else None)
         return self.model.embed_tokens.as_linear(h) if self.spec.tied_head else self.lm_head(h)
 
@@ -93,31 +41,15 @@ class GptOss(nn.Module):
     def layers(self) -> list[Block]:
         return self.model.layers
 
-    def make_cache(
-        self,
-        window: int | None = None,
-        left_padding: list[int] | None = None,
-        kv_bits: int | None = None,
-        room: int = 0,
-    ) -> Cache:
-        """An empty cache for each layer; `window` makes the full layers' caches rings of that many tokens too.
-
-        kv_bits: 8 or 16 for the layers that keep everything; the model's own setting when it is None. room: how
-        many tokens beyond its window a ring keeps, so that they can be taken back.
-        """
-        if kv_bits is None and window is None:
-            kv_bits = self.kv_bits
-        return make_cache(self.spec, window, left_padding, room, self.context_length, kv_bits)
-
 
 class Transformer(nn.Module):
     """The parameters under Hugging Face's prefix `model.`; the way through them is `GptOss.run_layers`."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, choices: KernelChoices) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         rotation = Rotation(spec.rope_theta, spec.yarn)
-        self.layers = [Block(spec, layer, rotation) for layer in spec.layers]
+        self.layers = [Block(spec, layer, rotation, choices) for layer in spec.layers]
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
@@ -134,30 +66,36 @@ class Routed(NamedTuple):
 
 
 class Block(block.Block):
-    """h = x + attention(norm(x)); h + moe(norm(h)), each rounded to the layer's type."""
+    """h = x + attention(norm(x)); h + moe(norm(h)), each rounded to the layer's type.
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
+    From the first layer on the residual stream is float32, with numbers of the type that the layers compute in: a norm,
+    which wants float32, needs no cast then.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation, choices: KernelChoices) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.self_attn = Attention(spec, layer, rotation)
+        self.self_attn = Attention(spec, layer, rotation, choices.bias_apart)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.mlp = MoE(spec, layer)
+        self.mlp = MoE(spec, layer, choices.bias_apart)
 
     @property
     def attention(self) -> Attention:
-        return self.self_attn
+        found: Attention = self["self_attn"]
+        return found
 
     def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        attention = self.self_attn
-        return attention.project(self.input_layernorm(x, attention.dtype), offset)
+        attention: Attention = self["self_attn"]
+        return attention.project(self["input_layernorm"](x, attention.dtype), offset)
 
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
-        h, dtype = self._after_output(x, out), self.self_attn.dtype
-        return add_rounded(h, self.mlp(self.post_attention_layernorm.in_float32(h), dtype), dtype)
+        h, dtype = self._after_output(x, out), self["self_attn"].dtype
+        return add_rounded(h, self["mlp"](self["post_attention_layernorm"].in_float32(h), dtype), dtype)
 
     def _after_output(self, x: mx.array, out: mx.array) -> mx.array:
-        attention = self.self_attn
-        return add_rounded(x, linear(attention.o_proj, merge_heads(out, x)), attention.dtype)
+        attention: Attention = self["self_attn"]
+        output = linear(attention["o_proj"], merge_heads(out, x), attention.bias_apart)
+        return add_rounded(x, output, attention.dtype)
 
     def to_experts(self, x: mx.array, out: mx.array) -> Routed:
         """`after_attention` up to where the experts are asked."""
@@ -170,7 +108,7 @@ class Block(block.Block):
         dtype = self.self_attn.dtype
         return add_rounded(routed.h, weighted_sum(outputs, routed.expert_weights, dtype), dtype)
 
-    def made_once(self) -> list[mx.array]:
+    def prepare_constants(self) -> list[mx.array]:
         experts = getattr(self.mlp.experts, "experts", self.mlp.experts)  # streamed ones have them within
         if not (isinstance(experts, Experts) and experts.has_one_bias_type):
             return []
@@ -182,8 +120,9 @@ class Attention(block.BlockAttention):
 
     sinks: mx.array
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation, bias_apart: bool) -> None:
         super().__init__()
+        self.bias_apart = bias_apart
         self.num_heads, self.num_kv_heads, self.head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
         self.rotation = rotation
         # YaRN multiplies sine and cosine, so queries and keys, by its concentration; their product is scaled instead.
@@ -196,12 +135,12 @@ class Attention(block.BlockAttention):
     @property
     def dtype(self) -> mx.Dtype:
         """The type that the layer computes in; its packed matrices do not tell."""
-        return self.sinks.dtype
+        return self["sinks"].dtype
 
     def project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries (B, H, L, D), keys and values (B, K, L, D) of x (B, L, hidden_size), from position `offset` on."""
         # Queries and keys lie side by side and are rotated together.
-        qkv = split_heads(linear(self.qkv_proj, x), self.head_dim)
+        qkv = split_heads(linear(self["qkv_proj"], x, self.bias_apart), self.head_dim)
         rotated, values = mx.split(qkv, [self.num_heads + self.num_kv_heads], axis=1)
         queries, keys = mx.split(self.rotation(rotated, offset), [self.num_heads], axis=1)
         return queries, keys, values

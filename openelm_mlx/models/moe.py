@@ -15,7 +15,7 @@ import numpy as np
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
-from .precision import choices, linear, one_kernel, widen
+from .precision import linear, one_kernel, widen
 
 # From so many (token, expert) routes on, sorting them by expert pays: each expert's weights are then read once and used
 # for a block of rows. Only shapes decide, so that the same prompt always takes the same path.
@@ -34,11 +34,6 @@ def uses_tiles(num_routes: int, num_experts: int) -> bool:
     return num_routes >= max(SORT_FROM_ROUTES, TILE_FROM_ROWS * num_experts)
 
 
-def rows_in_a_tile() -> int:
-    """The number whose multiples a matrix's rows should be for a sorted product; 1 where it does not matter."""
-    return choices().rows_in_a_tile
-
-
 class RoutedExperts(Protocol):
     """What `MoE` asks of the experts it is given."""
 
@@ -54,9 +49,10 @@ class MoE(nn.Module):
 
     experts: RoutedExperts
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, bias_apart: bool = False) -> None:
         super().__init__()
         self.experts_per_token = layer.experts_per_token
+        self.bias_apart = bias_apart
         self.router = nn.Linear(spec.hidden_size, layer.num_experts)
         self.experts = Experts(spec, layer)
 
@@ -74,7 +70,7 @@ class MoE(nn.Module):
         In float32 throughout: a near-tie that rounding decides sends the token to another expert, and nothing that bf16
         does elsewhere moves the logits as much.
         """
-        logits = linear(self.router, x)
+        logits = linear(self["router"], x, self.bias_apart)
         k = self.experts_per_token
         expert_indices = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
         if self.training:  # which experts are chosen has no derivative; how much they weigh has one

@@ -6,77 +6,30 @@ modeling_openelm.py. Attribute names are those of Apple's Hugging Face files, so
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
 from . import block
-from .attention import causal_mask, merge_heads, split_heads
-from .block import Settle
-from .cache import Cache, make_cache
-from .precision import choices, one_kernel
+from .attention import merge_heads, split_heads
+from .base import LanguageModel
+from .precision import KernelChoices, one_kernel
 from .rope import Rotation
 
 
-class OpenELM(nn.Module):
+class OpenELM(LanguageModel):
     """The language model: tokens (B, L) -> logits (B, L, vocab_size)."""
 
-    # The memory plan that loading followed; why the model must be loaded again, once it must.
-    plan: Any = None
-    failure: str | None = None
-    # 8: new caches keep their keys and values in 8 bits, in the layers that keep them all.
-    kv_bits: int | None = None
-    # For models with experts: what reads those that are not in memory.
-    residency: Any = None
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.model_type = spec.family
-        self.context_length = spec.context_length
-        self.transformer = Transformer(spec)
+    def __init__(self, spec: ModelSpec, choices: KernelChoices | None = None) -> None:
+        super().__init__(spec, choices)
+        self.transformer = Transformer(spec, self.choices)
         if not spec.tied_head:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
-    def __call__(self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None) -> mx.array:
-        """Logits (B, L, V) of the next token after each of `tokens` (B, L); or (B, V) after (B,), one token a row.
-
-        cache: from `make_cache`, extended in place; with it, `tokens` are only the new ones. left_padding (B,): how many
-        tokens at the start of each row are padding; a cache has its own.
-        """
-        return self.head(self.run_layers(self.embed(tokens), cache, left_padding=left_padding))
-
     def embed(self, tokens: mx.array) -> mx.array:
-        """The residual stream before the first layer. (B, L) -> (B, L, hidden_size)"""
         return self.transformer.token_embeddings(tokens)
 
-    def run_layers(
-        self,
-        h: mx.array,
-        cache: Cache | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        left_padding: mx.array | None = None,
-        settle: Settle | None = None,
-    ) -> mx.array:
-        """The residual stream h (B, L, hidden_size) after layers start ... stop - 1.
-
-        settle: called after each part of a layer, with a cache of ours.
-        """
-        L = 1 if h.ndim == 2 else h.shape[1]
-        # All layers have seen the same tokens, so one mask serves them all.
-        if cache is None:
-            mask = causal_mask(L, 0, left_padding=left_padding)
-        else:  # mlx-lm's caches, which may stand here too, need both words
-            mask = cache[start].make_mask(L, return_array=False, window_size=None)
-        for i, layer in enumerate(self.layers[start:stop], start):
-            h = layer(h, mask, None if cache is None else cache[i], settle)
-        return h
-
     def head(self, h: mx.array) -> mx.array:
-        """Logits of the residual stream after the last layer. (B, L, hidden_size) -> (B, L, vocab_size)"""
         h = self.transformer.norm(h)
         return self.transformer.token_embeddings.as_linear(h) if self.spec.tied_head else self.lm_head(h)
 
@@ -84,39 +37,24 @@ class OpenELM(nn.Module):
     def layers(self) -> list[Block]:
         return self.transformer.layers
 
-    def make_cache(
-        self,
-        window: int | None = None,
-        left_padding: list[int] | None = None,
-        kv_bits: int | None = None,
-        room: int = 0,
-    ) -> Cache:
-        """An empty cache for each layer; `window` makes each a ring of that many tokens.
-
-        kv_bits: 8 or 16; the model's own setting when it is None. room: how
-        many tokens beyond its window a ring keeps, so that they can be taken back.
-        """
-        if kv_bits is None and window is None:
-            kv_bits = self.kv_bits
-        return make_cache(self.spec, window, left_padding, room, self.context_length, kv_bits)
-
 
 class Transformer(nn.Module):
     """The parameters under Apple's prefix `transformer.`; the way through them is `OpenELM.run_layers`."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, choices: KernelChoices) -> None:
         super().__init__()
         self.token_embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
         rotation = Rotation(spec.rope_theta)
-        self.layers = [Block(spec, layer, rotation) for layer in spec.layers]
+        self.layers = [Block(spec, layer, rotation, choices) for layer in spec.layers]
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
 
 class Block(block.Block):
     """h = x + attention(norm(x)); h + feed_forward(norm(h))."""
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation, choices: KernelChoices) -> None:
         super().__init__()
+        self.fuse_residual_add = choices.fuse_residual_add
         self.attn = Attention(spec, layer, rotation)
         self.ffn = FeedForward(spec.hidden_size, layer.intermediate_size)
         # mx.fast.rms_norm rounds before the gain, as CoreNet's RMSNorm does (normalization/rms_norm.py).
@@ -125,16 +63,29 @@ class Block(block.Block):
 
     @property
     def attention(self) -> Attention:
-        return self.attn
+        found: Attention = self["attn"]
+        return found
 
     def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        return self.attn.project(self.attn_norm(x), offset)
+        attention: Attention = self["attn"]
+        return attention.project(self["attn_norm"](x), offset)
 
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
-        h = plus_linear(x, self.attn.out_proj, merge_heads(out, x))
-        return plus_linear(h, self.ffn.proj_2, self.ffn.hidden(self.ffn_norm(h)))
+        h = self._plus(x, self["attn"]["out_proj"], merge_heads(out, x))
+        feed_forward: FeedForward = self["ffn"]
+        return self._plus(h, feed_forward["proj_2"], feed_forward.hidden(self["ffn_norm"](h)))
 
-    def made_once(self) -> list[mx.array]:
+    def _plus(self, residual: mx.array, module: nn.Module, x: mx.array) -> mx.array:
+        """residual + module(x): one kernel, which rounds once, where the matrix is neither packed nor adapted.
+
+        That is for Metal. The CPU's BLAS would add each product to the residual itself, which is larger: less exact, and
+        no faster; CUDA would leave its fast kernel for one row and be slower (docs/LOG.md).
+        """
+        if self.fuse_residual_add and type(module) is nn.Linear and "bias" not in module:
+            return mx.addmm(residual, x, module["weight"].T)
+        return residual + module(x)
+
+    def prepare_constants(self) -> list[mx.array]:
         return [self.attn.gains()] if self.attn.qk_norm else []
 
 
@@ -159,7 +110,7 @@ class Attention(block.BlockAttention):
 
     def project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries (B, H, L, D), keys and values (B, K, L, D) of x (B, L, hidden_size), from position `offset` on."""
-        qkv = split_heads(self.qkv_proj(x), self.head_dim)  # heads are queries, keys, values
+        qkv = split_heads(self["qkv_proj"](x), self.head_dim)  # heads are queries, keys, values
         # Slices, since MLX's norm copies what comes from a split.
         num_rotated = self.num_heads + self.num_kv_heads
         queries_and_keys, values = qkv[:, :num_rotated], qkv[:, num_rotated:]
@@ -171,7 +122,7 @@ class Attention(block.BlockAttention):
 
     def gains(self) -> mx.array:
         """The gains of the queries' and the keys' norm, a row a head, (H + K, 1, D); made again when one is replaced."""
-        q, k, made = self.q_norm.weight, self.k_norm.weight, self._gains
+        q, k, made = self["q_norm"]["weight"], self["k_norm"]["weight"], self._gains
         if made is None or made[0] is not q or made[1] is not k:
             of_queries = mx.broadcast_to(q, (self.num_heads, 1, self.head_dim))
             of_keys = mx.broadcast_to(k, (self.num_kv_heads, 1, self.head_dim))
@@ -192,19 +143,8 @@ class FeedForward(nn.Module):
 
     def hidden(self, x: mx.array) -> mx.array:
         """What the second projection is given. (..., hidden_size) -> (..., intermediate_size)"""
-        gate, up = mx.split(self.proj_1(x), 2, axis=-1)
+        gate, up = mx.split(self["proj_1"](x), 2, axis=-1)
         return swiglu(gate, up)
-
-
-def plus_linear(residual: mx.array, module: nn.Module, x: mx.array) -> mx.array:
-    """residual + module(x): on Metal one kernel, which rounds once, where the matrix is neither packed nor adapted.
-
-    Elsewhere two. The CPU's BLAS would add each product to the residual itself, which is larger: less exact, and no faster;
-    CUDA would leave its fast kernel for one row and be slower (docs/LOG.md).
-    """
-    if type(module) is nn.Linear and "bias" not in module and choices().adds_in_products:
-        return mx.addmm(residual, x, module.weight.T)
-    return residual + module(x)
 
 
 @one_kernel

@@ -20,22 +20,22 @@ def runs_on_cpu() -> bool:
 
 
 @dataclass(frozen=True)
-class Choices:
+class KernelChoices:
     """What is the same arithmetic either way and faster in one of them, which one being a matter of the machine.
 
     rows_in_a_tile: the number whose multiples an expert's rows are made in memory (1: as they are). spare_places: how many
-    places more than needed a cache's buffer has. compiled_step: decode in compiled pieces. adds_in_products: the residual
+    places more than needed a cache's buffer has. compiled_step: decode in compiled pieces. fuse_residual_add: the residual
     stream is added in the product's own kernel. bias_apart: the bias of a single row is added in a kernel of its own.
     """
 
     rows_in_a_tile: int = 1
     spare_places: int = 0
     compiled_step: bool = True
-    adds_in_products: bool = False
+    fuse_residual_add: bool = False
     bias_apart: bool = False
 
 
-def default_choices() -> Choices:
+def default_choices() -> KernelChoices:
     """What is chosen where nobody has measured (`selfcheck` does): by the backend.
 
     CUDA, measured on an H200 (docs/LOG.md): a sorted product over 2,880 rows took ten times as long as over 2,944; for one
@@ -45,30 +45,16 @@ def default_choices() -> Choices:
     add each product to the residual stream itself, which is larger: less exact.
     """
     if runs_on_cpu():
-        return Choices(compiled_step=False)
+        return KernelChoices(compiled_step=False)
     if mx.cuda.is_available():
-        return Choices(rows_in_a_tile=128, spare_places=8, bias_apart=True)
-    return Choices(adds_in_products=True)
+        return KernelChoices(rows_in_a_tile=128, spare_places=8, bias_apart=True)
+    return KernelChoices(fuse_residual_add=True)
 
 
-_chosen: Choices | None = None
-
-
-def choices() -> Choices:
-    """What holds now: what `use_choices` was given, or the backend's defaults."""
-    return default_choices() if _chosen is None else _chosen
-
-
-def use_choices(chosen: Choices | None) -> None:
-    """Let these hold for every model that is loaded from now on; None: the defaults."""
-    global _chosen
-    _chosen = chosen
-
-
-def linear(module: Any, x: mx.array) -> mx.array:
-    """module(x), a linear layer's; the bias of a single row is added apart where that is faster (`Choices`)."""
-    if type(module) is nn.Linear and "bias" in module and x.size == x.shape[-1] and choices().bias_apart:
-        return x @ module.weight.T + module.bias
+def linear(module: Any, x: mx.array, bias_apart: bool = False) -> mx.array:
+    """module(x), a linear layer's. bias_apart: see `KernelChoices`."""
+    if bias_apart and type(module) is nn.Linear and "bias" in module and x.size == x.shape[-1]:
+        return x @ module["weight"].T + module["bias"]
     result: mx.array = module(x)
     return result
 
@@ -80,7 +66,9 @@ def widen(x: mx.array) -> mx.array:
     The CPU backend computes them in the type of their input, which costs half precision a digit, or not at all in half
     precision; `gather_qmm` is also eight times as fast there in float32.
     """
-    return x.astype(mx.float32) if runs_on_cpu() else x
+    if x.dtype == mx.float32 or not runs_on_cpu():
+        return x
+    return x.astype(mx.float32)
 
 
 def by_columns(matrix: mx.array) -> mx.array:

@@ -13,12 +13,14 @@ from .packed import BITS, Packed, pack
 class QuantizedKVCache:
     """`KVCache` with its numbers packed: what comes back is `Packed`, which `attention.attend` takes as it is."""
 
-    def __init__(self, left_padding: mx.array | None = None, context_length: int | None = None) -> None:
+    def __init__(
+        self, left_padding: mx.array | None = None, context_length: int | None = None, spare_places: int = 0
+    ) -> None:
         self.keys: Packed | None = None
         self.values: Packed | None = None
         self.offset = 0
         self.left_padding = left_padding
-        self.context_length = context_length
+        self.context_length, self.spare_places = context_length, spare_places
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Packed, Packed]:
         """Append L new keys and values (B, K, L, D); all cached ones come back, (B, K, offset + L, D)."""
@@ -32,7 +34,7 @@ class QuantizedKVCache:
         if self.keys is None or self.values is None or num_tokens <= self.keys.weight.shape[2]:
             return []
         self.keys, self.values = (
-            Packed(*(grown(part, self.offset, num_tokens, self.context_length) for part in packed))
+            Packed(*(grown(part, self.offset, num_tokens, self.context_length, self.spare_places) for part in packed))
             for packed in (self.keys, self.values)
         )
         return self.buffers
@@ -75,7 +77,7 @@ class QuantizedKVCache:
 
     def fork(self, snapshot: Snapshot) -> QuantizedKVCache:
         """Another cache, as this one was at an earlier `snapshot`; what is written to one is not seen by the other."""
-        new = QuantizedKVCache(self.left_padding, self.context_length)
+        new = QuantizedKVCache(self.left_padding, self.context_length, self.spare_places)
         if self.keys is not None and self.values is not None:
             # Cut to what is used, so the first token written makes buffers of its own.
             new.state = *self.keys.first(snapshot.offset), *self.values.first(snapshot.offset)
@@ -105,7 +107,8 @@ class QuantizedKVCache:
 
     def _appended(self, packed: Packed | None, new: Packed, used: int) -> Packed:
         parts = (None, None, None) if packed is None else packed
-        return Packed(*(appended(part, each, used, self.context_length) for part, each in zip(parts, new, strict=True)))
+        limits = used, self.context_length, self.spare_places
+        return Packed(*(appended(part, each, *limits) for part, each in zip(parts, new, strict=True)))
 
     # --- mlx-lm's words ---
 

@@ -26,10 +26,19 @@ class Rotation:
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """x (B, H, L, D) from position `offset` on, an int, an array of one, or one a row (B,)."""
-        if not runs_on_cpu() or (isinstance(offset, mx.array) and offset.ndim > 0):
-            return rotate(x, self.theta, offset, self.periods(x.shape[-1]))
-        cosines, sines = self._cosines_and_sines(x.shape[2], offset, x.shape[-1])
-        y = widen(x)
+        # The layers of a pass share a table. Threads do not: what one has not evaluated another one cannot.
+        key, made = (x.shape[2], x.shape[3], threading.get_ident()), self._made
+        # Two arrays may hold one number, but to know it the host would have to wait.
+        if (
+            made is None
+            or made[0] != key
+            or not (made[1] is offset or (type(offset) is type(made[1]) is int and made[1] == offset))
+        ):
+            if not runs_on_cpu() or (isinstance(offset, mx.array) and offset.ndim > 0):
+                return rotate(x, self.theta, offset, self.periods(x.shape[-1]))
+            self._made = made = key, offset, self._make_table(x.shape[2], offset, x.shape[3])
+        cosines, sines = made[2]
+        y = x if x.dtype == mx.float32 else widen(x)
         first, second = mx.split(y, 2, axis=-1)
         return (y * cosines + mx.concatenate([second, first], axis=-1) * sines).astype(x.dtype)
 
@@ -39,15 +48,8 @@ class Rotation:
             self._periods[head_dim] = rotary_periods(head_dim, self.theta, self.yarn)
         return self._periods[head_dim]
 
-    def _cosines_and_sines(self, L: int, offset: int | mx.array, head_dim: int) -> tuple[mx.array, mx.array]:
-        """Of each position and number of a head, (L, D) both; the sines that the first half needs are negative."""
-        # The layers of a pass share a table. Threads do not: what one has not evaluated another one cannot.
-        key, made = (L, head_dim, threading.get_ident()), self._made
-        if made is None or made[0] != key or not _is_same(made[1], offset):
-            self._made = made = key, offset, self._make_table(L, offset, head_dim)
-        return made[2]
-
     def _make_table(self, L: int, offset: int | mx.array, head_dim: int) -> tuple[mx.array, mx.array]:
+        """Cosine and sine of each position and number of a head, (L, D) both; the sines for the first half are negative."""
         half, periods = head_dim // 2, self.periods(head_dim)
         if periods is None:
             frequencies = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(self.theta) / half))
@@ -56,11 +58,6 @@ class Rotation:
         angles = (mx.arange(L) + offset).astype(mx.float32)[:, None] * frequencies
         cosines, sines = mx.cos(angles), mx.sin(angles)
         return mx.concatenate([cosines, cosines], axis=-1), mx.concatenate([-sines, sines], axis=-1)
-
-
-def _is_same(a: int | mx.array, b: int | mx.array) -> bool:
-    """Whether two offsets are known to be the same number without waiting for an array."""
-    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
 
 
 def rotate(x: mx.array, theta: float, offset: int | mx.array, periods: mx.array | None = None) -> mx.array:

@@ -716,7 +716,7 @@ import faulthandler, json, random, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import test_memory_residency as tests
 from openelm_mlx.memory import cuda_driver, records, written
-faulthandler.dump_traceback_later(50, exit=True)
+faulthandler.dump_traceback_later(240, exit=True)
 for module in (records, cuda_driver):
     module.PIECE_BYTES = 1500
 records.INLINE_BYTES, cuda_driver.NUM_BUFFERS, driver = 0, 6, tests.MemoryDriver()
@@ -735,13 +735,15 @@ def interrupt(*_):
         raise KeyboardInterrupt
 
 signal.signal(signal.SIGALRM, interrupt)
-chance, began = random.Random(7), time.time()
-while time.time() < began + 4:
+chance, longest = random.Random(7), 0.01
+while counts[0] <= 60:
     try:
         is_armed = True
-        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0003, 0.03))
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0003, longest))
+        started = time.perf_counter()
         answer()
         is_armed = False
+        longest = time.perf_counter() - started  # as long as an answer takes here: then most are hit
     except KeyboardInterrupt as error:
         is_armed = False
         counts[0] += 1
@@ -753,7 +755,7 @@ while time.time() < began + 4:
         found = []
         other = threading.Thread(target=beside)
         other.start()
-        other.join(20)
+        other.join()
         assert found == [True], found
 assert answer() == expected
 assert threading.active_count() == 9, threading.enumerate()
@@ -768,7 +770,7 @@ def test_ctrl_c_at_any_moment(folders, writes):
     """Raised in the thread that waits, wherever it is: the next answer is right, and nothing waits for ever."""
     run = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent), str(folders[32]), writes],
-        capture_output=True, text=True, timeout=90, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
     seen = json.loads(run.stdout.splitlines()[-1])

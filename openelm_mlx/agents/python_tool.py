@@ -1,39 +1,42 @@
 """gpt-oss's python tool: scripts of the model, run one after the other in an interpreter that keeps its variables.
 
-The interpreter is another process, in a sandbox (sandbox.py). This file starts it, gives it scripts, collects what they
-write, and ends it with all its children when a script takes more time, memory, processes or disk than it may.
+The interpreter is another process, in a sandbox (sandbox.py). One thread of this file owns both: it takes calls in turn,
+whichever thread they come from, gives each its own result, also when the one before was given up by Ctrl-C, and looks at
+what scripts take, also between calls. python_process.py follows a single script.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import selectors
-import shutil
-import signal
-import subprocess
+import queue
 import tempfile
 import threading
-import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import final
+from typing import Any, final
 
 from ..errors import ToolError
 from ..text.schema import PYTHON
-from .sandbox import NONE, Limits, Python, find_sandbox, launch
+from .python_process import Box, Direct, Interpreter, Place
+from .sandbox import KEPT, Limits, Python, find_sandbox
+from .sandbox_usage import remove_folder
 
-_START_SECONDS = 30.0
-_WATCH_SECONDS = 0.1
-_MOST_FILES = 20_000
+_IDLE_SECONDS = 1.0  # between two looks while no script runs
+_CLOSED = "This python tool is closed: make another one."
+_NOTHING = "(The script wrote nothing. Its last expression, or what it prints, is what you see.)"
 
 
 @final
 class PythonTool:
     """A tool that runs Python. Called with a script, it returns what the script wrote and its last expression's value.
 
-    Variables, imports and files stay until `close`, which a `with` block calls; if a script has to be stopped, the next
-    one begins anew, with the files. Raises ToolError where the machine has no sandbox and allow_unsandboxed is False.
+    Variables, imports and files stay until `close`, which a `with` block calls; if a script has to be ended, the next
+    one begins anew, with the files. Ctrl-C (KeyboardInterrupt) in a call interrupts its script, too, and keeps the
+    variables where the script lets it. Threads may share it: their calls run one after the other. Raises ToolError where
+    the machine has no sandbox and allow_unsandboxed is False.
     """
 
     name = "python"
@@ -42,48 +45,42 @@ class PythonTool:
     parameters: dict[str, object] | None = None  # the message is the script itself
 
     def __init__(
-        self, *, limits: Limits | None = None, allow_unsandboxed: bool = False, python: Python | None = None
+        self,
+        *,
+        limits: Limits | None = None,
+        allow_unsandboxed: bool = False,
+        python: Python | None = None,
+        sandbox: str | None = None,
     ) -> None:
         self.limits = limits or Limits()
-        self.sandbox = find_sandbox(allow_unsandboxed=allow_unsandboxed)
-        self._python = python or Python()
-        self._folder = Path(tempfile.mkdtemp(prefix="openelm_mlx-python-"))
-        self._session: _Session | None = None
+        self.sandbox = sandbox or find_sandbox(allow_unsandboxed=allow_unsandboxed)
+        self._owner = _Owner(self.sandbox, python or Python(), self.limits)
+        # Also at the end of the program, and when nobody holds the tool any more.
+        self._finalizer = weakref.finalize(self, _Owner.close, self._owner)
 
     @property
     def scratch(self) -> Path:
-        """The folder that scripts see as /mnt/data (on a Mac, and without a sandbox, as the working folder)."""
-        return self._folder / "scratch"
+        """The folder that scripts see as /mnt/data (on a Mac, and without a sandbox, as the working folder).
+
+        On Linux it is in memory, and the path is of this process: copy what is to stay.
+        """
+        return self._owner.ask(self._owner.find_scratch)
 
     def __call__(self, arguments: str) -> str:
         """Run a script; its output, with a notice where it was cut short or the script was stopped."""
-        if not self._folder.exists():
-            raise ToolError("This python tool is closed: make another one.")
-        if self._session is None:
-            self._session = _Session(self.sandbox, self._python, self._folder, self.limits)
-        output, has_ended = self._session.run(arguments)
-        if has_ended:
-            self.restart()
-        return (
-            output.removesuffix("\n")
-            or "(The script wrote nothing. Its last expression, or what it prints, is what you see.)"
-        )
+        return self._owner.ask(self._owner.run, arguments).removesuffix("\n") or _NOTHING
 
     def interrupt(self) -> None:
         """Stop the script that is running, if one is; for another thread to call."""
-        if self._session is not None:
-            self._session.is_interrupted.set()
+        self._owner.interrupt()
 
     def restart(self) -> None:
         """Forget the variables and end what scripts have left running; files stay."""
-        if self._session is not None:
-            self._session.end()
-            self._session = None
+        self._owner.ask(self._owner.restart)
 
     def close(self) -> None:
-        """End the interpreter and delete its files."""
-        self.restart()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """End the interpreter, also in the midst of a script, and delete its files."""
+        self._finalizer()
 
     def __enter__(self) -> PythonTool:
         return self
@@ -93,188 +90,152 @@ class PythonTool:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
+
+class _Job:
+    """One call: what to do, and where its result goes. A result that nobody waits for goes nowhere."""
+
+    def __init__(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.work, self.arguments = work, arguments
+        self.result: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self.is_interrupted = self.is_given_up = False
 
 
-class _Session:
-    """One interpreter process and its pipes."""
+class _Owner:
+    """The thread that the sandbox belongs to. What it has is touched by no other one, but for plain flags.
 
-    def __init__(self, kind: str, python: Python, folder: Path, limits: Limits) -> None:
-        self.is_interrupted = threading.Event()
-        self._limits, self._scratch = limits, folder / "scratch"
-        self._scratch.mkdir(exist_ok=True)
-        self._report, writing = os.pipe()
-        try:
-            plan = launch(kind, python, folder, limits, writing)
-            self._process = subprocess.Popen(
-                plan.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                cwd=self._scratch if kind == NONE else "/",
-                env=plan.environment,
-                pass_fds=[writing],
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self._report)
-            raise
-        finally:
-            os.close(writing)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._scripts, self._output = self._process.stdin.fileno(), self._process.stdout.fileno()
-        for descriptor in (self._scripts, self._output, self._report):
-            os.set_blocking(descriptor, False)
-        text, has_ended = self._follow(b"", _START_SECONDS)
-        if has_ended:
-            self.end()
-            raise ToolError(
-                f"Python could not be started in the sandbox ({kind}): {text.strip() or 'it said nothing'}."
-            )
-
-    def run(self, script: str) -> tuple[str, bool]:
-        """What a script wrote, and whether the session is over."""
-        data = script.encode("utf-8", "replace")
-        return self._follow(b"%d\n" % len(data) + data, self._limits.seconds)
-
-    def end(self) -> None:
-        """Kill the interpreter and its children, and close the pipes."""
-        for pid in (*_descendants(self._process.pid), self._process.pid):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
-        if self._report >= 0:
-            os.close(self._report)
-            self._report = -1
-
-    def _follow(self, data: bytes, seconds: float) -> tuple[str, bool]:
-        """Send `data`, and collect output until the interpreter reports, ends, or has to be stopped."""
-        output, end, reason = _Output(self._limits.output_bytes), time.monotonic() + seconds, None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._output, selectors.EVENT_READ)
-            selector.register(self._report, selectors.EVENT_READ)
-            if data:
-                selector.register(self._scripts, selectors.EVENT_WRITE)
-            next_look = time.monotonic() + _WATCH_SECONDS
-            while reason is None:
-                for key, _ in selector.select(_WATCH_SECONDS):
-                    if key.fd == self._scripts:
-                        data = self._send(data)
-                        if not data:
-                            selector.unregister(self._scripts)
-                    elif key.fd == self._output and not output.read_from(self._output):
-                        selector.unregister(self._output)  # the interpreter closed it; it may go on
-                    elif key.fd == self._report:
-                        reason = "" if os.read(self._report, 4096) else "Python ended"
-                now = time.monotonic()
-                if reason is None and self.is_interrupted.is_set():
-                    reason = "it was interrupted"
-                if reason is None and now > end:
-                    reason = f"it was stopped after {seconds:g} seconds"
-                if reason is None and now > next_look:
-                    reason, next_look = self._excess(), time.monotonic() + _WATCH_SECONDS
-        output.read_from(self._output)  # what was written before the report is in the pipe
-        text = output.text()
-        if reason:
-            text += f"\n[{reason}; its variables are gone, files are kept]"
-        return text.lstrip("\n") if reason else text, bool(reason)
-
-    def _send(self, data: bytes) -> bytes:
-        try:
-            return data[os.write(self._scripts, data) :]
-        except BlockingIOError:
-            return data
-        except BrokenPipeError:
-            return b""  # it has ended; its report says so
-
-    def _excess(self) -> str | None:
-        """What the session takes too much of, if anything. The kernel limits one process; this is about all of them."""
-        processes = _descendants(self._process.pid)
-        # Up to two of them make the sandbox.
-        if len(processes) > self._limits.processes + 2:
-            return f"it was stopped: more than {self._limits.processes} processes"
-        if sum(processes.values()) > self._limits.memory_bytes:
-            return f"it was stopped: more than {self._limits.memory_bytes / 1e6:,.0f} MB of memory"
-        if _folder_bytes(self._scratch, self._limits.folder_bytes) > self._limits.folder_bytes:
-            return f"it was stopped: more than {self._limits.folder_bytes / 1e6:,.0f} MB of files, or {_MOST_FILES:,} files"
-        return None
-
-
-class _Output:
-    """What a script wrote, its beginning and its end, in bounded memory."""
-
-    def __init__(self, limit: int) -> None:
-        self._half = limit // 2
-        self._start, self._end, self._count = bytearray(), bytearray(), 0
-
-    def read_from(self, descriptor: int) -> bool:
-        """Take what is in a pipe, at most some of it at a time; False where it has ended."""
-        for _ in range(64):
-            try:
-                data = os.read(descriptor, 65_536)
-            except BlockingIOError:
-                return True
-            if not data:
-                return False
-            self._add(data)
-        return True
-
-    def _add(self, data: bytes) -> None:
-        self._count += len(data)
-        room = self._half - len(self._start)
-        self._start += data[:room]
-        self._end = (self._end + data[room:])[-self._half :]
-
-    def text(self) -> str:
-        """The output, with a notice where its middle is left out."""
-        start, end = self._start.decode("utf-8", "replace"), self._end.decode("utf-8", "replace")
-        left_out = self._count - len(self._start) - len(self._end)
-        return f"{start}\n[{left_out:,} bytes of output left out]\n{end}" if left_out else start + end
-
-
-def _descendants(pid: int) -> dict[int, int]:
-    """The processes that descend from `pid`, without itself, and the bytes of memory that each has.
-
-    None on a Mac: there is no /proc, and there the sandbox does not let Python start others.
+    A thread of its own, because Ctrl-C raises KeyboardInterrupt in the main thread, between any two steps of what that
+    does: here nothing is left half done. And the kernel ends a sandbox with the thread that made it: this one stays.
     """
-    parents, memory = {}, {}
-    for name in _entries("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()
-                parents[int(name)], memory[int(name)] = int(fields[1]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {child: memory[child] for child in found - {pid} if child in memory}
 
+    def __init__(self, kind: str, python: Python, limits: Limits) -> None:
+        self._kind, self._python, self._limits = kind, python, limits
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="openelm_mlx-python-"))
+        except OSError as error:
+            raise ToolError(
+                f"The python tool has no place for its files, because {tempfile.gettempdir()} cannot be written "
+                f"({error.strerror}): make room there, or set TMPDIR to another folder."
+            ) from None
+        self._pid = os.getpid()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._job: _Job | None = None
+        self._is_closing = False
+        self._place: Place | None = None
+        self._interpreter: Interpreter | None = None
+        self._notice = ""  # what the next script's reader must know
+        self._thread = threading.Thread(target=self._serve, name="openelm_mlx-python", daemon=True)
+        self._thread.start()
 
-def _entries(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
+    # --- Called from any thread ---------------------------------------------------------------------------------------
 
+    def ask(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Have `work` done in the owner's thread, in its turn; its result, or the exception that it raised."""
+        job = _Job(work, arguments)
+        try:
+            if self._is_closing or not self._thread.is_alive():
+                raise ToolError(_CLOSED)
+            self._jobs.put(job)
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    value, error = job.result.get(timeout=1)
+                    break
+                if not self._thread.is_alive():
+                    raise ToolError(_CLOSED)
+        except BaseException:  # Ctrl-C, at any moment: the script is not wanted any more
+            job.is_given_up = job.is_interrupted = True
+            raise
+        if error is not None:
+            raise error
+        return value
 
-def _folder_bytes(folder: Path, enough: int) -> int:
-    """The bytes on disk below a folder; stops counting past `enough`, and takes too many files for too many bytes."""
-    total = count = 0
-    for path, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(path, name)).st_blocks * 512
-        count += len(names) + len(folders)
-        if count > _MOST_FILES:
-            return enough + 1
-        if total > enough:
-            break
-    return total
+    def interrupt(self) -> None:
+        """Interrupt the call that is being served."""
+        if (job := self._job) is not None:
+            job.is_interrupted = True
+
+    def close(self) -> None:
+        """End everything, and delete the files."""
+        if os.getpid() != self._pid:
+            return  # a fork of the program: it is not ours
+        self._is_closing = True
+        self.interrupt()
+        self._jobs.put(None)
+        if threading.current_thread() is not self._thread:  # it is, when the garbage collector runs there
+            self._thread.join(30)
+
+    # --- The owner's thread -------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            while not self._is_closing:
+                try:
+                    job = self._jobs.get(timeout=_IDLE_SECONDS if self._interpreter else None)
+                except queue.Empty:
+                    self._look()
+                    continue
+                if job is not None and not self._is_closing:
+                    self._do(job)
+        finally:
+            self._interpreter = self._close_interpreter()
+            if self._place is not None:
+                self._place.close()
+            remove_folder(self._folder)
+
+    def _do(self, job: _Job) -> None:
+        if job.is_given_up:
+            return
+        self._job = job
+        try:
+            result: tuple[Any, BaseException | None] = job.work(*job.arguments), None
+        except BaseException as error:  # noqa: BLE001  (it is raised where the call was made)
+            result = None, error
+        self._job = None
+        job.result.put(result)
+
+    def _look(self) -> None:
+        """What scripts left running may take too much, or end the interpreter, while nobody calls."""
+        if self._interpreter is not None and (trouble := self._interpreter.trouble()) is not None:
+            self._notice = f"[{trouble}, since the script before; its variables are gone, files are kept]\n"
+            self.restart()
+
+    def run(self, script: str) -> str:
+        """What a script wrote."""
+        job = self._job
+        assert job is not None
+        self._look()
+        if self._interpreter is None:
+            self._interpreter = Interpreter(
+                self._kind, self._find_place(), self._python, self._folder, self._limits
+            )
+        notice, self._notice = self._notice, ""
+        output, has_ended = self._interpreter.run(script, lambda: job.is_interrupted or self._is_closing)
+        if has_ended:
+            self.restart()
+        if job.is_given_up:
+            lost = "[the script before was interrupted; its variables are gone, files are kept]\n"
+            self._notice = lost if has_ended else notice
+        return notice + output
+
+    def restart(self) -> None:
+        """End the interpreter."""
+        self._interpreter = self._close_interpreter()
+
+    def _close_interpreter(self) -> None:
+        if self._interpreter is not None:
+            self._interpreter.end()
+
+    def find_scratch(self) -> Path:
+        """The folder of scripts' files, as this program sees it."""
+        place = self._find_place()
+        return Path(f"/proc/{os.getpid()}/fd/{place.folder}") if isinstance(place, Box) else self._folder / "scratch"
+
+    def _find_place(self) -> Place:
+        if isinstance(self._place, Box) and not self._place.is_there:
+            self._place.close()
+            self._place = None
+            self._notice = "[the sandbox was ended by the system: variables and files are gone]\n"
+        if self._place is None and self._kind in KEPT:
+            self._place = Box(self._kind, self._python, self._folder, self._limits)
+        elif self._place is None:
+            self._place = Direct(self._kind, self._folder / "scratch")
+        return self._place

@@ -1,19 +1,27 @@
 """The interpreter of the python tool: runs in a process of its own and keeps its variables from one script to the next.
 
 It knows nothing of this package: the tool hands its source to `python -c`, so that a sandbox needs no file of ours. It
-reads scripts from standard input (a line with the length, then the bytes), lets them write to standard output and error
-as they like, and says on a file descriptor of its own when each has ended.
+reads scripts from standard input (a line with a token and the length, then the bytes), lets them write to standard output
+and error as they like, and says each one's end with its token on a descriptor of its own. Scripts run in this very
+process, so they may break what they find here; whatever a limit depends on stands outside of it.
 """
 
 import ast
+import builtins
 import contextlib
 import json
 import linecache
 import os
+import random
 import signal
 import sys
 import time
 import traceback
+import types
+
+# Kept under names of our own: a script may delete them from `builtins`.
+_compile, _exec, _eval, _isinstance, _repr = compile, exec, eval, isinstance, repr
+_BUILTINS = dict(vars(builtins))
 
 
 def limit_resources(limits):
@@ -25,23 +33,10 @@ def limit_resources(limits):
             resource.setrlimit(getattr(resource, name), (value, value))
 
 
-def forbid_calls(program):
-    """Give up system calls for good, by a filter's program (sandbox_init.py makes it); an OSError where that fails."""
-    import ctypes
-    import struct
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    text = ctypes.create_string_buffer(program)
-    header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(text)))
-    for arguments in ((38, 1, 0, 0, 0), (22, 2, header, 0, 0)):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
-        if libc.prctl(*arguments) != 0:
-            raise OSError(ctypes.get_errno(), "the kernel did not take the filter of system calls")
-
-
 def end_with_parent(every=0.5):
     """Watch the program that started this one, and end when it has ended, also in the middle of an endless script.
 
-    Linux's sandbox is told to by the kernel; a Mac's, and no sandbox at all, are not.
+    Linux's sandboxes end with it; a Mac's, and no sandbox at all, do not.
     """
     import threading
 
@@ -56,58 +51,141 @@ def end_with_parent(every=0.5):
         threading.Thread(target=watch, daemon=True).start()
 
 
-def run_script(script, variables, name):
-    """Run a script; the value of its last expression is shown, as a notebook does. False if an exception ended it."""
-    linecache.cache[name] = (len(script), None, script.splitlines(keepends=True), name)  # for tracebacks
-    try:
-        tree = ast.parse(script, name)
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, name, "exec"), variables)
-        if last is not None:
-            value = eval(compile(ast.Expression(last.value), name, "eval"), variables)
-            if value is not None:
-                variables["_"] = value
-                sys.stdout.write(f"{value!r}\n")
-    except SystemExit as end:
-        sys.stderr.write(f"SystemExit: {end.code}\n")
-        return False
-    except BaseException as error:  # noqa: BLE001  (whatever a script raises is shown to the model)
+def out_of_the_way(descriptor, at_least):
+    """The same pipe under a number that loops over all descriptors (to the limit that scripts are given) do not reach."""
+    import fcntl
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    room = min(most, 4096) if most > 0 else 4096  # -1: no limit
+    lowest = random.SystemRandom().randrange(at_least, room - 8) if room - 8 > at_least else 10
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
+    os.close(descriptor)
+    return moved
+
+
+class Interpreter:
+    """Runs scripts in a module `__main__` of their own, so that pickle finds what they define."""
+
+    def __init__(self, folder, limits):
+        most = limits.get("RLIMIT_NOFILE", 128)
+        self.scripts, self.report = out_of_the_way(os.dup(0), most), out_of_the_way(3, most)
+        self.output = out_of_the_way(os.dup(1), most)
+        self.nothing = out_of_the_way(os.open(os.devnull, os.O_RDONLY), most)
+        self.folder, self.pid, self.count, self.is_running = folder, os.getpid(), 0, False
+        self.module = types.ModuleType("__main__")
+        self.variables = vars(self.module)
+        sys.modules["__main__"] = self.module
+
+    def serve(self, read=os.read, write=os.write, getpid=os.getpid):
+        """Serve scripts until the pipe that brings them is closed."""
+        while header := self.line(read):
+            token, length = header.split()
+            script, length = bytearray(), int(length)
+            while len(script) < length and (part := read(self.scripts, length - len(script))):
+                script += part
+            self.count += 1
+            self.mend()
+            try:
+                self.run(script.decode("utf-8", "replace"), f"<script {self.count}>")
+            except BaseException:  # noqa: BLE001  (a second interrupt, while the first one was shown)
+                self.is_running = False
+            self.flush()
+            if getpid() != self.pid:
+                os._exit(0)  # a child that the script forked and let go on: there is one interpreter
+            write(self.report, token + b"\n")
+
+    def line(self, read):
+        """The next line of the pipe, or what there is of it at its end."""
+        line = b""
+        while not line.endswith(b"\n") and (byte := read(self.scripts, 1)):
+            line += byte
+        return line
+
+    def mend(self):
+        """Put back what the script before may have taken away and the next one needs."""
+        for name, value in _BUILTINS.items():
+            vars(builtins).setdefault(name, value)
+        self.variables.update(__name__="__main__", __builtins__=builtins)
+        for target, source in ((0, self.nothing), (1, self.output), (2, self.output)):
+            os.dup2(source, target)  # a script that asks for input gets none
+        for name, descriptor in (("stdout", 1), ("stderr", 2)):
+            stream = getattr(sys, name, None)
+            if stream is None or getattr(stream, "closed", False):
+                setattr(sys, name, open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False))
+        with contextlib.suppress(ValueError):  # not the main thread: never so, but for a script that forked in another one
+            signal.signal(signal.SIGINT, self.interrupted)
+        with contextlib.suppress(OSError):
+            os.makedirs(self.folder, exist_ok=True)
+            os.chmod(self.folder, 0o700)
+        try:
+            os.getcwd()
+        except OSError:  # it was deleted
+            with contextlib.suppress(OSError):
+                os.chdir(self.folder)
+
+    def interrupted(self, number, frame):
+        """SIGINT: an exception in the script, and nothing between two scripts."""
+        if self.is_running:
+            raise KeyboardInterrupt
+
+    def run(self, script, name):
+        """Run a script; the value of its last expression is shown, as a notebook does."""
+        linecache.cache[name] = (len(script), None, script.splitlines(keepends=True), name)  # for tracebacks
+        try:
+            self.is_running = True
+            tree = ast.parse(script, name)
+            last = tree.body.pop() if tree.body and _isinstance(tree.body[-1], ast.Expr) else None
+            _exec(_compile(tree, name, "exec"), self.variables)
+            if last is not None:
+                value = _eval(_compile(ast.Expression(last.value), name, "eval"), self.variables)
+                if value is not None:
+                    self.variables["_"] = value
+                    sys.stdout.write(_repr(value) + "\n")
+            self.is_running = False
+        except BaseException as error:  # noqa: BLE001  (whatever a script raises is shown to the model)
+            self.is_running = False
+            self.show(error, name)
+
+    def show(self, error, name):
+        """Write a traceback of the script's part alone."""
         frames = error.__traceback__
         while frames is not None and frames.tb_frame.f_code.co_filename != name:
             frames = frames.tb_next  # ours are of no interest
-        traceback.print_exception(type(error), error, frames)
-        return False
-    return True
+        try:
+            if _isinstance(error, SystemExit):
+                sys.stderr.write(f"SystemExit: {error.code}\n")
+            else:
+                traceback.print_exception(type(error), error, frames)
+        except BaseException:  # noqa: BLE001  (an exception that cannot be shown, or no working standard error)
+            self.flush()
+            os.write(2, f"{type(error).__name__} (it cannot be shown)\n".encode("utf-8", "replace"))
+
+    def flush(self):
+        """What the script wrote is in the pipe before its end is reported."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
 
 
 def main():
     """Serve scripts until standard input ends."""
     config = json.loads(sys.argv[1])
+    sys.argv[:] = [""]
+    if config["report"] != 3:
+        os.dup2(config["report"], 3)
+        os.close(config["report"])
+    interpreter = Interpreter(config["folder"], config["limits"])
+    interpreter.mend()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # half of a character is shown, and is no error
     limit_resources(config["limits"])
-    if "filter" in config:
-        forbid_calls(bytes.fromhex(config["filter"]))
-    if os.getppid() > 1:  # 1 or 0: the first process of a sandbox of our own, with which all others end
+    if config["watches_parent"]:
         end_with_parent()
     sys.path.extend(config["paths"])
     os.chdir(config["folder"])
-    scripts, report = os.fdopen(os.dup(0), "rb"), os.fdopen(config["report"], "w")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # a script that asks for input gets none
-    os.set_inheritable(config["report"], False)
-    variables = {"__name__": "__main__", "__builtins__": __builtins__}
-    report.write("ready\n")
-    report.flush()
-    count, own_pid = 0, os.getpid()
-    while header := scripts.readline():
-        count += 1
-        is_done = run_script(scripts.read(int(header)).decode("utf-8", "replace"), variables, f"<script {count}>")
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
-        if os.getpid() != own_pid:
-            os._exit(0)  # a child that the script forked and let go on: there is one interpreter
-        report.write("done\n" if is_done else "failed\n")
-        report.flush()
+    os.write(interpreter.report, config["token"].encode() + b"\n")
+    interpreter.serve()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Where the python tool's interpreter runs: which sandbox this machine has, and the command line that starts it there.
 
-macOS has sandbox-exec; Linux has the kernel's namespaces, which sandbox_init.py uses without any program, or bubblewrap
-where a system lets no other program use them. In each of them there is no network, one folder to write, and of the rest
-of the disk only what Python itself needs. Starting, watching and ending the process is python_tool.py's business.
+macOS has sandbox-exec; Linux has bubblewrap where it is installed, and else the kernel's namespaces, which sandbox_init.py
+uses without any program. In each of them there is no network, one folder to write, and of the rest of the disk only what
+Python itself needs. Starting, watching and ending processes is the business of python_process.py.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from ..errors import ToolError
-from .sandbox_init import forbidden_calls
+from . import sandbox_mac
+from .sandbox_usage import MOST_FILES
 
 SANDBOX_EXEC, BUBBLEWRAP, NAMESPACES, NONE = "sandbox-exec", "bubblewrap", "namespaces", "none"
+KEPT = (BUBBLEWRAP, NAMESPACES)  # sandboxes that stay, with their files, when an interpreter ends
 
 # Where gpt-oss was trained to find its files; a Mac cannot show a folder under another name.
 DATA_FOLDER = "/mnt/data"
@@ -34,21 +36,32 @@ _LINUX_READABLE = (
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/ld.so.conf",
     "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime", "/etc/mime.types",
 )  # fmt: skip
-_MAC_READABLE = (
-    "/usr/lib",
-    "/usr/share",
-    "/System/Library",
-    "/private/var/db/timezone",
-    "/Library/Apple/System/Library",
-)
-_MAC_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+
+# Loads the modules of the standard library that are linked to libraries of their own, and prints where all came from.
+_LIST_LIBRARIES = """
+import ctypes, importlib, sys
+for name in ("_ssl", "_hashlib", "_sqlite3", "_lzma", "_bz2", "zlib", "_decimal", "readline", "_curses", "pyexpat", "_dbm"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+if sys.platform == "darwin":
+    system = ctypes.CDLL(None)
+    system._dyld_get_image_name.restype = ctypes.c_char_p
+    paths = [system._dyld_get_image_name(i).decode() for i in range(system._dyld_image_count())]
+else:
+    paths = [line.split(None, 5)[5].strip() for line in open("/proc/self/maps") if "/" in line]
+print("\\n".join(path for path in dict.fromkeys(paths) if path.startswith("/")))
+"""
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a session may take. seconds: for one script, by the clock. memory_bytes: of all its processes together.
 
-    processes: at a time. file_bytes: one file's size; folder_bytes: the scratch folder's. output_bytes: shown of a script.
+    processes: at a time. file_bytes: one file's size; folder_bytes: the scratch folder's, which on Linux is in memory
+    too. output_bytes: shown of a script.
     """
 
     seconds: float = 120.0
@@ -73,23 +86,49 @@ class Limits:
 
 @dataclass(frozen=True)
 class Python:
-    """The interpreter to run and what it must be able to read; by default this one, with this environment's packages."""
+    """The interpreter to run and what it must be able to read; by default this one, with this environment's packages.
+
+    libraries: gives the paths of the shared libraries that an interpreter loads; by default it is run once to ask it.
+    """
 
     executable: str = field(default_factory=lambda: os.path.realpath(sys.executable))
     prefix: str = field(default_factory=lambda: os.path.realpath(sys.base_prefix))
     packages: tuple[str, ...] = field(default_factory=lambda: tuple(map(os.path.realpath, site.getsitepackages())))
+    libraries: Callable[[str], Sequence[str]] = field(default_factory=lambda: linked_libraries)
+
+    def programs(self) -> list[str]:
+        """The folders of the interpreter itself: its prefix, and where its executable is, as named and without links."""
+        folders = [os.path.dirname(self.executable), self.prefix]
+        return list(dict.fromkeys([*folders, *map(os.path.realpath, folders)]))
 
     def readable(self) -> list[str]:
         """The folders it needs. Raises ToolError if one of them has the home folder in it."""
-        folders = [self.prefix, os.path.dirname(self.executable), *self.packages]
+        folders = [*self.programs(), *self.packages]
         home = os.path.realpath(Path.home())
         for folder in folders:
-            if os.path.commonpath([folder, home]) == folder:
+            if _holds(folder, home):
                 raise ToolError(
                     f"Python is installed in {folder}, which holds the home folder {home}, so a sandbox would show that to "
                     "scripts: use a Python that is installed elsewhere, for example in a virtual environment."
                 )
-        return folders
+        linked = sandbox_mac.libraries_readable([self.executable, *self.libraries(self.executable)])
+        return list(dict.fromkeys([*folders, *(folder for folder in linked if not _holds(folder, home))]))
+
+
+def _holds(folder: str, home: str) -> bool:
+    return os.path.commonpath([folder, home]) == folder
+
+
+@cache
+def linked_libraries(executable: str) -> tuple[str, ...]:
+    """The shared libraries that an interpreter and its standard library load, as paths; () where it does not say."""
+    command = [executable, "-I", "-B", "-S", "-c", _LIST_LIBRARIES]
+    try:
+        finished = subprocess.run(command, capture_output=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    paths = os.fsdecode(finished.stdout).splitlines()
+    return tuple(path for path in paths if finished.returncode == 0 and path.startswith("/") and os.path.isfile(path))
 
 
 def find_sandbox(system: str | None = None, allow_unsandboxed: bool = False) -> str:
@@ -98,143 +137,124 @@ def find_sandbox(system: str | None = None, allow_unsandboxed: bool = False) -> 
     if system == "Darwin" and shutil.which("sandbox-exec"):
         return SANDBOX_EXEC
     if system == "Linux":
+        if bubblewrap_fails() is None:
+            return BUBBLEWRAP
         if namespaces_fail() is None:
             return NAMESPACES
-        # Some systems let only programs that they know make namespaces, bubblewrap among them.
-        if (program := shutil.which("bwrap")) and _bubblewrap_works(program):
-            return BUBBLEWRAP
     if allow_unsandboxed:
         return NONE
     reason = f" ({namespaces_fail()})" if system == "Linux" else ""
-    remedy = "install bubblewrap, or " if system == "Linux" else ""
+    remedy = "install bubblewrap 0.7 or newer, or " if system == "Linux" else ""
     raise ToolError(
         f"There is no sandbox here to run a model's Python in{reason}: {remedy}pass --allow-unsandboxed "
         "(allow_unsandboxed=True) to run it with all your rights."
     )
 
 
-@cache
-def _bubblewrap_works(program: str) -> bool:
-    command = [program, "--unshare-all", "--ro-bind", "/", "/", "true"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def bubblewrap_fails() -> str | None:
+    """Why a sandbox of bubblewrap cannot be made here; None if it can. Makes one to see."""
+    return _fails(BUBBLEWRAP) if shutil.which("bwrap") else "bubblewrap is not installed"
 
 
-@cache
 def namespaces_fail() -> str | None:
     """Why a sandbox of namespaces cannot be made here; None if it can. Makes one to see."""
+    return _fails(NAMESPACES)
+
+
+@cache
+def _fails(kind: str) -> str | None:
+    from .python_process import Box
+
     with tempfile.TemporaryDirectory() as folder:
-        reading, writing = os.pipe()
         try:
-            program = ["/bin/sh", "-c", "exit 7"]
-            command = namespaces_command(program, Path(folder), _LINUX_READABLE, writing)
-            finished = subprocess.run(
-                command, stdin=subprocess.PIPE, capture_output=True, pass_fds=[writing], check=False, timeout=20
-            )
-        finally:
-            os.close(reading)
-            os.close(writing)
-    if finished.returncode == 7:
-        return None
-    return finished.stderr.decode(errors="replace").strip()[-200:] or f"exit code {finished.returncode}"
+            Box(kind, Python(), Path(folder), Limits(folder_bytes=1 << 20)).close()
+        except (ToolError, OSError) as error:
+            return str(error)
+    return None
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start an interpreter: the command, its folder as the interpreter sees it, and its environment."""
+    """How to start an interpreter: the command, and its environment."""
 
     command: list[str]
     environment: dict[str, str]
 
 
-def launch(kind: str, python: Python, folder: Path, limits: Limits, report: int) -> Launch:
-    """Start the worker in the sandbox `kind`. folder: where `scratch` is to be; report: a pipe that the worker inherits."""
-    scratch = folder / "scratch"
-    inside = DATA_FOLDER if kind in (BUBBLEWRAP, NAMESPACES) else os.path.realpath(scratch)
+def interpreter(kind: str, python: Python, folder: Path, limits: Limits, report: int, token: str) -> Launch:
+    """How the worker is started, in its sandbox where that is there already.
+
+    folder: where `scratch` is, for a sandbox whose files are on disk; report: the descriptor of the pipe on which the
+    worker says `token` when it is ready.
+    """
+    scratch = os.path.realpath(folder / "scratch")
+    inside = DATA_FOLDER if kind in KEPT else scratch
     source = (Path(__file__).parent / "python_worker.py").read_text(encoding="utf-8")
     resources = limits.as_resources()
-    if kind == NONE:
+    if kind in (NONE, SANDBOX_EXEC):
         del resources["RLIMIT_NPROC"]  # it counts all of the user's processes
-    config = {"limits": resources, "paths": list(python.packages), "folder": inside, "report": report}
-    if kind == BUBBLEWRAP:  # the other one installs it itself
-        config["filter"] = forbidden_calls().hex()
+    config = {
+        "limits": resources, "paths": list(python.packages), "folder": inside, "report": report, "token": token,
+        "watches_parent": kind not in KEPT,
+    }  # fmt: skip
     program = [python.executable, "-I", "-B", "-u", "-X", "utf8", "-c", source, json.dumps(config)]
     environment = {"HOME": inside, "TMPDIR": inside, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-    if kind == NONE:
-        return Launch(program, environment)
-    readable = python.readable()
     if kind == SANDBOX_EXEC:
-        return Launch(["sandbox-exec", "-p", mac_profile(readable, inside), *program], environment)
-    if kind == BUBBLEWRAP:
-        return Launch(bubblewrap_command(program, scratch, [*_LINUX_READABLE, *readable], environment), environment)
-    return Launch(namespaces_command(program, folder, [*_LINUX_READABLE, *readable], report, environment), environment)
+        program = ["sandbox-exec", "-p", sandbox_mac.profile(python.readable(), python.programs(), inside), *program]
+    return Launch(program, environment)
 
 
-def mac_profile(readable: Sequence[str], folder: str) -> str:
-    """The profile for sandbox-exec: all is forbidden but what stands here. Paths are real paths, without links."""
-    below = [f"(subpath {_quoted(path)})" for path in (*_MAC_READABLE, *readable, folder)]
-    ancestors = sorted({str(parent) for path in (*readable, folder) for parent in Path(path).parents})
-    return "\n".join(
-        [
-            "(version 1)",
-            "(deny default)",
-            '(import "system.sb")',
-            "(deny network*)",
-            "(deny process-fork)",
-            f"(allow process-exec {' '.join(f'(subpath {_quoted(path)})' for path in readable)})",
-            "(allow signal (target self))",
-            "(allow sysctl-read)",
-            f"(allow file-read* {' '.join(below)} {' '.join(f'(literal {_quoted(path)})' for path in _MAC_DEVICES)})",
-            f"(allow file-read-metadata {' '.join(f'(literal {_quoted(path)})' for path in ancestors)})",
-            f"(allow file-write* (subpath {_quoted(folder)}))",
-            '(allow file-write-data (literal "/dev/null"))',
-        ]
-    )
+def box(kind: str, python: Python, folder: Path, limits: Limits, control: int) -> list[str]:
+    """The command that makes a sandbox and runs its first process, which `control`, the descriptor of a socket, guides."""
+    config: dict[str, object] = {"control": control, "folder": DATA_FOLDER, "uid": _free_user()}
+    readable = list(dict.fromkeys([*_LINUX_READABLE, *python.readable()]))
+    if kind == NAMESPACES:
+        root = folder / "root"
+        root.mkdir(exist_ok=True)
+        config |= {
+            "root": os.path.realpath(root), "parent": os.getpid(), "readable": readable,
+            "folder_bytes": limits.folder_bytes, "most_files": 2 * MOST_FILES,
+        }  # fmt: skip
+    source = (Path(__file__).parent / "sandbox_init.py").read_text(encoding="utf-8")
+    program = [python.executable, "-I", "-B", "-S", "-c", source, json.dumps(config)]
+    return program if kind == NAMESPACES else bubblewrap_command(program, readable, limits)
 
 
-def _quoted(path: str) -> str:
-    return json.dumps(path, ensure_ascii=False)  # the profile's strings are Scheme's: the same quotes and backslashes
+def _ways_to(paths: Sequence[str]) -> list[str]:
+    """The folders above `paths` that are in none of them, from the root on."""
+    above = {str(parent) for path in paths for parent in Path(path).parents} - {"/"}
+    return sorted(folder for folder in above if not any(f"{folder}/".startswith(f"{path}/") for path in paths))
 
 
-def bubblewrap_command(
-    program: Sequence[str], scratch: Path, readable: Sequence[str], environment: dict[str, str]
-) -> list[str]:
-    """The command that runs `program` under bubblewrap."""
-    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
-    for name, value in environment.items():
-        command += ["--setenv", name, value]
-    for path in dict.fromkeys(readable):
+def _free_user() -> int:
+    """Whom scripts run as where we are root: a user that nobody else is, so that the kernel counts its processes."""
+    return random.SystemRandom().randrange(60_000, 65_000)
+
+
+def bubblewrap_command(program: Sequence[str], readable: Sequence[str], limits: Limits) -> list[str]:
+    """The command that runs `program` under bubblewrap, as the first process there."""
+    command = [shutil.which("bwrap") or "bwrap"]
+    command += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    if os.getuid() == 0:  # no namespace of users: the first process becomes another user, as the kernel sees it
+        for power in ("CAP_CHOWN", "CAP_SETUID", "CAP_SETGID"):
+            command += ["--cap-add", power]
+    else:
+        command += ["--unshare-user", "--cap-drop", "ALL"]
+    command += ["--die-with-parent", "--new-session", "--clearenv", "--as-pid-1"]
+    for folder in _ways_to([*readable, DATA_FOLDER]):  # bubblewrap would make them for its own user alone
+        command += ["--perms", "0755", "--dir", folder]
+    for path in readable:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--ro-bind-try", path, path]
-    command += ["--proc", "/proc", "--dev", "/dev", "--bind", str(scratch), DATA_FOLDER]
-    if not any(path.startswith("/tmp/") for path in readable):  # else there is a folder already
-        command += ["--symlink", DATA_FOLDER, "/tmp"]
-    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
-    return [*command, "--chdir", DATA_FOLDER, "--", *program]
-
-
-def namespaces_command(
-    program: Sequence[str],
-    folder: Path,
-    readable: Sequence[str],
-    report: int,
-    environment: dict[str, str] | None = None,
-) -> list[str]:
-    """The command that runs `program` in namespaces of its own, as a user of its own where we are root.
-
-    `folder` gets `scratch`, which that user owns, and `root`, where the sandbox's root is mounted for itself alone.
-    """
-    scratch, root = folder / "scratch", folder / "root"
-    for path in (scratch, root):
-        path.mkdir(exist_ok=True)
-    # A user that nobody else is: the kernel counts its processes, and no file but the scratch folder's is its own.
-    uid = scratch.stat().st_uid or random.SystemRandom().randrange(60_000, 65_000)
-    if os.getuid() == 0:
-        os.chown(scratch, uid, uid)
-    config = {
-        "program": list(program), "environment": environment or {}, "parent": os.getpid(), "uid": uid, "report": report,
-        "readable": list(dict.fromkeys(readable)), "root": os.path.realpath(root), "folder": DATA_FOLDER,
-        "scratch": os.path.realpath(scratch),
-    }  # fmt: skip
-    return [sys.executable, "-I", str(Path(__file__).parent / "sandbox_init.py"), json.dumps(config)]
+    command += ["--proc", "/proc", "--dir", "/dev"]
+    for name in _DEVICES:
+        command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    # Files live in memory: its size bounds them all, also those that were deleted and are still open.
+    command += ["--size", str(limits.folder_bytes), "--perms", "0700", "--tmpfs", DATA_FOLDER]
+    for link in ("/tmp", "/dev/shm"):
+        if not any(f"{path}/".startswith(f"{link}/") for path in readable):  # else there is a folder already
+            command += ["--symlink", DATA_FOLDER, link]
+    command += ["--remount-ro", "/"]
+    return [*command, "--chdir", "/", "--", *program]

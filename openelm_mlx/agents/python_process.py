@@ -1,0 +1,418 @@
+"""An interpreter of the python tool as a process: starting it, giving it scripts, collecting what it writes, ending it.
+
+On Linux it runs in a `Box`, a sandbox that outlives it; on a Mac, and without a sandbox, it is a process of its own
+(`Direct`). Everything here is called from one thread, the one in python_tool.py that owns the sandbox.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ToolError
+from . import sandbox_usage
+from .sandbox import SANDBOX_EXEC, Launch, Limits, Python, box, interpreter
+
+_START_SECONDS = 60.0
+_WATCH_SECONDS = 0.1
+_GRACE_SECONDS = 2.0  # for a script to end by an interrupt, and keep the variables
+
+
+class Place(Protocol):
+    """Where interpreters run, one at a time."""
+
+    report: int | None  # the descriptor of its report in the interpreter; None: as it is here
+
+    def start(self, launch: Launch, descriptors: list[int]) -> None: ...  # input, output, report
+
+    def interrupt(self) -> None: ...
+
+    def code(self) -> int | None: ...  # the exit code, where it has ended
+
+    def kill(self) -> None: ...  # it, and what it started
+
+    def close(self) -> None: ...
+
+    def excess(self, limits: Limits, files_before: int) -> str | None: ...
+
+    def files(self, limits: Limits) -> int: ...  # bytes, or a count, that `excess` compares with what was there before
+
+
+class Box:
+    """A sandbox on Linux, which keeps its files when an interpreter in it has to end.
+
+    Raises ToolError where it cannot be made. process: more arguments for Popen.
+    """
+
+    report = 3
+
+    def __init__(self, kind: str, python: Python, folder: Path, limits: Limits, **process: Any) -> None:
+        self.folder = -1
+        self._number, self._answer = 0, ""
+        self._code: int | None = None
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    box(kind, python, folder, limits, theirs.fileno()),
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                    pass_fds=[theirs.fileno()], start_new_session=True, cwd="/", env={}, **process,
+                )  # fmt: skip
+            except BaseException as error:
+                self._control.close()
+                if isinstance(error, OSError):
+                    raise _not_started(kind, str(error)) from None
+                raise
+        assert self._process.stderr is not None
+        with self._process.stderr as errors:
+            try:
+                self._control.settimeout(_START_SECONDS)
+                data, descriptors, _, _ = socket.recv_fds(self._control, 4096, 1)
+            except OSError as error:
+                data, descriptors = b"", []
+                reason = str(error)
+            else:
+                reason = ""
+            if not data:
+                self._end()
+                os.set_blocking(errors.fileno(), False)
+                said = (errors.read(10_000) or b"").decode("utf-8", "replace").strip()
+                raise _not_started(kind, said[-300:] or reason)
+        (self.folder,) = descriptors
+        os.set_inheritable(self.folder, False)
+
+    def start(self, launch: Launch, descriptors: list[int]) -> None:
+        self._number, self._code = self._number + 1, None
+        message = {"start": self._number, "program": launch.command, "environment": launch.environment}
+        try:
+            socket.send_fds(self._control, [json.dumps(message).encode()], descriptors)
+        except OSError:
+            self._end()
+
+    def interrupt(self) -> None:
+        self._ask("interrupt", "interrupted")
+
+    def code(self) -> int | None:
+        self._listen(0)
+        return self._code
+
+    def kill(self) -> None:
+        if not self._ask("kill", "killed"):
+            self._end()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the sandbox is still there: its first process may have been killed from outside, for want of memory."""
+        return self._process.returncode is None
+
+    def close(self) -> None:
+        self._end()
+        if self.folder >= 0:
+            os.close(self.folder)
+            self.folder = -1
+
+    def excess(self, limits: Limits, files_before: int) -> str | None:
+        reason = _excess_of_processes(sandbox_usage.descendants(self._process.pid), limits)
+        if reason is None and (count := self.files(limits)) > max(sandbox_usage.MOST_FILES, files_before):
+            reason = f"it was stopped: {count:,} files, and {sandbox_usage.MOST_FILES:,} are allowed"
+        return reason
+
+    def files(self, limits: Limits) -> int:
+        """How many there are; their bytes are bounded by the sandbox."""
+        found = os.fstatvfs(self.folder)
+        return found.f_files - found.f_ffree
+
+    def _ask(self, word: str, answer: str) -> bool:
+        """Tell the first process to do something, and wait until it has: else it might be done to the next script."""
+        self._answer = ""
+        try:
+            self._control.send(json.dumps({word: self._number}).encode())
+        except OSError:
+            self._end()
+        end = time.monotonic() + 10
+        while self._answer != answer and self.is_there and time.monotonic() < end:
+            self._listen(1)
+        return self._answer == answer
+
+    def _listen(self, seconds: float) -> None:
+        """Take note of what the first process says, waiting for a message up to `seconds`."""
+        while self.is_there:
+            self._control.settimeout(seconds)
+            try:
+                data = self._control.recv(4096)
+            except (TimeoutError, BlockingIOError):
+                return
+            except OSError:
+                data = b""
+            if not data:
+                return self._end()
+            message, seconds = json.loads(data), 0
+            if message.get("number") == self._number:
+                self._code = message.get("code", self._code)
+                self._answer = message["did"]
+
+    def _end(self) -> None:
+        _kill_tree(self._process)
+        self._control.close()
+        if self._code is None:
+            self._code = -signal.SIGKILL
+
+
+class Direct:
+    """An interpreter that is a process of this program, with files on disk: in sandbox-exec, or in no sandbox."""
+
+    report = None
+
+    def __init__(self, kind: str, scratch: Path) -> None:
+        self._kind, self._scratch = kind, scratch
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_watched = False
+
+    def start(self, launch: Launch, descriptors: list[int]) -> None:
+        given, output, report = descriptors
+        if self._scratch.is_symlink() or self._scratch.is_file():
+            self._scratch.unlink()
+        self._scratch.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):
+            self._scratch.chmod(0o700)  # a script may have locked itself out
+        cwd = "/" if self._kind == SANDBOX_EXEC else self._scratch
+        try:
+            self._process = subprocess.Popen(
+                launch.command, stdin=given, stdout=output, stderr=output, cwd=cwd, env=launch.environment,
+                pass_fds=[report], start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise _not_started(self._kind, str(error)) from None
+
+    def interrupt(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.send_signal(signal.SIGINT)
+
+    def code(self) -> int | None:
+        return None if self._process is None else self._process.poll()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            _kill_tree(self._process)
+
+    close = kill
+
+    def excess(self, limits: Limits, files_before: int) -> str | None:
+        if self._process is None:
+            return None
+        pid = self._process.pid
+        processes = sandbox_usage.descendants(pid, with_itself=True)
+        if sandbox_usage.IS_MAC:  # there it is the only one
+            footprint = sandbox_usage.footprint(pid)
+            if footprint is None and self._process.poll() is None:
+                return "it was stopped: this system does not say how much memory it takes"
+            processes = {pid: footprint or 0}
+        reason = _excess_of_processes(processes, limits)
+        if reason is None and self.files(limits) > max(limits.folder_bytes, files_before):
+            most = sandbox_usage.MOST_FILES
+            reason = f"it was stopped: more than {limits.folder_bytes / 1e6:,.0f} MB of files, or {most:,} files"
+        return reason
+
+    def files(self, limits: Limits) -> int:
+        """Their bytes."""
+        enough = 1 << 62
+        used = sandbox_usage.files_in(self._scratch, enough)
+        if self._process is not None:
+            used += sandbox_usage.deleted_files(sandbox_usage.descendants(self._process.pid, with_itself=True))
+        return used
+
+
+def _not_started(kind: str, reason: str) -> ToolError:
+    return ToolError(f"Python could not be started in the sandbox ({kind}): {reason.strip() or 'it said nothing'}.")
+
+
+def _excess_of_processes(processes: dict[int, int], limits: Limits) -> str | None:
+    # Up to two of them make the sandbox.
+    if len(processes) > limits.processes + 2:
+        return f"it was stopped: more than {limits.processes} processes"
+    if sandbox_usage.memory_bytes(processes, limits.memory_bytes) > limits.memory_bytes:
+        return f"it was stopped: more than {limits.memory_bytes / 1e6:,.0f} MB of memory"
+    return None
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is not None:
+        return
+    for pid in (*sandbox_usage.descendants(process.pid), process.pid):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class Interpreter:
+    """One interpreter and its pipes."""
+
+    def __init__(self, kind: str, place: Place, python: Python, folder: Path, limits: Limits) -> None:
+        self._place, self._limits = place, limits
+        self._files_before = 0  # when it began with a script, or ended it
+        pipes = [os.pipe() for _ in range(3)]
+        (given, self._scripts), (self._output, output), (self._report, report) = pipes
+        token = secrets.token_hex(16)
+        try:
+            number = report if place.report is None else place.report
+            place.start(interpreter(kind, python, folder, limits, number, token), [given, output, report])
+        except BaseException:
+            self._close_pipes()
+            raise
+        finally:
+            for descriptor in (given, output, report):
+                os.close(descriptor)
+        for descriptor in (self._scripts, self._output, self._report):
+            os.set_blocking(descriptor, False)
+        text, has_ended = self._follow(memoryview(b""), token, _START_SECONDS, lambda: False)
+        if has_ended:
+            self.end()
+            raise _not_started(kind, text)
+
+    def run(self, script: str, is_interrupted: Callable[[], bool]) -> tuple[str, bool]:
+        """What a script wrote, and whether the interpreter is at its end."""
+        data, token = script.encode("utf-8", "replace"), secrets.token_hex(16)
+        header = f"{token} {len(data)}\n".encode()
+        return self._follow(memoryview(header + data), token, self._limits.seconds, is_interrupted)
+
+    def trouble(self) -> str | None:
+        """Why it is at its end, between two scripts."""
+        code = self._place.code()
+        if code is not None:
+            return f"Python ended {_how(code)}"
+        return self._place.excess(self._limits, self._files_before)
+
+    def end(self) -> None:
+        """End it and what scripts have started."""
+        self._place.kill()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        for descriptor in (self._scripts, self._output, self._report):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._scripts = self._output = self._report = -1
+
+    def _follow(
+        self, data: memoryview, token: str, seconds: float, is_interrupted: Callable[[], bool]
+    ) -> tuple[str, bool]:
+        """Send `data`, and collect output until the interpreter reports `token`, ends, or has to be ended."""
+        output, report, end = _Output(self._limits.output_bytes), b"", time.monotonic() + seconds
+        fatal: str | None = None
+        interrupted: str | None = None  # why it was sent an interrupt
+        self._files_before = self._place.files(self._limits)
+        expected = token.encode() + b"\n"
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._output, selectors.EVENT_READ)
+            selector.register(self._report, selectors.EVENT_READ)
+            if data:
+                selector.register(self._scripts, selectors.EVENT_WRITE)
+            next_look = time.monotonic() + _WATCH_SECONDS
+            while fatal is None and report != expected:
+                for key, _ in selector.select(_WATCH_SECONDS):
+                    if key.fd == self._scripts:
+                        data = self._send(data)
+                        if not data:
+                            selector.unregister(self._scripts)
+                    elif key.fd == self._output and not output.read_from(self._output):
+                        selector.unregister(self._output)  # the interpreter closed it; it may go on
+                    elif key.fd == self._report:
+                        part = os.read(self._report, 4096)
+                        report += part
+                        if not part:
+                            fatal = self._how_it_ended()
+                        elif not expected.startswith(report):
+                            fatal = "it was stopped: it wrote into the interpreter's own pipe"
+                now = time.monotonic()
+                if interrupted is None and (is_interrupted() or now > end):
+                    interrupted = "it was interrupted" if is_interrupted() else f"it was stopped after {seconds:g} seconds"
+                    self._place.interrupt()
+                    end = now + _GRACE_SECONDS
+                if fatal is None and report != expected and now > next_look:
+                    if (code := self._place.code()) is not None:  # a child of it may hold its pipes open
+                        fatal = f"Python ended {_how(code)}"
+                    elif interrupted is not None and now > end:
+                        fatal = interrupted
+                    else:
+                        fatal = self._place.excess(self._limits, self._files_before)
+                    next_look = time.monotonic() + _WATCH_SECONDS
+        if fatal is None:
+            self._files_before = self._place.files(self._limits)
+        output.read_from(self._output)  # what was written before the report is in the pipe
+        text = output.text()
+        if fatal is not None:
+            return f"{text}\n[{fatal}; its variables are gone, files are kept]".lstrip("\n"), True
+        if interrupted is not None:
+            return f"{text}\n[{interrupted}; variables and files are kept]".lstrip("\n"), False
+        return text, False
+
+    def _how_it_ended(self) -> str:
+        """The report's pipe is closed: by the end of the interpreter, or by a script."""
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            if (code := self._place.code()) is not None:
+                return f"Python ended {_how(code)}"
+            time.sleep(0.01)
+        return "it was stopped: it closed the interpreter's own pipe"
+
+    def _send(self, data: memoryview) -> memoryview:
+        try:
+            return data[os.write(self._scripts, data) :]
+        except BlockingIOError:
+            return data
+        except BrokenPipeError:
+            return data[:0]  # it has ended; its report says so
+
+
+def _how(code: int) -> str:
+    number = -code if code < 0 else 0
+    if number:
+        with contextlib.suppress(ValueError):
+            return f"(killed by {signal.Signals(number).name})"
+        return f"(killed by signal {number})"
+    return f"(exit code {code})"
+
+
+class _Output:
+    """What a script wrote, its beginning and its end, in bounded memory."""
+
+    def __init__(self, limit: int) -> None:
+        self._half = limit // 2
+        self._start, self._end, self._count = bytearray(), bytearray(), 0
+
+    def read_from(self, descriptor: int) -> bool:
+        """Take what is in a pipe, at most some of it at a time; False where it has ended."""
+        for _ in range(64):
+            try:
+                data = os.read(descriptor, 65_536)
+            except BlockingIOError:
+                return True
+            if not data:
+                return False
+            self._add(data)
+        return True
+
+    def _add(self, data: bytes) -> None:
+        self._count += len(data)
+        room = self._half - len(self._start)
+        self._start += data[:room]
+        self._end = (self._end + data[room:])[-self._half :] if self._half else bytearray()
+
+    def text(self) -> str:
+        """The output, with a notice where its middle is left out."""
+        start, end = self._start.decode("utf-8", "replace"), self._end.decode("utf-8", "replace")
+        left_out = self._count - len(self._start) - len(self._end)
+        return f"{start}\n[{left_out:,} bytes of output left out]\n{end}" if left_out else start + end

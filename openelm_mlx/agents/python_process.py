@@ -54,7 +54,7 @@ class Box:
     Raises ToolError where it cannot be made. process: more arguments for Popen.
     """
 
-    report = 3
+    report: int | None = 3
 
     def __init__(self, kind: str, python: Python, folder: Path, limits: Limits, **process: Any) -> None:
         self.folder = -1
@@ -155,7 +155,8 @@ class Box:
             except OSError:
                 data = b""
             if not data:
-                return self._end()
+                self._end()
+                return
             message, seconds = json.loads(data), 0
             if message.get("number") == self._number:
                 self._code = message.get("code", self._code)
@@ -171,7 +172,7 @@ class Box:
 class Direct:
     """An interpreter that is a process of this program, with files on disk: in sandbox-exec, or in no sandbox."""
 
-    report = None
+    report: int | None = None
 
     def __init__(self, kind: str, scratch: Path) -> None:
         self._kind, self._scratch = kind, scratch
@@ -338,7 +339,9 @@ class Interpreter:
                             fatal = "it was stopped: it wrote into the interpreter's own pipe"
                 now = time.monotonic()
                 if interrupted is None and (is_interrupted() or now > end):
-                    interrupted = "it was interrupted" if is_interrupted() else f"it was stopped after {seconds:g} seconds"
+                    interrupted = (
+                        "it was interrupted" if is_interrupted() else f"it was stopped after {seconds:g} seconds"
+                    )
                     self._place.interrupt()
                     end = now + _GRACE_SECONDS
                 if fatal is None and report != expected and now > next_look:

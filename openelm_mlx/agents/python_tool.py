@@ -176,7 +176,7 @@ class _Owner:
                 if job is not None and not self._is_closing:
                     self._do(job)
         finally:
-            self._interpreter = self._close_interpreter()
+            self._close_interpreter()
             if self._place is not None:
                 self._place.close()
             remove_folder(self._folder)
@@ -204,9 +204,7 @@ class _Owner:
         assert job is not None
         self._look()
         if self._interpreter is None:
-            self._interpreter = Interpreter(
-                self._kind, self._find_place(), self._python, self._folder, self._limits
-            )
+            self._interpreter = Interpreter(self._kind, self._find_place(), self._python, self._folder, self._limits)
         notice, self._notice = self._notice, ""
         output, has_ended = self._interpreter.run(script, lambda: job.is_interrupted or self._is_closing)
         if has_ended:
@@ -218,11 +216,12 @@ class _Owner:
 
     def restart(self) -> None:
         """End the interpreter."""
-        self._interpreter = self._close_interpreter()
+        self._close_interpreter()
 
     def _close_interpreter(self) -> None:
-        if self._interpreter is not None:
-            self._interpreter.end()
+        interpreter, self._interpreter = self._interpreter, None
+        if interpreter is not None:
+            interpreter.end()
 
     def find_scratch(self) -> Path:
         """The folder of scripts' files, as this program sees it."""
@@ -234,8 +233,10 @@ class _Owner:
             self._place.close()
             self._place = None
             self._notice = "[the sandbox was ended by the system: variables and files are gone]\n"
-        if self._place is None and self._kind in KEPT:
-            self._place = Box(self._kind, self._python, self._folder, self._limits)
-        elif self._place is None:
-            self._place = Direct(self._kind, self._folder / "scratch")
-        return self._place
+        place: Place | None = self._place
+        if place is None and self._kind in KEPT:
+            place = Box(self._kind, self._python, self._folder, self._limits)
+        elif place is None:
+            place = Direct(self._kind, self._folder / "scratch")
+        self._place = place
+        return place

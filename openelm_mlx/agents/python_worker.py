@@ -21,6 +21,7 @@ import types
 
 # Kept under names of our own: a script may delete them from `builtins`.
 _compile, _exec, _eval, _isinstance, _repr = compile, exec, eval, isinstance, repr
+_print_exception = traceback.print_exception
 _BUILTINS = dict(vars(builtins))
 
 
@@ -112,8 +113,10 @@ class Interpreter:
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             stream = getattr(sys, name, None)
             if stream is None or getattr(stream, "closed", False):
-                setattr(sys, name, open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False))
-        with contextlib.suppress(ValueError):  # not the main thread: never so, but for a script that forked in another one
+                setattr(sys, name, open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
+        with contextlib.suppress(
+            ValueError
+        ):  # not the main thread: never so, but for a script that forked in another one
             signal.signal(signal.SIGINT, self.interrupted)
         with contextlib.suppress(OSError):
             os.makedirs(self.folder, exist_ok=True)
@@ -131,8 +134,10 @@ class Interpreter:
 
     def run(self, script, name):
         """Run a script; the value of its last expression is shown, as a notebook does."""
-        linecache.cache[name] = (len(script), None, script.splitlines(keepends=True), name)  # for tracebacks
         try:
+            if not _isinstance(linecache.cache, dict):
+                linecache.cache = {}
+            linecache.cache[name] = (len(script), None, script.splitlines(keepends=True), name)  # for tracebacks
             self.is_running = True
             tree = ast.parse(script, name)
             last = tree.body.pop() if tree.body and _isinstance(tree.body[-1], ast.Expr) else None
@@ -156,7 +161,7 @@ class Interpreter:
             if _isinstance(error, SystemExit):
                 sys.stderr.write(f"SystemExit: {error.code}\n")
             else:
-                traceback.print_exception(type(error), error, frames)
+                _print_exception(type(error), error, frames)
         except BaseException:  # noqa: BLE001  (an exception that cannot be shown, or no working standard error)
             self.flush()
             os.write(2, f"{type(error).__name__} (it cannot be shown)\n".encode("utf-8", "replace"))
@@ -178,7 +183,7 @@ def main():
     interpreter = Interpreter(config["folder"], config["limits"])
     interpreter.mend()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # half of a character is shown, and is no error
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # half of a character is shown, and is no error
     limit_resources(config["limits"])
     if config["watches_parent"]:
         end_with_parent()

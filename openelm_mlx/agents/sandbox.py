@@ -84,6 +84,18 @@ class Limits:
         }
 
 
+@cache
+def linked_libraries(executable: str) -> tuple[str, ...]:
+    """The shared libraries that an interpreter and its standard library load, as paths; () where it does not say."""
+    command = [executable, "-I", "-B", "-S", "-c", _LIST_LIBRARIES]
+    try:
+        finished = subprocess.run(command, capture_output=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    paths = os.fsdecode(finished.stdout).splitlines()
+    return tuple(path for path in paths if finished.returncode == 0 and path.startswith("/") and os.path.isfile(path))
+
+
 @dataclass(frozen=True)
 class Python:
     """The interpreter to run and what it must be able to read; by default this one, with this environment's packages.
@@ -117,18 +129,6 @@ class Python:
 
 def _holds(folder: str, home: str) -> bool:
     return os.path.commonpath([folder, home]) == folder
-
-
-@cache
-def linked_libraries(executable: str) -> tuple[str, ...]:
-    """The shared libraries that an interpreter and its standard library load, as paths; () where it does not say."""
-    command = [executable, "-I", "-B", "-S", "-c", _LIST_LIBRARIES]
-    try:
-        finished = subprocess.run(command, capture_output=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    paths = os.fsdecode(finished.stdout).splitlines()
-    return tuple(path for path in paths if finished.returncode == 0 and path.startswith("/") and os.path.isfile(path))
 
 
 def find_sandbox(system: str | None = None, allow_unsandboxed: bool = False) -> str:

@@ -130,7 +130,7 @@ def build_root(config):
         if not os.path.lexists(root + link):
             os.symlink(folder, root + link)
     os.makedirs(f"{root}/proc", exist_ok=True)
-    try:
+    try:  # noqa: SIM105 (what starts here imports little)
         mount("proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     except OSError:
         pass  # not everywhere allowed, and Python runs without
@@ -160,7 +160,9 @@ def drop_powers(config):
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     check(libc.capset(header, nothing), "capset")
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
-    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")  # scripts have the same user: nobody looks into this process
+    check(
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl"
+    )  # scripts have the same user: nobody looks into this process
     die_with_parent()
     forbid_calls()
 
@@ -235,7 +237,7 @@ class Keeper:
         socket.send_fds(self.control, [b"ready"], [descriptor])
         os.close(descriptor)
         while True:
-            ready = select.select([self.control, self.wake], [], [])[0]
+            ready = select.select([self.control, self.wake], [], [])[0]  # type: ignore[type-var]
             if self.wake in ready:
                 os.read(self.wake, 4096)
             self.reap()
@@ -295,7 +297,7 @@ class Keeper:
     def kill_all(self):
         """End all processes of the sandbox but this one, which is the only one that signals to "all" do not reach."""
         while True:
-            try:
+            try:  # noqa: SIM105
                 os.kill(-1, signal.SIGKILL)
             except ProcessLookupError:
                 pass

@@ -41,6 +41,7 @@ _PUBLIC = {
     "plan": "planning",
     "Chat": "agents.chat",
     "UserError": "errors",
+    "NoAnswerWarning": "errors",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .decoding.drafts import PromptLookup as PromptLookup
     from .decoding.prefix_cache import PrefixCache as PrefixCache
     from .decoding.sampling import SamplingParams as SamplingParams
+    from .errors import NoAnswerWarning as NoAnswerWarning
     from .errors import UserError as UserError
     from .generate import Chunk as Chunk
     from .generate import Statistics as Statistics

@@ -52,3 +52,7 @@ class MemoryLimitError(UserError):
 
 class ToolError(UserError):
     """A tool's definition, a schema, or the place a tool should run in is not usable."""
+
+
+class NoAnswerWarning(UserWarning):
+    """A call that returns the answer's text has none to return; the message says why, and what to change."""

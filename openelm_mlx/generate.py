@@ -18,14 +18,17 @@ import inspect
 import operator
 import time
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 
-from .decoding.budget import Budget, check_room, chunk_of_plan, keeping_to_plan
+from .decoding.arguments import check_model, check_prefix_cache, refuse_unknown
+from .decoding.budget import Budget, check_room, chunk_of_plan, keeping_to_plan, room_in_memory
 from .decoding.compiled_step import make_step
 from .decoding.constraint import HarmonyConstraint, PlainConstraint, TokenConstraint
 from .decoding.drafts import Drafts
@@ -37,7 +40,7 @@ from .decoding.speculation_gain import Counts
 from .decoding.speculative import Speculative
 from .decoding.step import Step
 from .decoding.tokens import Choice, constrained, one_by_one
-from .errors import CheckpointError, PromptError, SettingError, TokenizerError
+from .errors import CheckpointError, MemoryLimitError, NoAnswerWarning, PromptError, SettingError, TokenizerError
 from .loading import no_tokenizer
 from .memory.expert_statistics import ExpertStatistics
 from .memory.limits import Held
@@ -46,7 +49,7 @@ from .models.cache import Cache
 from .text.chat import HARMONY, PLAIN, render_chat
 from .text.conversation import ResponseFormat, SystemContent, conversation
 from .text.harmony import HarmonyFormat
-from .text.streams import FINAL, HarmonyStream, Piece, PlainStream, SilentStream, TextStream
+from .text.streams import FINAL, REASONING, HarmonyStream, Piece, PlainStream, SilentStream, TextStream
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -54,22 +57,38 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
+# What is generated when nobody says, by a model that may ramble on to the end of its context.
+DEFAULT_MAX_TOKENS = 256
+# Most answers of gpt-oss, reasoning included, are shorter.
+_LONG_ANSWER = 4096
+
 # Freed buffers are handed back this often; MLX keeps them otherwise.
 CLEAR_CACHE_EVERY = 256
 
 
-def generate(model: Model, tokenizer: Tokenizer | None, prompt: Prompt, **options: Any) -> str:
-    """The model's answer to `prompt`, as one string, without its reasoning. Takes the options of `stream_generate`."""
-    chunks = stream_generate(model, tokenizer, prompt, **options)
-    return "".join(chunk.text for chunk in chunks if chunk.channel in (None, FINAL))
+def generate(model: Model, tokenizer: Tokenizer | None, prompt: Prompt | None = None, **options: Any) -> str:
+    """The model's answer to `prompt`, as one string, without its reasoning. Takes the options of `stream_generate`.
+
+    Where gpt-oss came to no answer, because its reasoning used up the tokens or it called a tool, the string is empty and a
+    `NoAnswerWarning` says so, with what to change.
+    """
+    refuse_unknown("om.generate", unknown_options(options), option_names())
+    text, last = "", None
+    for last in stream_generate(model, tokenizer, prompt, **options):
+        if last.channel in (None, FINAL):
+            text += last.text
+    if last is not None and last.statistics is not None and last.statistics.no_answer is not None:
+        depth = 3 if sys._getframe(1).f_code.co_filename == __file__ else 2  # who called `om.generate`
+        warnings.warn(last.statistics.no_answer, NoAnswerWarning, stacklevel=depth)
+    return text
 
 
 def stream_generate(
     model: Model,
     tokenizer: Tokenizer | None,
-    prompt: Prompt,
+    prompt: Prompt | None = None,
     *,
-    max_tokens: int = 256,
+    max_tokens: int | None = None,
     sampling: SamplingParams | None = None,
     stop: str | Sequence[str] = (),
     logprobs: int | None = None,
@@ -85,16 +104,18 @@ def stream_generate(
     tool_schemas: Mapping[str, Any] | None = None,
     prefix_cache: PrefixCache | None = None,
     draft: Drafts | None = None,
+    **unknown: Any,
 ) -> Iterator[Chunk]:
     """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the statistics.
 
     prompt: a string (through the chat template where the model has one; raw=True takes it as it is), token ids, or chat
-    messages like {"role": "user", "content": "..."}. max_tokens: clipped to the room the context leaves. stop: strings
-    that end the answer and are not part of it. logprobs: report each token's log-probability and this many of the
-    likeliest alternatives. reasoning_effort: "low", "medium" or "high", how long gpt-oss thinks. sliding_window: keep only
-    this many tokens of context, and so go on past its end. prefill_chunk: tokens of the prompt in flight at once; the
-    plan's (512 without one), and fewer where memory is short, when it is None. kv_bits: 8 keeps keys and values in half the
-    memory, 16 as they are computed; the model's own setting when it is None.
+    messages like {"role": "user", "content": "..."}. max_tokens: of reasoning and answer together, clipped to the room the
+    context leaves; None: gpt-oss, which comes to its end by itself, may use all of that room as far as the memory goes,
+    other models 256. stop: strings that end the answer and are not part of it. logprobs: report each token's
+    log-probability and this many of the likeliest alternatives. reasoning_effort: "low", "medium" or "high", how long
+    gpt-oss thinks. sliding_window: keep only this many tokens of context, and so go on past its end. prefill_chunk: tokens
+    of the prompt in flight at once; the plan's (512 without one), and fewer where memory is short, when it is None.
+    kv_bits: 8 keeps keys and values in half the memory, 16 as they are computed; the model's own setting when it is None.
 
     schema, regex, grammar: what the answer has to be, one of them: a JSON Schema or a Pydantic model's class, a regular
     expression, a grammar in Lark's syntax. It is valid then, and it is finished within max_tokens, cut short where need
@@ -110,7 +131,16 @@ def stream_generate(
     TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all (something else
     in the process grew) ends with MemoryLimitError, and the model can be used again.
     """
+    refuse_unknown("om.stream_generate", unknown, option_names())
+    check_model(model, tokenizer)
+    check_prefix_cache(prefix_cache)
     stops = _checked_stops(stop)
+    if prompt is None:
+        raise PromptError("There is no prompt: give text, a list of token ids, or chat messages.")
+    if not isinstance(tool_schemas, (Mapping, type(None))):
+        raise SettingError(
+            f"tool_schemas is a {type(tool_schemas).__name__}: give a dictionary of name to JSON Schema."
+        )
     if not isinstance(sampling, (SamplingParams, type(None))):
         raise SettingError(f"sampling is a {type(sampling).__name__}: give om.SamplingParams(temperature=0.7, ...).")
     answer = answer_format(schema, regex, grammar)
@@ -126,10 +156,23 @@ def stream_generate(
         prefix_cache=prefix_cache,
         draft=draft,
         borders=message_borders(tokenizer, encoded),
+        ends_by_itself=encoded.template == HARMONY,
     ).checked(model, tokenizer)
-    constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.max_tokens)
+    constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.limit)
     request = replace(request, constraint=constraint)
     return _stream(model, tokenizer, request, text_stream(tokenizer, encoded, stops))
+
+
+def option_names() -> list[str]:
+    """The keywords of `stream_generate`."""
+    parameters = inspect.signature(stream_generate).parameters.values()
+    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+
+
+def unknown_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are no keywords of `stream_generate`."""
+    known = option_names()
+    return {name: value for name, value in options.items() if name not in known}
 
 
 def _stream(model: Model, tokenizer: Tokenizer | None, request: Request, text: TextStream) -> Iterator[Chunk]:
@@ -147,8 +190,8 @@ def _answer(
     budget: Budget,
     held: Held,
 ) -> Iterator[Chunk]:
-    clock = Clock(len(request.prompt_tokens), turn.num_reused, request.max_tokens, held, model.residency)
-    eos_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
+    clock = Clock(request, turn.num_reused, text, held, model.residency)
+    eos_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens), *text.stop_tokens}
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )
@@ -162,26 +205,30 @@ def _answer(
         clock.token_arrived()
         turn.tokens.append(token)
         if token in eos_tokens:
-            yield chunk_of(choice, text.finish(token), "stop", clock.statistics())
+            piece = text.finish(token)
+            clock.shown(piece)
+            yield chunk_of(choice, piece, "stop", clock.statistics("stop"))
             return
         piece = text.add(token)
-        if piece.is_stopped or count == request.max_tokens:
+        if piece.is_stopped or count == request.limit:
             rest = text.finish()
-            is_stopped = piece.is_stopped or rest.is_stopped
+            reason = "stop" if piece.is_stopped or rest.is_stopped else "length"
             whole = Piece(piece.text + rest.text, rest.channel if rest.text else piece.channel)
-            yield chunk_of(choice, whole, "stop" if is_stopped else "length", clock.statistics())
+            clock.shown(whole)
+            yield chunk_of(choice, whole, reason, clock.statistics(reason))
             return
+        clock.shown(piece)
         yield chunk_of(choice, piece)
         if count % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
-        budget.before_tokens(count, request.max_tokens)
+        budget.before_tokens(count, request.limit)
 
 
 def _choices(
     model: Model, request: Request, step: Step, sampler: Sampler, logits: mx.array, clock: Clock
 ) -> Iterator[Choice]:
     """The tokens of the answer, in the way that was asked for."""
-    max_tokens, num_logprobs, constraint = request.max_tokens, request.logprobs, request.constraint
+    max_tokens, num_logprobs, constraint = request.limit, request.logprobs, request.constraint
     if request.draft is not None:
         draft, prompt = request.draft, request.prompt_tokens
         source = Speculative(
@@ -200,8 +247,10 @@ class Statistics:
     """What a request took. Rates are tokens a second, times seconds.
 
     peak_memory_bytes: the most that was in use in the process while the request ran, as MLX counts it. max_tokens: the
-    limit that held: what was asked for, or less where the context has no room for it. notes: sentences about settings
-    of the process that were left as they are. cached_tokens: how many of the prompt's tokens came from a prefix cache;
+    limit that held: what was asked for, or less where the context or the memory has no room for it. reasoning_tokens: how
+    many of the completion's tokens stood before and around the answer (gpt-oss's reasoning, its calls and headers).
+    no_answer: None, or a sentence that says why gpt-oss came to no answer and what to change. notes: sentences about
+    settings of the process that were left as they are. cached_tokens: how many of the prompt's tokens came from a prefix cache;
     prefill_tps counts the others. drafted_tokens, accepted_tokens, speculation_speedup: what guessing did; times as fast as
     plain steps, None where it was not measured. prompt_experts, answer_experts: what was read from disk for either, in all
     and by layer, where experts are there (of two answers at a time from one model, for both); else None.
@@ -214,6 +263,8 @@ class Statistics:
     decode_tps: float
     peak_memory_bytes: int
     max_tokens: int
+    reasoning_tokens: int = 0
+    no_answer: str | None = None
     notes: tuple[str, ...] = ()
     cached_tokens: int = 0
     drafted_tokens: int = 0
@@ -255,7 +306,7 @@ class Request:
     """What `stream_generate` was asked for, checked before anything runs."""
 
     prompt_tokens: Sequence[int]
-    max_tokens: int
+    max_tokens: int | None
     sampling: SamplingParams
     logprobs: int | None
     sliding_window: int | None
@@ -264,11 +315,15 @@ class Request:
     prefix_cache: PrefixCache | None = None
     draft: Drafts | None = None
     borders: Sequence[int] = ()  # offsets in the prompt where messages begin
-    constraint: TokenConstraint | None = None  # set when the rest is checked: it counts max_tokens
+    ends_by_itself: bool = False  # a model that thinks first, and has to come to its end
+    constraint: TokenConstraint | None = None  # set when the rest is checked: it counts the tokens
+    limit: int = 0  # of tokens, and by what: set when the rest is checked
+    limited_by: Literal["max_tokens", "context", "memory"] = "max_tokens"
 
     def checked(self, model: Model, tokenizer: Tokenizer | None) -> Request:
-        """The request with max_tokens clipped to the context. Raises SettingError, PromptError or MemoryLimitError."""
-        _check_whole("max_tokens", self.max_tokens)
+        """The request with its limit of tokens. Raises SettingError, PromptError or MemoryLimitError."""
+        if self.max_tokens is not None:
+            _check_whole("max_tokens", self.max_tokens)
         if self.prefill_chunk is not None:
             _check_whole("prefill_chunk", self.prefill_chunk)
         if self.logprobs is not None:
@@ -281,11 +336,33 @@ class Request:
                     f"draft is a {type(self.draft).__name__}: give om.PromptLookup() or om.DraftModel(model)."
                 )
             self.draft.check(model, tokenizer)
-        max_tokens = self.max_tokens
+        wanted = self.max_tokens
+        if wanted is None:
+            wanted = model.context_length if self.ends_by_itself else DEFAULT_MAX_TOKENS
+        limit, limited_by = wanted, "max_tokens"
         if self.sliding_window is None:
-            max_tokens = min(max_tokens, room_after(model, len(self.prompt_tokens)))
-        self._check_room(model, max_tokens)
-        return replace(self, max_tokens=max_tokens)
+            limit = min(wanted, room_after(model, len(self.prompt_tokens)))
+        if limit < wanted or (self.max_tokens is None and self.ends_by_itself):
+            limited_by = "context"
+        if self.max_tokens is None:
+            in_memory = self._limit_in_memory(model, limit)
+            limit, limited_by = in_memory, limited_by if in_memory == limit else "memory"
+        else:
+            self._check_room(model, limit)
+        return replace(self, limit=limit, limited_by=cast(Any, limited_by))
+
+    def _limit_in_memory(self, model: Model, most: int) -> int:
+        """`most`, or what of it the memory holds. Kept requests go for the sake of an answer of usual length only."""
+        self._check_room(model, min(most, DEFAULT_MAX_TOKENS))
+        room = self._room_in_memory(model, most)
+        if room < min(most, _LONG_ANSWER):
+            with suppress(MemoryLimitError):
+                self._check_room(model, min(most, _LONG_ANSWER))
+            room = self._room_in_memory(model, most)
+        return max(1, room)
+
+    def _room_in_memory(self, model: Model, most: int) -> int:
+        return room_in_memory(model, self.make_cache(model), len(self.prompt_tokens), most)
 
     def _check_room(self, model: Model, max_tokens: int) -> None:
         def check() -> None:
@@ -437,15 +514,11 @@ class Clock:
     """Times and memory of one request."""
 
     def __init__(
-        self,
-        num_prompt_tokens: int,
-        num_cached_tokens: int,
-        max_tokens: int,
-        held: Held,
-        residency: Residency | None = None,
+        self, request: Request, num_cached_tokens: int, text: TextStream, held: Held, residency: Residency | None = None
     ) -> None:
-        self._num_prompt_tokens, self._max_tokens, self._held = num_prompt_tokens, max_tokens, held
+        self._request, self._text, self._held = request, text, held
         self._num_cached_tokens = num_cached_tokens
+        self._num_answer_tokens = 0
         self.speculation = Counts()
         self._started = self._first = self._last = time.perf_counter()
         self._num_tokens = 0
@@ -460,20 +533,26 @@ class Clock:
                 self._experts.append(self._residency.statistics())
         self._num_tokens += 1
 
-    def statistics(self) -> Statistics:
+    def shown(self, piece: Piece) -> None:
+        self._num_answer_tokens += piece.channel in (None, FINAL) and self._text.ended_in is None
+
+    def statistics(self, finish_reason: str) -> Statistics:
+        request, num_prompt_tokens = self._request, len(self._request.prompt_tokens)
         prefill, decode = self._first - self._started, self._last - self._first
         experts: dict[str, ExpertStatistics] = {}
         if self._residency is not None:
             start, first, last = *self._experts, self._residency.statistics()
             experts = {"prompt_experts": first.since(start), "answer_experts": last.since(first)}
         return Statistics(
-            prompt_tokens=self._num_prompt_tokens,
+            prompt_tokens=num_prompt_tokens,
             completion_tokens=self._num_tokens,
             time_to_first_token=prefill,
-            prefill_tps=(self._num_prompt_tokens - self._num_cached_tokens) / prefill if prefill else 0.0,
+            prefill_tps=(num_prompt_tokens - self._num_cached_tokens) / prefill if prefill else 0.0,
             decode_tps=(self._num_tokens - 1) / decode if decode else 0.0,
             peak_memory_bytes=self._held.peak_memory_bytes(),
-            max_tokens=self._max_tokens,
+            max_tokens=request.limit,
+            reasoning_tokens=self._num_tokens - self._num_answer_tokens,
+            no_answer=no_answer(request, self._text.ended_in, finish_reason, self._num_tokens),
             notes=tuple(self._held.notes),
             cached_tokens=self._num_cached_tokens,
             drafted_tokens=self.speculation.drafted,
@@ -481,6 +560,27 @@ class Clock:
             speculation_speedup=self.speculation.speedup,
             **experts,
         )
+
+
+def no_answer(request: Request, ended_in: str | None, finish_reason: str, num_tokens: int) -> str | None:
+    """Why there is no answer, and what to change, in a sentence; None where there is one."""
+    if ended_in is None:
+        return None
+    if ended_in != REASONING and finish_reason == "stop":
+        return f"The model called {ended_in} and wrote no answer: om.Chat runs tools, om.stream_generate shows calls."
+    what = "Reasoning" if ended_in == REASONING else f"A call of {ended_in}"
+    if finish_reason == "stop":
+        return f"The model ended after {num_tokens:,} tokens of reasoning, without an answer: ask again or otherwise."
+    remedy = {
+        "max_tokens": f"raise max_tokens above {request.limit}, or leave it out",
+        "context": "shorten the prompt, or load the model with a larger context_length",
+        "memory": "load the model with a larger memory_limit, or shorten the prompt",
+    }[request.limited_by]
+    limit = {"max_tokens": "", "context": " that the context had room for", "memory": " that the memory had room for"}
+    return (
+        f"{what} used up all {num_tokens:,} tokens{limit[request.limited_by]}, and no answer came: {remedy}; or let it "
+        'think less with reasoning_effort="low".'
+    )
 
 
 def _checked_tokens(model: Model, prompt: Sequence[int]) -> list[int]:

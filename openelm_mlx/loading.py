@@ -165,6 +165,7 @@ def load(
     found = find_tokenizer(path, spec, tokenizer, progress)
     if found is not None:
         found.chat_template = stored_template(config, chat_template, source, spec.family).template
+    model.tokenizer = found
     return model, found
 
 

@@ -285,7 +285,7 @@ def test_function_and_module_coexist_in_every_import_order(order):
         "assert isinstance(openelm_mlx.generate, types.ModuleType)\n"
         "from openelm_mlx import generate\n"
         "assert generate is om.generate\n"
-        "try: om.generate(None, None, 5)\n"
+        "try: om.generate(5, None, 'Hi')\n"
         "except om.UserError as error: assert 'a int' in str(error)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", "\n".join((*order, check))], check=True)

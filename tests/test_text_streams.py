@@ -142,6 +142,15 @@ def test_a_tokenizer_without_harmony_s_tokens_is_refused():
         HarmonyStream(other, [])
 
 
+@pytest.mark.parametrize("stop", ["<|call|>", "<|return|>", "<|endoftext|>"])
+def test_harmony_s_stops_hold_whatever_the_files_say(tokenizer, stop):
+    """The scripted model names no stop at all, as the first generation_config.json lacked <|call|>."""
+    script = f"<|channel|>commentary to=functions.f<|message|>{{}}{stop}<|start|>functions.f<|message|>invented"
+    *_, last = om.stream_generate(Scripted(tokenizer, script), tokenizer, "Hi", max_tokens=60)
+    assert last.finish_reason == "stop"
+    assert last.token == tokenizer.special_tokens[stop]
+
+
 def test_raw_text_is_not_read_as_harmony(tokenizer):
     texts, _ = answer(tokenizer, "final words<|return|>", raw=True)
     assert texts == {None: "final words"}

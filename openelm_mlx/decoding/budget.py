@@ -66,6 +66,13 @@ class Budget:
             f"{advice}, or raise memory_limit (--memory-limit).",
         )
 
+    def room_for_answer(self, num_prompt_tokens: int, most: int) -> int:
+        """How many tokens of an answer fit into the memory behind a prompt, at most `most`; 0 when none does."""
+        least = min(LEAST_CHUNK, num_prompt_tokens)
+        if self._limit is None or self._needed(num_prompt_tokens + most, least) <= self._limit:
+            return most
+        return max(0, min(most, self._most_tokens(least) - num_prompt_tokens))
+
     def chunk_of_prompt(self, chunk_length: int, num_left: int) -> int:
         """Make room for the next chunk of a prompt with `num_left` tokens to go; gives its length.
 
@@ -183,6 +190,11 @@ def check_room(model: Model, cache: Cache, num_prompt_tokens: int, max_tokens: i
     if model.failure is not None:
         raise MemoryLimitError(model.failure)
     Budget(model, cache).check_request(num_prompt_tokens, max_tokens)
+
+
+def room_in_memory(model: Model, cache: Cache, num_prompt_tokens: int, most: int) -> int:
+    """How many tokens of an answer the plan's memory holds behind a prompt, at most `most`. cache: as for `check_room`."""
+    return Budget(model, cache).room_for_answer(num_prompt_tokens, most)
 
 
 def chunk_of_plan(model: Model) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 import mlx.core as mx
 
 from ..errors import SettingError
+from .arguments import check_model
 from .compiled_step import make_step
 from .prefill import only_cache
 from .sampling import Sampler
@@ -82,7 +83,8 @@ class PromptLookup:
 
 @dataclass(frozen=True)
 class DraftModel:
-    """Guess with a smaller model of the same vocabulary. tokenizer: its own, to be compared with the large one's.
+    """Guess with a smaller model of the same vocabulary. tokenizer: its own, to be compared with the large one's; where it
+    is None, the one that the model was loaded with.
 
     num_draft_tokens: at most so many at once; fewer while that is faster.
     """
@@ -93,23 +95,34 @@ class DraftModel:
     memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_model(self.model, self.tokenizer)
         _check("num_draft_tokens", self.num_draft_tokens, 1)
 
     def check(self, model: Model, tokenizer: Tokenizer | None) -> None:
         """Raise SettingError when the two models do not mean the same by their tokens."""
+        if self.model is model:
+            raise SettingError("The draft model is the model itself: give a smaller one.")
         sizes = [each.spec.usable_vocab_size for each in (self.model, model)]
         if sizes[0] != sizes[1]:
             raise SettingError(
                 f"The draft model has {sizes[0]:,} tokens and the model {sizes[1]:,}: a draft model must share the tokenizer."
             )
-        if self.model is model:
-            raise SettingError("The draft model is the model itself: give a smaller one.")
-        if tokenizer is None or self.tokenizer is None or tokenizer is self.tokenizer:
+        # Whoever gives a tokenizer here says no more than `load` knew; a model made otherwise may have none.
+        own, other = self.tokenizer or self.model.tokenizer, tokenizer or model.tokenizer
+        if own is None or other is None:
+            families = [each.spec.family for each in (self.model, model)]
+            if own is not other and families[0] != families[1]:
+                raise SettingError(
+                    f"The draft model is of the family {families[0]} and the model of {families[1]}, and only one has its "
+                    "tokenizer: a draft model must share it, so load both with theirs."
+                )
             return
-        sizes = [each.vocab_size for each in (self.tokenizer, tokenizer)]
-        other = next((t for t in range(min(sizes)) if _spelled(tokenizer, t) != _spelled(self.tokenizer, t)), None)
-        if sizes[0] != sizes[1] or other is not None:
-            where = f"token {other} differs" if other is not None else f"{sizes[0]:,} and {sizes[1]:,} tokens"
+        if own is other:
+            return
+        sizes = [each.vocab_size for each in (own, other)]
+        differs = next((t for t in range(min(sizes)) if _spelled(other, t) != _spelled(own, t)), None)
+        if sizes[0] != sizes[1] or differs is not None:
+            where = f"token {differs} differs" if differs is not None else f"{sizes[0]:,} and {sizes[1]:,} tokens"
             raise SettingError(
                 f"The draft model has another tokenizer than the model ({where}): a draft model must share the tokenizer."
             )

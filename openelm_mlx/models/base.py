@@ -34,6 +34,8 @@ class LanguageModel(nn.Module):
     failure: str | None = None
     # 8: new caches keep their keys and values in 8 bits, in the layers that keep them all.
     kv_bits: int | None = None
+    # What its tokens mean, where it was loaded with a tokenizer; for comparing two models.
+    tokenizer: Any = None
     # What reads experts that are not in memory (memory/residency.py); None when all are.
     residency: Any = None
 

@@ -10,6 +10,7 @@ from openelm_mlx.text.stops import StopStrings
 from openelm_mlx.text.tokenizer import Tokenizer
 
 FINAL = "final"
+REASONING = "reasoning"
 
 
 class Piece(NamedTuple):
@@ -23,6 +24,17 @@ class Piece(NamedTuple):
 class TextStream(Protocol):
     """Whole characters only, and never a stop string nor what may become one."""
 
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end a completion of this format, whatever the model's files say."""
+
+    @property
+    def ended_in(self) -> str | None:
+        """Where a completion that came to no answer was last: in its "reasoning", or a tool's name; None: in the answer.
+
+        Models without channels are always in their answer.
+        """
+
     def add(self, token: int) -> Piece:
         """What is certain with one more token."""
 
@@ -33,6 +45,9 @@ class TextStream(Protocol):
 @final
 class SilentStream:
     """Tokens without a tokenizer have no text."""
+
+    stop_tokens: frozenset[int] = frozenset()
+    ended_in: str | None = None
 
     def add(self, token: int) -> Piece:
         return Piece()
@@ -47,6 +62,9 @@ class PlainStream:
 
     continues_text: the answer goes on with the prompt's own text, so a leading space belongs to it.
     """
+
+    stop_tokens: frozenset[int] = frozenset()
+    ended_in: str | None = None
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], continues_text: bool) -> None:
         self._detokenizer = tokenizer.detokenizer(continuation=continues_text)
@@ -71,10 +89,13 @@ class HarmonyStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._parser = HarmonyFormat(tokenizer).parser()
+        harmony = HarmonyFormat(tokenizer)
+        self.stop_tokens = harmony.stop_tokens
+        self._parser = harmony.parser()
         self._stop = stop
         self._stops: StopStrings | None = None  # of the final message that is being written
         self._is_stopped = False
+        self.ended_in: str | None = REASONING
 
     def add(self, token: int) -> Piece:
         return self._shown(self._parser.push(token))
@@ -94,6 +115,10 @@ class HarmonyStream:
         return last
 
     def _shown(self, delta: Delta) -> Piece:
+        if delta.channel == FINAL and delta.recipient is None and delta.text:
+            self.ended_in = None
+        elif delta.recipient is not None and self.ended_in is not None:
+            self.ended_in = delta.recipient
         if delta.channel != FINAL or delta.recipient is not None:
             held = self._released()
             return Piece(held + delta.text, FINAL if held and not delta.text else delta.channel)

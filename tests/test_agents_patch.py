@@ -1,7 +1,6 @@
 """apply_patch: what it changes, that it stays in its folder, and that it is all or nothing."""
 
 import json
-import os
 import shutil
 import subprocess
 
@@ -139,28 +138,6 @@ def test_without_its_frame_it_is_no_patch(folder):
             apply_patch(text, folder)
 
 
-def test_a_failure_in_writing_is_rolled_back(folder, monkeypatch):
-    before = snapshot(folder)
-    replace, count = os.replace, []
-
-    def failing(source, target):
-        count.append(target)
-        if len(count) == 3:
-            raise OSError(28, "No space left on device", str(target))
-        return replace(source, target)
-
-    monkeypatch.setattr(patches.os, "replace", failing)
-    text = wrap(
-        "*** Update File: a.py", "@@", "-import os", "+import sys", "*** Add File: new/x", "+x",
-        "*** Update File: b.txt", "@@", "-two", "+2",
-    )  # fmt: skip
-    with pytest.raises(ToolError, match="No space left"):
-        apply_patch(text, folder)
-    assert snapshot(folder) == before
-    assert not (folder / "new").exists()
-    assert not [path for path in folder.rglob("*") if path.name.startswith(".patch-")]
-
-
 def test_line_ends_the_last_newline_and_permissions_are_kept(folder):
     (folder / "crlf").write_bytes(b"a\r\nb\r\nc\r\n")
     (folder / "bare").write_bytes(b"a\nb")
@@ -219,3 +196,171 @@ def test_places_of_diff_are_understood(tmp_path):
     text = wrap("*** Update File: old", *diff.split("\n")[2:-1])
     apply_patch(text, tmp_path)
     assert (tmp_path / "old").read_text() == (tmp_path / "new").read_text()
+
+
+# --- What a patch does not name, byte for byte ------------------------------------------------------------------------
+
+
+def update(*lines: str) -> str:
+    return wrap("*** Update File: f", *lines)
+
+
+@pytest.mark.parametrize(
+    ("before", "lines", "after"),
+    [
+        (b"a\r\nb\nc\r\nd", ["@@", "-b", "+B"], b"a\r\nB\nc\r\nd"),  # mixed ends
+        (b"a\r\nb\nc\r\n", ["@@", "-a", "+A", "@@", " c", "+d"], b"A\r\nb\nc\r\nd\r\n"),
+        (b"a  \nb\t\nc\n", ["@@", " a", "-b", "+B", " c"], b"a  \nB\nc\n"),  # spaces at line ends
+        (b"x \nx\nx  \n", ["@@", " x ", " x", "-x  ", "+y"], b"x \nx\ny\n"),
+        (b"a\nb", ["@@", "-a", "+A"], b"A\nb"),  # no newline at the end
+        (b"a\nb", ["@@", "-b"], b"a\n"),
+        (b"a\nb", ["@@", " b", "+c"], b"a\nb\nc"),
+        (b"a\r\nb", ["@@", " b", "+c"], b"a\r\nb\r\nc"),
+        (b"a\n", ["@@", "-a"], b""),
+        (b"", ["+a"], b"a\n"),
+        (b"a\n\n\n", ["@@", "-a", "+b"], b"b\n\n\n"),
+        (b"\xef\xbb\xbfa\nb\n", ["@@", "-a", "+A"], b"\xef\xbb\xbfA\nb\n"),  # a BOM
+        (b"\xef\xbb\xbf", ["+a"], b"\xef\xbb\xbfa\n"),
+        (b"a\rb\nc\x0bd\ne\xe2\x80\xa8f\n", ["@@", "-c\x0bd", "+C"], b"a\rb\nC\ne\xe2\x80\xa8f\n"),
+        (b"a\nb\n", ["@@", " a", "+new\r"], b"a\nnew\r\nb\n"),  # "\r" is said, and so it is meant
+        (b"a\r\nb\r\n", ["@@", " a\r", "-b\r", "+B\r"], b"a\r\nB\r\n"),
+        (b"a\nb\nb\n", ["@@", "-b", "+c", "*** End of File"], b"a\nb\nc\n"),
+    ],
+)
+def test_only_what_is_named_changes(tmp_path, before, lines, after):
+    (tmp_path / "f").write_bytes(before)
+    apply_patch(update(*lines), tmp_path)
+    assert (tmp_path / "f").read_bytes() == after
+
+
+def test_a_patch_with_windows_line_ends_is_the_same_patch(tmp_path):
+    text = wrap("*** Update File: f", "@@", " a", "-b", "+B", "", "*** Add File: g", "+1", "+2").replace("\n", "\r\n")
+    for content, expected in ((b"a\nb\n\n", b"a\nB\n\n"), (b"a\r\nb\r\n\r\n", b"a\r\nB\r\n\r\n")):
+        (tmp_path / "f").write_bytes(content)
+        (tmp_path / "g").unlink(missing_ok=True)
+        apply_patch(text, tmp_path)
+        assert (tmp_path / "f").read_bytes() == expected
+        assert (tmp_path / "g").read_bytes() == b"1\n2\n"
+
+
+def reference(before: bytes, edits: list[tuple[int, list[tuple[str, str]]]]) -> bytes:
+    """What the edits, (number of a line, marked lines), give: slowly, and one line after the other."""
+    whole = before.split(b"\n")
+    lines = [line + b"\n" for line in whole[:-1]] + ([whole[-1]] if whole[-1] else [])
+    crlf = sum(line.endswith(b"\r\n") for line in lines) * 2 > sum(line.endswith(b"\n") for line in lines)
+    usual = b"\r\n" if crlf else b"\n"
+
+    def end_of(line: bytes) -> bytes:
+        return b"\r\n" if line.endswith(b"\r\n") else b"\n" if line.endswith(b"\n") else usual
+
+    done: list[tuple[bytes, bool]] = []
+    at = 0
+    for start, marked in edits:
+        done += [(line, False) for line in lines[at:start]]
+        at = start
+        for mark, content in marked:
+            if mark == "+":
+                near = lines[at - 1] if at else lines[0] if lines else b""
+                done.append((content.encode() + end_of(near), True))
+            else:
+                done += [(lines[at], False)] if mark == " " else []
+                at += 1
+    done += [(line, False) for line in lines[at:]]
+    result = b""
+    for number, (line, is_new) in enumerate(done):
+        is_last = number == len(done) - 1
+        if is_last and is_new and lines and not lines[-1].endswith(b"\n"):
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+        elif not is_last and not line.endswith(b"\n"):
+            line += usual
+        result += line
+    return result
+
+
+WORDS = st.sampled_from(["a", "b ", "  a", "", "c c", "\u00e9\u2028", "x\ty", "+", "-", "@@ f", "*** b"])
+
+
+@st.composite
+def edited(draw) -> tuple[bytes, list, list[str]]:
+    """A file, edits to it, and the lines of a patch that says the same; unique lines, so that places are certain."""
+    count = draw(st.integers(1, 25))
+    texts = [f"{i}{draw(WORDS)}" for i in range(count)]
+    ends = [draw(st.sampled_from(["\n", "\n", "\r\n"])) for _ in texts]
+    ends[-1] = draw(st.sampled_from([ends[-1], ""]))
+    edits, patch, at = [], [], 0
+    while at < count and draw(st.booleans()):
+        start = draw(st.integers(at, count - 1))
+        marked = []
+        at = start
+        for mark in draw(st.lists(st.sampled_from(" -+"), min_size=1, max_size=6)):
+            if mark == "+":
+                marked.append((mark, draw(WORDS)))
+            elif at < count:
+                marked.append((mark, texts[at]))
+                at += 1
+        if all(mark == "+" for mark, _ in marked):
+            marked.insert(0, (" ", texts[start]))
+            at = start + 1
+        edits.append((start, marked))
+        patch += ["@@", *[mark + text for mark, text in marked]]
+    return "".join(t + e for t, e in zip(texts, ends, strict=True)).encode(), edits, patch
+
+
+@settings(max_examples=400, deadline=None)
+@given(edited())
+def test_any_patch_does_what_a_slow_applier_does(case):
+    before, edits, lines = case
+    if not lines:
+        return
+    hunks = parse_patch(update(*lines))[0].hunks
+    assert patched(before.decode(), hunks, "f").encode() == reference(before, edits)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([
+    "*** Begin Patch", "*** End Patch", "*** Update File: b.txt", "*** Add File: n", "*** Delete File: b.txt", "*** Move to: m",
+    "*** End of File", "@@", "@@ two", " one", "-two", "+2", " three", "", "+", "-", "x", "*** ", "\r", "+\ud800",
+    "*** Update File: ",
+]), max_size=14))  # fmt: skip
+def test_any_lines_give_a_report_or_a_sentence(tmp_path_factory, lines):
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "b.txt").write_text("one\ntwo\nthree\n")
+    said, is_applied = "", True
+    try:
+        said = apply_patch(wrap(*lines), folder)
+    except ToolError as error:
+        said, is_applied = str(error), False
+    assert said
+    if not is_applied:
+        assert said.endswith((".", ":")) or "\n" in said
+        assert snapshot(folder) == {"b.txt": b"one\ntwo\nthree\n"}
+
+
+def test_large_patches_take_as_long_as_they_are(tmp_path, monkeypatch):
+    """Lines are compared once for each kind of comparison, not once for each place."""
+    count = 3000
+    (tmp_path / "f").write_text("".join(f"line {i} \n" for i in range(count)))
+    compared = []
+    cleaned = tuple(lambda line, clean=clean: compared.append(1) or clean(line) for clean in patches._CLEANED)
+    monkeypatch.setattr(patches, "_CLEANED", cleaned)
+    places = [["@@", f" line {i}", f"-line {i + 1}", "+x"] for i in range(0, count, 3)]
+    apply_patch(update(*[line for place in places for line in place]), tmp_path)
+    assert len(compared) < 8 * count
+    assert (tmp_path / "f").read_text().count("x\n") == count // 3
+    compared.clear()
+    sections = [["*** Update File: f", *place[:2], "-line " + place[2][6:], "+y"] for place in places]
+    (tmp_path / "f").write_text("".join(f"line {i}\n" for i in range(count)))
+    apply_patch(wrap(*[line for section in sections for line in section]), tmp_path)
+    assert len(compared) < 8 * count
+    (tmp_path / "f").write_text("a\nb\n" * count)
+    with pytest.raises(ToolError, match="does not have these lines"):
+        apply_patch(update("@@", *["-a", "-b"] * 500, "-a", "-a"), tmp_path)
+
+
+def test_files_too_large_are_refused(tmp_path):
+    (tmp_path / "f").write_text("a\n" * (2 << 20))
+    (tmp_path / "g").write_text("a\n" * (2 << 20) + "b")
+    with pytest.raises(ToolError, match=r"f would have more than 4 MB"):
+        apply_patch(update("@@", " a", "+b"), tmp_path)
+    with pytest.raises(ToolError, match=r"g has more than 4 MB"):
+        apply_patch(wrap("*** Update File: g", "@@", " a", "+b"), tmp_path)

@@ -1,23 +1,27 @@
 """apply_patch: changes to text files in the `*** Begin Patch` format, inside one folder, all of them or none.
 
-First everything is read and worked out in memory; only a patch that fits as a whole touches the disk, and if writing
-fails half-way, what was written is put back. Errors are sentences for the model, which can then mend its patch.
+First everything is read and worked out in memory; only a patch that fits as a whole touches the disk (swap.py says how).
+What a patch does not name stays as it is, line ends and spaces included. Errors are sentences for the model, which can
+then mend its patch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, final
 
 from ..errors import ToolError
+from .paths import Names, without_surrogates
+from .swap import Change, Seen, read_file, swap
 from .tool import arguments_of
 
 _LARGEST_FILE = 4 << 20
+# Different lines that a Document may know. There are 1,114,112 characters; a file of 4 MB can have 1,053,000 such lines.
+_MOST_CHARACTERS = 1_060_000
+_BOM = "\ufeff"
 
 _BEGIN, _END = "*** Begin Patch", "*** End Patch"
 _ADD, _DELETE, _UPDATE, _MOVE = "*** Add File: ", "*** Delete File: ", "*** Update File: ", "*** Move to: "
@@ -26,12 +30,20 @@ _END_OF_FILE = "*** End of File"
 
 @dataclass
 class Hunk:
-    """One place of a file that changes: `old` lines become `new`. anchors: lines that stand somewhere before, in order."""
+    """One place of a file that changes.
+
+    lines: each after its mark, " " for one that stays, "-" for one that goes, "+" for a new one. anchors: lines that stand
+    somewhere before, in order.
+    """
 
     anchors: list[str] = field(default_factory=list)
-    old: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)
     is_at_end: bool = False
+
+    @property
+    def old(self) -> list[str]:
+        """The lines that the file has there, without their ends."""
+        return [line.removesuffix("\r") for mark, line in self.lines if mark != "+"]
 
 
 @dataclass
@@ -90,25 +102,22 @@ def _patch_text(arguments: Any) -> str:
 
 
 def apply_patch(patch: str, folder: Path) -> list[str]:
-    """Apply a patch to the files of `folder`, all of it or nothing. Returns "A path", "M path", "D path", "R old -> new"."""
-    changes = parse_patch(patch)
+    """Apply a patch to the files of `folder`, all of it or nothing.
+
+    Returns what is different now: "A path" (new), "M path", "D path", "R old -> new", or "unchanged: path, ..." when
+    nothing is. Raises ToolError when the patch cannot be read, does not fit, or cannot be written.
+    """
     workspace = _Workspace(folder)
-    report = []
-    for change in changes:
+    for change in parse_patch(patch):
         if change.action == "add":
             workspace.add(change.path, change.content)
-            report.append(f"A {change.path}")
         elif change.action == "delete":
             workspace.delete(change.path)
-            report.append(f"D {change.path}")
         else:
-            text = patched(workspace.read(change.path), change.hunks, change.path)
-            workspace.replace(change.path, text)
+            workspace.document(change.path).apply(change.hunks, change.path)
             if change.move_to is not None:
                 workspace.move(change.path, change.move_to)
-            report.append(f"R {change.path} -> {change.move_to}" if change.move_to else f"M {change.path}")
-    workspace.commit()
-    return report
+    return workspace.commit()
 
 
 # --- Reading a patch --------------------------------------------------------------------------------------------------
@@ -116,8 +125,12 @@ def apply_patch(patch: str, folder: Path) -> list[str]:
 
 def parse_patch(patch: str) -> list[FileChange]:
     """The changes that a patch asks for. Raises ToolError with the number of the line that cannot be read."""
-    lines = patch.strip("\n").split("\n")
-    lines = [line.removesuffix("\r") for line in lines]
+    if without_surrogates(patch) != patch:
+        wrong = next(c for c in patch if without_surrogates(c) != c)
+        raise ToolError(f"The patch has {wrong!r}, half a character, which no file can hold: write whole characters.")
+    lines = patch.strip("\r\n").split("\n")
+    if lines[0].endswith("\r"):  # the patch's own line ends; otherwise a "\r" is a part of what it says
+        lines = [line.removesuffix("\r") for line in lines]
     if lines[0].strip() != _BEGIN:
         raise ToolError(f"The patch begins with {lines[0][:60]!r} and not with the line {_BEGIN!r}.")
     if lines[-1].strip() != _END or len(lines) == 1:
@@ -180,7 +193,7 @@ class _PatchReader:
     def _hunk(self) -> Hunk:
         hunk = Hunk()
         while self._more() and self._lines[self._at].startswith("@@"):
-            anchor = self._next()[2:].removeprefix(" ")
+            anchor = self._next()[2:].removeprefix(" ").removesuffix("\r")
             if anchor.strip() and not anchor.endswith("@@"):  # "-1,2 +1,2 @@" is diff's line numbers, which say nothing
                 hunk.anchors.append(anchor)
         while self._more() and not self._lines[self._at].startswith("@@"):
@@ -189,13 +202,10 @@ class _PatchReader:
                 hunk.is_at_end = True
                 break
             mark, text = (line[0], line[1:]) if line else (" ", "")
-            if mark not in " +-":
+            if mark not in (" ", "+", "-", "\r"):
                 raise self._error(line, "should begin with ' ', '+' or '-'")
-            if mark in " -":
-                hunk.old.append(text)
-            if mark in " +":
-                hunk.new.append(text)
-        if not hunk.old and not hunk.new:
+            hunk.lines.append((mark, text) if mark != "\r" else (" ", ""))
+        if not hunk.lines:
             raise ToolError(f"A place of the patch, before line {self._at + 1}, has no lines.")
         return hunk
 
@@ -210,61 +220,139 @@ def _path(line: str, word: str) -> str:
 # --- Changing a text --------------------------------------------------------------------------------------------------
 
 
-def patched(text: str, hunks: Sequence[Hunk], path: str) -> str:
-    """The text with its hunks applied one after the other, line ends as they were. Raises ToolError where one does not fit."""
-    line_end = "\r\n" if text.count("\r\n") > text.count("\n") / 2 else "\n"
-    lines = text.replace("\r\n", "\n").split("\n")
-    ends_with_newline = lines[-1] == ""
-    if ends_with_newline:
-        lines.pop()
-    done: list[str] = []
-    for number, hunk in enumerate(hunks, 1):
-        start = _start_of(lines, hunk, path, number)
-        done += lines[:start] + _kept_context(lines[start:], hunk)
-        lines = lines[start + len(hunk.old) :]
-    result = line_end.join(done + lines)
-    return result + line_end if ends_with_newline or not text else result
+# How lines are compared: as they are, and where that finds nothing, with less and less of their spaces.
+_CLEANED: tuple[Callable[[str], str], ...] = (str, str.rstrip, str.strip)
 
 
-def _kept_context(lines: Sequence[str], hunk: Hunk) -> list[str]:
-    """The hunk's new lines; a context line as the file has it, where the patch has other spaces at its ends."""
-    originals = dict(zip(hunk.old, lines, strict=False))
-    return [originals.get(line, line) if line in hunk.old else line for line in hunk.new]
+class Document:
+    """A text that is being patched, as lines: what they say, and how each ends ("" for a last one without an end).
 
+    Lines that no hunk removes stay as they are, byte for byte, but that a last line gets an end when another follows it.
+    """
 
-def _start_of(lines: Sequence[str], hunk: Hunk, path: str, number: int) -> int:
-    """Where the hunk's old lines begin. Spaces at the ends of lines count only where that helps."""
-    start = 0
-    for anchor in hunk.anchors:
-        found = next(_places(lines, [anchor], start), None)
-        if found is None:
+    def __init__(self, text: str) -> None:
+        self._mark = _BOM if text.startswith(_BOM) else ""
+        *whole, last = text.removeprefix(self._mark).split("\n")
+        self._contents = [line.removesuffix("\r") for line in whole]
+        self._ends = ["\r\n" if line.endswith("\r") else "\n" for line in whole]
+        self._usual_end = "\r\n" if self._ends.count("\r\n") * 2 > len(self._ends) else "\n"
+        if last:
+            self._contents.append(last)
+            self._ends.append("")
+        self._indexes: list[tuple[dict[str, str], str]] = []
+
+    @property
+    def text(self) -> str:
+        """The text as it is now."""
+        return self._mark + "".join(map("".join, zip(self._contents, self._ends, strict=True)))
+
+    def apply(self, hunks: Sequence[Hunk], path: str) -> None:
+        """Apply hunks one after the other. Raises ToolError where one does not fit, and then none is applied."""
+        had_end = not self._ends or bool(self._ends[-1])
+        # What it will be made of: ranges of lines that stay, and new lines with their ends.
+        parts: list[tuple[int, int] | tuple[str, str]] = []
+        at = 0
+        for number, hunk in enumerate(hunks, 1):
+            start = self._start_of(at, hunk, path, number)
+            parts.append((at, start))
+            at = start
+            for mark, line in hunk.lines:
+                if mark == "+":
+                    parts.append((line.removesuffix("\r"), "\r\n" if line.endswith("\r") else self._end_near(at)))
+                    continue
+                if mark == " ":
+                    parts.append((at, at + 1))
+                at += 1
+        parts.append((at, len(self._contents)))
+        self._rebuild([part for part in parts if part[0] != part[1] or isinstance(part[0], str)], had_end)
+
+    def _rebuild(self, parts: Sequence[tuple[Any, Any]], had_end: bool) -> None:
+        contents: list[str] = []
+        ends: list[str] = []
+        for first, second in parts:
+            if isinstance(first, str):
+                contents.append(first)
+                ends.append(second)
+            else:
+                contents += self._contents[first:second]
+                ends += self._ends[first:second]
+        number = next((i for i, end in enumerate(ends[:-1]) if not end), None)
+        if number is not None:
+            ends[number] = self._usual_end  # the last line of before, which has others after it now
+        if parts and isinstance(parts[-1][0], str) and not had_end:
+            ends[-1] = ""  # the file's end had none before
+        for level, (characters, text) in enumerate(self._indexes):
+            clean = _CLEANED[level]
+            pieces = [
+                text[first:second] if isinstance(first, int) else _character(characters, clean(first))
+                for first, second in parts
+            ]
+            self._indexes[level] = characters, "".join(pieces)
+        if any(len(characters) > _MOST_CHARACTERS for characters, _ in self._indexes):
+            self._indexes.clear()
+        self._contents, self._ends = contents, ends
+
+    def _start_of(self, at: int, hunk: Hunk, path: str, number: int) -> int:
+        """Where the hunk's old lines begin, from line `at` on."""
+        for anchor in hunk.anchors:
+            found = self._find([anchor], at)
+            if found is None:
+                raise ToolError(
+                    f"{path} has no line {anchor.strip()!r} after which place {number} of its changes could be."
+                )
+            at = found + 1
+        old = hunk.old
+        if not old:
+            return len(self._contents) if hunk.is_at_end or not hunk.anchors else at
+        place = self._find(old, at, hunk.is_at_end)
+        if place is None:
+            shown = "\n".join(old[:3])
+            where = " at its end" if hunk.is_at_end else ""
             raise ToolError(
-                f"{path} has no line {anchor.strip()!r} after which place {number} of its changes could be."
+                f"{path} does not have these lines{where}, which place {number} of its changes is about:\n{shown}\n"
+                "Read the file again, and copy the lines as they are."
             )
-        start = found + 1
-    if not hunk.old:
-        return len(lines) if hunk.is_at_end or not hunk.anchors else start
-    places = list(_places(lines, hunk.old, start))
-    if hunk.is_at_end:
-        places = [place for place in places if place + len(hunk.old) == len(lines)]
-    if not places:
-        shown = "\n".join(hunk.old[:3])
-        where = " at its end" if hunk.is_at_end else ""
-        raise ToolError(
-            f"{path} does not have these lines{where}, which place {number} of its changes is about:\n{shown}\n"
-            "Read the file again, and copy the lines as they are."
-        )
-    return places[0]
+        return place
+
+    def _find(self, wanted: Sequence[str], start: int, is_at_end: bool = False) -> int | None:
+        """Where `wanted` stands first: exactly, or if nowhere so, but for spaces at line ends, or at both sides of lines."""
+        for level, clean in enumerate(_CLEANED):
+            characters, text = self._index(level)
+            target = "".join(characters.get(clean(line), "") for line in wanted)
+            if len(target) < len(wanted):
+                continue  # there is no such line at all
+            if is_at_end:
+                place = len(text) - len(target)
+                if place >= start and text.endswith(target):
+                    return place
+            elif (place := text.find(target, start)) >= 0:
+                return place
+        return None
+
+    def _index(self, level: int) -> tuple[dict[str, str], str]:
+        """A character for each different line, and the text in them: a search for lines is one in a string, and as fast."""
+        while len(self._indexes) <= level:
+            clean = _CLEANED[len(self._indexes)]
+            characters: dict[str, str] = {}
+            text = "".join(_character(characters, clean(line)) for line in self._contents)
+            self._indexes.append((characters, text))
+        return self._indexes[level]
+
+    def _end_near(self, number: int) -> str:
+        """How a new line before line `number` should end: as the one above it, or below, or as most."""
+        above = self._ends[number - 1] if number else self._ends[number] if self._ends else ""
+        return above or self._usual_end
 
 
-def _places(lines: Sequence[str], wanted: Sequence[str], start: int) -> Iterator[int]:
-    """Where `wanted` stands: exactly, or if nowhere so, but for spaces at line ends, or at both sides of lines."""
-    for clean in (str, str.rstrip, str.strip):
-        cleaned, target = [clean(line) for line in lines], [clean(line) for line in wanted]
-        found = [i for i in range(start, len(lines) - len(wanted) + 1) if cleaned[i : i + len(wanted)] == target]
-        if found:
-            yield from found
-            return
+def _character(characters: dict[str, str], line: str) -> str:
+    return characters.setdefault(line, chr(len(characters)))
+
+
+def patched(text: str, hunks: Sequence[Hunk], path: str) -> str:
+    """The text with its hunks applied one after the other. Raises ToolError where one does not fit."""
+    document = Document(text)
+    document.apply(hunks, path)
+    return document.text
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -274,112 +362,120 @@ class _Workspace:
     """The files of a folder as they will be; `commit` makes it so on the disk."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._before: dict[str, bytes | None] = {}
+        self._folder = Path(folder)
+        self._names = Names(self._folder)
+        self._keys: dict[str, str] = {}
+        self._before: dict[str, Seen | None] = {}
         self._after: dict[str, bytes | None] = {}  # None: no such file
+        # Whose file it is, under the name that it had: what is moved keeps its permissions.
+        self._origin: dict[str, str | None] = {}
+        self._open: dict[str, Document] = {}
+        self._where: dict[str, str | None] = {}  # the other way round: what a file that was read is called now
 
-    def read(self, path: str) -> str:
-        data = self._load(path)
-        if data is None:
-            raise ToolError(f"There is no file {path}; to make one, use *** Add File.")
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ToolError(f"{path} is not UTF-8 text, so no patch can change it.") from None
+    def document(self, path: str) -> Document:
+        """The text of a file, to be changed in place."""
+        key = self._key(path)
+        if key not in self._open:
+            data = self._load(path)
+            if data is None:
+                raise ToolError(f"There is no file {path}; to make one, use *** Add File.")
+            try:
+                self._open[key] = Document(data.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise ToolError(f"{path} is not UTF-8 text, so no patch can change it.") from None
+        return self._open[key]
 
     def add(self, path: str, content: str) -> None:
         if self._load(path) is not None:
             raise ToolError(f"There is a file {path} already; to change it, use *** Update File.")
-        self._after[self._key(path)] = content.encode("utf-8", "replace")
+        key = self._key(path)
+        self._set(key, content)
+        if self._before[key] is not None and not self._is_moved(key):  # deleted, and made anew
+            self._origin[key] = self._where[key] = key
 
-    def replace(self, path: str, text: str) -> None:
-        self._after[self._key(path)] = text.encode("utf-8", "replace")
+    def _set(self, key: str, text: str) -> None:
+        data = text.encode()
+        if len(data) > _LARGEST_FILE:
+            raise ToolError(f"{key} would have more than {_LARGEST_FILE / 1e6:.0f} MB, too much for a patch.")
+        self._after[key] = data
 
     def delete(self, path: str) -> None:
         if self._load(path) is None:
             raise ToolError(f"There is no file {path} to delete.")
-        self._after[self._key(path)] = None
+        key = self._key(path)
+        origin = self._origin[key]
+        self._after[key] = self._origin[key] = None
+        if origin is not None:
+            self._where[origin] = None
 
     def move(self, path: str, target: str) -> None:
-        data = self._after[self._key(path)]
-        if self._load(target) is not None:
+        source, key = self._key(path), self._key(target)
+        self._load(path)
+        if key == source:
+            key = str(PurePosixPath(source).with_name(PurePosixPath(target).name))
+            if key == source:
+                return  # moved to where it is
+            # The same name in other letters, on a volume that does not tell them apart.
+            self._before[key] = self._after[key] = None
+        elif self._load(target) is not None:
             raise ToolError(f"{path} cannot be moved to {target}: there is such a file already.")
-        self._after[self._key(path)], self._after[self._key(target)] = None, data
+        self._after[key], self._after[source] = self._after[source], None
+        origin = self._origin[key] = self._origin[source]
+        self._origin[source] = None
+        if origin is not None:
+            self._where[origin] = key
 
-    def commit(self) -> None:
-        """Write what changed. If that fails, put everything back and raise ToolError."""
-        done: list[str] = []
-        made: list[Path] = []
-        try:
-            for key, data in self._after.items():
-                if data != self._before[key]:
-                    done.append(key)
-                    self._write(key, data, made)
-        except OSError as error:
-            for key in reversed(done):
-                with contextlib.suppress(OSError):
-                    self._write(key, self._before[key], [])
-            for folder in reversed(made):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise ToolError(f"The patch was not applied: {error.strerror} ({error.filename}).") from error
+    def commit(self) -> list[str]:
+        """Write what changed, all of it or nothing, and say what that was. Raises ToolError when it cannot be written."""
+        for key in list(self._open):
+            self._set(key, self._open.pop(key).text)
+        changed = [key for key in self._after if self._after[key] != self._data_before(key) or self._is_new_file(key)]
+        if not changed:
+            return [f"unchanged: {', '.join(self._after)}"]
+        swap([self._change(key) for key in changed])
+        return [line for key in changed for line in self._report(key)]
 
-    def _key(self, path: str) -> str:
-        """The path in one spelling. Raises ToolError for one that leads, or could lead, out of the folder."""
-        parts = PurePosixPath(path).parts
-        if not parts or path.startswith(("/", "~")) or ".." in parts or "\\" in path or "\0" in path or ":" in parts[0]:
-            raise ToolError(f"{path!r} is no path inside the folder: give a relative one, without '..'.")
-        place = self._folder
-        for part in parts:
-            place = place / part
-            if place.is_symlink():
-                raise ToolError(f"{path} leads over a symbolic link, {part}, and links are not followed.")
-        return str(PurePosixPath(*parts))
+    def _change(self, key: str) -> Change:
+        origin = self._origin[key]
+        seen = None if origin is None else self._before[origin]
+        like = None if origin is None or seen is None else (self._place(origin), seen)
+        return Change(key, self._place(key), self._before[key], self._after[key], like)
+
+    def _report(self, key: str) -> list[str]:
+        origin, is_there = self._origin[key], self._after[key] is not None
+        if not is_there:
+            return [] if self._is_moved(key) else [f"D {key}"]
+        if origin is not None and origin != key:
+            return [f"R {origin} -> {key}"]
+        return [f"A {key}" if origin is None else f"M {key}"]
+
+    def _is_moved(self, key: str) -> bool:
+        return self._where.get(key) not in (None, key)
+
+    def _is_new_file(self, key: str) -> bool:
+        """Whether another file than before stands there, though of the same content."""
+        return self._after[key] is not None and self._origin[key] != key
+
+    def _data_before(self, key: str) -> bytes | None:
+        seen = self._before[key]
+        return None if seen is None else seen.data
 
     def _load(self, path: str) -> bytes | None:
         key = self._key(path)
+        if key in self._open:
+            self._set(key, self._open.pop(key).text)
         if key not in self._after:
-            self._before[key] = self._after[key] = _content(self._folder / key, path)
+            seen = self._before[key] = read_file(self._place(key), path, _LARGEST_FILE)
+            self._after[key] = None if seen is None else seen.data
+            self._origin[key] = None if seen is None else key
+            if seen is not None:
+                self._where[key] = key
         return self._after[key]
 
-    def _write(self, key: str, data: bytes | None, made: list[Path]) -> None:
-        target = self._folder / key
-        if data is None:
-            target.unlink(missing_ok=True)
-            return
-        missing = [parent for parent in target.parents if not parent.exists()]
-        for parent in reversed(missing):
-            parent.mkdir()
-            made.append(parent)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".patch-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.chmod(name, _mode_of(target))
-            os.replace(name, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+    def _place(self, key: str) -> str:
+        return os.path.join(self._folder, key)
 
-
-def _content(file: Path, path: str) -> bytes | None:
-    try:
-        if not file.exists():
-            return None
-        if not file.is_file():
-            raise ToolError(f"{path} is no file.")
-        if file.stat().st_size > _LARGEST_FILE:
-            raise ToolError(f"{path} has more than {_LARGEST_FILE / 1e6:.0f} MB, too much for a patch.")
-        return file.read_bytes()
-    except OSError as error:
-        raise ToolError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _mode_of(file: Path) -> int:
-    """The permissions that a file has, or that a new one gets."""
-    if file.exists():
-        return file.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+    def _key(self, path: str) -> str:
+        if path not in self._keys:
+            self._keys[path] = self._names.key(path)
+        return self._keys[path]

@@ -341,5 +341,5 @@ def test_a_server_s_schema_that_cannot_be_followed_is_told_once(scripted):
 
 def test_a_tool_whose_call_has_no_end_is_refused(gpt_oss):
     schema = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
-    with pytest.raises(ToolError, match=r"No call of the tool functions\.show could be finished"):
+    with pytest.raises(ToolError, match=r"functions\.show could not be held.*needs itself without an end"):
         om.Chat(*gpt_oss, tools=[FunctionTool(print, "show", "", schema, None)])

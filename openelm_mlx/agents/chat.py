@@ -24,6 +24,7 @@ from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
 from ..errors import DestinationError, NoAnswerWarning, PromptError, SettingError, TokenizerError, ToolError
+from ..files import read_text
 from ..generate import Chunk, Statistics, option_names, stream_generate
 from ..loading import no_tokenizer
 from ..text.chat import HARMONY, PLAIN, render_chat
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
 _FORMAT = 1
+_LARGEST_CHAT = 2**26  # bytes of a saved one
 
 # Room for an answer is kept free: a quarter of the context, and of short ones as much as reasoning often takes.
 _SHARE_FOR_ANSWER, _USUAL_ANSWER = 4, 1024
@@ -437,8 +439,9 @@ class Chat:
     def load(self, path: str | Path) -> None:
         """Go on with a saved conversation in place of this one. Raises PromptError when the file holds none."""
         path = Path(path).expanduser()
+        text = read_text(path, PromptError, _LARGEST_CHAT)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(text)
             if content["openelm_mlx_chat"] != _FORMAT:
                 raise ValueError(f"its format is {content['openelm_mlx_chat']!r}")
             messages = [Message(**each) for each in content["messages"]]
@@ -450,8 +453,6 @@ class Chat:
                 self, messages=messages, instructions=content["instructions"],
                 reasoning_effort=content["reasoning_effort"] if self.is_harmony else None,
             )  # fmt: skip
-        except OSError as error:
-            raise PromptError(f"The chat in {path} cannot be read: {error.strerror}.") from error
         except PromptError as error:
             raise PromptError(f"The chat in {path} cannot go on. {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

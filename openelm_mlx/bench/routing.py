@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from ..decoding.streamed_step import Pace
 from ..errors import SettingError
+from ..files import open_regular
 from ..memory.residency import Residency
 from ..memory.slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
 from ..models.moe import SORT_FROM_ROUTES
@@ -27,6 +28,9 @@ from ..specs import ModelSpec
 NOT_ASKED = -1
 # Places are drawn so often for each that is wanted.
 TRIES = 50
+
+
+_LARGEST_TRACE = 2**30  # bytes unpacked: 4 million tokens of gpt-oss-120b
 
 
 @dataclass
@@ -56,8 +60,10 @@ class Trace:
     def load(cls, path: Path) -> Trace:
         """Read what `save` wrote. Raises SettingError for another file."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open_regular(path, SettingError) as stream, _unpacked_trace(stream) as arrays:
                 experts, lengths, num_experts = arrays["experts"], arrays["lengths"], int(arrays["num_experts"])
+        except SettingError:
+            raise
         except OSError as error:
             raise SettingError(f"The trace {path} cannot be read: {error.strerror or error}.") from error
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -68,6 +74,15 @@ class Trace:
                 "there are, and some tokens have to have been computed one by one. Record one with --record."
             )
         return cls(num_experts, np.split(experts, np.cumsum(lengths)[:-1]))
+
+
+def _unpacked_trace(stream: BinaryIO) -> Any:
+    """The arrays of a trace, which are packed: a small file may stand for any amount of memory. Raises ValueError."""
+    with zipfile.ZipFile(stream) as archive:
+        if sum(record.file_size for record in archive.infolist()) > _LARGEST_TRACE:
+            raise ValueError("it unpacks to too much")
+    stream.seek(0)
+    return np.load(stream, allow_pickle=False)
 
 
 def _are_choices(experts: np.ndarray, lengths: np.ndarray, num_experts: int) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import PromptError, SettingError
+from ..files import parse_json, read_text
 from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ INTERRUPTED = 130
 
 # None: a model without channels.
 ANSWER_CHANNELS = (None, "final")
+
+# Far more text than any model here reads.
+LARGEST_PROMPT = 2**26
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -272,45 +276,35 @@ def read_prompt(args: argparse.Namespace) -> str:
     if sum(each is not None for each in (args.text, args.prompt, args.prompt_file)) > 1:
         raise PromptError("There are two prompts, of the argument, --prompt and --prompt-file: give one.")
     if args.prompt_file is not None:
-        path = Path(args.prompt_file).expanduser()
-        try:
-            return _decoded(path.read_bytes(), str(path))
-        except OSError as error:
-            raise PromptError(f"The prompt file {path} cannot be read: {error.strerror}.") from error
+        return read_text(Path(args.prompt_file).expanduser(), PromptError, LARGEST_PROMPT, may_be_pipe=True)
     prompt = args.prompt if args.text is None else args.text
     if prompt is not None and prompt != "-":
         return prompt
     if prompt is None and sys.stdin.isatty():
         raise PromptError('There is no prompt: give --prompt "What is a banjo?", --prompt-file FILE, or pipe text in.')
-    return _decoded(sys.stdin.buffer.read(), "standard input")
+    data = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
+    if len(data) > LARGEST_PROMPT:
+        raise PromptError(
+            f"Standard input has more than {LARGEST_PROMPT:,} bytes, which is no prompt: give less of it."
+        )
+    return _decoded(data, "standard input")
 
 
 def read_form(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `stream_generate` for the answer's form, from files where they are given so."""
     form: dict[str, Any] = {}
     if args.json_schema is not None:
-        text = _read_file(args.json_schema, "JSON Schema")
-        try:
-            form["schema"] = json.loads(text)
-        except ValueError as error:
-            raise SettingError(f"The JSON Schema file {args.json_schema} is not JSON: {error}.") from None
+        text = read_text(Path(args.json_schema).expanduser(), SettingError, may_be_pipe=True)
+        form["schema"] = parse_json(text, f"The JSON Schema file {args.json_schema}", SettingError, "correct it")
     if args.regex is not None:
         form["regex"] = args.regex
     if args.grammar is not None:
-        form["grammar"] = _read_file(args.grammar, "grammar")
+        form["grammar"] = read_text(Path(args.grammar).expanduser(), SettingError, may_be_pipe=True)
     if form:
         from ..decoding.grammar import answer_format
 
         answer_format(**form)  # what is wrong with it is said before the weights are read
     return form
-
-
-def _read_file(name: str, what: str) -> str:
-    path = Path(name).expanduser()
-    try:
-        return _decoded(path.read_bytes(), str(path))
-    except OSError as error:
-        raise SettingError(f"The {what} file {path} cannot be read: {error.strerror}.") from error
 
 
 def _decoded(data: bytes, origin: str) -> str:

@@ -49,7 +49,10 @@ _short.maxlevel, _short.maxlong = 3, 40
 
 def shown(value: Any) -> str:
     """`value` as an error message quotes it: short whatever it is, with escapes for what is not printable."""
-    return _short.repr(value)
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python does not write out numbers of thousands of digits
+        return "a number of thousands of digits"
 
 
 def open_regular(path: str | os.PathLike[str], error: ErrorClass, *, may_be_pipe: bool = False) -> BinaryIO:

@@ -325,7 +325,7 @@ def test_a_saved_chat_that_breaks_a_rule_is_refused_when_it_is_loaded(scripted, 
         with pytest.raises(PromptError, match=said):
             chat.load(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(PromptError, match="it is no text"):
+    with pytest.raises(PromptError, match="not UTF-8 text"):
         chat.load(tmp_path / "bad.json")
     assert not chat.messages
 

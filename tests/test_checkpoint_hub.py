@@ -229,6 +229,25 @@ def test_a_disk_without_symbolic_links(hub: HubServer, tmp_path: Path, monkeypat
     assert len(hub.requests) == sent + 1
 
 
+def test_two_downloads_point_to_a_file_at_once(tmp_path: Path) -> None:
+    """Both see the other's name there, and neither takes the content away."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/x").write_bytes(WEIGHTS)
+    pointer = tmp_path / "snapshots/c/model.safetensors"
+
+    def point() -> None:
+        for _ in range(200):
+            hub_module._point(tmp_path / "blobs/x", [pointer])
+
+    threads = [threading.Thread(target=point) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pointer.read_bytes() == (tmp_path / "blobs/x").read_bytes() == WEIGHTS
+    assert [path.name for path in pointer.parent.iterdir()] == ["model.safetensors"]
+
+
 def test_two_downloads_at_once_fetch_each_file_once(hub: HubServer) -> None:
     hub.add_repo("owner/name", GPT_OSS)
     folders: list[Path] = []
@@ -497,12 +516,13 @@ def test_a_hub_that_says_when_is_asked_then(hub: HubServer, monkeypatch: pytest.
     hub.fail(429, "/api/models", headers={"Retry-After": "5"})
     assert contents(download("owner/name", every_file)) == {"config.json": b"{}"}
     assert [wait for wait in waits if wait in (5.0, 7.0)] == [5.0, 7.0]
+    hub.add_repo("owner/other", {"config.json": b"{}"})
     for after, said in (("3600", "in 60 minutes"), ("-1", "in a few minutes"), ("soon", "in a few minutes")):
         hub.fail(429, "/api/models", headers={"Retry-After": after})
         with pytest.raises(HubError, match=said):
-            list_files("owner/name")
+            list_files("owner/other")
     hub.fail(429, "/api/models", headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})  # long ago: at once
-    assert list_files("owner/name")
+    assert list_files("owner/other")
 
 
 @pytest.mark.parametrize(

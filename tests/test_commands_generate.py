@@ -175,6 +175,7 @@ def broken(folder, tmp_path, name):
         case "a shard missing":
             index = {"weight_map": {"transformer.norm.weight": "model-00002-of-00002.safetensors"}}
             (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+            weights.rename(copy / "model-00001-of-00002.safetensors")
         case "a pickle only":
             weights.rename(copy / "pytorch_model.bin")
         case "no tokenizer":

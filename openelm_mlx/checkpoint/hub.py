@@ -521,17 +521,28 @@ def _checksum(file: RepoFile) -> hashlib._Hash:
 
 
 def _point(blob: Path, pointers: list[Path]) -> None:
-    """Make the snapshot's paths show a blob; on a disk without symbolic links (exFAT) they become the file itself."""
+    """Make the snapshot's paths show a blob; on a disk without symbolic links (exFAT) they become the file itself.
+
+    Each from one moment to the next: another download of the same files may be at this point too.
+    """
     for pointer in pointers:
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        pointer.unlink(missing_ok=True)
+        draft = pointer.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
         try:
-            os.symlink(os.path.relpath(blob, pointer.parent), pointer)
-        except OSError:
-            if pointer == pointers[-1]:
-                os.replace(blob, pointer)
-            else:
-                shutil.copyfile(blob, pointer)
+            try:
+                os.symlink(os.path.relpath(blob, pointer.parent), draft)
+            except OSError:
+                if not blob.exists() and pointer.is_file():
+                    continue  # the other one has moved it here
+                if pointer == pointers[-1]:
+                    os.replace(blob, draft)
+                else:
+                    shutil.copyfile(blob, draft)
+            os.replace(draft, pointer)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
 
 
 def _page(repo: str) -> str:

@@ -248,6 +248,19 @@ def test_two_downloads_point_to_a_file_at_once(tmp_path: Path) -> None:
     assert [path.name for path in pointer.parent.iterdir()] == ["model.safetensors"]
 
 
+def test_a_place_that_is_taken_costs_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "no links here")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/x").write_bytes(WEIGHTS)
+    (tmp_path / "snapshots/c/model.safetensors/full").mkdir(parents=True)
+    with pytest.raises(OSError):
+        hub_module._point(tmp_path / "blobs/x", [tmp_path / "snapshots/c/model.safetensors"])
+    assert (tmp_path / "blobs/x").read_bytes() == WEIGHTS
+
+
 def test_two_downloads_at_once_fetch_each_file_once(hub: HubServer) -> None:
     hub.add_repo("owner/name", GPT_OSS)
     folders: list[Path] = []

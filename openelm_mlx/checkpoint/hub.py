@@ -541,7 +541,10 @@ def _point(blob: Path, pointers: list[Path]) -> None:
             os.replace(draft, pointer)
         except BaseException:
             with suppress(OSError):
-                draft.unlink()
+                if draft.is_symlink() or blob.exists():
+                    draft.unlink()
+                else:
+                    os.replace(draft, blob)  # it is the only copy
             raise
 
 

@@ -385,6 +385,19 @@ def test_a_tool_that_returns_nothing_or_something_else(scripted):  # noqa: F811
     assert "JSON cannot say" in results(chat.stream("?"))[0]
 
 
+def test_stop_strings_end_an_answer_in_a_chat_too(gpt_oss, openelm):  # noqa: F811
+    for pair in (gpt_oss, openelm):
+        chat = om.Chat(*pair, options={"stop": [" instrument", "!!"]})
+        said = chat.ask("What is a piano?")
+        assert said.startswith("a ")
+        assert "instrument" not in said
+        assert chat.messages[-1].text == said
+        assert said.endswith("keyboard" if pair is openelm else said)
+    chat = om.Chat(*gpt_oss, options={"stop": " strings"})
+    assert chat.ask("What is a piano?").endswith("tuned")
+    assert chat.messages[-1].text.endswith("tuned")
+
+
 def test_an_error_that_cannot_say_itself(scripted):  # noqa: F811
     class BadError(Exception):
         def __str__(self):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+import stat
 import tempfile
 import time
 import warnings
@@ -30,6 +31,7 @@ from ..loading import no_tokenizer
 from ..text.chat import HARMONY, PLAIN, render_chat
 from ..text.conversation import DeveloperContent, Message, SystemContent, check_conversation
 from ..text.harmony import Delta, HarmonyFormat, HarmonyParser
+from ..text.streams import FINAL
 from ..text.unicode import whole_characters
 from .calls import reason, run, shown_to_model
 from .history import (
@@ -94,9 +96,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Notice:
-    """A sentence about the conversation itself, for instance that its oldest part no longer fits."""
+    """A sentence about the conversation itself, for instance that its oldest part no longer fits.
+
+    is_no_answer: it says why no answer came; `Done`, which follows, has it too.
+    """
 
     text: str
+    is_no_answer: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,7 @@ class Chat:
             turn.settle()
             done = turn.done()
             if done.no_answer is not None:
-                yield Notice(done.no_answer)
+                yield Notice(done.no_answer, is_no_answer=True)
             yield done
         finally:
             turn.settle()
@@ -413,10 +419,14 @@ class Chat:
         self.messages.clear()
         self.num_forgotten, self._has_told = 0, False
 
-    def save(self, path: str | Path) -> Path:
-        """Write what was said, the instructions and the effort to a JSON file, whole or not at all."""
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write what was said, the instructions and the effort to a JSON file, whole or not at all.
+
+        A file that is there is replaced when it holds a saved chat, or with overwrite. Folders are not made. Raises
+        DestinationError.
+        """
         self._end_turn()
-        path = Path(path).expanduser()
+        path, mode = _destination(path, overwrite)
         content = {
             "openelm_mlx_chat": _FORMAT,
             "instructions": self.instructions,
@@ -426,19 +436,25 @@ class Chat:
         try:
             descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             try:
+                if mode is not None:
+                    os.chmod(partial, mode)
                 with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
                     stream.write(whole_characters(json.dumps(content, ensure_ascii=False, indent=2)))
                 os.replace(partial, path)
             except BaseException:
                 os.unlink(partial)
                 raise
-        except OSError as error:
-            raise DestinationError(f"The chat cannot be saved to {path}: {error.strerror}.") from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise DestinationError(f"The chat cannot be saved to {str(path)!r}: {reason}.") from error
         return path
 
     def load(self, path: str | Path) -> None:
         """Go on with a saved conversation in place of this one. Raises PromptError when the file holds none."""
-        path = Path(path).expanduser()
+        try:
+            path = Path(path).expanduser()
+        except RuntimeError as error:  # "~nobody/chat.json"
+            raise PromptError(f"The chat in {path} cannot be read: {error}") from None
         text = read_text(path, PromptError, _LARGEST_CHAT)
         try:
             content = json.loads(text)
@@ -547,14 +563,21 @@ class _Turn:
         parser = HarmonyFormat(self.chat._any_tokenizer).parser()
         self._state = (self.messages, parser)
         self.num_rounds += 1
+        has_stops, answer = bool(self.chat.options.get("stop")), ""
         for chunk in self.chunks(self.chat._harmony_prompt(self.chat.messages)):
             delta = parser.push(chunk.token)
+            if has_stops and chunk.channel == FINAL:  # the parser does not know what ends an answer
+                answer += chunk.text
+                delta = Delta(chunk.text, "assistant", FINAL)
             yield from _shown(delta)
         rest = parser.finish()
         # What others say in it, the model has invented.
         messages = [message for message in parser.messages if message.role == "assistant"]
+        if has_stops:
+            messages = _ended_at(answer, messages)
         self.add(messages if self.ended_by is None else cut_off(messages))
-        yield from _shown(rest)
+        if not has_stops:
+            yield from _shown(rest)
 
     def chunks(self, prompt: list[int]) -> Iterator[Chunk]:
         """The tokens of one completion, until a limit of the turn ends it."""
@@ -604,6 +627,43 @@ class _Turn:
         return None if self.statistics is None else self.statistics.no_answer
 
 
+def _destination(name: str | Path, overwrite: bool) -> tuple[Path, int | None]:
+    """The file to write a chat to, and the mode of the one that is there. Raises DestinationError when it may not be."""
+    try:
+        path = Path(name).expanduser()
+        path = path.resolve() if path.is_symlink() else path  # the link stays
+        if path.is_dir():
+            raise DestinationError(f"{name} is a folder: name a file in it.")
+        if not path.parent.is_dir():
+            raise DestinationError(
+                f"The chat cannot be saved to {name}: there is no folder {path.parent}; make it first."
+            )
+        if not path.exists():
+            return path, None
+        if not path.is_file():
+            raise DestinationError(f"{name} is a device or a pipe: name a file.")
+        # Of an empty file nothing can be lost.
+        if not (overwrite or path.stat().st_size == 0 or _holds_chat(path)):
+            raise DestinationError(
+                f"{name} is there and holds no saved chat, so it was not touched: name another file, or replace it with "
+                "overwrite=True (/save! FILE)."
+            )
+        return path, stat.S_IMODE(path.stat().st_mode)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, DestinationError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DestinationError(f"The chat cannot be saved to {str(name)!r}: {reason}.") from error
+
+
+def _holds_chat(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "openelm_mlx_chat" in content
+
+
 class _WholeText:
     """A tokenizer that takes halves of characters as U+FFFD: no tool, file name or saved chat may end a conversation."""
 
@@ -621,6 +681,17 @@ class _WholeText:
 def _finished(parser: HarmonyParser) -> list[Message]:
     parser.finish()
     return parser.messages
+
+
+def _ended_at(answer: str, messages: list[Message]) -> list[Message]:
+    """A completion's messages, of which the final ones together are no more than `answer`."""
+    kept = []
+    for message in messages:
+        if message.channel == FINAL and not message.is_call:
+            message = replace(message, content=answer[: len(message.text)])
+            answer = answer[len(message.text) :]
+        kept.append(message)
+    return kept
 
 
 def _shown(delta: Delta) -> Iterator[Event]:

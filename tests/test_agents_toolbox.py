@@ -33,9 +33,8 @@ def test_python_and_its_end():
     with Toolbox("python") as box:
         (tool,) = box.tools
         assert tool("2 ** 10") == "1024"
-        scratch = tool.scratch
-        assert scratch.exists()
-    assert not scratch.exists()
+        assert tool.scratch.exists()
+    assert not tool.scratch.exists()
 
 
 def test_servers_from_a_file(tmp_path):

@@ -16,7 +16,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, DestinationError
-from ..files import open_regular, parse_json
 from ..models.buffers import Snapshot
 from .prefix_cache import Checkpoint, Entry
 
@@ -80,7 +79,7 @@ def load_entries(path: Path, model: Model) -> Iterator[Entry]:
             "delete it, and it will be made anew."
         )
     try:
-        header = parse_json(metadata["contents"], "its description", CheckpointError)
+        header = json.loads(metadata["contents"])
         if header["checksum"] != _checksum(header["entries"], arrays if header["entries"] else {}):
             raise ValueError("its checksum is another one")
         if not header["entries"]:
@@ -100,13 +99,12 @@ def load_entries(path: Path, model: Model) -> Iterator[Entry]:
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
-        with open_regular(path, CheckpointError) as stream:
-            data = stream.read()
+        data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"The prompt cache {path} cannot be read: {error.strerror}.") from error
     length = int.from_bytes(data[:8], "little")
     try:
-        header = parse_json(data[8 : 8 + length], "its header", CheckpointError)
+        header = json.loads(data[8 : 8 + length])
         metadata = header.pop("__metadata__")
         ends = [each["data_offsets"][1] for each in header.values()]
         if len(data) != 8 + length + max(ends):

@@ -368,6 +368,34 @@ def test_a_bubblewrap_that_is_too_old_is_told(tmp_path, monkeypatch):
         sandbox._fails.cache_clear()
 
 
+@linux_only
+def test_systemd_limits_the_whole_where_it_can(tmp_path, monkeypatch):
+    """Another program in systemd's place, which notes its options and runs the command as a scope would."""
+    kind = best_kind()
+    program = tmp_path / "systemd-run"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/seen\nwhile [ "${{1#-}}" != "$1" ]; do\n'
+        '    [ "$1" = -p ] && shift\n    shift\ndone\nexec "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    sandbox._scope.cache_clear()
+    try:
+        with PythonTool(limits=SMALL, sandbox=kind) as tool:
+            assert tool("import os; 'XDG_RUNTIME_DIR' in os.environ") == "False"
+        probe, seen = (tmp_path / "seen").read_text().splitlines()
+        assert probe.endswith("/bin/true")
+        assert "--scope --quiet --collect" in seen
+        assert f"-p MemoryMax={(400 + 4 + 64) << 20} -p MemorySwapMax=0 -p TasksMax=20" in seen
+        assert ("--user" in seen) == (os.getuid() != 0)
+        program.write_text("#!/bin/sh\nexit 1\n")  # not booted with systemd, or no bus
+        sandbox._scope.cache_clear()
+        assert sandbox.scope(SMALL) == []
+    finally:
+        sandbox._scope.cache_clear()
+
+
 def test_a_folder_for_temporary_files_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(ToolError, match=r"cannot be written \(No such file or directory\).*TMPDIR"):

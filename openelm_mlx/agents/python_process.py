@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from ..errors import ToolError
 from . import sandbox_usage
-from .sandbox import SANDBOX_EXEC, Launch, Limits, Python, box, interpreter
+from .sandbox import SANDBOX_EXEC, Launch, Limits, Python, box, interpreter, scope
 
 _START_SECONDS = 60.0
 _WATCH_SECONDS = 0.1
@@ -45,6 +45,8 @@ class Place(Protocol):
 
     def excess(self, limits: Limits, files_before: int) -> str | None: ...
 
+    def processes(self) -> int: ...  # how many there are
+
     def files(self, limits: Limits) -> int: ...  # bytes, or a count, that `excess` compares with what was there before
 
 
@@ -64,9 +66,9 @@ class Box:
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    box(kind, python, folder, limits, theirs.fileno()),
+                    [*scope(limits), *box(kind, python, folder, limits, theirs.fileno())],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                    pass_fds=[theirs.fileno()], start_new_session=True, cwd="/", env={}, **process,
+                    pass_fds=[theirs.fileno()], start_new_session=True, cwd="/", env=_way_to_systemd(), **process,
                 )  # fmt: skip
             except BaseException as error:
                 self._control.close()
@@ -126,6 +128,9 @@ class Box:
         if reason is None and (count := self.files(limits)) > max(sandbox_usage.MOST_FILES, files_before):
             reason = f"it was stopped: {count:,} files, and {sandbox_usage.MOST_FILES:,} are allowed"
         return reason
+
+    def processes(self) -> int:
+        return len(sandbox_usage.descendants(self._process.pid))
 
     def files(self, limits: Limits) -> int:
         """How many there are; their bytes are bounded by the sandbox."""
@@ -198,7 +203,8 @@ class Direct:
     def interrupt(self) -> None:
         if self._process is not None:
             with contextlib.suppress(OSError):
-                self._process.send_signal(signal.SIGINT)
+                if self._process.poll() is None:
+                    os.killpg(self._process.pid, signal.SIGINT)  # what it started too, as in a terminal
 
     def code(self) -> int | None:
         return None if self._process is None else self._process.poll()
@@ -225,6 +231,9 @@ class Direct:
             reason = f"it was stopped: more than {limits.folder_bytes / 1e6:,.0f} MB of files, or {most:,} files"
         return reason
 
+    def processes(self) -> int:
+        return len(sandbox_usage.descendants(self._process.pid)) if self._process is not None else 0
+
     def files(self, limits: Limits) -> int:
         """Their bytes."""
         enough = 1 << 62
@@ -232,6 +241,12 @@ class Direct:
         if self._process is not None:
             used += sandbox_usage.deleted_files(sandbox_usage.descendants(self._process.pid, with_itself=True))
         return used
+
+
+def _way_to_systemd() -> dict[str, str]:
+    """All that what makes a sandbox gets of the environment; an interpreter gets nothing of it."""
+    names = ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _not_started(kind: str, reason: str) -> ToolError:
@@ -314,7 +329,7 @@ class Interpreter:
         output, report, end = _Output(self._limits.output_bytes), b"", time.monotonic() + seconds
         fatal: str | None = None
         interrupted: str | None = None  # why it was sent an interrupt
-        self._files_before = self._place.files(self._limits)
+        self._files_before, processes_before = self._place.files(self._limits), self._place.processes()
         expected = token.encode() + b"\n"
         with selectors.DefaultSelector() as selector:
             selector.register(self._output, selectors.EVENT_READ)
@@ -352,14 +367,17 @@ class Interpreter:
                     else:
                         fatal = self._place.excess(self._limits, self._files_before)
                     next_look = time.monotonic() + _WATCH_SECONDS
+        if fatal is None and interrupted is not None and self._place.processes() > processes_before:
+            fatal = interrupted  # what it started would go on
         if fatal is None:
             self._files_before = self._place.files(self._limits)
         output.read_from(self._output)  # what was written before the report is in the pipe
         text = output.text()
+        told = text.removesuffix("\n") + "\n"
         if fatal is not None:
-            return f"{text}\n[{fatal}; its variables are gone, files are kept]".lstrip("\n"), True
+            return f"{told}[{fatal}; its variables are gone, files are kept]".lstrip("\n"), True
         if interrupted is not None:
-            return f"{text}\n[{interrupted}; variables and files are kept]".lstrip("\n"), False
+            return f"{told}[{interrupted}; variables and files are kept]".lstrip("\n"), False
         return text, False
 
     def _how_it_ended(self) -> str:

@@ -21,7 +21,7 @@ import types
 
 # Kept under names of our own: a script may delete them from `builtins`.
 _compile, _exec, _eval, _isinstance, _repr = compile, exec, eval, isinstance, repr
-_print_exception = traceback.print_exception
+_TracebackException = traceback.TracebackException
 _BUILTINS = dict(vars(builtins))
 
 
@@ -89,8 +89,11 @@ class Interpreter:
             self.mend()
             try:
                 self.run(script.decode("utf-8", "replace"), f"<script {self.count}>")
-            except BaseException:  # noqa: BLE001  (a second interrupt, while the first one was shown)
+            except KeyboardInterrupt:  # a second one, before the first was noted
                 self.is_running = False
+            except BaseException as error:  # noqa: BLE001  (a script broke what this class needs)
+                write(2, f"The interpreter is broken ({type(error).__name__}) and starts anew.\n".encode())
+                os._exit(70)
             self.flush()
             if getpid() != self.pid:
                 os._exit(0)  # a child that the script forked and let go on: there is one interpreter
@@ -114,9 +117,7 @@ class Interpreter:
             stream = getattr(sys, name, None)
             if stream is None or getattr(stream, "closed", False):
                 setattr(sys, name, open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
-        with contextlib.suppress(
-            ValueError
-        ):  # not the main thread: never so, but for a script that forked in another one
+        with contextlib.suppress(ValueError):  # not the main thread: a script forked in another one
             signal.signal(signal.SIGINT, self.interrupted)
         with contextlib.suppress(OSError):
             os.makedirs(self.folder, exist_ok=True)
@@ -161,7 +162,10 @@ class Interpreter:
             if _isinstance(error, SystemExit):
                 sys.stderr.write(f"SystemExit: {error.code}\n")
             else:
-                _print_exception(type(error), error, frames)
+                shown = _TracebackException(type(error), error, frames)
+                if shown.stack and shown.stack[-1].name == "interrupted":
+                    del shown.stack[-1]  # ours too
+                sys.stderr.write("".join(shown.format()))
         except BaseException:  # noqa: BLE001  (an exception that cannot be shown, or no working standard error)
             self.flush()
             os.write(2, f"{type(error).__name__} (it cannot be shown)\n".encode("utf-8", "replace"))
@@ -182,8 +186,8 @@ def main():
         os.close(config["report"])
     interpreter = Interpreter(config["folder"], config["limits"])
     interpreter.mend()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # half of a character is shown, and is no error
+    for stream in (sys.stdout, sys.stderr):  # half of a character is shown, and is no error
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     limit_resources(config["limits"])
     if config["watches_parent"]:
         end_with_parent()

@@ -226,6 +226,32 @@ def _ways_to(paths: Sequence[str]) -> list[str]:
     return sorted(folder for folder in above if not any(f"{folder}/".startswith(f"{path}/") for path in paths))
 
 
+def scope(limits: Limits) -> list[str]:
+    """What to put before a command so that systemd limits it as a whole, by a cgroup; [] where it does not.
+
+    The kernel then holds the sum of memory at every moment, and not only when it is looked at.
+    """
+    command = _scope()
+    if not command:
+        return []
+    memory = limits.memory_bytes + limits.folder_bytes + (64 << 20)  # files are in memory; so is what makes the sandbox
+    return [*command, "-p", f"MemoryMax={memory}", "-p", "MemorySwapMax=0", "-p", f"TasksMax={limits.processes + 8}"]
+
+
+@cache
+def _scope() -> list[str]:
+    program = shutil.which("systemd-run")
+    if program is None:
+        return []
+    command = [program, *(["--user"] if os.getuid() != 0 else []), "--scope", "--quiet", "--collect"]
+    try:
+        tried = [*command, "-p", "MemoryMax=64M", "-p", "MemorySwapMax=0", "-p", "TasksMax=8", "/bin/true"]
+        finished = subprocess.run(tried, capture_output=True, check=False, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return command if finished.returncode == 0 else []
+
+
 def _free_user() -> int:
     """Whom scripts run as where we are root: a user that nobody else is, so that the kernel counts its processes."""
     return random.SystemRandom().randrange(60_000, 65_000)

@@ -160,9 +160,8 @@ def drop_powers(config):
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     check(libc.capset(header, nothing), "capset")
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
-    check(
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl"
-    )  # scripts have the same user: nobody looks into this process
+    # Scripts have the same user: nobody looks into this process.
+    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
     die_with_parent()
     forbid_calls()
 
@@ -253,8 +252,11 @@ class Keeper:
             self.number = message["start"]
             self.pid = self.spawn(message, descriptors)
         elif "interrupt" in message:
-            if self.pid:
-                os.kill(self.pid, signal.SIGINT)
+            try:
+                if self.pid:
+                    os.killpg(self.pid, signal.SIGINT)  # what it started is in its group, as in a terminal
+            except ProcessLookupError:
+                pass  # it has only begun
             self.say("interrupted")
         elif "kill" in message:
             self.kill_all()
@@ -266,10 +268,10 @@ class Keeper:
         pid = os.fork()
         if pid == 0:
             try:
+                os.setsid()
                 signal.set_wakeup_fd(-1)
                 for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores the last two
                     signal.signal(number, signal.SIG_DFL)
-                os.setsid()
                 place_descriptors(descriptors)
                 os.execve(message["program"][0], message["program"], message["environment"])
             except OSError as error:

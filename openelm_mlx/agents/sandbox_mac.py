@@ -1,7 +1,4 @@
-"""macOS: the profile for sandbox-exec, and what a process takes, as the system's libproc says it.
-
-Nothing here is called on another system, but for the profile, whose text depends on paths alone.
-"""
+"""macOS: the profile for sandbox-exec, and which files a process holds open, as the system's libproc says it."""
 
 from __future__ import annotations
 
@@ -30,8 +27,6 @@ _PACKAGE_MANAGERS = {
     "/opt/local": ("lib", "libexec", "Library/Frameworks/Python.framework", "etc/openssl"),
 }
 
-_RUSAGE_INFO_V4, _INFO_BYTES = 4, 296
-_FOOTPRINT_OFFSET = 72  # behind a UUID (16 bytes) and seven numbers
 _PROC_PIDLISTFDS, _PROC_PIDFDVNODEINFO, _FD_IS_FILE = 1, 1, 1
 _VNODE_INFO_BYTES, _FILE_INFO_BYTES = 176, 24  # struct vnode_fdinfo, and struct proc_fileinfo at its beginning
 
@@ -87,16 +82,6 @@ def _quoted(path: str) -> str:
 @cache
 def _libproc() -> Any:
     return ctypes.CDLL("/usr/lib/libSystem.B.dylib", use_errno=True)
-
-
-def footprint(pid: int, library: Any = None) -> int | None:
-    """`ri_phys_footprint` of a process, the memory that a Mac charges it with, in bytes; None where it cannot be had."""
-    buffer = ctypes.create_string_buffer(_INFO_BYTES)
-    try:
-        failed = (library or _libproc()).proc_pid_rusage(pid, _RUSAGE_INFO_V4, buffer)
-    except (OSError, AttributeError):
-        return None
-    return None if failed else struct.unpack_from("=Q", buffer, _FOOTPRINT_OFFSET)[0]
 
 
 def deleted_files(pid: int, library: Any = None) -> dict[tuple[int, int], int]:

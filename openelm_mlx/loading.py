@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -14,6 +15,7 @@ import mlx.core as mx
 from mlx import nn
 
 from .checkpoint import hub
+from .checkpoint.hub_names import RepoFile, known_name, repo_of
 from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
@@ -164,7 +166,9 @@ def load(
     model.kv_bits = kv_bits
     found = find_tokenizer(path, spec, tokenizer, progress)
     if found is not None:
-        found.chat_template = stored_template(config, chat_template, source, spec.family).template
+        named = repository(source, revision)
+        origin = source if named is None else named[0]
+        found.chat_template = stored_template(config, chat_template, origin, spec.family).template
     model.tokenizer = found
     return model, found
 
@@ -349,7 +353,6 @@ def memory_weights(
         can_stream=can_stream,
         tokenizer=0 if tokenizer is None else tokenizer.stat().st_size,
         loading=loading,
-        looked_up=0 if spec.tied_head else sizes["model.embed_tokens"],
     )
     return weights, dtype.size
 
@@ -428,15 +431,35 @@ def locate(source: Source, revision: str | None = None, progress: Progress | Non
     path = existing_path(source)
     if path is not None:
         return path
-    if isinstance(source, str) and hub.is_repo_id(source):
+    found = repository(source, revision)
+    if found is not None:
         try:
-            return hub.download(source, choose_model_files, revision=revision, progress=progress)
+            return hub.download(found[0], choose_model_files, revision=found[1], progress=progress)
         except HubError as error:
             raise HubError(f"There is no folder {source} here, and as a repository: {error}") from error
+    known = known_name(str(source))
+    if known is not None:
+        raise CheckpointError(f"{source} is another program's name for {known}: give {known}.")
     raise CheckpointError(
-        f"There is no file or folder {source}: check the path, or give a Hugging Face repository as owner/name, or one of "
-        f"{', '.join(DEMOS)}."
+        f"There is no file or folder {source}: check the path, or give a Hugging Face repository as owner/name, "
+        f"or one of {', '.join(DEMOS)}."
     )
+
+
+def repository(source: Source, revision: str | None = None) -> tuple[str, str | None] | None:
+    """The repository and revision that `source` names, as owner/name or as an address of the Hub; None for a path.
+
+    Raises HubError for an address of something else, and for two revisions that are not the same.
+    """
+    if not isinstance(source, str) or source in DEMOS or existing_path(source) is not None:
+        return None
+    found = repo_of(source)
+    if found is None:
+        return None
+    repo, named = found
+    if named is not None and revision not in (None, named):
+        raise HubError(f"{source} names the revision {named!r} and {revision!r} was asked for: give one of the two.")
+    return repo, named if revision is None else revision
 
 
 def existing_path(source: Source) -> Path | None:
@@ -447,12 +470,12 @@ def existing_path(source: Source) -> Path | None:
         )
     try:
         path = Path(source).expanduser()
-        return path if path.exists() else None
+        return path if os.path.lexists(path) else None
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, an unknown user's home
         raise CheckpointError(f"{str(source)[:80]!r} is no path: {error}.") from error
 
 
-def choose_model_files(files: list[hub.RepoFile]) -> list[str]:
+def choose_model_files(files: list[RepoFile]) -> list[str]:
     """The files of a repository that loading and converting need: one layout's weights, config, tokenizer, licence.
 
     Weights in subfolders are other layouts' copies of the same model, and pickles repeat what safetensors hold.
@@ -530,9 +553,11 @@ def _tokenizer_path(asked: Source, progress: Progress | None) -> Path:
     path = existing_path(asked)
     if path is not None:
         return path
-    if isinstance(asked, str) and hub.is_repo_id(asked):
+    found = repository(asked)
+    if found is not None:
         wanted = (*TOKENIZER_FILES, *COMPANION_FILES)
-        return hub.download(asked, lambda files: [f.name for f in files if f.name in wanted], progress=progress)
+        repo, revision = found
+        return hub.download(repo, lambda files: [f.name for f in files if f.name in wanted], revision, progress)
     raise TokenizerError(f"There is no tokenizer at {asked}: give a file, a folder, or a Hugging Face repository.")
 
 

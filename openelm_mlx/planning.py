@@ -15,7 +15,7 @@ from .checkpoint.layouts import Contents
 from .checkpoint.released import write_released_headers
 from .conversion.source import Source as OpenedSource
 from .errors import HubError, SettingError
-from .loading import dense_packing, memory_weights, packed_weights, parse_dtype
+from .loading import dense_packing, memory_weights, packed_weights, parse_dtype, repository
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
 from .memory.plan import MemoryPlan, Wish, make_plan, parse_memory
@@ -84,7 +84,8 @@ def _looked_at(source: str | Path, revision: str | None) -> tuple[Contents, Path
     try:
         opened = OpenedSource.open(source, revision)
     except HubError as error:
-        contents = released_contents(str(source)) if revision is None else None
+        repo, wanted = repository(source, revision) or (str(source), revision)
+        contents = released_contents(repo) if wanted is None else None
         if contents is None:
             raise
         return (

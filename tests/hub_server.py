@@ -61,6 +61,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class _Fault:
+    status: int
+    body: bytes
+    headers: dict[str, str]
+    framing: str
+
+
+@dataclass(frozen=True)
 class _File:
     content: bytes | Path
     size: int
@@ -125,7 +133,7 @@ class HubServer:
         self._stored: dict[str, bytes] = {}  # large files that clients sent, by SHA-256
         self._drops: list[int] = []
         self._drop_always: int | None = None
-        self._faults: list[tuple[int, str, bytes]] = []
+        self._faults: list[tuple[str, _Fault]] = []
         self._lock = threading.Lock()
         self._hub = _Listener(self, _HubHandler)
         self._storage = _Listener(self, _StorageHandler)
@@ -167,9 +175,21 @@ class HubServer:
         else:
             self._drops += [count] * times
 
-    def fail(self, status: int, path: str, times: int = 1, body: bytes = b"") -> None:
-        """Answer the next `times` requests whose path contains `path` with a status."""
-        self._faults += [(status, path, body)] * times
+    def fail(
+        self,
+        status: int,
+        path: str,
+        times: int = 1,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        framing: str = "length",
+    ) -> None:
+        """Answer the next `times` requests whose path contains `path` with a status, and what else is given.
+
+        framing: "length" announces the body's; "close" ends it by closing the connection; "endless" repeats it until
+        the client hangs up.
+        """
+        self._faults += [(path, _Fault(status, body, headers or {}, framing))] * times
 
     def sent(self, name: str) -> int:
         """The bytes of one file that left for clients so far."""
@@ -200,12 +220,12 @@ class HubServer:
                 return self._drop_always if length > self._drop_always else None
             return self._drops.pop(0) if self._drops and length > self._drops[0] else None
 
-    def _take_fault(self, path: str) -> tuple[int, bytes] | None:
+    def _take_fault(self, path: str) -> _Fault | None:
         with self._lock:
-            for index, (status, part, body) in enumerate(self._faults):
+            for index, (part, fault) in enumerate(self._faults):
                 if part in path:
                     del self._faults[index]
-                    return status, body
+                    return fault
         return None
 
     def _stored_file(self, sha256: str) -> _File | None:
@@ -275,7 +295,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
             if fault := self.hub._take_fault(self.path):
-                self._send(fault[0], fault[1])
+                self._send_fault(fault)
                 return
             for methods, pattern, method in self.routes:
                 match = re.fullmatch(pattern, address.path)
@@ -326,6 +346,23 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             self.hub.hung_up.set()
             self.close_connection = True
+
+    def _send_fault(self, fault: _Fault) -> None:
+        if fault.framing == "length":
+            self._send(fault.status, fault.body, fault.headers)
+            return
+        self.send_response(fault.status)
+        for name, value in {**fault.headers, "Connection": "close"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.close_connection = True
+        self._log(fault.status, len(fault.body))
+        try:
+            self.wfile.write(fault.body)
+            while fault.framing == "endless":
+                self.wfile.write(fault.body)
+        except OSError:
+            self.hub.hung_up.set()
 
     def _log(self, status: int, sent: int) -> None:
         if self.path == "/api/agent-harnesses":

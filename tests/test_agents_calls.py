@@ -9,6 +9,7 @@ import pytest
 import openelm_mlx as om
 from openelm_mlx.agents import chat as chats
 from openelm_mlx.agents import sandbox
+from openelm_mlx.agents.calls import run
 from openelm_mlx.agents.chat import Chat
 from openelm_mlx.agents.toolbox import Toolbox
 from openelm_mlx.text.harmony import HarmonyFormat
@@ -83,7 +84,7 @@ def test_a_patch_and_a_file_reach_their_tools_through_a_chat(demo, tmp_path):
     with Toolbox(f"patch={tmp_path},files={tmp_path}") as box:
         patch, browse = box.tools[0], box.tools[2]
         text = "*** Begin Patch\n*** Update File: a.txt\n@@\n-one\n+two\n*** End Patch"
-        assert chats._run(patch, json.dumps({"patch": text})) == "M a.txt"
-        assert "L0: two" in chats._run(browse, '{"id": "a.txt"}')
+        assert run(patch, json.dumps({"patch": text})) == "M a.txt"
+        assert "L0: two" in run(browse, '{"id": "a.txt"}')
     assert (tmp_path / "a.txt").read_text() == "two\n"
     assert Path(tmp_path).exists()

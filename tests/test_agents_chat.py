@@ -7,6 +7,7 @@ import pytest
 import openelm_mlx as om
 from openelm_mlx.agents import chat as chat_module
 from openelm_mlx.agents.calculator import calculator
+from openelm_mlx.agents.calls import MOST_RESULT_CHARACTERS
 from openelm_mlx.agents.chat import Answer, Done, Notice, Reasoning, ToolCall, ToolResult
 from openelm_mlx.agents.tool import FunctionTool
 from openelm_mlx.errors import DestinationError, PromptError, SettingError, TokenizerError, ToolError
@@ -37,6 +38,7 @@ def scripted(gpt_oss, monkeypatch):
         def stream(model, tokenizer, prompt, *, max_tokens, **_):
             prompts.append(harmony.decode_markup(prompt))
             tokens = harmony.encode_markup(rest.pop(0))
+            max_tokens = len(tokens) if max_tokens is None else max_tokens
             for number, token in enumerate(tokens[:max_tokens], 1):
                 is_last = number == min(len(tokens), max_tokens)
                 reason = None if not is_last else "stop" if number == len(tokens) else "length"
@@ -110,7 +112,7 @@ def test_openelm_forgets_its_oldest_turns_when_the_context_is_full(openelm):
     else:
         pytest.fail("the context never filled")
     assert chat.messages[0].role == "user"
-    assert len(chat._plain_prompt()) <= model.context_length
+    assert len(chat._plain_prompt(chat.messages)) <= model.context_length
 
 
 def test_a_chat_that_is_cancelled_keeps_what_was_said(gpt_oss, openelm):
@@ -203,7 +205,7 @@ def test_cancelling_in_the_middle_of_a_call_leaves_no_open_call(scripted):
     events = chat.stream("?")
     next(event for event in events if isinstance(event, ToolCall))
     events.close()
-    assert [message.role for message in chat.messages] == ["user"]
+    assert chat.messages == []  # nothing was run: the question would be answered along with the next one
     assert chat.ask("Hi") == "Hello."
 
 
@@ -214,7 +216,7 @@ def test_huge_results_are_cut_with_a_notice(scripted):
 
     chat = scripted(call("functions.dump", "{}"), answer("Much."), tools=[dump])
     (text,) = results(chat.stream("?"))
-    assert text.startswith("x" * chat_module.MOST_RESULT_CHARACTERS + "\n[34,000 more characters")
+    assert text.startswith("x" * MOST_RESULT_CHARACTERS + "\n[34,000 more characters")
 
 
 def test_control_tokens_in_a_tool_s_result_stay_text(scripted):
@@ -225,7 +227,7 @@ def test_control_tokens_in_a_tool_s_result_stay_text(scripted):
     chat = scripted(call("functions.spell", "{}"), answer("Done."), tools=[spell])
     list(chat.stream("?"))
     harmony = HarmonyFormat(chat.tokenizer)
-    prompt = chat._harmony_prompt(harmony)
+    prompt = chat._harmony_prompt(chat.messages)
     assert prompt.count(harmony.start) == len(chat.messages) + 3  # system, developer, and the one that begins
 
 
@@ -323,7 +325,7 @@ def test_a_saved_chat_that_breaks_a_rule_is_refused_when_it_is_loaded(scripted, 
         with pytest.raises(PromptError, match=said):
             chat.load(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(PromptError, match="it is no text"):
+    with pytest.raises(PromptError, match="not UTF-8 text"):
         chat.load(tmp_path / "bad.json")
     assert not chat.messages
 
@@ -341,5 +343,5 @@ def test_a_server_s_schema_that_cannot_be_followed_is_told_once(scripted):
 
 def test_a_tool_whose_call_has_no_end_is_refused(gpt_oss):
     schema = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
-    with pytest.raises(ToolError, match=r"No call of the tool functions\.show could be finished"):
+    with pytest.raises(ToolError, match=r"functions\.show could not be held.*needs itself without an end"):
         om.Chat(*gpt_oss, tools=[FunctionTool(print, "show", "", schema, None)])

@@ -33,8 +33,9 @@ def test_python_and_its_end():
     with Toolbox("python") as box:
         (tool,) = box.tools
         assert tool("2 ** 10") == "1024"
-        assert tool.scratch.exists()
-    assert not tool.scratch.exists()
+        scratch = tool.scratch
+        assert scratch.exists()
+    assert not scratch.exists()
 
 
 def test_servers_from_a_file(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import hub_server
@@ -15,8 +17,10 @@ import pytest
 from hub_server import TOKEN, HubServer, go_offline, log_in
 
 from openelm_mlx.checkpoint import hub as hub_module
-from openelm_mlx.checkpoint.hub import RepoFile, cached_file, download, is_repo_id, list_files, read_range, upload
+from openelm_mlx.checkpoint.hub import RepoFile, cached_file, download, list_files, read_range, upload
+from openelm_mlx.checkpoint.hub_names import repo_of
 from openelm_mlx.errors import CheckpointError, ConfigError, DestinationError, HubError
+from openelm_mlx.loading import locate, repository
 
 hub = hub_server.hub
 
@@ -92,14 +96,14 @@ def message_of(error: pytest.ExceptionInfo) -> str:
     ],
 )
 def test_a_repo_id_is_owner_and_name(source: str, expected: bool) -> None:
-    assert is_repo_id(source) is expected
+    assert (repo_of(source) == (source, None)) is expected
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert is_repo_id("openai/gpt-oss-20b")
+    assert repository("openai/gpt-oss-20b") == ("openai/gpt-oss-20b", None)
     (tmp_path / "openai/gpt-oss-20b").mkdir(parents=True)
-    assert not is_repo_id("openai/gpt-oss-20b")
+    assert repository("openai/gpt-oss-20b") is None
 
 
 def test_listing_has_names_and_sizes_from_one_request(hub: HubServer) -> None:
@@ -223,6 +227,38 @@ def test_a_disk_without_symbolic_links(hub: HubServer, tmp_path: Path, monkeypat
     sent = len(hub.requests)
     assert download("owner/name", every_file) == folder
     assert len(hub.requests) == sent + 1
+
+
+def test_two_downloads_point_to_a_file_at_once(tmp_path: Path) -> None:
+    """Both see the other's name there, and neither takes the content away."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/x").write_bytes(WEIGHTS)
+    pointer = tmp_path / "snapshots/c/model.safetensors"
+
+    def point() -> None:
+        for _ in range(200):
+            hub_module._point(tmp_path / "blobs/x", [pointer])
+
+    threads = [threading.Thread(target=point) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pointer.read_bytes() == (tmp_path / "blobs/x").read_bytes() == WEIGHTS
+    assert [path.name for path in pointer.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_a_place_that_is_taken_costs_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "no links here")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/x").write_bytes(WEIGHTS)
+    (tmp_path / "snapshots/c/model.safetensors/full").mkdir(parents=True)
+    with pytest.raises(OSError):
+        hub_module._point(tmp_path / "blobs/x", [tmp_path / "snapshots/c/model.safetensors"])
+    assert (tmp_path / "blobs/x").read_bytes() == WEIGHTS
 
 
 def test_two_downloads_at_once_fetch_each_file_once(hub: HubServer) -> None:
@@ -359,17 +395,23 @@ def test_a_damaged_part_is_found_out_and_fetched_anew(hub: HubServer, tmp_path: 
         download("owner/name", lambda files: ["model.safetensors"])
     (part,) = blobs(tmp_path)
     part.write_bytes(b"x" + part.read_bytes()[1:])
-    with pytest.raises(HubError) as error:
-        download("owner/name", lambda files: ["model.safetensors"])
-    assert "model.safetensors of owner/name" in message_of(error)
-    assert "checksum" in message_of(error)
-    assert blobs(tmp_path) == []
+    # Its end comes the same twice, so what was there before is the damaged part: it is fetched too.
     assert contents(download("owner/name", every_file))["model.safetensors"] == WEIGHTS
+
+
+def test_a_whole_part_that_is_damaged_is_fetched_anew(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.add_repo("owner/name", {"model.safetensors": WEIGHTS})
+    part = part_of(tmp_path, bytes(len(WEIGHTS)))
+    assert contents(download("owner/name", every_file, commit)) == {"model.safetensors": WEIGHTS}
+    part.write_bytes(bytes(len(WEIGHTS) + 1))  # and one that is too long
+    for path in (part.with_name(hashlib.sha256(WEIGHTS).hexdigest()),):
+        path.unlink()
+    assert contents(download("owner/name", every_file, commit)) == {"model.safetensors": WEIGHTS}
 
 
 def test_a_small_file_is_compared_with_gits_checksum(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add_repo("owner/name", {"config.json": b"{}"})
-    monkeypatch.setattr(hub_module, "_answer", lambda url, start, end: iter([b"[]"]))
+    monkeypatch.setattr(hub_module, "_answer", lambda *_: iter([b"[]"]))
     with pytest.raises(HubError, match=r"config\.json of owner/name did not arrive"):
         download("owner/name", every_file)
 
@@ -379,6 +421,228 @@ def test_a_cached_file_of_the_wrong_size_is_fetched_anew(hub: HubServer) -> None
     weights = download("owner/name", every_file) / "model.safetensors"
     weights.resolve().write_bytes(WEIGHTS[:-1])
     assert (download("owner/name", every_file) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+# Answers that are not the file. Whatever comes, what was downloaded stays.
+
+LOGIN = b"<html><body>Log in to this network</body></html>" * 200
+
+
+def part_of(tmp_path: Path, data: bytes) -> Path:
+    """The partial file of WEIGHTS, as an interrupted download leaves it."""
+    folder = tmp_path / "hf_home/hub/models--owner--name/blobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{hashlib.sha256(WEIGHTS).hexdigest()}.openelm_mlx.incomplete"
+    part.write_bytes(data)
+    return part
+
+
+def ranged(start: int, total: int | str = len(WEIGHTS)) -> dict[str, str]:
+    return {"Content-Range": f"bytes {start}-{len(WEIGHTS) - 1}/{total}"}
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "framing"),
+    [
+        (200, {"Content-Type": "text/html; charset=utf-8"}, LOGIN, "length"),
+        (200, {"Content-Type": "text/html"}, WEIGHTS, "length"),  # whatever its length
+        (200, {"Content-Type": "text/html"}, LOGIN, "endless"),
+        (200, {}, LOGIN, "length"),  # a proxy that says nothing of a type
+        (203, {}, LOGIN, "length"),
+        (206, {}, WEIGHTS[9000:], "length"),  # a range that it does not name
+        (206, ranged(0), WEIGHTS, "length"),
+        (206, ranged(8999), WEIGHTS[8999:], "length"),
+        (206, ranged(9000, len(WEIGHTS) + 5), WEIGHTS[9000:], "length"),  # of another file
+        (206, ranged(9000) | {"Content-Encoding": "gzip"}, WEIGHTS[9000:], "length"),
+        (206, {"Content-Range": "bytes x-y/z"}, WEIGHTS[9000:], "length"),
+        (416, {"Content-Range": "bytes */8"}, b"", "length"),
+        (404, {}, b"nothing", "length"),
+        (407, {}, LOGIN, "endless"),
+        (511, {"Content-Type": "text/html"}, LOGIN, "length"),
+    ],
+)
+def test_an_answer_that_is_not_the_file_costs_nothing(
+    hub: HubServer, tmp_path: Path, status: int, headers: dict[str, str], body: bytes, framing: str
+) -> None:
+    hub.add_repo("owner/name", {"model.safetensors": WEIGHTS})
+    part = part_of(tmp_path, WEIGHTS[:9000])
+    hub.fail(status, "/objects/", times=9, body=body, headers=headers, framing=framing)
+    with pytest.raises(HubError) as error:
+        download("owner/name", every_file)
+    assert "owner/name" in message_of(error)
+    assert part.read_bytes() == WEIGHTS[:9000]
+    hub._faults.clear()
+    assert contents(download("owner/name", every_file)) == {"model.safetensors": WEIGHTS}
+    assert hub.ranges("model.safetensors") == [f"bytes=9000-{len(WEIGHTS) - 1}"]
+
+
+@pytest.mark.parametrize("junk", [b"x" * (len(WEIGHTS) - 9000), b"x" * len(WEIGHTS)])
+def test_other_bytes_in_the_right_frame_cost_no_more_than_themselves(
+    hub: HubServer, tmp_path: Path, junk: bytes
+) -> None:
+    hub.add_repo("owner/name", {"model.safetensors": WEIGHTS})
+    part = part_of(tmp_path, WEIGHTS[:9000])
+    is_range = len(junk) < len(WEIGHTS)
+    hub.fail(206 if is_range else 200, "/objects/", body=junk, headers=ranged(9000) if is_range else {})
+    if is_range:  # asked once more, the end is another one: and it is right
+        assert contents(download("owner/name", every_file)) == {"model.safetensors": WEIGHTS}
+        return
+    hub.fail(200, "/objects/", body=junk[:-1] + b"y")
+    with pytest.raises(HubError, match="another end each time"):
+        download("owner/name", every_file)
+    assert part.read_bytes() == WEIGHTS[:9000]
+
+
+@pytest.mark.parametrize("framing", ["close", "endless"])
+def test_bodies_that_end_early_or_never(hub: HubServer, tmp_path: Path, framing: str) -> None:
+    hub.add_repo("owner/name", {"model.safetensors": WEIGHTS})
+    part = part_of(tmp_path, WEIGHTS[:100])
+    body = WEIGHTS[100:3000] if framing == "close" else WEIGHTS[100:]
+    hub.fail(206, "/objects/", body=body, headers=ranged(100), framing=framing)
+    assert contents(download("owner/name", every_file)) == {"model.safetensors": WEIGHTS}
+    hub.add_repo("owner/name", {"model.safetensors": WEIGHTS[::-1]})
+    part = part.with_name(f"{hashlib.sha256(WEIGHTS[::-1]).hexdigest()}.openelm_mlx.incomplete")
+    hub.fail(200, "/objects/", times=9, body=WEIGHTS[::-1][:500], framing="close")
+    with pytest.raises(HubError, match="owner/name"):
+        download("owner/name", every_file)
+    assert part.read_bytes() == WEIGHTS[::-1][:500]
+
+
+def test_a_file_that_was_replaced_on_the_way_is_noticed(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("owner/name", {"model.safetensors": WEIGHTS})
+    part = part_of(tmp_path, WEIGHTS[:9000])
+    headers = {"X-Linked-ETag": f'"{"0" * 64}"', "Location": f"{hub.storage_url}/objects/{'0' * 64}"}
+    hub.fail(302, "/resolve/", times=2, headers=headers)
+    hub.fail(206, "/objects/", body=WEIGHTS[9000:], headers=ranged(9000))
+    with pytest.raises(HubError, match="its checksum is"):
+        download("owner/name", every_file)
+    assert part.read_bytes() == WEIGHTS[:9000]
+
+
+def test_a_hub_that_says_when_is_asked_then(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: bool(waits.append(seconds)))
+    monkeypatch.setattr(time, "sleep", waits.append)
+    hub.add_repo("owner/name", {"config.json": b"{}"})
+    monkeypatch.setattr(hub_module, "_CONNECTIONS", 1)
+    hub.fail(503, "/resolve/", headers={"Retry-After": "7"})
+    hub.fail(429, "/api/models", headers={"Retry-After": "5"})
+    assert contents(download("owner/name", every_file)) == {"config.json": b"{}"}
+    assert [wait for wait in waits if wait in (5.0, 7.0)] == [5.0, 7.0]
+    hub.add_repo("owner/other", {"config.json": b"{}"})
+    for after, said in (("3600", "in 60 minutes"), ("-1", "in a few minutes"), ("soon", "in a few minutes")):
+        hub.fail(429, "/api/models", headers={"Retry-After": after})
+        with pytest.raises(HubError, match=said):
+            list_files("owner/other")
+    hub.fail(429, "/api/models", headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})  # long ago: at once
+    assert list_files("owner/other")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[" * 100_000, b"{}" * 5, b"[]", b"null", b'{"sha": 5, "siblings": []}', b'{"sha": null, "siblings": null}'],
+)
+def test_a_listing_that_is_none(hub: HubServer, body: bytes) -> None:
+    hub.fail(200, "/api/models", body=body)
+    with pytest.raises(HubError, match="does not answer like the Hugging Face Hub"):
+        list_files("owner/name")
+
+
+def test_a_listing_without_an_end(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_LARGEST_LISTING", 100_000)
+    hub.fail(200, "/api/models", body=b'{"siblings": [' + b" " * 1000, framing="endless")
+    with pytest.raises(HubError, match="does not end"):
+        list_files("owner/name")
+    assert hub.hung_up.wait(20)
+
+
+def listed(name: object = "a", size: object = 1, etag: object = "0" * 40, lfs: object = None) -> bytes:
+    file = {"rfilename": name, "size": size, "blobId": etag} | ({} if lfs is None else {"lfs": lfs})
+    return json.dumps({"sha": "0" * 40, "siblings": [file]}).encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(listed(name) for name in (".", "..", "", "a/../b", "a/./b", "/a", "a//b", "a/", "a\0b", None, 5, [], {})),
+        *(listed(size=size) for size in (-1, None, "1", 1.5, True, 10**30, [])),
+        *(listed(etag=etag) for etag in ("", None, 5, "../" * 14, "0" * 41, [])),
+        *(listed(lfs=lfs) for lfs in ([5], "x", {"sha256": None}, {"size": 1})),
+    ],
+)
+def test_a_listing_with_files_that_cannot_be(hub: HubServer, tmp_path: Path, body: bytes) -> None:
+    hub.fail(200, "/api/models", body=body)
+    with pytest.raises(HubError, match="does not answer like the Hugging Face Hub"):
+        download("owner/name", every_file)
+    assert not (tmp_path / "hf_home/hub").exists()
+
+
+def test_names_that_no_disk_of_a_mac_can_hold_are_left_out(hub: HubServer) -> None:
+    odd = [
+        "a\\b",
+        "c" * 256,
+        "d/" * 600 + "d",
+        "tab\t",
+        "MODEL.safetensors",
+        "config.JSON/x",
+        "caf\u0065\u0301",
+        "x\u202e",
+    ]
+    kept = {"config.json": b"{}", "model.safetensors": b"1", "caf\u00e9": b"2", "Grüße/ä": b"3"}
+    entries = [{"rfilename": name, "size": 1, "blobId": "0" * 40} for name in [*kept, *odd, "\ud800"]]
+    hub.add_repo("owner/name", dict.fromkeys(kept, b"1"))
+    hub.fail(200, "/api/models", body=json.dumps({"sha": "0" * 40, "siblings": entries}).encode())
+    assert [file.name for file in list_files("owner/name")] == list(kept)
+
+
+@pytest.mark.parametrize("revision", ["..", "a/../../b", "/etc", "", "a\0", 5])
+def test_a_revision_is_no_path(hub: HubServer, revision: object) -> None:
+    for call in (lambda: list_files("owner/name", revision), lambda: read_range("owner/name", "a", 0, 1, revision)):  # type: ignore[arg-type]
+        with pytest.raises(HubError, match="revision"):
+            call()
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("https://huggingface.co/openai/gpt-oss-20b", ("openai/gpt-oss-20b", None)),
+        ("https://huggingface.co/openai/gpt-oss-20b/", ("openai/gpt-oss-20b", None)),
+        ("http://www.huggingface.co/openai/gpt-oss-20b/tree/main", ("openai/gpt-oss-20b", None)),
+        ("https://hf.co/apple/OpenELM-270M/tree/v2/sub?x=1#y", ("apple/OpenELM-270M", "v2")),
+        ("huggingface.co/apple/OpenELM-270M/blob/main/config.json", ("apple/OpenELM-270M", None)),
+        ("hf.co/apple/OpenELM-270M/resolve/refs%2Fpr%2F3/config.json", ("apple/OpenELM-270M", "refs/pr/3")),
+        ("hf://apple/OpenELM-270M@abc", ("apple/OpenELM-270M", "abc")),
+        ("https://huggingface.co/models/openai/gpt-oss-20b", ("openai/gpt-oss-20b", None)),
+        ("gpt-oss:20b", None),
+        ("./huggingface.co", None),
+    ],
+)
+def test_addresses_of_repositories(source: str, expected: tuple[str, str | None] | None) -> None:
+    assert repo_of(source) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "https://huggingface.co/", "https://huggingface.co/openai", "https://huggingface.co/datasets/openai/gsm8k",
+        "https://huggingface.co/spaces/a/b", "https://example.com/openai/gpt-oss-20b", "https://", "http://[::1",
+        "https://huggingface.co/a/b--c", "hf://a", "https://huggingface.co/a/b/tree/..%2f..",
+    ],
+)  # fmt: skip
+def test_addresses_of_something_else(source: str) -> None:
+    with pytest.raises(HubError):
+        repo_of(source)
+
+
+def test_other_programs_names_are_answered_with_the_right_one() -> None:
+    for name, repo in {
+        "gpt-oss": "openai/gpt-oss-20b", "gpt-oss:20b": "openai/gpt-oss-20b", "gpt-oss:latest": "openai/gpt-oss-20b",
+        "GPT-OSS:120B": "openai/gpt-oss-120b", "gpt-oss-120b": "openai/gpt-oss-120b", "gpt-oss:20b-cloud": "openai/gpt-oss-20b",
+        "openelm-1.1b-instruct": "apple/OpenELM-1_1B-Instruct", "OpenELM-270M": "apple/OpenELM-270M",
+    }.items():  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"give {repo}"):
+            locate(name)
 
 
 # Disks.

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import random
 import re
 import select
 import signal
@@ -124,7 +125,7 @@ def test_a_conversation_with_gpt_oss(terminal, tmp_path):
 
 
 def test_several_lines_and_history(terminal, tmp_path):
-    chat = terminal("--hide-reasoning")
+    chat = terminal("--no-show-reasoning")
     chat.wait_for(">")
     chat.type("What is\\\r")
     time.sleep(0.3)
@@ -157,7 +158,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(terminal):
     chat.wait_for("[stopped]")
     chat.wait_for(">")
     chat.type("/help\r")
-    chat.wait_for("Ctrl-C stops an answer.")
+    chat.wait_for("Ctrl-C stops an answer")
     chat.wait_for(">")
     chat.type("half a question\x03")  # at the prompt it clears the line, and a new prompt comes
     chat.wait_for("half a question")
@@ -180,6 +181,119 @@ def test_from_a_pipe_answers_go_to_stdout_and_nothing_else(tmp_path):
     assert finished.returncode == 0
     assert "stringed instrument" in finished.stdout
     assert "2 messages" in finished.stderr
+
+
+def test_tab_completes_commands_their_words_and_files(terminal, tmp_path):
+    chat = terminal("--model", "demo-gpt-oss", "--reasoning-effort", "low")
+    chat.wait_for("Ctrl-D ends the chat")
+    chat.wait_for(">")
+    chat.type("/ef\t")
+    chat.wait_for("/effort")
+    chat.type("hi\t")
+    chat.wait_for("high")
+    chat.type("\r")
+    chat.wait_for("Reasoning effort is high")
+    chat.wait_for(">")
+    (tmp_path / "holiday.json").write_text("{}")
+    chat.type("/load hol\t")
+    chat.wait_for("iday.json")
+    chat.type("\r")
+    chat.wait_for("holds no saved chat")
+    chat.type("/exit\r")
+    assert chat.ends_with() == 0
+
+
+def test_bytes_that_are_no_text_do_not_end_a_chat(terminal, tmp_path):
+    chat = terminal("--max-tokens", "4")
+    chat.wait_for(">")
+    os.write(chat.main, b"What is a \xff\xe9 banjo?\r")
+    chat.wait_for("banjo?")
+    chat.wait_for("[ended")
+    chat.type("/save a.json\r")
+    chat.wait_for("Saved to a.json: 2 messages")
+    assert "\ufffd" in json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["messages"][0]["content"]
+    chat.type("/exit\r")
+    assert chat.ends_with() == 0
+    finished = subprocess.run(
+        [sys.executable, "-m", "openelm_mlx", "chat", "--max-tokens", "4"],
+        input=b"What is a \xff banjo?\n", capture_output=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert (finished.returncode, len(finished.stdout) > 1) == (0, True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ctrl_c_at_any_moment_keeps_the_session(terminal, tmp_path, seed):
+    """Bursts of Ctrl-C at random moments, also behind the end of an answer and while nothing is going on."""
+    draw = random.Random(seed)
+    model = ("--model", "demo-gpt-oss", "--tools", "calculator") if seed else ()
+    chat = terminal(*model)
+    chat.wait_for(">")
+    for question in ("What is 12 + 30?", "What is a piano?", "What is 7 * 8?"):
+        chat.type(f"{question}\r")
+        time.sleep(draw.uniform(0.0, 0.7))
+        for _ in range(draw.choice((1, 2, 5))):
+            os.killpg(chat.process.pid, signal.SIGINT) if draw.random() < 0.5 else chat.type("\x03")
+            time.sleep(draw.choice((0.0, 0.0, 0.02, 0.2)))
+        time.sleep(1.2)  # the prompt is back, and an interruption no longer on its way
+    chat.type(f"\x03/save talk{seed}.json\r")
+    chat.wait_for(f"Saved to talk{seed}.json")
+    assert "Traceback" not in chat.screen
+    messages = json.loads((tmp_path / f"talk{seed}.json").read_text())["messages"]
+    calls = [m for m in messages if m["role"] == "assistant" and m["recipient"]]
+    assert len(calls) == sum(m["role"] == "tool" for m in messages)
+    chat.type("/exit\r")
+    assert chat.ends_with() == 0
+
+
+def test_nothing_that_is_no_chat_is_overwritten(tmp_path):
+    precious, link = tmp_path / "precious.txt", tmp_path / "link.json"
+    precious.write_text("precious")
+    precious.chmod(0o640)
+    finished = piped(f"/save {precious}\n")
+    assert (finished.returncode, precious.read_text()) == (2, "precious")
+    assert "holds no saved chat" in finished.stderr
+    assert "/save!" in finished.stderr
+    link.symlink_to(precious)
+    assert piped(f"/save {link}\n").returncode == 2
+    os.mkfifo(tmp_path / "pipe")
+    for bad in (tmp_path / "no" / "folder.json", tmp_path / "pipe", "/dev/null", "~nobody-there/x", "a\0b", "x" * 300):
+        finished = piped(f"/save {bad}\n/save! {bad}\n")
+        assert finished.returncode == 2
+        assert len(finished.stderr.strip().splitlines()) == 2
+        assert "Traceback" not in finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "pipe", "precious.txt"]
+    for command in ("/save! {}", "/save {} --overwrite", "/save {}"):  # the last one finds a saved chat
+        precious.write_text("precious") if "-" in command or "!" in command else None
+        assert piped(f"{command.format(link)}\n").returncode == 0
+        assert "openelm_mlx_chat" in precious.read_text()
+    assert link.is_symlink()
+    assert precious.stat().st_mode & 0o777 == 0o640
+    (tmp_path / "empty.json").touch()
+    assert piped(f"/save {tmp_path}/empty.json\n").returncode == 0
+
+
+def test_no_answer_is_said_with_the_option_to_raise():
+    finished = piped("What is a piano?\n", "--model", "demo-gpt-oss", "--max-tokens", "12", "--quiet")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "raise --max-tokens above 12" in finished.stderr
+    finished = piped("What is a piano?\n", "--model", "demo-gpt-oss", "--max-tokens", "60", "--no-show-reasoning")
+    assert finished.returncode == 0
+    assert finished.stderr == "[ended: the limit of tokens was reached; raise --max-tokens (60)]\n"
+
+
+def test_the_options_of_an_answer_reach_it(tmp_path):
+    finished = piped(
+        "What is a piano?\n/stats\n", "--model", "demo-gpt-oss", "--stop", " keyboard", "--kv-bits", "8",
+        "--prefill-chunk", "16", "--prompt-lookup", "--hide-reasoning",
+    )  # fmt: skip
+    assert (finished.returncode, finished.stdout) == (0, "a\n")
+    assert "gained" in finished.stderr or "paid" in finished.stderr or "pay" in finished.stderr
+    assert "a kind of" not in finished.stderr
+    finished = piped("What is a piano?\n", "--model", "demo-gpt-oss", "--regex", "[0-9]{3}", "--quiet")
+    assert re.fullmatch(r"[0-9]{3}\n", finished.stdout)
+    finished = piped("Hi\n", "--draft-model", "demo-gpt-oss")
+    assert finished.returncode == 2
+    assert "must share the tokenizer" in finished.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from conftest import random_model, save_folder
 
 from openelm_mlx.commands import main
+from openelm_mlx.commands.answering import guessing
 from openelm_mlx.errors import PlatformError
+from openelm_mlx.generate import Statistics
 from openelm_mlx.platforms import require_mlx
 
 
@@ -69,7 +72,8 @@ def test_guessing_changes_nothing_but_the_time(generate, folder, tmp_path):
     for options in (("--prompt-lookup",), ("--draft-model", other), ("--draft-model", other, "--num-draft-tokens", 2)):
         code, out, err = generate(*command, *options)
         assert (code, out) == (0, expected), err
-        assert ("guesses right; peak memory" in err) == ("--draft-model" in options)  # random text repeats nothing
+        assert ("guesses right, " in err) == ("--draft-model" in options)  # random text repeats nothing
+        assert ("no guess was tried" in err) == ("--prompt-lookup" in options)
     for wrong, sentence in (
         (("--prompt-lookup", "--draft-model", other), "give one of them"),
         (("--num-draft-tokens", 3), "add one of them"),
@@ -175,6 +179,7 @@ def broken(folder, tmp_path, name):
         case "a shard missing":
             index = {"weight_map": {"transformer.norm.weight": "model-00002-of-00002.safetensors"}}
             (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+            weights.rename(copy / "model-00001-of-00002.safetensors")
         case "a pickle only":
             weights.rename(copy / "pytorch_model.bin")
         case "no tokenizer":
@@ -319,3 +324,32 @@ def test_reasoning_is_shown_to_who_asks_for_it(capsys, options, is_shown):
     shown = capsys.readouterr()
     assert shown.out.startswith("a keyboard instrument that is played by")
     assert ("a kind of keyboard instrument" in shown.err) == is_shown
+
+
+def test_no_answer_is_said_with_the_option_to_raise(generate):
+    question = ("--model", "demo-gpt-oss", "What is a piano?")
+    code, out, err = generate(*question, "--max-tokens", 20, "--quiet")
+    assert (code, out.strip()) == (2, "")
+    assert "all 20 tokens" in err
+    assert "raise --max-tokens above 20" in err
+    code, out, err = generate(*question, "--max-tokens", 20, "--json")
+    assert code == 0  # all is said in it
+    assert json.loads(out)["statistics"]["reasoning_tokens"] == 20
+    assert "raise --max-tokens above 20" in err
+    code, out, err = generate(*question, "--hide-reasoning")
+    assert code == 0
+    assert "keyboard" in out
+    assert "reasoning)" in err
+
+
+def test_whether_guessing_paid_is_said():
+    statistics = Statistics(1, 9, 0.1, 1.0, 1.0, 0, 9)
+    for drafted, speedup, words in (
+        (0, None, "no guess was tried, so nothing was gained; "),
+        (8, None, "6 of 8 guesses right, too few to say whether it paid; "),
+        (8, 1.5, "6 of 8 guesses right, which paid: 1.50 times as fast as without; "),
+        (8, 0.9, "6 of 8 guesses right, which did not pay: 0.90 times as fast as without; "),
+    ):
+        found = replace(statistics, drafted_tokens=drafted, accepted_tokens=6, speculation_speedup=speedup)
+        assert guessing(found, True) == words
+        assert guessing(found, False) == ""

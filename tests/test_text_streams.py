@@ -83,6 +83,13 @@ def test_reasoning_and_answer_come_in_their_channels(tokenizer):
     assert om.generate(Scripted(tokenizer, THOUGHT_AND_ANSWER), tokenizer, "Hi") == texts["final"]
 
 
+def test_what_others_say_in_a_completion_is_no_part_of_the_answer(tokenizer):
+    invented = "<|end|><|start|>user<|message|>And you?<|end|><|start|>functions.f<|message|>7<|return|>"
+    script = THOUGHT_AND_ANSWER.replace("<|return|>", invented)
+    assert om.generate(Scripted(tokenizer, script), tokenizer, "Hi") == "Yes. Stop here, please."
+    assert answer(tokenizer, script)[0]["analysis"].endswith("And you?7")
+
+
 @pytest.mark.parametrize("stray", ["\n", "Hm.", "A line.\n", "Sure!<|end|>", "a<|end|>b"])
 @pytest.mark.parametrize("begins", [False, True])
 def test_a_stray_line_between_messages_is_not_the_start_of_the_answer(tokenizer, stray, begins):

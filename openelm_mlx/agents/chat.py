@@ -8,32 +8,57 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
+import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from datetime import date
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from ..decoding.arguments import check_model, check_prefix_cache, refuse_unknown
 from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
-from ..errors import DestinationError, PromptError, SettingError, TokenizerError, ToolError
-from ..generate import Chunk, Statistics, stream_generate
+from ..errors import DestinationError, NoAnswerWarning, PromptError, SettingError, TokenizerError, ToolError
+from ..files import read_text
+from ..generate import Chunk, Statistics, option_names, stream_generate
 from ..loading import no_tokenizer
 from ..text.chat import HARMONY, PLAIN, render_chat
 from ..text.conversation import DeveloperContent, Message, SystemContent, check_conversation
-from ..text.harmony import HarmonyFormat
+from ..text.harmony import Delta, HarmonyFormat, HarmonyParser
+from ..text.streams import FINAL
+from ..text.unicode import whole_characters
+from .calls import reason, run, shown_to_model
+from .history import (
+    cut_off,
+    fewest_to_forget,
+    is_answer,
+    result_of,
+    settled,
+    turn_starts,
+    without_old_results,
+    without_oldest,
+)
 from .tool import Tool, ToolSet
 
 if TYPE_CHECKING:
     from ..models import Model
     from ..text.tokenizer import Tokenizer
 
-# What of a tool's result the model sees; the rest would push the conversation out of its context.
-MOST_RESULT_CHARACTERS = 16_000
 _FORMAT = 1
+_LARGEST_CHAT = 2**26  # bytes of a saved one
+
+# Room for an answer is kept free: a quarter of the context, and of short ones as much as reasoning often takes.
+_SHARE_FOR_ANSWER, _USUAL_ANSWER = 4, 1024
+# Of the rest, what is left when turns are forgotten: then it goes on for a while without computing all of it anew.
+_SHARE_KEPT = 0.75
+# Options of `stream_generate` that a chat decides itself.
+_OWN_OPTIONS = ("max_tokens", "tool_schemas", "raw", "chat_template", "reasoning_effort", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -71,37 +96,70 @@ class Answer:
 
 @dataclass(frozen=True)
 class Notice:
-    """A sentence about the conversation itself, for instance that its oldest part no longer fits."""
+    """A sentence about the conversation itself, for instance that its oldest part no longer fits.
+
+    is_no_answer: it says why no answer came; `Done`, which follows, has it too.
+    """
 
     text: str
+    is_no_answer: bool = False
 
 
 @dataclass(frozen=True)
 class Done:
     """The end of a turn. finish_reason: "stop", "length" (max_tokens, or the context is full), "time" or "rounds".
 
-    statistics: of the last of the turn's completions. num_tokens: of all of them together.
+    statistics: of the last of the turn's completions. num_tokens: of all of them together. no_answer: None, or a sentence
+    that says why no answer came and what to change.
     """
 
     finish_reason: str
     statistics: Statistics | None
     num_tokens: int
     num_calls: int
+    no_answer: str | None = None
 
 
 Event = Reasoning | ToolCall | ToolResult | Answer | Notice | Done
 
 
+_C = TypeVar("_C")
+
+
+def _refusing_unknown(kind: type[_C]) -> type[_C]:
+    """The dataclass, which says what to write in place of a keyword that it does not have."""
+    made = cast(Any, kind).__init__
+    known = [each.name for each in fields(cast(Any, kind))]
+
+    @wraps(made)
+    def __init__(self: _C, *args: Any, **keywords: Any) -> None:
+        unknown = {name: value for name, value in keywords.items() if name not in known}
+        for name in unknown.keys() & set(option_names()):
+            raise SettingError(
+                f"{kind.__name__} has no keyword {name!r}: write options={{{name!r}: {reprlib.repr(unknown[name])}}}."
+            )
+        refuse_unknown(kind.__name__, unknown, known)
+        made(self, *args, **keywords)
+
+    cast(Any, kind).__init__ = __init__
+    return kind
+
+
+@_refusing_unknown
 @dataclass
 class Chat:
     """A conversation with a model.
 
     instructions: what other models call the system prompt. tools: functions or `Tool`s, for gpt-oss only.
-    reasoning_effort: "low", "medium" or "high". max_tokens: of one turn, all its completions together. max_rounds: how
-    many times in a turn the model may call tools. time_limit: seconds of a turn. messages: what was said, without
-    instructions; Harmony messages, or for OpenELM the same with roles user and assistant.
+    reasoning_effort: "low", "medium" or "high". max_tokens: of one turn, all its completions together; None: what the
+    context has room for. max_rounds: how many times in a turn the model may call tools. time_limit: seconds of a turn.
+    options: more keyword arguments of `stream_generate`. messages: what was said, without instructions; Harmony messages,
+    or for OpenELM the same with roles user and assistant.
 
-    Raises SettingError, ToolError, and TokenizerError when the model has no tokenizer.
+    When the context is full, the oldest turns are forgotten, each whole. A turn that came to no answer leaves nothing
+    behind, unless tools were run in it.
+
+    Raises SettingError, ToolError, PromptError, and TokenizerError when the model has no tokenizer.
     """
 
     model: Model
@@ -110,19 +168,22 @@ class Chat:
     tools: Sequence[Tool | Callable[..., Any]] = ()
     reasoning_effort: str | None = None
     sampling: SamplingParams | None = None
-    max_tokens: int = 2048
+    max_tokens: int | None = None
     max_rounds: int = 16
     time_limit: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # more keyword arguments of `stream_generate`
+    options: dict[str, Any] = field(default_factory=dict)
     prefix_cache: PrefixCache | None = field(default_factory=PrefixCache)  # a turn computes what is new of the prompt
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.tokenizer is None:
-            raise TokenizerError(no_tokenizer(self.model.spec))
+        self._turn: _Turn | None = None
+        self._events: Iterator[Event] | None = None
+        self.num_forgotten, self._has_told = 0, False  # turns, and whether it was said
+        self._check_settings()
         self.tool_set = ToolSet(self.tools)
         self._tool_schemas = self.tool_set.schemas
         self._unfollowed = self.tool_set.unfollowed
+        assert self.tokenizer is not None
         self.is_harmony = self.tokenizer.chat_template == HARMONY
         if not self.is_harmony and self.tool_set:
             raise SettingError(
@@ -132,12 +193,6 @@ class Chat:
             raise SettingError(
                 f"reasoning_effort is {self.reasoning_effort!r}, and only gpt-oss's chat format has one: leave it out."
             )
-        for name in ("max_tokens", "max_rounds"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingError(f"{name} is {value!r}: it must be a whole number, at least 1.")
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise SettingError(f"time_limit is {self.time_limit!r}: give seconds above 0, or None.")
         self._system()  # a wrong effort is found here
         for name, call in self.tool_set.formats.items():  # only gpt-oss has come so far with any
             if engine_of(self.tokenizer).matcher(call).completion() is None:
@@ -145,86 +200,195 @@ class Chat:
                     f"No call of the tool {name} could be finished: its arguments' schema asks for itself without an end."
                 )
 
+    def _check_settings(self) -> None:
+        check_model(self.model, self.tokenizer)
+        if self.tokenizer is None:
+            raise TokenizerError(no_tokenizer(self.model.spec))
+        if not isinstance(self.instructions, (str, type(None))):
+            raise SettingError(f"instructions is {reprlib.repr(self.instructions)}: give text, or None for none.")
+        if isinstance(self.tools, (str, Mapping)) or not isinstance(self.tools, Iterable):
+            raise SettingError(
+                f"tools is {reprlib.repr(self.tools)}: give a list of functions or tools, for example tools=[calculator]."
+            )
+        self.tools = list(self.tools)
+        if not isinstance(self.sampling, (SamplingParams, type(None))):
+            raise SettingError(
+                f"sampling is {reprlib.repr(self.sampling)}: give om.SamplingParams(temperature=0.7, ...), or None."
+            )
+        for name in ("max_tokens", "max_rounds"):
+            value = getattr(self, name)
+            if value is None and name == "max_tokens":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SettingError(f"{name} is {value!r}: it must be a whole number, at least 1.")
+        limit = self.time_limit
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
+            raise SettingError(f"time_limit is {limit!r}: give seconds above 0, or None.")
+        check_prefix_cache(self.prefix_cache)
+        if not isinstance(self.options, Mapping):
+            raise SettingError(f"options is {reprlib.repr(self.options)}: give a dictionary of keywords.")
+        known = [name for name in option_names() if name not in _OWN_OPTIONS]
+        refuse_unknown("Chat's options", {n: v for n, v in self.options.items() if n not in known}, known)
+        if not isinstance(self.messages, list):
+            raise SettingError(f"messages is {reprlib.repr(self.messages)}: give a list of messages.")
+        check_conversation(self.messages)
+
     # --- one turn ---
 
     def ask(self, text: str) -> str:
-        """Say `text` and return the whole answer."""
-        return "".join(e.text for e in self.stream(text) if isinstance(e, Answer) and not e.is_preamble)
+        """Say `text` and return the whole answer. A NoAnswerWarning says why where none came."""
+        answer, no_answer = "", None
+        for event in self.stream(text):
+            if isinstance(event, Answer) and not event.is_preamble:
+                answer += event.text
+            elif isinstance(event, Done):
+                no_answer = event.no_answer
+        if no_answer is not None and not answer.strip():
+            warnings.warn(no_answer, NoAnswerWarning, stacklevel=2)
+        return answer
 
     def stream(self, text: str) -> Iterator[Event]:
         """Say `text`; what happens comes as events, the last of them `Done`.
 
-        Closing the iterator (or Ctrl-C) ends the turn; what the model had answered until then stays in the history.
+        Closing the iterator (or Ctrl-C) ends the turn; what the model had answered until then stays in the history. So
+        does another question, or `save`.
         """
         if not isinstance(text, str) or not text.strip():
             raise PromptError("The message is empty: write something.")
-        self.messages.append(Message("user", text))
-        return self._harmony_turn() if self.is_harmony else self._plain_turn()
+        self._end_turn()
+        self._turn = turn = _Turn(self, Message("user", whole_characters(text)))
+        self._events = events = self._turn_events(turn)
+        return events
 
-    def _harmony_turn(self) -> Iterator[Event]:
-        turn = _Turn(self)
+    def _turn_events(self, turn: _Turn) -> Iterator[Event]:
+        try:
+            turn.publish()
+            yield from self._harmony_turn(turn) if self.is_harmony else self._plain_turn(turn)
+            turn.settle()
+            done = turn.done()
+            if done.no_answer is not None:
+                yield Notice(done.no_answer, is_no_answer=True)
+            yield done
+        finally:
+            turn.settle()
+
+    def _end_turn(self) -> None:
+        """End the turn that nobody read to its end. An interruption may have struck while it settled: it does so again."""
+        if self._events is not None:
+            try:
+                cast(Any, self._events).close()
+            except ValueError:
+                raise SettingError(
+                    "The chat is in the midst of an answer: a tool cannot ask it another question."
+                ) from None
+        if self._turn is not None:
+            self._turn.settle()
+        self._events = self._turn = None
+
+    def _harmony_turn(self, turn: _Turn) -> Iterator[Event]:
         if self._unfollowed:  # said once
             names, self._unfollowed = ", ".join(self._unfollowed), []
             yield Notice(
                 f"The schema of {names} cannot be followed while a call is written; its calls are checked when complete"
             )
         while True:
+            yield from self._make_room(turn)
+            before = turn.num_messages
             yield from turn.completion()
-            calls = [message for message in turn.new_messages if message.is_call]
-            self.messages += turn.new_messages
-            turn.new_messages = []
+            calls = [message for message in turn.messages[before:] if message.is_call]
+            if turn.filled_context and not turn.has_said_more_than(before) and self._forget(turn, None):
+                turn.take_back(before)
+                yield from self._told_of_forgetting()
+                continue
             if not calls or turn.ended_by is not None:
-                break
-            turn.num_calls += len(calls)
+                return
             for call in calls:
-                yield from self._call(call)
+                yield from self._call(turn, call)
             if turn.num_rounds >= self.max_rounds:
                 turn.ended_by = "rounds"
-                break
-        yield turn.done()
+                return
 
-    def _call(self, call: Message) -> Iterator[Event]:
+    def _call(self, turn: _Turn, call: Message) -> Iterator[Event]:
         """Call the tool that a message means, tell the model what came of it, and tell the user both."""
         assert call.recipient is not None
         found = self.tool_set.find(call.recipient)
         name = call.recipient if found is None else found[0]
         yield ToolCall(name, call.text, is_done=True)
+        turn.num_begun += 1
         try:
             if found is None:
                 known = ", ".join(self.tool_set.names) or "none at all"
                 raise LookupError(f"there is no tool {call.recipient}; the tools are: {known}")
-            text, is_error = _run(found[1], call.text), False
-        except Exception as error:  # noqa: BLE001 - whatever a tool raises is news for the model, not the end of the chat
-            text, is_error = f"Error: {_reason(error)}", True
-        result = Message("tool", _shortened(text), call.recipient, call.channel, "assistant")
-        self.messages.append(result)
+            text, is_error = run(found[1], call.text), False
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises is news for the model
+            text, is_error = f"Error: {reason(error)}", True
+        most_tokens = self.model.context_length // _SHARE_FOR_ANSWER
+        result = result_of(call, shown_to_model(text, most_tokens, self._count))
+        turn.add([result])
         yield ToolResult(name, result.text, is_error)
 
-    def _plain_turn(self) -> Iterator[Event]:
-        notice = self._drop_what_does_not_fit()
-        if notice:
-            yield Notice(notice)
-        turn, said = _Turn(self), ""
-        try:
-            for chunk in turn.chunks(self._plain_prompt()):
-                said += chunk.text
-                if chunk.text:
-                    yield Answer(chunk.text)
-        finally:
-            if said.strip():
-                self.messages.append(Message("assistant", said.strip(), channel="final"))
-            else:
-                self.messages.pop()  # a question without an answer would be asked again with the next one
-        yield turn.done()
+    def _plain_turn(self, turn: _Turn) -> Iterator[Event]:
+        yield from self._make_room(turn)
+        for chunk in turn.chunks(self._plain_prompt(self.messages)):
+            turn.said += chunk.text
+            if chunk.text:
+                yield Answer(chunk.text)
+
+    # --- the context ---
+
+    def _make_room(self, turn: _Turn) -> Iterator[Event]:
+        """Forget the oldest turns, each whole, where the context has too little room for an answer."""
+        if self.options.get("sliding_window") is not None:
+            return
+        context, limit = self.model.context_length, turn.num_left
+        room = context // _SHARE_FOR_ANSWER
+        if self.is_harmony:
+            room = max(room, min(context // 2, _USUAL_ANSWER))
+        most = context - (room if limit is None else min(room, limit))
+        if len(self._prompt(self.messages)) <= most:
+            return
+        if self._forget(turn, most):
+            yield from self._told_of_forgetting()
+        if len(self._prompt(self.messages)) > most:
+            turn.replace(without_old_results(turn.messages))
+
+    def _forget(self, turn: _Turn, most_tokens: int | None) -> bool:
+        """Forget all turns before this one, or as many as leave less than `most_tokens`; whether there were any."""
+        if most_tokens is None:
+            number = max(0, len(turn_starts(self.messages)) - 1)
+        else:
+            kept = int(most_tokens * _SHARE_KEPT)
+            number = fewest_to_forget(self.messages, kept, lambda messages: len(self._prompt(messages)))
+        self.messages[:] = without_oldest(self.messages, number)
+        self.num_forgotten += number
+        return number > 0
+
+    def _told_of_forgetting(self) -> Iterator[Event]:
+        """Said once: a long conversation forgets again and again."""
+        if self._has_told:
+            return
+        self._has_told = True
+        turns = "the oldest turn is" if self.num_forgotten == 1 else f"the oldest {self.num_forgotten} turns are"
+        yield Notice(
+            f"The context of {self.model.context_length:,} tokens is full: {turns} forgotten, and others will be as the "
+            "chat goes on."
+        )
+
+    def _count(self, text: str) -> int:
+        assert self.tokenizer is not None
+        return len(self.tokenizer.encode(text))
 
     # --- prompts ---
 
-    def _harmony_prompt(self, harmony: HarmonyFormat) -> list[int]:
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        return self._harmony_prompt(messages) if self.is_harmony else self._plain_prompt(messages)
+
+    def _harmony_prompt(self, messages: Sequence[Message]) -> list[int]:
         head = [Message("system", self._system())]
         developer = DeveloperContent(self.instructions, self.tool_set.functions, self.tool_set.namespaces)
         if developer != DeveloperContent():
             head.append(Message("developer", developer))
-        return harmony.render_for_completion([*head, *self.messages])
+        return HarmonyFormat(_WholeText(self._any_tokenizer)).render_for_completion([*head, *messages])
 
     def _system(self) -> SystemContent:
         effort = self.reasoning_effort or "medium"
@@ -232,37 +396,37 @@ class Chat:
             current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=effort, tools=self.tool_set.built_in
         )
 
-    def _plain_prompt(self) -> list[int]:
-        assert self.tokenizer is not None
-        if self.tokenizer.chat_template == PLAIN:  # a base model continues what was written
-            return self.tokenizer.encode_prompt(" ".join(message.text for message in self.messages))
-        head = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        turns = [{"role": message.role, "content": message.text} for message in self.messages]
-        return render_chat([*head, *turns], self.tokenizer, self.tokenizer.chat_template)
+    def _plain_prompt(self, messages: Sequence[Message]) -> list[int]:
+        tokenizer = self._any_tokenizer
+        texts = [whole_characters(message.text) for message in messages]
+        if tokenizer.chat_template == PLAIN:  # a base model continues what was written
+            return tokenizer.encode_prompt(" ".join(texts))
+        instructions = whole_characters(self.instructions or "")
+        head = [] if self.instructions is None else [{"role": "system", "content": instructions}]
+        turns = [{"role": each.role, "content": text} for each, text in zip(messages, texts, strict=True)]
+        return render_chat([*head, *turns], tokenizer, tokenizer.chat_template)
 
-    def _drop_what_does_not_fit(self) -> str | None:
-        """Forget the oldest turns until there is room for an answer; says how many."""
-        room = min(self.max_tokens, self.model.context_length // 4)
-        dropped = 0
-        while len(self.messages) > 1 and len(self._plain_prompt()) + room > self.model.context_length:
-            del self.messages[0 : 2 if self.messages[1].role == "assistant" else 1]
-            dropped += 1
-        if not dropped:
-            return None
-        return (
-            f"The context of {self.model.context_length:,} tokens is full: the oldest {dropped} of the earlier turns "
-            "are forgotten."
-        )
+    @property
+    def _any_tokenizer(self) -> Tokenizer:
+        assert self.tokenizer is not None
+        return self.tokenizer
 
     # --- the whole conversation ---
 
     def reset(self) -> None:
         """Forget what was said; instructions and settings stay."""
+        self._end_turn()
         self.messages.clear()
+        self.num_forgotten, self._has_told = 0, False
 
-    def save(self, path: str | Path) -> Path:
-        """Write what was said, the instructions and the effort to a JSON file, whole or not at all."""
-        path = Path(path).expanduser()
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write what was said, the instructions and the effort to a JSON file, whole or not at all.
+
+        A file that is there is replaced when it holds a saved chat, or with overwrite. Folders are not made. Raises
+        DestinationError.
+        """
+        self._end_turn()
+        path, mode = _destination(path, overwrite)
         content = {
             "openelm_mlx_chat": _FORMAT,
             "instructions": self.instructions,
@@ -272,21 +436,28 @@ class Chat:
         try:
             descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             try:
+                if mode is not None:
+                    os.chmod(partial, mode)
                 with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                    json.dump(content, stream, ensure_ascii=False, indent=2)
+                    stream.write(whole_characters(json.dumps(content, ensure_ascii=False, indent=2)))
                 os.replace(partial, path)
             except BaseException:
                 os.unlink(partial)
                 raise
-        except OSError as error:
-            raise DestinationError(f"The chat cannot be saved to {path}: {error.strerror}.") from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise DestinationError(f"The chat cannot be saved to {str(path)!r}: {reason}.") from error
         return path
 
     def load(self, path: str | Path) -> None:
         """Go on with a saved conversation in place of this one. Raises PromptError when the file holds none."""
-        path = Path(path).expanduser()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            path = Path(path).expanduser()
+        except RuntimeError as error:  # "~nobody/chat.json"
+            raise PromptError(f"The chat in {path} cannot be read: {error}") from None
+        text = read_text(path, PromptError, _LARGEST_CHAT)
+        try:
+            content = json.loads(text)
             if content["openelm_mlx_chat"] != _FORMAT:
                 raise ValueError(f"its format is {content['openelm_mlx_chat']!r}")
             messages = [Message(**each) for each in content["messages"]]
@@ -298,8 +469,6 @@ class Chat:
                 self, messages=messages, instructions=content["instructions"],
                 reasoning_effort=content["reasoning_effort"] if self.is_harmony else None,
             )  # fmt: skip
-        except OSError as error:
-            raise PromptError(f"The chat in {path} cannot be read: {error.strerror}.") from error
         except PromptError as error:
             raise PromptError(f"The chat in {path} cannot go on. {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -313,113 +482,224 @@ class Chat:
             raise PromptError(
                 f"{path} holds no saved chat ({reason}): give a file that /save or Chat.save wrote."
             ) from None
+        self._end_turn()
         self.messages, self.instructions = settings.messages, settings.instructions
         self.reasoning_effort = settings.reasoning_effort
+        self.num_forgotten, self._has_told = 0, False
 
 
 class _Turn:
-    """What is known of the turn that is going on: its limits, and what the model has said in it."""
+    """The turn that is going on: its limits, what was said in it, and what of that stays in the chat's history.
 
-    def __init__(self, chat: Chat) -> None:
+    An interruption may strike between any two steps. So what was said is one value, replaced at once, and `settle` makes
+    the history of it, as often as it is called.
+    """
+
+    def __init__(self, chat: Chat, question: Message) -> None:
         self.chat = chat
         self.started = time.monotonic()
         self.ended_by: str | None = None
+        self.filled_context = False
         self.statistics: Statistics | None = None
-        self.num_tokens = self.num_calls = self.num_rounds = 0
-        self.new_messages: list[Message] = []
+        self.num_tokens = self.num_rounds = self.num_begun = 0
+        self.said = ""  # OpenELM's answer as far as it is written
+        # What was said, and the reader of a completion that is being written.
+        self._state: tuple[list[Message], HarmonyParser | None] = ([question], None)
+        self._own: dict[int, Message] = {}  # all that ever was in the chat's history, by identity
+        self._is_settled = self._is_answered = False
+
+    @property
+    def messages(self) -> list[Message]:
+        """What was said, the question first, without what is being written."""
+        return self._state[0]
+
+    @property
+    def num_messages(self) -> int:
+        return len(self.messages)
+
+    @property
+    def num_left(self) -> int | None:
+        """How many tokens the turn may still take; None: any number."""
+        return None if self.chat.max_tokens is None else self.chat.max_tokens - self.num_tokens
+
+    def add(self, messages: list[Message]) -> None:
+        self.replace([*self.messages, *messages])
+
+    def replace(self, messages: list[Message]) -> None:
+        self._state = (messages, None)
+        self.publish()
+
+    def take_back(self, num_messages: int) -> None:
+        """Go on from where the turn had only so many messages."""
+        self.ended_by, self.filled_context = None, False
+        self.replace(self.messages[:num_messages])
+
+    def has_said_more_than(self, num_messages: int) -> bool:
+        """Whether the user has seen something, or a call was written, after the first messages."""
+        return bool(cut_off(self.messages[num_messages:]))
+
+    def publish(self, messages: list[Message] | None = None) -> None:
+        """Show what was said in the chat's history."""
+        messages = self.messages if messages is None else messages
+        self._own.update({id(message): message for message in messages})
+        self.chat.messages[:] = [each for each in self.chat.messages if id(each) not in self._own] + messages
+
+    def settle(self) -> None:
+        """Leave in the history what stays of the turn."""
+        if self._is_settled or not self._own or self.chat._turn is not self:
+            return
+        messages, parser = self._state
+        if parser is not None:  # the iterator was closed, or an error came: nobody goes on with this completion
+            messages = [*messages, *cut_off(_finished(parser))]
+        if self.said.strip():
+            messages = [*messages, Message("assistant", self.said.strip(), channel="final")]
+        kept = settled(messages, self.num_begun)
+        self.publish(kept)
+        self._is_answered = any(is_answer(message) for message in kept)
+        self._is_settled = True
 
     def completion(self) -> Iterator[Event]:
-        """One completion of gpt-oss, as events; the messages it was are left in `new_messages`."""
-        assert self.chat.tokenizer is not None
-        harmony = HarmonyFormat(self.chat.tokenizer)
-        parser = harmony.parser()
+        """One completion of gpt-oss, as events; its messages are the turn's last ones then."""
+        parser = HarmonyFormat(self.chat._any_tokenizer).parser()
+        self._state = (self.messages, parser)
         self.num_rounds += 1
-        is_whole = False
-        try:
-            for chunk in self.chunks(self.chat._harmony_prompt(harmony)):
-                delta = parser.push(chunk.token)
-                yield from _shown(delta.text, delta.channel, delta.recipient)
-            is_whole = True
-        finally:
-            rest = parser.finish()
-            self.new_messages = parser.messages if is_whole and self.ended_by is None else _cut_off(parser.messages)
-            if not is_whole:  # the iterator was closed, or an error came: nobody goes on with this turn
-                self.chat.messages += self.new_messages
-        yield from _shown(rest.text, rest.channel, rest.recipient)
+        has_stops, answer = bool(self.chat.options.get("stop")), ""
+        for chunk in self.chunks(self.chat._harmony_prompt(self.chat.messages)):
+            delta = parser.push(chunk.token)
+            if has_stops and chunk.channel == FINAL:  # the parser does not know what ends an answer
+                answer += chunk.text
+                delta = Delta(chunk.text, "assistant", FINAL)
+            yield from _shown(delta)
+        rest = parser.finish()
+        # What others say in it, the model has invented.
+        messages = [message for message in parser.messages if message.role == "assistant"]
+        if has_stops:
+            messages = _ended_at(answer, messages)
+        self.add(messages if self.ended_by is None else cut_off(messages))
+        if not has_stops:
+            yield from _shown(rest)
 
     def chunks(self, prompt: list[int]) -> Iterator[Chunk]:
         """The tokens of one completion, until a limit of the turn ends it."""
-        chat = self.chat
-        room = chat.max_tokens - self.num_tokens
-        if room < 1:
+        chat, room = self.chat, self.num_left
+        if room is not None and room < 1:
             self.ended_by = "length"
             return
         options = {"sampling": chat.sampling, "prefix_cache": chat.prefix_cache, **chat.options}
         if chat.is_harmony and chat._tool_schemas:
             options["tool_schemas"] = chat._tool_schemas  # so that calls always parse
+        if room is None and not chat.is_harmony:
+            room = chat.model.context_length
         for chunk in stream_generate(chat.model, chat.tokenizer, prompt, max_tokens=room, **options):
             self.num_tokens += 1
             if chunk.finish_reason is not None:
                 self.statistics = chunk.statistics
                 self.ended_by = "length" if chunk.finish_reason == "length" else None
+                limit = chunk.statistics.max_tokens if chunk.statistics is not None else room
+                self.filled_context = self.ended_by == "length" and (room is None or (limit or room) < room)
             yield chunk
             if chat.time_limit is not None and time.monotonic() - self.started > chat.time_limit:
                 self.ended_by = "time"
                 return
 
     def done(self) -> Done:
-        return Done(self.ended_by or "stop", self.statistics, self.num_tokens, self.num_calls)
+        """What the turn came to, when it is over."""
+        reason = self.ended_by or "stop"
+        return Done(reason, self.statistics, self.num_tokens, self.num_begun, self._no_answer())
+
+    def _no_answer(self) -> str | None:
+        chat = self.chat
+        if self._is_answered or not chat.is_harmony:
+            return None
+        if self.ended_by == "time":
+            return f"The turn's {chat.time_limit:g} seconds went by before an answer came: raise time_limit."
+        if self.ended_by == "rounds":
+            return (
+                f"The model called tools {chat.max_rounds} times one after the other and came to no answer: ask it to go "
+                "on, or raise max_rounds."
+            )
+        if self.ended_by == "length" and chat.max_tokens is not None and not self.filled_context:
+            what = "Reasoning and tool calls" if self.num_begun else "Reasoning"
+            return (
+                f"{what} used up the turn's {chat.max_tokens:,} tokens, and no answer came: raise max_tokens above "
+                f'{chat.max_tokens}, or leave it out; or let it think less with reasoning_effort="low".'
+            )
+        return None if self.statistics is None else self.statistics.no_answer
 
 
-def _shown(text: str, channel: str | None, recipient: str | None) -> Iterator[Event]:
-    if not text:
-        return
-    if recipient is not None:
-        yield ToolCall(recipient, text)
-    elif channel == "analysis":
-        yield Reasoning(text)
-    else:
-        yield Answer(text, is_preamble=channel == "commentary")
-
-
-def _cut_off(messages: Sequence[Message]) -> list[Message]:
-    """What stays of a completion that did not come to its end: the answer as far as it went.
-
-    Thoughts without an answer, and calls nobody answered, would be taken for a turn that is still going on.
-    """
-    return [message for message in messages if message.channel != "analysis" and not message.is_call]
-
-
-def _run(tool: Tool, text: str) -> str:
-    if tool.parameters is None:
-        return tool(text)
+def _destination(name: str | Path, overwrite: bool) -> tuple[Path, int | None]:
+    """The file to write a chat to, and the mode of the one that is there. Raises DestinationError when it may not be."""
     try:
-        arguments = json.loads(text or "{}")
-    except ValueError as error:
-        raise ValueError(f"the arguments are no JSON ({error})") from None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments are a {type(arguments).__name__}, not a JSON object")
-    _check_arguments(arguments, tool)
-    return tool(arguments)
+        path = Path(name).expanduser()
+        path = path.resolve() if path.is_symlink() else path  # the link stays
+        if path.is_dir():
+            raise DestinationError(f"{name} is a folder: name a file in it.")
+        if not path.parent.is_dir():
+            raise DestinationError(
+                f"The chat cannot be saved to {name}: there is no folder {path.parent}; make it first."
+            )
+        if not path.exists():
+            return path, None
+        if not path.is_file():
+            raise DestinationError(f"{name} is a device or a pipe: name a file.")
+        # Of an empty file nothing can be lost.
+        if not (overwrite or path.stat().st_size == 0 or _holds_chat(path)):
+            raise DestinationError(
+                f"{name} is there and holds no saved chat, so it was not touched: name another file, or replace it with "
+                "overwrite=True (/save! FILE)."
+            )
+        return path, stat.S_IMODE(path.stat().st_mode)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, DestinationError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DestinationError(f"The chat cannot be saved to {str(name)!r}: {reason}.") from error
 
 
-def _check_arguments(arguments: dict[str, Any], tool: Tool) -> None:
-    import jsonschema
-
-    assert tool.parameters is not None
-    errors = jsonschema.Draft202012Validator(tool.parameters).iter_errors(arguments)
-    sentences = [f"{'.'.join(map(str, error.absolute_path)) or 'arguments'}: {error.message}" for error in errors]
-    if sentences:
-        raise ValueError("the arguments do not follow the schema: " + "; ".join(sentences[:3]))
+def _holds_chat(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "openelm_mlx_chat" in content
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text if isinstance(error, (ValueError, LookupError)) else f"{type(error).__name__}: {text}"
+class _WholeText:
+    """A tokenizer that takes halves of characters as U+FFFD: no tool, file name or saved chat may end a conversation."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.special_tokens: Mapping[str, int] = tokenizer.special_tokens
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        return self._tokenizer.encode(whole_characters(text), continuation=continuation)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._tokenizer.token_bytes(token)
 
 
-def _shortened(text: str) -> str:
-    if len(text) <= MOST_RESULT_CHARACTERS:
-        return text
-    left_out = len(text) - MOST_RESULT_CHARACTERS
-    return f"{text[:MOST_RESULT_CHARACTERS]}\n[{left_out:,} more characters were left out: ask for less at a time.]"
+def _finished(parser: HarmonyParser) -> list[Message]:
+    parser.finish()
+    return parser.messages
+
+
+def _ended_at(answer: str, messages: list[Message]) -> list[Message]:
+    """A completion's messages, of which the final ones together are no more than `answer`."""
+    kept = []
+    for message in messages:
+        if message.channel == FINAL and not message.is_call:
+            message = replace(message, content=answer[: len(message.text)])
+            answer = answer[len(message.text) :]
+        kept.append(message)
+    return kept
+
+
+def _shown(delta: Delta) -> Iterator[Event]:
+    if not delta.text or delta.role != "assistant":  # what others say in a completion is an invention
+        return
+    if delta.recipient is not None:
+        yield ToolCall(delta.recipient, delta.text)
+    elif delta.channel == "analysis":
+        yield Reasoning(delta.text)
+    else:
+        yield Answer(delta.text, is_preamble=delta.channel == "commentary")

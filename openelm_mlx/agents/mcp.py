@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TextIO, TypeVar, cast, final
 
 from ..errors import ToolError
+from ..files import read_json
 from .tool import arguments_of
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def read_servers(file: str | Path) -> dict[str, tuple[str | list[str], dict[str,
     The file holds `{"mcpServers": {NAME: {"command": ..., "args": [...], "env": {...}} or {"url": ...}}}`.
     """
     try:
-        servers = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))["mcpServers"].items()
+        servers = read_json(Path(file).expanduser(), ToolError)["mcpServers"].items()
         return {
             name: (
                 each["url"] if "url" in each else [each["command"], *each.get("args", ())],
@@ -172,8 +173,8 @@ def read_servers(file: str | Path) -> dict[str, tuple[str | list[str], dict[str,
             )
             for name, each in servers
         }
-    except OSError as error:
-        raise ToolError(f"The MCP configuration {file} cannot be read: {error.strerror}.") from error
+    except ToolError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ToolError(
             f'The MCP configuration {file} is not of the form {{"mcpServers": {{"name": {{"command": ...}}}}}}: '

@@ -150,10 +150,15 @@ def result_text(value: Any) -> str:
 
     if isinstance(value, str):
         return value
+    if value is None:
+        return "The tool is done. It returned nothing."
     try:
         return pydantic_core.to_json(value).decode()
     except (pydantic_core.PydanticSerializationError, ValueError) as error:
-        raise TypeError(f"the result is a {type(value).__name__}, which JSON cannot say") from error
+        try:
+            return json.dumps(value, ensure_ascii=False)  # halves of characters, which pydantic refuses
+        except (TypeError, ValueError, RecursionError):
+            raise TypeError(f"the result is a {type(value).__name__}, which JSON cannot say") from error
 
 
 def arguments_of(arguments: Any, name: str) -> dict[str, Any]:

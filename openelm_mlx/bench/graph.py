@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
+from mlx import nn
 
 from ..models import attention, openelm, precision, rope
 
@@ -53,7 +54,9 @@ def forms_of_a_gpu() -> Iterator[None]:
 
 def _fused_plus(_: Any, residual: mx.array, module: Any, x: mx.array) -> mx.array:
     """`Block._plus` as Metal computes it."""
-    return mx.addmm(residual, x, module.weight.T)
+    if type(module) is nn.Linear and "bias" not in module:
+        return mx.addmm(residual, x, module.weight.T)
+    return residual + module(x)
 
 
 def decode_primitives(

@@ -7,6 +7,7 @@ fills the cache that all Hugging Face tools share (huggingface.co/docs/hub/local
 
 from __future__ import annotations
 
+import email.utils
 import errno
 import hashlib
 import json
@@ -15,48 +16,38 @@ import re
 import shlex
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from openelm_mlx.errors import CheckpointError, DestinationError, HubError, UserError
+from openelm_mlx.files import open_regular, parse_json, read_json, read_text, shown
 from openelm_mlx.finder import MACOS_PATTERNS, is_empty, is_macos_own
+
+from .hub_names import RepoFile, check_revision, is_repo_name, sound_files
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _LIBRARY = "openelm_mlx"
-_PART = r"(?![.-])[A-Za-z0-9._-]{1,96}(?<![.-])"
-_OWNER_AND_NAME = re.compile(f"{_PART}/{_PART}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 of a small file, SHA-256 of a large (LFS) one
 
 _CONNECTIONS = 4  # files at a time; more of them hardly fill a home line better, and tear more files on a break
 _BLOCK_BYTES = 1 << 20
 _REQUEST_BYTES = 8 << 30  # the Hub's delivery network sends at most 50 GB in one answer
 _RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # after failures in a row; any byte that arrives begins anew
 _REPORT_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class RepoFile:
-    """A file of a repository: its path with forward slashes, and its size in bytes.
-
-    `etag` is what the Hub and its cache call the content: SHA-256 for large (LFS) files, git's SHA-1 for the others.
-    """
-
-    name: str
-    size: int
-    etag: str = ""
-
-
-def is_repo_id(source: str) -> bool:
-    """Whether `source` is written like a Hub repository ("owner/name") and nothing of that name is on this machine."""
-    return _is_repo_name(source) and not os.path.exists(source)
+# Nobody waits longer than that for a Hub that says when it will answer again.
+_LONGEST_WAIT_SECONDS = 120.0
+# What the Hub says of a repository: 25 MB are 100,000 files.
+_LARGEST_LISTING = 25_000_000
+_LISTING_SECONDS = 120.0
+_LISTING_WAIT_SECONDS = 30.0
 
 
 def list_files(repo: str, revision: str | None = None) -> list[RepoFile]:
@@ -109,14 +100,16 @@ def read_range(repo: str, name: str, start: int, length: int, revision: str | No
     bytes come from a cached copy. Raises HubError.
     """
     _check_repo_name(repo)
+    check_revision(revision)
     try:
         with _explained(repo, revision, name):
-            return b"".join(_read(_url(repo, revision or "main", name), start, start + length, threading.Event()))
+            url = _url(repo, revision or "main", name)
+            return b"".join(_read(url, start, start + length, None, threading.Event()))
     except HubError:
         cached = cached_file(repo, name, revision)
         if cached is None:
             raise
-        with open(cached, "rb") as file:
+        with open_regular(cached, HubError) as file:
             file.seek(start)
             return file.read(length)
 
@@ -169,19 +162,11 @@ def upload(
     return f"{constants.ENDPOINT}/{repo}"
 
 
-def _is_repo_name(text: str) -> bool:
-    # The rules of huggingface_hub's validate_repo_id, with the owner required.
-    return (
-        _OWNER_AND_NAME.fullmatch(text) is not None
-        and "--" not in text
-        and ".." not in text
-        and not text.endswith(".git")
-    )
-
-
 def _check_repo_name(repo: str) -> None:
-    if not _is_repo_name(repo):
-        raise HubError(f"{repo!r} is not the name of a Hub repository: write OWNER/NAME, as in openai/gpt-oss-20b.")
+    if not isinstance(repo, str) or not is_repo_name(repo):
+        raise HubError(
+            f"{shown(repo)} is not the name of a Hub repository: write OWNER/NAME, as in openai/gpt-oss-20b."
+        )
 
 
 # What a repository holds: asked of the Hub, or remembered in the cache.
@@ -200,6 +185,7 @@ class _Listing:
 
 def _list(repo: str, revision: str | None) -> _Listing:
     _check_repo_name(repo)
+    check_revision(revision)
     try:
         return _ask_hub(repo, revision)
     except HubError as refusal:
@@ -210,31 +196,41 @@ def _list(repo: str, revision: str | None) -> _Listing:
 
 
 def _ask_hub(repo: str, revision: str | None) -> _Listing:
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
-    api = HfApi(endpoint=constants.ENDPOINT, library_name=_LIBRARY)
+    with _explained(repo, revision):
+        text = _listing_text(repo, revision)
     try:
-        with _explained(repo, revision):
-            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        siblings = info.siblings or ()
-        files = tuple(RepoFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else s.blob_id) for s in siblings)
-        if not _COMMIT.fullmatch(info.sha or "") or not all(map(_is_sound, files)):
-            raise ValueError("names, sizes or checksums are missing")
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:  # not JSON, or not with the Hub's fields
+        info = parse_json(text, "it", HubError)
+        entries = []
+        for each in info["siblings"]:
+            large = each.get("lfs")
+            entries.append((each["rfilename"], each["size"], large["sha256"] if large else each["blobId"]))
+        if not isinstance(info["sha"], str) or not _COMMIT.fullmatch(info["sha"]):
+            raise ValueError("it has no commit")
+        return _Listing(repo, info["sha"], sound_files(entries))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not with the Hub's fields
         raise HubError(
             f"{constants.ENDPOINT} does not answer like the Hugging Face Hub when asked for {repo}: check HF_ENDPOINT, "
             "and whether this network wants a login in the browser first."
         ) from error
-    return _Listing(repo, str(info.sha), files)
 
 
-def _is_sound(file: RepoFile) -> bool:
-    # Names and checksums become paths in the cache, so none may lead out of it.
-    path = PurePosixPath(file.name)
-    inside = not path.is_absolute() and ".." not in path.parts
-    return inside and isinstance(file.size, int) and bool(_ETAG.fullmatch(file.etag or ""))
+def _listing_text(repo: str, revision: str | None) -> bytes:
+    """What the Hub says of a repository, asked again once where it says when."""
+    from huggingface_hub import constants
+
+    path = f"/api/models/{repo}" if revision is None else f"/api/models/{repo}/revision/{_quoted(revision)}"
+    for is_last in (False, True):
+        try:
+            with _requested(f"{constants.ENDPOINT}{path}?blobs=true", constants.HF_HUB_ETAG_TIMEOUT) as response:
+                return _bounded(response, _LARGEST_LISTING, _LISTING_SECONDS)
+        except _network_error() as error:
+            seconds = _retry_after(error)
+            if is_last or seconds is None or seconds > _LISTING_WAIT_SECONDS or not _may_pass(error):
+                raise
+            time.sleep(seconds)
+    raise AssertionError
 
 
 def _choose(listing: _Listing, choose: Callable[[list[RepoFile]], list[str]], cache: _RepoCache) -> list[RepoFile]:
@@ -259,8 +255,8 @@ def _indexed_shards(listing: _Listing, cache: _RepoCache, name: str) -> list[str
     """The files that a cached safetensors index names: a copy without one of them is not complete."""
     if not name.endswith(".index.json"):
         return []
-    with open(cache.pointer(listing.commit, name), encoding="utf-8") as file, suppress(ValueError, KeyError):
-        shards = dict.fromkeys(json.load(file)["weight_map"].values())
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        shards = dict.fromkeys(read_json(cache.pointer(listing.commit, name), HubError)["weight_map"].values())
         return [str(PurePosixPath(name).parent / shard) for shard in shards]
     return []  # a damaged index is for the reader of the checkpoint to explain
 
@@ -308,10 +304,11 @@ class _RepoCache:
         """The commit that a revision stood for when it was last downloaded."""
         if _COMMIT.fullmatch(revision):
             return revision
-        try:
-            return (self.folder / "refs" / revision).read_text(encoding="utf-8").strip()
-        except OSError:
-            return None
+        with suppress(UserError):
+            check_revision(revision)
+            text = read_text(self.folder / "refs" / revision, HubError, 100).strip()
+            return text if _COMMIT.fullmatch(text) else None
+        return None
 
     def _memo(self, commit: str) -> Path:
         return self.folder / _LIBRARY / f"{commit}.json"
@@ -330,9 +327,9 @@ class _RepoCache:
         commit = self.commit(revision)
         if commit is None or not self.snapshot(commit).is_dir():
             return None
-        with suppress(OSError, ValueError):
-            noted = json.loads(self._memo(commit).read_text(encoding="utf-8"))
-            return _Listing(repo, commit, tuple(RepoFile(*entry) for entry in noted), refusal)
+        with suppress(ValueError, TypeError):
+            noted = read_json(self._memo(commit), HubError, _LARGEST_LISTING)
+            return _Listing(repo, commit, sound_files((name, size, etag) for name, size, etag in noted), refusal)
         snapshot = self.snapshot(commit)
         here = sorted(path for path in snapshot.rglob("*") if path.is_file() and not is_macos_own(path.name))
         files = tuple(RepoFile(path.relative_to(snapshot).as_posix(), path.stat().st_size) for path in here)
@@ -447,26 +444,74 @@ def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
 
 
 def _receive(listing: _Listing, file: RepoFile, partial: Path, arrived: dict[str, int], stop: threading.Event) -> None:
-    checksum = _checksum(file)
+    """Fill the partial file up to the content that the Hub announced, or keep what may be right of it and raise HubError.
+
+    Where the whole is wrong, one of two parts is: what the last answer brought, or what was there before it. The last
+    answer is asked for again, and only if it comes the same a second time is the rest given up.
+    """
+    if os.path.lexists(partial) and not partial.is_file():
+        raise HubError(f"{partial} is no file, and a download is kept there: remove it, and run this again.")
     with open(partial, "r+b" if partial.exists() else "w+b") as out:
-        while block := out.read(_BLOCK_BYTES):
-            checksum.update(block)
+        earlier: _Ending | None = None
+        is_anew = False
+        while (ending := _go_on(listing, file, out, arrived, stop)) is not None:
+            if ending.start and earlier is None:
+                earlier = ending
+                out.truncate(ending.start)
+            elif ending.start and ending != earlier:
+                out.truncate(ending.start)
+                raise HubError(
+                    f"{file.name} of {listing.repo} came with another end each time it was asked for: what was there before "
+                    "is kept; try another network, and run this again."
+                )
+            elif ending.start != 0 and not is_anew:
+                earlier, is_anew = None, True
+                out.truncate(0)
+            else:
+                partial.unlink()
+                raise HubError(
+                    f"{file.name} of {listing.repo} did not arrive as the Hub announced it (its checksum is not "
+                    f"{file.etag[:12]}…): run this again to fetch it anew."
+                )
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Where in a file the last answer began (None: nothing had to be asked for), and what it held."""
+
+    start: int | None
+    digest: bytes
+
+
+def _go_on(
+    listing: _Listing, file: RepoFile, out: BinaryIO, arrived: dict[str, int], stop: threading.Event
+) -> _Ending | None:
+    """Append what a partial file lacks. None when the whole is right, or `stop` was set; else how it ended."""
+    checksum = _checksum(file)
+    out.seek(0)
+    while block := out.read(_BLOCK_BYTES):
+        checksum.update(block)
+        if stop.is_set():
+            return None
+    start, digest = None, hashlib.sha256()
+
+    def begin(position: int) -> None:
+        nonlocal start, digest
+        start, digest = position, hashlib.sha256()
+
+    with _explained(listing.repo, listing.commit, file.name):
+        url = _url(listing.repo, listing.commit, file.name)
+        for chunk in _read(url, out.tell(), file.size, file, stop, begin):
+            out.write(chunk)
+            out.flush()  # what is counted as arrived is there even if this process is killed
+            checksum.update(chunk)
+            digest.update(chunk)
+            arrived[file.etag] = out.tell()
             if stop.is_set():
-                return
-        with _explained(listing.repo, listing.commit, file.name):
-            for chunk in _read(_url(listing.repo, listing.commit, file.name), out.tell(), file.size, stop):
-                out.write(chunk)
-                out.flush()  # what is counted as arrived is there even if this process is killed
-                checksum.update(chunk)
-                arrived[file.etag] = out.tell()
-                if stop.is_set():
-                    return
-    if checksum.hexdigest() != file.etag and not stop.is_set():
-        partial.unlink()
-        raise HubError(
-            f"{file.name} of {listing.repo} did not arrive as the Hub announced it (its checksum is not "
-            f"{file.etag[:12]}…): run this again to fetch it anew."
-        )
+                return None
+    if stop.is_set() or checksum.hexdigest() == file.etag:
+        return None
+    return _Ending(start, digest.digest())
 
 
 def _checksum(file: RepoFile) -> hashlib._Hash:
@@ -476,17 +521,31 @@ def _checksum(file: RepoFile) -> hashlib._Hash:
 
 
 def _point(blob: Path, pointers: list[Path]) -> None:
-    """Make the snapshot's paths show a blob; on a disk without symbolic links (exFAT) they become the file itself."""
+    """Make the snapshot's paths show a blob; on a disk without symbolic links (exFAT) they become the file itself.
+
+    Each from one moment to the next: another download of the same files may be at this point too.
+    """
     for pointer in pointers:
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        pointer.unlink(missing_ok=True)
+        draft = pointer.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
         try:
-            os.symlink(os.path.relpath(blob, pointer.parent), pointer)
-        except OSError:
-            if pointer == pointers[-1]:
-                os.replace(blob, pointer)
-            else:
-                shutil.copyfile(blob, pointer)
+            try:
+                os.symlink(os.path.relpath(blob, pointer.parent), draft)
+            except OSError:
+                if not blob.exists() and pointer.is_file():
+                    continue  # the other one has moved it here
+                if pointer == pointers[-1]:
+                    os.replace(blob, draft)
+                else:
+                    shutil.copyfile(blob, draft)
+            os.replace(draft, pointer)
+        except BaseException:
+            with suppress(OSError):
+                if draft.is_symlink() or blob.exists():
+                    draft.unlink()
+                else:
+                    os.replace(draft, blob)  # it is the only copy
+            raise
 
 
 def _page(repo: str) -> str:
@@ -495,47 +554,62 @@ def _page(repo: str) -> str:
     return f"{constants.ENDPOINT}/{repo}/tree/main"
 
 
-def _url(repo: str, revision: str, name: str) -> str:
+def _quoted(text: str, safe: str = "") -> str:
     from urllib.parse import quote
 
+    return quote(text, safe=safe, errors="surrogatepass")
+
+
+def _url(repo: str, revision: str, name: str) -> str:
     from huggingface_hub import constants
 
-    return f"{constants.ENDPOINT}/{repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
+    return f"{constants.ENDPOINT}/{repo}/resolve/{_quoted(revision)}/{_quoted(name, '/')}"
 
 
-def _read(url: str, start: int, end: int, stop: threading.Event) -> Iterator[bytes]:
+def _read(
+    url: str,
+    start: int,
+    end: int,
+    file: RepoFile | None,
+    stop: threading.Event,
+    begin: Callable[[int], None] | None = None,
+) -> Iterator[bytes]:
     """The bytes [start, end) of a file, in blocks; a connection that breaks is taken up where it broke.
 
-    Ends early only where the file does. Raises the last error once `_RETRY_SECONDS` are used up.
+    file: what is known of it; without that, what is read may end early, where the file does. begin: told where each
+    answer begins. Raises the last error once `_RETRY_SECONDS` are used up, or the Hub wants to be left alone for longer.
     """
     failures = 0
     while start < end and not stop.is_set():
         asked = min(end, start + _REQUEST_BYTES)
+        answer_start = start
         try:
-            for chunk in _answer(url, start, asked):
+            for chunk in _answer(url, start, asked, file):
+                if begin is not None and start == answer_start:
+                    begin(start)
                 yield chunk
                 start += len(chunk)
                 failures = 0
-        except _network_error() as error:
+        except (_network_error(), _BrokenOff) as error:
             if failures == len(_RETRY_SECONDS) or not _may_pass(error):
                 raise
-            stop.wait(_RETRY_SECONDS[failures])
+            seconds = max(_RETRY_SECONDS[failures], _retry_after(error) or 0.0)
+            if seconds > max(_LONGEST_WAIT_SECONDS, _RETRY_SECONDS[failures]):
+                raise
+            stop.wait(seconds)
             failures += 1
         else:
             if start < asked:
                 return
 
 
-def _answer(url: str, start: int, end: int) -> Iterator[bytes]:
+def _answer(url: str, start: int, end: int, file: RepoFile | None) -> Iterator[bytes]:
     """One request for the bytes [start, end) of a file; the HTTP library keeps the token from other hosts."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    headers = build_hf_headers(library_name=_LIBRARY)
-    headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
-        hf_raise_for_status(response)
+    headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    with _requested(url, constants.HF_HUB_DOWNLOAD_TIMEOUT, headers) as response:
+        _refuse_other_content(response, start, file)
         is_range = response.status_code == 206  # else a server or proxy that knows no ranges sends the whole file
         unwanted, wanted = 0 if is_range else start, end - start
         for chunk in response.iter_bytes():  # as it comes: blocks of a set size lose what a break leaves unfilled
@@ -544,8 +618,76 @@ def _answer(url: str, start: int, end: int) -> Iterator[bytes]:
             wanted -= len(piece)
             if piece:
                 yield piece
-            if not wanted and not is_range:
-                return
+            if not wanted and response.headers.get("Content-Length") != str(end - start):
+                return  # what comes behind it, perhaps without an end, is not waited for
+        if wanted and file is not None:
+            raise _BrokenOff("the answer ended early")
+
+
+@contextmanager
+def _requested(url: str, timeout: float, headers: dict[str, str] | None = None) -> Iterator[Any]:
+    """The response to a GET, its body still to come; an error status is raised, with a body of bounded size."""
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    wanted = build_hf_headers(library_name=_LIBRARY) | (headers or {})
+    with get_session().stream("GET", url, headers=wanted, timeout=timeout, follow_redirects=True) as response:
+        if response.status_code >= 400:
+            kept = {name: text for name, text in response.headers.items() if name.lower() not in _BODY_HEADERS}
+            body = b""
+            with suppress(_OtherAnswer, _network_error()):
+                body = _bounded(response, _LARGEST_COMPLAINT, timeout)
+            hf_raise_for_status(
+                type(response)(response.status_code, headers=kept, content=body, request=response.request)
+            )
+        yield response
+
+
+_BODY_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
+_LARGEST_COMPLAINT = 100_000
+
+
+def _bounded(response: Any, most: int, seconds: float) -> bytes:
+    """A response's whole body. Raises _OtherAnswer when it has more bytes, or takes longer."""
+    body, end = bytearray(), time.monotonic() + seconds
+    for chunk in response.iter_bytes():
+        body += chunk
+        if len(body) > most or time.monotonic() > end:
+            raise _OtherAnswer(f"it does not end within {most:,} bytes and {seconds:.0f} s")
+    return bytes(body)
+
+
+class _BrokenOff(Exception):
+    """An answer that ended before all of it was there, without the HTTP library noticing."""
+
+
+class _OtherAnswer(Exception):
+    """An answer that is not what was asked for: a login page, another range, a file of another size."""
+
+
+def _refuse_other_content(response: Any, start: int, file: RepoFile | None) -> None:
+    """Raise _OtherAnswer for an answer that says itself that it is not the file, or not its bytes from `start`."""
+    headers, size = response.headers, None if file is None else file.size
+    kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind in ("text/html", "application/xhtml+xml") and not (
+        file is not None and file.name.endswith((".html", ".htm"))
+    ):
+        raise _OtherAnswer("it is a web page")
+    packed = headers.get("Content-Encoding", "identity").lower() != "identity"
+    if response.status_code == 206:
+        found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", headers.get("Content-Range", "").strip())
+        if found is None or int(found[1]) != start or packed:
+            raise _OtherAnswer(f"it says that it has other bytes than those from {start:,} on")
+        total = None if found[3] == "*" else int(found[3])
+    elif response.status_code == 200:
+        length = headers.get("Content-Length", "")
+        total = int(length) if re.fullmatch(r"\d{1,18}", length) and not packed else None
+    else:
+        raise _OtherAnswer(f"its status is {response.status_code}")
+    if size is not None and total is not None and total != size:
+        raise _OtherAnswer(f"it has {total:,} bytes and the file {size:,}")
+    linked = next((each.headers["X-Linked-ETag"] for each in response.history if "X-Linked-ETag" in each.headers), None)
+    if file is not None and linked is not None and linked.removeprefix("W/").strip('"') != file.etag:
+        raise _OtherAnswer(f"its checksum is {shown(linked)} and that of the file {file.etag[:12]}…")
 
 
 # Errors.
@@ -559,9 +701,23 @@ def _network_error() -> type[Exception]:
 
 
 def _may_pass(error: Exception) -> bool:
+    """Whether it makes sense to ask once more."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return not isinstance(error, HfHubHTTPError) or error.response.status_code in (408, 429, 500, 502, 503, 504)
+
+
+def _retry_after(error: Exception) -> float | None:
+    """The seconds for which the Hub wants to be left alone, when it says so."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    text = error.response.headers.get("Retry-After", "").strip() if isinstance(error, HfHubHTTPError) else ""
+    if re.fullmatch(r"\d{1,9}", text):
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, IndexError, OverflowError):  # none, or no date
+        return None
 
 
 @contextmanager
@@ -571,7 +727,7 @@ def _explained(repo: str, revision: str | None = None, name: str | None = None) 
 
     try:
         yield
-    except (_network_error(), OfflineModeIsEnabled) as error:
+    except (_network_error(), OfflineModeIsEnabled, _BrokenOff, _OtherAnswer) as error:
         raise HubError(_sentence(error, repo, revision, name)) from error
 
 
@@ -592,6 +748,12 @@ def _sentence(error: Exception, repo: str, revision: str | None, name: str | Non
         return f"{repo} has no file {name!r}: its files are listed at {_page(repo)}."
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{repo} cannot be fetched while HF_HUB_OFFLINE is set: unset it, or give a folder on this machine."
+    if isinstance(error, _OtherAnswer):
+        return (
+            f"What came for {repo if name is None else f'{name} of {repo}'} is not what was asked for: {error}. Something "
+            f"between here and {hub} answers in its place: open that address in a browser, log in to the network if it "
+            "wants that, and run this again; what was downloaded is kept."
+        )
     if not isinstance(error, errors.HfHubHTTPError):
         return (
             f"{hub} cannot be reached for {repo} ({_one_line(error)}): check the network and run this again; a "
@@ -606,9 +768,18 @@ def _sentence(error: Exception, repo: str, revision: str | None, name: str | Non
         )
     if status == 416:
         return f"{name} of {repo} ends before the bytes that were asked for: the file is damaged or was replaced."
+    seconds = _retry_after(error)
+    when = (
+        "in a while"
+        if seconds is None
+        else f"in {seconds:.0f} s"
+        if seconds < 120
+        else f"in {seconds / 60:.0f} minutes"
+    )
     if status == 429:
-        return f"{hub} refuses {repo} for now (429, too many requests): wait a few minutes and run this again."
-    return f"{hub} answered {status} for {repo}: run this again in a while; a download goes on where it stopped."
+        when = "in a few minutes" if seconds is None else when
+        return f"{hub} refuses {repo} for now (429, too many requests): run this again {when}; a download goes on."
+    return f"{hub} answered {status} for {repo}: run this again {when}; a download goes on where it stopped."
 
 
 def _upload_reason(error: BaseException) -> str:

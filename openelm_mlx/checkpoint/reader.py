@@ -1,28 +1,27 @@
 """What is in a checkpoint's files, known from headers alone, and one tensor at a time when it is wanted.
 
-Two formats are read: safetensors (one file, or shards with an index) and CoreNet's PyTorch files, through PyTorch's own
-weights-only loader. A pickle is never executed. `read` gives a lazy array: no byte of a tensor is touched before it is
-evaluated, and then exactly that tensor's bytes.
+Two formats are read: safetensors (one file, or shards with an index) and CoreNet's PyTorch files (torch_file.py).
+`read` gives a lazy array: no byte of a tensor is touched before it is evaluated, and then exactly that tensor's bytes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import CheckpointError, ConfigError
+from ..files import files_in, open_regular, parse_json, read_object, read_yaml, refuse_pointer, shown
 from ..finder import disk_trouble
 
 # safetensors' names of the types that weights come in, with bytes an element (huggingface/safetensors, format section).
 ITEM_SIZES = {
-    "F64": 8,
     "F32": 4,
     "F16": 2,
     "BF16": 2,
@@ -34,7 +33,17 @@ ITEM_SIZES = {
     "I8": 1,
     "U8": 1,
 }
-MAX_HEADER_BYTES = 100_000_000
+# The format's other types, with bits an element: no weight of a model read here has them, so MLX need not either.
+OTHER_BITS = {"F64": 64, "U64": 64, "C64": 64, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+_MLX_TYPES = {
+    "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "I64": mx.int64, "I32": mx.int32, "U32": mx.uint32,
+    "I16": mx.int16, "U16": mx.uint16, "I8": mx.int8, "U8": mx.uint8,
+}  # fmt: skip
+# The format allows 100 MB; the largest header of a model read here has some 100 kB.
+MAX_HEADER_BYTES = 2**24
+_MAX_DIMENSIONS = 32
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class TensorEntry:
     file: Path
     start: int
     nbytes: int
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the tensor has a type that weights come in."""
+        return self.dtype in ITEM_SIZES
 
 
 class Checkpoint(Protocol):
@@ -81,82 +95,63 @@ class SafetensorsCheckpoint:
                     raise CheckpointError(f"Tensor {entry.name} stands both in {other} and in {file.name}: keep one.")
                 entries[entry.name] = entry
         self.entries = entries
+        self._odd_files = {entry.file for entry in entries.values() if not entry.is_usable}
 
     def read(self, name: str) -> mx.array:
-        file = self.entries[name].file
-        if name not in self._unread.get(file, {}):  # the first of its file, or one that was read before
-            self._unread[file] = _lazy_arrays(file)
-        return self._unread[file].pop(name)  # given away: what is evaluated does not stay here
+        entry = self.entries[name]
+        if entry.file in self._odd_files:
+            return _read_now(entry)
+        if name not in self._unread.get(entry.file, {}):  # the first of its file, or one that was read before
+            self._unread[entry.file] = _lazy_arrays(entry.file)
+        array = self._unread[entry.file].pop(name, None)  # given away: what is evaluated does not stay here
+        if array is None or array.shape != entry.shape or array.dtype != _MLX_TYPES[entry.dtype]:
+            raise CheckpointError(f"{entry.file} has changed since its header was read: put it back, or load it again.")
+        return array
 
 
-class TorchCheckpoint:
-    """Tensors of a PyTorch file: CoreNet's training checkpoints. Mapped, so that only what is read is in memory."""
-
-    entries: Mapping[str, TensorEntry]
-    files: tuple[Path, ...]
-
-    def __init__(self, file: Path) -> None:
-        try:
-            import torch
-        except ImportError as error:
-            raise CheckpointError(
-                f"{file.name} is a PyTorch file, and reading it needs PyTorch: pip install 'openelm_mlx[torch]'"
-            ) from error
-        try:
-            # weights_only refuses everything but tensors and plain containers: no code in the file runs.
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (
-            Exception
-        ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, BadZipFile, ... by what is wrong
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(
-                f"{file} is no PyTorch checkpoint that can be read safely ({reason[:200]}): use a state_dict saved by "
-                "torch.save, or a safetensors file."
-            ) from error
-        self.files = (file,)
-        self._tensors = _state_dict(loaded, file)
-        dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-        self.entries = {
-            name: TensorEntry(name, dtypes[t.dtype], tuple(t.shape), file, 0, t.numel() * t.element_size())
-            for name, t in self._tensors.items()
-            if t.dtype in dtypes
-        }
-
-    def read(self, name: str) -> mx.array:
-        import torch
-
-        tensor = self._tensors[name].detach().contiguous()
-        if tensor.dtype == torch.bfloat16:  # NumPy has no such type
-            return mx.array(tensor.view(torch.uint16).numpy()).view(mx.bfloat16)
-        return mx.array(tensor.numpy())
+def _read_now(entry: TensorEntry) -> mx.array:
+    """One tensor out of a file that MLX does not open, because others in it have types that MLX does not know."""
+    with open_regular(entry.file, CheckpointError) as stream:
+        stream.seek(entry.start)
+        data = np.frombuffer(stream.read(entry.nbytes), np.uint8)
+    if len(data) != entry.nbytes:
+        raise CheckpointError(f"{entry.file} ends inside of {entry.name}: download or copy it again.")
+    return mx.array(data).view(_MLX_TYPES[entry.dtype]).reshape(entry.shape)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a folder, or in one file of it. Raises CheckpointError when there is none that can be read."""
-    files = [path] if path.is_file() else weight_files(path)
+    files = weight_files(path) if path.is_dir() or not os.path.lexists(path) else [path]
     if files[0].suffix in (".pt", ".pth"):
+        from .torch_file import TorchCheckpoint  # few have one
+
         return TorchCheckpoint(files[0])
     return SafetensorsCheckpoint(files)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the folder's weights: an index's shards, or one safetensors file, or one PyTorch file."""
+    """The files that hold the folder's weights: an index's shards, or one safetensors file, or one PyTorch file.
+
+    An index that names files which are not there is passed over where the whole model lies beside it in one file.
+    """
     if not folder.is_dir():
         raise CheckpointError(
             f"There is no folder {folder}: check the path, or give a Hugging Face repository as owner/name."
         )
-    indexes = _files_like(folder, "*.safetensors.index.json")
+    indexes = files_in(folder, "*.safetensors.index.json", CheckpointError)
     if indexes:
         return _indexed_files(indexes[0])
     for pattern in ("model.safetensors", "weights.safetensors", "model*.safetensors", "*.safetensors", "*.pt", "*.pth"):
-        files = _files_like(folder, pattern)
+        files = files_in(folder, pattern, CheckpointError)
         if len(files) > 1 and pattern != "model*.safetensors":
-            names = ", ".join(file.name for file in files)
+            names = ", ".join(file.name for file in files[:8])
             raise CheckpointError(f"{folder} holds several checkpoints ({names}): give the path of the one to read.")
         if files:
             _check_numbering(folder, files)
             return files
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pkl", "*.npz") for file in _files_like(folder, pattern))
+    pickles = sorted(
+        file.name for each in ("*.bin", "*.pkl", "*.npz") for file in files_in(folder, each, CheckpointError)
+    )
     if pickles:
         raise CheckpointError(
             f"{folder} has its weights only as {pickles[0]}, which is not read because a pickle can run any code: "
@@ -165,22 +160,18 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} holds no weights: there is no safetensors or PyTorch file in it.")
 
 
-def _files_like(folder: Path, pattern: str) -> list[Path]:
-    """The files of such names; none that is hidden, as those that macOS writes beside others on some disks."""
-    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
-
-
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """Name -> entry of every tensor in a safetensors file, in the order of their bytes; no tensor is read.
 
-    Raises CheckpointError when the file is truncated, over-long, or its header contradicts itself.
+    Raises CheckpointError when it is no file, truncated, over-long, or its header contradicts itself.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file, CheckpointError) as stream:
+            size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                refuse_pointer(file, prefix + stream.read(32), CheckpointError)
                 raise _damaged(file, f"it has {size:,} bytes and its header should have {length:,}")
             text = stream.read(length)
     except OSError as error:
@@ -191,16 +182,19 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 def parse_header(text: bytes, file: Path, file_size: int) -> dict[str, TensorEntry]:
     """The entries of a safetensors header (its JSON, without the 8 bytes of its length) of a file of `file_size` bytes."""
     try:
-        header = json.loads(text)
+        header = parse_json(text, "it", CheckpointError)
         tensors = {name: value for name, value in header.items() if name != "__metadata__"}
         entries = [_entry(name, value, file, 8 + len(text)) for name, value in tensors.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _damaged(file, f"its header is not in the format ({error})") from error
+        reason = str(error).partition(": download")[0]
+        raise _damaged(file, f"its header is not in the format ({reason})") from error
     entries.sort(key=lambda entry: entry.start)
     position = 8 + len(text)
     for entry in entries:
         if entry.start != position:
-            raise _damaged(file, f"its header places {entry.name} at byte {entry.start:,} instead of {position:,}")
+            raise _damaged(
+                file, f"its header places {shown(entry.name)} at byte {entry.start:,} instead of {position:,}"
+            )
         position += entry.nbytes
     if position != file_size:
         raise _damaged(file, f"its header describes {position:,} bytes and the file has {file_size:,}")
@@ -214,52 +208,56 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"There is no folder {folder}: check the path, or give a Hugging Face repository as owner/name."
         )
-    for file in (folder / "config.json", folder / "corenet.json", *_files_like(folder, "*.y*ml")):
-        if file.is_file():
-            return _read_object(file)
+    named = [file for name in ("config.json", "corenet.json") if os.path.lexists(file := folder / name)]
+    for file in named or files_in(folder, "*.y*ml", ConfigError):
+        return _read_object(file)
     raise ConfigError(
         f"{folder} has no config.json (nor CoreNet's YAML file): a model's folder holds one beside its weights."
     )
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            value = json.loads(text)
-        else:
-            import yaml
-
-            value = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ConfigError(
-            f"{file} is not valid {file.suffix[1:].upper()} ({error}): download or copy it again."
-        ) from error
-    except Exception as error:  # yaml's errors share no builtin base class
-        raise ConfigError(
-            f"{file} is not valid YAML ({str(error).splitlines()[0]}): download or copy it again."
-        ) from error
+    if file.suffix == ".json":
+        return read_object(file, ConfigError)
+    value = read_yaml(file, ConfigError)
     if not isinstance(value, dict):
-        raise ConfigError(f"{file} holds a {type(value).__name__}, not an object with named fields.")
+        raise ConfigError(f"{file} holds a {type(value).__name__}, no object with named fields.")
     return value
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    weight_map = _read_object(index).get("weight_map")
+    whole = index.parent / "model.safetensors"
+    there = {file.name for file in files_in(index.parent, "*.safetensors", CheckpointError)}
+    try:
+        return [index.parent / name for name in indexed_names(_read_object(index), str(index), there)]
+    except (CheckpointError, ConfigError):
+        if whole.name in there:
+            return [whole]
+        raise
+
+
+def indexed_names(index: Mapping[str, Any], origin: str, there: Collection[str]) -> list[str]:
+    """The files of the folder of an index that hold its tensors; `there` are those that the folder has.
+
+    Raises CheckpointError when the index names none, names others than its folder's own, or when some are missing.
+    """
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f'{index} has no "weight_map" that names the shards: download or copy it again.')
-    names = sorted({str(name) for name in weight_map.values()})
-    if any(os.path.basename(name) != name for name in names):
-        raise CheckpointError(f"{index} names shards outside its own folder: {', '.join(names)}.")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+        raise CheckpointError(f'{origin} has no "weight_map" that names the shards: download or copy it again.')
+    values = list(weight_map.values())
+    if not all(isinstance(name, str) for name in values):
+        raise CheckpointError(f"{origin} does not name its shards as texts: download or copy it again.")
+    names = sorted(set(values))
+    if any(os.path.basename(name) != name or name in ("", ".", "..") for name in names):
+        raise CheckpointError(f"{origin} names shards outside its own folder: {shown(names)}.")
+    missing = [name for name in names if name not in there]
     if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of the {len(names)} shards its index names ({', '.join(missing)}): "
-            "download or copy them."
+            f"The folder of {origin} lacks {len(missing)} of the {len(names)} shards its index names "
+            f"({', '.join(map(shown, missing[:8]))}{more}): download or copy them."
         )
-    return [index.parent / name for name in names]
+    return names
 
 
 def _check_numbering(folder: Path, files: list[Path]) -> None:
@@ -282,7 +280,7 @@ def _lazy_arrays(file: Path) -> dict[str, mx.array]:
     """All of a file's tensors, none of them read; the file is open until the last of them is evaluated or gone."""
     try:
         arrays = mx.load(str(file), format="safetensors")
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UnicodeError) as error:
         trouble = disk_trouble([file]) or f"{file} cannot be read: {error}. Download or copy it again."
         raise CheckpointError(trouble) from error
     assert isinstance(arrays, dict)
@@ -292,32 +290,21 @@ def _lazy_arrays(file: Path) -> dict[str, mx.array]:
 def _entry(name: str, value: dict[str, Any], file: Path, data_start: int) -> TensorEntry:
     begin, end = value["data_offsets"]
     shape, dtype = tuple(value["shape"]), value["dtype"]
-    if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
-        raise ValueError(f"{name} has shape {list(shape)} and offsets {[begin, end]}")
-    if dtype not in ITEM_SIZES:
-        raise ValueError(f"{name} has the type {dtype}")
-    nbytes = ITEM_SIZES[dtype]
+    sizes = (begin, end, *shape)
+    if len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**60 for n in sizes):
+        raise ValueError(f"{shown(name)} has shape {shown(list(shape))} and offsets {shown([begin, end])}")
+    bits = 8 * ITEM_SIZES[dtype] if dtype in ITEM_SIZES else OTHER_BITS.get(dtype)
+    if bits is None:
+        raise ValueError(f"{shown(name)} has the type {shown(dtype)}")
     for length in shape:
-        nbytes *= length
+        bits *= length
+    nbytes = -(-bits // 8)
     if end - begin != nbytes:
-        raise ValueError(f"{name} is {dtype} {list(shape)}, {nbytes:,} bytes, but its offsets span {end - begin:,}")
+        raise ValueError(
+            f"{shown(name)} is {dtype} {shown(list(shape))}, {nbytes:,} bytes, but its offsets span {end - begin:,}"
+        )
     return TensorEntry(name, dtype, shape, file, data_start + begin, nbytes)
 
 
 def _damaged(file: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{file} is damaged or not a safetensors file: {reason}. Download or copy it again.")
-
-
-def _state_dict(loaded: Any, file: Path) -> dict[str, Any]:
-    """The name -> tensor part of what torch.load gave: itself, or what a training checkpoint keeps as its model."""
-    import torch
-
-    nested = (
-        [loaded.get(key) for key in ("model_state_dict", "state_dict", "model")] if isinstance(loaded, dict) else []
-    )
-    for candidate in (loaded, *nested):
-        if isinstance(candidate, dict) and candidate:
-            tensors = {name: t for name, t in candidate.items() if isinstance(t, torch.Tensor)}
-            if len(tensors) == len(candidate):
-                return {name.removeprefix("module."): t for name, t in tensors.items()}
-    raise CheckpointError(f"{file} holds no model's state_dict: expected tensors by name, as CoreNet saves them.")

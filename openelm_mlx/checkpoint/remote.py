@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..files import refuse_pointer
 from . import hub
-from .reader import MAX_HEADER_BYTES, TensorEntry, parse_header
+from .hub_names import RepoFile
+from .reader import MAX_HEADER_BYTES, TensorEntry, indexed_names, parse_header
 
 # One request brings the header of most files: OpenELM-3B's has 34 kB, a shard of gpt-oss 10 kB.
 _FIRST_BYTES = 1 << 16
@@ -25,7 +27,7 @@ class RemoteCheckpoint:
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
 
-    def __init__(self, repo: str, files: Sequence[hub.RepoFile], revision: str | None = None) -> None:
+    def __init__(self, repo: str, files: Sequence[RepoFile], revision: str | None = None) -> None:
         self.files = tuple(Path(file.name) for file in files)
         entries: dict[str, TensorEntry] = {}
         for file in files:
@@ -36,9 +38,10 @@ class RemoteCheckpoint:
         raise AssertionError(f"{name} is known by its header only: download the repository to read it")
 
 
-def _header(repo: str, file: hub.RepoFile, revision: str | None) -> bytes:
+def _header(repo: str, file: RepoFile, revision: str | None) -> bytes:
     start = hub.read_range(repo, file.name, 0, min(_FIRST_BYTES, file.size), revision)
     length = int.from_bytes(start[:8], "little")
+    refuse_pointer(f"{repo}/{file.name}", start, CheckpointError)
     if len(start) < 8 or length > min(file.size - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
             f"{file.name} of {repo} is damaged or not a safetensors file: its repository has to mend it."
@@ -49,12 +52,15 @@ def _header(repo: str, file: hub.RepoFile, revision: str | None) -> bytes:
     return start[8 : 8 + length]
 
 
-def indexed_files(index: str, files: Sequence[hub.RepoFile]) -> list[hub.RepoFile]:
-    """Those of `files` that a model.safetensors.index.json (its text) names."""
+def indexed_files(index: Mapping[str, Any], origin: str, files: Sequence[RepoFile]) -> list[RepoFile]:
+    """Those of `files` that hold a model's weights, by its model.safetensors.index.json; all beside each other.
+
+    Where the index names files that are not there, the whole model in one file will do. Raises CheckpointError.
+    """
+    there = {Path(file.name).name: file for file in files}
     try:
-        named = set(json.loads(index)["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "The repository's model.safetensors.index.json names no shards: it is damaged."
-        ) from error
-    return [file for file in files if file.name in named]
+        return [there[name] for name in indexed_names(index, origin, there)]
+    except CheckpointError:
+        if "model.safetensors" in there:
+            return [there["model.safetensors"]]
+        raise

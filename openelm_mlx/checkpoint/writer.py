@@ -30,7 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from ..errors import DestinationError
+from ..errors import CheckpointError, DestinationError
+from ..files import LARGEST_COPY, open_regular
 from ..finder import is_empty, sync, sync_folder
 from .reader import ITEM_SIZES
 
@@ -335,7 +336,8 @@ class CheckpointWriter:
 
     def _put(self, name: str, content: bytes | Path) -> None:
         with (self._output / name).open("wb") as stream:
-            _append(stream, content if isinstance(content, bytes) else content.read_bytes())
+            for piece in _pieces(content):
+                _append(stream, piece)
             sync(stream)
 
     def _unfinished(self, file: OutputFile) -> Path:
@@ -433,6 +435,16 @@ def _aligned(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
 
 def _append(stream: BinaryIO, data: bytes | memoryview) -> None:
     stream.write(data)
+
+
+def _pieces(content: bytes | Path) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with open_regular(content, CheckpointError) as source:
+        if os.fstat(source.fileno()).st_size > LARGEST_COPY:
+            raise CheckpointError(f"{content} is too large to belong to a model as it is: move it away.")
+        yield from iter(lambda: source.read(_BLOCK_BYTES), b"")
 
 
 def _read_checksum(stream: BinaryIO, nbytes: int, *whole: hashlib._Hash) -> str:

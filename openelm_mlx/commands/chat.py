@@ -7,32 +7,49 @@ by line. Answers go to stdout; the prompt, reasoning and everything else to stde
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING
 
-from ..errors import DestinationError, SettingError, UserError
+from ..errors import SettingError, UserError
 from . import INTERRUPTED
-from .generate import experts_read, print_dimmed
+from .answering import (
+    add_answer_arguments,
+    add_form_arguments,
+    add_guess_arguments,
+    add_reasoning_arguments,
+    answer_options,
+    guessing,
+    in_flags,
+)
+from .generate import check_draft_options, experts_read, load_draft, print_dimmed, read_form
+from .interrupts import Interrupts
 from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
+from .reader import Command, LineReader, Reader, TerminalReader
 
 if TYPE_CHECKING:
     from ..agents.chat import Chat, Done, Event
 
 HELP = "talk with a model in the terminal"
 
-COMMANDS_HELP = """\
-/help                 this list
-/reset                forget what was said
-/save FILE            save the conversation     /load FILE   go on with a saved one
-/system TEXT          instructions for the model (nothing: none)
-/effort low|medium|high   how long gpt-oss thinks
-/stats                tokens and times of the last answer
-/exit                 leave (or Ctrl-D)
-Alt-Enter or a \\ at the end of a line begins another line; Ctrl-C stops an answer."""
+COMMANDS = (
+    Command("/help", "", "this list"),
+    Command("/reset", "", "forget what was said"),
+    Command("/save", "FILE", "save the conversation"),
+    Command("/save!", "FILE", "save it, whatever FILE held"),
+    Command("/load", "FILE", "go on with a saved one"),
+    Command("/system", "TEXT", "instructions for the model (nothing: none)"),
+    Command("/effort", "low|medium|high", "how long gpt-oss thinks"),
+    Command("/stats", "", "tokens and times of the last answer"),
+    Command("/exit", "", "leave (or Ctrl-D)"),
+)
+
+COMMANDS_HELP = "\n".join(
+    [
+        *(f"{f'{each.name} {each.argument}':<24}{each.help}" for each in COMMANDS),
+        "Tab completes them. Alt-Enter or a \\ at the end of a line begins another line; Ctrl-C stops an answer.",
+    ]
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +69,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chat.add_argument(
         "--allow-unsandboxed", action="store_true", help="let python run where this machine has no sandbox for it"
     )
+    chat.add_argument(
+        "--max-rounds", type=int, default=16, metavar="N", help="let it call tools N times a turn (default: 16)"
+    )
+    chat.add_argument("--time-limit", type=float, metavar="SECONDS", help="end a turn after so long")
     chat.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
     chat.add_argument("--no-history", action="store_true", help="do not keep what is typed for the next time")
-    add_sampling_arguments(parser.add_argument_group("sampling"), max_tokens=2048)
+    sampling = parser.add_argument_group("sampling")
+    add_sampling_arguments(sampling, "what the context has room for")
+    add_answer_arguments(sampling)
+    add_guess_arguments(parser)
+    add_form_arguments(parser, "every answer")
     output = parser.add_argument_group("output")
-    output.add_argument("--hide-reasoning", action="store_true", help="do not show gpt-oss's reasoning")
+    add_reasoning_arguments(output, "shown")
     output.add_argument("--quiet", "-q", action="store_true", help="nothing but answers")
 
 
@@ -65,13 +90,19 @@ def run(args: argparse.Namespace) -> int:
     from ..agents.toolbox import Toolbox, parse_names
     from ..decoding.sampling import SamplingParams
 
+    check_draft_options(args)
+    form = read_form(args)
     sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
     parse_names(args.tools)
     from ..agents.chat import Chat
     from ..loading import load
+    from ..text.unicode import whole_characters
 
     model, tokenizer = load(args.model, **load_options(args))
-    count = None if tokenizer is None else lambda text: len(tokenizer.encode(text))
+    draft = load_draft(args)
+    if draft is not None:
+        draft.check(model, tokenizer)
+    count = None if tokenizer is None else lambda text: len(tokenizer.encode(whole_characters(text)))
     with Toolbox(args.tools, allow_unsandboxed=args.allow_unsandboxed, count_tokens=count) as toolbox:
         chat = Chat(
             model,
@@ -81,11 +112,14 @@ def run(args: argparse.Namespace) -> int:
             reasoning_effort=args.reasoning_effort,
             sampling=sampling,
             max_tokens=args.max_tokens,
+            max_rounds=args.max_rounds,
+            time_limit=args.time_limit,
+            options={**answer_options(args), **form, "draft": draft},
         )
         if args.load is not None:
             chat.load(args.load)
-        reader: Reader = TerminalReader(args.no_history) if sys.stdin.isatty() else LineReader()
-        screen = Screen(chat, quiet=args.quiet, show_reasoning=not args.hide_reasoning)
+        reader: Reader = TerminalReader(args.no_history, COMMANDS) if sys.stdin.isatty() else LineReader()
+        screen = Screen(chat, quiet=args.quiet, show_reasoning=args.show_reasoning is not False)
         if sys.stdin.isatty():
             screen.say(f"{args.model}. /help lists the commands, Ctrl-D ends the chat.")
         return talk(chat, reader, screen)
@@ -94,21 +128,35 @@ def run(args: argparse.Namespace) -> int:
 def talk(chat: Chat, reader: Reader, screen: Screen) -> int:
     """Read, answer, and so on. A mistake is a sentence and the chat goes on; without a terminal it ends with code 2."""
     exit_code = 0
-    for text in reader:
-        try:
-            if text.startswith("/"):
-                if not command(chat, screen, text):
-                    break
-            elif text.strip():
-                screen.answer(text)
-        except UserError as error:
-            screen.say(str(error) if reader.is_interactive else f"openelm_mlx: {error}", always=True)
-            exit_code = 0 if reader.is_interactive else 2
-        except KeyboardInterrupt:
-            screen.say("\n[stopped]")
-            if not reader.is_interactive:
-                return INTERRUPTED
-    return exit_code
+    with Interrupts() as interrupts:
+        texts = iter(reader)
+        while True:
+            try:
+                # At a terminal, Ctrl-C at the prompt is the prompt's business.
+                with nullcontext() if reader.is_interactive else interrupts.armed():
+                    text = next(texts, None)
+                if text is None:
+                    return exit_code
+                with interrupts.armed():
+                    is_answered = respond(chat, screen, text)
+                if is_answered is None:
+                    return exit_code
+                if not reader.is_interactive and not is_answered:
+                    exit_code = 2
+            except UserError as error:
+                screen.say(str(error) if reader.is_interactive else f"openelm_mlx: {error}", always=True)
+                exit_code = 0 if reader.is_interactive else 2
+            except KeyboardInterrupt:
+                screen.say("\n[stopped]")
+                if not reader.is_interactive:
+                    return INTERRUPTED
+
+
+def respond(chat: Chat, screen: Screen, text: str) -> bool | None:
+    """Do what `text` says, or answer it. Whether all went well; None: the chat is to end."""
+    if text.startswith("/"):
+        return True if command(chat, screen, text) else None
+    return screen.answer(text) if text.strip() else True
 
 
 def command(chat: Chat, screen: Screen, text: str) -> bool:
@@ -122,13 +170,18 @@ def command(chat: Chat, screen: Screen, text: str) -> bool:
     elif name == "/reset":
         chat.reset()
         screen.say("The conversation begins anew.")
-    elif name in ("/save", "/load"):
+    elif name in ("/save", "/save!"):
+        overwrite = name == "/save!" or rest.endswith(" --overwrite")
+        rest = rest.removesuffix(" --overwrite").rstrip()
         if not rest:
             raise SettingError(f"{name} needs a file: {name} chat.json")
-        if name == "/save" and Path(rest).expanduser().is_dir():
-            raise DestinationError(f"{rest} is a folder: name a file in it.")
-        (chat.save if name == "/save" else chat.load)(rest)
-        screen.say(f"{'Saved to' if name == '/save' else 'Loaded'} {rest}: {_count(len(chat.messages), 'message')}.")
+        chat.save(rest, overwrite=overwrite)
+        screen.say(f"Saved to {rest}: {_count(len(chat.messages), 'message')}.")
+    elif name == "/load":
+        if not rest:
+            raise SettingError("/load needs a file: /load chat.json")
+        chat.load(rest)
+        screen.say(f"Loaded {rest}: {_count(len(chat.messages), 'message')}.")
     elif name == "/system":
         chat.instructions = rest or None
         screen.say("The instructions are set." if rest else "There are no instructions now.")
@@ -158,8 +211,8 @@ class Screen:
         self.chat, self.quiet, self.show_reasoning = chat, quiet, show_reasoning
         self.last: Done | None = None
 
-    def answer(self, text: str) -> None:
-        """Say `text` to the model and show what comes; Ctrl-C ends the answer and is passed on."""
+    def answer(self, text: str) -> bool:
+        """Say `text` to the model and show what comes; whether an answer did. Ctrl-C ends it and is passed on."""
         from ..agents.chat import Done
 
         kind, wrote_answer = "", False
@@ -176,10 +229,25 @@ class Screen:
                     wrote_answer |= self._show(event)
             finally:
                 self._end_of(kind)
-        if self.last is not None and self.last.finish_reason != "stop":
-            self.say(f"[ended: {_ENDINGS[self.last.finish_reason]}]")
+        done = self.last
+        assert done is not None
+        if done.no_answer is not None:  # also when nothing but answers is to be shown
+            self.say(f"[no answer: {in_flags(done.no_answer)}]", always=True)
+            return False
+        if done.finish_reason != "stop":
+            self.say(f"[ended: {self._ending(done)}]")
         elif not wrote_answer:
             self.say("[no answer]")
+        return True
+
+    def _ending(self, done: Done) -> str:
+        """Why an answer is not whole, and what to change."""
+        limit, chat = done.finish_reason, self.chat
+        if limit == "length" and chat.max_tokens is not None and done.num_tokens >= chat.max_tokens:
+            return f"the limit of tokens was reached; raise --max-tokens ({chat.max_tokens})"
+        if limit == "length":
+            return f"the context of {chat.model.context_length:,} tokens is full; ask it to go on"
+        return f"the limit of time was reached; raise --time-limit ({chat.time_limit:g})"
 
     def _show(self, event: Event) -> bool:
         """Show one event; whether it was a part of the answer."""
@@ -195,7 +263,7 @@ class Screen:
             self._dimmed(f"[{event.name} {event.arguments}]")
         elif isinstance(event, ToolResult):
             self._dimmed(f"[{'failed: ' if event.is_error else '= '}{_one_line(event.text)}]")
-        elif isinstance(event, Notice):
+        elif isinstance(event, Notice) and not event.is_no_answer:
             self.say(f"[{event.text}]")
         return False
 
@@ -221,108 +289,16 @@ class Screen:
         if self.last is None or self.last.statistics is None:
             return "There is no answer yet."
         s = self.last.statistics
+        chat = self.chat
+        forgotten = f"{_count(chat.num_forgotten, 'turn')} forgotten; " if chat.num_forgotten else ""
         return (
             f"{s.prompt_tokens} prompt tokens, {s.time_to_first_token:.2f} s to the first token; "
-            f"{self.last.num_tokens} tokens at {s.decode_tps:.1f} tokens/s, {_count(self.last.num_calls, 'tool call')}; "
-            f"{experts_read(s)}peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; "
-            f"{s.prompt_tokens + s.completion_tokens:,} of {self.chat.model.context_length:,} tokens of context used."
+            f"{self.last.num_tokens} tokens at {s.decode_tps:.1f} tokens/s, "
+            f"{_count(self.last.num_calls, 'tool call')}; "
+            f"{guessing(s, chat.options.get('draft') is not None)}{experts_read(s)}{forgotten}"
+            f"peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; "
+            f"{s.prompt_tokens + s.completion_tokens:,} of {chat.model.context_length:,} tokens of context used."
         )
-
-
-_ENDINGS = {
-    "length": "the limit of tokens was reached",
-    "time": "the limit of time was reached",
-    "rounds": "the limit of tool calls was reached",
-}
-
-
-class Reader(Protocol):
-    """What the person says, one message after the other. is_interactive: a person who can try again."""
-
-    is_interactive: bool
-
-    def __iter__(self) -> Iterator[str]: ...
-
-
-class LineReader:
-    """Standard input that is no terminal: a message a line; a line that ends in a backslash goes on in the next."""
-
-    is_interactive = False
-
-    def __iter__(self) -> Iterator[str]:
-        pending = ""
-        for line in sys.stdin:
-            line = line.rstrip("\n")
-            if line.endswith("\\"):
-                pending += line[:-1] + "\n"
-                continue
-            yield pending + line
-            pending = ""
-        if pending:
-            yield pending
-
-
-class TerminalReader:
-    """A terminal, with history, editing and several lines."""
-
-    is_interactive = True
-
-    def __init__(self, no_history: bool = False) -> None:
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-        from prompt_toolkit.output import create_output
-
-        file = None if no_history else history_file()
-        history: History = InMemoryHistory() if file is None else FileHistory(str(file))
-        # On stderr: stdout has the answers and nothing else, wherever it goes.
-        self._session: PromptSession[str] = PromptSession(
-            history=history, output=create_output(stdout=sys.stderr), key_bindings=_key_bindings(), multiline=True,
-            prompt_continuation="  ",
-        )  # fmt: skip
-
-    def __iter__(self) -> Iterator[str]:
-        while True:
-            try:
-                yield self._session.prompt("> ")
-            except KeyboardInterrupt:
-                continue  # Ctrl-C at the prompt clears the line
-            except EOFError:
-                return
-
-
-def _key_bindings() -> Any:
-    """Enter sends, unless the line ends in a backslash; Alt-Enter begins another line."""
-    from prompt_toolkit.key_binding import KeyBindings
-
-    bindings = KeyBindings()
-
-    @bindings.add("enter")
-    def _(event: Any) -> None:
-        buffer = event.current_buffer
-        if buffer.document.current_line_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.newline()
-        else:
-            buffer.validate_and_handle()
-
-    @bindings.add("escape", "enter")
-    def _(event: Any) -> None:
-        event.current_buffer.newline()
-
-    return bindings
-
-
-def history_file() -> Path | None:
-    """Where what was typed is kept, for this user's eyes only; None where nothing can be kept."""
-    from ..memory.stored import cache_folder
-
-    file = cache_folder() / "chat_history"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600))
-    except OSError:
-        return None
-    return file
 
 
 def _one_line(text: str, most: int = 200) -> str:

@@ -10,6 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import PromptError, SettingError
+from ..files import parse_json, read_text
+from .answering import (
+    add_answer_arguments,
+    add_form_arguments,
+    add_guess_arguments,
+    add_reasoning_arguments,
+    answer_options,
+    guessing,
+    in_flags,
+)
 from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
 
 if TYPE_CHECKING:
@@ -21,9 +31,13 @@ if TYPE_CHECKING:
 
 HELP = "generate text from a prompt"
 INTERRUPTED = 130
+NO_ANSWER = 2  # an option has to be changed
 
 # None: a model without channels.
 ANSWER_CHANNELS = (None, "final")
+
+# Far more text than any model here reads.
+LARGEST_PROMPT = 2**26
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,52 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
 
     sampling = parser.add_argument_group("sampling")
-    add_sampling_arguments(sampling, max_tokens=256)
-    sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)"
-    )
+    add_sampling_arguments(sampling, "256; gpt-oss ends by itself, and has what the context has room for")
+    add_answer_arguments(sampling)
     sampling.add_argument(
         "--sliding-window", type=int, metavar="N", help="keep the last N tokens only, and go past the context"
     )
-    sampling.add_argument(
-        "--prefill-chunk", type=int, metavar="N", help="prompt tokens in flight at once (default: what memory allows)"
-    )
-    sampling.add_argument(
-        "--kv-bits",
-        type=int,
-        choices=[8, 16],
-        help="8: keys and values in half the memory (default: 16, or the plan's)",
-    )
-
     sampling.add_argument(
         "--prompt-cache",
         metavar="FILE",
         help="take what was computed of prompts that begin alike from FILE if it is there, and keep this one's in it",
     )
 
-    guess = parser.add_argument_group("guessing ahead (the answer stays the same; off while it does not pay)")
-    guess.add_argument("--draft-model", metavar="SOURCE", help="a smaller model with the same tokenizer guesses")
-    guess.add_argument(
-        "--prompt-lookup", action="store_true", help="guess that what followed the same words follows again"
-    )
-    guess.add_argument(
-        "--num-draft-tokens", type=int, metavar="N", help="guess N tokens at once (default: 4, or 8 looked up)"
-    )
-
-    form = parser.add_argument_group("form of the answer")
-    form.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that follows the JSON Schema in FILE")
-    form.add_argument("--regex", metavar="PATTERN", help="the whole answer matches this regular expression")
-    form.add_argument("--grammar", metavar="FILE", help="the answer follows the grammar in FILE, in Lark's syntax")
+    add_guess_arguments(parser)
+    add_form_arguments(parser)
 
     output = parser.add_argument_group("output")
     output.add_argument(
         "--logprobs", type=int, metavar="N", help="report log-probabilities, and the N likeliest tokens (with --json)"
     )
     output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    output.add_argument(
-        "--show-reasoning", action=argparse.BooleanOptionalAction,
-        help="show gpt-oss's reasoning, dimmed, on stderr (default: when --reasoning-effort is given, and not --quiet)",
-    )  # fmt: skip
+    add_reasoning_arguments(output, "when --reasoning-effort is given, and not --quiet")
     output.add_argument("--quiet", "-q", action="store_true", help="no statistics on stderr")
 
 
@@ -113,15 +101,13 @@ def run(args: argparse.Namespace) -> int:
         else [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}],
         max_tokens=args.max_tokens,
         sampling=sampling,
-        stop=args.stop,
         logprobs=args.logprobs,
         raw=args.raw,
         reasoning_effort=args.reasoning_effort,
         sliding_window=args.sliding_window,
-        prefill_chunk=args.prefill_chunk,
-        kv_bits=args.kv_bits,
         prefix_cache=cache,
         draft=draft,
+        **answer_options(args),
         **form,
     )
     exit_code = print_json(chunks, args) if args.json else print_text(chunks, args)
@@ -139,9 +125,14 @@ def check_draft_options(args: argparse.Namespace) -> None:
         raise SettingError("--num-draft-tokens is for --draft-model or --prompt-lookup: add one of them.")
 
 
+def is_guessing(args: argparse.Namespace) -> bool:
+    """Whether guessing ahead was asked for."""
+    return args.draft_model is not None or args.prompt_lookup
+
+
 def load_draft(args: argparse.Namespace) -> Drafts | None:
     """What guesses the next tokens, if anything does."""
-    if args.draft_model is None and not args.prompt_lookup:
+    if not is_guessing(args):
         return None
     from ..decoding.drafts import DraftModel, PromptLookup
     from ..loading import load
@@ -190,8 +181,11 @@ def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
         exit_code = INTERRUPTED
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if last is not None and last.statistics is not None and last.statistics.no_answer is not None:
+        print(f"[no answer: {in_flags(last.statistics.no_answer)}]", file=sys.stderr)
+        exit_code = NO_ANSWER
     if not args.quiet:
-        print(summary(last, count, args.max_tokens), file=sys.stderr)
+        print(summary(last, count, args.max_tokens, is_guessing(args)), file=sys.stderr)
         for note in last.statistics.notes if last and last.statistics else ():
             print(f"[{note}]", file=sys.stderr)
     return exit_code
@@ -217,6 +211,8 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
     }
     if args.logprobs is not None:
         answer["logprobs"] = [{"token": c.token, "logprob": c.logprob, "top": c.top_logprobs} for c in received]
+    if last and last.statistics and last.statistics.no_answer is not None:
+        print(f"[no answer: {in_flags(last.statistics.no_answer)}]", file=sys.stderr)
     print(json.dumps(answer, ensure_ascii=False))
     return exit_code
 
@@ -250,20 +246,24 @@ def print_dimmed(text: str) -> None:
     sys.stderr.flush()
 
 
-def summary(last: Chunk | None, count: int, max_tokens: int) -> str:
+def summary(last: Chunk | None, count: int, max_tokens: int | None, is_guessing: bool = False) -> str:
     """One line for people: what it took and why it ended."""
+    from ..generate import DEFAULT_MAX_TOKENS
+
     if last is None or last.statistics is None:
         return f"[interrupted after {count} tokens]"
     s = last.statistics
     end = "end of answer" if last.finish_reason == "stop" else f"stopped at {s.completion_tokens} tokens"
-    if last.finish_reason == "length" and s.completion_tokens < max_tokens:
+    if last.finish_reason == "length" and max_tokens is None:
+        end += ", the limit where none is given: --max-tokens N" if s.max_tokens == DEFAULT_MAX_TOKENS else ""
+    elif last.finish_reason == "length" and s.completion_tokens < (max_tokens or 0):
         end += f": the context is full, so --max-tokens {max_tokens} was clipped"
     cached = f" ({s.cached_tokens} from the prompt cache)" if s.cached_tokens else ""
-    guessed = f"{s.accepted_tokens} of {s.drafted_tokens} guesses right; " if s.drafted_tokens else ""
+    thought = f" ({s.reasoning_tokens} of them reasoning)" if s.reasoning_tokens else ""
     return (
         f"[{s.prompt_tokens} prompt tokens{cached}, {s.time_to_first_token:.2f} s to the first token; "
-        f"{s.completion_tokens} tokens at {s.decode_tps:.1f} tokens/s; {guessed}{experts_read(s)}"
-        f"peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; {end}]"
+        f"{s.completion_tokens} tokens{thought} at {s.decode_tps:.1f} tokens/s; {guessing(s, is_guessing)}"
+        f"{experts_read(s)}peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; {end}]"
     )
 
 
@@ -272,45 +272,35 @@ def read_prompt(args: argparse.Namespace) -> str:
     if sum(each is not None for each in (args.text, args.prompt, args.prompt_file)) > 1:
         raise PromptError("There are two prompts, of the argument, --prompt and --prompt-file: give one.")
     if args.prompt_file is not None:
-        path = Path(args.prompt_file).expanduser()
-        try:
-            return _decoded(path.read_bytes(), str(path))
-        except OSError as error:
-            raise PromptError(f"The prompt file {path} cannot be read: {error.strerror}.") from error
+        return read_text(Path(args.prompt_file).expanduser(), PromptError, LARGEST_PROMPT, may_be_pipe=True)
     prompt = args.prompt if args.text is None else args.text
     if prompt is not None and prompt != "-":
         return prompt
     if prompt is None and sys.stdin.isatty():
         raise PromptError('There is no prompt: give --prompt "What is a banjo?", --prompt-file FILE, or pipe text in.')
-    return _decoded(sys.stdin.buffer.read(), "standard input")
+    data = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
+    if len(data) > LARGEST_PROMPT:
+        raise PromptError(
+            f"Standard input has more than {LARGEST_PROMPT:,} bytes, which is no prompt: give less of it."
+        )
+    return _decoded(data, "standard input")
 
 
 def read_form(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `stream_generate` for the answer's form, from files where they are given so."""
     form: dict[str, Any] = {}
     if args.json_schema is not None:
-        text = _read_file(args.json_schema, "JSON Schema")
-        try:
-            form["schema"] = json.loads(text)
-        except ValueError as error:
-            raise SettingError(f"The JSON Schema file {args.json_schema} is not JSON: {error}.") from None
+        text = read_text(Path(args.json_schema).expanduser(), SettingError, may_be_pipe=True)
+        form["schema"] = parse_json(text, f"The JSON Schema file {args.json_schema}", SettingError, "correct it")
     if args.regex is not None:
         form["regex"] = args.regex
     if args.grammar is not None:
-        form["grammar"] = _read_file(args.grammar, "grammar")
+        form["grammar"] = read_text(Path(args.grammar).expanduser(), SettingError, may_be_pipe=True)
     if form:
         from ..decoding.grammar import answer_format
 
         answer_format(**form)  # what is wrong with it is said before the weights are read
     return form
-
-
-def _read_file(name: str, what: str) -> str:
-    path = Path(name).expanduser()
-    try:
-        return _decoded(path.read_bytes(), str(path))
-    except OSError as error:
-        raise SettingError(f"The {what} file {path} cannot be read: {error.strerror}.") from error
 
 
 def _decoded(data: bytes, origin: str) -> str:

@@ -71,11 +71,9 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def add_sampling_arguments(group: argparse._ArgumentGroup, max_tokens: int) -> None:
-    """How tokens are chosen, and how many."""
-    group.add_argument(
-        "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"stop after N tokens (default: {max_tokens})"
-    )
+def add_sampling_arguments(group: argparse._ArgumentGroup, max_tokens: str) -> None:
+    """How tokens are chosen, and how many; max_tokens: what holds where nothing is said, in words."""
+    group.add_argument("--max-tokens", type=int, metavar="N", help=f"stop after N tokens (default: {max_tokens})")
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token"
     )

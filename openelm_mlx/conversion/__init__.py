@@ -22,9 +22,11 @@ import numpy as np
 
 from .. import __version__
 from ..checkpoint import hub
+from ..checkpoint.hub_names import is_repo_name
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, check_destination
-from ..errors import HubError, SettingError
+from ..errors import CheckpointError, HubError, SettingError, TokenizerError
+from ..files import read_bytes, read_object
 from ..finder import files_of
 from ..loading import find_tokenizer, stored_template
 from ..text.tokenizer import Tokenizer
@@ -138,7 +140,7 @@ def _checked_request(destination: str | Path | None, dry_run: bool, upload: str 
     """The folder to write, None for a dry run; everything that can be wrong with it is found before any work."""
     if private and upload is None:
         raise SettingError("private is about an upload, and none was asked for: name a repository to upload to.")
-    if upload is not None and not hub.is_repo_id(upload) and not Path(upload).exists():
+    if upload is not None and not (isinstance(upload, str) and is_repo_name(upload)):
         raise HubError(f"{upload!r} is not the name of a Hub repository: write OWNER/NAME.")
     if dry_run:
         return None
@@ -257,7 +259,8 @@ def _other_files(
         is_released_openelm=plan.spec.family == "openelm" and plan.spec.size is not None,
         loads_in_mlx_lm=plan.spec.family == "openelm",
     )
-    text = model_card(card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None, facts)
+    stored = read_bytes(card, CheckpointError).decode("utf-8", errors="replace") if card.is_file() else None
+    text = model_card(stored, facts)
     copied = [path for name in _COPIED if (path := source.folder / name).is_file()]
     return {
         **{path.name: path for path in (*licences, *copied)},
@@ -273,7 +276,7 @@ def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes | Path]:
         return {}
     files: dict[str, bytes | Path] = {path.name: path for path in tokenizer.files}
     stored = next((path for path in tokenizer.files if path.name == _TOKENIZER_CONFIG), None)
-    config: dict[str, Any] = {} if stored is None else json.loads(stored.read_bytes())
+    config: dict[str, Any] = {} if stored is None else read_object(stored, TokenizerError)
     begins_with_bos = tokenizer.encode_prompt("")[:1] == [tokenizer.bos_token]
     if stored is None:
         names = {token: name for name, token in tokenizer.special_tokens.items()}
@@ -285,7 +288,7 @@ def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes | Path]:
         }
     if begins_with_bos:
         config["add_bos_token"] = True  # OpenELM needs it, and mlx-lm goes by this field
-    if stored is None or config != json.loads(stored.read_bytes()):
+    if stored is None or config != read_object(stored, TokenizerError):
         files[_TOKENIZER_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 

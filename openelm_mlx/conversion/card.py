@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
+from ..files import LARGEST_YAML, files_in
+
 # What a licence, and what belongs to one, is called in the repositories of Apple, OpenAI and others.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|ACKNOWLEDG|USE_POLICY|USAGE_POLICY).*", re.IGNORECASE)
 
@@ -50,7 +53,9 @@ class CardFacts:
 
 def licence_files(folder: Path) -> list[Path]:
     """The files of a source that carry its licence."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and LICENCE_FILES.fullmatch(path.name))
+    return [
+        path for path in files_in(folder, "*", CheckpointError) if LICENCE_FILES.fullmatch(path.name) and path.is_file()
+    ]
 
 
 def model_card(source_card: str | None, facts: CardFacts) -> str:
@@ -108,9 +113,11 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     match = _FRONT_MATTER.match(card)
     if match is None:
         return {}, card
+    if len(match[1]) > LARGEST_YAML:
+        return {}, card
     try:
         fields = yaml.safe_load(match[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return {}, card  # not fields after all; nothing of it gets lost
     return (fields, card[match.end() :]) if isinstance(fields, dict) else ({}, card)
 

@@ -13,7 +13,9 @@ from ..checkpoint.layouts import Contents, understand
 from ..checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from ..checkpoint.remote import RemoteCheckpoint, indexed_files
 from ..checkpoint.writer import check_free_space
-from ..loading import DEMOS, choose_model_files, locate
+from ..errors import ConfigError
+from ..files import read_object
+from ..loading import DEMOS, choose_model_files, locate, repository
 from ..specs import spec_from_config
 
 # Stage ("download", "convert" or "verify"), what is done, and of how much.
@@ -48,8 +50,8 @@ class Source:
 
         Raises what `locate`, `read_config`, `open_checkpoint` and `understand` raise, and HubError.
         """
-        if isinstance(source, str) and source not in DEMOS and hub.is_repo_id(source):
-            return _open_repo(source, revision, progress)
+        if (found := repository(source, revision)) is not None:
+            return _open_repo(*found, progress)
         path = locate(source)
         folder = path if path.is_dir() else path.parent
         name = folder.resolve().name if str(source) not in DEMOS else str(source)
@@ -82,9 +84,10 @@ def _open_repo(repo: str, revision: str | None, progress: Progress | None) -> So
         return _understood(folder, repo, repo, repo)
     others = sorted(chosen - {file.name for file in weights})
     folder = hub.download(repo, lambda _: others, revision=revision)
-    for name in others:
-        if name.endswith(".safetensors.index.json"):
-            weights = indexed_files((folder / name).read_text(encoding="utf-8"), weights)
+    indexes = [name for name in others if name.endswith(".safetensors.index.json")]
+    if indexes:
+        index = read_object(folder / indexes[0], ConfigError)
+        weights = indexed_files(index, f"{repo}/{indexes[0]}", weights)
     config = read_config(folder)
     checkpoint = RemoteCheckpoint(repo, weights, folder.name)
     contents = understand(checkpoint, config, spec_from_config(config))

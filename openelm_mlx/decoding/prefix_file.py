@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, DestinationError
+from ..files import open_regular, parse_json
 from ..models.buffers import Snapshot
 from .prefix_cache import Checkpoint, Entry
 
@@ -79,7 +80,7 @@ def load_entries(path: Path, model: Model) -> Iterator[Entry]:
             "delete it, and it will be made anew."
         )
     try:
-        header = json.loads(metadata["contents"])
+        header = parse_json(metadata["contents"], "its description", CheckpointError)
         if header["checksum"] != _checksum(header["entries"], arrays if header["entries"] else {}):
             raise ValueError("its checksum is another one")
         if not header["entries"]:
@@ -99,12 +100,13 @@ def load_entries(path: Path, model: Model) -> Iterator[Entry]:
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
-        data = path.read_bytes()
+        with open_regular(path, CheckpointError) as stream:
+            data = stream.read()
     except OSError as error:
         raise CheckpointError(f"The prompt cache {path} cannot be read: {error.strerror}.") from error
     length = int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = parse_json(data[8 : 8 + length], "its header", CheckpointError)
         metadata = header.pop("__metadata__")
         ends = [each["data_offsets"][1] for each in header.values()]
         if len(data) != 8 + length + max(ends):

@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import open_regular
 
 NUM_THREADS = 8
 # A record is read in pieces of this size, so that several threads share one expert.
@@ -182,7 +183,8 @@ class RecordFile:
 
     def _open(self) -> int:
         try:
-            return os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            with open_regular(self.path, CheckpointError) as stream:
+                return os.dup(stream.fileno())
         except OSError as error:
             raise self._unreadable(error) from error
 

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import DestinationError
+from ..files import read_json
 
 FORMAT = 1
 
@@ -48,8 +49,8 @@ def load_stored(subject: str, machine: str | None = None) -> dict[str, Any]:
     """What `store` kept under `subject` for this machine; empty when there is nothing that can be used."""
     machine = machine_key() if machine is None else machine
     try:
-        content = json.loads(_file(subject, machine).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(_file(subject, machine), DestinationError)
+    except DestinationError:
         return {}
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("machine") != machine:
         return {}

@@ -248,6 +248,8 @@ def _float_text(value: float) -> str:
 
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 _MAX_DEPTH = 64  # also what ends a dict that contains itself
+# Each counted as often as it is referred to: dictionaries may share parts, and double at every level.
+_MOST_PARTS = 100_000
 
 
 def check_schema(schema: object, what: str) -> None:
@@ -257,6 +259,7 @@ def check_schema(schema: object, what: str) -> None:
     the kind that the standard gives it. `$ref` is not followed; unknown keywords are allowed, as the standard says.
     """
     try:
+        _check_size(schema)
         _check(schema, "", 0)
     except _Invalid as error:
         raise SettingError(f"{what} cannot be read as JSON Schema: {error}.") from None
@@ -264,6 +267,18 @@ def check_schema(schema: object, what: str) -> None:
 
 class _Invalid(Exception):
     pass
+
+
+def _check_size(schema: object) -> None:
+    waiting, count = [(schema, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        count += len(parts)
+        if count > _MOST_PARTS:
+            raise _Invalid(f"it has more than {_MOST_PARTS:,} parts")
+        if depth <= 2 * _MAX_DEPTH:  # deeper ones are refused below; names lie between two levels
+            waiting += [(part, depth + 1) for part in parts]
 
 
 def _check(schema: object, path: str, depth: int) -> None:
@@ -309,7 +324,9 @@ def _is_bool(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool)  # it may be too large for a float
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_count(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol, final
 
 from openelm_mlx.text.harmony import Delta, HarmonyFormat
@@ -119,6 +120,8 @@ class HarmonyStream:
             self.ended_in = None
         elif delta.recipient is not None and self.ended_in is not None:
             self.ended_in = delta.recipient
+        if delta.text and delta.role != "assistant":  # the model invents what others say: no part of its answer
+            delta = replace(delta, channel="analysis")
         if delta.channel != FINAL or delta.recipient is not None:
             held = self._released()
             return Piece(held + delta.text, FINAL if held and not delta.text else delta.channel)

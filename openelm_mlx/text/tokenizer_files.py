@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openelm_mlx.errors import TokenizerError
+from openelm_mlx.files import read_bytes, read_object, shown
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
+# That of gpt-oss has 28 MB, and with every merge spelled out it would have twice that.
+LARGEST_VOCABULARY = 2**28
+# Tokens are numbered from 0; no vocabulary in use has a million.
+_MOST_TOKENS = 2**24
 COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
@@ -51,9 +56,9 @@ class TokenizerSettings:
 
 def find_vocabulary(path: Path) -> Path:
     """The vocabulary that `path`, a folder or a tokenizer's file, stands for; TokenizerError if there is none."""
-    if not path.exists():
+    if not os.path.lexists(path):
         raise TokenizerError(f"{path} does not exist; name a folder that holds tokenizer.model or tokenizer.json.")
-    if path.is_file():
+    if not path.is_dir():
         if path.name in (SENTENCEPIECE_FILE, JSON_FILE):
             return path
         if path.name not in COMPANION_FILES:
@@ -63,7 +68,7 @@ def find_vocabulary(path: Path) -> Path:
             )
         path = path.parent
     for name in (SENTENCEPIECE_FILE, JSON_FILE):
-        if (path / name).is_file():
+        if os.path.lexists(path / name):  # also where it is no file: reading it says so
             return path / name
     raise TokenizerError(
         f"{path} holds neither tokenizer.model nor tokenizer.json; gpt-oss comes with its tokenizer.json, and OpenELM "
@@ -74,14 +79,9 @@ def find_vocabulary(path: Path) -> Path:
 
 def read_vocabulary(path: Path) -> bytes:
     """The bytes of a vocabulary; TokenizerError if it cannot be read, is empty or only stands for a file elsewhere."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error.strerror}); check that file.") from error
+    data = read_bytes(path, TokenizerError, LARGEST_VOCABULARY)
     if not data:
         raise TokenizerError(f"{path} is empty; fetch it again.")
-    if data.startswith(b"version https://git-lfs"):
-        raise TokenizerError(f"{path} is only a pointer to a file in Git LFS; run `git lfs pull` in its repository.")
     return data
 
 
@@ -104,15 +104,7 @@ def read_settings(vocabulary: Path) -> TokenizerSettings:
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     """The object in a companion file, {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
-        raise TokenizerError(f"{path} is not JSON ({error}); fetch it again, or remove it.") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds JSON that is no object; fetch it again, or remove it.")
-    return content
+    return read_object(path, TokenizerError) if os.path.lexists(path) else {}
 
 
 def _token_name(folder: Path, config: Mapping[str, Any], key: str) -> str | None:
@@ -123,20 +115,22 @@ def _token_name(folder: Path, config: Mapping[str, Any], key: str) -> str | None
         case str(name) | {"content": str(name)}:
             return name
         case value:
-            raise TokenizerError(f"{key} in {folder} is {value!r}, and it should be a token's text; correct that file.")
+            raise TokenizerError(
+                f"{key} in {folder} is {shown(value)}, and it should be a token's text; correct that file."
+            )
 
 
 def _generation_eos(path: Path) -> tuple[int, ...]:
     match _read_json_object(path).get("eos_token_id"):
         case None:
             return ()
-        case int(token):
+        case int(token) if not isinstance(token, bool):
             return (token,)
-        case list(tokens) if all(isinstance(token, int) for token in tokens):
+        case list(tokens) if all(type(token) is int for token in tokens):
             return tuple(tokens)
         case value:
             raise TokenizerError(
-                f"eos_token_id in {path} is {value!r}, and it should be a token's number or a list of them; "
+                f"eos_token_id in {path} is {shown(value)}, and it should be a token's number or a list of them; "
                 "correct that file."
             )
 
@@ -147,9 +141,11 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], older: Mapping[str, A
         added = {int(token): AddedToken(str(text), is_special=True) for text, token in older.items()}
         for token, entry in (config.get("added_tokens_decoder") or {}).items():
             added[int(token)] = AddedToken(str(entry["content"]), bool(entry.get("special", False)))
+        if not all(0 <= token < _MOST_TOKENS for token in added):
+            raise ValueError("a number is below 0 or too large")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(
-            f"The added tokens in {folder} are not a table of numbers and texts ({error!r}); "
+            f"The added tokens in {folder} are not a table of numbers and texts ({shown(error)}); "
             "correct tokenizer_config.json or added_tokens.json there, or fetch them again."
         ) from error
     return added

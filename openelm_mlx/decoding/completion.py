@@ -1,0 +1,275 @@
+"""The search for tokens that end an answer soon, from any place in it.
+
+The engine says what may follow. Where that shows the way (brackets, members, enums) a walk takes the most promising
+character each time; inside strings with a pattern the pattern's automaton has the shortest rest (patterns.py). Whatever is
+proposed counts only if the engine takes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+from .json_schema import NAMED_SCHEMAS
+from .patterns import Pattern, StringForm
+
+if TYPE_CHECKING:
+    import llguidance
+
+    from .grammar import AnswerFormat, Engine
+
+# A completion with more bytes is not looked for. A walk that passes one place so often goes in a circle, or writes a long
+# string of a given length.
+_LONGEST_COMPLETION = 4096
+_CIRCLE = 48
+# Walks, and passes of one place in a walk. The first is enough nearly always.
+EFFORTS = (128, _CIRCLE), (1, _LONGEST_COMPLETION)
+
+_TERMINAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/((?:\\.|[^/\\\n])+)/')
+# How far back a grammar's terminal may have begun, in characters.
+_LONGEST_TERMINAL = 512
+
+
+def completion(
+    matcher: llguidance.LLMatcher, engine: Engine, answer: AnswerFormat, text: bytes, effort: tuple[int, int]
+) -> bytes | None:
+    """The bytes that end the answer after `text` (not provably the fewest); None if none were found with this effort."""
+    num_walks, most_passes = effort
+    for _ in range(num_walks):
+        walk = _Walk(matcher.deep_copy(), engine, answer, text, most_passes)
+        data = walk.to_end()
+        if data is not None:
+            return data
+        if not walk.learn():
+            return None
+    return None
+
+
+# --- What strings have to be ------------------------------------------------------------------------------------------
+
+
+def string_forms(answer: AnswerFormat) -> list[StringForm]:
+    """The forms that strings of the answer may have to be in: of the whole text for a regex, of terminals for a grammar."""
+    if answer.kind == "regex":
+        return _forms([((answer.text,), 0, None)], matches_whole=True)
+    if answer.kind == "grammar":
+        terminals = dict.fromkeys(match[1] for match in _TERMINAL.finditer(answer.text) if match[1])
+        return _forms([((each.replace(r"\/", "/"),), 0, None) for each in terminals], matches_whole=True)
+    return _forms(list(dict.fromkeys(_string_schemas(json.loads(answer.text)))), matches_whole=False)
+
+
+_Form = tuple[tuple[str, ...], int, "int | None"]
+
+
+def _forms(given: Sequence[_Form], matches_whole: bool) -> list[StringForm]:
+    read: dict[str, Pattern | None] = {}
+    forms = []
+    for patterns, low, high in given:
+        for pattern in patterns:
+            if pattern not in read:
+                try:
+                    read[pattern] = Pattern(pattern, matches_whole)
+                except ValueError:
+                    read[pattern] = None
+        known = [automaton for pattern in patterns if (automaton := read[pattern]) is not None]
+        if known or low:
+            forms.append(StringForm(known, low, high))
+    return forms
+
+
+def _string_schemas(schema: Any) -> Iterator[_Form]:
+    if isinstance(schema, Mapping):
+        parts = [schema, *(part for part in schema.get("allOf", ()) if isinstance(part, Mapping))]
+        patterns = tuple(each["pattern"] for each in parts if isinstance(each.get("pattern"), str))
+        low = max(each.get("minLength", 0) for each in parts)
+        if patterns or low:
+            yield patterns, low, schema.get("maxLength")
+        for key, value in schema.items():
+            if key == "patternProperties" and isinstance(value, Mapping):
+                yield from (((pattern,), 0, None) for pattern in value)
+            if key in NAMED_SCHEMAS and isinstance(value, Mapping):
+                for item in value.values():
+                    yield from _string_schemas(item)
+            elif key not in ("const", "enum"):
+                yield from _string_schemas(value)
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from _string_schemas(item)
+
+
+# --- The walk ---------------------------------------------------------------------------------------------------------
+
+
+@final
+class _JsonStrings:
+    """Reads JSON byte by byte, only to know whether a string is open, and what it holds up to here."""
+
+    def __init__(self) -> None:
+        self.is_open = self._is_escaped = False
+        self._content = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        for byte in data:
+            if self.is_open:
+                self._content.append(byte)
+            if self._is_escaped:
+                self._is_escaped = False
+            elif byte == 0x22:
+                self.is_open = not self.is_open
+                self._content.clear()
+            else:
+                self._is_escaped = self.is_open and byte == 0x5C
+
+    def content(self) -> str | None:
+        """The open string's characters; None in the midst of a character or an escape."""
+        try:
+            text = json.loads(b'"' + self._content + b'"')
+        except ValueError:
+            return None
+        return None if any(0xD800 <= ord(c) <= 0xDFFF for c in text) else text
+
+
+# What leads soonest to an end, most promising first; other characters come between the two lists. In JSON the quote that
+# ends a string, and the brackets, always lead nearer to it.
+_IN_STRING = "@-:/.,;_+0aA", "\\ "
+_OUTSIDE = '0123456789ntf",:', "-+.eE[{"
+_ANY = ")}]\"';>.,:!?-_/0aA", "\\<([{ \n"
+
+
+@final
+class _Walk:
+    """One way from a place in an answer to its end.
+
+    It takes what the forms of the answer's strings propose, and else goes on character by character. The places of
+    `answer.preferred`, known by the characters that may follow, say which of these to take; elsewhere the most promising
+    one is taken. A walk that finds no end has gone in circles: `learn` makes the next one leave where it went round.
+    """
+
+    def __init__(
+        self, matcher: llguidance.LLMatcher, engine: Engine, answer: AnswerFormat, text: bytes, most_passes: int
+    ) -> None:
+        self._matcher, self._engine, self._answer = matcher, engine, answer
+        self._preferred, self._most_passes = answer.preferred, most_passes
+        self._text = bytearray(text)
+        self._strings = None
+        if answer.kind == "json":
+            self._strings = _JsonStrings()
+            self._strings.feed(text)
+        self._passed: Counter[str] = Counter()
+
+    def to_end(self) -> bytes | None:
+        """The bytes up to the end; None if there is none within the longest completion's length."""
+        start = len(self._text)
+        while not self._matcher.is_accepting():
+            step = self._forced() or self._chosen()
+            if step is None or len(self._text) - start > _LONGEST_COMPLETION:
+                return None
+            self._text += step
+            if self._strings is not None:
+                self._strings.feed(step)
+        return bytes(self._text[start:])
+
+    def learn(self) -> bool:
+        """Prefer another character in the place that was passed most often; False if there is none left to try."""
+        for place, _ in self._passed.most_common():
+            tried = self._preferred.get(place, 0)
+            if tried + 1 < len(place):
+                self._preferred[place] = tried + 1
+                return True
+        return False
+
+    def _forced(self) -> bytes:
+        """What has to come next, if only one thing can."""
+        data = self._matcher.compute_ff_bytes()
+        if not data:
+            return b""
+        tokens = self._engine.spell(data)
+        count = self._matcher.try_consume_tokens(tokens)
+        return b"".join(self._engine.token_bytes[token] for token in tokens[:count])
+
+    def _chosen(self) -> bytes | None:
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        allowed = [c for c, token in self._engine.characters.items() if words[token >> 5] >> (token & 31) & 1]
+        closing = () if self._strings is None else '"' if self._strings.is_open else "}]"
+        for character in closing:
+            if character in allowed:
+                return self._consumed(self._engine.characters[character])
+        if self._strings is None or self._strings.is_open:
+            for proposal, end in self._proposals():
+                if (taken := self._taken(proposal, end)) is not None:
+                    return taken
+        if not allowed:
+            return self._any_token(words)
+        if self._strings is not None and not self._strings.is_open:
+            allowed = [c for c in allowed if not c.isspace()] or allowed
+        place = "".join(sorted(allowed, key=self._rank))
+        if len(place) > 1:
+            self._passed[place] += 1
+            if self._passed[place] > self._most_passes:
+                return None
+        return self._consumed(self._engine.characters[place[self._preferred.get(place, 0)]])
+
+    # --- Proposals ---
+
+    def _proposals(self) -> list[tuple[bytes, bytes]]:
+        """Rests of the text or of the open string, the shortest first, each with what has to be possible after it."""
+        forms = self._answer.forms
+        if not forms:
+            return []
+        if self._strings is not None:
+            content = self._strings.content()
+            if content is None:
+                return []
+            rests = {form.rest(content) for form in forms}
+            quoted = (json.dumps(rest, ensure_ascii=False)[1:-1] for rest in rests if rest)
+            return [(each.encode(), b'"') for each in sorted(quoted, key=lambda text: (len(text), text))]
+        text = self._text.decode("utf-8", "replace")
+        if text.endswith("\ufffd"):
+            return []
+        if self._answer.kind == "regex":
+            rest = forms[0].rest(text)
+            return [(rest.encode(), b"")] if rest else []
+        tail = text[-_LONGEST_TERMINAL:]
+        found = {rest for form in forms for pattern in form.patterns for rest in pattern.rests_of_tails(tail)}
+        return [(rest.encode(), b"") for rest in sorted(found, key=lambda text: (len(text), text)) if rest]
+
+    def _taken(self, proposal: bytes, end: bytes) -> bytes | None:
+        """The proposal, if the text can go on with it and then end, or change its ways."""
+        tokens = [*self._engine.spell(proposal), *self._engine.spell(end)]
+        ahead = self._matcher.deep_copy()
+        if ahead.try_consume_tokens(tokens) != len(tokens):
+            return None
+        if self._answer.kind == "regex" and not ahead.is_accepting():
+            return None
+        is_grammar = self._answer.kind == "grammar" and not ahead.is_accepting()
+        if is_grammar and self._matcher.compute_bitmask() == ahead.compute_bitmask():
+            return None  # a terminal that may end here would let other things follow than it did
+        self._matcher = ahead
+        return proposal + end
+
+    # --- Single characters ---
+
+    def _rank(self, character: str) -> int:
+        if self._strings is None:
+            first, last = _ANY
+        else:
+            first, last = _IN_STRING if self._strings.is_open else _OUTSIDE
+        if character in first:
+            return first.index(character)
+        return 1000 + last.index(character) if character in last else 500
+
+    def _any_token(self, words: np.ndarray) -> bytes | None:
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: self._engine.vocab_size]
+        bits[self._engine.eos_token] = 0
+        tokens = np.flatnonzero(bits)
+        return self._consumed(int(tokens[0])) if tokens.size else None
+
+    def _consumed(self, token: int) -> bytes | None:
+        if self._matcher.try_consume_tokens([token]) != 1:
+            return None
+        return self._engine.token_bytes[token]

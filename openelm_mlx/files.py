@@ -1,0 +1,233 @@
+"""The one door for files and texts that others wrote: regular, of bounded size, and every fault in our own errors.
+
+A path may name a pipe, a socket, a device, a folder or a link to nothing; a file may be huge, no text, or nested so deep
+that a parser gives up. Whoever reads a file goes through here and says which error class its user expects. What the
+content means is for the reader of it to check.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import UserError
+from .finder import is_macos_own
+
+ErrorClass = type[UserError]
+
+# Configs, indexes and tokenizer settings of the largest releases have some 100 kB.
+LARGEST_JSON = 8 * 2**20
+# CoreNet's have 5 kB, and a YAML parser in Python takes a second for 100 kB.
+LARGEST_YAML = 2**18
+# More values than this, aliases followed, is no config: a few lines of YAML can stand for billions.
+MOST_VALUES = 1_000_000
+# Files that are copied along: licences, cards, tokenizers.
+LARGEST_COPY = 2**29
+
+_LFS_POINTER = b"version https://git-lfs"
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+# What a shell hands over in place of a file: <(command), or standard input by its name.
+_HANDED_OVER = re.compile(r"/dev/(stdin|fd/\d+)|/proc/self/fd/\d+")
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlist = _short.maxtuple = _short.maxdict = 6
+_short.maxlevel, _short.maxlong = 3, 40
+
+
+def shown(value: Any) -> str:
+    """`value` as an error message quotes it: short whatever it is, with escapes for what is not printable."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python does not write out numbers of thousands of digits
+        return "a number of thousands of digits"
+
+
+def open_regular(path: str | os.PathLike[str], error: ErrorClass, *, may_be_pipe: bool = False) -> BinaryIO:
+    """The file at `path`, open for reading. Raises `error` when there is none, or something else than a file.
+
+    Never waits: a pipe that nobody writes to would hold its reader for ever. may_be_pipe: the user named the input, and
+    a shell may have put a running command's output in its place.
+    """
+    name = os.fspath(path)
+    if may_be_pipe and _HANDED_OVER.fullmatch(name):
+        return _opened(name, 0, error)
+    stream = _opened(name, getattr(os, "O_NONBLOCK", 0), error)
+    kind = kind_of(os.fstat(stream.fileno()))
+    if kind is not None:  # it was put there since `_opened` looked
+        stream.close()
+        raise _not_a_file(name, kind, error)
+    return stream
+
+
+def read_bytes(
+    path: str | os.PathLike[str], error: ErrorClass, most: int = LARGEST_JSON, *, may_be_pipe: bool = False
+) -> bytes:
+    """All bytes of a file, at most `most`. Raises `error`, also for a file that only stands for one in Git LFS."""
+    try:
+        with open_regular(path, error, may_be_pipe=may_be_pipe) as stream:
+            data = stream.read(most + 1)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as problem:
+        raise _unreadable(path, problem, error) from problem
+    if len(data) > most:
+        raise error(
+            f"{_name(path)} has {max(size, len(data)):,} bytes and at most {most:,} are read there: it is something else "
+            "than its name says, or damaged; copy it again or remove it."
+        )
+    refuse_pointer(path, data, error)
+    return data
+
+
+def read_text(
+    path: str | os.PathLike[str], error: ErrorClass, most: int = LARGEST_JSON, *, may_be_pipe: bool = False
+) -> str:
+    """The UTF-8 text of a file. Raises `error`."""
+    data = read_bytes(path, error, most, may_be_pipe=may_be_pipe)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"{_name(path)} is not UTF-8 text (byte {problem.start} is 0x{data[problem.start]:02x}): convert it, for example "
+            "with iconv, or copy it again."
+        ) from None
+
+
+def read_json(path: str | os.PathLike[str], error: ErrorClass, most: int = LARGEST_JSON) -> Any:
+    """What a JSON file holds. Raises `error`."""
+    return parse_json(read_bytes(path, error, most), _name(path), error)
+
+
+def read_object(path: str | os.PathLike[str], error: ErrorClass, most: int = LARGEST_JSON) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises `error`, also for other values."""
+    value = read_json(path, error, most)
+    if not isinstance(value, dict):
+        raise error(f"{_name(path)} holds a {type(value).__name__}, no object with named fields: copy it again.")
+    return value
+
+
+def parse_json(text: str | bytes, origin: str, error: ErrorClass, advice: str = "download or copy it again") -> Any:
+    """What a JSON text means. Raises `error` for whatever is no JSON or nested too deep. advice: the next step."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise error(f"{origin} is nested too deep to be what its name says: {advice}.") from None
+    except ValueError as problem:  # no JSON, no UTF-8, or a number of thousands of digits
+        raise error(f"{origin} is not JSON ({_one_line(problem)}): {advice}.") from None
+
+
+def read_yaml(path: str | os.PathLike[str], error: ErrorClass, most: int = LARGEST_YAML) -> Any:
+    """What a YAML file holds, in JSON's types: aliases are followed, dates are text. Raises `error`."""
+    import yaml
+
+    data = read_bytes(path, error, most)
+    try:
+        return _plain(yaml.safe_load(data), [MOST_VALUES])
+    except RecursionError:
+        raise error(f"{_name(path)} is nested too deep to be a config: download or copy it again.") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+    ) as problem:  # its dates raise any
+        raise error(f"{_name(path)} is not valid YAML ({_one_line(problem)}): download or copy it again.") from None
+
+
+def files_in(folder: Path, pattern: str, error: ErrorClass) -> list[Path]:
+    """The files of a folder whose names fit, sorted; hidden ones and folders are left out. Raises `error`.
+
+    What is neither file nor folder stays in the list, so that whoever reads it says so.
+    """
+    try:
+        found = sorted(path for path in folder.glob(pattern) if not is_ignored(path.name))
+        return [path for path in found if not path.is_dir()]
+    except OSError as problem:
+        raise _unreadable(folder, problem, error) from problem
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file is left out wherever a folder is listed: hidden ones are other programs' notes."""
+    return name.startswith(".") or is_macos_own(name)
+
+
+def kind_of(status: os.stat_result) -> str | None:
+    """What something is that is no file, in words; None for a file."""
+    if stat.S_ISREG(status.st_mode):
+        return None
+    return next((words for is_kind, words in _KINDS if is_kind(status.st_mode)), "something else")
+
+
+def refuse_pointer(path: str | os.PathLike[str], data: bytes, error: ErrorClass) -> None:
+    """Raise `error` when these first bytes of a file are Git LFS's note of where the file is."""
+    if data.startswith(_LFS_POINTER):
+        raise error(f"{_name(path)} is only a pointer to a file in Git LFS: run `git lfs pull` in its repository.")
+
+
+def _opened(name: str, flags: int, error: ErrorClass) -> BinaryIO:
+    try:
+        if not flags & getattr(os, "O_NONBLOCK", 0):
+            return open(name, "rb")
+        kind = kind_of(os.stat(name))  # first, because opening a device can have effects
+        if kind is not None:
+            raise _not_a_file(name, kind, error)
+        descriptor = os.open(name, os.O_RDONLY | flags | getattr(os, "O_CLOEXEC", 0))
+        try:
+            return os.fdopen(descriptor, "rb")
+        except IsADirectoryError:
+            os.close(descriptor)
+            raise
+    except OSError as problem:
+        raise _unreadable(name, problem, error) from problem
+    except UserError:
+        raise
+    except ValueError as problem:  # a null byte, or half a character
+        raise error(f"{shown(name)} is no name of a file ({_one_line(problem)}): check the path.") from None
+
+
+def _not_a_file(name: str, kind: str, error: ErrorClass) -> UserError:
+    return error(f"{_name(name)} is {kind}, and a file is needed there: check the path, or put the file in its place.")
+
+
+def _unreadable(path: str | os.PathLike[str], problem: OSError, error: ErrorClass) -> UserError:
+    if isinstance(problem, FileNotFoundError) and os.path.islink(path):
+        return error(
+            f"{_name(path)} is a link to a file that is not there: copy the file itself, or download it again."
+        )
+    reason = problem.strerror or _one_line(problem)
+    return error(f"{_name(path)} cannot be read ({reason}): check that it is there and that you may read it.")
+
+
+def _plain(value: Any, budget: list[int]) -> Any:
+    """A value of JSON's types; ValueError once there are more values than the budget has."""
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each, budget) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(each, budget) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    name = os.fspath(path)
+    return name if name.isprintable() and len(name) <= 1000 else shown(name)
+
+
+def _one_line(problem: BaseException) -> str:
+    return " ".join(str(problem).split())[:200] or type(problem).__name__

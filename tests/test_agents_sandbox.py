@@ -462,41 +462,43 @@ def test_outside_a_full_folder_stops_a_script_and_can_be_emptied(outside):
     assert "MB of files" in outside(hidden)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes")
-def test_folders_are_counted_and_deleted_whatever_was_made_of_them(tmp_path):
-    """As an ordinary user, to whom modes mean something."""
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    tmp_path.chmod(0o755)
-    for parent in (tmp_path, *tmp_path.parents):
-        if os.getuid() == 0 and str(parent).startswith(tempfile.gettempdir() + "/"):
-            parent.chmod(0o755)
+@pytest.fixture
+def as_ordinary_user():
+    """A folder of an ordinary user's, to whom modes mean something: root becomes nobody for the test."""
     before = os.geteuid()
-    if before == 0:
-        os.chown(tmp_path, 65534, 65534)
-        os.chown(folder, 65534, 65534)
-        os.seteuid(65534)
-    try:
-        hidden = folder / "hidden"
-        hidden.mkdir()
-        (hidden / "file").write_bytes(bytes(50_000))
-        hidden.chmod(0o300)
-        assert sandbox_usage.files_in(folder, 1 << 40) >= 50_000
-        (folder / "locked").mkdir(0o000)
-        here = os.getcwd()
-        os.chdir(folder)
-        for _ in range(2_000):  # far deeper than recursion or a path reach
-            os.mkdir("deeper")
-            os.chdir("deeper")
-        Path("file").write_text("x")
-        os.chdir(here)
-        assert sandbox_usage.files_in(folder, 1 << 40) > 1 << 40
-        (folder / "link").symlink_to(tmp_path.parent)
-        sandbox_usage.remove_folder(folder)
-        assert not folder.exists()
-        assert tmp_path.parent.exists()
-    finally:
-        os.seteuid(before)
+    with tempfile.TemporaryDirectory() as name:  # not below pytest's own folders, which are root's alone
+        if before == 0:
+            os.chown(name, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            yield Path(name)
+        finally:
+            os.seteuid(before)
+
+
+def test_folders_are_counted_and_deleted_whatever_was_made_of_them(as_ordinary_user):
+    folder = as_ordinary_user / "scratch"
+    hidden = folder / "hidden"
+    hidden.mkdir(parents=True)
+    (hidden / "file").write_bytes(bytes(50_000))
+    hidden.chmod(0o300)
+    assert sandbox_usage.files_in(folder, 1 << 40) >= 50_000
+    (folder / "locked").mkdir(0o000)
+    here = os.open(".", os.O_RDONLY)
+    os.chdir(folder)
+    for _ in range(2_000):  # far deeper than recursion or a path reach
+        os.mkdir("deeper")
+        os.chdir("deeper")
+    Path("file").write_text("x")
+    os.fchdir(here)
+    os.close(here)
+    assert sandbox_usage.files_in(folder, 1 << 40) > 1 << 40
+    kept = as_ordinary_user / "kept"
+    kept.mkdir()
+    (folder / "link").symlink_to(kept)
+    sandbox_usage.remove_folder(folder)
+    assert not folder.exists()
+    assert kept.exists()
 
 
 def test_nothing_is_left_of_a_deeply_nested_folder(outside):

@@ -353,6 +353,7 @@ def memory_weights(
         can_stream=can_stream,
         tokenizer=0 if tokenizer is None else tokenizer.stat().st_size,
         loading=loading,
+        looked_up=0 if spec.tied_head else sizes["model.embed_tokens"],
     )
     return weights, dtype.size
 

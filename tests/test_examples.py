@@ -20,6 +20,7 @@ SAYS = {
     "convert_and_compare.py": "KL divergence",
     "extract_json.py": "born",
     "kv_quality.py": "same likeliest token",
+    "dense_quality.py": "same top",
     "logprobs.py": "rather than",
     "research_files.py": "】",
     "mlx_lm_interop.py": "stringed instrument",

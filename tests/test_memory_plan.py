@@ -20,6 +20,7 @@ from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.loading import DEMOS
 from openelm_mlx.memory.machine import find_mac, macs
 from openelm_mlx.memory.plan import Weights, Wish, kv_cache_bytes, make_plan, parse_memory
+from openelm_mlx.memory.rates import rounded
 from openelm_mlx.specs import spec_from_config
 
 hub = hub_server.hub
@@ -305,7 +306,7 @@ def test_a_chunk_that_was_asked_for_stays_and_the_cpu_takes_no_longer_ones():
 def test_chunks_and_slots_share_memory_so_that_a_usual_request_is_fast(sparse, name, mac, limit):
     """No other chunk, with the slots that it leaves, takes less for 2,048 tokens of a prompt and 256 of an answer."""
     chosen = om.plan(sparse[name], mac=mac, memory_limit=limit)
-    num_layers, num_experts, rate = (24, 32, 223) if name == "20b" else (36, 128, 363)
+    num_layers, num_experts, rate = (24, 32, 366) if name == "20b" else (36, 128, 355)
     disk = find_mac(mac).ssd_bandwidth
 
     def seconds(plan):
@@ -317,10 +318,12 @@ def test_chunks_and_slots_share_memory_so_that_a_usual_request_is_fast(sparse, n
         other = om.plan(sparse[name], mac=mac, memory_limit=limit, prefill_chunk=chunk)
         if other.fits:
             assert seconds(chosen) <= 1.05 * seconds(other)
-    assert chosen.prefill_chunk == 2048 if name == "120b" else chosen.prefill_chunk <= 512
+    assert chosen.prefill_chunk == 2048 if name == "120b" else chosen.prefill_chunk <= 1024
     if name == "120b":  # reading takes longer than computing
         absent = (128 - chosen.expert_slots) * num_layers * 13_219_200
-        assert chosen.prefill_tps == pytest.approx(2048 / (absent / disk), rel=0.01)
+        # Each chunk reads all that is absent: by the slowest disk that may be, and no faster than the products allow.
+        least = min(2048 / (absent / find_mac(mac).ssd[0]), 200)
+        assert chosen.prefill.low == rounded(least)
 
 
 def test_what_a_cast_takes_while_loading_counts(monkeypatch):

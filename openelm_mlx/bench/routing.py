@@ -19,6 +19,8 @@ import numpy as np
 from ..decoding.streamed_step import Pace
 from ..errors import SettingError
 from ..files import open_regular
+from ..memory.chips import READ_BACK_SECONDS
+from ..memory.rates import Rates
 from ..memory.residency import Residency
 from ..memory.slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
 from ..models.moe import SORT_FROM_ROUTES
@@ -308,14 +310,8 @@ def calibrated(
     return Speed((measured_seconds - waited_seconds) / layers, 0.0, 0.0, rate)
 
 
-# Share of the memory's bandwidth that decoding reaches: 38 to 55 % is reported for gpt-oss-20b on Apple chips.
-REACHED_BANDWIDTH = 0.45
-# One wait for the router on an M4 (reported: 0.2 to 0.35 ms).
-READ_BACK_SECONDS = 0.3e-3
-
-
-def speed_of_chip(spec: ModelSpec, bandwidth: float, read_rate: float, dense_bytes_per_weight: float = 2.0) -> Speed:
-    """The speed of a chip by its memory's bandwidth and its disk, both in bytes a second.
+def speed_of_chip(spec: ModelSpec, rates: Rates, read_rate: float, dense_bytes_per_weight: float = 2.0) -> Speed:
+    """The speed of a chip by the terms that a plan has of it, and of its disk in bytes a second.
 
     dense_bytes_per_weight: of attention and head as they are in memory; 2 for 16 bits.
     """
@@ -323,8 +319,9 @@ def speed_of_chip(spec: ModelSpec, bandwidth: float, read_rate: float, dense_byt
     attention = width * layer.head_dim * (2 * layer.num_heads + 2 * layer.num_kv_heads) * dense_bytes_per_weight
     experts = layer.experts_per_token * expert_bytes_of(spec)
     head = spec.vocab_size * width * dense_bytes_per_weight
-    reached = bandwidth * REACHED_BANDWIDTH
-    return Speed((attention + experts) / reached, head / reached, READ_BACK_SECONDS, read_rate)
+    return Speed(
+        rates.decode_seconds(1, attention + experts, 0), rates.decode_seconds(0, head, 0), READ_BACK_SECONDS, read_rate
+    )
 
 
 def expert_bytes_of(spec: ModelSpec) -> int:

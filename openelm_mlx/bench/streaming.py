@@ -35,6 +35,7 @@ from ..loading import load, load_model, locate
 from ..memory.machine import Machine
 from ..memory.macos import forget_file
 from ..memory.plan import ASSUMED_DISK
+from ..memory.rates import rates_of
 from ..memory.records import HostTarget, Record, RecordReader, fill_with
 from ..memory.residency import Residency, Streaming, checked_slots
 from ..memory.written import Writes, Writing, Written
@@ -456,8 +457,9 @@ def mac_predictions(size: str, trace: Trace, machines: Sequence[Machine], slots:
     rows = []
     for machine in machines:
         for num_slots in slots:
-            assert machine.bandwidth is not None
-            speed = speed_of_chip(spec, machine.bandwidth, machine.ssd_bandwidth or ASSUMED_DISK)
+            rates = rates_of(machine, spec)
+            assert rates is not None
+            speed = speed_of_chip(spec, rates, machine.ssd_bandwidth or ASSUMED_DISK)
             replayed = replays[num_slots]
             seconds = seconds_per_token(replayed, len(spec.layers), expert_bytes_of(spec), speed)
             rows.append(

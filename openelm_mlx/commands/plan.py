@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def text(plan: MemoryPlan) -> list[str]:
     """A plan for people: the verdict, the arithmetic, the settings, what else would do."""
-    from ..memory.plan import DECODE_EFFICIENCY, PREFILL_EFFICIENCY, size
+    from ..memory.plan import size
 
     machine = plan.machine
     assert machine is not None
@@ -111,17 +111,8 @@ def text(plan: MemoryPlan) -> list[str]:
         f"  together          {size(plan.process_bytes)}",
         f"  longest context   {plan.max_context_length:,} tokens with these settings",
     ]
-    if plan.decode_tps is not None:
-        lines.append(
-            f"  predicted         {plan.decode_tps:.1f} tokens/s decode (assuming {DECODE_EFFICIENCY:.0%} of the bandwidth and "
-            "50 us a layer)"
-            + (
-                ""
-                if plan.prefill_tps is None
-                else f", {plan.prefill_tps:,.0f} prefill (assuming {PREFILL_EFFICIENCY:.0%})"
-            )
-        )
-    if machine.calibration is not None:
+    lines += speed_lines(plan)
+    if machine.calibration is not None and machine.calibration.date:
         lines.append(f"  (what computing takes was measured on {machine.calibration.date})")
     elif machine.backend == "metal":
         lines.append("  (what Metal takes for computing was never measured: run plan --calibrate on a Mac)")
@@ -133,6 +124,46 @@ def text(plan: MemoryPlan) -> list[str]:
     if plan.advice is not None:
         lines.append(f"  or                {plan.advice}")
     return [*lines, *(f"  note              {note}" for note in machine.notes)]
+
+
+def speed_lines(plan: MemoryPlan) -> list[str]:
+    """What speeds are expected, at which length, and what they rest on."""
+    if not plan.fits or plan.decode is None or plan.decode_at_start is None:
+        return []
+    each = "" if plan.batch_size == 1 else f" for each of {plan.batch_size} sequences"
+    lines = [
+        f"  decode            {plan.decode_at_start} tokens/s at the start, {plan.decode} at {plan.decode.tokens:,} tokens"
+        + each
+    ]
+    if plan.prefill is not None:
+        lines.append(f"  prefill           {plan.prefill} tokens/s for a prompt of {plan.prefill.tokens:,} tokens")
+    return [*lines, f"  ({basis_of(plan)})"]
+
+
+def basis_of(plan: MemoryPlan) -> str:
+    """What a plan's speeds rest on, as a clause."""
+    machine, decode = plan.machine, plan.decode
+    assert machine is not None
+    assert decode is not None
+    chip, is_dense = machine.chip, plan.family == "openelm"
+    laptops = "; a hot laptop or one in low power mode is slower"
+    if decode.basis == "measured":
+        assert machine.calibration is not None
+        return f"by what was measured here on {machine.calibration.speed_date}"
+    if plan.expert_slots is not None:
+        return f"an estimate: nobody has published gpt-oss with experts on a Mac's disk in this library{laptops}"
+    if decode.basis == "published":
+        return f"by published runs of this model on {chip} chips{laptops}"
+    if decode.basis == "no run":
+        what = "a dense model with MLX" if is_dense else "gpt-oss"
+        return f"an estimate: no run of {what} on a plain {chip} was published{laptops}".replace(
+            "a plain " if " " in chip else "", ""
+        )
+    if is_dense:
+        return (
+            f"by published runs of other dense models on {chip} chips; nobody has published OpenELM on a Mac{laptops}"
+        )
+    return f"by published runs of gpt-oss on {chip} chips, of another size or with dense parts in 8 or 4 bits{laptops}"
 
 
 def calibrate(as_json: bool) -> int:

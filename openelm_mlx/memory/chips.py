@@ -75,3 +75,83 @@ def chip_of(name: str, memory_gb: int, cores: int | None = None) -> Chip | None:
             chip = replace(chip, bandwidth=bandwidth, cores=cores or few)
     cores = cores or chip.cores
     return replace(chip, cores=cores, teraflops=round(CHIPS[name].teraflops * cores / CHIPS[name].cores, 2))
+
+
+# --- what published speeds say of them --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecodeTerms:
+    """A token of decoding: seconds a layer however small it is, and the shares of the bandwidth at which weights and keys
+    and values stream: `layer_seconds x layers + weights / (share x bandwidth) + keys and values / (share x bandwidth)`.
+    """
+
+    layer_seconds: float
+    weights: float
+    keys_values: float
+
+
+@dataclass(frozen=True)
+class PrefillTerms:
+    """A prompt: the shares of the chip's TFLOPS that products with weights and attention reach, the least and the most."""
+
+    weights: tuple[float, float]
+    attention: tuple[float, float]
+
+
+# (family, generation) -> terms. gpt-oss: least squares of the relative error over 50 published runs (49 on Pro, Max and
+# Ultra chips) in published_speeds.tsv, llama.cpp's and MLX's: median error 4.5 %, worst 21 %. Keys and values stream slower
+# than weights there. M1 Ultra has one run (89.5 tokens/s) and pays more for launches; MLX_MAX_OPS_PER_BUFFER moves it.
+# OpenELM: 32 published runs of other dense models with MLX; nobody has published one of OpenELM on a Mac. Keys and values
+# as gpt-oss's: the one dense series (M5 Max, 8k) was a quarter faster than that says.
+DECODE_TERMS: dict[tuple[str, str], DecodeTerms] = {
+    ("gpt_oss", "M1"): DecodeTerms(178e-6, 0.72, 0.21),
+    ("gpt_oss", "M2"): DecodeTerms(178e-6, 0.72, 0.21),
+    ("gpt_oss", "M3"): DecodeTerms(178e-6, 0.72, 0.21),
+    ("gpt_oss", "M4"): DecodeTerms(99e-6, 0.72, 0.38),
+    ("gpt_oss", "M5"): DecodeTerms(99e-6, 0.72, 0.38),
+    ("gpt_oss", "M1 Ultra"): DecodeTerms(322e-6, 0.72, 0.21),
+    ("openelm", "M1"): DecodeTerms(109e-6, 0.84, 0.21),
+    ("openelm", "M2"): DecodeTerms(109e-6, 0.84, 0.21),
+    ("openelm", "M3"): DecodeTerms(109e-6, 0.84, 0.21),
+    ("openelm", "M4"): DecodeTerms(46e-6, 0.84, 0.38),
+    ("openelm", "M5"): DecodeTerms(46e-6, 0.84, 0.38),
+}
+
+# generation -> terms. M1 to M3: MLX reached 0.32 to 0.46 on M1 Max and M2 Max, llama.cpp 0.6 to 0.8 on the same chips; M4:
+# MLX 0.62 to 0.69 on M4 Max. M5's matrix units are not in the table's TFLOPS: 0.84 to 1.33 of them on M5 Max, 1.08 on M5.
+# Attention: 0.28 fits llama.cpp's series from 2k to 32k; mlx-lm's runs at 21k were faster than that.
+PREFILL_TERMS: dict[str, PrefillTerms] = {
+    "M1": PrefillTerms((0.30, 0.65), (0.28, 0.6)),
+    "M2": PrefillTerms((0.30, 0.65), (0.28, 0.6)),
+    "M3": PrefillTerms((0.30, 0.65), (0.28, 0.6)),
+    "M4": PrefillTerms((0.45, 0.70), (0.28, 0.6)),
+    "M5": PrefillTerms((0.80, 1.35), (1.5, 5.0)),
+}
+# Products with 128 experts have fewer rows each: llama.cpp reached 0.51 with the 120b where it reached 0.71 with the 20b.
+MANY_EXPERTS, MANY_EXPERTS_SHARE = 128, 0.72
+
+# The least and the most of what the terms say: (family, what was published of the chip). 92 % of gpt-oss's runs lie within
+# 0.85 to 1.15 of the fit without them, apps and warm laptops below it; base chips' one run (M5) is 15 % below it, M4's weak
+# ones 20 to 35 %. Dense models: 33 of 36 runs lie within 0.75 to 1.25, and OpenELM is none of them.
+SPREAD: dict[tuple[str, str], tuple[float, float]] = {
+    ("gpt_oss", "runs"): (0.80, 1.15),
+    ("gpt_oss", "no run"): (0.65, 1.15),
+    ("gpt_oss", "base chip"): (0.65, 1.0),
+    ("openelm", "runs"): (0.75, 1.25),
+    ("openelm", "no run"): (0.65, 1.25),
+    ("openelm", "base chip"): (0.65, 1.25),
+}
+
+# One wait for the router, where experts are read from disk: 0.2 to 0.35 ms are reported for an M4.
+READ_BACK_SECONDS = 0.3e-3
+
+
+def generation(chip: str) -> str:
+    """ "M3" of "M3 Max"."""
+    return chip.partition(" ")[0]
+
+
+def decode_terms(family: str, chip: str) -> DecodeTerms | None:
+    """A chip's own terms where it has some, else its generation's."""
+    return DECODE_TERMS.get((family, chip)) or DECODE_TERMS.get((family, generation(chip)))

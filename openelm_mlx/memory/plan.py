@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import MemoryLimitError, SettingError
 from ..specs import ModelSpec, kv_places
 from .machine import Machine, wired_limit_advice
+from .rates import SpeedRange, prefill_seconds, rates_of, rounded, streamed_seconds
 from .scratch import scratch_bytes
 
 # The interpreter, MLX and the library; a tokenizer takes some five times its file (measured on Linux, docs/memory.md).
@@ -25,16 +26,13 @@ DEFAULT_CHUNK = 512
 CHUNK_SHARE, SHORT_CHUNK, SHORT_CHUNK_ON_CUDA = 0.07, 64, 32
 # A context that nobody asked for is not paid for in advance beyond this.
 USUAL_CONTEXT = 8192
-# What part of bandwidth and arithmetic MLX is assumed to reach: decode of gpt-oss-20b was reported at 38 to 55 % of the
-# bandwidth on M1 to M5 chips. Not measured here.
-DECODE_EFFICIENCY = 0.45
-PREFILL_EFFICIENCY = 0.35
-# What a layer costs a token however small it is: launches. An assumption too, without which tiny models look absurd.
-SECONDS_A_LAYER = 50e-6
 # A request by which chunks are weighed against slots where experts are on disk; and what is assumed of a machine of which
 # it is not known: bytes and tokens a second.
 USUAL_PROMPT, USUAL_ANSWER = 2048, 256
 ASSUMED_DISK, ASSUMED_PREFILL, ASSUMED_PREFILL_ON_CPU = 3e9, 300.0, 20.0
+# Real routers come back to experts: the demo's choices, stretched to the released models' experts, miss 0.6 to 0.9 times as
+# often as if every expert were equally likely (docs/streaming.md).
+SKEWED_READS = 0.6
 # What the system's file cache and macOS keep when experts are read through it and nobody set a limit.
 LEFT_TO_FILES = 6_000_000_000
 # From this share of the working set on a model is wired. One that took 89 % of it was 40 times slower unwired
@@ -48,7 +46,8 @@ class Weights:
 
     dense: all but the experts' packed matrices. slot: one expert in every layer. embedding: of `dense`, what may stay on
     disk while experts do. can_stream: whether experts can be read from the files as they are. tokenizer: of its file.
-    loading: the most that is in memory while matrices are cast or packed as they are read; 0 when none is.
+    loading: the most that is in memory while matrices are cast or packed as they are read; 0 when none is. looked_up: of
+    `dense`, an embedding that is no head as well: a token reads one row of it.
     """
 
     dense: int
@@ -57,6 +56,7 @@ class Weights:
     can_stream: bool = False
     tokenizer: int = 0
     loading: int = 0
+    looked_up: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,10 @@ class MemoryPlan:
     total_bytes: what MLX's peak should be; process_bytes: the whole process's; budget_bytes: what MLX may use of what was
     allowed (the rest is the process's own and MLX's buffer cache). max_context_length: the longest that fits with these
     settings. kv_bits: None, or 8 on the full-attention layers. expert_slots: None when every expert is in memory, else
-    how many a layer. dense_bits: None, or the bits that dense parts are quantized to as they are read. decode_tps,
-    prefill_tps: predicted tokens a second, None where the machine's rates are not known. changes: what would make it fit,
-    where it does not. least_bytes: the smallest memory limit that can be kept with these dense_bits and kv_bits.
+    how many a layer. dense_bits: None, or the bits that dense parts are quantized to as they are read. decode, prefill:
+    predicted speeds with the whole context in use, decode_at_start with an empty one; None where the machine's rates are
+    not known. decode_tps, prefill_tps: their middles. changes: what would make it fit, where it does not. least_bytes: the
+    smallest memory limit that can be kept with these dense_bits and kv_bits.
     """
 
     source: str
@@ -111,18 +112,32 @@ class MemoryPlan:
     dense_bits: int | None = None
     wired_limit_bytes: int = 0  # what macOS is asked not to page out; 0: nothing
     cache_limit_bytes: int = 0
-    prefill_tps: float | None = None
-    decode_tps: float | None = None
+    prefill: SpeedRange | None = None
+    decode: SpeedRange | None = None
+    decode_at_start: SpeedRange | None = None
     memory_limit: int = 0
     machine: Machine | None = None
     changes: tuple[Change, ...] = ()
     least_bytes: int = 0
     advice: str | None = None
+    family: str = ""
+
+    @property
+    def decode_tps(self) -> float | None:
+        """Tokens a second of decoding, the middle of the range."""
+        return None if self.decode is None else self.decode.middle
+
+    @property
+    def prefill_tps(self) -> float | None:
+        """Tokens a second of a prompt, the middle of the range."""
+        return None if self.prefill is None else self.prefill.middle
 
     def as_dict(self) -> dict[str, Any]:
         """The plan for machines."""
         return {
-            **vars(self),
+            **{name: value.as_dict() if isinstance(value, SpeedRange) else value for name, value in vars(self).items()},
+            "decode_tps": self.decode_tps,
+            "prefill_tps": self.prefill_tps,
             "machine": None if self.machine is None else asdict(self.machine),
             "changes": [vars(change) for change in self.changes],
         }
@@ -197,6 +212,7 @@ class _Planner:
         self.overhead = process + TOKENIZER_FACTOR * weights.tokenizer + self.cache_limit
         layer = spec.layers[0]
         self.num_experts, self.per_token = layer.num_experts, layer.experts_per_token
+        self.rates = rates_of(machine, spec, self._dense_bits())
 
     def best(self) -> MemoryPlan:
         """The first plan that fits, from the one that costs nothing on; the last one when none does."""
@@ -242,8 +258,7 @@ class _Planner:
         """Expert bytes that so many tokens at once read from disk, every expert being equally likely: more than a real
         model's routing.
         """
-        touched = self.num_experts * (1 - (1 - self.per_token / self.num_experts) ** chunk)
-        return touched * (1 - slots / self.num_experts) * self.weights.slot
+        return self._touched_experts(chunk) * (1 - slots / self.num_experts) * self.weights.slot
 
     def _chunks(self, context: int) -> list[int]:
         """The chunks to try with everything in memory, from the one that costs nothing on."""
@@ -287,18 +302,11 @@ class _Planner:
             context_length=context, max_context_length=0, batch_size=self.wish.batch_size, prefill_chunk=chunk,
             kv_bits=kv_bits, expert_slots=slots, dense_bits=self.wish.dense_bits,
             wired_limit_bytes=self._wired(total), cache_limit_bytes=self.cache_limit if self.is_gpu else 0,
-            memory_limit=self.limit, machine=self.machine,
+            memory_limit=self.limit, machine=self.machine, family=self.spec.family,
         )  # fmt: skip
         if not with_limits:
             return plan
-        prefill, decode = self.rates(plan)
-        return replace(
-            plan,
-            max_context_length=self._longest(plan),
-            least_bytes=self._least(),
-            prefill_tps=prefill,
-            decode_tps=decode,
-        )
+        return replace(self.with_speeds(plan), max_context_length=self._longest(plan), least_bytes=self._least())
 
     def _wired(self, total: int) -> int:
         """What of `total` macOS is not to page out: all or nothing."""
@@ -323,28 +331,50 @@ class _Planner:
         slots = self.per_token if self.weights.can_stream and self.weights.slot else None
         return self.plan(min(self.spec.context_length, 256), CHUNKS[-1], slots, with_limits=False).process_bytes
 
-    def rates(self, plan: MemoryPlan) -> tuple[float | None, float | None]:
-        """(prefill, decode) tokens a second: operations over arithmetic, bytes of a token over bandwidth."""
-        m = self.machine
-        active = self.weights.dense - self.weights.embedding + self.per_token * self.weights.slot
-        # Half of the context, on the average, has to be read for a token.
-        token_bytes = active + kv_cache_bytes(self.spec, plan.context_length // 2, self.itemsize, 1, plan.kv_bits)
-        launches = SECONDS_A_LAYER * len(self.spec.layers)
-        seconds = None if m.bandwidth is None else token_bytes / (m.bandwidth * DECODE_EFFICIENCY) + launches
-        if seconds is not None and plan.expert_slots is not None:
-            seconds = (
-                None if m.ssd_bandwidth is None else seconds + self._read_bytes(plan.expert_slots) / m.ssd_bandwidth
-            )
-        prefill = self._prefill_rate()
-        if prefill is not None and plan.expert_slots is not None:
+    def with_speeds(self, plan: MemoryPlan) -> MemoryPlan:
+        """A plan with its `decode`, `decode_at_start` and `prefill` (memory/rates.py)."""
+        rates = self.rates
+        if rates is None:
+            return plan
+        basis = rates.basis if plan.expert_slots is None or rates.basis == "measured" else "no run"
+        slow_disk, fast_disk = self.machine.ssd or (ASSUMED_DISK, ASSUMED_DISK)
+        read = 0.0 if plan.expert_slots is None else self._read_bytes(plan.expert_slots, plan.batch_size)
+        wait = 0.0 if plan.expert_slots is None else streamed_seconds(rates, len(self.spec.layers))
+
+        def decode(tokens: int) -> SpeedRange:
+            cached = kv_cache_bytes(self.spec, tokens, self.itemsize, plan.batch_size, plan.kv_bits)
+            seconds = rates.decode_seconds(len(self.spec.layers), self._touched_bytes(plan.batch_size), cached)
+            slow = seconds / rates.low + read / slow_disk + wait
+            fast = seconds / rates.high + SKEWED_READS * read / fast_disk
+            return SpeedRange(rounded(1 / slow), rounded(1 / fast), tokens, basis)
+
+        prompt, chunk = plan.context_length, min(plan.prefill_chunk, plan.context_length)
+        found = prefill_seconds(self.spec, rates, prompt, chunk, self._touched_bytes(chunk))
+        prefill = None
+        if found is not None:
             # Computed and read at the same time.
-            chunk, read = plan.prefill_chunk, self._read_bytes(plan.expert_slots, plan.prefill_chunk)
-            prefill = None if m.ssd_bandwidth is None else chunk / max(chunk / prefill, read / m.ssd_bandwidth)
-        return prefill, None if seconds is None else 1 / seconds
+            reads = prompt / chunk * (0.0 if plan.expert_slots is None else self._read_bytes(plan.expert_slots, chunk))
+            slow, fast = max(found[0], reads / slow_disk), max(found[1], reads / fast_disk)
+            prefill = SpeedRange(rounded(prompt / slow), rounded(prompt / fast), prompt, basis)
+        return replace(plan, decode=decode(plan.context_length), decode_at_start=decode(0), prefill=prefill)
+
+    def _touched_bytes(self, tokens: int) -> float:
+        """Bytes of weights that so many tokens at once are computed with, every expert being equally likely."""
+        return self.weights.dense - self.weights.looked_up + self._touched_experts(tokens) * self.weights.slot
+
+    def _touched_experts(self, tokens: int) -> float:
+        return self.num_experts * (1 - (1 - self.per_token / self.num_experts) ** tokens) if self.num_experts else 0.0
 
     def _prefill_rate(self) -> float | None:
-        flops = self.machine.flops
-        return None if flops is None else flops * PREFILL_EFFICIENCY / (2 * self.spec.num_active_parameters())
+        products = None if self.rates is None else self.rates.products
+        return None if products is None else sum(products) / 2 / (2 * self.spec.num_active_parameters())
+
+    def _dense_bits(self) -> int:
+        """Of how many bits, by their bytes, the parts are that are not experts."""
+        spec = self.spec
+        experts = sum(layer.num_experts * layer.parameters_per_expert(spec.hidden_size) for layer in spec.layers)
+        each = 8 * self.weights.dense / max(1, spec.num_parameters() - experts)
+        return min((32, 16, 8, 6, 5, 4), key=lambda bits: abs(bits + (0.5 if bits < 16 else 0) - each))
 
     def changes(self, plan: MemoryPlan) -> Iterator[Change]:
         """What would make it fit: each alone, the cheapest first."""

@@ -1,0 +1,142 @@
+"""How far rounding a model's dense parts to fewer bits moves its next-token distributions, from the weights as they are.
+
+Both models read the same tokens (teacher forcing) and compute in float32, so that what differs is the weights alone. The
+demos read their own answers; models of real width have random weights, which say how errors grow from layer to layer and
+nothing of a language.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..conversion import convert
+from ..conversion.verify import kl_divergence
+from ..generate import encode_prompt, stream_generate
+from ..loading import load
+from .against import random_prompt, shape_config
+from .random_checkpoint import write_random_checkpoint
+from .random_gpt_oss import write_random_gpt_oss
+
+BITS = 8, 6, 4
+WORDS = (
+    "banjo", "dog", "king", "doctor", "storm", "violin", "river", "apple", "bridge", "winter", "copper", "money", "glacier",
+    "tax", "piano", "teacher", "market", "desert", "letter", "engine", "garden", "island", "judge", "knife", "lemon",
+    "mirror", "needle", "ocean", "pencil", "queen", "rabbit", "school", "tiger", "uncle", "valley", "window", "youth",
+    "zebra", "anger", "basket", "candle", "danger", "empire", "forest", "guitar", "hammer", "insect", "jacket",
+)  # fmt: skip
+ANSWER_TOKENS = 60
+# Random models: a prompt of so many tokens, and of gpt-oss few experts and rows of the vocabulary, which a CPU can do;
+# neither changes what a layer does to an error.
+PROMPT_TOKENS, FEW_EXPERTS, FEW_ROWS = 96, 8, 16384
+# demo-openelm's groups, as its config has them.
+DEMO_GROUP, DEMO_STEPS = 128, 255
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One model at so many bits against itself, over `positions` next-token distributions.
+
+    kl, largest_kl: of the original's distribution from the rounded one's, in nats. same_top: the share of positions with
+    the same likeliest token. logits_error: rms of the logits' difference over rms of the logits, each less its mean.
+    """
+
+    model: str
+    bits: int
+    positions: int
+    kl: float
+    largest_kl: float
+    same_top: float
+    logits_error: float
+
+    def line(self) -> str:
+        """The figures for people."""
+        return (
+            f"{self.model:34}{self.bits:5} {self.positions:9,} {self.kl:9.1e} {self.largest_kl:9.1e} {self.same_top:8.2%} "
+            f"{self.logits_error:8.2%}"
+        )
+
+
+HEADING = f"{'model':34}{'bits':>5} {'positions':>9} {'KL':>9} {'largest':>9} {'same top':>8} {'logits':>8}"
+
+
+def divergence(model: str, bits: int, expected: Sequence[mx.array], found: Sequence[mx.array]) -> Divergence:
+    """The figures of a model from (positions, V) logits of several texts, the original's and the rounded one's."""
+    a, b = (mx.concatenate([each.astype(mx.float32) for each in texts]) for texts in (expected, found))
+    kl, same = kl_divergence(a, b), mx.argmax(a, axis=-1) == mx.argmax(b, axis=-1)
+    a, b = (each - mx.mean(each, axis=-1, keepdims=True) for each in (a, b))
+    error = mx.sqrt(mx.mean(mx.square(a - b)) / mx.mean(mx.square(a)))
+    values = (each.item() for each in (mx.mean(kl), mx.max(kl), mx.mean(same), error))
+    return Divergence(model, bits, a.shape[0], *(float(each) for each in values))  # type: ignore[arg-type]
+
+
+def demo_divergences(source: str, bits: Sequence[int] = BITS, words: Sequence[str] = WORDS) -> Iterator[Divergence]:
+    """demo-openelm or demo-gpt-oss over its own greedy answers.
+
+    demo-openelm comes in 8 bits, which fewer steps would find again: it is unpacked first, and each weight moved at random
+    within its step, so that it is as far from any grid as weights are that were never rounded.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        path = source if source == "demo-gpt-oss" else str(_off_the_grid(Path(place)))
+        model, tokenizer = load(path, dtype="float32", chat_template=None)
+        texts = []
+        for word in words:
+            prompt = list(encode_prompt(model, tokenizer, f"What is a {word}?").tokens)
+            answer = [chunk.token for chunk in stream_generate(model, tokenizer, prompt, max_tokens=ANSWER_TOKENS)]
+            texts.append((prompt + answer, len(prompt) - 1))
+
+        def logits(model: Any) -> list[mx.array]:
+            found = [model(mx.array([tokens]))[0, start:-1] for tokens, start in texts]
+            mx.eval(found)
+            return found
+
+        expected = logits(model)
+        for each in bits:
+            rounded, _ = load(path, dtype="float32", dense_bits=each)
+            yield divergence(source, each, expected, logits(rounded))
+
+
+def random_divergences(shape: str, num_layers: int, bits: Sequence[int] = BITS) -> Iterator[Divergence]:
+    """A released width with random weights and so many layers, over random tokens: how errors grow."""
+    config: Mapping[str, Any] = shape_config(shape, num_layers)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "model"
+        if shape.startswith("gpt-oss"):
+            write_random_gpt_oss(
+                path, {**config, "num_local_experts": FEW_EXPERTS, "vocab_size": FEW_ROWS, "eos_token_id": 2}
+            )
+        else:
+            write_random_checkpoint(path, config, "bfloat16")
+        expected: list[mx.array] = []
+        for each in (None, *bits):
+            model, _ = load(path, dtype="float32", dense_bits=each)
+            logits = model(mx.array([random_prompt(model, PROMPT_TOKENS)]))[0]
+            mx.eval(logits)
+            del model
+            if each is None:
+                expected = [logits]
+            else:
+                yield divergence(f"random {shape}, {num_layers} layers", each, expected, [logits])
+
+
+def _off_the_grid(folder: Path) -> Path:
+    """demo-openelm in float32, each weight moved at random by up to half the step that it was rounded to."""
+    made = convert("demo-openelm", folder / "m", dtype="float32").destination
+    assert made is not None
+    for file in made.glob("*.safetensors"):
+        weights = mx.load(str(file))
+        assert isinstance(weights, dict)
+        for number, (name, weight) in enumerate(sorted(weights.items())):
+            if weight.ndim == 2:
+                groups = weight.reshape(-1, DEMO_GROUP)
+                step = (mx.max(groups, axis=-1, keepdims=True) - mx.min(groups, axis=-1, keepdims=True)) / DEMO_STEPS
+                noise = mx.random.uniform(-0.5, 0.5, groups.shape, key=mx.random.key(number))
+                weights[name] = (groups + step * noise).reshape(weight.shape)
+        mx.eval(weights)
+        mx.save_safetensors(str(file), weights)
+    return made

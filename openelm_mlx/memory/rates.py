@@ -1,0 +1,209 @@
+"""How fast a model should decode and read a prompt on a machine: three terms, and a range rather than a number.
+
+The terms come from what people have published (`chips.py`, published_speeds.tsv), or from this very machine once `plan
+--calibrate` has measured it. Pure arithmetic, no arrays.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from .chips import (
+    MANY_EXPERTS,
+    MANY_EXPERTS_SHARE,
+    PREFILL_TERMS,
+    READ_BACK_SECONDS,
+    SPREAD,
+    decode_terms,
+    generation,
+)
+
+if TYPE_CHECKING:
+    from ..specs import ModelSpec
+    from .machine import Machine
+
+# What a machine did a minute ago it does again within so much; a laptop that gets hot does not.
+MEASURED = 0.9, 1.1
+# What attention reaches of what products do: 0.28 and 0.71 of the arithmetic in llama.cpp's series.
+ATTENTION_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class SpeedRange:
+    """Tokens a second, the least and the most, two digits each; `tokens`: how many the context has then.
+
+    basis: "measured" (here), "published" (runs of such a model on this chip), "related" (on this chip with another size or
+    other weights), "no run" (on this chip nobody has published one).
+    """
+
+    low: float
+    high: float
+    tokens: int
+    basis: str
+
+    @property
+    def middle(self) -> float:
+        """One number, where one is needed."""
+        return (self.low + self.high) / 2
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        low, high = number(self.low), number(self.high)
+        return low if low == high else f"{low} to {high}"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does for one family. Seconds, bytes and operations a second.
+
+    low, high: factors of the speed that the terms give. products, attention: the least and the most, None where not known.
+    """
+
+    layer_seconds: float
+    weights: float
+    keys_values: float
+    products: tuple[float, float] | None
+    attention: tuple[float, float] | None
+    low: float
+    high: float
+    basis: str
+
+    def decode_seconds(self, layers: int, weight_bytes: float, kv_bytes: float) -> float:
+        """Of one token, by the terms alone."""
+        return layers * self.layer_seconds + weight_bytes / self.weights + kv_bytes / self.keys_values
+
+
+def rates_of(machine: Machine, spec: ModelSpec, dense_bits: int | None = None) -> Rates | None:
+    """A machine's rates for such a model: measured, else by what is published; None where nothing is known of it.
+
+    dense_bits: of the parts that are not experts, as far as that says whether such runs were published.
+    """
+    calibration = machine.calibration
+    measured = None if calibration is None else calibration.rates.get(spec.family)
+    if measured is not None:
+        products, attention = _both(measured.products), _both(measured.products, ATTENTION_SHARE)
+        return Rates(
+            measured.layer_seconds, measured.weights, measured.keys_values, products, attention, *MEASURED, "measured"
+        )
+    terms = decode_terms(spec.family, machine.chip)
+    if terms is None or machine.bandwidth is None:
+        return None
+    basis = published_basis(machine.chip, spec, dense_bits)
+    is_base = machine.chip == generation(machine.chip)
+    low, high = SPREAD[spec.family, "base chip" if is_base else "no run" if basis == "no run" else "runs"]
+    prefill, flops = PREFILL_TERMS.get(generation(machine.chip)), machine.flops
+    products = attention = None
+    if prefill is not None and flops is not None:
+        share = MANY_EXPERTS_SHARE if spec.layers[0].num_experts >= MANY_EXPERTS else 1.0
+        products = prefill.weights[0] * share * flops, prefill.weights[1] * share * flops
+        attention = prefill.attention[0] * flops, prefill.attention[1] * flops
+    return Rates(
+        terms.layer_seconds, terms.weights * machine.bandwidth, terms.keys_values * machine.bandwidth,
+        products, attention, low, high, basis,
+    )  # fmt: skip
+
+
+def _both(rate: float | None, share: float = 1.0) -> tuple[float, float] | None:
+    return None if rate is None else (MEASURED[0] * share * rate, MEASURED[1] * share * rate)
+
+
+def prefill_seconds(
+    spec: ModelSpec, rates: Rates, prompt: int, chunk: int, touched_bytes: float
+) -> tuple[float, float] | None:
+    """Seconds of a prompt in chunks, the most and the least; None where not known.
+
+    Products with every active parameter, attention over half of the prompt in the layers that keep all of it (over the
+    window in the others), and never faster than a chunk's weights, `touched_bytes` of them, can be read.
+    """
+    if rates.products is None or rates.attention is None:
+        return None
+    # Published shares were taken of all active parameters; what was measured here, of those that a prompt's tokens meet.
+    head = spec.vocab_size * spec.hidden_size if rates.basis == "measured" else 0
+    operations = 2 * (spec.num_active_parameters() - head)
+    attention = sum(
+        4 * layer.num_heads * layer.head_dim * min(prompt / 2, layer.window or math.inf) for layer in spec.layers
+    )
+    reading = math.ceil(prompt / chunk) * rates.decode_seconds(len(spec.layers), touched_bytes, 0)
+    slow, fast = (
+        max(reading, prompt * (operations / products + attention / attending))
+        for products, attending in zip(rates.products, rates.attention, strict=True)
+    )
+    return slow, fast
+
+
+def streamed_seconds(rates: Rates, layers: int) -> float:
+    """What waiting for the routers' choices adds to a token, at most: one wait a layer."""
+    return 0.0 if rates.basis == "measured" else layers * READ_BACK_SECONDS
+
+
+def rounded(value: float) -> float:
+    """Two digits."""
+    return float(f"{value:.2g}")
+
+
+def number(value: float) -> str:
+    """Two digits for people: 0.57, 9.4, 47, 1,300."""
+    value = rounded(value)
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+# --- what was published -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published speed: tokens/s of decoding (`what` "decode") with so many tokens in the context, or of a prompt of so
+    many ("prefill"). gigabytes: of weights that a token of decoding reads. weights: "Q8" and "Q4" are MXFP4 experts with
+    dense parts in 8 and 4 bits, "A4" everything in 4. trust: "A" a protocol and repeats; "B" one run; "C" second-hand,
+    throttled, or by an engine that is not named.
+    """
+
+    what: str
+    family: str
+    chip: str
+    memory_gb: int
+    cores: int | None
+    model: str
+    weights: str
+    layers: int
+    gigabytes: float
+    kv_bytes_per_token: int
+    engine: str
+    tokens: int
+    rate: float
+    trust: str
+    source: str
+
+
+@lru_cache
+def published_speeds() -> tuple[Published, ...]:
+    """All of published_speeds.tsv."""
+    text = resources.files(__package__).joinpath("published_speeds.tsv").read_text(encoding="utf-8")
+    return tuple(
+        Published(
+            row["what"], row["family"], row["chip"], int(row["memory_gb"]), int(row["cores"]) if row["cores"] else None,
+            row["model"], row["weights"], int(row["layers"]), float(row["gigabytes"]), int(row["kv_bytes_per_token"]),
+            row["engine"], int(row["tokens"]), float(row["rate"]), row["trust"], row["source"],
+        )
+        for row in csv.DictReader(text.splitlines(), delimiter="\t")
+    )  # fmt: skip
+
+
+def published_basis(chip: str, spec: ModelSpec, dense_bits: int | None) -> str:
+    """ "published", "related" or "no run": what was published of decoding such a model on that chip, weak sources left out."""
+    family = "gpt_oss" if spec.family == "gpt_oss" else "dense"
+    rows = [
+        row for row in published_speeds()
+        if (row.what, row.family, row.chip) == ("decode", family, chip) and row.trust != "C"
+    ]  # fmt: skip
+    if not rows:
+        return "no run"
+    exact = {("20b" if spec.layers[0].num_experts < MANY_EXPERTS else "120b", f"Q{dense_bits}")}
+    return "published" if family == "gpt_oss" and exact & {(row.model, row.weights) for row in rows} else "related"

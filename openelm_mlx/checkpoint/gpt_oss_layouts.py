@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..specs import ModelSpec
-from .quantize import Quantization, stored_quantization
+from .quantize import Quantization, stored_quantization, wider
 from .reader import TensorEntry
 
 MXFP4 = Quantization(4, 32, "mxfp4")
@@ -212,17 +213,93 @@ def _from_modules(
     if layout == "openai-original":
         return [Assembly(name, shape, (Source(_original_name(name), shape),))]
     paths = _stored_modules(layout, module)
-    if part != "weight" or f"{paths[0]}.scales" not in entries:
+    if part != "weight" or not any(f"{path}.scales" in entries for path in paths):
         return [_joined(name, shape, [f"{path}.{part}" for path in paths], spec)]
-    packings = [stored_quantization(config, path) for path in paths]
-    scale_types = [entries[f"{path}.scales"].dtype if f"{path}.scales" in entries else "BF16" for path in paths]
-    if len(set(packings)) > 1:
-        return [_unpacked_and_joined(name, shape, paths, packings, scale_types, spec)]
-    quantized[module] = packings[0]
-    return [
-        _joined(f"{module}.{each}", part_shape, [f"{path}.{each}" for path in paths], spec, dtype)
-        for each, (dtype, part_shape) in packings[0].parts(shape, scale_types[0]).items()
+    pieces = [
+        _Piece.of(path, each, config, entries)
+        for path, each in zip(paths, _piece_shapes(shape, len(paths), spec), strict=True)
     ]
+    packings = [piece.packing for piece in pieces if piece.packing is not None]
+    alike = len(packings) == len(pieces) and len({piece.scale_type for piece in pieces}) == 1
+    if not alike or any(piece.has_global_scale for piece in pieces):
+        return [_unpacked_and_joined(name, shape, pieces)]
+    if len(set(packings)) == 1:
+        quantized[module] = packings[0]
+        return [
+            _joined(f"{module}.{each}", part_shape, [f"{path}.{each}" for path in paths], spec, dtype)
+            for each, (dtype, part_shape) in packings[0].parts(shape, pieces[0].scale_type).items()
+        ]
+    if all(packing.mode == "affine" for packing in packings):
+        quantized[module] = _widest(packings)
+        return [
+            _widened_and_joined(module, each, shape, paths, packings, pieces[0].scale_type, spec)
+            for each in ("weight", "scales", "biases")
+        ]
+    return [_unpacked_and_joined(name, shape, pieces)]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A module whose rows are some of a parameter's: its path, the shape of its weight, how that is packed if it is.
+
+    scale_type: of its scales; of the weight itself where that is plain.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    packing: Quantization | None
+    scale_type: str
+    has_global_scale: bool
+
+    @staticmethod
+    def of(path: str, shape: tuple[int, ...], config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> _Piece:
+        scales, weight = entries.get(f"{path}.scales"), entries.get(f"{path}.weight")
+        packing = None if scales is None else stored_quantization(config, path, shape, entries)
+        kind = (scales or weight or _NOTHING).dtype
+        return _Piece(path, shape, packing, kind, f"{path}.global_scale" in entries)
+
+    @property
+    def parts(self) -> dict[str, tuple[str | None, tuple[int, ...]]]:
+        """Part -> (safetensors type where only one will do, shape)."""
+        if self.packing is None:
+            return {"weight": (None, self.shape)}
+        kinds: dict[str, tuple[str | None, tuple[int, ...]]] = {
+            part: (kind if kind in ("U32", "U8") else None, shape)
+            for part, (kind, shape) in self.packing.parts(self.shape, self.scale_type).items()
+        }
+        return kinds | ({"global_scale": (None, self.shape[:1])} if self.has_global_scale else {})
+
+
+_NOTHING = TensorEntry("", "BF16", (), Path(), 0, 0)
+
+
+def _widest(packings: list[Quantization]) -> Quantization:
+    """The affine packing that has all the numbers that these have."""
+    return Quantization(max(each.bits for each in packings), min(each.group_size for each in packings))
+
+
+def _widened_and_joined(
+    module: str,
+    part: str,
+    shape: tuple[int, ...],
+    paths: list[str],
+    packings: list[Quantization],
+    scale_type: str,
+    spec: ModelSpec,
+) -> Assembly:
+    """A part of pieces with different bits or groups (a mixed recipe gives v more than q and k): all as the widest."""
+    target = _widest(packings)
+    pieces = zip(paths, packings, _piece_shapes(shape, len(paths), spec), strict=True)
+    stored = [(path, packing.parts(piece, scale_type)[part]) for path, packing, piece in pieces]
+    packed_type = "U32" if part == "weight" else None
+    sources = tuple(Source(f"{path}.{part}", piece, packed_type) for path, (_, piece) in stored)
+    join = _JOINS[len(paths)]
+    assert join is not None
+
+    def make(*arrays: mx.array) -> mx.array:
+        return join(*(wider(p, target.bits, target.group_size, part, a) for p, a in zip(packings, arrays, strict=True)))
+
+    return Assembly(f"{module}.{part}", target.parts(shape, scale_type)[part][1], sources, make, packed_type)
 
 
 def _joined(
@@ -234,44 +311,43 @@ def _joined(
     return Assembly(name, shape, pieces, _JOINS[len(sources)], packed_type)
 
 
-def _unpacked_and_joined(
-    name: str,
-    shape: tuple[int, ...],
-    paths: list[str],
-    packings: list[Quantization],
-    scale_types: list[str],
-    spec: ModelSpec,
-) -> Assembly:
-    """Pieces that are packed differently (a mixed recipe gives v more bits than q and k), unpacked to be one matrix."""
-    sources: list[Source] = []
-    part_names = []
-    for path, packing, scale_type, piece in zip(
-        paths, packings, scale_types, _piece_shapes(shape, len(paths), spec), strict=True
-    ):
-        parts = packing.parts(piece, scale_type)
-        part_names.append(list(parts))
-        sources += [
-            Source(f"{path}.{part}", part_shape, dtype if dtype in ("U32", "U8") else None)
-            for part, (dtype, part_shape) in parts.items()
-        ]
+def _unpacked_and_joined(name: str, shape: tuple[int, ...], pieces: list[_Piece]) -> Assembly:
+    """Pieces that no one packing has the numbers of (some plain, or of two modes), unpacked to be one matrix."""
+    part_names = [list(piece.parts) for piece in pieces]
+    sources = [
+        Source(f"{piece.path}.{part}", part_shape, kind)
+        for piece in pieces
+        for part, (kind, part_shape) in piece.parts.items()
+    ]
+    # float32 where anything is, so that nothing is rounded; else 16 bits, with bfloat16's range.
+    kind = "F32" if any(piece.scale_type == "F32" for piece in pieces) else "BF16"
+    dtype = mx.float32 if kind == "F32" else mx.bfloat16
 
     def make(*arrays: mx.array) -> mx.array:
         rest = iter(arrays)
-        pieces = [
-            unpacked(packing, {part: next(rest) for part in parts})
-            for packing, parts in zip(packings, part_names, strict=True)
-        ]
-        join = _JOINS[len(pieces)]
-        assert join is not None
-        return join(*pieces)
+        matrices = []
+        for piece, names in zip(pieces, part_names, strict=True):
+            parts = {part: next(rest) for part in names}
+            plain = parts["weight"] if piece.packing is None else unpacked(piece.packing, parts)
+            matrices.append(plain.astype(dtype))
+        join = _JOINS[len(matrices)]
+        return matrices[0] if join is None else join(*matrices)
 
-    return Assembly(name, shape, tuple(sources), make, "BF16")
+    return Assembly(name, shape, tuple(sources), make, kind)
 
 
 def unpacked(packing: Quantization, parts: Mapping[str, mx.array]) -> mx.array:
-    """A packed weight as bf16, computed in float32 and rounded once."""
-    wide = {name: part.astype(mx.float32) if part.dtype == mx.bfloat16 else part for name, part in parts.items()}
-    return packing.dequantize(wide, mx.float32).astype(mx.bfloat16)
+    """A packed weight in float32."""
+    wide = {
+        name: part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part
+        for name, part in parts.items()
+    }
+    factor = wide.pop("global_scale", None)
+    weight = packing.dequantize(wide, mx.float32)
+    if factor is None:
+        return weight
+    # (E,): the largest number of each expert, for which 448 (E4M3) times 6 (E2M1) stands.
+    return weight * (factor / (448 * 6)).reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def joined_rows(*pieces: mx.array) -> mx.array:

@@ -108,7 +108,7 @@ def _understand_openelm(checkpoint: Checkpoint, config: Mapping[str, Any], spec:
         stored = module if has_prefix else _corenet_name(module)
         expected: Mapping[str, tuple[str | None, tuple[int, ...]]] = {"weight": (None, shape)}
         if f"{stored}.scales" in entries:
-            quantization = stored_quantization(config, stored)
+            quantization = stored_quantization(config, stored, shape, entries)
             quantized[module] = quantization
             expected = quantization.parts(shape, entries[f"{stored}.scales"].dtype)
         for part, (dtype, part_shape) in expected.items():
@@ -261,8 +261,9 @@ def _checked(
 
 
 def _refuse_leftovers(entries: Mapping[str, TensorEntry], checkpoint: Checkpoint) -> None:
-    if entries:
-        names = sorted(entries)
+    # Of a type that weights do not have: masks and the like, which other programs keep beside them.
+    names = sorted(name for name, entry in entries.items() if entry.is_usable)
+    if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise CheckpointError(
             f"The checkpoint ({checkpoint.files[0].name}) has tensors that the config's model does not: "

@@ -9,13 +9,18 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 
 from ..errors import ConfigError, SettingError
+from ..files import shown
 from ..specs import ModelSpec
+from .reader import TensorEntry
 
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 
 # Group sizes and bits of each mode, the default first (MLX documentation, mx.quantize, "Quantization modes").
 _GROUP_SIZES: dict[str, tuple[int, ...]] = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 _BITS: dict[str, tuple[int, ...]] = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+
+# Nobody asks for 1 bit, and MLX reads it.
+_STORED_BITS = {mode: (*bits, 1) if mode == "affine" else bits for mode, bits in _BITS.items()}
 
 # A scale byte of 255 stands for no number (OCP Microscaling Formats 1.0, section 5.4.1, E8M0; in nvfp4's E4M3 too).
 NOT_A_SCALE = 255
@@ -61,11 +66,14 @@ class Quantization:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
-def stored_quantization(config: Mapping[str, Any], module: str) -> Quantization:
-    """How the config says that `module` (a path without `.weight`) was packed.
+def stored_quantization(
+    config: Mapping[str, Any], module: str, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]
+) -> Quantization:
+    """How `module` (a path without `.weight`), whose weight is `shape` unpacked, was packed: as mlx-lm reads it.
 
-    mlx-lm's form: `quantization` with the model's settings, and exceptions by module path. Apple's MLX configs have the
-    first part alone. Raises ConfigError when there is nothing of the kind.
+    `quantization` in the config has settings for the model and may have others by module path. Of those, a mode that is
+    missing is affine, whatever the model's is. A module that is not named, or by false, is what its tensors' types and
+    shapes say. Raises ConfigError when the config has nothing of the kind, or settings that MLX does not have.
     """
     whole = config.get("quantization") or config.get("quantization_config")
     if not isinstance(whole, Mapping):
@@ -74,16 +82,59 @@ def stored_quantization(config: Mapping[str, Any], module: str) -> Quantization:
             "to these weights."
         )
     settings = whole.get(module)
-    settings = settings if isinstance(settings, Mapping) else whole
-    mode = settings.get("mode") or whole.get("mode") or settings.get("quant_method") or "affine"
-    if mode not in _BITS:
-        raise ConfigError(f"The config's quantization mode {mode!r} is not one of {', '.join(_BITS)}.")
+    if not isinstance(settings, Mapping):
+        found = _inferred(shape, entries.get(f"{module}.weight"), entries.get(f"{module}.scales"))
+        if found is not None:
+            return found
+        settings = {"mode": whole.get("quant_method"), **whole}
+    mode = "affine" if settings.get("mode") is None else settings["mode"]
+    if not isinstance(mode, str) or mode not in _BITS:
+        raise ConfigError(f"The config's quantization mode {shown(mode)} is not one of {', '.join(_BITS)}.")
     bits, group_size = settings.get("bits", _BITS[mode][0]), settings.get("group_size", _GROUP_SIZES[mode][0])
-    if bits not in (*_BITS[mode], 1) or group_size not in _GROUP_SIZES[mode]:
+    if type(bits) is not int or bits not in _STORED_BITS[mode] or group_size not in _GROUP_SIZES[mode]:
         raise ConfigError(
-            f"The config's quantization of {module}, {bits} bits in groups of {group_size}, is none of {mode}'s."
+            f"The config's quantization of {module}, {shown(bits)} bits in groups of {shown(group_size)}, is none of {mode}'s."
         )
-    return Quantization(bits, group_size, cast(Mode, mode))
+    return Quantization(bits, int(group_size), cast(Mode, mode))
+
+
+def _inferred(shape: tuple[int, ...], weight: TensorEntry | None, scales: TensorEntry | None) -> Quantization | None:
+    """The packing of tensors of these types and shapes; None when there is none. There is never more than one."""
+    if weight is None or scales is None or not weight.shape or not scales.shape:
+        return None
+    columns = shape[-1]
+    modes: tuple[Mode, ...] = ("mxfp4", "mxfp8", "nvfp4") if scales.dtype == "U8" else ("affine",)
+    for mode in modes:
+        bits = next((each for each in _STORED_BITS[mode] if columns * each == weight.shape[-1] * 32), None)
+        group_size = next((each for each in _GROUP_SIZES[mode] if columns == scales.shape[-1] * each), None)
+        if bits is not None and group_size is not None:
+            return Quantization(bits, group_size, mode)
+    return None
+
+
+def wider(packing: Quantization, bits: int, group_size: int, name: str, part: mx.array) -> mx.array:
+    """A part of an affine packed weight, "weight", "scales" or "biases", in more bits and smaller groups: the same numbers.
+
+    part: (..., columns * bits / 32) words, or (..., columns / group_size) scales or biases.
+    """
+    if name != "weight":
+        return mx.repeat(part, packing.group_size // group_size, axis=-1)
+    if bits == packing.bits:
+        return part
+    words = part.reshape(*part.shape[:-1], -1, packing.bits)  # 32 codes are as many words as a code has bits
+    mask = mx.array(2**packing.bits - 1, mx.uint32)
+    wide: list[mx.array] = [mx.zeros(words.shape[:-1], mx.uint32) for _ in range(bits)]
+    for number in range(32):
+        word, offset = divmod(number * packing.bits, 32)
+        code = words[..., word] >> offset
+        if offset + packing.bits > 32:
+            code = code | (words[..., word + 1] << (32 - offset))
+        code = code & mask
+        word, offset = divmod(number * bits, 32)
+        wide[word] = wide[word] | (code << offset)
+        if offset + bits > 32:
+            wide[word + 1] = wide[word + 1] | (code >> (32 - offset))
+    return mx.stack(wide, axis=-1).flatten(-2)
 
 
 def parse_recipe(recipe: str | int, group_size: int | None = None) -> tuple[str, Quantization]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ConfigError, SettingError
+from .files import shown
 
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -199,8 +200,8 @@ def spec_from_config(config: Config) -> ModelSpec:
         if family.recognises(config):
             return family.spec_from_config(config)
     raise ConfigError(
-        f"The config describes no OpenELM or gpt-oss model (model_type is {config.get('model_type')!r}, model_name is "
-        f'{config.get("model_name")!r}): model_type "openelm" and "gpt_oss", CoreNet\'s "OpenELM-*" names and '
+        f"The config describes no OpenELM or gpt-oss model (model_type is {shown(config.get('model_type'))}, model_name is "
+        f'{shown(config.get("model_name"))}): model_type "openelm" and "gpt_oss", CoreNet\'s "OpenELM-*" names and '
         "OpenAI's original config are read."
     )
 
@@ -238,8 +239,8 @@ def layer_multipliers(value: Any, num_layers: int, name: str) -> list[float]:
 
     A pair is spread evenly over the layers and rounded to two decimals, as CoreNet's GPTConfig does.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return [float(value)] * num_layers
+    if type(value) in (int, float):
+        return _numbers([value], name) * num_layers
     numbers = _numbers(value, name)
     if len(numbers) == 2:
         first, last = numbers
@@ -265,7 +266,7 @@ class _OpenELM:
     def spec_from_config(config: Config) -> ModelSpec:
         config = _with_released_values(config)
         _refuse_other_mathematics(config)
-        num_layers = _integer(config, "num_transformer_layers")
+        num_layers = _integer(config, "num_transformer_layers", most=_MOST_LAYERS)
         model_dim = _integer(config, "model_dim")
         head_dim = _integer(config, "head_dim")
         heads = _query_heads(config, num_layers, model_dim, head_dim)
@@ -285,7 +286,9 @@ class _OpenELM:
             family="openelm",
             vocab_size=vocab_size,
             # CoreNet's padding token is the first row that is no word.
-            usable_vocab_size=min(vocab_size, config.get("padding_index") or vocab_size),
+            usable_vocab_size=min(
+                vocab_size, _integer(config, "padding_index") if config.get("padding_index") else vocab_size
+            ),
             hidden_size=model_dim,
             context_length=_integer(config, "max_context_length"),
             layers=layers,
@@ -375,10 +378,10 @@ def _with_released_values(config: Config) -> dict[str, Any]:
     if size is None and "num_transformer_layers" not in model:
         known = ", ".join(f"OpenELM-{size.replace('.', '_')}" for size in _RELEASED_SIZES)
         raise ConfigError(
-            f"The config's model_name {model['model_name']!r} is none of the released sizes ({known}) and the config "
+            f"The config's model_name {shown(model['model_name'])} is none of the released sizes ({known}) and the config "
             "gives no num_transformer_layers: add the model's numbers to it."
         )
-    return {**_RELEASED_COMMON, **(size or {}), **model}
+    return {**_RELEASED_COMMON, **(size or {}), **{str(key): value for key, value in model.items()}}
 
 
 # What the code of every OpenELM release does, whether its config says so or not. Another value is another model.
@@ -395,7 +398,7 @@ def _refuse_other_mathematics(config: Config) -> None:
     for name, known in _ONE_WAY.items():
         if config.get(name, known[0]) not in known:
             raise ConfigError(
-                f'The config\'s "{name}" is {config[name]!r} and OpenELM is only known with {known[0]!r}: this is another '
+                f'The config\'s "{name}" is {shown(config[name])} and OpenELM is only known with {known[0]!r}: this is another '
                 "model, whose answers would be wrong here."
             )
 
@@ -442,7 +445,8 @@ _GPT_OSS_ROPE_THETA = 150000.0
 _GPT_OSS_SWIGLU_LIMIT = 7.0
 _GPT_OSS_SWIGLU_ALPHA = 1.702
 _GPT_OSS_YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-# <|return|>, <|endoftext|> and <|call|>; the generation config of the release forgets the last one.
+# <|return|>, <|endoftext|> and <|call|>; the generation config of the release forgets the last one. A vocabulary of
+# another size is Harmony's where the config itself names one of them: a fine-tune's with more rows, or one cut to its tokens.
 _HARMONY_VOCAB_SIZE = 201088
 _HARMONY_STOPS = (200002, 199999, 200012)
 
@@ -459,7 +463,7 @@ class _GptOss:
     @staticmethod
     def spec_from_config(config: Config) -> ModelSpec:
         # Hugging Face's names, and those of OpenAI's original/config.json where they differ.
-        num_layers = _integer(config, "num_hidden_layers")
+        num_layers = _integer(config, "num_hidden_layers", most=_MOST_LAYERS)
         num_experts = _integer(config, "num_local_experts", "num_experts")
         windows = _windows(config, num_layers)
         layers = tuple(
@@ -478,7 +482,9 @@ class _GptOss:
         _check_gpt_oss(config, layers[0])
         vocab_size = _integer(config, "vocab_size")
         yarn = _yarn(config)
-        stops = _HARMONY_STOPS if vocab_size == _HARMONY_VOCAB_SIZE else ()
+        named = _tokens(config, "eos_token_id", None, vocab_size)
+        is_harmony = vocab_size == _HARMONY_VOCAB_SIZE or bool(set(named) & set(_HARMONY_STOPS))
+        stops = [token for token in _HARMONY_STOPS if is_harmony and token < vocab_size]
         return ModelSpec(
             family="gpt_oss",
             vocab_size=vocab_size,
@@ -486,14 +492,16 @@ class _GptOss:
             hidden_size=_integer(config, "hidden_size"),
             context_length=_gpt_oss_context_length(config, yarn),
             layers=layers,
-            tied_head=bool(config.get("tie_word_embeddings", False)),
-            norm_eps=float(config.get("rms_norm_eps", _GPT_OSS_NORM_EPS)),
-            rope_theta=float(_rope_settings(config).get("rope_theta", config.get("rope_theta", _GPT_OSS_ROPE_THETA))),
-            eos_tokens=tuple(dict.fromkeys((*_tokens(config, "eos_token_id", None, vocab_size), *stops))),
+            tied_head=_switch(config, "tie_word_embeddings", False),
+            norm_eps=_positive(config, "rms_norm_eps", _GPT_OSS_NORM_EPS),
+            rope_theta=_positive(
+                _rope_settings(config), "rope_theta", _positive(config, "rope_theta", _GPT_OSS_ROPE_THETA)
+            ),
+            eos_tokens=tuple(dict.fromkeys((*named, *stops))),
             size=_GPT_OSS_SIZES.get((num_layers, num_experts)),
             yarn=yarn,
-            swiglu_limit=float(config.get("swiglu_limit", _GPT_OSS_SWIGLU_LIMIT)),
-            swiglu_alpha=float(config.get("swiglu_alpha", _GPT_OSS_SWIGLU_ALPHA)),
+            swiglu_limit=_positive(config, "swiglu_limit", _GPT_OSS_SWIGLU_LIMIT),
+            swiglu_alpha=_positive(config, "swiglu_alpha", _GPT_OSS_SWIGLU_ALPHA),
         )
 
     @staticmethod
@@ -563,10 +571,10 @@ def _windows(config: Config, num_layers: int) -> list[int | None]:
     kinds = config.get("layer_types")
     if kinds is None:
         kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)]
-    known = {"sliding_attention", "full_attention"}
-    if not isinstance(kinds, (list, tuple)) or len(kinds) != num_layers or not set(kinds) <= known:
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
         raise ConfigError(
-            f'The config\'s "layer_types" is {kinds!r}: it must hold {num_layers} times "sliding_attention" or '
+            f'The config\'s "layer_types" is {shown(kinds)}: it must hold {num_layers} times "sliding_attention" or '
             '"full_attention", one a layer.'
         )
     return [_integer(config, "sliding_window") if kind == "sliding_attention" else None for kind in kinds]
@@ -588,7 +596,8 @@ def _gpt_oss_context_length(config: Config, yarn: YarnSpec | None) -> int:
     if config.get("max_position_embeddings") is not None:
         return _integer(config, "max_position_embeddings")
     initial = _integer(config, "initial_context_length")
-    return initial if yarn is None else int(initial * yarn.factor)
+    length = initial if yarn is None else int(initial * yarn.factor)
+    return _integer({"initial_context_length": length}, "initial_context_length")
 
 
 def _rope_settings(config: Config) -> Config:
@@ -599,7 +608,7 @@ def _rope_settings(config: Config) -> Config:
     """
     if config.get("rope_scaling_factor") is not None:
         return {
-            "rope_type": "yarn" if config["rope_scaling_factor"] > 1 else "default",
+            "rope_type": "yarn" if _positive(config, "rope_scaling_factor") > 1 else "default",
             "factor": config["rope_scaling_factor"],
             "beta_fast": _required(config, "rope_ntk_beta"),
             "beta_slow": _required(config, "rope_ntk_alpha"),
@@ -607,7 +616,9 @@ def _rope_settings(config: Config) -> Config:
         }
     settings = config.get("rope_parameters") or config.get("rope_scaling", _GPT_OSS_YARN) or {}
     if not isinstance(settings, Mapping) or any(isinstance(value, Mapping) for value in settings.values()):
-        raise ConfigError(f"The config's rotary settings are {settings!r}: one set of numbers for all layers is read.")
+        raise ConfigError(
+            f"The config's rotary settings are {shown(settings)}: one set of numbers for all layers is read."
+        )
     return settings
 
 
@@ -617,17 +628,17 @@ def _yarn(config: Config) -> YarnSpec | None:
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ConfigError(f'The config\'s rotary scaling is {kind!r}: gpt-oss has "yarn", or "default" for none.')
-    factor = float(_required(settings, "factor"))
-    original = settings.get("original_max_position_embeddings") or _integer(config, "initial_context_length")
-    concentration = settings.get("attention_factor")
+        raise ConfigError(f'The config\'s rotary scaling is {shown(kind)}: gpt-oss has "yarn", or "default" for none.')
+    factor = _positive(settings, "factor")
+    names = {"original_max_position_embeddings": settings, "initial_context_length": config}
+    original = next((_integer(where, name) for name, where in names.items() if where.get(name)), None)
     return YarnSpec(
         factor=factor,
-        original_context_length=int(original),
-        beta_fast=float(settings.get("beta_fast") or 32.0),
-        beta_slow=float(settings.get("beta_slow") or 1.0),
-        truncate=bool(settings.get("truncate", True)),
-        concentration=0.1 * math.log(factor) + 1.0 if concentration is None else float(concentration),
+        original_context_length=_integer(config, "initial_context_length") if original is None else original,
+        beta_fast=_positive(settings, "beta_fast", 32.0),
+        beta_slow=_positive(settings, "beta_slow", 1.0),
+        truncate=_switch(settings, "truncate", True),
+        concentration=_positive(settings, "attention_factor", 0.1 * math.log(factor) + 1.0),
     )
 
 
@@ -650,6 +661,12 @@ _FAMILIES: dict[str, type[_OpenELM] | type[_GptOss]] = {"openelm": _OpenELM, "gp
 
 # --- fields -----------------------------------------------------------------------------------------------------------
 
+# Far above any model: what lies beyond would only be time and memory lost before an error.
+_MOST_LAYERS = 4096
+_LARGEST_WHOLE = 2**31
+_LARGEST_NUMBER = 1e12
+_MOST_STOPS = 1000
+
 
 def _required(config: Config, *names: str) -> Any:
     """The field of the first of `names` that the config has: one thing under its different spellings."""
@@ -659,55 +676,69 @@ def _required(config: Config, *names: str) -> Any:
     raise ConfigError(f'The model\'s config has no "{names[0]}": it is incomplete; download or copy config.json again.')
 
 
-def _integer(config: Config, *names: str) -> int:
+def _integer(config: Config, *names: str, most: int = _LARGEST_WHOLE) -> int:
     value = _required(config, *names)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f'The config\'s "{names[0]}" is {value!r}: it must be a whole number above 0.')
+    if type(value) is not int or not 1 <= value <= most:
+        raise ConfigError(f'The config\'s "{names[0]}" is {shown(value)}: it must be a whole number, 1 to {most:,}.')
     return value
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is a number above 0 that a model can have: no NaN, no infinity, nothing absurd."""
+    return type(value) in (int, float) and 0 < value <= _LARGEST_NUMBER
+
+
 def _numbers(value: Any, name: str) -> list[float]:
-    is_list = isinstance(value, (list, tuple)) and value
-    if not is_list or any(isinstance(v, bool) or not isinstance(v, (int, float)) or v <= 0 for v in value):
-        raise ConfigError(f'The config\'s "{name}" is {value!r}: it must be a number, or a list of numbers, above 0.')
+    is_list = isinstance(value, (list, tuple)) and 0 < len(value) <= _MOST_LAYERS
+    if not is_list or not all(map(_is_number, value)):
+        raise ConfigError(
+            f'The config\'s "{name}" is {shown(value)}: it must be a number, or a list of numbers, above 0.'
+        )
     return [float(v) for v in value]
 
 
 def _per_layer(config: Config, name: str, num_layers: int) -> list[int]:
     value = config[name]
     values = value if isinstance(value, (list, tuple)) else [value] * num_layers
-    if len(values) != num_layers or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+    if len(values) != num_layers or any(type(v) is not int or not 1 <= v <= _LARGEST_WHOLE for v in values):
         raise ConfigError(
-            f'The config\'s "{name}" is {value!r}: it must hold {num_layers} whole numbers above 0, one a layer.'
+            f'The config\'s "{name}" is {shown(value)}: it must hold {num_layers} whole numbers above 0, one a layer.'
         )
     return list(values)
 
 
-def _positive(config: Config, name: str) -> float:
-    value = _required(config, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ConfigError(f'The config\'s "{name}" is {value!r}: it must be a number above 0.')
+def _positive(config: Config, name: str, default: float | None = None) -> float:
+    """A number above 0; null and a field that is not there are the default, where there is one."""
+    value = default if default is not None and config.get(name) is None else _required(config, name)
+    if not _is_number(value):
+        raise ConfigError(f'The config\'s "{name}" is {shown(value)}: it must be a number above 0.')
     return float(value)
 
 
-def _switch(config: Config, name: str) -> bool:
-    value = _required(config, name)
+def _switch(config: Config, name: str, default: bool | None = None) -> bool:
+    value = default if default is not None and config.get(name) is None else _required(config, name)
     if not isinstance(value, bool):
-        raise ConfigError(f'The config\'s "{name}" is {value!r}: it must be true or false.')
+        raise ConfigError(f'The config\'s "{name}" is {shown(value)}: it must be true or false.')
     return value
 
 
 def _token(config: Config, name: str, value: Any, vocab_size: int) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-        raise ConfigError(f'The config\'s "{name}" is {config.get(name)!r}: it must be a token, 0 to {vocab_size - 1}.')
+    if type(value) is not int or not 0 <= value < vocab_size:
+        raise ConfigError(
+            f'The config\'s "{name}" is {shown(config.get(name))}: it must be a token, 0 to {vocab_size - 1}.'
+        )
     return value
 
 
 def _tokens(config: Config, name: str, default: int | None, vocab_size: int) -> tuple[int, ...]:
     value = config.get(name, default)
     values = value if isinstance(value, (list, tuple)) else [value]
+    if len(values) > _MOST_STOPS:
+        raise ConfigError(
+            f'The config\'s "{name}" names {len(values):,} tokens: it must name those that end an answer.'
+        )
     tokens = [_token(config, name, v, vocab_size) for v in values]
     return tuple(token for token in tokens if token is not None)
 

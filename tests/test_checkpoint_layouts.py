@@ -134,14 +134,25 @@ def test_quantized_weights_without_a_quantized_config(fixtures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "quantization", [{"bits": 4, "group_size": 32}, {"bits": 8, "group_size": 64}, {"bits": 7, "group_size": 32},
-                     {"bits": 8, "group_size": 32, "mode": "awq"}]
+    "quantization", [{"bits": 7, "group_size": 32}, {"bits": 8, "group_size": 32, "mode": "awq"},
+                     {"bits": 8, "group_size": 32, "transformer.layers.0.attn.qkv_proj": {"bits": 4, "group_size": 32}}]
 )  # fmt: skip
 def test_a_quantized_config_of_other_weights(fixtures, tmp_path, quantization):
     packed = quantized(tiny_arrays(fixtures), Quantization(8, 32), embedding=True, prefix=True)
     folder = write_model(tmp_path / "m", config_of(fixtures / "openelm_tiny") | {"quantization": quantization}, packed)
     with pytest.raises((CheckpointError, ConfigError)):
         load(folder)
+
+
+@pytest.mark.parametrize("quantization", [{"bits": 4, "group_size": 32}, {"bits": 8, "group_size": 64}])
+def test_settings_for_all_give_way_to_what_the_tensors_are(fixtures, tmp_path, quantization):
+    """As in mlx-lm: only settings by a module's own name are held against its tensors."""
+    packed = quantized(tiny_arrays(fixtures), Quantization(8, 32), embedding=True, prefix=True)
+    config = config_of(fixtures / "openelm_tiny")
+    known, _ = load(write_model(tmp_path / "a", config | {"quantization": {"bits": 8, "group_size": 32}}, packed))
+    found, _ = load(write_model(tmp_path / "b", config | {"quantization": quantization}, packed))
+    tokens = mx.array([[1, 2, 3]])
+    assert mx.array_equal(found(tokens), known(tokens))
 
 
 @pytest.mark.parametrize("missing", ["lora", "magnitude"])

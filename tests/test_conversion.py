@@ -584,16 +584,42 @@ def test_interrupted_while_it_is_verified(tmp_path):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", ["source", "options"])
+@pytest.mark.parametrize("change", ["source", "options", "in place"])
 def test_what_was_interrupted_with_other_input_is_not_taken_up(tmp_path, change):
     source = copy_with(TINY, tmp_path / "source")
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", progress=Interrupted(10))
     if change == "source":
         os.utime(source / "model.safetensors", (1, 1))
+    if change == "in place":  # as many bytes, and the time of modification set back
+        change_in_place(source / "model.safetensors")
     report = convert(source, tmp_path / "out", dtype="bfloat16" if change == "options" else None)
     assert report.num_resumed == 0
     assert om.load(tmp_path / "out")
+    if change == "in place":
+        convert(source, tmp_path / "whole")
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def change_in_place(file: Path) -> None:
+    status = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(-2000, os.SEEK_END)
+        stream.write(bytes(2000))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_source_that_changes_while_it_is_converted(tmp_path):
+    source = copy_with(TINY, tmp_path / "source")
+    changed = []
+
+    def change(*_: object) -> None:
+        if not changed:
+            changed.append(change_in_place(source / "model.safetensors"))
+
+    with pytest.raises(ConversionError, match="changed while"):
+        convert(source, tmp_path / "out", progress=change)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 KILLED = """

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 
 from ..errors import CheckpointError, ConfigError
+from ..files import shown
 from ..specs import ModelSpec
 from .gpt_oss_layouts import gpt_oss_contents
 from .quantize import Quantization, stored_quantization
@@ -151,7 +151,8 @@ def _understand_adapters(checkpoint: Checkpoint, config: Mapping[str, Any], spec
         stored = _corenet_name(name.removesuffix(".weight"))
         if name == "lm_head.weight" and spec.tied_head:
             base = f"{_corenet_name('transformer.token_embeddings')}.base_layer.weight"
-            parameters[name] = Parameter(name, shape, entries[base].dtype, (base,))
+            entry = _checked(entries.get(base), base, shape, None, checkpoint)
+            parameters[name] = Parameter(name, shape, entry.dtype, (base,))
             continue
         parameters[name] = _merged_parameter(name, shape, stored, entries, config, checkpoint)
     used = {source for parameter in parameters.values() for source in parameter.sources}
@@ -179,7 +180,7 @@ def _merged_parameter(
         else ("lora_A.lora.weight", "lora_B.lora.weight")
     )
     rank_source = entries.get(f"{stored}.{pair[0]}")
-    if rank_source is None:
+    if rank_source is None or not rank_source.shape:
         return Parameter(name, shape, entry.dtype, (base,))
     rank = rank_source.shape[0]
     rows, columns = shape
@@ -214,14 +215,22 @@ def merge_dora(weight: mx.array, a: mx.array, b: mx.array, magnitude: mx.array, 
 def _adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / r (or alpha / sqrt(r)) of the first entry of the config's adapter list whose pattern fits the module."""
     for entry in _adapter_entries(config):
-        if re.match(str(entry.get("regex", "")), module):
+        if _begins_with(str(entry.get("regex", "")), module):
             params = entry.get("params", {})
+            if not isinstance(params, Mapping):
+                raise ConfigError(
+                    f"The config's settings of the adapter of {module} are {shown(params)}: expected numbers by name."
+                )
             if params.get("r") not in (None, rank):
                 raise CheckpointError(
-                    f"The adapter of {module} has rank {rank} and its config says {params['r']}: the config belongs to "
+                    f"The adapter of {module} has rank {rank} and its config says {shown(params['r'])}: the config belongs to "
                     "another checkpoint."
                 )
-            alpha = float(params.get("lora_alpha", rank))
+            alpha = params.get("lora_alpha", rank)
+            if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
+                raise ConfigError(
+                    f"The config's lora_alpha of {module} is {shown(alpha)}: it must be a number above 0."
+                )
             return alpha / math.sqrt(rank) if params.get("use_rslora") else alpha / rank
     raise ConfigError(
         f"The checkpoint has an adapter on {module} and the config names no lora_alpha for it: put CoreNet's adapter "
@@ -229,8 +238,30 @@ def _adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     )
 
 
+def _begins_with(pattern: str, module: str) -> bool:
+    """Whether a module's path begins with what a config's pattern means, in time that grows with their lengths alone.
+
+    Python's own engine would try a hostile pattern for years; pydantic's is linear, and has no look-around.
+    """
+    from pydantic import StringConstraints, TypeAdapter, ValidationError
+    from pydantic_core import SchemaError
+
+    try:
+        adapter = TypeAdapter(Annotated[str, StringConstraints(pattern=f"^(?:{pattern[:1000]})")])
+        adapter.validate_python(module)
+    except ValidationError:
+        return False
+    except SchemaError as error:
+        raise ConfigError(
+            f"The config's adapter pattern {shown(pattern)} is no regular expression that can be followed: correct it."
+        ) from error
+    return True
+
+
 def _adapter_entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    for parent in (config, config.get("model"), (config.get("model") or {}).get("language_modeling")):
+    model = config.get("model")
+    inner = model.get("language_modeling") if isinstance(model, Mapping) else None
+    for parent in (config, model, inner):
         lora = parent.get("lora") if isinstance(parent, Mapping) else None
         if isinstance(lora, Mapping) and isinstance(lora.get("config"), list):
             return [entry for entry in lora["config"] if isinstance(entry, Mapping)]

@@ -82,11 +82,14 @@ def stored_quantization(
             "to these weights."
         )
     settings = whole.get(module)
-    if not isinstance(settings, Mapping):
-        found = _inferred(shape, entries.get(f"{module}.weight"), entries.get(f"{module}.scales"))
-        if found is not None:
-            return found
-        settings = {"mode": whole.get("quant_method"), **whole}
+    if isinstance(settings, Mapping):
+        return _checked(settings, module)
+    default = _checked({"mode": whole.get("quant_method"), **whole}, module)
+    return _inferred(shape, entries.get(f"{module}.weight"), entries.get(f"{module}.scales")) or default
+
+
+def _checked(settings: Mapping[str, Any], module: str) -> Quantization:
+    """A config's settings, what they leave out filled in as MLX does. Raises ConfigError for what MLX does not have."""
     mode = "affine" if settings.get("mode") is None else settings["mode"]
     if not isinstance(mode, str) or mode not in _BITS:
         raise ConfigError(f"The config's quantization mode {shown(mode)} is not one of {', '.join(_BITS)}.")

@@ -25,7 +25,7 @@ from ..checkpoint import hub
 from ..checkpoint.hub_names import is_repo_name
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, check_destination
-from ..errors import CheckpointError, HubError, SettingError, TokenizerError
+from ..errors import CheckpointError, ConfigError, ConversionError, HubError, SettingError, TokenizerError
 from ..files import read_bytes, read_object
 from ..finder import files_of
 from ..loading import find_tokenizer, stored_template
@@ -117,6 +117,11 @@ def convert(
     with _no_buffer_cache(), CheckpointWriter(target, plan.files, fingerprint) as writer:
         num_resumed = writer.num_finished
         _write_weights(plan, opened, writer, progress)
+        if plan.fingerprint(opened.checkpoint.files, opened.config) != fingerprint:
+            raise ConversionError(
+                f"The files of {opened.name} changed while they were converted, and nothing was kept: let them be, and convert "
+                "again."
+            )
         folder = writer.assemble(_other_files(opened, plan, found, template))
         verification = None
         if verify:
@@ -262,12 +267,26 @@ def _other_files(
     stored = read_bytes(card, CheckpointError).decode("utf-8", errors="replace") if card.is_file() else None
     text = model_card(stored, facts)
     copied = [path for name in _COPIED if (path := source.folder / name).is_file()]
+    generation: dict[str, bytes | Path] = {}
+    if plan.spec.family == "gpt_oss":
+        stops = list(dict.fromkeys((*plan.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens))))
+        config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+        # The other programs go by this file, and not by the config, for what ends an answer.
+        for path in copied:
+            named = read_object(path, ConfigError)
+            if named.get("eos_token_id") != config["eos_token_id"]:
+                generation[path.name] = _as_json(named | {"eos_token_id": config["eos_token_id"]})
     return {
         **{path.name: path for path in (*licences, *copied)},
+        **generation,
         **_tokenizer_files(tokenizer),
         "README.md": text.encode(),
-        "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        "config.json": _as_json(config),
     }
+
+
+def _as_json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes | Path]:

@@ -161,8 +161,17 @@ class ConversionPlan:
         return self.config.get("quantization")
 
     def fingerprint(self, source_files: tuple[Path, ...], source_config: Mapping[str, Any]) -> str:
-        """A name for everything that the written bytes depend on: the plan, the source, and MLX's version."""
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source_files]
+        """A name for everything that the written bytes depend on: the plan, the source, and MLX's version.
+
+        The time of the last change (ctime) is among it: unlike that of modification no program can set it back.
+        """
+        try:
+            found = [(file.name, file.stat()) for file in source_files]
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename} cannot be read any more ({error.strerror}): put it back."
+            ) from error
+        stats = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found]
         recipe = [
             (weight.tensors, weight.shape, str(weight.dtype), weight.unpack, weight.pack) for weight in self.weights
         ]

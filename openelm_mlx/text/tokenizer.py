@@ -37,6 +37,9 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # What Llama's and gpt-oss's vocabularies call them; asked only when no file beside tokenizer.json gives the names.
 _BOS_NAMES = ("<s>", "<|startoftext|>")
 _EOS_NAMES = ("</s>", "<|return|>")
+# What ends an answer in Harmony, whatever a file says: gpt-oss's own generation_config.json has forgotten the last once.
+_HARMONY_STOPS = ("<|return|>", "<|endoftext|>", "<|call|>")
+_HARMONY_NAMES = ("<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -315,8 +318,9 @@ class JsonTokenizer(Tokenizer):
         eos = settings.find_token("eos_token", self._tokenizer.token_to_id)
         self.bos_token = self._first_known(_BOS_NAMES) if bos is None else bos
         own_eos = self._first_known(_EOS_NAMES) if eos is None else eos
-        self.eos_tokens = _eos_tokens((own_eos, *settings.eos_tokens), self.vocab_size)
-        for token in (self.bos_token, own_eos):
+        stops = self._harmony_stops()
+        self.eos_tokens = _eos_tokens((own_eos, *settings.eos_tokens, *stops), self.vocab_size)
+        for token in (self.bos_token, own_eos, *stops):
             if token is not None:  # also where a fine-tune's file does not mark it as special
                 self.special_tokens[self._piece(token)] = token
         self._begins_with_bos = not self._rule.is_byte_level or self._tokenizer.encode("").ids[:1] == [self.bos_token]
@@ -340,6 +344,13 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, text: str, continuation: bool) -> list[int]:
         tokenizer = self._continuing_tokenizer if continuation else self._tokenizer
         return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _harmony_stops(self) -> tuple[int, ...]:
+        """The tokens that end an answer in Harmony; none in another format's vocabulary."""
+        number = self._tokenizer.token_to_id
+        if any(number(name) is None for name in _HARMONY_NAMES):
+            return ()
+        return tuple(token for name in _HARMONY_STOPS if (token := number(name)) is not None)
 
     def _first_known(self, names: Iterable[str]) -> int | None:
         return next((self.special_tokens[name] for name in names if name in self.special_tokens), None)

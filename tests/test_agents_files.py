@@ -177,3 +177,21 @@ def test_rarer_words_and_names_count_more(tmp_path):
     assert page.split("\n")[3] in ("L0: # 【0†delta.txt】", "L0: # 【0†one.txt】")
     assert page.count("】") == 20  # whatever was asked for
     assert os.path.exists(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", [".env", ".git/config", "./sub/../.env", "sub/.env", "link", "folder/config", "node_modules/x.js", ".git"]
+)
+def test_hidden_files_are_not_shown_whichever_way_they_are_named(tmp_path, path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "node_modules").mkdir()
+    for name in (".env", ".git/config", "sub/.env", "node_modules/x.js"):
+        (tmp_path / name).write_text("SECRET=1")
+    (tmp_path / "link").symlink_to(tmp_path / ".env")
+    (tmp_path / "folder").symlink_to(tmp_path / ".git")
+    browser = FileBrowser(tmp_path)
+    for asked in (path, str(tmp_path / path), f"file://{path}"):
+        with pytest.raises(ToolError, match="There is no file"):
+            browser.open(asked)
+    assert "Nothing was found" in browser.search("SECRET")

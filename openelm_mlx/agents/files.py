@@ -18,6 +18,7 @@ from typing import Any, final
 
 from ..errors import ToolError
 from ..text.schema import BROWSER
+from .paths import first_hidden, is_hidden
 from .tool import arguments_of
 
 LINE_WIDTH = 80
@@ -173,18 +174,20 @@ class FileBrowser:
 
     def _folder_page(self, folder: Path) -> Page:
         """The files of a folder, as links."""
-        names = sorted(f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir() if not _is_hidden(p))
+        names = sorted(f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir() if not is_hidden(p.name))
         relative = folder.relative_to(self.folder)
         links = {number: (str(relative / name), 0) for number, name in enumerate(names)}
         lines = [f"【{number}†{name}】" for number, name in enumerate(names)] or ["The folder is empty."]
         return Page(f"Files in {relative}/", str(relative), lines, links)
 
     def _inside(self, path: str) -> Path:
-        """The file meant by a path. Raises ToolError for what is not in the folder, links out of it included."""
+        """The file meant by a path. Raises ToolError for what is hidden or not in the folder, through links too."""
         file = (self.folder / path.lstrip("/")).resolve() if "\0" not in path else self.folder / "\ufffd"
         if Path(path).is_absolute() and Path(path).resolve().is_relative_to(self.folder):
             file = Path(path).resolve()
-        if not file.is_relative_to(self.folder) or not file.exists():
+        # Where a link leads counts: to a hidden file it leads nowhere.
+        is_there = file.is_relative_to(self.folder) and file.exists()
+        if not is_there or first_hidden(file.relative_to(self.folder).parts) is not None:
             raise ToolError(f"There is no file {path!r} here. Search for its words, or open '.' to see what there is.")
         return file
 
@@ -215,13 +218,13 @@ class FileBrowser:
     def _texts(self) -> Iterator[tuple[str, str]]:
         num_files = num_bytes = 0
         for folder, folders, names in os.walk(self.folder):
-            folders[:] = sorted(name for name in folders if not _is_hidden(Path(name)))
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
             for name in sorted(names):
                 file = Path(folder) / name
                 num_files += 1
                 if num_files > MOST_FILES or num_bytes > MOST_BYTES:
                     return
-                if _is_hidden(file) or file.is_symlink():
+                if is_hidden(name) or file.is_symlink():
                     continue
                 text = _text_of(file)
                 if text is not None:
@@ -251,10 +254,6 @@ def _text_of(file: Path) -> str | None:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return None
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name in ("__pycache__", "node_modules")
 
 
 def _words(text: str) -> list[str]:

@@ -120,7 +120,7 @@ class Attention(block.BlockAttention):
 
     sinks: mx.array
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation, bias_apart: bool) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, rotation: Rotation, bias_apart: bool = False) -> None:
         super().__init__()
         self.bias_apart = bias_apart
         self.num_heads, self.num_kv_heads, self.head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim

@@ -320,7 +320,7 @@ def test_the_model_s_setting_and_a_request_s_own(monkeypatch):
         ({}, QuantizedKVCache), ({"kv_bits": 16}, KVCache), ({"kv_bits": 8}, QuantizedKVCache), ({"sliding_window": 64}, None),
     ):  # fmt: skip
         seen.clear()
-        om.generate(model, tokenizer, "What is a dog?", max_tokens=2, **options)
+        list(om.stream_generate(model, tokenizer, "What is a dog?", max_tokens=2, **options))
         assert all(kinds == {SlidingKVCache, *([kind] if kind else [])} for kinds in seen), options
         assert seen
 

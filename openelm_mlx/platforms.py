@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-import subprocess
 from collections.abc import MutableMapping
 
 from .errors import PlatformError
@@ -46,8 +44,8 @@ def require_mlx(
     if system == "Darwin":
         # A Python that was built for an old macOS is told 10.16 or 16 by the system; the kernel says what it is.
         release = release or _sysctl("kern.osproductversion") or platform.mac_ver()[0]
-        number = re.match(r"\d+", release)
-        if number is not None and int(number[0]) < OLDEST_MACOS:
+        number = release.partition(".")[0]
+        if number.isdecimal() and int(number) < OLDEST_MACOS:
             raise PlatformError(
                 f"This Mac has macOS {release}, and MLX needs macOS {OLDEST_MACOS} or later: update it in System Settings, "
                 "General, Software Update."
@@ -81,6 +79,8 @@ def use_device(environment: MutableMapping[str, str] | None = None) -> None:
 
 
 def _sysctl(name: str) -> str:
+    import subprocess  # --help needs none
+
     try:
         answer = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openelm_mlx.agents import patch as patches
-from openelm_mlx.agents.patch import PatchTool, apply_patch, parse_patch, patched
+from openelm_mlx.agents.patch import Document, PatchTool, apply_patch, parse_patch
 from openelm_mlx.errors import ToolError
 
 CODE = "import os\n\n\ndef f(x):\n    y = 1\n    return x + y\n\n\ndef g(x):\n    y = 1\n    return x - y\n"
+
+
+def patched(text: str, hunks, path: str) -> str:
+    """The text with its hunks applied one after the other."""
+    document = Document(text)
+    document.apply(hunks, path)
+    return document.text
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, final
 
 from ..errors import ToolError
-from .paths import Names, without_surrogates
+from ..text.unicode import whole_characters
+from .paths import Names
 from .swap import Change, Seen, read_file, swap
 from .tool import arguments_of
 
@@ -125,8 +126,8 @@ def apply_patch(patch: str, folder: Path) -> list[str]:
 
 def parse_patch(patch: str) -> list[FileChange]:
     """The changes that a patch asks for. Raises ToolError with the number of the line that cannot be read."""
-    if without_surrogates(patch) != patch:
-        wrong = next(c for c in patch if without_surrogates(c) != c)
+    if whole_characters(patch) != patch:
+        wrong = next(c for c in patch if whole_characters(c) != c)
         raise ToolError(f"The patch has {wrong!r}, half a character, which no file can hold: write whole characters.")
     lines = patch.strip("\r\n").split("\n")
     if lines[0].endswith("\r"):  # the patch's own line ends; otherwise a "\r" is a part of what it says
@@ -346,13 +347,6 @@ class Document:
 
 def _character(characters: dict[str, str], line: str) -> str:
     return characters.setdefault(line, chr(len(characters)))
-
-
-def patched(text: str, hunks: Sequence[Hunk], path: str) -> str:
-    """The text with its hunks applied one after the other. Raises ToolError where one does not fit."""
-    document = Document(text)
-    document.apply(hunks, path)
-    return document.text
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

@@ -182,7 +182,6 @@ class Direct:
     def __init__(self, kind: str, scratch: Path) -> None:
         self._kind, self._scratch = kind, scratch
         self._process: subprocess.Popen[bytes] | None = None
-        self._is_watched = False
 
     def start(self, launch: Launch, descriptors: list[int]) -> None:
         given, output, report = descriptors

@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..models.base import LayerWalk
 from ..models.block import Projected
 from ..models.cache import Cache
-from .pieces import ResidentPieces, pieces_of
+from .pieces import LatestPieces, ResidentPieces
 from .sampling import Sampler
 from .step import PlainStep, Step
 from .streamed_step import StreamedStep
@@ -28,9 +28,7 @@ class CompiledStep(Step):
 
     def __init__(self, model: Model, cache: Cache, compile: bool = True) -> None:
         self.model, self.cache = model, cache
-        self._compile = compile
-        self._made = pieces_of(model, ResidentPieces, compile)
-        self._num_updates = model.num_updates
+        self._latest = LatestPieces(model, ResidentPieces, compile)
 
     def __call__(self, token: mx.array) -> mx.array:
         return self._pieces.head(self.run_layers(token[None]), None)[0]
@@ -56,10 +54,7 @@ class CompiledStep(Step):
 
     @property
     def _pieces(self) -> ResidentPieces:
-        if self._num_updates != self.model.num_updates:
-            self._made = pieces_of(self.model, ResidentPieces, self._compile)
-            self._num_updates = self.model.num_updates
-        return self._made
+        return self._latest.get()
 
 
 class _CompiledWalk(LayerWalk):

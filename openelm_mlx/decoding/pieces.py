@@ -8,9 +8,10 @@ cache is: growing, a ring, in 8 bits, a row a request.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import mlx.core as mx
+from mlx import nn
 
 from ..models.block import Projected
 from ..models.gpt_oss import GptOss, Routed
@@ -132,7 +133,6 @@ class _Traced:
     def __init__(self) -> None:
         self.pieces: dict[Any, Any] = {}
         self.weights: list[Any] = []
-        self.num_updates = -1
         self.version = 0
 
 
@@ -147,7 +147,6 @@ def _traced(model: Model) -> _Traced:
         found.pieces.clear()
         found.weights = weights
         found.version += 1
-    found.num_updates = model.num_updates
     return found
 
 
@@ -156,10 +155,24 @@ def _weights_of(model: Model) -> list[Any]:
     for layer in model.layers:
         layer.prepare_constants()  # which may put views of one array in the places of two
     found: list[Any] = []
-    for module in model.modules():
-        found.append(module)
-        found += [value for value in module.values() if isinstance(value, mx.array)]
+    _collect(model, found)
     return found
+
+
+def _collect(value: Any, found: list[Any]) -> None:
+    if isinstance(value, mx.array):
+        found.append(value)
+    elif isinstance(value, nn.Module):
+        found.append(value)
+        for name, each in value.items():
+            if not name.startswith("_"):  # what a module keeps for itself is made of its parameters
+                _collect(each, found)
+    elif isinstance(value, dict):
+        for each in value.values():
+            _collect(each, found)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _collect(each, found)
 
 
 def weights_version(model: Model) -> int:
@@ -184,3 +197,20 @@ def pieces_of(model: Model, kind: type[P], compile: bool) -> P:
     if (kind, compile) not in made:
         made[kind, compile] = kind(model, compile)
     return cast("P", made[kind, compile])
+
+
+class LatestPieces(Generic[P]):
+    """The pieces for one step: those of the model's parameters as they are now. kind, compile: as for `pieces_of`.
+
+    An update of the model is noticed at once; what is put into a part of it, when the next step is made.
+    """
+
+    def __init__(self, model: Model, kind: type[P], compile: bool) -> None:
+        self._model, self._kind, self._compile = model, kind, compile
+        self._made, self._num_updates = pieces_of(model, kind, compile), model.num_updates
+
+    def get(self) -> P:
+        if self._num_updates != self._model.num_updates:
+            self._made = pieces_of(self._model, self._kind, self._compile)
+            self._num_updates = self._model.num_updates
+        return self._made

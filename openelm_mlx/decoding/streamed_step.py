@@ -21,7 +21,7 @@ from ..models.block import Projected
 from ..models.cache import Cache
 from ..models.gpt_oss import Routed
 from ..models.precision import runs_on_cpu
-from .pieces import StreamedPieces, pieces_of
+from .pieces import LatestPieces, StreamedPieces
 from .sampling import Sampler
 from .step import Step
 
@@ -59,9 +59,7 @@ class StreamedStep(Step):
         # Slots that are not written in place are other arrays each time, which a trace would not know.
         can_compile = self.residency.writes != "copy"
         compile = model.choices.compiled_step if compile is None else compile
-        self._compile = compile and can_compile
-        self._made = pieces_of(model, StreamedPieces, self._compile)
-        self._num_updates = model.num_updates
+        self._latest = LatestPieces(model, StreamedPieces, compile and can_compile)
 
     def __call__(self, token: mx.array) -> mx.array:
         [logits] = self._run(token, None)
@@ -99,10 +97,7 @@ class StreamedStep(Step):
 
     @property
     def _pieces(self) -> StreamedPieces:
-        if self._num_updates != self.model.num_updates:
-            self._made = pieces_of(self.model, StreamedPieces, self._compile)
-            self._num_updates = self.model.num_updates
-        return self._made
+        return self._latest.get()
 
     def _first_missing(self, first: int, choices: list[np.ndarray], forward: _ForwardPass) -> int | None:
         """The first layer that lacks an expert, which is being read now; None when nothing is missing."""

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--calibrate", action="store_true",
-        help="measure here, with small random models, what computing takes (some minutes); later plans go by it",
+        help="measure here, with small random models, what decoding and prompts reach (half a minute) and what computing "
+        "takes (some minutes); later plans go by it",
     )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def basis_of(plan: MemoryPlan) -> str:
     laptops = "; a hot laptop or one in low power mode is slower"
     if decode.basis == "measured":
         assert machine.calibration is not None
-        return f"by what was measured here on {machine.calibration.speed_date}"
+        return f"measured on this machine on {machine.calibration.speed_date}{laptops}"
     if plan.expert_slots is not None:
         return f"an estimate: nobody has published gpt-oss with experts on a Mac's disk in this library{laptops}"
     if decode.basis == "published":
@@ -167,25 +168,36 @@ def basis_of(plan: MemoryPlan) -> str:
 
 
 def calibrate(as_json: bool) -> int:
-    """Measure runs of small random models, and keep what later plans are corrected by. Returns 0."""
+    """Measure runs of small random models, and keep what later plans are made and corrected by. Returns 0."""
     from ..bench.benchmark import machine_description
     from ..bench.memory import CALIBRATION_PROMPTS, CALIBRATION_SHAPES, HEADING, rows
-    from ..memory.calibration import SUBJECT, calibration_from
+    from ..bench.speeds import measured_speeds
+    from ..memory.calibration import calibration_from, store_memory, store_speed
     from ..memory.machine import this_machine
-    from ..memory.stored import store
     from ..models.precision import runs_on_cpu
 
+    def tell(line: str) -> None:
+        if not as_json:
+            print(line, flush=True)
+
+    machine, date = this_machine(), time.strftime("%Y-%m-%d")
+    tell(machine_description())
+    tell("Speed, with small random models (about half a minute):")
+    speeds = measured_speeds(machine)
+    if speeds.rates or speeds.disk is not None:
+        store_speed(speeds.rates, speeds.disk, machine, date)
+    for line in speeds.lines():
+        tell(f"  {line}")
+    tell(HEADING)
     found = []
-    if not as_json:
-        print(f"{machine_description()}\n{HEADING}", flush=True)
     for row in rows(CALIBRATION_SHAPES, CALIBRATION_PROMPTS, runs_on_cpu(), calibrated=False):
         found.append(row)
-        if not as_json:
-            print(row.line(), flush=True)
-    calibration = calibration_from(found, time.strftime("%Y-%m-%d"))
-    file = store(SUBJECT, {**calibration.as_dict(), "backend": this_machine().backend})
+        tell(row.line())
+    calibration = calibration_from(found, date)
+    file = store_memory(calibration, machine)
     if as_json:
-        print(json.dumps({"file": str(file), **calibration.as_dict(), "rows": [row.as_dict() for row in found]}))
+        measured = {**calibration.as_dict(), "rows": [row.as_dict() for row in found]}
+        print(json.dumps({"file": str(file), **measured, "speed": speeds.as_dict()}))
         return 0
     for family, factor in calibration.scratch.items():
         print(f"Computing with {family} takes {factor:.2f} times what its shapes say.")

@@ -6,32 +6,41 @@ Computing's memory beside what the shapes say (memory/scratch.py), and the terms
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 
 from .machine import Machine
-from .stored import load_stored
+from .stored import load_stored, store
 
-SUBJECT, SPEED_SUBJECT = "memory", "speed"
+# One file has both: `speed` stands in it beside what is kept of memory. Files of before had no version and no speed.
+SUBJECT, SPEED = "memory", "speed"
+VERSION = 2
 # Rows with less scratch than this say more of roundings than of computing.
 LEAST_SCRATCH = 4_000_000
 # What lies outside is no correction of a sum but a sign that something else was measured.
 SMALLEST, LARGEST = 0.25, 4.0
+# Rounds of one run that lie further apart than this, or runs that the terms miss by more: the machine did other work.
+WIDEST_SPREAD, LARGEST_ERROR = 0.25, 0.35
+# Nobody has reached 0.9 of a chip's bandwidth; its smallest caches can be read faster, but no model of these sizes.
+MOST_OF_BANDWIDTH = 1.2
 
 
 @dataclass(frozen=True)
 class MeasuredRates:
     """Of one model family: seconds a layer however small it is; bytes a second of weights, and of keys and values, that
-    decoding reaches; operations a second (two a multiplication) of a prompt's products.
+    decoding reaches; operations a second (two a multiplication) of a prompt's products. error: by how much of a run's
+    time the terms missed the one that they explain worst.
     """
 
     layer_seconds: float
     weights: float
     keys_values: float
     products: float | None = None
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ def calibration_from(rows: Iterable[Measured], date: str) -> Calibration:
 @dataclass(frozen=True)
 class Timed:
     """One run of a small model of so many layers: seconds of a decoded token that reads these bytes. prefill: operations a
-    second of its prompt, without what attention took; None where it was too short to say.
+    second of its prompt, without what attention took; None where it was too short to say. spread: how far its rounds lie
+    apart, the middle half of them, as a part of their median.
     """
 
     family: str
@@ -97,6 +107,40 @@ class Timed:
     kv_bytes: float
     seconds: float
     prefill: float | None = None
+    spread: float = 0.0
+
+
+def spread_of(rounds: Sequence[float]) -> float:
+    """How far the middle half of some times lies apart, as a part of their median; 0 for less than two."""
+    if len(rounds) < 2:
+        return 0.0
+    low, middle, high = np.quantile(np.array(rounds, float), [0.25, 0.5, 0.75])
+    return float((high - low) / middle) if middle > 0 else math.inf
+
+
+def checked_rates(
+    rows: Iterable[Timed], bandwidth: float | None = None
+) -> tuple[dict[str, MeasuredRates], dict[str, str]]:
+    """`rates_from`, of the families whose runs can be believed; and why those of the others cannot, a clause each.
+
+    bandwidth: of the machine, bytes a second, where it is known.
+    """
+    rows = list(rows)
+    rates, reasons = rates_from(rows), {}
+    for family in dict.fromkeys(row.family for row in rows):
+        spread = max(row.spread for row in rows if row.family == family)
+        found = rates.get(family)
+        if not spread <= WIDEST_SPREAD:
+            reasons[family] = f"rounds of one run lay {100 * spread:.0f} % apart: other work runs on this machine"
+        elif found is None:
+            reasons[family] = "its runs took no time that weights explain"
+        elif not found.error <= LARGEST_ERROR:
+            reasons[family] = f"its terms miss a run by {100 * found.error:.0f} %: other work may have run meanwhile"
+        elif bandwidth is not None and found.weights > MOST_OF_BANDWIDTH * bandwidth:
+            reasons[family] = (
+                f"weights seemed to stream at {found.weights / 1e9:,.0f} GB/s, and the chip has {bandwidth / 1e9:,.0f}"
+            )
+    return {family: each for family, each in rates.items() if family not in reasons}, reasons
 
 
 def rates_from(rows: Iterable[Timed]) -> dict[str, MeasuredRates]:
@@ -117,8 +161,9 @@ def rates_from(rows: Iterable[Timed]) -> dict[str, MeasuredRates]:
             continue
         products = [row.prefill for row in each if row.prefill is not None and row.prefill > 0]
         found[family] = MeasuredRates(
-            float(solved[0]), 1 / float(solved[1]), 1 / float(solved[2] or solved[1]), max(products, default=None)
-        )
+            float(solved[0]), 1 / float(solved[1]), 1 / float(solved[2] or solved[1]), max(products, default=None),
+            float(np.abs(terms @ solved - 1).max()),
+        )  # fmt: skip
     return found
 
 
@@ -137,21 +182,43 @@ def _without_negatives(terms: np.ndarray) -> np.ndarray | None:
     return best
 
 
-def speed_values(rates: Mapping[str, MeasuredRates], disk: float | None, machine: Machine, date: str) -> dict[str, Any]:
-    """What is kept of speed."""
-    return {
-        "backend": machine.backend, "machine": machine.name, "date": date, "disk": disk,
-        "rates": {family: asdict(each) for family, each in rates.items()},
+def store_memory(calibration: Calibration, machine: Machine) -> Path:
+    """Keep what was measured of memory, beside what is kept of speed; the file. Raises DestinationError."""
+    return _store(machine, calibration.as_dict())
+
+
+def store_speed(rates: Mapping[str, MeasuredRates], disk: float | None, machine: Machine, date: str) -> Path:
+    """Keep what was measured of speed, beside what is kept of memory; the file. Raises DestinationError.
+
+    A family, or the disk, that was not measured this time keeps what it had.
+    """
+    before = _kept(machine).get(SPEED)
+    known = before if isinstance(before, dict) and before.get("machine") == machine.name else {}
+    kept_rates, kept_disk = _stored_rates(known.get("rates")), known.get("disk")
+    values = {
+        "machine": machine.name, "date": date, "disk": kept_disk if disk is None else disk,
+        "rates": {family: asdict(each) for family, each in {**kept_rates, **rates}.items()},
     }  # fmt: skip
+    return _store(machine, {SPEED: values})
+
+
+def _store(machine: Machine, values: Mapping[str, Any]) -> Path:
+    return store(SUBJECT, {**_kept(machine), "version": VERSION, "backend": machine.backend, **values})
+
+
+def _kept(machine: Machine) -> dict[str, Any]:
+    values = load_stored(SUBJECT)
+    return values if values.get("backend") == machine.backend else {}
 
 
 def calibrated(machine: Machine) -> Machine:
     """The machine with what was measured here, if anything was: memory's corrections on a Mac for any other Mac as well,
     speeds for this one alone.
     """
-    calibration = _stored_memory(machine)
-    values = load_stored(SPEED_SUBJECT)
-    if values.get("backend") == machine.backend and values.get("machine") == machine.name:
+    kept = _kept(machine)
+    calibration = _stored_memory(kept)
+    values = kept.get(SPEED)
+    if isinstance(values, dict) and values.get("machine") == machine.name:
         rates, read = _stored_rates(values.get("rates")), cast(Any, values.get("disk"))
         disk = float(read) if _is_rate(read) else None
         calibration = replace(
@@ -166,10 +233,7 @@ def calibrated(machine: Machine) -> Machine:
     return machine if calibration is None else replace(machine, calibration=calibration)
 
 
-def _stored_memory(machine: Machine) -> Calibration | None:
-    values = load_stored(SUBJECT)
-    if values.get("backend") != machine.backend:
-        return None
+def _stored_memory(values: Mapping[str, Any]) -> Calibration | None:
     scratch, process = values.get("scratch"), values.get("process_bytes")
     if not isinstance(scratch, dict) or not all(_is_factor(each) for each in scratch.values()):
         return None
@@ -181,17 +245,24 @@ def _stored_rates(values: Any) -> dict[str, MeasuredRates]:
     """Those of a file that can be; what somebody wrote into it by hand may be anything."""
     found = {}
     for family, each in values.items() if isinstance(values, dict) else ():
-        if not isinstance(each, dict):
+        if not isinstance(family, str) or not isinstance(each, dict):
             continue
         names = ("layer_seconds", "weights", "keys_values", "products")
         layer, weights, cached, products = (cast(Any, each.get(name)) for name in names)
         if _is_number(layer) and 0 <= layer < 1 and _is_rate(weights) and _is_rate(cached):
-            found[family] = MeasuredRates(layer, weights, cached, products if _is_rate(products) else None)
+            error = cast(Any, each.get("error"))
+            found[family] = MeasuredRates(
+                layer, weights, cached, products if _is_rate(products) else None, error if _is_error(error) else 0.0
+            )
     return found
 
 
 def _is_rate(value: Any) -> bool:
     return _is_number(value) and 1e3 <= value <= 1e18
+
+
+def _is_error(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_number(value: Any) -> bool:

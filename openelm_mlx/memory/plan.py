@@ -339,7 +339,7 @@ class _Planner:
         basis = rates.basis if plan.expert_slots is None or rates.basis == "measured" else "no run"
         slow_disk, fast_disk = self.machine.ssd or (ASSUMED_DISK, ASSUMED_DISK)
         read = 0.0 if plan.expert_slots is None else self._read_bytes(plan.expert_slots, plan.batch_size)
-        wait = 0.0 if plan.expert_slots is None else streamed_seconds(rates, len(self.spec.layers))
+        wait = 0.0 if plan.expert_slots is None else streamed_seconds(len(self.spec.layers))
 
         def decode(tokens: int) -> SpeedRange:
             cached = kv_cache_bytes(self.spec, tokens, self.itemsize, plan.batch_size, plan.kv_bits)

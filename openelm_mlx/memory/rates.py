@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from ..specs import ModelSpec
     from .machine import Machine
 
-# What a machine did a minute ago it does again within so much; a laptop that gets hot does not.
-MEASURED = 0.9, 1.1
+# What a machine did a minute ago it does again within a tenth, or as well as the terms explained it then; a laptop that
+# gets hot does not.
+MEASURED = 0.1
 # What attention reaches of what products do: 0.28 and 0.71 of the arithmetic in llama.cpp's series.
 ATTENTION_SHARE = 0.4
 
@@ -88,10 +89,12 @@ def rates_of(machine: Machine, spec: ModelSpec, dense_bits: int | None = None) -
     calibration = machine.calibration
     measured = None if calibration is None else calibration.rates.get(spec.family)
     if measured is not None:
-        products, attention = _both(measured.products), _both(measured.products, ATTENTION_SHARE)
+        within = max(MEASURED, measured.error)
+        products = _both(measured.products, within)
         return Rates(
-            measured.layer_seconds, measured.weights, measured.keys_values, products, attention, *MEASURED, "measured"
-        )
+            measured.layer_seconds, measured.weights, measured.keys_values, products,
+            _both(measured.products, within, ATTENTION_SHARE), 1 - within, 1 + within, "measured",
+        )  # fmt: skip
     terms = decode_terms(spec.family, machine.chip)
     if terms is None or machine.bandwidth is None:
         return None
@@ -110,8 +113,8 @@ def rates_of(machine: Machine, spec: ModelSpec, dense_bits: int | None = None) -
     )  # fmt: skip
 
 
-def _both(rate: float | None, share: float = 1.0) -> tuple[float, float] | None:
-    return None if rate is None else (MEASURED[0] * share * rate, MEASURED[1] * share * rate)
+def _both(rate: float | None, within: float, share: float = 1.0) -> tuple[float, float] | None:
+    return None if rate is None else ((1 - within) * share * rate, (1 + within) * share * rate)
 
 
 def prefill_seconds(
@@ -138,9 +141,12 @@ def prefill_seconds(
     return slow, fast
 
 
-def streamed_seconds(rates: Rates, layers: int) -> float:
-    """What waiting for the routers' choices adds to a token, at most: one wait a layer."""
-    return 0.0 if rates.basis == "measured" else layers * READ_BACK_SECONDS
+def streamed_seconds(layers: int) -> float:
+    """What waiting for the routers' choices adds to a token, at most: one wait a layer.
+
+    Measured here or not: with every expert in memory, as in the runs that are measured, nothing waits for them.
+    """
+    return layers * READ_BACK_SECONDS
 
 
 def rounded(value: float) -> float:

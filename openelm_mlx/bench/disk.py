@@ -34,7 +34,10 @@ class DiskRate:
 
 
 def disk_rates(
-    num_bytes: int, threads: Sequence[int] = THREADS, folder: Path | None = None, has_time: Callable[[], bool] | None = None
+    num_bytes: int,
+    threads: Sequence[int] = THREADS,
+    folder: Path | None = None,
+    has_time: Callable[[], bool] | None = None,
 ) -> list[DiskRate]:
     """A rate for each number of threads, with a file in `folder` (the system's temporary one), as long as `has_time`.
 

@@ -275,6 +275,7 @@ def _operations(work: Work) -> float:
     spec = work.spec
     products = 2 * (spec.num_active_parameters() - spec.vocab_size * spec.hidden_size)
     attention = sum(
-        4 * layer.num_heads * layer.head_dim * min(work.tokens / 2, layer.window or work.tokens) for layer in spec.layers
+        4 * layer.num_heads * layer.head_dim * min(work.tokens / 2, layer.window or work.tokens)
+        for layer in spec.layers
     )
     return products + attention / ATTENTION_SHARE

@@ -278,7 +278,8 @@ def test_a_plan_with_measured_speeds_has_a_narrower_range_and_says_when(capsys):
 TINY_SHAPES = {
     "gpt_oss": speeds.Shape(
         "thin",
-        {**released_gpt_oss_config("20b"), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "vocab_size": 256,
+        {**released_gpt_oss_config("20b"), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32,
+         "vocab_size": 256,
          "num_attention_heads": 8, "num_key_value_heads": 1, "num_local_experts": 4, "eos_token_id": 2},
         (140, 300), 16,
     ),

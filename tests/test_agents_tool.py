@@ -184,3 +184,17 @@ def test_a_server_s_tool_is_kept_and_named():
     tools = ToolSet([tool, search])
     assert tools.unfollowed == ["functions.show"]
     assert list(tools.schemas) == ["functions.search"]
+
+
+def test_definitions_that_double_are_not_written_out():
+    """Thirty models, each of which uses the next one twice: written out they would be 2^30."""
+    schema = {"$defs": {f"m{i}": pair(i + 1) for i in range(30)} | {"m30": {"type": "string"}}, **pair(0)}
+    plain = plain_schema(schema)
+    assert plain["$defs"]["m29"]["properties"]["a"] == {"$ref": "#/$defs/m30"}
+    assert "$ref" not in repr(plain_schema({**pair(28), "$defs": schema["$defs"]}))
+    assert ToolSet([FunctionTool(print, "f", "", plain, None)])
+
+
+def pair(number):
+    part = {"$ref": f"#/$defs/m{number}"}
+    return {"type": "object", "properties": {"a": part, "b": part}}

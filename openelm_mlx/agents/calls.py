@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
+from ..decoding.validation import Validator
 from ..text.unicode import whole_characters
-from .tool import Tool, result_text
+from .tool import Tool, read_arguments, result_text
 
 # What of a tool's result the model sees; the rest would push the conversation out of its context.
 MOST_RESULT_CHARACTERS = 16_000
@@ -17,24 +16,12 @@ def run(tool: Tool, text: str) -> str:
     """What `tool` says when it is called with the arguments that a model wrote."""
     if tool.parameters is None:
         return result_text(tool(text))
-    try:
-        arguments = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the arguments are no JSON ({error})") from None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments are a {type(arguments).__name__}, not a JSON object")
-    _check_arguments(arguments, tool)
+    arguments = read_arguments(text)
+    # A server checks its calls itself, with what its schemas refer to.
+    validator = Validator(tool.parameters, is_lenient=getattr(tool, "is_lenient", False))
+    if faults := validator.faults(arguments):
+        raise ValueError("the arguments do not follow the schema: " + "; ".join(faults))
     return result_text(tool(arguments))
-
-
-def _check_arguments(arguments: dict[str, Any], tool: Tool) -> None:
-    import jsonschema
-
-    assert tool.parameters is not None
-    errors = jsonschema.Draft202012Validator(tool.parameters).iter_errors(arguments)
-    sentences = [f"{'.'.join(map(str, error.absolute_path)) or 'arguments'}: {error.message}" for error in errors]
-    if sentences:
-        raise ValueError("the arguments do not follow the schema: " + "; ".join(sentences[:3]))
 
 
 def reason(error: BaseException) -> str:

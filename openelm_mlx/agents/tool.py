@@ -24,6 +24,9 @@ BUILT_IN = {"python": schema.PYTHON, "browser": schema.BROWSER}
 # Names that mean something else in a message's header.
 RESERVED = {FUNCTIONS, *BUILT_IN, *CHANNELS, "assistant", "user", "system", "developer", "tool", "all"}
 
+# Parts of a schema that definitions may be written out to.
+_MOST_INLINED = 4_000
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
@@ -119,17 +122,21 @@ def _field(parameter: inspect.Parameter, hints: Mapping[str, Any], description: 
 def plain_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema without pydantic's titles, its definitions put where they are used unless one contains itself.
 
-    gpt-oss is shown a schema as a TypeScript type, in which a reference would be `any`.
+    gpt-oss is shown a schema as a TypeScript type, in which a reference would be `any`. Where definitions that use others
+    twice would make it huge, they stay what they are.
     """
     definitions = schema.get("$defs", {})
+    num_left = _MOST_INLINED
 
     def plain(node: Any, inside: tuple[str, ...] = ()) -> Any:
+        nonlocal num_left
+        num_left -= 1
         if isinstance(node, list):
             return [plain(each, inside) for each in node]
         if not isinstance(node, dict):
             return node
         name = str(node.get("$ref", "")).removeprefix("#/$defs/")
-        if "$ref" in node and name in definitions and name not in inside:
+        if "$ref" in node and name in definitions and name not in inside and num_left > 0:
             rest = {key: value for key, value in node.items() if key != "$ref"}
             return {**plain(definitions[name], (*inside, name)), **plain(rest, inside)}
         return {
@@ -139,6 +146,8 @@ def plain_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
         }
 
     result = plain(dict(schema))
+    if num_left <= 0:  # nothing is inlined from here on
+        result = plain(dict(schema))
     if "'$ref'" in repr(result):
         result["$defs"] = {name: plain(each, (name,)) for name, each in definitions.items()}
     return result
@@ -161,13 +170,30 @@ def result_text(value: Any) -> str:
             raise TypeError(f"the result is a {type(value).__name__}, which JSON cannot say") from error
 
 
+def read_arguments(text: str) -> dict[str, Any]:
+    """The arguments that a model wrote, a JSON object. Raises ValueError, with what is wrong, where they are none."""
+    try:
+        arguments = json.loads(text or "{}", parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("the arguments are nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"the arguments are no JSON ({error})") from None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the arguments are a {type(arguments).__name__}, not a JSON object")
+    return arguments
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
 def arguments_of(arguments: Any, name: str) -> dict[str, Any]:
     """The arguments of a call as a dictionary, from that or from the JSON that a model wrote. ToolError if they are not."""
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            return read_arguments(arguments)
         except ValueError as error:
-            raise ToolError(f"The arguments of {name} are not JSON: {error}.") from None
+            raise ToolError(f"{name} cannot be called: {error}.") from None
     if not isinstance(arguments, Mapping):
         raise ToolError(f"The arguments of {name} are a {type(arguments).__name__}: give an object.")
     return dict(arguments)

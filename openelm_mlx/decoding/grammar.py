@@ -7,6 +7,7 @@ and can take tokens back. (xgrammar 0.2.8 requires torch, transformers and, on L
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -98,11 +99,18 @@ def _checked(answer: AnswerFormat, what: str) -> AnswerFormat:
     failed, messages = LLMatcher.validate_grammar_with_warnings(answer.definition)
     if failed:
         reason = " ".join(messages[0].split())
+        if outside := _OUTSIDE.match(reason):
+            raise SettingError(
+                f"{what} refers to {outside[1]!r}, which is not a part of it: put that under $defs, for nothing "
+                "is fetched or read."
+            )
         advice = next((f" {advice}" for sign, advice in _ADVICE.items() if sign in reason), "")
         raise SettingError(f"{what} cannot be followed while tokens are chosen: {reason[:300]}.{advice}")
     return answer
 
 
+# References that lead out of a schema, or nowhere. The engine fetches nothing either.
+_OUTSIDE = re.compile(r"(?:Resource|Pointer|Anchor) '(.*?)' (?:is not present in a registry|does not exist)")
 # What a user can do about the engine's refusals, by a part of its words.
 _ADVICE = {
     "Unimplemented keys": "Leave these keywords out, and check the answer for them afterwards.",

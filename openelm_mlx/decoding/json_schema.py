@@ -320,20 +320,26 @@ def _may_be_other(schema: Mapping[str, Any]) -> bool:
     return any(_may_be(schema, kind) for kind in _OTHER_TYPES)
 
 
-@lru_cache(maxsize=4096)
 def fits(pattern: str, text: str) -> bool:
-    """Whether JSON Schema's `pattern` matches `text`, in linear time and in the engine's own reading of it.
+    """Whether JSON Schema's `pattern` matches `text`; one that the engine cannot read matches nothing."""
+    return matches(pattern, text) is True
 
-    A pattern that the engine cannot read matches nothing.
+
+@lru_cache(maxsize=4096)
+def matches(pattern: str, text: str) -> bool | None:
+    """Whether JSON Schema's `pattern` is found in `text`, in linear time and in the engine's own reading of it.
+
+    None where the engine cannot say: it does not read the pattern, or gives up on its size.
     """
     from llguidance import LLMatcher
 
     definition = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "pattern": pattern}))
     matcher = LLMatcher(_bytes_tokenizer(), definition, log_level=0)
     if matcher.is_error():
-        return False
+        return None
     data = json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")
-    return matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
+    is_match = matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
+    return None if matcher.is_error() else is_match
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import UserError
-from .finder import is_macos_own
+from .finder import DISK_IS_GONE, is_macos_own
 
 ErrorClass = type[UserError]
 
@@ -55,6 +55,12 @@ def shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
+def one_line(problem: BaseException | str) -> str:
+    """What another program says, as a message quotes it: one line, not long, and nothing that a terminal would obey."""
+    text = " ".join(str(problem).split())[:200] or type(problem).__name__
+    return text if text.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in text)
+
+
 def open_regular(path: str | os.PathLike[str], error: ErrorClass, *, may_be_pipe: bool = False) -> BinaryIO:
     """The file at `path`, open for reading. Raises `error` when there is none, or something else than a file.
 
@@ -81,7 +87,7 @@ def read_bytes(
             data = stream.read(most + 1)
             size = os.fstat(stream.fileno()).st_size
     except OSError as problem:
-        raise _unreadable(path, problem, error) from problem
+        raise unreadable(path, problem, error) from problem
     if len(data) > most:
         raise error(
             f"{_name(path)} has {max(size, len(data)):,} bytes and at most {most:,} are read there: it is something else "
@@ -125,7 +131,7 @@ def parse_json(text: str | bytes, origin: str, error: ErrorClass, advice: str = 
     except RecursionError:
         raise error(f"{origin} is nested too deep to be what its name says: {advice}.") from None
     except ValueError as problem:  # no JSON, no UTF-8, or a number of thousands of digits
-        raise error(f"{origin} is not JSON ({_one_line(problem)}): {advice}.") from None
+        raise error(f"{origin} is not JSON ({one_line(problem)}): {advice}.") from None
 
 
 def read_yaml(path: str | os.PathLike[str], error: ErrorClass, most: int = LARGEST_YAML) -> Any:
@@ -145,7 +151,7 @@ def read_yaml(path: str | os.PathLike[str], error: ErrorClass, most: int = LARGE
         AttributeError,
         OverflowError,
     ) as problem:  # its dates raise any
-        raise error(f"{_name(path)} is not valid YAML ({_one_line(problem)}): download or copy it again.") from None
+        raise error(f"{_name(path)} is not valid YAML ({one_line(problem)}): download or copy it again.") from None
 
 
 def files_in(folder: Path, pattern: str, error: ErrorClass) -> list[Path]:
@@ -157,7 +163,7 @@ def files_in(folder: Path, pattern: str, error: ErrorClass) -> list[Path]:
         found = sorted(path for path in folder.glob(pattern) if not is_ignored(path.name))
         return [path for path in found if not path.is_dir()]
     except OSError as problem:
-        raise _unreadable(folder, problem, error) from problem
+        raise unreadable(folder, problem, error) from problem
 
 
 def is_ignored(name: str) -> bool:
@@ -192,23 +198,26 @@ def _opened(name: str, flags: int, error: ErrorClass) -> BinaryIO:
             os.close(descriptor)
             raise
     except OSError as problem:
-        raise _unreadable(name, problem, error) from problem
+        raise unreadable(name, problem, error) from problem
     except UserError:
         raise
     except ValueError as problem:  # a null byte, or half a character
-        raise error(f"{shown(name)} is no name of a file ({_one_line(problem)}): check the path.") from None
+        raise error(f"{shown(name)} is no name of a file ({one_line(problem)}): check the path.") from None
 
 
 def _not_a_file(name: str, kind: str, error: ErrorClass) -> UserError:
     return error(f"{_name(name)} is {kind}, and a file is needed there: check the path, or put the file in its place.")
 
 
-def _unreadable(path: str | os.PathLike[str], problem: OSError, error: ErrorClass) -> UserError:
+def unreadable(path: str | os.PathLike[str], problem: OSError, error: ErrorClass) -> UserError:
+    """The error for a file that the system does not let be read: it is not there, not ours to read, or its disk is gone."""
     if isinstance(problem, FileNotFoundError) and os.path.islink(path):
         return error(
             f"{_name(path)} is a link to a file that is not there: copy the file itself, or download it again."
         )
-    reason = problem.strerror or _one_line(problem)
+    reason = problem.strerror or one_line(problem)
+    if problem.errno in DISK_IS_GONE:
+        return error(f"{_name(path)} cannot be read any more ({reason}): connect its disk again, and try again.")
     return error(f"{_name(path)} cannot be read ({reason}): check that it is there and that you may read it.")
 
 
@@ -227,7 +236,3 @@ def _plain(value: Any, budget: list[int]) -> Any:
 def _name(path: str | os.PathLike[str]) -> str:
     name = os.fspath(path)
     return name if name.isprintable() and len(name) <= 1000 else shown(name)
-
-
-def _one_line(problem: BaseException) -> str:
-    return " ".join(str(problem).split())[:200] or type(problem).__name__

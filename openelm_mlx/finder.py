@@ -21,7 +21,7 @@ _NAMES = {
 # The same for who takes patterns.
 MACOS_PATTERNS = [*sorted(_NAMES), "._*"]
 # What a read says of a disk that was pulled out, or of a server that went away.
-_DISK_IS_GONE = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOENT, errno.ENOTCONN, errno.ETIMEDOUT}
+DISK_IS_GONE = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN}
 # What a disk says that has no such call: SMB, NFS, exFAT, FUSE.
 _NO_SUCH_CALL = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS}
 
@@ -56,7 +56,7 @@ def disk_trouble(files: Iterable[Path]) -> str | None:
             reason = error.strerror or str(error)
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 return f"{file} cannot be opened ({reason}): close other programs, or run `ulimit -n 4096` before this one."
-            if error.errno in _DISK_IS_GONE:
+            if error.errno in DISK_IS_GONE or isinstance(error, FileNotFoundError):  # it was there a moment ago
                 return f"{file} cannot be read any more ({reason}): connect its disk again, and try again."
             return f"{file} cannot be read ({reason})."
     return None

@@ -25,7 +25,7 @@ from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
 from ..errors import DestinationError, NoAnswerWarning, PromptError, SettingError, TokenizerError, ToolError
-from ..files import read_text
+from ..files import one_line, read_text
 from ..generate import Chunk, Statistics, option_names, stream_generate
 from ..loading import no_tokenizer
 from ..text.chat import HARMONY, PLAIN, render_chat
@@ -476,8 +476,8 @@ class Chat:
                 "JSONDecodeError": "it is no JSON",
                 "RecursionError": "it is no JSON",
                 "UnicodeDecodeError": "it is no text",
-                "ValueError": f"{error}",
-                "KeyError": f"{error} is missing",
+                "ValueError": one_line(error),
+                "KeyError": f"{one_line(error)} is missing",
             }.get(type(error).__name__, "its parts have other names or kinds")
             raise PromptError(
                 f"{path} holds no saved chat ({reason}): give a file that /save or Chat.save wrote."
@@ -658,8 +658,8 @@ def _destination(name: str | Path, overwrite: bool) -> tuple[Path, int | None]:
 
 def _holds_chat(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_text(path, PromptError, _LARGEST_CHAT))
+    except (ValueError, RecursionError):  # whatever cannot be read is none
         return False
     return isinstance(content, dict) and "openelm_mlx_chat" in content
 

@@ -68,7 +68,7 @@ class Trace:
             raise
         except OSError as error:
             raise SettingError(f"The trace {path} cannot be read: {error.strerror or error}.") from error
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile, zlib and NumPy raise what the damage makes of their reading
             raise SettingError(f"{path} is no routing trace: record one with --record.") from error
         if not _are_choices(experts, lengths, num_experts):
             raise SettingError(

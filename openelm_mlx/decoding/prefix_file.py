@@ -9,14 +9,15 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, DestinationError
-from ..files import open_regular, parse_json
+from ..files import one_line, open_regular, parse_json, unreadable
+from ..finder import sync
 from ..models.buffers import Snapshot
 from .prefix_cache import Checkpoint, Entry
 
@@ -27,6 +28,8 @@ FORMAT = "openelm_mlx prefix cache"
 VERSION = 1
 # Numbers looked at in each tensor for the fingerprint: any training changes some, and reading them takes milliseconds.
 _SAMPLES = 64
+# The format's own limit; the tokens of all entries stand there.
+_LARGEST_HEADER = 100_000_000
 
 
 def fingerprint(model: Model) -> str:
@@ -59,8 +62,7 @@ def save_entries(path: Path, entries: Sequence[Entry], model: Model | None) -> N
         handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(handle, "wb") as stream:
             mx.save_safetensors(stream, arrays or {"empty": mx.zeros((1,))}, metadata)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream)
         os.replace(unfinished, path)
     except OSError as error:
         raise DestinationError(f"The prompt cache cannot be written to {path}: {error.strerror}.") from error
@@ -94,26 +96,32 @@ def load_entries(path: Path, model: Model) -> Iterator[Entry]:
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise _damaged(path, str(error)) from None
+        raise _damaged(path, one_line(error)) from None
     yield from entries
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    try:
-        with open_regular(path, CheckpointError) as stream:
-            data = stream.read()
-    except OSError as error:
-        raise CheckpointError(f"The prompt cache {path} cannot be read: {error.strerror}.") from error
-    length = int.from_bytes(data[:8], "little")
-    try:
-        header = parse_json(data[8 : 8 + length], "its header", CheckpointError)
-        metadata = header.pop("__metadata__")
-        ends = [each["data_offsets"][1] for each in header.values()]
-        if len(data) != 8 + length + max(ends):
-            raise ValueError("it has been cut short")
-        return {name: _array(each, data[8 + length :]) for name, each in header.items()}, metadata
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, str(error)) from None
+    with open_regular(path, CheckpointError) as stream:
+        try:
+            return _unpacked(stream)
+        except OSError as error:
+            raise unreadable(path, error, CheckpointError) from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise _damaged(path, one_line(error).partition(": download")[0]) from None
+
+
+def _unpacked(stream: BinaryIO) -> tuple[dict[str, mx.array], dict[str, str]]:
+    size = os.fstat(stream.fileno()).st_size
+    length = int.from_bytes(stream.read(8), "little")
+    if length > min(size - 8, _LARGEST_HEADER):
+        raise ValueError("it has been cut short")
+    header = parse_json(stream.read(length), "its header", CheckpointError)
+    metadata = header.pop("__metadata__")
+    # Before anything is read, because a file may have any size.
+    if size != 8 + length + max(each["data_offsets"][1] for each in header.values()):
+        raise ValueError("it has been cut short")
+    data = stream.read()
+    return {name: _array(each, data) for name, each in header.items()}, metadata
 
 
 _TYPES = {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from openelm_mlx.errors import PromptError, TokenizerError
+from openelm_mlx.files import one_line
 from openelm_mlx.text.tokenizer_files import (
     SENTENCEPIECE_FILE,
     TokenizerSettings,
@@ -424,7 +425,7 @@ def _decoding_rule(path: Path, decoder: dict[str, Any] | None) -> _DecodingRule:
 
 
 def _is_byte_piece(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+    return re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece) is not None
 
 
 def _byte_level_bytes(piece: str) -> bytes:
@@ -484,7 +485,8 @@ def _load_processor(path: Path, data: bytes) -> sentencepiece.SentencePieceProce
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
-    except RuntimeError as error:
+        processor.id_to_piece(list(range(processor.get_piece_size())))  # each of them is text
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path} is damaged, cut short or no SentencePiece model; fetch it again.") from error
     return processor
 
@@ -497,8 +499,9 @@ def _load_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
     except TokenizerError:
         raise
     except Exception as error:  # the library has no exception of its own
-        reason = str(error).partition("\n")[0]
-        raise TokenizerError(f"{path} is damaged, cut short or no tokenizer ({reason}); fetch it again.") from error
+        raise TokenizerError(
+            f"{path} is damaged, cut short or no tokenizer ({one_line(error)}); fetch it again."
+        ) from error
     if tokenizer.get_vocab_size() == 0:
         raise TokenizerError(f"{path} has no tokens in it; fetch it again.")
     tokenizer.encode_special_tokens = True  # "encode special tokens as text": `</s>` in a prompt is four characters

@@ -45,10 +45,13 @@ class TokenizerSettings:
         name = self.names.get(key)
         if name is None:
             return None
-        token = token_of(name)
+        try:
+            token = token_of(name)
+        except (TypeError, ValueError):  # half a character, which no vocabulary has
+            token = None
         if token is None:
             raise TokenizerError(
-                f"The {key} {name!r} that {self.folder} names is not in its vocabulary; "
+                f"The {key} {shown(name)} that {self.folder} names is not in its vocabulary; "
                 "the files come from two tokenizers: copy all of them from one place."
             )
         return token

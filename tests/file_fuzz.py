@@ -9,6 +9,7 @@ where it was.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import io
 import json
@@ -33,7 +34,6 @@ from openelm_mlx.platforms import keep_float32, use_device
 keep_float32()
 use_device()
 
-import contextlib
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402

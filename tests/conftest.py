@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -26,6 +27,20 @@ from openelm_mlx.models import build_model  # noqa: E402
 from openelm_mlx.specs import openelm_config, spec_from_config  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+# Each process holds MLX and small models, 400 MB or so; on a Mac they share one GPU, so that more of them gain little.
+MOST_WORKERS = 4
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes `-n auto` is: one a core for a whole folder, and none beside this one for files named one by one.
+
+    One file is done before a second process has started, and its output and debugger are wanted here.
+    """
+    if not all(Path(argument.split("::")[0]).is_dir() for argument in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores == 1 else min(cores, MOST_WORKERS)
 
 
 @pytest.fixture

@@ -29,9 +29,21 @@ def runs():
         model, tokenizer = om.load("demo-gpt-oss", expert_slots=num_slots)
         with recording(model.residency) as trace:
             for word in ("banjo", "glacier"):
-                list(om.stream_generate(model, tokenizer, f"What is a {word}?", max_tokens=20, prefill_chunk=32))
+                list(om.stream_generate(model, tokenizer, f"What is a {word}?", max_tokens=10, prefill_chunk=32))
         found[num_slots] = trace, model.residency.statistics()
     return found
+
+
+@pytest.fixture(scope="module")
+def demo_routes():
+    return streaming.demo_trace(12)
+
+
+@pytest.fixture
+def short_trace(demo_routes, monkeypatch):
+    """The demo answers once for all tests, and predictions are made of few tokens."""
+    monkeypatch.setattr(streaming, "demo_trace", lambda: demo_routes)
+    monkeypatch.setattr("openelm_mlx.commands.bench_streaming.PREDICTED_TOKENS", 24)
 
 
 def test_the_trace_is_the_same_whatever_is_in_memory(runs):
@@ -112,6 +124,11 @@ def test_a_file_that_is_no_trace(tmp_path):
         Trace.load(tmp_path / "trace.npz")
 
 
+def test_the_demo_s_routes_are_those_of_its_single_tokens(demo_routes):
+    assert (demo_routes.num_layers, demo_routes.num_experts, demo_routes.experts_per_token) == (6, 16, 4)
+    assert sum(len(each) == 1 for each in demo_routes.passes) >= 12
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -133,7 +150,7 @@ def test_what_is_not_known_is_not_measured(capsys, options, words):
     assert "Traceback" not in seen
 
 
-def test_a_recorded_trace_is_what_predictions_are_made_of(tmp_path, capsys, monkeypatch):
+def test_a_recorded_trace_is_what_predictions_are_made_of(tmp_path, capsys, monkeypatch, short_trace):
     known, file = streaming.released_gpt_oss_config("20b"), tmp_path / "routes"
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **TINY})
@@ -189,7 +206,7 @@ def test_routing_that_never_changes_can_be_stretched_and_squeezed():
         assert chosen.max() < num_experts
 
 
-def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys):
+def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys, short_trace):
     assert main(["bench-streaming", "--predict", "20b", "--macs", "all"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     slots = {" ".join(row[: row.index("slots") - 1]): int(row[row.index("slots") - 1]) for row in rows}
@@ -198,7 +215,7 @@ def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys):
     assert slots["M4 16GB"] == om.plan("openai/gpt-oss-20b", mac="M4 16GB").expert_slots < 32
 
 
-def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch):
+def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch, short_trace):
     known = streaming.released_gpt_oss_config("20b")
     monkeypatch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **TINY})
     monkeypatch.setattr("openelm_mlx.commands.bench_streaming.predict", lambda *_: None)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..memory.written import Writes
 
 USUAL_MACS = "M4 16GB,M3 Max 36GB"
+# Tokens that a prediction simulates: enough that the reads which first fill the slots weigh little.
+PREDICTED_TOKENS = 256
 HELP = "measure gpt-oss with only some experts in memory, beside all of them and beside a floor"
 
 
@@ -246,7 +248,7 @@ def predict(size: str, trace: Trace | None, machines: Sequence[Machine] | None, 
 
     spec = spec_from_config(released_gpt_oss_config(size))
     num_experts, k = spec.layers[0].num_experts, spec.layers[0].experts_per_token
-    shape = {"num_tokens": 256, "num_layers": len(spec.layers), "num_experts": num_experts}
+    shape = {"num_tokens": PREDICTED_TOKENS, "num_layers": len(spec.layers), "num_experts": num_experts}
     skewed, even = alike(trace or demo_trace(), **shape), uniform(**shape, k=k)
     like = "the demo" if trace is None else "the trace"
     if trace is not None and trace.experts_per_token != k:

@@ -1,6 +1,7 @@
 """`python -m openelm_mlx chat` in a real pseudo-terminal, and with its input from a pipe."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -15,6 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from openelm_mlx.commands import main
 
 ROOT = Path(__file__).parent.parent
 # Generous: the test must not depend on how busy the machine is.
@@ -167,16 +170,27 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(terminal):
     assert chat.ends_with() == 0
 
 
-def piped(text: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "openelm_mlx", "chat", *options],
-        input=text, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **environment},
-    )  # fmt: skip
+@pytest.fixture
+def piped(monkeypatch, capfd):
+    """A chat whose input is a pipe's, in this process: exit code, and what it wrote to stdout and stderr."""
+
+    def run(text: str, *options: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
+        capfd.readouterr()
+        exit_code = main(["chat", *options])
+        return subprocess.CompletedProcess(options, exit_code, *capfd.readouterr())
+
+    return run
 
 
-def test_from_a_pipe_answers_go_to_stdout_and_nothing_else(tmp_path):
-    finished = piped("What is 12 + 30?\n", "--model", "demo-gpt-oss", "--tools", "calculator", "--quiet")
-    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "12 + 30 = 42\n", "")
+def chat_process(text: bytes, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "openelm_mlx", "chat", *options]
+    return subprocess.run(command, input=text, capture_output=True, check=False, cwd=ROOT)
+
+
+def test_from_a_pipe_answers_go_to_stdout_and_nothing_else(piped, tmp_path):
+    finished = chat_process(b"What is 12 + 30?\n", "--model", "demo-gpt-oss", "--tools", "calculator", "--quiet")
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, b"12 + 30 = 42\n", b"")
     finished = piped(f"What is \\\na banjo?\n/save {tmp_path}/x.json\n/load {tmp_path}/x.json\n")
     assert finished.returncode == 0
     assert "stringed instrument" in finished.stdout
@@ -214,10 +228,7 @@ def test_bytes_that_are_no_text_do_not_end_a_chat(terminal, tmp_path):
     assert "\ufffd" in json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["messages"][0]["content"]
     chat.type("/exit\r")
     assert chat.ends_with() == 0
-    finished = subprocess.run(
-        [sys.executable, "-m", "openelm_mlx", "chat", "--max-tokens", "4"],
-        input=b"What is a \xff banjo?\n", capture_output=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+    finished = chat_process(b"What is a \xff banjo?\n", "--max-tokens", "4")
     assert (finished.returncode, len(finished.stdout) > 1) == (0, True)
 
 
@@ -245,7 +256,7 @@ def test_ctrl_c_at_any_moment_keeps_the_session(terminal, tmp_path, seed):
     assert chat.ends_with() == 0
 
 
-def test_nothing_that_is_no_chat_is_overwritten(tmp_path):
+def test_nothing_that_is_no_chat_is_overwritten(piped, tmp_path):
     precious, link = tmp_path / "precious.txt", tmp_path / "link.json"
     precious.write_text("precious")
     precious.chmod(0o640)
@@ -272,7 +283,7 @@ def test_nothing_that_is_no_chat_is_overwritten(tmp_path):
     assert piped(f"/save {tmp_path}/empty.json\n").returncode == 0
 
 
-def test_no_answer_is_said_with_the_option_to_raise():
+def test_no_answer_is_said_with_the_option_to_raise(piped):
     finished = piped("What is a piano?\n", "--model", "demo-gpt-oss", "--max-tokens", "12", "--quiet")
     assert (finished.returncode, finished.stdout) == (2, "")
     assert "raise --max-tokens above 12" in finished.stderr
@@ -281,7 +292,7 @@ def test_no_answer_is_said_with_the_option_to_raise():
     assert finished.stderr == "[ended: the limit of tokens was reached; raise --max-tokens (60)]\n"
 
 
-def test_the_options_of_an_answer_reach_it(tmp_path):
+def test_the_options_of_an_answer_reach_it(piped):
     finished = piped(
         "What is a piano?\n/stats\n", "--model", "demo-gpt-oss", "--stop", " keyboard", "--kv-bits", "8",
         "--prefill-chunk", "16", "--prompt-lookup", "--hide-reasoning",
@@ -312,7 +323,7 @@ def test_the_options_of_an_answer_reach_it(tmp_path):
         ("", ("--load", "nothing.json"), "cannot be read"),
     ],
 )
-def test_mistakes_are_one_sentence(text, options, said):
+def test_mistakes_are_one_sentence(piped, text, options, said):
     finished = piped(text, *options)
     assert finished.returncode == 2
     assert finished.stdout == ""

@@ -319,7 +319,7 @@ def test_the_options_of_an_answer_reach_it(piped):
         ("", ("--tools", "calculator"), "OpenELM has no format for tools"),
         ("", ("--reasoning-effort", "high"), "only gpt-oss"),
         ("", ("--temperature", "-1"), "temperature"),
-        ("", ("--max-tokens", "0"), "max_tokens"),
+        ("", ("--max-tokens", "0"), "--max-tokens is 0"),
         ("", ("--load", "nothing.json"), "cannot be read"),
     ],
 )

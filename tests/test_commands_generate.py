@@ -58,10 +58,17 @@ def test_a_prompt_cache_is_made_used_and_refused(generate, folder, tmp_path):
     assert cold[1] == warm[1] == generate(*command)[1]
     assert "prompt cache" not in cold[2]
     assert "from the prompt cache)" in warm[2]
-    file.write_bytes(b"not a cache")
+    file.write_bytes(file.read_bytes()[:-1])
     code, out, err = generate(*command, "--prompt-cache", file)
     assert (code, out) == (2, "")
     assert "is damaged" in err
+    file.write_bytes(b"not a cache")
+    code, out, err = generate(*command, "--prompt-cache", file)
+    assert (code, out) == (2, "")
+    assert "no such file of this library's; name another file, or replace it with --overwrite." in err
+    assert file.read_bytes() == b"not a cache"
+    assert generate(*command, "--prompt-cache", file, "--overwrite")[:2] == cold[:2]
+    assert "from the prompt cache)" in generate(*command, "--prompt-cache", file)[2]
     assert err.count("\n") == 1
 
 
@@ -77,7 +84,7 @@ def test_guessing_changes_nothing_but_the_time(generate, folder, tmp_path):
     for wrong, sentence in (
         (("--prompt-lookup", "--draft-model", other), "give one of them"),
         (("--num-draft-tokens", 3), "add one of them"),
-        (("--prompt-lookup", "--num-draft-tokens", 0), "num_draft_tokens is 0"),
+        (("--prompt-lookup", "--num-draft-tokens", 0), "--num-draft-tokens is 0"),
         (("--draft-model", "demo-openelm"), "must share the tokenizer"),
     ):
         code, out, err = generate(*command, *wrong)
@@ -212,15 +219,15 @@ def test_a_broken_model_is_one_sentence(generate, folder, tmp_path, name, said):
     ("arguments", "said"),
     [
         (["--model", "/no/such/folder"], "/no/such/folder"), (["--prompt", ""], "empty"), (["--prompt", "  \n"], "empty"),
-        (["--prompt", "Hello " * 100], "context holds 64"), (["--temperature", "-1"], "temperature is -1"),
-        (["--temperature", "nan"], "temperature is nan"), (["--top-k", "-5"], "top_k is -5"),
-        (["--top-p", "0"], "top_p is 0"), (["--top-p", "7"], "top_p is 7"), (["--min-p", "2"], "min_p is 2"),
-        (["--repetition-penalty", "0"], "repetition_penalty"),
-        (["--presence-penalty", "inf"], "presence_penalty"), (["--frequency-penalty", "1e30"], "frequency_penalty"),
-        (["--seed", "-1"], "seed is -1"), (["--max-tokens", "0"], "max_tokens is 0"), (["--max-tokens", "many"], "many"),
+        (["--prompt", "Hello " * 100], "context holds 64"), (["--temperature", "-1"], "--temperature is -1"),
+        (["--temperature", "nan"], "--temperature is nan"), (["--top-k", "-5"], "--top-k is -5"),
+        (["--top-p", "0"], "--top-p is 0"), (["--top-p", "7"], "--top-p is 7"), (["--min-p", "2"], "--min-p is 2"),
+        (["--repetition-penalty", "0"], "--repetition-penalty"),
+        (["--presence-penalty", "inf"], "--presence-penalty"), (["--frequency-penalty", "1e30"], "--frequency-penalty"),
+        (["--seed", "-1"], "--seed is -1"), (["--max-tokens", "0"], "--max-tokens is 0"), (["--max-tokens", "many"], "many"),
         (["--logprobs", "-1", "--json"], "logprobs is -1"), (["--logprobs", "1"], "--json"),
         (["--logit-bias", "x"], "TOKEN=NUMBER"), (["--logit-bias", "9999=1"], "9999"),
-        (["--sliding-window", "0"], "sliding_window is 0"), (["--prefill-chunk", "0"], "prefill_chunk is 0"),
+        (["--sliding-window", "0"], "--sliding-window is 0"), (["--prefill-chunk", "0"], "--prefill-chunk is 0"),
         (["--context-length", "100"], "100"), (["--dtype", "int4"], "int4"), (["--chat-template", "chatml"], "chatml"),
         (["--tokenizer", "/no/tokenizer"], "/no/tokenizer"), (["--prompt-file", "/no/file"], "two prompts"),
         (["--system", "Be brief."], "--chat-template"), (["--stop", ""], "stop"), (["--no-such-option"], "--no-such-option"),

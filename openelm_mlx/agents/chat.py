@@ -7,10 +7,7 @@ come from `stream_generate`. Whatever ends a turn early (Ctrl-C, a limit, an err
 from __future__ import annotations
 
 import json
-import os
 import reprlib
-import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,10 +21,11 @@ from ..decoding.arguments import check_model, check_prefix_cache, refuse_unknown
 from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
-from ..errors import DestinationError, NoAnswerWarning, PromptError, SettingError, TokenizerError, ToolError
+from ..errors import NoAnswerWarning, PromptError, SettingError, TokenizerError, ToolError
 from ..files import one_line, read_text
 from ..generate import Chunk, Statistics, option_names, stream_generate
 from ..loading import no_tokenizer
+from ..outputs import json_with, write_output
 from ..text.chat import HARMONY, PLAIN, render_chat
 from ..text.conversation import DeveloperContent, Message, SystemContent, check_conversation
 from ..text.harmony import Delta, HarmonyFormat, HarmonyParser
@@ -52,6 +50,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _LARGEST_CHAT = 2**26  # bytes of a saved one
+_is_chat = json_with("openelm_mlx_chat")
 
 # Room for an answer is kept free: a quarter of the context, and of short ones as much as reasoning often takes.
 _SHARE_FOR_ANSWER, _USUAL_ANSWER = 4, 1024
@@ -426,28 +425,15 @@ class Chat:
         DestinationError.
         """
         self._end_turn()
-        path, mode = _destination(path, overwrite)
         content = {
             "openelm_mlx_chat": _FORMAT,
             "instructions": self.instructions,
             "reasoning_effort": self.reasoning_effort,
             "messages": [{**vars(message), "content": message.text} for message in self.messages],
         }
-        try:
-            descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            try:
-                if mode is not None:
-                    os.chmod(partial, mode)
-                with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                    stream.write(whole_characters(json.dumps(content, ensure_ascii=False, indent=2)))
-                os.replace(partial, path)
-            except BaseException:
-                os.unlink(partial)
-                raise
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise DestinationError(f"The chat cannot be saved to {str(path)!r}: {reason}.") from error
-        return path
+        text = whole_characters(json.dumps(content, ensure_ascii=False, indent=2))
+        # What was said is nobody else's business.
+        return write_output(path, text, "The chat", _is_chat, overwrite, mode=0o600)
 
     def load(self, path: str | Path) -> None:
         """Go on with a saved conversation in place of this one. Raises PromptError when the file holds none."""
@@ -625,43 +611,6 @@ class _Turn:
                 f'{chat.max_tokens}, or leave it out; or let it think less with reasoning_effort="low".'
             )
         return None if self.statistics is None else self.statistics.no_answer
-
-
-def _destination(name: str | Path, overwrite: bool) -> tuple[Path, int | None]:
-    """The file to write a chat to, and the mode of the one that is there. Raises DestinationError when it may not be."""
-    try:
-        path = Path(name).expanduser()
-        path = path.resolve() if path.is_symlink() else path  # the link stays
-        if path.is_dir():
-            raise DestinationError(f"{name} is a folder: name a file in it.")
-        if not path.parent.is_dir():
-            raise DestinationError(
-                f"The chat cannot be saved to {name}: there is no folder {path.parent}; make it first."
-            )
-        if not path.exists():
-            return path, None
-        if not path.is_file():
-            raise DestinationError(f"{name} is a device or a pipe: name a file.")
-        # Of an empty file nothing can be lost.
-        if not (overwrite or path.stat().st_size == 0 or _holds_chat(path)):
-            raise DestinationError(
-                f"{name} is there and holds no saved chat, so it was not touched: name another file, or replace it with "
-                "overwrite=True (/save! FILE)."
-            )
-        return path, stat.S_IMODE(path.stat().st_mode)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, DestinationError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DestinationError(f"The chat cannot be saved to {str(name)!r}: {reason}.") from error
-
-
-def _holds_chat(path: Path) -> bool:
-    try:
-        content = json.loads(read_text(path, PromptError, _LARGEST_CHAT))
-    except (ValueError, RecursionError):  # whatever cannot be read is none
-        return False
-    return isinstance(content, dict) and "openelm_mlx_chat" in content
 
 
 class _WholeText:

@@ -7,23 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DestinationError, SettingError
+from ..errors import SettingError
+from ..outputs import PROGRAM, checked_output, output_file, picture_of_ours
 
+WHAT = "The chart"
 TYPES = (".png", ".svg")
 _COLOURS = {"ours": "#3b7dd8", "mlx-lm": "#b9c0c9"}
 
 Samples = Mapping[str, Mapping[str, Sequence[float]]]
 
 
-def check_chart(file: str | None) -> Path | None:
-    """The file of a chart, before anything is measured. Raises SettingError for a type that is none."""
+def check_chart(file: str | None, overwrite: bool = False) -> Path | None:
+    """The file of a chart, before anything is measured. Raises SettingError for a type that is none, DestinationError."""
     if file is None:
         return None
     path = Path(file)
     if path.suffix not in TYPES:
         raise SettingError(f"--chart {file}: the name must end in {' or '.join(TYPES)}.")
-    if not path.absolute().parent.is_dir():
-        raise SettingError(f"--chart {file}: there is no folder {path.absolute().parent}; make it first.")
+    checked_output(file, WHAT, picture_of_ours, overwrite)
     try:
         import matplotlib  # noqa: F401, ICN001 - only whether it is there
     except ImportError:
@@ -31,20 +32,22 @@ def check_chart(file: str | None) -> Path | None:
     return path
 
 
-def save_chart(figure: Any, file: Path) -> None:
+def save_chart(figure: Any, file: Path, overwrite: bool = False) -> None:
     """Write a figure of matplotlib's and forget it. Raises DestinationError."""
     from matplotlib import pyplot as plt
 
+    kind = file.suffix.removeprefix(".")
+    # By this the next chart knows that it may take the file's place.
+    metadata = {"Software": PROGRAM} if kind == "png" else {"Title": PROGRAM}
     figure.tight_layout()
     try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise DestinationError(f"The chart cannot be written to {file}: {error.strerror}.") from error
+        with output_file(file, WHAT, picture_of_ours, overwrite) as stream:
+            figure.savefig(stream, dpi=150, format=kind, metadata=metadata)
     finally:
         plt.close(figure)
 
 
-def draw_bars(file: Path, title: str, samples: Samples) -> None:
+def draw_bars(file: Path, title: str, samples: Samples, overwrite: bool = False) -> None:
     """A group of bars for each measure (name -> whose -> tokens a second), one below the other, each on its own scale."""
     import matplotlib as mpl
 
@@ -66,7 +69,7 @@ def draw_bars(file: Path, title: str, samples: Samples) -> None:
         axes.spines[["top", "right", "left"]].set_visible(False)
     rows[-1, 0].set_xlabel("tokens a second: the median, and the least to the most", fontsize=8)
     figure.suptitle(title, fontsize=9)
-    save_chart(figure, file)
+    save_chart(figure, file, overwrite)
 
 
 def _times(sides: Mapping[str, Sequence[float]]) -> str:

@@ -24,12 +24,15 @@ from ..memory.rates import Rates
 from ..memory.residency import Residency
 from ..memory.slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
 from ..models.moe import SORT_FROM_ROUTES
+from ..outputs import npz_with, output_file
 from ..specs import ModelSpec
 
 # Where a layer was not asked: of a chunk that only fills the cache the last layer's experts are not wanted.
 NOT_ASKED = -1
 # Places are drawn so often for each that is wanted.
 TRIES = 50
+# What a trace is called in errors, and how its files are known.
+WHAT, IS_TRACE = "The routing trace", npz_with("num_experts", "lengths", "experts")
 
 
 _LARGEST_TRACE = 2**30  # bytes unpacked: 4 million tokens of gpt-oss-120b
@@ -50,10 +53,10 @@ class Trace:
     def experts_per_token(self) -> int:
         return self.passes[0].shape[2]
 
-    def save(self, path: Path) -> None:
-        """Write it, compressed: some 4 bytes a layer and token."""
+    def save(self, path: Path, overwrite: bool = False) -> None:
+        """Write it, compressed: some 4 bytes a layer and token. Raises DestinationError."""
         lengths = [len(each) for each in self.passes]
-        with path.open("wb") as stream:  # to this name, whatever it ends with
+        with output_file(path, WHAT, IS_TRACE, overwrite) as stream:  # to this name, whatever it ends with
             np.savez_compressed(
                 stream, num_experts=self.num_experts, lengths=lengths, experts=np.concatenate(self.passes)
             )

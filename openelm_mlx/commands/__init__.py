@@ -7,15 +7,20 @@ user gave is wrong, or 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import errno
+import difflib
 import importlib
+import io
 import os
+import re
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import traceback
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
+from .. import __version__
 from ..errors import UserError
 from ..platforms import keep_float32, require_mlx, use_device
+from . import output
 
 # Name -> module, in the order of the help. Each has HELP, add_arguments(parser) and run(args) -> exit code, and imports
 # what is slow only in run, so that --help is instant.
@@ -35,53 +40,122 @@ INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one sentence instead of the whole usage."""
+    """argparse, but a mistake is one sentence instead of the whole usage, with the nearest name and the command's own -h."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        output.error(self.prog, f"{self._advised(message)} (see {self.prog} -h)")
         raise SystemExit(2)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but what nobody knows is told by the command that was to run, not by the program."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            getattr(found, "command", self).refuse(unknown)
+        return found
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Say of the first of these arguments that it is none."""
+        first = unknown[0]
+        if not first.startswith("-"):
+            self.error(f"{first!r} is one argument too many: a text of several words stands in quotes")
+        name = first.partition("=")[0]
+        self.error(f"there is no option {name}{_did_you_mean(name, self._option_string_actions)}")
+
+    def _advised(self, message: str) -> str:
+        """argparse's own sentence, with what to do about it."""
+        if wrong := re.search(r"^argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message):
+            name, value, choices = wrong.groups()
+            known = [each.strip(" '") for each in choices.split(",")]
+            subject = f"there is no command {value!r}" if name == "COMMAND" else f"{name} cannot be {value!r}"
+            return f"{subject}{_did_you_mean(value, known) or f': give {_listed(known)}'}"
+        if wrong := re.search(r"^argument (\S+): invalid (int|float) value: (.*)$", message):
+            kind = "whole number" if wrong[2] == "int" else "number"
+            return f"{wrong[1].split('/')[0]} is {wrong[3]}, which is no {kind}"
+        if wrong := re.search(r"^argument (\S+): expected one argument$", message):
+            name = wrong[1].split("/")[0]
+            return f"{name} needs a value; one that begins with a - is given as {name}=-..."
+        return message
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not _open_standard_streams():
+        output.error(prog, "Standard output is closed, and the answer would go there.")
+        return 2
     try:
-        args = build_parser(prog, arguments).parse_args(arguments)
-        keep_float32()
-        require_mlx()
-        use_device()
-        return args.run(args)
+        try:
+            args = build_parser(prog, arguments).parse_args(arguments)
+            output.speak_for(args.command)
+            keep_float32()
+            require_mlx()
+            use_device()
+            return args.run(args)
+        finally:
+            sys.stdout.flush()  # what cannot be written is told here, and not by Python at its end
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        output.error(prog, str(error))
         return 2
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        output.say()
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`... | head`): nobody is left to tell. Python would complain at exit.
         _discard_output()
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO):
-            raise
         _discard_output()
-        print(f"{prog}: The output cannot be written: {error.strerror}.", file=sys.stderr)
+        what = "The output cannot be written" if error.filename is None else f"{error.filename} cannot be used"
+        output.error(prog, f"{what}: {error.strerror or error}.")
         return 2
+    except Exception:  # noqa: BLE001  (whatever it is, it holds text that others wrote, and it is our mistake)
+        output.say(traceback.format_exc().rstrip())
+        output.error(prog, f"This is a mistake in {prog}, and not yours: please open an issue with all of the above.")
+        return 70
+
+
+def _open_standard_streams() -> bool:
+    """Give the closed ones of standard input and error (`<&-`, `2>&-`) an end that is nowhere; whether there is an output."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  (for as long as the process is there)
+    if sys.stdout is None:
+        # Its number is free: the next file that is opened must not get what others print.
+        sys.__stdout__ = open(os.devnull, "w")  # type: ignore[misc]  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that a terminal's encoding does not have is no error
+            stream.reconfigure(errors="replace")
+    return sys.stdout is not None
 
 
 def _discard_output() -> None:
-    """Send what is left in stdout's buffer nowhere: Python would try to write it again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Send what is left in the buffers nowhere: Python would try to write it again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def build_parser(prog: str, arguments: Sequence[str] = ()) -> Parser:
     """The parser of all commands; of only the one named first, when there is one, to import no more than that."""
     parser = Parser(prog=prog, description="Run Apple OpenELM and OpenAI gpt-oss models on Apple MLX.")
+    parser.add_argument("--version", action="version", version=f"openelm_mlx {__version__}", help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     wanted = [name for name in arguments[:1] if name in COMMANDS] or list(COMMANDS)
     for name in wanted:
         module = importlib.import_module(f".{COMMANDS[name]}", __name__)
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=command)
     return parser

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..generate import Statistics
-
-_NAMES = ("max_tokens", "max_rounds", "time_limit", "context_length", "memory_limit", "reasoning_effort")
-_NAME = re.compile(rf'\b({"|".join(_NAMES)})\b(?:="?(\w+)"?)?')
 
 
 def add_answer_arguments(group: argparse._ArgumentGroup) -> None:
@@ -77,8 +73,3 @@ def guessing(statistics: Statistics, is_wanted: bool) -> str:
     if speedup > 1.02:
         return f"{right}, which paid: {speedup:.2f} times as fast as without; "
     return f"{right}, which did not pay: {speedup:.2f} times as fast as without; "
-
-
-def in_flags(sentence: str) -> str:
-    """A sentence of the library's about an answer, with the names of options as they are typed."""
-    return _NAME.sub(lambda found: f"--{found[1].replace('_', '-')}{f' {found[2]}' if found[2] else ''}", sentence)

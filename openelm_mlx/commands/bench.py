@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from ..errors import SettingError
+from .options import add_overwrite
+from .output import report, report_json, say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--draft-model", metavar="SOURCE", help="with --speculation: a smaller model that guesses")
     parser.add_argument("--chart", metavar="FILE", help="draw the rates of both sides into a .png or .svg file")
+    add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with every sample")
 
 
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print. Returns 0 when every figure is within its limit, else 1."""
     from ..bench.chart import check_chart, draw_bars
 
-    chart = check_chart(args.chart)
+    chart = check_chart(args.chart, args.overwrite)
     _check_combination(args)
     if args.speculation:
         return run_speculation(args)
@@ -78,18 +80,17 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.model, args.prompt_tokens, args.completion_tokens, args.rounds, args.against == "mlx-lm")
     figures = []
     if not args.json:
-        print(f"{args.model} on {machine_description()}; median of {args.rounds} [least to most]")
+        report(f"{args.model} on {machine_description()}; median of {args.rounds} [least to most]")
     for figure in run_benchmark(settings):
         figures.append(figure)
         if not args.json:
-            print(line(figure))
-            sys.stdout.flush()
+            report(line(figure))
     if args.json:
-        print(figures_as_json(figures))
+        report(figures_as_json(figures))
     if chart is not None:
         rates = [figure for figure in figures if figure.unit == "tokens/s"]
         sides = {each.name: {"ours": each.samples, **_theirs(each)} for each in rates}
-        draw_bars(chart, f"{args.model} on {machine_description()}", sides)
+        draw_bars(chart, f"{args.model} on {machine_description()}", sides, args.overwrite)
     return 0 if all(figure.is_met is not False for figure in figures) else 1
 
 
@@ -116,8 +117,6 @@ def _check_combination(args: argparse.Namespace) -> None:
 
 def run_speculation(args: argparse.Namespace) -> int:
     """Measure guessing. Returns 0 when it gains nine tenths of what could be gained, and never loses more than 3 %."""
-    import json
-
     from ..bench.benchmark import machine_description
     from ..bench.speculation import made_pair, measure_speculation, speculation_lines
     from ..decoding.drafts import DraftModel, Drafts, PromptLookup
@@ -138,21 +137,19 @@ def run_speculation(args: argparse.Namespace) -> int:
     prompts = [encode_prompt(model, tokenizer, f"What is a {word}?").tokens for word in _WORDS]
     found = {}
     if not args.json:
-        print(f"{args.model} on {machine_description()}")
+        report(f"{args.model} on {machine_description()}")
     for name, draft in drafts.items():
         found[name] = measure_speculation(model, draft, prompts, args.completion_tokens, args.rounds)
         if not args.json:
-            print("\n".join(speculation_lines(name, found[name])), flush=True)
+            report("\n".join(speculation_lines(name, found[name])))
     if args.json:
         results = {name: each.as_dict() for name, each in found.items()}
-        print(json.dumps({"machine": machine_description(), "model": args.model, "results": results}))
+        report_json({"machine": machine_description(), "model": args.model, "results": results})
     return 0 if all(each.efficiency >= 0.9 and each.gain >= 0.97 for each in found.values()) else 1
 
 
 def run_random(args: argparse.Namespace, chart: Path | None) -> int:
     """Compare random weights of one shape. Returns 0 when both sides ran."""
-    import json
-
     from ..bench.against import compare, shape_config
     from ..bench.benchmark import machine_description
     from ..bench.conditions import disturbances
@@ -168,20 +165,20 @@ def run_random(args: argparse.Namespace, chart: Path | None) -> int:
         args.completion_tokens,
         args.long_context,
         args.against == "mlx-lm",
-        lambda sentence: print(sentence, file=sys.stderr, flush=True),
+        say,
         apart=True if args.apart else None,
     )
     if args.json:
-        print(json.dumps({"machine": machine_description(), "disturbances": disturbances(), **found.as_dict()}))
+        report_json({"machine": machine_description(), "disturbances": disturbances(), **found.as_dict()})
     else:
-        print(f"{machine_description()}; medians, in tokens/s [least to most]")
+        report(f"{machine_description()}; medians, in tokens/s [least to most]")
         for sentence in disturbances():
-            print(f"(note: {sentence})")
-        print("\n".join(found.lines()))
+            report(f"(note: {sentence})")
+        report("\n".join(found.lines()))
     if chart is not None and found.samples:
         from ..bench.chart import draw_bars
 
-        draw_bars(chart, f"{args.random} on {machine_description()}", found.samples)
+        draw_bars(chart, f"{args.random} on {machine_description()}", found.samples, args.overwrite)
     return 0 if found.error is None else 1
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
+
+from .output import report, report_json
 
 HELP = "measure how far the planner's figures are from what models of many shapes use"
 
@@ -38,12 +38,11 @@ def run(args: argparse.Namespace) -> int:
         raise SettingError(f"--folder is {args.folder!r}, which is no folder: name one that exists.")
     found = []
     if not args.json:
-        print(f"{machine_description()}\n{HEADING}")
+        report(f"{machine_description()}\n{HEADING}")
     for row in rows(shapes, [int(each) for each in prompts], runs_on_cpu(), folder):
         found.append(row)
         if not args.json:
-            print(row.line())
-            sys.stdout.flush()
+            report(row.line())
     if args.json:
-        print(json.dumps({"machine": machine_description(), "rows": [row.as_dict() for row in found]}))
+        report_json({"machine": machine_description(), "rows": [row.as_dict() for row in found]})
     return 0

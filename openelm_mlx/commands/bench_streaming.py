@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DestinationError, SettingError
+from ..outputs import checked_output, json_with, write_output
+from ..text.terminal import to_json
+from .options import add_overwrite
+from .output import report, say
 
 if TYPE_CHECKING:
     from ..bench.routing import Trace
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ..memory.machine import Machine
     from ..memory.written import Writes
 
+FORMAT = "openelm_mlx bench-streaming"
+WHAT, IS_FIGURES = "The JSON of this run", json_with("format", FORMAT)
 USUAL_MACS = "M4 16GB,M3 Max 36GB"
 # Tokens that a prediction simulates: enough that the reads which first fill the slots weigh little.
 PREDICTED_TOKENS = 256
@@ -83,21 +86,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Macs to predict, with commas; all: every one, with as many experts as a plan leaves (default: {USUAL_MACS})",
     )
     parser.add_argument("--json", metavar="FILE", help="also write everything to FILE as JSON")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
+    from ..bench import routing
     from ..bench.streaming import demo_trace, own_trace, random_model
 
     found: dict[str, list[Any]] = {}
     settings, machines = settings_of(args), machines_of(args.macs)  # before 14 GB are written
-    for name in (args.json, args.record):
+    for name, what, is_ours in ((args.json, WHAT, IS_FIGURES), (args.record, routing.WHAT, routing.IS_TRACE)):
         if name is not None:
-            with written(name):  # an hour later it would be too late
-                pass
+            checked_output(name, what, is_ours, args.overwrite)  # an hour later it would be too late
     if args.predict is not None:
         predict(args.predict, settings.trace, machines, found)
-        return written_as_json(args.json, found)
+        return write_json(args, found)
     folder = None if args.folder is None else Path(args.folder)
     if folder is not None and not folder.is_dir():
         raise DestinationError(f"--folder {folder} is no folder: make it, or name another one.")
@@ -106,39 +110,22 @@ def run(args: argparse.Namespace) -> int:
     with place as source:
         if args.record is not None:
             trace = demo_trace() if is_demo else own_trace(source, settings)
-            with written(args.record) as file:
-                trace.save(file)
-            print(f"{args.record}: how {args.random or args.model} routes, {len(trace.passes)} passes", file=sys.stderr)
+            trace.save(Path(args.record), args.overwrite)
+            say(f"{args.record}: how {args.random or args.model} routes, {len(trace.passes)} passes")
             return 0
         measure(args, replace(settings, source=str(source)), found)
     if is_demo:
         calibrate(found)
     predict("20b", settings.trace, machines, found)
-    return written_as_json(args.json, found)
+    return write_json(args, found)
 
 
-def written_as_json(name: str | None, found: dict[str, list[Any]]) -> int:
+def write_json(args: argparse.Namespace, found: dict[str, list[Any]]) -> int:
     """Write everything, where that was asked for. Raises DestinationError."""
-    if name is not None:
-        with written(name) as file:
-            file.write_text(json.dumps(found, indent=1) + "\n")
+    if args.json is not None:
+        text = to_json({"format": FORMAT, **found}, indent=1)
+        write_output(args.json, text + "\n", WHAT, IS_FIGURES, args.overwrite)
     return 0
-
-
-@contextmanager
-def written(name: str) -> Iterator[Path]:
-    """The file of that name, to be written in the block. Raises DestinationError where it cannot be."""
-    file = Path(name)
-    try:
-        if file.is_dir() or not file.absolute().parent.is_dir():
-            raise DestinationError(
-                f"{file} cannot be written: {'it is a folder' if file.is_dir() else 'there is no such folder'}."
-            )
-        if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-            raise DestinationError(f"{file} cannot be written: it is not allowed here.")
-        yield file
-    except OSError as error:
-        raise DestinationError(f"{file} cannot be written: {error.strerror}.") from error
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -185,14 +172,13 @@ def measure(args: argparse.Namespace, settings: Settings, found: dict[str, list[
     from ..bench.streaming import Row, row_as_json
     from ..bench.streaming import run as run_settings
 
-    print(f"{args.model if args.random is None else 'random ' + args.random} on {machine_description()}")
-    print(
+    report(f"{args.model if args.random is None else 'random ' + args.random} on {machine_description()}")
+    report(
         "slots routing  cache writes at once   ms/token resident   floor ratio  stall  hits  MB/token   GB/s  waits  again"
     )
     for what, value in run_settings(settings):
         found.setdefault(what, []).append(row_as_json(value) if isinstance(value, Row) else value)
-        print(line(value) if isinstance(value, Row) else f"{what}: {value}")
-        sys.stdout.flush()
+        report(line(value) if isinstance(value, Row) else f"{what}: {value}")
 
 
 def kinds(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -229,10 +215,10 @@ def calibrate(found: dict[str, list[Any]]) -> None:
 
     prompts = [f"What is a {word}?" for word in ("banjo", "glacier", "tax", "violin")]
     found["calibration"] = measured_predictions("demo-gpt-oss", (8, 4, 6, 10, 12, 14, 16), prompts, 48)
-    print("the demo's answers, measured and predicted from the first line")
+    report("the demo's answers, measured and predicted from the first line")
     for row in found["calibration"]:
         error = row["predicted"] / row["seconds"] - 1
-        print(
+        report(
             f"{row['slots']:5} slots  {1e3 * row['seconds']:7.2f} ms/token  predicted {1e3 * row['predicted']:7.2f} "
             f"({error:+.0%})  hits {row['hit_rate']:.0%}"
         )
@@ -255,7 +241,7 @@ def predict(size: str, trace: Trace | None, machines: Sequence[Machine] | None, 
         raise SettingError(
             f"The trace's tokens choose {trace.experts_per_token} experts, and gpt-oss-{size}'s {k}: record one of a gpt-oss."
         )
-    print(f"predicted, not measured: gpt-oss-{size} on Macs, routed as {like} routes / uniformly")
+    report(f"predicted, not measured: gpt-oss-{size} on Macs, routed as {like} routes / uniformly")
     wanted: list[tuple[Machine, tuple[int, ...]]]
     if machines is None:
         planned = [(machine, planned_slots(size, machine)) for machine in macs()]
@@ -268,7 +254,7 @@ def predict(size: str, trace: Trace | None, machines: Sequence[Machine] | None, 
         for row, other in zip(*rows, strict=True):
             found["macs"].append({**row, "uniform": other["tokens_per_second"]})
             disk = "" if machine.ssd_bandwidth is not None or row["slots"] == num_experts else "  (its disk assumed)"
-            print(
+            report(
                 f"{row['mac']:14} {row['slots']:3} slots  hits {row['hit_rate']:.0%}  {row['tokens_per_second']:5.1f} / "
                 f"{other['tokens_per_second']:5.1f} tokens/s{disk}"
             )

@@ -12,7 +12,7 @@ from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING
 
 from ..errors import SettingError, UserError
-from . import INTERRUPTED
+from . import INTERRUPTED, output
 from .answering import (
     add_answer_arguments,
     add_form_arguments,
@@ -20,11 +20,11 @@ from .answering import (
     add_reasoning_arguments,
     answer_options,
     guessing,
-    in_flags,
 )
-from .generate import check_draft_options, experts_read, load_draft, print_dimmed, read_form
+from .generate import check_draft_options, experts_read, load_draft, read_form
 from .interrupts import Interrupts
 from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
+from .output import answer, dimmed, end_answer, end_dimmed, say, typed
 from .reader import Command, LineReader, Reader, TerminalReader
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_answer_arguments(sampling)
     add_guess_arguments(parser)
     add_form_arguments(parser, "every answer")
-    output = parser.add_argument_group("output")
-    add_reasoning_arguments(output, "shown")
-    output.add_argument("--quiet", "-q", action="store_true", help="nothing but answers")
+    shown = parser.add_argument_group("output")
+    add_reasoning_arguments(shown, "shown")
+    shown.add_argument("--quiet", "-q", action="store_true", help="nothing but answers")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from ..agents.toolbox import Toolbox, parse_names
     from ..decoding.sampling import SamplingParams
 
+    output.also_named({"overwrite": "/save!", "instructions": "/system"})
     check_draft_options(args)
     form = read_form(args)
     sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
@@ -144,7 +145,10 @@ def talk(chat: Chat, reader: Reader, screen: Screen) -> int:
                 if not reader.is_interactive and not is_answered:
                     exit_code = 2
             except UserError as error:
-                screen.say(str(error) if reader.is_interactive else f"openelm_mlx: {error}", always=True)
+                if reader.is_interactive:
+                    screen.say(typed(str(error)), always=True)
+                else:
+                    output.error("openelm_mlx", str(error))
                 exit_code = 0 if reader.is_interactive else 2
             except KeyboardInterrupt:
                 screen.say("\n[stopped]")
@@ -232,7 +236,7 @@ class Screen:
         done = self.last
         assert done is not None
         if done.no_answer is not None:  # also when nothing but answers is to be shown
-            self.say(f"[no answer: {in_flags(done.no_answer)}]", always=True)
+            self.say(f"[no answer: {typed(done.no_answer)}]", always=True)
             return False
         if done.finish_reason != "stop":
             self.say(f"[ended: {self._ending(done)}]")
@@ -254,11 +258,10 @@ class Screen:
         from ..agents.chat import Answer, Notice, Reasoning, ToolCall, ToolResult
 
         if isinstance(event, Answer):
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
+            answer(event.text)
             return True
         if isinstance(event, Reasoning) and self.show_reasoning and not self.quiet:
-            print_dimmed(event.text)
+            dimmed(event.text)
         elif isinstance(event, ToolCall) and event.is_done:
             self._dimmed(f"[{event.name} {event.arguments}]")
         elif isinstance(event, ToolResult):
@@ -270,19 +273,18 @@ class Screen:
     def _end_of(self, kind: str) -> None:
         """The line break after the last piece of one kind of event."""
         if kind == "Answer":
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            end_answer()
         elif kind == "Reasoning" and self.show_reasoning and not self.quiet:
-            print(file=sys.stderr)
+            end_dimmed()
 
     def _dimmed(self, text: str) -> None:
         if not self.quiet:
-            print_dimmed(f"{text}\n")
+            dimmed(f"{text}\n")
 
     def say(self, text: str, always: bool = False) -> None:
         """A line for the person, not of the model."""
         if always or not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def statistics(self) -> str:
         """What the last answer took, and how full the context is."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from ..text.terminal import visible_line
+from .output import can_redraw, report, report_json, say
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         with progress_bars(args.quiet) as progress:
-            report = convert(
+            result = convert(
                 args.source,
                 args.destination,
                 quantize=args.quantize,
@@ -84,14 +86,14 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress,
             )
     except KeyboardInterrupt:
-        print(f"\n{interruption(args)}", file=sys.stderr)
+        say(f"\n{interruption(args)}")
         return INTERRUPTED
     if args.json:
-        print(json.dumps(asdict(report), default=str))
+        report_json(asdict(result))
     elif args.dry_run:
-        print_plan(report)
+        print_plan(result)
     else:
-        print_report(report)
+        print_report(result)
     return 0
 
 
@@ -113,10 +115,10 @@ def max_file_bytes(gigabytes: float) -> int:
     return int(gigabytes * 1e9)
 
 
-def print_plan(report: ConversionReport) -> None:
+def print_plan(result: ConversionReport) -> None:
     """Every tensor with its old and new name, shape, type and bytes, and the totals."""
     rows = [("source", "shape", "type", "destination", "shape", "type", "bytes")]
-    for tensor in report.tensors:
+    for tensor in result.tensors:
         more = (
             f" +{len(tensor.sources) - 1}" if len(tensor.sources) > 1 else ""
         )  # adapters, or the parts of a packed one
@@ -125,34 +127,34 @@ def print_plan(report: ConversionReport) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         *cells, nbytes = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells), nbytes.strip().rjust(widths[-1]))
-    print(f"\n{len(report.tensors)} tensors, {report.nbytes:,} bytes ({_of_source(report)}); nothing was written.")
+        report("  ".join([*cells, nbytes.strip().rjust(widths[-1])]))
+    report(f"\n{len(result.tensors)} tensors, {result.nbytes:,} bytes ({_of_source(result)}); nothing was written.")
 
 
-def print_report(report: ConversionReport) -> None:
+def print_report(result: ConversionReport) -> None:
     """What was written, and what verification found."""
-    kind = report.dtype if report.quantization is None else f"quantized, the rest {report.dtype}"
-    print(
-        f"{report.destination}: {len(report.tensors)} tensors, {report.nbytes:,} bytes ({_of_source(report)}), {kind}"
+    kind = result.dtype if result.quantization is None else f"quantized, the rest {result.dtype}"
+    report(
+        f"{result.destination}: {len(result.tensors)} tensors, {result.nbytes:,} bytes ({_of_source(result)}), {kind}"
     )
-    if report.num_resumed:
-        print(f"{report.num_resumed} of the tensors were there from an interrupted conversion.")
-    print(f"tokenizer: {', '.join(report.tokenizer) or 'none found; add one with --tokenizer'}")
-    if report.verification is not None:
-        print_verification(report.verification)
-    if report.upload_url is not None:
-        print(f"uploaded to {report.upload_url}")
+    if result.num_resumed:
+        report(f"{result.num_resumed} of the tensors were there from an interrupted conversion.")
+    report(f"tokenizer: {', '.join(result.tokenizer) or 'none found; add one with --tokenizer'}")
+    if result.verification is not None:
+        print_verification(result.verification)
+    if result.upload_url is not None:
+        report(f"uploaded to {result.upload_url}")
 
 
 def print_verification(verification: Verification) -> None:
     """Checksums, the error of each layer, and the divergence of the next-token distributions."""
-    print("\nverified, SHA-256 as written:")
+    report("\nverified, SHA-256 as written:")
     for name, checksum in verification.checksums.items():
-        print(f"  {checksum}  {name}")
-    print("\nrelative rms error     weights  residual stream")
+        report(f"  {checksum}  {name}")
+    report("\nrelative rms error     weights  residual stream")
     for layer in verification.layers:
-        print(f"{layer.name:<20} {layer.weights:9.2e}        {layer.stream:9.2e}")
-    print(
+        report(f"{layer.name:<20} {layer.weights:9.2e}        {layer.stream:9.2e}")
+    report(
         f"\nKL divergence of the next token: {verification.kl_divergence:.3e} nats on average, "
         f"{verification.max_kl_divergence:.3e} at most; the likeliest token is the same at "
         f"{verification.same_top_token:.1%} of {verification.num_tokens} positions ({verification.sample})"
@@ -162,7 +164,7 @@ def print_verification(verification: Verification) -> None:
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Progress | None]:
     """A bar on stderr for each stage, in a terminal; None where nobody looks."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not can_redraw(sys.stderr):
         yield None
         return
     bars = _Bars()
@@ -188,7 +190,9 @@ class _Bars:
             in_bytes = stage != "verify"
             unit = "B" if in_bytes else "layer"
             # What an interrupted run left is there from the start, and not part of the rate.
-            self._bar = tqdm(desc=stage, total=total, initial=done, unit=unit, unit_scale=in_bytes, file=sys.stderr)
+            self._bar = tqdm(
+                desc=visible_line(stage), total=total, initial=done, unit=unit, unit_scale=in_bytes, file=sys.stderr
+            )
             self._stage = stage
         self._bar.update(done - self._bar.n)
 
@@ -199,8 +203,8 @@ class _Bars:
             self._bar = None
 
 
-def _of_source(report: ConversionReport) -> str:
-    return f"{report.nbytes / report.source_nbytes:.1%} of the source's"
+def _of_source(result: ConversionReport) -> str:
+    return f"{result.nbytes / result.source_nbytes:.1%} of the source's"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

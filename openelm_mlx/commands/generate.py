@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -18,9 +17,9 @@ from .answering import (
     add_reasoning_arguments,
     answer_options,
     guessing,
-    in_flags,
 )
-from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
+from .options import add_model_arguments, add_overwrite, add_sampling_arguments, load_options, sampling_options
+from .output import answer, dimmed, end_answer, end_dimmed, report_json, say, typed
 
 if TYPE_CHECKING:
     from ..decoding.drafts import Drafts
@@ -65,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="take what was computed of prompts that begin alike from FILE if it is there, and keep this one's in it",
     )
+    add_overwrite(sampling)
 
     add_guess_arguments(parser)
     add_form_arguments(parser)
@@ -85,13 +85,17 @@ def run(args: argparse.Namespace) -> int:
         raise SettingError("--logprobs are shown with --json only: add it.")
     prompt = read_prompt(args)
     form = read_form(args)
+    if args.prompt_cache is not None:
+        from ..decoding.prefix_file import check_writable
+
+        check_writable(args.prompt_cache, args.overwrite)
     from ..decoding.sampling import SamplingParams
     from ..generate import stream_generate
     from ..loading import load
 
     sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
     model, tokenizer = load(args.model, **load_options(args))
-    cache = open_prompt_cache(args.prompt_cache, model)
+    cache = open_prompt_cache(args.prompt_cache, model, args.overwrite)
     draft = load_draft(args)
     chunks = stream_generate(
         model,
@@ -113,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     exit_code = print_json(chunks, args) if args.json else print_text(chunks, args)
     if cache is not None:
         cast("Generator[Chunk, None, None]", chunks).close()  # an answer that was cut short is kept now
-        cache.save(args.prompt_cache)
+        cache.save(args.prompt_cache, args.overwrite)
     return exit_code
 
 
@@ -146,14 +150,15 @@ def load_draft(args: argparse.Namespace) -> Drafts | None:
     return DraftModel(model, tokenizer, **count)
 
 
-def open_prompt_cache(name: str | None, model: Model) -> PrefixCache | None:
-    """The prefix cache of a file, an empty one when there is no such file yet."""
+def open_prompt_cache(name: str | None, model: Model, overwrite: bool = False) -> PrefixCache | None:
+    """The prefix cache of a file, an empty one when there is no such file yet, or it is to be replaced."""
     if name is None:
         return None
     from ..decoding.prefix_cache import PrefixCache
 
     cache = PrefixCache()
-    if Path(name).expanduser().exists():
+    path = Path(name).expanduser()
+    if not overwrite and path.exists() and path.stat().st_size:
         cache.load(name, model)
     return cache
 
@@ -171,23 +176,21 @@ def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
                 continue
             if last.channel in ANSWER_CHANNELS:
                 if is_reasoning:
-                    print(file=sys.stderr)
-                sys.stdout.write(last.text)
-                sys.stdout.flush()
+                    end_dimmed()
+                answer(last.text)
             elif show_reasoning:
-                print_dimmed(last.text)
+                dimmed(last.text)
             is_reasoning = show_reasoning and last.channel not in ANSWER_CHANNELS
     except KeyboardInterrupt:
         exit_code = INTERRUPTED
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    end_answer()
     if last is not None and last.statistics is not None and last.statistics.no_answer is not None:
-        print(f"[no answer: {in_flags(last.statistics.no_answer)}]", file=sys.stderr)
+        say(f"[no answer: {typed(last.statistics.no_answer)}]")
         exit_code = NO_ANSWER
     if not args.quiet:
-        print(summary(last, count, args.max_tokens, is_guessing(args)), file=sys.stderr)
+        say(summary(last, count, args.max_tokens, is_guessing(args)))
         for note in last.statistics.notes if last and last.statistics else ():
-            print(f"[{note}]", file=sys.stderr)
+            say(f"[{note}]")
     return exit_code
 
 
@@ -201,7 +204,7 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
         exit_code = INTERRUPTED
     last = received[-1] if received else None
     reasoning = "".join(chunk.text for chunk in received if chunk.channel not in ANSWER_CHANNELS)
-    answer: dict[str, Any] = {
+    found: dict[str, Any] = {
         "model": args.model,
         "text": "".join(chunk.text for chunk in received if chunk.channel in ANSWER_CHANNELS),
         **({"reasoning": reasoning} if reasoning else {}),
@@ -210,10 +213,10 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
         "statistics": statistics_as_json(last.statistics) if last and last.statistics else None,
     }
     if args.logprobs is not None:
-        answer["logprobs"] = [{"token": c.token, "logprob": c.logprob, "top": c.top_logprobs} for c in received]
+        found["logprobs"] = [{"token": c.token, "logprob": c.logprob, "top": c.top_logprobs} for c in received]
     if last and last.statistics and last.statistics.no_answer is not None:
-        print(f"[no answer: {in_flags(last.statistics.no_answer)}]", file=sys.stderr)
-    print(json.dumps(answer, ensure_ascii=False))
+        say(f"[no answer: {typed(last.statistics.no_answer)}]")
+    report_json(found)
     return exit_code
 
 
@@ -238,12 +241,6 @@ def experts_read(statistics: Statistics) -> str:
         f"experts read: {prompt.bytes_read / 1e6:,.0f} MB for the prompt (waited {prompt.seconds_waited:.2f} s), "
         f"{each / 1e6:,.1f} MB a token ({answer.hit_rate:.0%} were in memory, waited {answer.seconds_waited:.2f} s); "
     )
-
-
-def print_dimmed(text: str) -> None:
-    """Text that is not the answer, on stderr; grey where that is a terminal."""
-    sys.stderr.write(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text)
-    sys.stderr.flush()
 
 
 def summary(last: Chunk | None, count: int, max_tokens: int | None, is_guessing: bool = False) -> str:

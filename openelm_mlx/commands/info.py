@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
+
+from .output import report, report_json
 
 HELP = "say what a checkpoint holds, without reading its tensors"
 
@@ -21,17 +22,17 @@ def run(args: argparse.Namespace) -> int:
     """Print what is known. Returns the exit code."""
     facts = gather(args.source, args.revision)
     if args.json:
-        print(json.dumps(facts))
+        report_json(facts)
         return 0
     layers = facts.pop("layers")
     for name, value in facts.items():
         text = f"{value:,}" if isinstance(value, int) else value
-        print(f"{name.replace('_', ' '):22} {text}")
+        report(f"{name.replace('_', ' '):22} {text}")
     if args.layers:
-        print("\nlayer  query heads  kv heads  head dim  feed-forward width")
+        report("\nlayer  query heads  kv heads  head dim  feed-forward width")
         for i, layer in enumerate(layers):
             heads = f"{layer['num_heads']:11}  {layer['num_kv_heads']:8}  {layer['head_dim']:8}"
-            print(f"{i:5}  {heads}  {layer['intermediate_size']:18}")
+            report(f"{i:5}  {heads}  {layer['intermediate_size']:18}")
     return 0
 
 

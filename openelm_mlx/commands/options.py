@@ -53,6 +53,13 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_overwrite(group: argparse._ActionsContainer) -> None:
+    """For commands that write a file which the user names."""
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace a file that is there already, whatever wrote it"
+    )
+
+
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `openelm_mlx.load` that those options mean."""
     from .progress import byte_bar

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
+from .options import add_overwrite
+from .output import report, report_json, say
 
 if TYPE_CHECKING:
     from ..memory.plan import MemoryPlan
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mac", metavar="NAME", help='another machine, for example "M4 Pro 24GB" (default: this one)')
     parser.add_argument("--all-macs", action="store_true", help="a table of every Mac that is known")
     parser.add_argument("--chart", metavar="FILE", help="draw models against Macs into a .png or .svg file")
+    add_overwrite(parser)
     parser.add_argument("--memory-limit", metavar="SIZE", help="for example 8GB (default: what the machine has)")
     parser.add_argument(
         "--context-length", type=int, metavar="N", help="tokens of prompt and answer (default: 8,192 at most)"
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan and print. Returns 0 when everything fits, else 1."""
     from ..bench.chart import check_chart
 
-    chart = check_chart(args.chart)
+    chart = check_chart(args.chart, args.overwrite)
     if args.calibrate:
         if args.mac is not None or args.all_macs or args.chart is not None:
             raise SettingError(
@@ -75,19 +76,19 @@ def run(args: argparse.Namespace) -> int:
     if args.all_macs or args.chart is not None:
         plans = [plans_on(list(macs()), source, **options) for source in args.source]
         if chart is not None:
-            draw(plans, chart)
-            print(f"The chart is in {chart}.", file=sys.stderr)
+            draw(plans, chart, args.overwrite)
+            say(f"The chart is in {chart}.")
         if args.json:
-            print(json.dumps([each.as_dict() for row in plans for each in row]))
+            report_json([each.as_dict() for row in plans for each in row])
         elif args.all_macs:
             print_table(plans)
         return 0
     plans_here = [plan(source, mac=args.mac, **options) for source in args.source]
     if args.json:
         dicts = [each.as_dict() for each in plans_here]
-        print(json.dumps(dicts[0] if len(dicts) == 1 else dicts))
+        report_json(dicts[0] if len(dicts) == 1 else dicts)
     else:
-        print("\n\n".join("\n".join(text(each)) for each in plans_here))
+        report("\n\n".join("\n".join(text(each)) for each in plans_here))
     return 0 if all(each.fits for each in plans_here) else 1
 
 
@@ -178,7 +179,7 @@ def calibrate(as_json: bool) -> int:
 
     def tell(line: str) -> None:
         if not as_json:
-            print(line, flush=True)
+            report(line)
 
     machine, date = this_machine(), time.strftime("%Y-%m-%d")
     tell(machine_description())
@@ -197,13 +198,13 @@ def calibrate(as_json: bool) -> int:
     file = store_memory(calibration, machine)
     if as_json:
         measured = {**calibration.as_dict(), "rows": [row.as_dict() for row in found]}
-        print(json.dumps({"file": str(file), **measured, "speed": speeds.as_dict()}))
+        report_json({"file": str(file), **measured, "speed": speeds.as_dict()})
         return 0
     for family, factor in calibration.scratch.items():
-        print(f"Computing with {family} takes {factor:.2f} times what its shapes say.")
+        report(f"Computing with {family} takes {factor:.2f} times what its shapes say.")
     if calibration.process_bytes is not None:
-        print(f"The process takes {calibration.process_bytes / 1e6:.0f} MB beside.")
-    print(f"Later plans go by it; it is kept in {file}, and forgotten when that is deleted.")
+        report(f"The process takes {calibration.process_bytes / 1e6:.0f} MB beside.")
+    report(f"Later plans go by it; it is kept in {file}, and forgotten when that is deleted.")
     return 0
 
 
@@ -212,14 +213,14 @@ def print_table(plans: Sequence[Sequence[MemoryPlan]]) -> None:
     from ..memory.plan import size
 
     width = max(24, *(len(row[0].source) + 2 for row in plans))
-    print(f"{'Mac':14}{'usable':>10}  " + "".join(f"{row[0].source:{width}}" for row in plans))
+    report(f"{'Mac':14}{'usable':>10}  " + "".join(f"{row[0].source:{width}}" for row in plans))
     for column in zip(*plans, strict=True):
         machine = column[0].machine
         assert machine is not None
         estimated = "~" if machine.notes else " "
         cells = "".join(f"{cell(each):{width}}" for each in column)
-        print(f"{machine.name:14}{estimated}{size(machine.available_bytes):>9}  {cells}")
-    print("~: the working set is estimated. Rates are predicted, not measured; - is not known.")
+        report(f"{machine.name:14}{estimated}{size(machine.available_bytes):>9}  {cells}")
+    report("~: the working set is estimated. Rates are predicted, not measured; - is not known.")
 
 
 def cell(plan: MemoryPlan) -> str:
@@ -230,7 +231,7 @@ def cell(plan: MemoryPlan) -> str:
     return f"{'fits' if plan.expert_slots is None else f'{plan.expert_slots} experts'}, {rate} tok/s"
 
 
-def draw(plans: Sequence[Sequence[MemoryPlan]], file: Path) -> None:
+def draw(plans: Sequence[Sequence[MemoryPlan]], file: Path, overwrite: bool = False) -> None:
     """Models against Macs: green fits whole, yellow with experts on disk, red not at all; the number is tokens/s."""
     import matplotlib as mpl
 
@@ -255,4 +256,4 @@ def draw(plans: Sequence[Sequence[MemoryPlan]], file: Path) -> None:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_xlabel("green: fits; yellow: with experts on disk; red: does not. Numbers: predicted tokens/s", fontsize=7)
-    save_chart(figure, file)
+    save_chart(figure, file, overwrite)

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ..text.terminal import visible_line
+from .output import can_redraw
+
 Progress = Callable[[int, int], None]
 
 
 def byte_bar(label: str) -> Progress | None:
-    """A callback that takes (bytes done, bytes in all) and draws a bar; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    """A callback that takes (bytes done, bytes in all) and draws a bar; None where stderr cannot redraw one."""
+    if not can_redraw(sys.stderr):
         return None
     bar: Any = None
 
@@ -20,7 +23,7 @@ def byte_bar(label: str) -> Progress | None:
         if bar is None:
             from tqdm import tqdm
 
-            bar = tqdm(desc=label, total=total, unit="B", unit_scale=True, file=sys.stderr, leave=False)
+            bar = tqdm(desc=visible_line(label), total=total, unit="B", unit_scale=True, file=sys.stderr, leave=False)
         bar.n = done
         bar.refresh()
         if done >= total:

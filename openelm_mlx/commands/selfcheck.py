@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+
+from .output import report, report_json
 
 HELP = "check on this machine what nobody could check on it, and print a report"
 
@@ -29,15 +29,14 @@ def run(args: argparse.Namespace) -> int:
         raise SettingError(f"No check has {args.only!r} in its name; there are: {', '.join(CHECKS)}.")
     outcomes = []
     if not args.json:
-        print(f"openelm_mlx {__version__} on {machine_description()}")
+        report(f"openelm_mlx {__version__} on {machine_description()}")
         for sentence in disturbances():
-            print(f"(note: {sentence})")
+            report(f"(note: {sentence})")
     for outcome in run_checks(names):
         outcomes.append(outcome)
         if not args.json:
             word = {True: "ok    ", False: "FAILED", None: "-     "}[outcome.passed]
-            print(f"{word} {outcome.name} ({outcome.seconds:.1f} s): {outcome.detail}")
-            sys.stdout.flush()
+            report(f"{word} {outcome.name} ({outcome.seconds:.1f} s): {outcome.detail}")
     failed = sum(outcome.passed is False for outcome in outcomes)
     # What is wrong must not be made fast; and whoever asks for one check wants no others.
     timings, file = [], None
@@ -48,22 +47,20 @@ def run(args: argparse.Namespace) -> int:
         timings = time_alternatives()
         file = store_choices(winners(timings)) if timings else None
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "machine": machine_description(),
-                    "outcomes": [vars(outcome) for outcome in outcomes],
-                    "timings": [each.as_dict() for each in timings],
-                    "file": None if file is None else str(file),
-                }
-            )
+        report_json(
+            {
+                "machine": machine_description(),
+                "outcomes": [vars(outcome) for outcome in outcomes],
+                "timings": [each.as_dict() for each in timings],
+                "file": None if file is None else str(file),
+            }
         )
     else:
         for timing in timings:
-            print(f"timed  {timing.line()}")
+            report(f"timed  {timing.line()}")
         if file is not None:
-            print(
+            report(
                 f"These choices hold from now on; they are kept in {file}, and the defaults return when it is deleted."
             )
-        print(f"{len(outcomes)} checks, {failed} failed. Please paste all of this into an issue when one failed.")
+        report(f"{len(outcomes)} checks, {failed} failed. Please paste all of this into an issue when one failed.")
     return 1 if failed else 0

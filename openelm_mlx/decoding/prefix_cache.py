@@ -177,12 +177,15 @@ class PrefixCache:
                     self._entries.pop(0)
                 mx.clear_cache()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything into the file `path`, at once or not at all. Raises DestinationError."""
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write everything into the file `path`, at once or not at all.
+
+        overwrite: also in the place of a file that is no prompt cache. Raises DestinationError.
+        """
         from .prefix_file import save_entries
 
         with self._lock:
-            save_entries(Path(path).expanduser(), self._entries, self._model)
+            save_entries(Path(path).expanduser(), self._entries, self._model, overwrite)
 
     def load(self, path: str | os.PathLike[str], model: Model) -> None:
         """Take the requests of a file that `save` wrote, in place of what is here.

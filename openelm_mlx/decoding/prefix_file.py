@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..errors import CheckpointError, DestinationError
+from ..errors import CheckpointError
 from ..files import one_line, open_regular, parse_json, unreadable
-from ..finder import sync
 from ..models.buffers import Snapshot
+from ..outputs import checked_output, output_file, safetensors_of
 from .prefix_cache import Checkpoint, Entry
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "openelm_mlx prefix cache"
 VERSION = 1
+_WHAT, _is_prompt_cache = "The prompt cache", safetensors_of(FORMAT)
 # Numbers looked at in each tensor for the fingerprint: any training changes some, and reading them takes milliseconds.
 _SAMPLES = 64
 # The format's own limit; the tokens of all entries stand there.
@@ -46,8 +46,9 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def save_entries(path: Path, entries: Sequence[Entry], model: Model | None) -> None:
-    """Write the entries beside `path`, then put the file in its place. Raises DestinationError."""
+def save_entries(path: Path, entries: Sequence[Entry], model: Model | None, overwrite: bool = False) -> None:
+    """Write the entries into a file, whole or not at all. Raises DestinationError."""
+    path = check_writable(path, overwrite)  # before everything is made into one checksum
     arrays: dict[str, mx.array] = {}
     described = [_described(entry, f"{i}", arrays) for i, entry in enumerate(entries)]
     header = {
@@ -56,19 +57,14 @@ def save_entries(path: Path, entries: Sequence[Entry], model: Model | None) -> N
         "checksum": _checksum(described, arrays),
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "contents": json.dumps(header)}
-    unfinished = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            mx.save_safetensors(stream, arrays or {"empty": mx.zeros((1,))}, metadata)
-            sync(stream)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise DestinationError(f"The prompt cache cannot be written to {path}: {error.strerror}.") from error
-    finally:
-        if unfinished is not None and os.path.exists(unfinished):
-            os.unlink(unfinished)
+    # A prompt is nobody else's business.
+    with output_file(path, _WHAT, _is_prompt_cache, overwrite, mode=0o600) as stream:
+        mx.save_safetensors(stream, arrays or {"empty": mx.zeros((1,))}, metadata)
+
+
+def check_writable(path: str | Path, overwrite: bool = False) -> Path:
+    """The file, where a prompt cache may be written to it now. Raises DestinationError."""
+    return checked_output(path, _WHAT, _is_prompt_cache, overwrite)
 
 
 def load_entries(path: Path, model: Model) -> Iterator[Entry]:

@@ -1,0 +1,206 @@
+"""Files that a user names for us to write: whether they may be, and writing them whole or not at all.
+
+A file that is there already is replaced only where this library wrote it (it looks at what is in it), or where it was told
+to. Folders are not made in silence. What stays in the user's cache folder (memory/stored.py) and the folder of a converted
+model (checkpoint/writer.py) have rules of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import DestinationError
+from .files import kind_of
+from .finder import sync
+
+# Whether an existing file is one that this library wrote, and of the kind that is to be written. Given the open file.
+Recognizer = Callable[[BinaryIO], bool]
+
+# What is looked at of a file to recognize it: more is no header of ours.
+_MOST_HEADER_BYTES = 64 * 2**20
+
+# In pictures, where their formats say what program made them.
+PROGRAM = "openelm_mlx"
+
+
+def checked_output(
+    name: str | Path, what: str, is_ours: Recognizer | None = None, overwrite: bool | None = False
+) -> Path:
+    """The file of that name, if it may be written now. Nothing is made or changed.
+
+    what: what it will hold, for errors ("The chart"). is_ours: says of a file that is there whether it may be replaced;
+    None: none may. overwrite: any regular file may be replaced; None: as False, where there is no way to ask for it.
+
+    Raises DestinationError with the next step.
+    """
+    text = os.fspath(name)
+    try:
+        path = Path(text).expanduser()
+        # The file that a link leads to is what is written, and the link stays.
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path
+        parent, found = path.absolute().parent, _found(path)
+        if not text.strip() or path.is_dir() or text.endswith(("/", os.sep)):
+            raise DestinationError(f"{what} cannot be written to {text!r}: that is a folder; name a file.")
+        if not parent.is_dir():
+            raise DestinationError(
+                f"{what} cannot be written to {text!r}: there is no folder {str(parent)!r}; make it first."
+            )
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise DestinationError(
+                f"{what} cannot be written to {text!r}: its folder is write-protected; name another one."
+            )
+        if found is None:
+            return path
+        if (kind := kind_of(found)) is not None:
+            raise DestinationError(f"{what} cannot be written to {text!r}: that is {kind}; name a file.")
+        if not os.access(path, os.W_OK):
+            raise DestinationError(
+                f"{what} cannot be written to {text!r}: the file is write-protected; name another one."
+            )
+        # Of an empty file nothing can be lost: who makes one first means it to be filled.
+        if overwrite or not found.st_size or (is_ours is not None and _is_recognized(path, is_ours)):
+            return path
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, DestinationError):
+            raise
+        raise _trouble(what, text, error) from error
+    state = "is there, and is no such file of this library's" if is_ours is not None else "is there already"
+    remedy = "name another file" if overwrite is None else "name another file, or replace it with overwrite=True"
+    raise DestinationError(f"{what} is not written: {text!r} {state}; {remedy}.")
+
+
+@contextmanager
+def output_file(
+    name: str | Path,
+    what: str,
+    is_ours: Recognizer | None = None,
+    overwrite: bool | None = False,
+    mode: int = 0o666,
+) -> Iterator[BinaryIO]:
+    """A stream for the file of that name, which is there whole when the block has ended, and untouched when it failed.
+
+    The arguments are those of `checked_output`. mode: of a new file, less the process's umask; one that is there keeps
+    its own. Raises DestinationError.
+    """
+    path = checked_output(name, what, is_ours, overwrite)
+    was_there = path.exists()
+    partial: str | None = None
+    try:
+        beside = str(path.absolute().parent / f".openelm_mlx-{os.urandom(8).hex()}")
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
+        partial = beside
+        with os.fdopen(descriptor, "wb") as stream:
+            if was_there:
+                os.chmod(partial, stat.S_IMODE(path.stat().st_mode))
+            yield stream
+            stream.flush()
+            sync(stream)
+        if not was_there and path.exists():
+            left, partial = partial, None  # hours may be in it
+            raise DestinationError(
+                f"{what} is in {left!r}: while it was made, another file came to be at {os.fspath(name)!r}."
+            )
+        os.replace(partial, path)
+        partial = None
+    except OSError as error:
+        raise _trouble(what, os.fspath(name), error) from error
+    finally:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+
+
+def write_output(
+    name: str | Path,
+    content: str | bytes,
+    what: str,
+    is_ours: Recognizer | None = None,
+    overwrite: bool | None = False,
+    mode: int = 0o666,
+) -> Path:
+    """Write a whole file at once and return its path; the other arguments are those of `output_file`."""
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    with output_file(name, what, is_ours, overwrite, mode) as stream:
+        stream.write(data)
+    return Path(name).expanduser()
+
+
+# --- what we wrote ----------------------------------------------------------------------------------------------------
+
+
+def json_with(key: str, value: Any = None) -> Recognizer:
+    """Recognizes a JSON object that has `key` (and this value of it, where one is given)."""
+
+    def is_ours(file: BinaryIO) -> bool:
+        content = json.loads(file.read(_MOST_HEADER_BYTES))
+        return isinstance(content, dict) and key in content and value in (None, content[key])
+
+    return is_ours
+
+
+def safetensors_of(format_name: str) -> Recognizer:
+    """Recognizes a safetensors file by the format in its metadata."""
+
+    def is_ours(file: BinaryIO) -> bool:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= _MOST_HEADER_BYTES:
+            return False
+        header = json.loads(file.read(length))
+        return bool(header["__metadata__"]["format"] == format_name)
+
+    return is_ours
+
+
+def npz_with(*names: str) -> Recognizer:
+    """Recognizes an archive of NumPy's that holds arrays of these names and nothing else."""
+
+    def is_ours(file: BinaryIO) -> bool:
+        with zipfile.ZipFile(io.BytesIO(file.read(_MOST_HEADER_BYTES)) if not file.seekable() else file) as archive:
+            return set(archive.namelist()) == {f"{name}.npy" for name in names}
+
+    return is_ours
+
+
+def picture_of_ours(file: BinaryIO) -> bool:
+    """Recognizes a PNG or SVG that names this program as what made it."""
+    begin, name = file.read(16384), PROGRAM.encode()
+    is_png = begin.startswith(b"\x89PNG\r\n\x1a\n") and b"Software\0" + name in begin
+    return is_png or (b"<svg" in begin and b"<dc:title>" + name + b"</dc:title>" in begin)
+
+
+def _is_recognized(path: Path, is_ours: Recognizer) -> bool:
+    try:
+        with path.open("rb") as file:
+            return is_ours(file)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+def _found(path: Path) -> os.stat_result | None:
+    """What is at `path`; None where nothing is. Raises OSError or ValueError for a path that cannot be."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _trouble(what: str, name: str, error: Exception) -> DestinationError:
+    if isinstance(error, OSError):
+        reasons = {
+            errno.ENOSPC: "the disk is full", errno.EDQUOT: "your share of the disk is full",
+            errno.EROFS: "the disk is read-only", errno.EFBIG: "the file is too large for this disk",
+        }  # fmt: skip
+        reason = reasons.get(error.errno or 0, error.strerror or str(error))
+    else:
+        reason = str(error)
+    return DestinationError(f"{what} cannot be written to {name!r}: {reason}.")

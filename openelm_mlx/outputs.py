@@ -74,7 +74,7 @@ def checked_output(
         if isinstance(error, DestinationError):
             raise
         raise _trouble(what, text, error) from error
-    state = "is there, and is no such file of this library's" if is_ours is not None else "is there already"
+    state = "is there and holds something else" if is_ours is not None else "is there already"
     remedy = "name another file" if overwrite is None else "name another file, or replace it with overwrite=True"
     raise DestinationError(f"{what} is not written: {text!r} {state}; {remedy}.")
 

@@ -262,7 +262,7 @@ def test_nothing_that_is_no_chat_is_overwritten(piped, tmp_path):
     precious.chmod(0o640)
     finished = piped(f"/save {precious}\n")
     assert (finished.returncode, precious.read_text()) == (2, "precious")
-    assert "holds no saved chat" in finished.stderr
+    assert "holds something else; name another file, or replace it with /save!." in finished.stderr
     assert "/save!" in finished.stderr
     link.symlink_to(precious)
     assert piped(f"/save {link}\n").returncode == 2

@@ -65,7 +65,7 @@ def test_a_prompt_cache_is_made_used_and_refused(generate, folder, tmp_path):
     file.write_bytes(b"not a cache")
     code, out, err = generate(*command, "--prompt-cache", file)
     assert (code, out) == (2, "")
-    assert "no such file of this library's; name another file, or replace it with --overwrite." in err
+    assert "holds something else; name another file, or replace it with --overwrite." in err
     assert file.read_bytes() == b"not a cache"
     assert generate(*command, "--prompt-cache", file, "--overwrite")[:2] == cold[:2]
     assert "from the prompt cache)" in generate(*command, "--prompt-cache", file)[2]

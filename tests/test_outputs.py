@@ -162,7 +162,7 @@ def test_our_formats_are_known_by_what_is_in_them(tmp_path):
         if file.name.startswith("ours"):
             assert checked_output(file, "It", kinds[file.suffix[1:]]) == file
         else:
-            with pytest.raises(DestinationError, match="no such file of this library's"):
+            with pytest.raises(DestinationError, match="holds something else"):
                 checked_output(file, "It", kinds[file.suffix[1:]])
 
 

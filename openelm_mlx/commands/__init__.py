@@ -7,10 +7,9 @@ user gave is wrong, or 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
-import io
-import os
 import re
 import sys
 import traceback
@@ -89,31 +88,24 @@ def _listed(names: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not _open_standard_streams():
+    if not output.open_streams():
         output.error(prog, "Standard output is closed, and the answer would go there.")
         return 2
     try:
-        try:
-            args = build_parser(prog, arguments).parse_args(arguments)
-            output.speak_for(args.command)
-            keep_float32()
-            require_mlx()
-            use_device()
-            return args.run(args)
-        finally:
-            sys.stdout.flush()  # what cannot be written is told here, and not by Python at its end
-    except UserError as error:
-        output.error(prog, str(error))
-        return 2
-    except KeyboardInterrupt:
-        output.say()
-        return INTERRUPTED
+        code = _run(prog, arguments)
+        output.flush()  # what cannot be written is told here, and not by Python at its end
+        return code
+    except SystemExit:  # help, the version, or a mistake in the arguments
+        with contextlib.suppress(OSError):
+            output.flush()
+        output.discard()
+        raise
     except BrokenPipeError:
         # The reader of our output has gone (`... | head`): nobody is left to tell. Python would complain at exit.
-        _discard_output()
+        output.discard()
         return 1
     except OSError as error:
-        _discard_output()
+        output.discard()
         what = "The output cannot be written" if error.filename is None else f"{error.filename} cannot be used"
         output.error(prog, f"{what}: {error.strerror or error}.")
         return 2
@@ -123,28 +115,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
         return 70
 
 
-def _open_standard_streams() -> bool:
-    """Give the closed ones of standard input and error (`<&-`, `2>&-`) an end that is nowhere; whether there is an output."""
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)  # noqa: SIM115  (for as long as the process is there)
-    if sys.stdout is None:
-        # Its number is free: the next file that is opened must not get what others print.
-        sys.__stdout__ = open(os.devnull, "w")  # type: ignore[misc]  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that a terminal's encoding does not have is no error
-            stream.reconfigure(errors="replace")
-    return sys.stdout is not None
-
-
-def _discard_output() -> None:
-    """Send what is left in the buffers nowhere: Python would try to write it again at exit."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def _run(prog: str, arguments: Sequence[str]) -> int:
+    try:
+        args = build_parser(prog, arguments).parse_args(arguments)
+        output.speak_for(args.command)
+        keep_float32()
+        require_mlx()
+        use_device()
+        return args.run(args)
+    except UserError as error:
+        output.error(prog, str(error))
+        return 2
+    except KeyboardInterrupt:
+        output.say()
+        return INTERRUPTED
 
 
 def build_parser(prog: str, arguments: Sequence[str] = ()) -> Parser:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..text.terminal import visible_line
-from .output import can_redraw, report, report_json, say
+from .output import can_draw_bars, report, report_json, say
+from .progress import StageBars
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from ..conversion import ConversionReport, Verification
     from ..conversion.source import Progress
 
@@ -164,43 +161,14 @@ def print_verification(verification: Verification) -> None:
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Progress | None]:
     """A bar on stderr for each stage, in a terminal; None where nobody looks."""
-    if quiet or not can_redraw(sys.stderr):
+    if quiet or not can_draw_bars():
         yield None
         return
-    bars = _Bars()
+    bars = StageBars()
     try:
         yield bars.show
     finally:
         bars.close()
-
-
-class _Bars:
-    """One tqdm bar at a time."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._bar: tqdm[Any] | None = None
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of `stage` to `done` of `total`."""
-        from tqdm import tqdm
-
-        if stage != self._stage or self._bar is None:
-            self.close()
-            in_bytes = stage != "verify"
-            unit = "B" if in_bytes else "layer"
-            # What an interrupted run left is there from the start, and not part of the rate.
-            self._bar = tqdm(
-                desc=visible_line(stage), total=total, initial=done, unit=unit, unit_scale=in_bytes, file=sys.stderr
-            )
-            self._stage = stage
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def _of_source(result: ConversionReport) -> str:

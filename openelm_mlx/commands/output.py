@@ -8,14 +8,18 @@ the same everywhere: control characters are escaped in it.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..text.terminal import TerminalStream, to_json, visible, visible_line
 from ..text.unicode import whole_characters
 from .spelling import Flags, flags_of, in_flags
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _flags: Flags = {}
 _answer, _dimmed = TerminalStream(), TerminalStream()
@@ -82,6 +86,61 @@ def also_named(flags: Flags) -> None:
 def typed(sentence: str) -> str:
     """A sentence of the library's with the names of options as the running command has them: `--dense-bits 8`."""
     return in_flags(sentence, _flags)
+
+
+# --- the streams themselves -------------------------------------------------------------------------------------------
+
+
+def open_streams() -> bool:
+    """Give closed standard input and error (`<&-`, `2>&-`) an end that is nowhere; whether there is an output."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  (for as long as the process is there)
+    if sys.stdout is None:
+        # Its number is free: the next file that is opened must not get what others print.
+        sys.__stdout__ = open(os.devnull, "w")  # type: ignore[misc]  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that a terminal's encoding does not have is no error
+            stream.reconfigure(errors="replace")
+    return sys.stdout is not None
+
+
+def flush() -> None:
+    """Write what is still in stdout's buffer. Raises OSError."""
+    sys.stdout.flush()
+
+
+def discard() -> None:
+    """Send what is left in the buffers nowhere: Python would try to write it again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def can_draw_bars() -> bool:
+    """Whether stderr is a terminal that can draw a line again."""
+    return can_redraw(sys.stderr)
+
+
+def bar(label: str, total: int, unit: str, done: int = 0, leave: bool = True) -> tqdm[Any]:
+    """A progress bar on stderr.
+
+    done: what an interrupted run left is there from the start, and no part of the rate.
+    """
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=visible_line(label), total=total, initial=done, unit=unit, unit_scale=unit == "B", leave=leave,
+        file=sys.stderr,
+    )  # fmt: skip
+
+
+def terminal() -> TextIO:
+    """The stream on which a prompt is edited: stdout has the answers and nothing else, wherever it goes."""
+    return sys.stderr
 
 
 def has_colours(stream: TextIO, environment: Mapping[str, str] | None = None) -> bool:

@@ -1,32 +1,53 @@
-"""A progress bar on stderr, for what takes long: made when the first bytes move, gone when they have all come."""
+"""Progress bars on stderr, for what takes long: made when the first bytes move."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..text.terminal import visible_line
-from .output import can_redraw
+from . import output
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Progress = Callable[[int, int], None]
 
 
 def byte_bar(label: str) -> Progress | None:
-    """A callback that takes (bytes done, bytes in all) and draws a bar; None where stderr cannot redraw one."""
-    if not can_redraw(sys.stderr):
+    """A callback that takes (bytes done, bytes in all) and draws a bar, gone when all have come; None where none can be."""
+    if not output.can_draw_bars():
         return None
-    bar: Any = None
+    bar: tqdm[Any] | None = None
 
     def update(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            from tqdm import tqdm
-
-            bar = tqdm(desc=visible_line(label), total=total, unit="B", unit_scale=True, file=sys.stderr, leave=False)
+            bar = output.bar(label, total, "B", leave=False)
         bar.n = done
         bar.refresh()
         if done >= total:
             bar.close()
 
     return update
+
+
+class StageBars:
+    """One bar at a time, for the stages of a conversion; each stays as it ended."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: tqdm[Any] | None = None
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Move the bar of `stage` to `done` of `total`."""
+        if stage != self._stage or self._bar is None:
+            self.close()
+            self._bar = output.bar(stage, total, "layer" if stage == "verify" else "B", done)
+            self._stage = stage
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

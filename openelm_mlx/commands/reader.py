@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..text.unicode import whole_characters
+from .output import terminal
 
 
 class Command(NamedTuple):
@@ -71,9 +72,8 @@ class TerminalReader:
 
         file = None if no_history else history_file()
         history: History = InMemoryHistory() if file is None else WholeHistory(str(file))
-        # On stderr: stdout has the answers and nothing else, wherever it goes.
         self._session: PromptSession[str] = PromptSession(
-            history=history, output=create_output(stdout=sys.stderr), key_bindings=_key_bindings(), multiline=True,
+            history=history, output=create_output(stdout=terminal()), key_bindings=_key_bindings(), multiline=True,
             prompt_continuation="  ", completer=_completer(commands), complete_while_typing=False,
         )  # fmt: skip
 

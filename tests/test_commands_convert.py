@@ -158,7 +158,7 @@ def test_interrupted_and_taken_up(convert, tmp_path, monkeypatch):
 
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with monkeypatch.context() as patch:
-        patch.setattr(command, "_Bars", Interrupting)
+        patch.setattr(command, "StageBars", Interrupting)
         code, out, err = convert(TINY, tmp_path / "out")
         assert (code, out) == (130, "")
         assert err.endswith(f"{tmp_path / 'out'} was not written; the same command goes on where this one stopped.\n")

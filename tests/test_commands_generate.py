@@ -250,19 +250,19 @@ def test_standard_input_that_is_not_utf_8(folder):
     assert b"0xe9" in finished.stderr
 
 
-# Says on stderr when the first token is there: nothing is on stdout yet with --json.
+# Says on stderr when the second token is wanted: nothing is on stdout yet with --json.
 STARTS = """
-import itertools, sys
+import sys
 import openelm_mlx.commands.generate as command
 from openelm_mlx.commands import main
 
 def told(show):
-    def run(chunks, args):
-        first = next(chunks)
+    def begun(chunks):
+        yield next(chunks)
         sys.stderr.write(".")
         sys.stderr.flush()
-        return show(itertools.chain([first], chunks), args)
-    return run
+        yield from chunks
+    return lambda chunks, args: show(begun(chunks), args)
 
 command.print_json, command.print_text = told(command.print_json), told(command.print_text)
 sys.exit(main(["generate", *sys.argv[1:]]))

@@ -136,10 +136,10 @@ def test_the_demo_s_routes_are_those_of_its_single_tokens(demo_routes):
         ("--at-once adapts,soon", "--at-once is 'soon'"), ("--writes pen", "one or several of auto, view, driver, copy"),
         ("--routing mine", "own, uniform, skewed"), ("--cache hot", "warm, cold"), ("--tokens 0", "from 1 on"),
         ("--slots 99", "from 4 to 16"), ("--random 20b --slots 33", "from 4 to 32"),
-        ("--prefill -1", "from 0 on"), ("--json /nowhere/file", "no such folder"),
-        ("--json /", "it is a folder"), ("--record /nowhere/file", "no such folder"),
+        ("--prefill -1", "from 0 on"), ("--json /nowhere/file", "there is no folder"),
+        ("--json /", "that is a folder"), ("--record /nowhere/file", "there is no folder"),
         ("--random 20b --folder /no", "no folder"), ("--predict 20b --macs M9", "no Mac 'M9'"),
-        ("--predict 20b --json /nowhere/file", "no such folder"),
+        ("--predict 20b --json /nowhere/file", "there is no folder"),
         ("--predict 20b --trace /nowhere/file", "No such file"), (f"--predict 20b --trace {__file__}", "no routing trace"),
     ],
 )  # fmt: skip

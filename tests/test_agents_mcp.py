@@ -66,25 +66,23 @@ def test_it_gets_its_own_variables_and_not_ours(server, monkeypatch):
 
 
 def test_a_slow_call_ends_in_time(server):
-    with McpServer(COMMAND, timeout=8.0) as slow:
+    with McpServer(COMMAND) as slow:
         slow._timeout = 0.5
-        start = time.monotonic()
         with pytest.raises(ToolError, match=r"0\.5 seconds"):
-            tool(slow, "wait")('{"seconds": 1.5}')
-        assert time.monotonic() - start < 3
+            tool(slow, "wait")('{"seconds": 100}')
 
 
 def test_a_server_that_ends_is_an_error_not_a_hang():
-    with McpServer(COMMAND, timeout=10.0) as server, pytest.raises(ToolError):
+    with McpServer(COMMAND) as server, pytest.raises(ToolError):
         tool(server, "end")("{}")
 
 
 def test_a_server_that_is_not_there_is_an_error():
     for source in ("/nowhere/server", [sys.executable, "-c", "raise SystemExit(1)"], "http://127.0.0.1:9/mcp"):
         with pytest.raises(ToolError, match="did not answer"):
-            McpServer(source, timeout=10.0)
+            McpServer(source)
     with pytest.raises(ToolError, match="no such module: things"):
-        McpServer([sys.executable, "-c", "raise SystemExit('no such module: things')"], timeout=10.0)
+        McpServer([sys.executable, "-c", "raise SystemExit('no such module: things')"])
     for source in ("", "'unbalanced"):
         with pytest.raises(ToolError):
             McpServer(source)
@@ -143,11 +141,11 @@ def test_over_http():
     script = f"import mcp_server; mcp_server.server.run('streamable-http', host='127.0.0.1', port={port})"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(100):
+        while process.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
                 break
             time.sleep(0.1)
-        with McpServer(f"http://127.0.0.1:{port}/mcp", timeout=15.0) as server:
+        with McpServer(f"http://127.0.0.1:{port}/mcp") as server:
             assert tool(server, "add")('{"a": 20, "b": 1}') == "21"
     finally:
         process.kill()

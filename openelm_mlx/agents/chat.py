@@ -21,7 +21,7 @@ from ..decoding.arguments import check_model, check_prefix_cache, refuse_unknown
 from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
-from ..errors import NoAnswerWarning, PromptError, SettingError, TokenizerError, ToolError
+from ..errors import NoAnswerWarning, PromptError, SettingError, TokenizerError
 from ..files import one_line, read_text
 from ..generate import Chunk, Statistics, option_names, stream_generate
 from ..loading import no_tokenizer
@@ -180,8 +180,6 @@ class Chat:
         self.num_forgotten, self._has_told = 0, False  # turns, and whether it was said
         self._check_settings()
         self.tool_set = ToolSet(self.tools)
-        self._tool_schemas = self.tool_set.schemas
-        self._unfollowed = self.tool_set.unfollowed
         assert self.tokenizer is not None
         self.is_harmony = self.tokenizer.chat_template == HARMONY
         if not self.is_harmony and self.tool_set:
@@ -193,11 +191,10 @@ class Chat:
                 f"reasoning_effort is {self.reasoning_effort!r}, and only gpt-oss's chat format has one: leave it out."
             )
         self._system()  # a wrong effort is found here
-        for name, call in self.tool_set.formats.items():  # only gpt-oss has come so far with any
-            if engine_of(self.tokenizer).matcher(call).completion() is None:
-                raise ToolError(
-                    f"No call of the tool {name} could be finished: its arguments' schema asks for itself without an end."
-                )
+        if self.tool_set.formats:  # only gpt-oss has come so far with any
+            self.tool_set.check_ends(engine_of(self.tokenizer))
+        self._tool_schemas = self.tool_set.schemas
+        self._unfollowed = self.tool_set.unfollowed
 
     def _check_settings(self) -> None:
         check_model(self.model, self.tokenizer)

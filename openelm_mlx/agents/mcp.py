@@ -11,24 +11,27 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import re
 import shlex
-import tempfile
 import threading
-from collections.abc import Coroutine, Mapping
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, TextIO, TypeVar, cast, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from ..errors import ToolError
 from ..files import read_json
+from .mcp_messages import cleaned_result, content_text, name_for_model, whole
 from .tool import arguments_of
 
 if TYPE_CHECKING:
     from mcp import Client
 
+    from .mcp_program import Log
+
 _T = TypeVar("_T")
 _MISSING = "MCP servers need the official SDK, which is not installed: pip install 'openelm_mlx[mcp]'."
+_CLOSE_SECONDS = 5.0  # more than a program takes to be ended
 
 
 @final
@@ -40,7 +43,7 @@ class McpTool:
     is_lenient = True
 
     def __init__(self, server: McpServer, name: str, description: str, parameters: dict[str, Any]) -> None:
-        self.name = re.sub(r"[^\w.-]", "_", name)
+        self.name = name_for_model(name)
         self.description, self.parameters = description, parameters
         self._server, self._name = server, name
 
@@ -55,42 +58,50 @@ class McpServer:
 
     source: a command line ("uvx mcp-server-time"), its words in a list, or the address of a server
     ("http://localhost:8000/mcp"). environment: variables for the program, beside the few that it gets anyway. timeout:
-    seconds for connecting and for one call. Raises ToolError if the server cannot be reached.
+    seconds for connecting, the list of tools included, and for one call. `notes` are sentences about tools that were left
+    out, or are not held to all of their schema. Raises ToolError if the server cannot be reached.
     """
 
     def __init__(
         self, source: str | list[str], *, environment: Mapping[str, str] | None = None, timeout: float = 60.0
     ) -> None:
         self.source = source if isinstance(source, str) else shlex.join(source)
+        self.notes: list[str] = []
         self._timeout = timeout
-        self._last_words = ""
         self._loop = asyncio.new_event_loop()
+        self._main: asyncio.Task[Any] | None = None
         self._stop: asyncio.Event | None = None
         self._ready: concurrent.futures.Future[Client] = concurrent.futures.Future()
-        # What the program writes to standard error; open as long as the connection is.
-        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        server = _server(source, environment, self._log)
+        self._log: Log | None = None
+        server = self._transport(source, environment)
         self._thread = threading.Thread(target=self._run, args=(server,), name="mcp", daemon=True)
         self._thread.start()
+        deadline = time.monotonic() + timeout
         try:
-            self._client = self._ready.result(timeout)
-            self.tools = self._wait(self._list_tools())
+            self._client = self._result(self._ready, timeout)
+            self.tools = self._wait(self._list_tools(), deadline - time.monotonic())
         except BaseException as error:
+            self._hurry()
             self.close()
-            if isinstance(error, Exception) and not isinstance(error, ToolError):
-                reason = _reason(error) + self._last_words
-                raise ToolError(f"The MCP server {self.source!r} did not answer: {reason}.") from error
+            if isinstance(error, Exception):
+                reason = "" if isinstance(error, ToolError) else f": {_reason(error)}"
+                within = f" in {timeout:g} seconds" if isinstance(error, ToolError) else ""
+                raise ToolError(
+                    f"The MCP server {self.source!r} did not answer{within}{reason}{self._last_words()}."
+                ) from error
             raise
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         """Call a tool by the server's name for it, and wait for its result as text."""
         try:
-            result = self._wait(self._client.call_tool(name, arguments))
+            result = self._wait(self._client.call_tool(name, whole(arguments)), self._timeout)
         except ToolError:
             raise
         except Exception as error:  # the SDK, its transport and the server may raise anything
+            if self._log is not None and self._log.has_ended:
+                raise ToolError(f"The MCP server {self.source!r} has ended{self._last_words()}.") from error
             raise ToolError(f"{name} of the MCP server {self.source!r} failed: {_reason(error)}.") from error
-        text = "\n".join(_content_text(part) for part in result.content)
+        text = "\n".join(map(content_text, result.content))
         if not text and result.structured_content is not None:
             text = json.dumps(result.structured_content, ensure_ascii=False)
         if result.is_error:
@@ -99,14 +110,8 @@ class McpServer:
 
     def close(self) -> None:
         """End the connection, and the program if one was started."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
-            self._loop.call_soon_threadsafe(lambda: self._stop.set() if self._stop is not None else None)
-        self._thread.join(10.0)
-        if not self._log.closed:
-            self._log.seek(0)
-            lines = self._log.read(1 << 20).split("\n")
-            self._last_words = "; ".join(["", *filter(None, map(str.strip, lines))][-2:])[:300]
-            self._log.close()
+        self._in_loop(lambda: self._stop.set() if self._stop is not None else None)
+        self._thread.join(_CLOSE_SECONDS)
 
     def __enter__(self) -> McpServer:
         return self
@@ -115,6 +120,38 @@ class McpServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _hurry(self) -> None:
+        """Break off whatever the connection waits for: it has failed, and its user has waited long enough."""
+        if self._log is not None:
+            self._log.is_hurried = True
+        self._in_loop(lambda: self._main.cancel() if self._main is not None else None)
+
+    def _in_loop(self, action: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+            self._loop.call_soon_threadsafe(action)
+
+    def _last_words(self) -> str:
+        return "" if self._log is None else self._log.last_words()
+
+    def _wait(self, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            raise ToolError(f"The connection to the MCP server {self.source!r} is closed.") from None
+        return self._result(future, seconds)
+
+    def _result(self, future: concurrent.futures.Future[_T], seconds: float) -> _T:
+        """What comes of a future. The only clock of a connection: the SDK's own timeouts would race with it."""
+        try:
+            return future.result(max(seconds, 0))
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise ToolError(f"The MCP server {self.source!r} did not answer in {self._timeout:g} seconds.") from None
+        except BaseException:
+            future.cancel()  # Ctrl-C: nobody waits for it any more
+            raise
 
     # --- In the thread ------------------------------------------------------------------------------------------------
 
@@ -131,32 +168,99 @@ class McpServer:
     async def _serve(self, server: Any) -> None:
         from mcp import Client
 
-        self._stop = asyncio.Event()
-        async with Client(server, read_timeout_seconds=self._timeout) as client:
-            self._ready.set_result(client)
+        self._stop, self._main = asyncio.Event(), asyncio.current_task()
+        async with Client(server) as client:
+            if not self._ready.cancelled():
+                self._ready.set_result(client)
             await self._stop.wait()
 
-    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
-        try:
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError:
-            work.close()
-            raise ToolError(f"The connection to the MCP server {self.source!r} is closed.") from None
-        try:
-            return future.result(self._timeout)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            raise ToolError(f"The MCP server {self.source!r} did not answer in {self._timeout:g} seconds.") from None
-
     async def _list_tools(self) -> list[McpTool]:
-        tools: list[McpTool] = []
+        tools: dict[str, McpTool] = {}
         cursor = None
-        while True:
+        seen: set[str | None] = set()
+        while cursor not in seen:  # some give the same page for ever
+            seen.add(cursor)
             page = await self._client.list_tools(cursor=cursor)
-            tools += [McpTool(self, each.name, each.description or "", dict(each.input_schema)) for each in page.tools]
+            for each in page.tools:
+                tool = McpTool(self, each.name, each.description or "", dict(each.input_schema))
+                if tool.name in tools:
+                    self._note(f"a second tool {tool.name!r} is left out")
+                tools.setdefault(tool.name, tool)
             cursor = page.next_cursor
             if not cursor:
-                return tools
+                break
+        return list(tools.values())
+
+    def _note(self, text: str) -> None:
+        sentence = f"MCP server {self.source!r}: {text}."
+        if sentence not in self.notes:  # the SDK lists the tools again when it likes
+            self.notes.append(sentence)
+
+    def _transport(self, source: str | list[str], environment: Mapping[str, str] | None) -> Any:
+        """What the SDK connects to."""
+        try:
+            import mcp  # noqa: F401
+            from mcp.client.streamable_http import streamable_http_client
+
+            from .mcp_program import Log, program
+        except ImportError:
+            raise ToolError(_MISSING) from None
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            return _cleaned(streamable_http_client(source), self._note)
+        try:
+            words = shlex.split(source) if isinstance(source, str) else list(source)
+        except ValueError as error:
+            raise ToolError(f"The MCP server's command {source!r} cannot be read: {error}.") from None
+        if not words:
+            raise ToolError("An MCP server is a command line or an address, and this is empty.")
+        self._log = Log()
+        # Of our own variables it gets what the SDK holds for harmless, and where programs are.
+        kept = {name: os.environ[name] for name in ("PATH", "VIRTUAL_ENV") if name in os.environ}
+        return program(words, {**kept, **(environment or {})}, self._log, self._note)
+
+
+@contextlib.asynccontextmanager
+async def _cleaned(transport: Any, note: Any) -> AsyncIterator[tuple[Any, Any]]:
+    async with transport as (messages, answers):
+        yield _CleanStream(messages, note), answers
+
+
+@final
+class _CleanStream:
+    """The messages of another stream, their results made good."""
+
+    def __init__(self, messages: Any, note: Any) -> None:
+        self._messages, self._note = messages, note
+
+    async def receive(self) -> Any:
+        return self._clean(await self._messages.receive())
+
+    async def aclose(self) -> None:
+        await self._messages.aclose()
+
+    def __aiter__(self) -> _CleanStream:
+        return self
+
+    async def __anext__(self) -> Any:
+        return self._clean(await self._messages.__anext__())
+
+    async def __aenter__(self) -> _CleanStream:
+        await self._messages.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> Any:
+        return await self._messages.__aexit__(*error)
+
+    @property
+    def last_context(self) -> Any:
+        """What the SDK asks of some streams."""
+        return getattr(self._messages, "last_context", None)
+
+    def _clean(self, item: Any) -> Any:
+        message: Any = getattr(item, "message", None)
+        if isinstance(getattr(message, "result", None), dict):
+            message.result = cleaned_result(message.result, self._note)
+        return item
 
 
 def read_servers(file: str | Path) -> dict[str, tuple[str | list[str], dict[str, str]]]:
@@ -182,37 +286,10 @@ def read_servers(file: str | Path) -> dict[str, tuple[str | list[str], dict[str,
         ) from None
 
 
-def _server(source: str | list[str], environment: Mapping[str, str] | None, log: IO[str]) -> Any:
-    """What the SDK connects to."""
-    try:
-        from mcp import StdioServerParameters
-        from mcp.client.stdio import stdio_client
-    except ImportError:
-        raise ToolError(_MISSING) from None
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return source
-    try:
-        words = shlex.split(source) if isinstance(source, str) else list(source)
-    except ValueError as error:
-        raise ToolError(f"The MCP server's command {source!r} cannot be read: {error}.") from None
-    if not words:
-        raise ToolError("An MCP server is a command line or an address, and this is empty.")
-    # Of our own variables it gets what the SDK holds for harmless, and where programs are.
-    kept = {name: os.environ[name] for name in ("PATH", "VIRTUAL_ENV") if name in os.environ}
-    program = StdioServerParameters(command=words[0], args=words[1:], env={**kept, **(environment or {})})
-    return stdio_client(program, errlog=cast(TextIO, log))
-
-
-def _content_text(part: Any) -> str:
-    if part.type == "text":
-        return part.text
-    if part.type == "resource" and getattr(part.resource, "text", None) is not None:
-        return part.resource.text
-    return f"[{part.type}, which cannot be shown as text]"
-
-
 def _reason(error: BaseException) -> str:
     """The innermost error's words: task groups wrap them."""
-    while isinstance(error, BaseException) and getattr(error, "exceptions", None):
+    while getattr(error, "exceptions", None):
         error = error.exceptions[0]  # type: ignore[attr-defined]
-    return f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " ")[:300]
+    if isinstance(error, ValueError) and hasattr(error, "error_count"):  # pydantic's: several lines for each fault
+        return "what it sent is not of the form that MCP has"
+    return f"{type(error).__name__}: {error}".rstrip(": .").replace("\n", " ")[:300]

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, get_type_hints
 
-from ..decoding.grammar import AnswerFormat, answer_format
-from ..errors import ToolError, UserError
+from ..decoding.grammar import AnswerFormat, Engine, answer_format
+from ..errors import SettingError, ToolError, UserError
 from ..text import schema
 from ..text.conversation import CHANNELS, resolve_recipient
 
@@ -247,6 +247,19 @@ class ToolSet:
             ) from None
         if found is not None:
             self.formats[recipient] = found
+
+    def check_ends(self, engine: Engine) -> None:
+        """Raise ToolError for a tool of which no call could be finished. A server's is not held to its schema then."""
+        for name, call in list(self.formats.items()):
+            reason = "its arguments' schema asks for itself without an end"
+            try:
+                if engine.matcher(call).completion() is not None:
+                    continue
+            except SettingError as error:
+                reason = str(error).rstrip(".")
+            if not getattr(self._tools[name], "is_lenient", False):
+                raise ToolError(f"No call of the tool {name} could be finished: {reason}.")
+            del self.formats[name]
 
     def __bool__(self) -> bool:
         return bool(self._tools)

@@ -27,6 +27,8 @@ _WITHOUT_VALUE = ("calculator", "python")
 class Toolbox:
     """The tools that `names` asks for, in `tools`; `close` ends what they run, as a `with` block does.
 
+    `notes` are sentences about tools of MCP servers that are left out, or are not held to all of their schema.
+
     names: separated by commas. allow_unsandboxed: python may run where the machine has no sandbox. count_tokens: how many
     tokens a text has for the model, for the size of the views of files. Raises ToolError for what is unknown, named twice,
     or cannot be opened.
@@ -36,11 +38,11 @@ class Toolbox:
         self, names: str, *, allow_unsandboxed: bool = False, count_tokens: Callable[[str], int] | None = None
     ) -> None:
         self.tools: list[Any] = []
+        self.notes: list[str] = []
         self._allow_unsandboxed, self._count_tokens = allow_unsandboxed, count_tokens
         with ExitStack() as stack:
             for kind, value in parse_names(names):
-                self.tools += self._open(kind, value, stack)
-            _check_unique(self.tools)
+                self._add(self._open(kind, value, stack))
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -77,7 +79,18 @@ class Toolbox:
 
         servers = list(read_servers(value).values()) if value.endswith(".json") else [(value, {})]
         opened = [stack.enter_context(McpServer(source, environment=own)) for source, own in servers]
+        self.notes += [note for server in opened for note in server.notes]
         return [tool for server in opened for tool in server.tools]
+
+    def _add(self, tools: list[Any]) -> None:
+        """Take tools in; of two with one name, the first: servers do not know of each other."""
+        names = {(tool.namespace, tool.name) for tool in self.tools}
+        for tool in tools:
+            if (name := (tool.namespace, tool.name)) in names:
+                self.notes.append(f"A second tool {tool.name!r} is left out: another one has its name.")
+                continue
+            names.add(name)
+            self.tools.append(tool)
 
 
 def parse_names(names: str) -> list[tuple[str, str]]:
@@ -95,11 +108,3 @@ def parse_names(names: str) -> list[tuple[str, str]]:
             raise ToolError(f"{kind!r} is named twice.")
         found.append((kind, value))
     return found
-
-
-def _check_unique(tools: list[Any]) -> None:
-    seen = set()
-    for tool in tools:
-        if (name := (tool.namespace, tool.name)) in seen:
-            raise ToolError(f"Two tools are called {tool.name!r}: leave one of their servers out.")
-        seen.add(name)

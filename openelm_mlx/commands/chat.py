@@ -121,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
             chat.load(args.load)
         reader: Reader = TerminalReader(args.no_history, COMMANDS) if sys.stdin.isatty() else LineReader()
         screen = Screen(chat, quiet=args.quiet, show_reasoning=args.show_reasoning is not False)
+        for note in toolbox.notes:
+            screen.say(note)
         if sys.stdin.isatty():
             screen.say(f"{args.model}. /help lists the commands, Ctrl-D ends the chat.")
         return talk(chat, reader, screen)

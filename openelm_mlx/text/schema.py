@@ -247,7 +247,7 @@ def _float_text(value: float) -> str:
 # --- Is it JSON Schema? -----------------------------------------------------------------------------------------------
 
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
-_MAX_DEPTH = 64  # also what ends a dict that contains itself
+MAX_DEPTH = 64  # also what ends a dict that contains itself
 # Each counted as often as it is referred to: dictionaries may share parts, and double at every level.
 _MOST_PARTS = 100_000
 
@@ -277,14 +277,14 @@ def _check_size(schema: object) -> None:
         count += len(parts)
         if count > _MOST_PARTS:
             raise _Invalid(f"it has more than {_MOST_PARTS:,} parts")
-        if depth <= 2 * _MAX_DEPTH:  # deeper ones are refused below; names lie between two levels
+        if depth <= 2 * MAX_DEPTH:  # deeper ones are refused below; names lie between two levels
             waiting += [(part, depth + 1) for part in parts]
 
 
 def _check(schema: object, path: str, depth: int) -> None:
     here = path or "the top level"
-    if depth > _MAX_DEPTH:
-        raise _Invalid(f"it is nested more than {_MAX_DEPTH} levels deep")
+    if depth > MAX_DEPTH:
+        raise _Invalid(f"it is nested more than {MAX_DEPTH} levels deep")
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):
@@ -293,25 +293,25 @@ def _check(schema: object, path: str, depth: int) -> None:
         if not isinstance(key, str):
             raise _Invalid(f"the key {key!r} at {here} is not a string")
         at = f"{path}.{key}" if path else key
-        if key in _SIMPLE:
-            is_valid, expected = _SIMPLE[key]
+        if key in SIMPLE:
+            is_valid, expected = SIMPLE[key]
             if not is_valid(value):
                 raise _Invalid(f"{at} is {reprlib.repr(value)}, where {expected} belongs")
-        elif key in _MAPS_OF_SCHEMAS:
+        elif key in MAPS_OF_SCHEMAS:
             if not isinstance(value, Mapping):
                 raise _Invalid(f"{at} is {reprlib.repr(value)}, where an object of schemas belongs")
             for name, item in value.items():
                 if not isinstance(name, str):
                     raise _Invalid(f"the key {name!r} at {at} is not a string")
                 _check(item, f"{at}.{name}", depth + 1)
-        elif key in _LISTS_OF_SCHEMAS or (key == "items" and isinstance(value, list)):
+        elif key in LISTS_OF_SCHEMAS or (key == "items" and isinstance(value, list)):
             if not isinstance(value, (list, tuple)) or not value:
                 raise _Invalid(f"{at} is {reprlib.repr(value)}, where a list of schemas belongs")
             for i, item in enumerate(value):
                 _check(item, f"{at}[{i}]", depth + 1)
-        elif key in _SCHEMAS:
+        elif key in SCHEMAS:
             _check(value, at, depth + 1)
-        elif not _is_json(value, depth):
+        elif not is_json(value, depth):
             raise _Invalid(f"{at} is {reprlib.repr(value)}, which JSON cannot say")
 
 
@@ -334,7 +334,7 @@ def _is_count(value: object) -> bool:
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and _is_json(value)
+    return isinstance(value, (list, tuple)) and is_json(value)
 
 
 def _is_names(value: object) -> bool:
@@ -349,17 +349,17 @@ def _is_names_by_key(value: object) -> bool:
     return isinstance(value, Mapping) and all(_is_names(names) for names in value.values())
 
 
-def _is_json(value: object, depth: int = 0) -> bool:
-    if depth > _MAX_DEPTH:
+def is_json(value: object, depth: int = 0) -> bool:
+    if depth > MAX_DEPTH:
         return False
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_json(item, depth + 1) for key, item in value.items())
+        return all(isinstance(key, str) and is_json(item, depth + 1) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return all(_is_json(item, depth + 1) for item in value)
+        return all(is_json(item, depth + 1) for item in value)
     return value is None or isinstance(value, (str, bool)) or _is_number(value)
 
 
-_SIMPLE: dict[str, tuple[Callable[[object], bool], str]] = {
+SIMPLE: dict[str, tuple[Callable[[object], bool], str]] = {
     "type": (_is_type, f"one or several of {', '.join(_TYPES)}"),
     "required": (_is_names, "a list of different property names"),
     "enum": (_is_list, "a list of values"),
@@ -387,9 +387,9 @@ _SIMPLE: dict[str, tuple[Callable[[object], bool], str]] = {
         (_is_text, "a string"),
     ),
 }
-_MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_LISTS_OF_SCHEMAS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
-_SCHEMAS = frozenset(
+MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+LISTS_OF_SCHEMAS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
+SCHEMAS = frozenset(
     {
         *("items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else"),
         *("contentSchema", "unevaluatedItems", "unevaluatedProperties"),

@@ -154,7 +154,7 @@ def test_a_tool_that_raises_is_told_and_the_chat_goes_on(scripted):
         (call("functions.calculator", '{"expression": '), "no JSON"),
         (call("functions.calculator", '["1 + 1"]'), "a list, not a JSON object"),
         (call("functions.calculator", '{"term": "1 + 1"}'), "do not follow the schema"),
-        (call("functions.calculator", '{"expression": 5}'), "expression: 5 is not of type 'string'"),
+        (call("functions.calculator", '{"expression": 5}'), "expression: 5 is not of type string"),
     ],
 )
 def test_calls_that_are_wrong_are_told(scripted, written, said):

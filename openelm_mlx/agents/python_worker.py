@@ -4,6 +4,10 @@ It knows nothing of this package: the tool hands its source to `python -c`, so t
 reads scripts from standard input (a line with a token and the length, then the bytes), lets them write to standard output
 and error as they like, and says each one's end with its token on a descriptor of its own. Scripts run in this very
 process, so they may break what they find here; whatever a limit depends on stands outside of it.
+
+The end of a script is said by the process that ran it, so a script that digs for its token can say it early: nothing that
+this process does is beyond a script's reach. It deceives about itself alone, since every call has a token of its own that
+comes with the next script, and what it writes later ends the interpreter.
 """
 
 import ast

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "openelm_mlx"
 # A room may import those before it, and itself.
 ORDER = [
     ["errors"], ["platforms", "finder"], ["files"], ["outputs"], ["specs", "text"], ["models"], ["checkpoint"],
-    ["memory"], ["decoding"], ["loading"], ["conversion"], ["planning"], ["generate"], ["agents", "bench"], ["commands"],
+    ["memory"], ["decoding"], ["loading"], ["conversion"], ["planning"], ["generate"], ["agents"], ["bench"], ["commands"],
     ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -1,36 +1,35 @@
-"""Whether this machine computes what it should: checks for a machine that nobody here has, and a report to send.
+"""Whether this machine computes what it should: fifteen checks for a machine that nobody here has, and their outcomes.
 
-Each check is one function that returns what it saw or raises `CheckFailed`; nothing here is specific to a backend but
-where a check says so. The models are the package's own: two random ones of the fixtures, with the logits that Apple's
-and OpenAI's code gave for them in float32, and the two demos.
+Each check is a function that returns what it saw, or raises `CheckFailed` or `NotHere`; what should come out stands beside
+it. They run in a process of their own: a kernel that never ends, or that takes the process with it, costs its own check
+and no other one. The cheap ones come first.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
-from ..decoding.compiled_step import CompiledStep
-from ..decoding.sampling import SamplingParams
-from ..decoding.step import PlainStep
-from ..generate import prefill, stream_generate
-from ..loading import load
-from ..models.precision import runs_on_cpu
-
-if TYPE_CHECKING:
-    from ..models import Model
-
-FIXTURES = Path(__file__).parent / "fixtures"
-# Largest difference of float32 logits from the original code's (tests/fixtures/README.md).
-TOLERANCES = {"openelm_tiny": 5e-5, "gpt_oss_odd": 1e-4}
+# Seconds for all checks and for what is timed after them, on the slowest Mac.
+MOST_SECONDS = 280.0
+# Of these, what is left to timings.
+TIMING_SECONDS = 80.0
+# What a worker prints before an outcome: whatever else is printed there is none.
+_MARK = "selfcheck-outcome:"
+# Python and MLX, imported.
+_START_SECONDS = 30.0
 
 
 class CheckFailed(Exception):
@@ -41,193 +40,226 @@ class NotHere(Exception):
     """A check has no meaning on this machine; the message says why."""
 
 
+class Clock:
+    """How many seconds are left to one check: a heavy one does as much as there is time for."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._end = clock, clock() + seconds
+
+    def left(self) -> float:
+        return self._end - self._clock()
+
+    def has(self, seconds: float) -> bool:
+        """Whether so many seconds are left."""
+        return self.left() >= seconds
+
+
+@dataclass(frozen=True)
+class Check:
+    """number: as in docs/first_mac.md. expected: what should come out, for people. seconds: the most it may take."""
+
+    number: int
+    name: str
+    expected: str
+    seconds: float
+    run: Callable[[Clock], str]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """One check's result. passed is None where the check has no meaning on this machine."""
+    """One check's result. passed is None where it has no meaning on this machine, or had no time."""
 
+    number: int
     name: str
     passed: bool | None
-    detail: str
+    expected: str
+    found: str
     seconds: float
 
+    @property
+    def word(self) -> str:
+        """The result in a word or two."""
+        return {True: "pass", False: "FAIL", None: "not on this machine"}[self.passed]
 
-def run_checks(names: list[str] | None = None) -> Iterator[Outcome]:
-    """Run every check (or those named), an outcome at a time; an unexpected error is a failure and ends no other check."""
-    for name, check in CHECKS.items():
-        if names is not None and name not in names:
-            continue
-        started = time.perf_counter()
-        passed: bool | None = True
-        try:
-            detail = check()
-        except NotHere as reason:
-            passed, detail = None, str(reason)
-        except CheckFailed as failure:
-            passed, detail = False, str(failure)
-        except Exception as error:  # noqa: BLE001 - the report is for machines nobody has seen: whatever happens is news
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            passed = False
-            detail = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
-        yield Outcome(name, passed, detail, time.perf_counter() - started)
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-# --- parity ---------------------------------------------------------------------------------------------------------
+def all_checks() -> dict[int, Check]:
+    """Every check by its number, in the order in which they run: cheap ones first."""
+    from . import selfcheck_kernels as kernels
+    from . import selfcheck_machine as machine
+    from . import selfcheck_models as models
+
+    found = [
+        Check(
+            1, "facts of the machine", "every fact is known; macOS 14 or later", 20, machine.check_facts,
+        ),
+        Check(
+            4, "rotary embedding", "at most 1e-6 off float64 at position 33; the rest to be noted", 20,
+            kernels.check_rope,
+        ),
+        Check(7, "views under load", "1,000 rounds of write, evaluate, compare: no difference", 30, kernels.check_views),
+        Check(
+            3, "parity with Apple's and OpenAI's code", "float32 logits at most 5e-5 and 1e-4 off", 60,
+            models.check_parity,
+        ),
+        Check(9, "compiled step", "as the plain step; no piece has too many inputs", 40, models.check_compiled_step),
+        Check(
+            6, "experts' products", "equal bits within a kernel, whoever else is in the batch", 40,
+            kernels.check_expert_products,
+        ),
+        Check(
+            5, "attention in all its forms", "at most 2e-2 (bfloat16) and 1e-5 (float32) off float64", 60,
+            kernels.check_attention,
+        ),
+        Check(8, "experts on disk", "48 tokens, fewest slots, two threads: bits as in memory", 60, models.check_streamed),
+        Check(11, "peaks of memory", "the process's peak is at least MLX's", 40, machine.check_peaks),
+        Check(
+            2, "gpt-oss with 256 open files", "gpt-oss-20b's tensors, 4 experts a layer, load", 60, models.check_open_files,
+        ),
+        Check(14, "the python tool's sandbox", "starts, and every attack is refused", 60, machine.check_sandbox),
+        Check(10, "wired limit", "set, 200 answers, unset: memory returns, nothing grows", 60, machine.check_wired_limit),
+        Check(12, "disk", "2.5 to 7 GB/s on most Macs, far more out of the cache", 60, machine.check_disk),
+        Check(
+            13, "a prompt of 2,048 at once", "the GPU's watchdog lets it through", 60, models.check_prompt_chunk,
+        ),
+        Check(
+            15, "used memory", "within 1 GB of memory_pressure; a file that was read is none", 40, machine.check_used_memory,
+        ),
+    ]  # fmt: skip
+    return {check.number: check for check in found}
 
 
-def check_parity() -> str:
-    """Logits of both fixtures in float32, at one go and through a cache in pieces, against the original code's."""
-    seen = []
-    for name, tolerance in TOLERANCES.items():
-        model, tokens, expected = _fixture(name)
-        whole = _difference(model(tokens), expected)
-        cache, pieces = model.make_cache(), []
-        for start, stop in ((0, 5), (5, 6), (6, 19), (19, tokens.shape[1])):
-            pieces.append(model(tokens[:, start:stop], cache=cache))
-        cached = _difference(mx.concatenate(pieces, axis=1), expected)
-        if not max(whole, cached) <= tolerance:
-            raise CheckFailed(
-                f"{name}: logits are off by {whole:.1e} at one go and {cached:.1e} in pieces ({tolerance:g})"
-            )
-        seen.append(f"{name} {whole:.1e} and {cached:.1e} (at most {tolerance:g})")
-    return "largest difference, at one go and in pieces: " + "; ".join(seen)
-
-
-def check_finite_half_precision() -> str:
-    """Both demos answer in bfloat16 and float16 with finite logits, and the same first token as in float32."""
-    seen = []
-    for source in ("demo-openelm", "demo-gpt-oss"):
-        firsts = {}
-        for dtype in ("float32", "bfloat16", "float16"):
-            model, _ = load(source, dtype=dtype)
-            prompt = [model.spec.bos_token or 1, 17, 33, 65, 129]
-            logits = prefill(model, prompt, model.make_cache(), 512)
-            if not mx.all(mx.isfinite(logits)).item():
-                raise CheckFailed(f"{source} in {dtype}: logits are not finite")
-            firsts[dtype] = logits.astype(mx.float32)
-        drift = max(_difference(firsts[dtype], np.array(firsts["float32"])) for dtype in ("bfloat16", "float16"))
-        seen.append(f"{source}: half precision moves a logit by at most {drift:.2g}")
-    return "; ".join(seen)
-
-
-def check_answers() -> str:
-    """Both demos say what they say everywhere."""
-    expected = {"demo-openelm": ("What is a banjo?", "string"), "demo-gpt-oss": ("What is a piano?", "keyboard")}
-    seen = []
-    for source, (question, word) in expected.items():
-        model, tokenizer = load(source)
-        text = "".join(chunk.text for chunk in stream_generate(model, tokenizer, question, max_tokens=128))
-        if word not in text:
-            raise CheckFailed(f"{source} answers {question!r} with {text[:80]!r}, in which {word!r} is missing")
-        seen.append(f"{source}: {text.strip()[:60]}")
-    return "; ".join(seen)
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def check_views() -> str:
-    """A NumPy view of an evaluated array is its memory, and a kernel sees what was written through it."""
-    bank = mx.zeros((4, 1024), mx.uint32)
-    mx.eval(bank)
-    view = np.array(bank, copy=False)
-    before = mx.sum(bank).item()
-    view[2] = np.arange(1024, dtype=np.uint32)
-    after, again = mx.sum(bank).item(), np.array(bank, copy=False)
-    if again.ctypes.data != view.ctypes.data:
-        raise CheckFailed("two views of one array have different addresses: writes would go to a copy")
-    if (before, after) != (0, 1023 * 512):
-        raise CheckFailed(f"a kernel summed {after} where {1023 * 512} had been written through a view")
-    return "a write through a NumPy view is seen by the next kernel"
-
-
-def check_streamed_experts() -> str:
-    """With some experts in memory the logits are those with all of them, bit for bit, by every kernel of this backend."""
-    known, _ = load("demo-gpt-oss")
-    prompt = [each % 4000 for each in range(0, 97 * 160, 97)]
-    seen = []
-    for slots in (4, 12):
-        model, _ = load("demo-gpt-oss", expert_slots=slots)
-        for length in (1, 20, 160):  # few routes, sorted ones, and enough for tiles
-            a, b = (prefill(each, prompt[:length], each.make_cache(), 512) for each in (known, model))
-            if not mx.array_equal(a, b):
-                difference = mx.abs(a - b).max().item()
-                raise CheckFailed(
-                    f"with {slots} of 16 experts, {length} tokens: logits differ by up to {difference:.2g}"
-                )
-        seen.append(f"{slots} slots ({model.residency.writes})")
-    return f"bit-identical with {', '.join(seen)}"
-
-
-def check_fences() -> str:
-    """A slot is overwritten only when its readers are done: with the fewest slots, while tokens are decoded, bit for bit."""
-    known, _ = load("demo-gpt-oss")
-    model, _ = load("demo-gpt-oss", expert_slots=4)
-    prompt, length = [each % 4000 for each in range(0, 97 * 40, 97)], 48
-    never = SamplingParams(logit_bias=dict.fromkeys(known.spec.eos_tokens, float("-inf")))
-    expected, found = (
-        [chunk.token for chunk in stream_generate(each, None, prompt, max_tokens=length, sampling=never)]
-        for each in (known, model)
-    )
-    if found != expected:
-        first = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
-        raise CheckFailed(f"with 4 of 16 experts the answer differs from token {first} on")
-    return (
-        f"{len(found)} tokens with 4 of 16 experts are those with all of them; {model.residency.statistics().evictions:,} "
-        "experts made room for others meanwhile"
-    )
-
-
-def check_compiled_step() -> str:
-    """One compiled graph a token gives the logits of the plain step, across the window and from one bucket to the next."""
-    largest = 0.0
-    for name in TOLERANCES:
-        model, tokens, _ = _fixture(name)
-        prompt = cast("list[int]", tokens[0].tolist())
-        logits = []
-        # MLX's CPU backend would call a C++ compiler, which may be missing: there the graph runs as it is.
-        for make in (PlainStep, partial(CompiledStep, compile=not runs_on_cpu())):
-            cache = model.make_cache()
-            prefill(model, prompt, cache, 512)
-            step = make(model, cache)
-            logits.append(mx.stack([step(mx.array(token)) for token in prompt[:12]]))
-        largest = max(largest, _difference(logits[1], np.array(logits[0])))
-        if not largest <= TOLERANCES[name]:
-            raise CheckFailed(f"{name}: compiled, logits differ from the plain step's by {largest:.1e}")
-    return f"compiled and plain logits differ by at most {largest:.1e}"
-
-
-def check_wired_limit(module: Any = mx) -> str:
-    """The wired limit can be set to something harmless and comes back as it was. Metal only."""
-    if not module.metal.is_available():
-        raise NotHere("the wired limit is Metal's")
-    wanted = 64 * 2**20
-    before = module.set_wired_limit(wanted)
+def run_check(check: Check, seconds: float | None = None) -> Outcome:
+    """Run one check here. An unexpected error is a failure."""
+    started = time.perf_counter()
+    passed: bool | None = True
     try:
-        held = module.set_wired_limit(wanted)
+        found = check.run(Clock(check.seconds if seconds is None else seconds))
+    except NotHere as reason:
+        passed, found = None, str(reason)
+    except CheckFailed as failure:
+        passed, found = False, str(failure)
+    except Exception as error:  # noqa: BLE001 - the report is for machines nobody has seen: whatever happens is news
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        passed = False
+        found = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    return Outcome(check.number, check.name, passed, check.expected, found, time.perf_counter() - started)
+
+
+def run_checks(
+    checks: Sequence[Check],
+    seconds: float = MOST_SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+    start: Callable[[Sequence[int], float], Worker] | None = None,
+) -> Iterator[Outcome]:
+    """Run checks in another process, an outcome at a time, all within `seconds`.
+
+    A check that takes longer than its own seconds is ended and has failed; so has one whose process ends. One that has no
+    time left is not run. Who stops listening ends the process.
+    """
+    started, waiting, worker = clock(), list(checks), None
+    try:
+        while waiting:
+            check, left = waiting[0], seconds - (clock() - started)
+            if left < 1:
+                yield _not_run(check, seconds)
+                waiting.pop(0)
+                continue
+            is_new = worker is None
+            if worker is None:
+                worker = (start or Worker)([each.number for each in waiting], left)
+            limit = min(check.seconds, left)
+            began = clock()
+            outcome = worker.next(limit + (_START_SECONDS if is_new else 0) + 2)
+            if outcome is None:
+                took = clock() - began
+                reason = worker.end()
+                worker = None
+                if reason is None and limit < check.seconds:  # all the time there was, and less than it may have
+                    outcome = _not_run(check, seconds)
+                else:
+                    found = reason or f"it took longer than {limit:.0f} s and was ended"
+                    outcome = Outcome(check.number, check.name, False, check.expected, found, took)
+            yield outcome
+            waiting.pop(0)
     finally:
-        module.set_wired_limit(before)
-    if held != wanted:
-        raise CheckFailed(f"the wired limit was set to {wanted:,} bytes and read back as {held:,}")
-    return f"set to {wanted:,} bytes, read back, restored to {before:,}"
+        if worker is not None:
+            worker.end()
 
 
-CHECKS: dict[str, Callable[[], str]] = {
-    "parity with Apple's and OpenAI's code": check_parity,
-    "half precision": check_finite_half_precision,
-    "the demos' answers": check_answers,
-    "NumPy views": check_views,
-    "streamed experts": check_streamed_experts,
-    "fences": check_fences,
-    "compiled step": check_compiled_step,
-    "wired limit": check_wired_limit,
-}
+def _not_run(check: Check, seconds: float) -> Outcome:
+    found = f"not run: the other checks took all of the {seconds / 60:.1f} minutes; --only {check.number} runs it alone"
+    return Outcome(check.number, check.name, None, check.expected, found, 0.0)
 
 
-def _fixture(name: str) -> tuple[Model, mx.array, np.ndarray]:
-    model, _ = load(FIXTURES / name, dtype="float32")
-    oracle = np.load(FIXTURES / name / "oracle.npz")
-    return model, mx.array(oracle["tokens"]), oracle["logits_fp32"]
+class Worker:
+    """A process that runs checks one after the other, and what it says of each."""
+
+    def __init__(self, numbers: Sequence[int], seconds: float, environment: Mapping[str, str] | None = None) -> None:
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "openelm_mlx.bench.selfcheck", str(seconds), *map(str, numbers)],
+            stdout=subprocess.PIPE, stderr=self._errors, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
+            env=dict(os.environ) if environment is None else dict(environment),
+        )  # fmt: skip
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as stream:
+            for line in stream:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def next(self, seconds: float) -> Outcome | None:
+        """The next outcome; None where none comes within so many seconds, or the process has ended."""
+        end = time.perf_counter() + seconds
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, end - time.perf_counter()))
+            except queue.Empty:
+                return None
+            if line is None:
+                return None
+            if line.startswith(_MARK):
+                return Outcome(**json.loads(line.removeprefix(_MARK)))
+
+    def end(self) -> str | None:
+        """End the process and what it has started; how it had ended by itself before, None where it had not."""
+        try:
+            code = self._process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            code = None
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            self._process.kill()
+        self._process.wait()
+        self._errors.seek(0)
+        words = self._errors.read().decode(errors="replace").strip().splitlines()
+        self._errors.close()
+        if code is None:
+            return None
+        ended = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+        return f"its process ended with {ended}" + (f": {words[-1]}" if words else "")
 
 
-def _difference(logits: mx.array, expected: np.ndarray) -> float:
-    return float(np.abs(np.array(logits.astype(mx.float32)) - expected).max())
+def _work(seconds: float, numbers: Sequence[int]) -> None:
+    """What a worker does."""
+    clock, checks = Clock(seconds), all_checks()
+    for number in numbers:
+        outcome = run_check(checks[number], min(checks[number].seconds, clock.left()))
+        sys.stdout.write(_MARK + json.dumps(outcome.as_dict()) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    from openelm_mlx.bench import selfcheck as itself  # the same classes as the checks have
+    from openelm_mlx.platforms import keep_float32, use_device
+
+    keep_float32()
+    use_device()
+    itself._work(float(sys.argv[1]), [int(each) for each in sys.argv[2:]])

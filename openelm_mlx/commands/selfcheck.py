@@ -1,66 +1,215 @@
-"""`python -m openelm_mlx selfcheck`: does this machine compute what it should? A report to paste into an issue."""
+"""`python -m openelm_mlx selfcheck`: does this machine compute what it should? A report to attach to an issue."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .output import report, report_json
+if TYPE_CHECKING:
+    from ..bench.selfcheck import Check, Outcome
+    from ..memory.machine import Machine
 
-HELP = "check on this machine what nobody could check on it, and print a report"
+HELP = "check on this machine what nobody could check on it, and leave a report without personal data"
+INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--only", metavar="TEXT", help="only the checks whose name has this in it")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="only the checks with this number, or with this in their name; nothing is timed"
+    )
     parser.add_argument("--no-timings", action="store_true", help="check only: time nothing and store nothing")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the speeds that are measured for later plans, without asking"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="where the report goes (default: selfcheck-DATE.json in this folder)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report itself, one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check and print. Returns 0 when nothing failed, else 1."""
-    from .. import __version__
-    from ..bench.benchmark import machine_description
-    from ..bench.conditions import disturbances
-    from ..bench.selfcheck import CHECKS, run_checks
+    """Check, print, and leave the report. Returns 0 when nothing failed, 1 when something did, 130 after Ctrl-C."""
+    from ..bench.report import cleaner
+    from ..bench.selfcheck import MOST_SECONDS, TIMING_SECONDS, run_checks
+    from ..bench.selfcheck_machine import facts, facts_lines
+
+    checks = chosen_checks(args.only)
+    clean, date = cleaner(), time.strftime("%Y-%m-%d")
+    output = Path(args.output or f"selfcheck-{date}.json")
+    check_output(output)
+
+    def tell(line: str) -> None:
+        if not args.json:
+            print(clean(line), flush=True)
+
+    started = time.perf_counter()
+    found = facts()
+    report: dict[str, Any] = {
+        "format": FORMAT, "date": date, "facts": found, "checks": [], "timings": [], "speed": None, "interrupted": False,
+    }  # fmt: skip
+    for line in facts_lines(found):
+        tell(line)
+    is_interrupted, outcomes = False, []
+    with_timings = args.only is None and not args.no_timings
+    try:
+        for outcome in run_checks(checks, MOST_SECONDS - (TIMING_SECONDS if with_timings else 0)):
+            outcomes.append(outcome)
+            report["checks"].append(outcome.as_dict())
+            for line in lines(outcome):
+                tell(line)
+        # What is wrong must not be made fast; and whoever asks for one check wants no others.
+        if with_timings and not any(each.passed is False for each in outcomes):
+            time_machine(report, tell, args, date, lambda: MOST_SECONDS - (time.perf_counter() - started))
+    except KeyboardInterrupt:
+        is_interrupted = True
+    report |= {"interrupted": is_interrupted, "seconds": time.perf_counter() - started}
+    write_report(output, clean(report))
+    if args.json:
+        print(json.dumps(clean(report)))
+    failed = sum(each.passed is False for each in outcomes)
+    passed = sum(each.passed is True for each in outcomes)
+    tell(
+        f"{'Interrupted. ' if is_interrupted else ''}{passed} of {len(checks)} checks passed, {failed} failed, "
+        f"{len(checks) - passed - failed} did not run or have no meaning here ({report['seconds']:.0f} s)."
+    )
+    tell(
+        f"The report is in {output.name if output.parent == Path() else output}; it has no personal data in it. "
+        "Please attach it to an issue, most of all when a check failed."
+    )
+    if is_interrupted:
+        return INTERRUPTED
+    return 1 if failed else 0
+
+
+def chosen_checks(only: str | None) -> list[Check]:
+    """The checks to run, in their order. Raises SettingError when none is meant."""
+    from ..bench.selfcheck import all_checks
     from ..errors import SettingError
 
-    names = [name for name in CHECKS if args.only is None or args.only in name]
-    if not names:
-        raise SettingError(f"No check has {args.only!r} in its name; there are: {', '.join(CHECKS)}.")
-    outcomes = []
-    if not args.json:
-        report(f"openelm_mlx {__version__} on {machine_description()}")
-        for sentence in disturbances():
-            report(f"(note: {sentence})")
-    for outcome in run_checks(names):
-        outcomes.append(outcome)
-        if not args.json:
-            word = {True: "ok    ", False: "FAILED", None: "-     "}[outcome.passed]
-            report(f"{word} {outcome.name} ({outcome.seconds:.1f} s): {outcome.detail}")
-    failed = sum(outcome.passed is False for outcome in outcomes)
-    # What is wrong must not be made fast; and whoever asks for one check wants no others.
-    timings, file = [], None
-    if not failed and args.only is None and not args.no_timings:
-        from ..bench.alternatives import time_alternatives, winners
-        from ..memory.choices import store_choices
+    checks = list(all_checks().values())
+    if only is None:
+        return checks
+    chosen = [each for each in checks if (only == str(each.number) if only.isdecimal() else only in each.name)]
+    if not chosen:
+        names = ", ".join(f"{each.number} {each.name}" for each in sorted(checks, key=lambda each: each.number))
+        raise SettingError(f"--only {only}: no check has that number or name; there are: {names}.")
+    return chosen
 
-        timings = time_alternatives()
-        file = store_choices(winners(timings)) if timings else None
-    if args.json:
-        report_json(
-            {
-                "machine": machine_description(),
-                "outcomes": [vars(outcome) for outcome in outcomes],
-                "timings": [each.as_dict() for each in timings],
-                "file": None if file is None else str(file),
-            }
-        )
-    else:
-        for timing in timings:
-            report(f"timed  {timing.line()}")
-        if file is not None:
-            report(
-                f"These choices hold from now on; they are kept in {file}, and the defaults return when it is deleted."
+
+def lines(outcome: Outcome) -> Sequence[str]:
+    """An outcome for people: what it is, what should be, what is."""
+    return (
+        f"{outcome.word:20}{outcome.number:2}. {outcome.name} ({outcome.seconds:.1f} s)",
+        f"{'':24}expected: {outcome.expected}",
+        f"{'':24}{'found' if outcome.passed is not None else 'reason'}:{'':{4 if outcome.passed is not None else 3}}"
+        f"{outcome.found}",
+    )
+
+
+# --- what is timed ----------------------------------------------------------------------------------------------------
+
+
+def time_machine(
+    report: dict[str, Any], tell: Callable[[str], None], args: argparse.Namespace, date: str, left: Callable[[], float]
+) -> None:
+    """Time equal ways, keep the faster ones, and measure speeds, as far as there is time; into `report` as it comes."""
+    from ..bench.alternatives import time_alternatives, winners
+    from ..bench.selfcheck import TIMING_SECONDS
+    from ..bench.speeds import measured_speeds
+    from ..memory.choices import store_choices
+    from ..memory.machine import this_machine
+
+    if left() < TIMING_SECONDS / 2:
+        tell("Nothing is timed: the checks took the time of it; plan --calibrate measures speeds alone.")
+        return
+    timings = time_alternatives()
+    report["timings"] = [each.as_dict() for each in timings]
+    for timing in timings:
+        tell(f"timed  {timing.line()}")
+    if timings:
+        store_choices(winners(timings))
+        tell("These choices hold from now on; they are kept in the cache folder, and end with a new release of MLX.")
+    if left() < TIMING_SECONDS / 2:
+        return
+    machine = this_machine()
+    tell("Speeds of this machine:")
+    speeds = measured_speeds(machine, with_disk=False)
+    report["speed"] = speeds.as_dict()
+    for line in speeds.lines():
+        tell(f"  {line}")
+    if speeds.rates and (args.keep or (not args.json and wants_to_keep(tell))):
+        keep(machine, speeds.rates, date)
+        tell("They are kept: plan goes by them from now on.")
+
+
+def keep(machine: Machine, rates: Any, date: str) -> None:
+    """Have later plans go by what was measured."""
+    from ..memory.calibration import store_speed
+
+    store_speed(rates, None, machine, date)
+
+
+def wants_to_keep(tell: Callable[[str], None]) -> bool:
+    """Ask, where somebody is there to answer; else say how."""
+    if not (sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()):
+        tell("They are not kept: --keep, or plan --calibrate, has later plans go by them.")
+        return False
+    try:
+        return input("Keep these speeds for later plans? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+FORMAT = "openelm_mlx selfcheck 1"
+
+
+def check_output(output: Path) -> None:
+    """Raise DestinationError where the report cannot go, before minutes are spent on it."""
+    from ..errors import DestinationError
+    from ..files import read_json
+
+    if output.is_dir():
+        raise DestinationError(f"{output} is a folder: give --output the name of a file.")
+    if not output.parent.is_dir():
+        raise DestinationError(f"{output.parent} is no folder: make it, or give --output a file in another.")
+    if output.exists():
+        try:
+            before = read_json(output, DestinationError)
+        except DestinationError:
+            before = None
+        if not isinstance(before, dict) or before.get("format") != FORMAT:
+            raise DestinationError(
+                f"{output} is there already and is no report of this command: give --output another name."
             )
-        report(f"{len(outcomes)} checks, {failed} failed. Please paste all of this into an issue when one failed.")
-    return 1 if failed else 0
+    elif not os.access(output.parent, os.W_OK):
+        raise DestinationError(
+            f"{output} cannot be written: go to a folder of your own, or give --output a file in one."
+        )
+
+
+def write_report(output: Path, report: Any) -> None:
+    """The whole report, or none."""
+    from ..errors import DestinationError
+
+    try:
+        descriptor, partial = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(json.dumps(report, indent=2) + "\n")
+            os.chmod(partial, 0o644)
+            os.replace(partial, output)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    except OSError as error:
+        raise DestinationError(f"{output} cannot be written ({error.strerror}): give --output another file.") from error

@@ -89,7 +89,7 @@ def test_attention_in_the_forms_there_is_time_for(monkeypatch):
             assert off <= most
     real = selfcheck_kernels.attend
     monkeypatch.setattr(selfcheck_kernels, "attend", lambda *a: real(*a) * 1.0001)
-    with pytest.raises(CheckFailed, match="1 queries in bfloat16|queries in float32: off float64"):
+    with pytest.raises(CheckFailed, match="in float32: off float64"):
         selfcheck_kernels.check_attention(Clock(PLENTY))
 
 
@@ -357,7 +357,7 @@ def test_one_check(monkeypatch, capsys):
     ("make", "said"),
     [
         (lambda f: f.write_text("mine"), "is there already"), (lambda f: f.write_text('{"format": "x"}'), "is there already"),
-        (lambda f: f.mkdir(), "folder"), (lambda f: f.symlink_to(f.parent / "no" / "where"), ""),
+        (lambda f: f.mkdir(), "folder"), (lambda f: f.symlink_to(f.parent / "no" / "where"), "link"),
     ],
     ids=["text", "json", "folder", "link"],
 )  # fmt: skip
@@ -379,7 +379,7 @@ RATES = {"openelm": MeasuredRates(46e-6, 336e9, 152e9, 9e12)}
 @pytest.mark.parametrize(("words", "answer", "kept"), [([], "n", {}), ([], "y", RATES), (["--keep"], None, RATES)])
 def test_speeds_are_kept_when_somebody_says_so(words, answer, kept, monkeypatch, capsys):
     outcomes_of(monkeypatch, [outcome(1)])
-    monkeypatch.setattr(speeds, "measured_speeds", lambda machine, with_disk: speeds.Speeds(RATES, {}, []))
+    monkeypatch.setattr(speeds, "measured_speeds", lambda machine, **_: speeds.Speeds(RATES, {}, []))
     monkeypatch.setattr("builtins.input", lambda prompt: answer if answer else pytest.fail("asked"))
     monkeypatch.setattr(command.sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(command.sys.stdout, "isatty", lambda: True, raising=False)
@@ -391,7 +391,7 @@ def test_speeds_are_kept_when_somebody_says_so(words, answer, kept, monkeypatch,
 
 def test_without_a_terminal_nobody_is_asked(monkeypatch, capsys):
     outcomes_of(monkeypatch, [outcome(1)])
-    monkeypatch.setattr(speeds, "measured_speeds", lambda machine, with_disk: speeds.Speeds(RATES, {}, []))
+    monkeypatch.setattr(speeds, "measured_speeds", lambda machine, **_: speeds.Speeds(RATES, {}, []))
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked"))
     assert main(["selfcheck"]) == 0
     assert "They are not kept: --keep" in capsys.readouterr().out

@@ -23,7 +23,9 @@ import yaml
 from conftest import random_model, save_folder
 
 import openelm_mlx as om
+from openelm_mlx.bench import selfcheck_machine
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.bench.selfcheck import CheckFailed, Clock
 from openelm_mlx.bench.streaming import forget_files
 from openelm_mlx.checkpoint.hub import RepoFile
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config, read_header
@@ -330,6 +332,60 @@ def test_linux_without_proc_has_memory_too(tmp_path):
     machine = this_machine({"device_name": "a CPU"}, "cpu", root=tmp_path, is_mac=False)
     assert machine.memory_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert machine.available_bytes > 0
+
+
+def facts_of(mac: Mac, on_cpu: bool = False) -> dict:
+    info, backend = (mac.on_cpu, "cpu") if on_cpu else (mac.on_gpu, "metal")
+    return selfcheck_machine.facts(info, mac.run, True, backend)
+
+
+@pytest.mark.parametrize("on_cpu", [False, True], ids=["gpu", "cpu"])
+def test_selfcheck_tells_a_mac_s_facts(on_cpu):
+    mac = Mac("M3 Max", 36, 30)
+    mac.answers |= {
+        "sysctl -n kern.osproductversion": "15.6.1", "sysctl -n kern.osversion": "24G90", "sysctl -n hw.model": "Mac15,10",
+    }  # fmt: skip
+    found = facts_of(mac, on_cpu)
+    told = "\n".join(selfcheck_machine.facts_lines(found))
+    for words in (
+        "macOS 15.6.1 (24G90)",
+        "chip Apple M3 Max",
+        "Mac15,10",
+        "GPU cores 30",
+        "memory 38.65 GB",
+        "used 12.50 GB",
+    ):
+        assert words in told
+    if not on_cpu:
+        assert "applegpu_g16s" in told
+        assert "working set 30.15 GB" in told
+        assert "iogpu.wired_limit_mb 0" in told
+    assert selfcheck_machine.check_facts(Clock(9), found).startswith("all known")
+    json.dumps(found)
+
+
+def test_selfcheck_misses_a_fact_and_an_old_macos():
+    mac = Mac("M4", 16)  # ioreg says nothing of cores
+    mac.answers["sysctl -n kern.osproductversion"] = "15.0"
+    with pytest.raises(CheckFailed, match="not known: gpu_cores"):
+        selfcheck_machine.check_facts(Clock(9), facts_of(mac))
+    old = facts_of(Mac("M1", 16, 8)) | {"system": "macOS 13.6"}
+    with pytest.raises(CheckFailed, match="MLX needs macOS 14"):
+        selfcheck_machine.check_facts(Clock(9), old)
+    new = Mac("M4", 16, 10)
+    new.answers |= {"sysctl -n kern.osproductversion": "27.0", "sysctl -n machdep.cpu.brand_string": "Apple M9"}
+    assert "M9 is not in the table of chips" in selfcheck_machine.check_facts(Clock(9), facts_of(new))
+
+
+@pytest.mark.parametrize(("free", "passes"), [(67, True), (40, False)])
+def test_selfcheck_holds_used_memory_to_memory_pressure(free, passes):
+    mac = Mac("M3 Pro", 36)
+    mac.answers["memory_pressure -Q"] = f"The system has 36864\nSystem-wide memory free percentage: {free}%\n"
+    if passes:
+        assert "used 12.5 GB by vm_stat's parts, 12.8 GB" in selfcheck_machine._beside_memory_pressure(mac.run)
+    else:
+        with pytest.raises(CheckFailed, match=r"12\.5 GB by vm_stat's parts, 23\.2 GB"):
+            selfcheck_machine._beside_memory_pressure(mac.run)
 
 
 # --- what is wired ----------------------------------------------------------------------------------------------------
@@ -720,5 +776,20 @@ def test_one_job_on_macos_must_be_green_on_the_cpu_and_one_may_fail_on_metal():
     assert "env" not in may_fail[0]
     for job in macos.values():
         assert any(step.get("run") == "bash .ci/run" for step in job["steps"])
-        kept = [step["with"]["path"] for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
-        assert kept == ["selfcheck.json"]
+        kept_reports(job)
+
+
+def kept_reports(job: dict) -> None:
+    """A job leaves the report that selfcheck writes, also when something in it failed."""
+    (made,) = [step["run"] for step in job["steps"] if "selfcheck" in step.get("run", "")]
+    assert made.endswith("selfcheck --no-timings --output selfcheck.json")
+    (kept,) = [step for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
+    assert (kept["with"]["path"], kept["if"]) == ("selfcheck.json", "always()")
+
+
+def test_linux_has_a_sandbox_before_its_tests_and_leaves_a_report():
+    job = yaml.safe_load((TESTS.parent / ".github/workflows/tests.yml").read_text())["jobs"]["linux"]
+    runs = [step.get("run", "") for step in job["steps"]]
+    sandbox = next(i for i, each in enumerate(runs) if "apt-get install" in each and "bubblewrap" in each)
+    assert sandbox < runs.index("bash .ci/run")
+    kept_reports(job)

@@ -327,3 +327,19 @@ def test_the_disk_gives_back_what_was_written(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "_digest", lambda piece, seen=[]: seen.append(1) or len(seen))
     with pytest.raises(ValueError, match="other bytes"):
         disk.disk_rates(2 * disk.PIECE_BYTES, (1,), tmp_path)
+
+
+def test_a_family_for_which_there_is_no_time_is_left_out(monkeypatch):
+    clock, measured = FakeClock(), []
+
+    def measure(family, clock):
+        measured.append(family)
+        clock.now += 40
+        return speeds.timed(stand_ins(family, FakeClock()), FakeClock())
+
+    monkeypatch.setattr(speeds, "measure", measure)
+    for seconds, families in ((200, ["gpt_oss", "openelm"]), (80, ["gpt_oss"])):
+        end = clock() + seconds
+        measured.clear()
+        speeds.measured_speeds(this_machine(), clock=clock, with_disk=False, left=lambda end=end: end - clock())
+        assert measured == families

@@ -198,7 +198,7 @@ class Worker:
     """A process that runs checks one after the other, and what it says of each."""
 
     def __init__(self, numbers: Sequence[int], seconds: float, environment: Mapping[str, str] | None = None) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `end`
         self._process = subprocess.Popen(
             [sys.executable, "-m", "openelm_mlx.bench.selfcheck", str(seconds), *map(str, numbers)],
             stdout=subprocess.PIPE, stderr=self._errors, stdin=subprocess.DEVNULL, text=True, start_new_session=True,

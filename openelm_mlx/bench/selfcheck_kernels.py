@@ -86,7 +86,8 @@ def _attention_error(
         for each, length, part in zip((heads, kv_heads, kv_heads), (L, T, T), mx.random.split(key, 3), strict=True)
     ]
     sinks = mx.random.normal((heads,), key=key).astype(dtype) if has_sinks else None
-    out = np.array(attend(*parts, causal_mask(L, T - L, window), 0.125, sinks).astype(mx.float32), np.float64)
+    q, k, v = parts
+    out = np.array(attend(q, k, v, causal_mask(L, T - L, window), 0.125, sinks).astype(mx.float32), np.float64)
     visible = np.array(visible_keys(mx.arange(T - L, T), mx.arange(T), window))
     queries, keys, values = (np.array(each.astype(mx.float32), np.float64) for each in parts)
     sink = None if sinks is None else np.array(sinks.astype(mx.float32), np.float64)
@@ -122,7 +123,7 @@ def check_expert_products(clock: Clock) -> str:
                 order = mx.argsort(experts) if is_sorted else mx.arange(2 * few)
                 y = product(x[order], experts[order], is_sorted)
                 results.append(y[mx.argsort(order)][:few])
-            if not mx.array_equal(*results):
+            if not mx.array_equal(results[0], results[1]):
                 off = mx.abs(results[0].astype(mx.float32) - results[1].astype(mx.float32)).max().item()
                 raise CheckFailed(
                     f"{rows:,} x {columns:,}, {name}: a row's result moves by {off:.1e} with the rows beside it"

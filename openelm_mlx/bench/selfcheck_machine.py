@@ -57,11 +57,13 @@ def facts(
     is_mac = on_macos() if is_mac is None else is_mac
     machine = this_machine(info, backend, run, is_mac=is_mac)
     soft, hard = _file_limits()
+    brand = sysctl(run, "machdep.cpu.brand_string") if is_mac else str(info.get("device_name") or "")
+    known = chip_of(brand, round(machine.memory_bytes / GIB)) is not None
     return {
         "openelm_mlx": _version("openelm_mlx"), "mlx": _version("mlx"), "backend": machine.backend,
         "system": (f"macOS {_macos(run)}" if is_mac else platform.system()),
         "model": (sysctl(run, "hw.model") or None) if is_mac else None,
-        "chip": (sysctl(run, "machdep.cpu.brand_string") or None) if is_mac else str(info.get("device_name") or "") or None,
+        "chip": brand or None,
         "architecture": str(info.get("architecture") or "") or None,
         "gpu_cores": gpu_cores(run) if is_mac else None,
         "memory_bytes": machine.memory_bytes,
@@ -72,7 +74,7 @@ def facts(
         "open_files": {"soft": soft, "hard": hard},
         "python": f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}, {_build()}",
         "float32": "TF32 where the GPU has it" if os.environ.get("MLX_ENABLE_TF32") == "1" else "float32",
-        "known_chip": is_mac and chip_of(sysctl(run, "machdep.cpu.brand_string"), round(machine.memory_bytes / GIB)) is not None,
+        "known_chip": is_mac and known,
     }  # fmt: skip
 
 
@@ -185,7 +187,10 @@ def check_wired_limit(
     more = 0 if before_footprint is None or after_footprint is None else after_footprint.now - before_footprint.now
     if more > 200 * 2**20:
         raise CheckFailed(f"after {done} answers the footprint is {more / 1e6:,.0f} MB larger")
-    return f"{done} answers under {wanted:,} bytes; back at {before:,}: {grown:,} bytes and {more / 1e6:,.1f} MB more than before"
+    return (
+        f"{done} answers under {wanted:,} bytes; back at {before:,}: {grown:,} bytes are more in use, and the footprint is "
+        f"{more / 1e6:,.1f} MB larger"
+    )
 
 
 def _demo_answers(clock: Clock) -> Callable[[int], int]:
@@ -361,7 +366,7 @@ def check_used_memory(clock: Clock, run: Run = output, is_mac: bool | None = Non
         write_released_headers(headers, "openai/gpt-oss-20b")
         # Other programs come and go meanwhile: the best of three.
         num_bytes = 2**30 if is_mac else 2**28
-        moved = []
+        moved: list[tuple[int, bool]] = []
         while len(moved) < 3 and (not moved or clock.has(8)):
             with random_file(num_bytes) as (path, _):
                 before = plan_of(headers)

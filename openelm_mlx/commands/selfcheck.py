@@ -141,7 +141,7 @@ def time_machine(
         return
     machine = this_machine()
     tell("Speeds of this machine:")
-    speeds = measured_speeds(machine, with_disk=False)
+    speeds = measured_speeds(machine, with_disk=False, left=left)
     report["speed"] = speeds.as_dict()
     for line in speeds.lines():
         tell(f"  {line}")
@@ -182,6 +182,8 @@ def check_output(output: Path) -> None:
         raise DestinationError(f"{output} is a folder: give --output the name of a file.")
     if not output.parent.is_dir():
         raise DestinationError(f"{output.parent} is no folder: make it, or give --output a file in another.")
+    if output.is_symlink():
+        raise DestinationError(f"{output} is a link: give --output another name.")
     if output.exists():
         try:
             before = read_json(output, DestinationError)

@@ -219,6 +219,10 @@ def test_no_round_begins_after_the_time_but_the_first_three():
     assert [len(each) for each in speeds.in_turns([run, run], clock, rounds=9, seconds=90)] == [4, 4]
     assert [len(each) for each in speeds.in_turns([run, run], clock, rounds=9, seconds=1)] == [3, 3]
     assert spread_of([1.0]) == 0
+    stopped = FakeClock()  # it says that nothing took any time
+    rows = speeds.timed(stand_ins("openelm", clock), stopped)
+    assert checked_rates(rows)[0] == {}
+    assert all(row.prefill is None for row in rows)
     assert spread_of([1.0, 1.0, 1.0, 9.0]) == pytest.approx(2.0)
 
 
@@ -335,7 +339,8 @@ def test_a_family_for_which_there_is_no_time_is_left_out(monkeypatch):
     def measure(family, clock):
         measured.append(family)
         clock.now += 40
-        return speeds.timed(stand_ins(family, FakeClock()), FakeClock())
+        own = FakeClock()
+        return speeds.timed(stand_ins(family, own), own)
 
     monkeypatch.setattr(speeds, "measure", measure)
     for seconds, families in ((200, ["gpt_oss", "openelm"]), (80, ["gpt_oss"])):

@@ -198,7 +198,7 @@ def timed(found: Sequence[Work], clock: Clock = time.perf_counter) -> list[Timed
         prompts = [
             _operations(other) * other.tokens / statistics.median(its)
             for other, its in zip(found, rounds, strict=True)
-            if other.is_prompt and other.spec is work.spec
+            if other.is_prompt and other.spec is work.spec and statistics.median(its) > 0
         ]
         rows.append(
             Timed(

@@ -247,13 +247,12 @@ class Worker:
         return f"its process ended with {ended}" + (f": {words[-1]}" if words else "")
 
 
-def _work(seconds: float, numbers: Sequence[int]) -> None:
-    """What a worker does."""
+def _worked(seconds: float, numbers: Sequence[int]) -> Iterator[str]:
+    """What a worker says, a line an outcome."""
     clock, checks = Clock(seconds), all_checks()
     for number in numbers:
         outcome = run_check(checks[number], min(checks[number].seconds, clock.left()))
-        sys.stdout.write(_MARK + json.dumps(outcome.as_dict()) + "\n")
-        sys.stdout.flush()
+        yield _MARK + json.dumps(outcome.as_dict()) + "\n"
 
 
 if __name__ == "__main__":
@@ -262,4 +261,6 @@ if __name__ == "__main__":
 
     keep_float32()
     use_device()
-    itself._work(float(sys.argv[1]), [int(each) for each in sys.argv[2:]])
+    for line in itself._worked(float(sys.argv[1]), [int(each) for each in sys.argv[2:]]):
+        sys.stdout.write(line)
+        sys.stdout.flush()

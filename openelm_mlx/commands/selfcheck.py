@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .output import report as report_lines
+from .output import report_json, say, terminal
+
 if TYPE_CHECKING:
     from ..bench.selfcheck import Check, Outcome
     from ..memory.machine import Machine
 
+FORMAT, WHAT = "openelm_mlx selfcheck 1", "The report"
 HELP = "check on this machine what nobody could check on it, and leave a report without personal data"
 INTERRUPTED = 130
 
@@ -40,15 +42,16 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.report import cleaner
     from ..bench.selfcheck import MOST_SECONDS, TIMING_SECONDS, run_checks
     from ..bench.selfcheck_machine import facts, facts_lines
+    from ..outputs import checked_output, json_with, write_output
 
+    is_ours = json_with("format", FORMAT)
     checks = chosen_checks(args.only)
     clean, date = cleaner(), time.strftime("%Y-%m-%d")
-    output = Path(args.output or f"selfcheck-{date}.json")
-    check_output(output)
+    output = checked_output(args.output or f"selfcheck-{date}.json", WHAT, is_ours, None)
 
     def tell(line: str) -> None:
         if not args.json:
-            print(clean(line), flush=True)
+            report_lines(clean(line))
 
     started = time.perf_counter()
     found = facts()
@@ -71,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         is_interrupted = True
     report |= {"interrupted": is_interrupted, "seconds": time.perf_counter() - started}
-    write_report(output, clean(report))
+    write_output(output, json.dumps(clean(report), indent=2) + "\n", WHAT, is_ours, None)
     if args.json:
-        print(json.dumps(clean(report)))
+        report_json(clean(report))
     failed = sum(each.passed is False for each in outcomes)
     passed = sum(each.passed is True for each in outcomes)
     tell(
@@ -159,59 +162,11 @@ def keep(machine: Machine, rates: Any, date: str) -> None:
 
 def wants_to_keep(tell: Callable[[str], None]) -> bool:
     """Ask, where somebody is there to answer; else say how."""
-    if not (sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()):
+    if not (sys.stdin is not None and sys.stdin.isatty() and terminal().isatty()):
         tell("They are not kept: --keep, or plan --calibrate, has later plans go by them.")
         return False
     try:
-        return input("Keep these speeds for later plans? [y/N] ").strip().lower() in ("y", "yes")
+        say("Keep these speeds for later plans? [y/N]")
+        return input().strip().lower() in ("y", "yes")
     except EOFError:
         return False
-
-
-# --- the report -------------------------------------------------------------------------------------------------------
-
-FORMAT = "openelm_mlx selfcheck 1"
-
-
-def check_output(output: Path) -> None:
-    """Raise DestinationError where the report cannot go, before minutes are spent on it."""
-    from ..errors import DestinationError
-    from ..files import read_json
-
-    if output.is_dir():
-        raise DestinationError(f"{output} is a folder: give --output the name of a file.")
-    if not output.parent.is_dir():
-        raise DestinationError(f"{output.parent} is no folder: make it, or give --output a file in another.")
-    if output.is_symlink():
-        raise DestinationError(f"{output} is a link: give --output another name.")
-    if output.exists():
-        try:
-            before = read_json(output, DestinationError)
-        except DestinationError:
-            before = None
-        if not isinstance(before, dict) or before.get("format") != FORMAT:
-            raise DestinationError(
-                f"{output} is there already and is no report of this command: give --output another name."
-            )
-    elif not os.access(output.parent, os.W_OK):
-        raise DestinationError(
-            f"{output} cannot be written: go to a folder of your own, or give --output a file in one."
-        )
-
-
-def write_report(output: Path, report: Any) -> None:
-    """The whole report, or none."""
-    from ..errors import DestinationError
-
-    try:
-        descriptor, partial = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(json.dumps(report, indent=2) + "\n")
-            os.chmod(partial, 0o644)
-            os.replace(partial, output)
-        except BaseException:
-            os.unlink(partial)
-            raise
-    except OSError as error:
-        raise DestinationError(f"{output} cannot be written ({error.strerror}): give --output another file.") from error

@@ -6,6 +6,7 @@ On Linux they run in namespaces and in bubblewrap, on a Mac in sandbox-exec, whe
 
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -281,6 +282,17 @@ def test_memory_that_processes_share_counts_once(inside):
         "for pid in pids: os.waitpid(pid, 0)\ndel b\nprint('all')"
     )  # six processes see the same 100 MB
     assert inside(script) == "all"
+
+
+@linux_only
+def test_a_process_that_has_ended_has_no_memory():
+    """Between the two looks at it: several that end together would count as many times what they shared."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is there, but nothing of it is left
+    assert sandbox_usage.memory_bytes({process.pid: 1 << 30}, 0) == 0
+    process.wait()
+    assert sandbox_usage.memory_bytes({process.pid: 1 << 30}, 0) == 0
+    assert 0 < sandbox_usage.memory_bytes({os.getpid(): 1 << 40}, 0) < 1 << 40
 
 
 @pytest.mark.skipif(not IS_MAC, reason="the kernel of Linux limits it")

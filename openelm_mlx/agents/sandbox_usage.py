@@ -52,7 +52,13 @@ def _proportional(pid: int, resident: int) -> int:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
-    return resident
+    # The kernel does not say, or the process has ended since it was counted, and has no memory any more.
+    try:
+        return resident if int(Path(f"/proc/{pid}/statm").read_text().split()[1]) else 0
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    except (OSError, ValueError, IndexError):
+        return resident
 
 
 def footprint(pid: int) -> int | None:

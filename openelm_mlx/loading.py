@@ -459,7 +459,7 @@ def repository(source: Source, revision: str | None = None) -> tuple[str, str | 
         return None
     repo, named = found
     if named is not None and revision not in (None, named):
-        raise HubError(f"{source} names the revision {named!r} and {revision!r} was asked for: give one of the two.")
+        raise HubError(f"{source} names the revision {named!r} and the revision is {revision!r}: give one of the two.")
     return repo, named if revision is None else revision
 
 

@@ -82,4 +82,10 @@ def test_the_command_draws_and_prints(limits, monkeypatch, capsys, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
     made[1] = replace(made[1], samples=[10.0])
     assert main(["bench"]) == 1
-    assert "MISSED" in capsys.readouterr().out
+    prefill, decode, start = capsys.readouterr().out.splitlines()[1:]
+    assert "limit" not in prefill
+    assert decode.endswith("ratio 0.50   (below the limit of 1.0)")
+    assert start.endswith("(within the limit of 0.3)")
+    made[2] = replace(made[2], samples=[0.4])
+    assert main(["bench"]) == 1
+    assert "(above the limit of 0.3)" in capsys.readouterr().out

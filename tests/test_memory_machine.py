@@ -115,12 +115,53 @@ def test_the_table():
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("M4 Pro 25GB", "M4 Pro 24GB"), ("M6 Max", "M"), ("", "M1 8GB"), ("PC", "M")]
-)
-def test_unknown_macs(name, near):
-    with pytest.raises(SettingError, match="near are") as error:
+    ("name", "found"),
+    [
+        ("MacBook Air M4", "M4 16GB"), ("M4 Max", "M4 Max 36GB"), ("mac studio m3 ultra", "M3 Ultra 96GB"),
+        ("m4 pro 48", "M4 Pro 48GB"), ("MacBook Pro M4", "M4 16GB"), ("M4 MacBook Pro", "M4 16GB"),
+        ("mbp m4pro48", "M4 Pro 48GB"), ("M3Ultra", "M3 Ultra 96GB"), ("mac pro m2 ultra", "M2 Ultra 64GB"),
+        ('MacBook Pro 14" M4 Pro 24GB (2024)', "M4 Pro 24GB"), ("MacBook Pro 16-inch M1 Pro 32", "M1 Pro 32GB"),
+        ("iMac 24 M4", "M4 16GB"), ("iMac M4 24", "M4 24GB"), ("iMac 24GB M4", "M4 24GB"),
+        ("MacBook Pro 16 M4 Max 48", "M4 Max 48GB"), ("MacBook Air (M2, 2022)", "M2 8GB"), ("M1 16 GiB", "M1 16GB"),
+        ("Apple M4 Max (16-core CPU, 40-core GPU), 48 GB, 512 GB SSD", "M4 Max 48GB"), ("M4 1TB", "M4 16GB"),
+    ],
+)  # fmt: skip
+def test_macs_as_people_call_them(name, found):
+    assert find_mac(name).name == found
+
+
+def test_a_memory_that_was_not_named_is_the_least_and_that_is_said():
+    assert find_mac("M4").memory_bytes == 16 * GIB
+    (note,) = find_mac("MacBook Air M4").notes
+    assert "16, 24 or 32 GB" in note
+    assert '"M4 32GB"' in note
+    assert find_mac("M4 24").notes == ()
+
+
+def test_the_cores_of_a_gpu_that_were_named_count():
+    assert find_mac("M4 Max 36GB").bandwidth == find_mac("M4 Max 32-core GPU 48GB").bandwidth == 410e9
+    assert find_mac("M4 Max 48GB").bandwidth == 546e9
+    with pytest.raises(SettingError, match="40 cores at most"):
+        find_mac("M4 Max 99-core GPU")
+
+
+@pytest.mark.parametrize("name", [machine.name for machine in macs()])
+def test_every_mac_of_the_table_is_found(name):
+    assert find_mac(name) == find_mac(name.lower().replace(" ", "-")) == next(m for m in macs() if m.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("M4 Pro 25GB", "no M4 Pro with 25 GB.*24, 48 or 64 GB"), ("M6 Max", "there are M1, M1 Pro, .*M5 Max"),
+        ("", "there are M1,"), ("PC", "there are M1,"), ("MacBook Pro", "there are M1,"), ("M3/M4", "M3 and M4: name one"),
+        ("M4 16 24", "16 and 24 GB: name one"), ("M4 turbo", "'turbo' is not understood"), ("M4 Prox", "'prox'"),
+        (4, "mac is 4"), (None, "mac is None"),
+    ],
+)  # fmt: skip
+def test_unknown_macs(name, said):
+    with pytest.raises(SettingError, match=said):
         find_mac(name)
-    assert near in str(error.value)
 
 
 def test_the_line_that_raises_the_limit():

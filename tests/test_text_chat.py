@@ -156,6 +156,6 @@ def test_the_name_is_the_last_resort(name, template):
 
 
 def test_what_was_asked_for_comes_before_what_is_stored_before_the_name():
-    assert choose_template(PLAIN, OPENELM_INSTRUCT, "x-Instruct") == (PLAIN, "because it was asked for")
+    assert choose_template(PLAIN, OPENELM_INSTRUCT, "x-Instruct") == (PLAIN, "because it was given")
     assert choose_template(None, PLAIN, "x-Instruct") == (PLAIN, "because it is stored with the model")
     assert choose_template(None, OPENELM_INSTRUCT, "x").template == OPENELM_INSTRUCT

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure: the median of `samples`, beside mlx-lm's where there is one, and what is asked of it.
+    """One measured figure: the median of `samples`, beside mlx-lm's where there is one, and the limit that it keeps to.
 
     ratio: ours over mlx-lm's, for rates (larger is better). limit: "<= 0.3" or ">= 1.0", of the ratio when there is one.
     """
@@ -58,7 +58,7 @@ class Figure:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the limit holds; None when none is asked."""
+        """Whether the limit holds; None when there is none."""
         if self.limit is None:
             return None
         sign, bound = self.limit.split()

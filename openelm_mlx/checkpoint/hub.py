@@ -211,7 +211,7 @@ def _ask_hub(repo: str, revision: str | None) -> _Listing:
         return _Listing(repo, info["sha"], sound_files(entries))
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not with the Hub's fields
         raise HubError(
-            f"{constants.ENDPOINT} does not answer like the Hugging Face Hub when asked for {repo}: check HF_ENDPOINT, "
+            f"{constants.ENDPOINT} does not answer like the Hugging Face Hub about {repo}: check HF_ENDPOINT, "
             "and whether this network wants a login in the browser first."
         ) from error
 
@@ -461,7 +461,7 @@ def _receive(listing: _Listing, file: RepoFile, partial: Path, arrived: dict[str
             elif ending.start and ending != earlier:
                 out.truncate(ending.start)
                 raise HubError(
-                    f"{file.name} of {listing.repo} came with another end each time it was asked for: what was there before "
+                    f"{file.name} of {listing.repo} came with another end each time: what was there before "
                     "is kept; try another network, and run this again."
                 )
             elif ending.start != 0 and not is_anew:
@@ -750,7 +750,7 @@ def _sentence(error: Exception, repo: str, revision: str | None, name: str | Non
         return f"{repo} cannot be fetched while HF_HUB_OFFLINE is set: unset it, or give a folder on this machine."
     if isinstance(error, _OtherAnswer):
         return (
-            f"What came for {repo if name is None else f'{name} of {repo}'} is not what was asked for: {error}. Something "
+            f"What came for {repo if name is None else f'{name} of {repo}'} is something else: {error}. Something "
             f"between here and {hub} answers in its place: open that address in a browser, log in to the network if it "
             "wants that, and run this again; what was downloaded is kept."
         )
@@ -767,7 +767,7 @@ def _sentence(error: Exception, repo: str, revision: str | None, name: str | Non
             f"{hub} forbids {repo} to your token ({_answer_of(error)}): use one that may read it, by `hf auth login`."
         )
     if status == 416:
-        return f"{name} of {repo} ends before the bytes that were asked for: the file is damaged or was replaced."
+        return f"{name} of {repo} ends before the bytes that its listing promises: the file is damaged or was replaced."
     seconds = _retry_after(error)
     when = (
         "in a while"

@@ -188,7 +188,9 @@ def line(figure: Figure) -> str:
     if figure.mlx_lm_samples is not None:
         text += f"   mlx-lm {_range(figure.mlx_lm_samples)}   ratio {figure.ratio:.2f}"
     if figure.limit is not None:
-        text += f"   (asked: {figure.limit}{'' if figure.is_met else ', MISSED'})"
+        sign, bound = figure.limit.split()
+        side = "above" if sign == "<=" else "below"
+        text += f"   ({'within' if figure.is_met else side} the limit of {bound})"
     return text
 
 

@@ -144,7 +144,7 @@ def convert(
 def _checked_request(destination: str | Path | None, dry_run: bool, upload: str | None, private: bool) -> Path | None:
     """The folder to write, None for a dry run; everything that can be wrong with it is found before any work."""
     if private and upload is None:
-        raise SettingError("private is about an upload, and none was asked for: name a repository to upload to.")
+        raise SettingError("private is about an upload, and there is none: name a repository to upload to.")
     if upload is not None and not (isinstance(upload, str) and is_repo_name(upload)):
         raise HubError(f"{upload!r} is not the name of a Hub repository: write OWNER/NAME.")
     if dry_run:

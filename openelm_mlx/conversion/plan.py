@@ -235,7 +235,7 @@ class _Choices:
         self._recipe = None if quantize is None else parse_recipe(quantize, group_size)
         self._asked_type = parse_dtype(dtype)
         if quantize is None and group_size is not None:
-            raise SettingError(f"group_size {group_size} belongs to a quantization, and none was asked for: add one.")
+            raise SettingError(f"group_size {group_size} belongs to a quantization, and there is none: add quantize.")
         if self._overflows_in_float16 and self._asked_type is not None and self._asked_type == mx.float16:
             raise ConversionError(
                 "OpenELM-3B cannot be float16: its activations overflow (Apple's MLX README says so); use bfloat16."

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 from .chips import CHIPS, chip_name, chip_of
+from .mac_names import parse_mac, sizes
 from .macos import Run, footprint, gpu_cores, on_macos, output, sysctl, sysctl_number, used_bytes
 
 if TYPE_CHECKING:
@@ -82,23 +82,23 @@ def macs() -> Iterator[Machine]:
 
 
 def find_mac(name: str) -> Machine:
-    """The Mac of that name, such as "M4 Pro 24GB" (or "m4pro-24"). Raises SettingError with the nearest names."""
-    squeezed = re.sub(r"[^a-z0-9]", "", name.lower().replace("apple", "").replace("macbook", ""))
-    for machine in macs():
-        known = re.sub(r"[^a-z0-9]", "", machine.name.lower())
-        if squeezed in (known, known.removesuffix("gb")):
-            return machine
-    names = [machine.name for machine in macs()]
-    near = (
-        difflib.get_close_matches(name.upper().replace("PRO", "Pro").replace("MAX", "Max"), names, 4, 0.4) or names[:4]
+    """The Mac of that name: "M4 Pro 24GB", "m4pro-24", "MacBook Air M4" (the least memory that it comes with, and a note
+    says so). Raises SettingError with what there is.
+    """
+    found = parse_mac(name)
+    machine = _mac(found.chip, found.memory_gb, found.cores)
+    others = CHIPS[found.chip].memories
+    if found.has_memory or len(others) == 1:
+        return machine
+    note = (
+        f"an {found.chip} comes with {sizes(others)}; the least is planned for, since {name!r} names none: "
+        f'add it, for example "{found.chip} {others[-1]}GB"'
     )
-    raise SettingError(
-        f"There is no Mac {name!r} in the table; near are {', '.join(near)} (plan --all-macs lists all)."
-    )
+    return replace(machine, notes=(*machine.notes, note))
 
 
-def _mac(name: str, memory_gb: int) -> Machine:
-    chip = chip_of(name, memory_gb)
+def _mac(name: str, memory_gb: int, cores: int | None = None) -> Machine:
+    chip = chip_of(name, memory_gb, cores)
     assert chip is not None
     working_set, is_reported = working_set_of(memory_gb)
     notes = () if is_reported else (f"the working set of {memory_gb} GB is estimated, not reported by anyone",)

@@ -39,7 +39,7 @@ def choose_template(asked: str | None, stored: str | None, name: str) -> Templat
     last resort, because the configs of base and instruct models are alike.
     """
     if asked is not None:
-        return TemplateChoice(_known(asked, "asked for"), "because it was asked for")
+        return TemplateChoice(_known(asked, "given"), "because it was given")
     if stored is not None:
         return TemplateChoice(_known(stored, "stored with the model"), "because it is stored with the model")
     model_name = _model_name(name)
@@ -75,7 +75,7 @@ def render_chat(
 
     `plain` is for base models, which were trained on no conversations: messages raise PromptError.
     """
-    if _known(template, "asked for") == PLAIN:
+    if _known(template, "given") == PLAIN:
         raise PromptError(
             "This model has no chat template, so it continues text and cannot take a list of messages; "
             f'pass the text itself, or choose the chat template "{OPENELM_INSTRUCT}" (--chat-template).'

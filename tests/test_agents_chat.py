@@ -5,8 +5,8 @@ import json
 import pytest
 
 import openelm_mlx as om
+from openelm_mlx.agents import calculator
 from openelm_mlx.agents import chat as chat_module
-from openelm_mlx.agents.calculator import calculator
 from openelm_mlx.agents.calls import MOST_RESULT_CHARACTERS
 from openelm_mlx.agents.chat import Answer, Done, Notice, Reasoning, ToolCall, ToolResult
 from openelm_mlx.agents.tool import FunctionTool

@@ -10,8 +10,8 @@ import pytest
 from test_agents_chat import answer, call, gpt_oss, openelm, results, scripted  # noqa: F401
 
 import openelm_mlx as om
+from openelm_mlx.agents import calculator
 from openelm_mlx.agents import chat as chat_module
-from openelm_mlx.agents.calculator import calculator
 from openelm_mlx.agents.chat import Answer, Done, Notice, ToolResult
 from openelm_mlx.agents.history import INTERRUPTED, NOT_RUN, fewest_to_forget, settled, without_oldest
 from openelm_mlx.errors import NoAnswerWarning, PromptError, SettingError

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from openelm_mlx.agents.calculator import calculator
+from openelm_mlx.agents import calculator
 from openelm_mlx.agents.tool import FunctionTool, ToolSet, function_tool, plain_schema, result_text
 from openelm_mlx.errors import ToolError
 

@@ -1,1 +1,67 @@
-"""Conversations with tools, and the tools: python in a sandbox, patches, local files, MCP servers."""
+"""Conversations with tools, and the tools: python in a sandbox, patches, local files, MCP servers.
+
+from openelm_mlx.agents import Chat, calculator
+
+chat = Chat(model, tokenizer, tools=[calculator])  # Chat is openelm_mlx.Chat
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Public name -> module. Loaded on first use: a program that wants one tool pays for no other one.
+_PUBLIC = {
+    "Chat": "chat",
+    "Event": "chat",
+    "Reasoning": "chat",
+    "ToolCall": "chat",
+    "ToolResult": "chat",
+    "Answer": "chat",
+    "Notice": "chat",
+    "Done": "chat",
+    "Tool": "tool",
+    "FunctionTool": "tool",
+    "function_tool": "tool",
+    "Toolbox": "toolbox",
+    "calculator": "arithmetic",
+    "PythonTool": "python_tool",
+    "FileBrowser": "files",
+    "PatchTool": "patch",
+    "apply_patch": "patch",
+    "McpServer": "mcp",
+}
+
+__all__ = [*_PUBLIC]
+
+if TYPE_CHECKING:
+    from .arithmetic import calculator as calculator
+    from .chat import Answer as Answer
+    from .chat import Chat as Chat
+    from .chat import Done as Done
+    from .chat import Event as Event
+    from .chat import Notice as Notice
+    from .chat import Reasoning as Reasoning
+    from .chat import ToolCall as ToolCall
+    from .chat import ToolResult as ToolResult
+    from .files import FileBrowser as FileBrowser
+    from .mcp import McpServer as McpServer
+    from .patch import PatchTool as PatchTool
+    from .patch import apply_patch as apply_patch
+    from .python_tool import PythonTool as PythonTool
+    from .tool import FunctionTool as FunctionTool
+    from .tool import Tool as Tool
+    from .tool import function_tool as function_tool
+    from .toolbox import Toolbox as Toolbox
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -59,7 +59,7 @@ class Toolbox:
 
     def _open(self, kind: str, value: str, stack: ExitStack) -> list[Any]:
         if kind == "calculator":
-            from .calculator import calculator
+            from .arithmetic import calculator
             from .tool import function_tool
 
             return [function_tool(calculator)]

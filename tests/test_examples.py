@@ -13,12 +13,11 @@ SAYS = {
     "memory_peak.py": "planned",
     "make_random_checkpoint.py": "parameters",
     "calculator_agent.py": "12 + 30 = 42",
-    "mlx_lm_server.py": "keyboard instrument",
     "ask.py": "stringed instrument",
-    "batch.py": "a token",
-    "continue_text.py": "The old man walked down to the river and",
+    "batch.py": "a token   a stringed instrument\n",
+    "continue_text.py": "The ship sailed out of the harbour, and the captain ",
     "convert_and_compare.py": "KL divergence",
-    "extract_json.py": "born",
+    "extract_json.py": "7 * 6\n",
     "kv_quality.py": "same likeliest token",
     "dense_quality.py": "same top",
     "logprobs.py": "rather than",
@@ -36,6 +35,15 @@ def test_example(example, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert SAYS[example.name] in finished.stdout
+
+
+def test_what_is_likely_is_found_likely(tmp_path):
+    """The banjo is no soup, and words in disorder are the least likely."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = str(ROOT / "examples" / "batch.py")
+    said = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    answers = [line.split("a token")[1].strip() for line in said.splitlines()[1:]]
+    assert answers == ["a stringed instrument", "a keyboard instrument", "a kind of soup", "instrument stringed a"]
 
 
 def test_every_example_is_known():

@@ -424,23 +424,38 @@ def kv_cache_bytes(
     )
 
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_LETTERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+# A number without a unit below this is no number of bytes that anybody means.
+FEWEST_BARE_BYTES = 2**20
 
 
-def parse_memory(value: int | str | None) -> int | None:
-    """Bytes from a number or text such as "10GB", "1.5 GiB", "800MB". Raises SettingError for anything else."""
-    if value is None:
-        return None
+def parse_size(value: int | float | str, name: str) -> int:
+    """Bytes from a number or text: "10GB", "10G" and "10g" are 10 times 10^9, "1.5 GiB" 1.5 times 2^30.
+
+    name: of the setting, for the SettingError that anything else raises; so does a number without a unit that is too small
+    to be meant in bytes.
+    """
     number: float | None = None
+    unit = ""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         number = float(value)
     elif isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        unit = None if match is None else _UNITS.get(match[2].lower())
-        number = None if match is None or unit is None else float(match[1]) * unit
-    if number is None or not 1 <= number < 2**63:
-        raise SettingError(f'memory_limit is {value!r}: give bytes above 0, or text such as "10GB" or "1.5GiB".')
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*((?:([kmgt])(i?)b?)|b|bytes?)?\s*", value, re.IGNORECASE | re.ASCII)
+        if match is not None:
+            unit, power = match[2] or "", _LETTERS[(match[3] or "").lower()]
+            number = float(match[1]) * (1024 if match[4] else 1000) ** power
+    if number is None or not 0 < number < 2**63:
+        raise SettingError(f'{name} is {value!r}: give bytes above 0, or text such as "8GB" or "1.5GiB".')
+    if not unit and number < FEWEST_BARE_BYTES:
+        raise SettingError(f'{name} is {value!r}, which means {number:,g} bytes: did you mean "{number:g}GB"?')
+    if number < 1:
+        raise SettingError(f"{name} is {value!r}, which is less than a byte: give more.")
     return int(number)
+
+
+def parse_memory(value: int | str | None) -> int | None:
+    """Bytes of a memory limit, as `parse_size` reads them; None for None. Raises SettingError."""
+    return None if value is None else parse_size(value, "memory_limit")
 
 
 def size(num_bytes: int) -> str:

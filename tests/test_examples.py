@@ -41,7 +41,9 @@ def test_what_is_likely_is_found_likely(tmp_path):
     """The banjo is no soup, and words in disorder are the least likely."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     script = str(ROOT / "examples" / "batch.py")
-    said = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    ).stdout
     answers = [line.split("a token")[1].strip() for line in said.splitlines()[1:]]
     assert answers == ["a stringed instrument", "a keyboard instrument", "a kind of soup", "instrument stringed a"]
 

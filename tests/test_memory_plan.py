@@ -165,16 +165,77 @@ def test_a_limit_below_the_least_names_it(small, capsys):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("10GB", 10**10), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), (5000, 5000), (None, None), ("123", 123)],
+    [
+        ("10GB", 10**10),
+        ("1.5 GiB", 3 * 2**29),
+        ("800mb", 8 * 10**8),
+        (5 * 10**6, 5 * 10**6),
+        (None, None),
+        ("8G", 8 * 10**9),
+        ("8g", 8 * 10**9),
+        ("8GB", 8 * 10**9),
+        ("8gb", 8 * 10**9),
+        ("8GiB", 2**33),
+        ("8Gi", 2**33),
+        ("8 gib", 2**33),
+        (" 8 G ", 8 * 10**9),
+        ("1T", 10**12),
+        ("1TiB", 2**40),
+        ("512M", 512 * 10**6),
+        ("512MiB", 2**29),
+        ("900000K", 9 * 10**8),
+        ("8.G", 8 * 10**9),
+        (".5GB", 5 * 10**8),
+        ("8000000000", 8 * 10**9),
+        ("2000000B", 2 * 10**6),
+        ("2000000 bytes", 2 * 10**6),
+        (8e9, 8 * 10**9),
+    ],
 )
 def test_sizes(text, number):
     assert parse_memory(text) == number
 
 
-@pytest.mark.parametrize("text", ["0GB", "-1", "10 XB", "", "GB", 0, -5, True, [], "1e5GB", "inf"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0GB",
+        "-1",
+        "10 XB",
+        "",
+        "GB",
+        0,
+        -5,
+        True,
+        [],
+        "1e5GB",
+        "inf",
+        "8 G B",
+        "0.1B",
+        "\u0668GB",
+        b"8GB",
+        float("nan"),
+    ],
+)
 def test_sizes_that_are_none(text):
     with pytest.raises(SettingError, match="memory_limit"):
         parse_memory(text)
+
+
+@pytest.mark.parametrize("number", ["8", 8, "8.5", 16.0, "512", "123", 5000])
+def test_bytes_that_nobody_means_are_questioned(number):
+    with pytest.raises(SettingError, match=r'which means [\d.,]+ bytes: did you mean "[\d.]+GB"\?'):
+        parse_memory(number)
+    with pytest.raises(SettingError, match="did you mean"):
+        om.plan("demo-gpt-oss", memory_limit=number)
+    with pytest.raises(SettingError, match="did you mean"):
+        om.load("demo-gpt-oss", memory_limit=number)
+
+
+def test_bytes_that_nobody_means_are_questioned_on_the_command_line(capsys):
+    for command in (["plan", "demo-gpt-oss"], ["generate", "--prompt", "x"], ["chat"]):
+        assert main([*command, "--memory-limit", "8"]) == 2
+        assert "8 bytes: did you mean" in capsys.readouterr().err
 
 
 # --- the command ---

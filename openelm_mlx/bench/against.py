@@ -146,7 +146,9 @@ def shape_config(shape: str, num_layers: int | None = None) -> dict[str, Any]:
     spec = spec_from_config(config)
     num_layers = len(spec.layers) if num_layers is None else num_layers
     if not 1 <= num_layers <= len(spec.layers):
-        raise SettingError(f"{shape} has {len(spec.layers)} layers: give --layers from 1 to {len(spec.layers)}, and not {num_layers}.")
+        raise SettingError(
+            f"{shape} has {len(spec.layers)} layers: give --layers from 1 to {len(spec.layers)}, and not {num_layers}."
+        )
     if is_gpt_oss:
         return {**config, "num_hidden_layers": num_layers}
     return openelm_config(replace(spec, layers=spec.layers[:num_layers]))

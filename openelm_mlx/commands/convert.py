@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     weights.add_argument("--revision", help="branch, tag or commit of the repository")
     weights.add_argument(
-        "--max-file-size", type=float, default=5.0, metavar="GB", help="divide larger files (default: 5)"
+        "--max-file-size", default="5GB", metavar="SIZE", help="divide larger files, for example 500MB (default: 5GB)"
     )
 
     text = parser.add_argument_group("text")
@@ -103,13 +103,15 @@ def interruption(args: argparse.Namespace) -> str:
     return f"Interrupted: {args.destination} was not written; the same command goes on where this one stopped."
 
 
-def max_file_bytes(gigabytes: float) -> int:
-    """Bytes of --max-file-size. Raises SettingError."""
+def max_file_bytes(text: str) -> int:
+    """Bytes of --max-file-size; a number alone is one of gigabytes. Raises SettingError."""
     from ..errors import SettingError
+    from ..memory.plan import parse_size
 
-    if not 0.001 <= gigabytes < 1e6:
-        raise SettingError(f"--max-file-size is {gigabytes}: give a number of gigabytes, at least 0.001.")
-    return int(gigabytes * 1e9)
+    found = parse_size(f"{text}GB" if text.strip(" .0123456789") == "" else text, "--max-file-size")
+    if found < 10**6:
+        raise SettingError(f"--max-file-size is {text}: give at least 1MB.")
+    return found
 
 
 def print_plan(result: ConversionReport) -> None:

@@ -68,6 +68,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "context_length": args.context_length,
         "dtype": args.dtype,
         "dense_bits": args.dense_bits,
+        "kv_bits": args.kv_bits,  # a plan makes room for them
         "expert_slots": args.expert_slots,
         "memory_limit": args.memory_limit,
         "wire": args.wire,

@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("source", nargs="*", default=["demo-openelm"], help="demos, folders, files or repositories")
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
-    parser.add_argument("--mac", metavar="NAME", help='another machine, for example "M4 Pro 24GB" or "MacBook Air M4" (default: this one)')
+    parser.add_argument(
+        "--mac",
+        metavar="NAME",
+        help='another machine, for example "M4 Pro 24GB" or "MacBook Air M4" (default: this one)',
+    )
     parser.add_argument("--all-macs", action="store_true", help="a table of every Mac that is known")
     parser.add_argument("--chart", metavar="FILE", help="draw models against Macs into a .png or .svg file")
     add_overwrite(parser)

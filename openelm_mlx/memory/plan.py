@@ -440,16 +440,16 @@ def parse_size(value: int | float | str, name: str) -> int:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         number = float(value)
     elif isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*((?:([kmgt])(i?)b?)|b|bytes?)?\s*", value, re.IGNORECASE | re.ASCII)
+        match = re.fullmatch(
+            r"\s*(\d+(?:\.\d*)?|\.\d+)\s*((?:([kmgt])(i?)b?)|b|bytes?)?\s*", value, re.IGNORECASE | re.ASCII
+        )
         if match is not None:
             unit, power = match[2] or "", _LETTERS[(match[3] or "").lower()]
             number = float(match[1]) * (1024 if match[4] else 1000) ** power
-    if number is None or not 0 < number < 2**63:
+    if number is None or not 1 <= number < 2**63:
         raise SettingError(f'{name} is {value!r}: give bytes above 0, or text such as "8GB" or "1.5GiB".')
     if not unit and number < FEWEST_BARE_BYTES:
         raise SettingError(f'{name} is {value!r}, which means {number:,g} bytes: did you mean "{number:g}GB"?')
-    if number < 1:
-        raise SettingError(f"{name} is {value!r}, which is less than a byte: give more.")
     return int(number)
 
 

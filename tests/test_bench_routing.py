@@ -139,15 +139,17 @@ def test_the_demo_s_routes_are_those_of_its_single_tokens(demo_routes):
         ("--prefill -1", "from 0 on"), ("--json /nowhere/file", "there is no folder"),
         ("--json /", "that is a folder"), ("--record /nowhere/file", "there is no folder"),
         ("--random 20b --folder /no", "no folder"), ("--predict 20b --macs M9", "no Mac 'M9'"),
+        ("--model demo-openelm", "demo-openelm has no experts"), ("--model demo-openelm --record x.npz", "has no experts"),
         ("--predict 20b --json /nowhere/file", "there is no folder"),
         ("--predict 20b --trace /nowhere/file", "No such file"), (f"--predict 20b --trace {__file__}", "no routing trace"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_not_measured(capsys, options, words):
     assert main(["bench-streaming", "--tokens", "1", "--warm-up", "0", *options.split()]) == 2
-    seen = capsys.readouterr().err
-    assert words in seen
-    assert "Traceback" not in seen
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert words in shown.err
+    assert "Traceback" not in shown.err
 
 
 def test_a_recorded_trace_is_what_predictions_are_made_of(tmp_path, capsys, monkeypatch, short_trace):
@@ -232,4 +234,9 @@ def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch, short_trace)
     )
     assert all(each.get("reads_per_expert", 0) <= 1 for each in found["prefill"])
     assert [each.get("cache") for each in found["prefill"]] == [None, *["warm", "cold"] * 4]
-    assert "uniform" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "uniform" in shown
+    assert "{" not in shown
+    assert "all experts in memory, routing skewed: " in shown
+    assert "    6 slots, routing own, writes copy: the same tokens as with all in memory" in shown
+    assert "a prompt of 40 tokens in one chunk: " in shown

@@ -7,14 +7,43 @@ import sys
 
 import pytest
 
-OM = (
-    "Chat Chunk DraftModel NoAnswerWarning PrefixCache PromptLookup SamplingParams Statistics UserError __version__ convert "
-    "generate load plan stream_generate"
-).split()
-AGENTS = (
-    "Answer Chat Done Event FileBrowser FunctionTool McpServer Notice PatchTool PythonTool Reasoning Tool ToolCall "
-    "ToolResult Toolbox apply_patch calculator function_tool"
-).split()
+OM = [
+    "Chat",
+    "Chunk",
+    "DraftModel",
+    "NoAnswerWarning",
+    "PrefixCache",
+    "PromptLookup",
+    "SamplingParams",
+    "Statistics",
+    "UserError",
+    "__version__",
+    "convert",
+    "generate",
+    "load",
+    "plan",
+    "stream_generate",
+]
+AGENTS = [
+    "Answer",
+    "Chat",
+    "Done",
+    "Event",
+    "FileBrowser",
+    "FunctionTool",
+    "McpServer",
+    "Notice",
+    "PatchTool",
+    "PythonTool",
+    "Reasoning",
+    "Tool",
+    "ToolCall",
+    "ToolResult",
+    "Toolbox",
+    "apply_patch",
+    "calculator",
+    "function_tool",
+]
 
 
 def run(script: str) -> str:

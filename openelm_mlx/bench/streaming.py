@@ -31,6 +31,7 @@ from ..decoding.pieces import forget_pieces
 from ..decoding.prefill import fill, prefill
 from ..decoding.step import Step
 from ..decoding.streamed_step import READ_BACK_COST, StreamedStep
+from ..errors import SettingError
 from ..loading import load, load_model, locate
 from ..memory.machine import Machine
 from ..memory.macos import forget_file
@@ -42,7 +43,7 @@ from ..memory.written import Writes, Writing, Written
 from ..models.gpt_oss import GptOss
 from ..models.moe import MoE
 from ..planning import plan as plan_of
-from ..specs import spec_from_config
+from ..specs import ModelSpec, spec_from_config
 from .random_gpt_oss import write_random_gpt_oss
 from .routing import (
     Trace,
@@ -194,9 +195,19 @@ def own_trace(source: str | Path, settings: Settings) -> Trace:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
+def check_has_experts(source: str | Path) -> ModelSpec:
+    """What a source's model is. Raises SettingError for one without experts."""
+    spec = spec_from_config(read_config(locate(source)))
+    if not spec.layers[0].num_experts:
+        raise SettingError(
+            f"{source} has no experts, and so none that could stay on disk: name a gpt-oss model, for example demo-gpt-oss."
+        )
+    return spec
+
+
 def run(settings: Settings) -> Iterator[tuple[str, Any]]:
     """Measure; gives (what, value) as it comes: facts, rows of `Row`, and predictions from the first row's slots."""
-    stored = spec_from_config(read_config(locate(settings.source)))
+    stored = check_has_experts(settings.source)
     for each in settings.slots or ():
         checked_slots(stored, each)
     known = resident_model(settings.source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     from ..bench import routing
-    from ..bench.streaming import demo_trace, own_trace, random_model
+    from ..bench.streaming import check_has_experts, demo_trace, own_trace, random_model
 
     found: dict[str, list[Any]] = {}
     settings, machines = settings_of(args), machines_of(args.macs)  # before 14 GB are written
@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         raise DestinationError(f"--folder {folder} is no folder: make it, or name another one.")
     place: Any = nullcontext(args.model) if args.random is None else random_model(args.random, args.layers, folder)
     is_demo = args.random is None and args.model == "demo-gpt-oss"
+    if args.random is None:
+        check_has_experts(args.model)  # before a heading stands there
     with place as source:
         if args.record is not None:
             trace = demo_trace() if is_demo else own_trace(source, settings)
@@ -178,7 +180,7 @@ def measure(args: argparse.Namespace, settings: Settings, found: dict[str, list[
     )
     for what, value in run_settings(settings):
         found.setdefault(what, []).append(row_as_json(value) if isinstance(value, Row) else value)
-        report(line(value) if isinstance(value, Row) else f"{what}: {value}")
+        report(line(value) if isinstance(value, Row) else sentence(what, value))
 
 
 def kinds(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -206,6 +208,24 @@ def line(row: Any) -> str:
         f"{1e3 * row.resident_seconds:8.2f} {1e3 * row.floor_seconds:7.2f} {row.ratio:5.2f} {1e3 * row.stall_seconds:6.1f} "
         f"{row.hit_rate:5.0%} {row.bytes_per_token / 1e6:9.1f} {row.bare_rate / 1e9:6.2f} {row.read_backs_per_token:6.1f} "
         f"{row.replayed_layers_per_token:6.1f}"
+    )
+
+
+def sentence(what: str, value: Mapping[str, Any]) -> str:
+    """What was measured beside the rows, for people. what: "resident", "prefill" or "identical", as `run` gives it."""
+    if what == "resident":
+        return f"all experts in memory, routing {value['routing']}: {1e3 * value['seconds']:.2f} ms/token"
+    if what == "identical":
+        same = "the same tokens as" if value["is_identical"] else "OTHER tokens than"
+        return (
+            f"{value['slots']:5} slots, routing {value['routing']}, writes {value['writes']}: {same} with all in memory"
+        )
+    text = f"a prompt of {value['tokens']:,} tokens in one chunk: {value['seconds']:.2f} s "
+    if value["slots"] is None:
+        return text + "with all experts in memory"
+    return (
+        f"{text}with {value['slots']} slots, cache {value['cache']}: {value['bytes_read'] / 1e6:,.1f} MB read (an expert "
+        f"{value['reads_per_expert']:.2f} times at most), waited {value['seconds_waited']:.2f} s"
     )
 
 

@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SettingError
 from .chips import CHIPS, chip_name, chip_of
 from .mac_names import parse_mac, sizes
 from .macos import Run, footprint, gpu_cores, on_macos, output, sysctl, sysctl_number, used_bytes

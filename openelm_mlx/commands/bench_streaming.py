@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     from ..bench import routing
     from ..bench.streaming import check_has_experts, demo_trace, own_trace, random_model
+    from ..memory.residency import checked_slots
 
     found: dict[str, list[Any]] = {}
     settings, machines = settings_of(args), machines_of(args.macs)  # before 14 GB are written
@@ -108,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
     place: Any = nullcontext(args.model) if args.random is None else random_model(args.random, args.layers, folder)
     is_demo = args.random is None and args.model == "demo-gpt-oss"
     if args.random is None:
-        check_has_experts(args.model)  # before a heading stands there
+        known = check_has_experts(args.model)  # before a heading stands there
+        for each in settings.slots or ():
+            checked_slots(known, each)
     with place as source:
         if args.record is not None:
             trace = demo_trace() if is_demo else own_trace(source, settings)

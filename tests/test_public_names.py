@@ -11,45 +11,10 @@ OM = {
     "Chat", "Chunk", "DraftModel", "NoAnswerWarning", "PrefixCache", "PromptLookup", "SamplingParams", "Statistics",
     "UserError", "__version__", "convert", "generate", "load", "plan", "stream_generate",
 }  # fmt: skip
-    "Chat",
-    "Chunk",
-    "DraftModel",
-    "NoAnswerWarning",
-    "PrefixCache",
-    "PromptLookup",
-    "SamplingParams",
-    "Statistics",
-    "UserError",
-    "__version__",
-    "convert",
-    "generate",
-    "load",
-    "plan",
-    "stream_generate",
-]
 AGENTS = {
     "Answer", "Chat", "Done", "Event", "FileBrowser", "FunctionTool", "McpServer", "Notice", "PatchTool", "PythonTool",
     "Reasoning", "Tool", "ToolCall", "ToolResult", "Toolbox", "apply_patch", "calculator", "function_tool",
 }  # fmt: skip
-    "Answer",
-    "Chat",
-    "Done",
-    "Event",
-    "FileBrowser",
-    "FunctionTool",
-    "McpServer",
-    "Notice",
-    "PatchTool",
-    "PythonTool",
-    "Reasoning",
-    "Tool",
-    "ToolCall",
-    "ToolResult",
-    "Toolbox",
-    "apply_patch",
-    "calculator",
-    "function_tool",
-]
 
 
 def run(script: str) -> str:

@@ -102,10 +102,10 @@ def test_openelm_keeps_a_conversation_too(openelm):
     assert chat.messages == []
 
 
-def test_openelm_forgets_its_oldest_turns_when_the_context_is_full(openelm):
-    model, tokenizer = openelm
+def test_openelm_forgets_its_oldest_turns_when_the_context_is_full():
+    model, tokenizer = om.load("demo-openelm", context_length=160)
     chat = om.Chat(model, tokenizer, max_tokens=8)
-    for _ in range(60):
+    for _ in range(20):
         events = list(chat.stream("What is a banjo?"))
         if any(isinstance(event, chat_module.Notice) for event in events):
             break

@@ -45,12 +45,12 @@ def check_whole(chat) -> None:
 
 @pytest.mark.parametrize("effort", ["low", "medium", "high"])
 def test_a_long_chat_goes_on_when_the_context_is_full(effort):
-    model, tokenizer = om.load("demo-gpt-oss", context_length=320)
+    model, tokenizer = om.load("demo-gpt-oss", context_length=220)
     chat = om.Chat(model, tokenizer, instructions="Be brief.", reasoning_effort=effort)
     notices = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for number in range(12):
+        for number in range(7):
             events = list(chat.stream(("What is a piano?", "What is a banjo?", "What is a violin?")[number % 3]))
             assert "".join(e.text for e in events if isinstance(e, Answer)).strip(), number
             assert events[-1].finish_reason == "stop"
@@ -58,8 +58,9 @@ def test_a_long_chat_goes_on_when_the_context_is_full(effort):
             assert chat.messages[0].role == "user"
             assert "Be brief." in chat.tokenizer.decode(chat._harmony_prompt(chat.messages))
     assert len(notices) == 1
-    assert "context of 320 tokens is full" in notices[0]
-    assert chat.num_forgotten + roles(chat).count("user") == 12
+    assert "context of 220 tokens is full" in notices[0]
+    assert chat.num_forgotten > 1  # it was full more than once, and said so once
+    assert chat.num_forgotten + roles(chat).count("user") == 7
 
 
 def test_openelm_says_it_once_too(openelm):  # noqa: F811

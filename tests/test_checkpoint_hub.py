@@ -553,7 +553,7 @@ def test_a_listing_without_an_end(hub: HubServer, monkeypatch: pytest.MonkeyPatc
     hub.fail(200, "/api/models", body=b'{"siblings": [' + b" " * 1000, framing="endless")
     with pytest.raises(HubError, match="does not end"):
         list_files("owner/name")
-    assert hub.hung_up.wait(20)
+    assert hub.hung_up.wait(60)
 
 
 def listed(name: object = "a", size: object = 1, etag: object = "0" * 40, lfs: object = None) -> bytes:
@@ -937,7 +937,7 @@ def test_a_range_of_a_server_that_knows_none(hub: HubServer) -> None:
     hub.ignore_ranges = True
     assert read_range("owner/name", "model.safetensors", 500, 64) == WEIGHTS[500:564]
     assert read_range("owner/name", "large.safetensors", 0, 8) == bytes(8)
-    assert hub.hung_up.wait(20)  # the rest was not waited for
+    assert hub.hung_up.wait(60)  # the rest was not waited for
 
 
 def test_a_range_is_all_that_travels(hub: HubServer, tmp_path: Path) -> None:

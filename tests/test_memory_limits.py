@@ -147,11 +147,11 @@ def test_a_model_that_goes_while_another_thread_is_at_work_is_unwired_later():
     def other():
         with owner.generating(second):
             in_thread.set()
-            go_on.wait(10)
+            go_on.wait(60)
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert in_thread.wait(10)
+    assert in_thread.wait(60)
     del first
     assert mlx.wired == 9 * GB, "the GPU may be at work"
     go_on.set()
@@ -249,12 +249,12 @@ def test_nothing_changes_while_another_thread_may_have_work_on_the_gpu():
     def other():
         with owner.generating(plan(wired=3 * GB)):
             in_thread.set()
-            go_on.wait(10)
+            go_on.wait(60)
 
     with owner.generating(plan()):
         thread = threading.Thread(target=other)
         thread.start()
-        assert in_thread.wait(10)
+        assert in_thread.wait(60)
         assert mlx.wired == 8 * GB
         calls = list(mlx.calls)
     assert mlx.calls == calls, "the other one is still at work"

@@ -804,12 +804,12 @@ def test_a_slow_thread_is_waited_for_when_another_fails(own_copy, answer, monkey
 
     def read_into(fd, buffer, offset):
         if next(count) == 0:
-            other_started.wait(5)
+            other_started.wait(60)
             threading.Timer(0.2, gate.set).start()
             raise OSError(errno.EIO, "Input/output error")
         started.append(offset)
         other_started.set()
-        gate.wait(5)
+        gate.wait(60)
         finished.append(offset)
         return preadv_into(fd, buffer, offset)
 

@@ -90,6 +90,17 @@ def plain(model, prompt, max_tokens, **options):
     return [choice.item() for choice in source]
 
 
+@pytest.fixture(scope="module")
+def answer_of(models):
+    """The plain loop's answer to `prompt_of(length, length)`: many tests guess at the same ones."""
+
+    @functools.cache
+    def answer(family, length, max_tokens, **options):
+        return plain(models[family], prompt_of(length, length), max_tokens, **options)
+
+    return answer
+
+
 def guessed(model, prompt, answer, is_wrong, gain, make_step=PlainStep, **options):
     cache = model.make_cache(room=K, **options)
     logits = prefill(model, prompt, cache, 8)
@@ -106,11 +117,11 @@ def guessed(model, prompt, answer, is_wrong, gain, make_step=PlainStep, **option
 @pytest.mark.parametrize(
     ("family", "options"), [("gpt_oss", {}), ("gpt_oss", {"kv_bits": 8}), ("openelm", {}), ("openelm", {"window": 16})]
 )
-def test_greedy_tokens_are_the_plain_loop_s_around_the_window(models, family, options, pattern):
+def test_greedy_tokens_are_the_plain_loop_s_around_the_window(models, answer_of, family, options, pattern):
     model = models[family]
     for length in (2, *range(WINDOW - K - 1, WINDOW + K + 2, 3), 3 * WINDOW):
         prompt = prompt_of(length, length)
-        answer = plain(model, prompt, 24, **options)
+        answer = answer_of(family, length, 24, **options)
         tokens, counts = guessed(model, prompt, answer, PATTERNS[pattern], Always(K), **options)
         assert tokens == answer, length
         assert counts.rounds > 0

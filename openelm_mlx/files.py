@@ -12,14 +12,16 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 from .errors import UserError
 from .finder import DISK_IS_GONE, is_macos_own
 
 ErrorClass = type[UserError]
+_P, _T = ParamSpec("_P"), TypeVar("_T")
 
 # Configs, indexes and tokenizer settings of the largest releases have some 100 kB.
 LARGEST_JSON = 8 * 2**20
@@ -219,6 +221,29 @@ def unreadable(path: str | os.PathLike[str], problem: OSError, error: ErrorClass
     if problem.errno in DISK_IS_GONE:
         return error(f"{_name(path)} cannot be read any more ({reason}): connect its disk again, and try again.")
     return error(f"{_name(path)} cannot be read ({reason}): check that it is there and that you may read it.")
+
+
+def hears_the_disk(error: ErrorClass) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """For functions whose first argument names what they read: what the system says of a disk is raised as `error`.
+
+    A disk can be pulled out at any call. What a function makes of the errors that it expects is its own business.
+    """
+
+    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        @wraps(function)
+        def call(*args: _P.args, **keywords: _P.kwargs) -> _T:
+            try:
+                return function(*args, **keywords)
+            except OSError as problem:
+                named = isinstance(problem.filename, (str, bytes))
+                if not named and problem.errno not in DISK_IS_GONE:
+                    raise
+                source = next(iter((*args, *keywords.values())), "a file")
+                raise unreadable(os.fsdecode(problem.filename) if named else str(source), problem, error) from problem
+
+        return call
+
+    return decorate
 
 
 def _plain(value: Any, budget: list[int]) -> Any:

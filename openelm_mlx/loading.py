@@ -20,6 +20,7 @@ from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
+from .files import hears_the_disk
 from .finder import disk_trouble, is_macos_own
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
@@ -96,6 +97,7 @@ _MOST_PADDING_ROWS = 256
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
+@hears_the_disk(CheckpointError)
 def load(
     source: Source,
     *,
@@ -425,6 +427,7 @@ def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     raise SettingError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
 
 
+@hears_the_disk(CheckpointError)
 def locate(source: Source, revision: str | None = None, progress: Progress | None = None) -> Path:
     """The folder or file on this machine that holds `source`, downloaded first when it is a repository."""
     if str(source) in DEMOS:
@@ -494,6 +497,7 @@ def choose_model_files(files: list[RepoFile]) -> list[str]:
     return sorted({*weights, *others})
 
 
+@hears_the_disk(TokenizerError)
 def find_tokenizer(
     path: Path, spec: ModelSpec, asked: Source | None = None, progress: Progress | None = None
 ) -> Tokenizer | None:

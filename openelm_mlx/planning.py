@@ -14,7 +14,8 @@ import mlx.core as mx
 from .checkpoint.layouts import Contents
 from .checkpoint.released import write_released_headers
 from .conversion.source import Source as OpenedSource
-from .errors import HubError, SettingError
+from .errors import CheckpointError, HubError, SettingError
+from .files import hears_the_disk
 from .loading import dense_packing, memory_weights, packed_weights, parse_dtype, repository
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
@@ -23,6 +24,7 @@ from .memory.residency import checked_slots
 from .specs import checked_kv_bits
 
 
+@hears_the_disk(CheckpointError)
 def plan(
     source: str | Path,
     *,
@@ -79,6 +81,7 @@ def plans_on(
     return plans
 
 
+@hears_the_disk(CheckpointError)
 def _looked_at(source: str | Path, revision: str | None) -> tuple[Contents, Path | None, str | None]:
     """What a source holds, where a tokenizer may be, and what has to be said of how that is known."""
     try:

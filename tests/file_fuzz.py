@@ -37,6 +37,7 @@ use_device()
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
+from conftest import random_model, save_folder  # noqa: E402
 
 from openelm_mlx.agents.chat import Chat  # noqa: E402
 from openelm_mlx.agents.mcp import read_servers  # noqa: E402
@@ -48,9 +49,9 @@ from openelm_mlx.errors import UserError  # noqa: E402
 from openelm_mlx.files import read_yaml  # noqa: E402
 from openelm_mlx.generate import generate  # noqa: E402
 from openelm_mlx.loading import load  # noqa: E402
-from openelm_mlx.memory.calibration import SPEED_SUBJECT, calibrated  # noqa: E402
+from openelm_mlx.memory.calibration import Calibration, MeasuredRates, calibrated, store_memory, store_speed  # noqa: E402
 from openelm_mlx.memory.machine import this_machine  # noqa: E402
-from openelm_mlx.memory.stored import machine_key, store  # noqa: E402
+from openelm_mlx.memory.stored import store  # noqa: E402
 from openelm_mlx.planning import plan  # noqa: E402
 from openelm_mlx.text.tokenizer import load_tokenizer  # noqa: E402
 
@@ -318,6 +319,8 @@ class Reader:
             self.folder = Path(tempfile.mkdtemp(dir=ROOT))
             self.prepare(self.folder)
             self.sound = {name: (self.folder / name).read_bytes() for name in self.damage}
+            self.read(self.folder)  # what is sound is read, or damage would say nothing
+            self.mend()
         name = random.choice(list(self.damage))
         path = self.folder / name
         if random.random() < 0.08:
@@ -373,10 +376,17 @@ def _encoded(folder: Path) -> None:
     tokenizer.decode(range(min(tokenizer.vocab_size, 700)))
 
 
+def _whole(folder: Path) -> None:
+    save_folder(folder / "m", random_model())
+    for file in (*(folder / "m").iterdir(), *(FIXTURES / "tokenizers" / "llama").iterdir()):
+        shutil.copy(file, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2], "bos_token_id": 1}')
+
+
 def _shards(folder: Path) -> None:
     """Two shards with an index, the config, a card, licence and the rest that a conversion carries along."""
-    shutil.copy(FIXTURES / "openelm_untied" / "config.json", folder)
-    weights = mx.load(str(FIXTURES / "openelm_untied" / "model.safetensors"))
+    _whole(folder)
+    weights = mx.load(str(folder / "model.safetensors"))
     assert isinstance(weights, dict)
     names = sorted(weights)
     table = {}
@@ -385,8 +395,7 @@ def _shards(folder: Path) -> None:
         mx.save_safetensors(str(folder / file), {name: weights[name] for name in part})
         table |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
-    shutil.copytree(FIXTURES / "tokenizers" / "llama", folder, dirs_exist_ok=True)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [2], "bos_token_id": 1}')
+    (folder / "model.safetensors").unlink()
     (folder / "README.md").write_text("---\nlicense: apple-amlr\ntags: [x]\n---\n# A model\n\nText.\n")
     (folder / "LICENSE").write_text("A licence.\n")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
@@ -435,31 +444,20 @@ def _remembered(folder: Path) -> None:
 def _measured(folder: Path) -> None:
     os.environ["OPENELM_MLX_CACHE"] = str(folder)
     machine = this_machine()
-    rate = {"layer_seconds": 1e-4, "weights": 1e10, "keys_values": 1e10, "products": None}
-    values = {
-        "backend": machine.backend,
-        "machine": machine.name,
-        "date": "2026-01-01",
-        "disk": 1e9,
-        "rates": {"openelm": rate},
-    }
-    store(SPEED_SUBJECT, values).replace(folder / "speed")
-    memory = {"backend": machine.backend, "scratch": {"openelm": 1.1}, "process_bytes": 5_000_000, "date": "2026-01-01"}
-    store("memory", memory).replace(folder / "memory")
+    store_memory(Calibration({"openelm": 1.1}, 5_000_000, "2026-01-01"), machine)
+    store_speed({"openelm": MeasuredRates(1e-4, 1e10, 1e10)}, 1e9, machine, "2026-01-01").rename(folder / "memory")
 
 
 def _planned(folder: Path) -> None:
     os.environ["OPENELM_MLX_CACHE"] = str(folder)
-    key = store("x", {}).name.removeprefix("x")
+    link = store("memory", {})
+    link.unlink()
+    link.symlink_to(folder / "memory")
     try:
-        for name in ("speed", "memory"):
-            (folder / f"{name}{key}").symlink_to(folder / name)
-        assert machine_key()
         calibrated(this_machine())
         plan("demo-openelm").as_dict()
     finally:
-        for name in ("speed", "memory"):
-            (folder / f"{name}{key}").unlink(missing_ok=True)
+        link.unlink()
 
 
 def _routes(folder: Path) -> None:
@@ -537,10 +535,10 @@ def _resumed(folder: Path) -> None:
 
 READERS = {
     "openelm": Reader(
-        _copied(FIXTURES / "openelm_tiny", FIXTURES / "tokenizers" / "byte_level"),
+        _whole,
         {
             "config.json": damaged_json, "model.safetensors": damaged_safetensors, "generation_config.json": damaged_json,
-            "tokenizer_config.json": damaged_json, "tokenizer.json": damaged_json,
+            "tokenizer_config.json": damaged_json, "tokenizer.model": damaged_bytes,
         },
         _loaded,
     ),
@@ -586,7 +584,7 @@ READERS = {
         lambda folder: [refuse_harmful(folder / name) for name in ("sd.pt", "bf16.pt")],
     ),
     "prompt cache": Reader(_prompt_cache, {"prompts.safetensors": damaged_safetensors}, _remembered),
-    "measured": Reader(_measured, {"speed": damaged_json, "memory": damaged_json}, _planned),
+    "measured": Reader(_measured, {"memory": damaged_json}, _planned),
     "trace": Reader(_routes, {"trace.npz": damaged_npz}, lambda folder: Trace.load(folder / "trace.npz")),
     "chat": Reader(_chat, {"chat.json": damaged_json}, _talked),
     "servers": Reader(_servers, {"mcp.json": damaged_json}, lambda folder: read_servers(folder / "mcp.json")),

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import random_model, save_folder
 
 from openelm_mlx.agents.chat import Chat
 from openelm_mlx.bench.routing import Trace
+from openelm_mlx.conversion import convert
 from openelm_mlx.decoding.prefix_file import load_entries
 from openelm_mlx.errors import CheckpointError, PromptError, SettingError, TokenizerError
 from openelm_mlx.files import one_line
@@ -139,3 +141,12 @@ def test_one_line():
     assert one_line("a\n b\x1b[2J") == "a b\ufffd[2J"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line("x" * 1000)) == 200
+
+
+def test_half_a_character_in_a_tokenizer_s_settings_or_a_folder_s_name_is_converted(tmp_path):
+    source = save_folder(tmp_path / os.fsdecode(b"m\xff"), random_model(), "llama")
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | {"note": "\ud800", "add_bos_token": False}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert(source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["note"] == "\ufffd"
+    assert "m\ufffd" in (tmp_path / "out" / "README.md").read_text()

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..decoding.streamed_step import Pace
 from ..errors import SettingError
-from ..files import open_regular
+from ..files import open_regular, unreadable
 from ..memory.chips import READ_BACK_SECONDS
 from ..memory.rates import Rates
 from ..memory.residency import Residency
@@ -70,7 +70,7 @@ class Trace:
         except SettingError:
             raise
         except OSError as error:
-            raise SettingError(f"The trace {path} cannot be read: {error.strerror or error}.") from error
+            raise unreadable(path, error, SettingError) from error
         except Exception as error:  # zipfile, zlib and NumPy raise what the damage makes of their reading
             raise SettingError(f"{path} is no routing trace: record one with --record.") from error
         if not _are_choices(experts, lengths, num_experts):

@@ -26,8 +26,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from openelm_mlx.errors import CheckpointError, DestinationError, HubError, UserError
-from openelm_mlx.files import open_regular, parse_json, read_json, read_text, shown
-from openelm_mlx.finder import MACOS_PATTERNS, is_empty, is_macos_own
+from openelm_mlx.files import hears_the_disk, one_line, open_regular, parse_json, read_json, read_text, shown
+from openelm_mlx.finder import DISK_IS_GONE, MACOS_PATTERNS, is_empty, is_macos_own
 
 from .hub_names import RepoFile, check_revision, is_repo_name, sound_files
 
@@ -50,6 +50,7 @@ _LISTING_SECONDS = 120.0
 _LISTING_WAIT_SECONDS = 30.0
 
 
+@hears_the_disk(HubError)
 def list_files(repo: str, revision: str | None = None) -> list[RepoFile]:
     """The files of a repository with their sizes, in one request; of its cached copy when the Hub cannot be asked.
 
@@ -58,6 +59,7 @@ def list_files(repo: str, revision: str | None = None) -> list[RepoFile]:
     return list(_list(repo, revision).files)
 
 
+@hears_the_disk(HubError)
 def download(
     repo: str,
     choose: Callable[[list[RepoFile]], list[str]],
@@ -93,6 +95,7 @@ def download(
     return cache.snapshot(listing.commit)
 
 
+@hears_the_disk(HubError)
 def read_range(repo: str, name: str, start: int, length: int, revision: str | None = None) -> bytes:
     """Bytes [start, start + length) of one file of a repository, without downloading the rest; fewer where it ends.
 
@@ -114,6 +117,7 @@ def read_range(repo: str, name: str, start: int, length: int, revision: str | No
             return file.read(length)
 
 
+@hears_the_disk(HubError)
 def cached_file(repo: str, name: str, revision: str | None = None) -> Path | None:
     """A file of a repository if the Hugging Face cache holds it; the network is not asked."""
     cache = _RepoCache.of(repo)
@@ -122,6 +126,7 @@ def cached_file(repo: str, name: str, revision: str | None = None) -> Path | Non
     return file if file is not None and file.is_file() else None
 
 
+@hears_the_disk(CheckpointError)
 def upload(
     folder: str | os.PathLike[str],
     repo: str,
@@ -756,7 +761,7 @@ def _sentence(error: Exception, repo: str, revision: str | None, name: str | Non
         )
     if not isinstance(error, errors.HfHubHTTPError):
         return (
-            f"{hub} cannot be reached for {repo} ({_one_line(error)}): check the network and run this again; a "
+            f"{hub} cannot be reached for {repo} ({one_line(error)}): check the network and run this again; a "
             "download goes on where it stopped."
         )
     status = error.response.status_code
@@ -788,7 +793,7 @@ def _upload_reason(error: BaseException) -> str:
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     if not isinstance(error, HfHubHTTPError):
-        return _one_line(error)
+        return one_line(error)
     status = error.response.status_code
     if status == 401:
         return "you are not logged in; `hf auth login` with a token that may write does it"
@@ -802,10 +807,6 @@ def _answer_of(error: HfHubHTTPError) -> str:
     return f"{error.response.status_code}, {message}" if message else str(error.response.status_code)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _disk_error(error: OSError, repo: str, cache: _RepoCache, files: list[RepoFile]) -> DestinationError:
     elsewhere = "set HF_HOME to a folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -814,10 +815,16 @@ def _disk_error(error: OSError, repo: str, cache: _RepoCache, files: list[RepoFi
             f"room and run this again, it goes on where it stopped, or {elsewhere} on a larger disk."
         )
     where = error.filename or cache.root
+    if error.errno in DISK_IS_GONE:
+        reason = error.strerror or one_line(error)
+        return DestinationError(
+            f"{where} cannot be used any more for {repo} ({reason}): connect its disk again and run this again, it goes on "
+            f"where it stopped, or {elsewhere} on another disk."
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return DestinationError(f"{where} cannot be written: give yourself the right to, or {elsewhere} of your own.")
     return DestinationError(
-        f"{where} cannot be used for {repo} ({error.strerror or _one_line(error)}): check the disk, or {elsewhere}."
+        f"{where} cannot be used for {repo} ({error.strerror or one_line(error)}): check the disk, or {elsewhere}."
     )
 
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError
-from ..files import files_in, open_regular, parse_json, read_object, read_yaml, refuse_pointer, shown
+from ..files import files_in, open_regular, parse_json, read_object, read_yaml, refuse_pointer, shown, unreadable
 from ..finder import disk_trouble
 
 # safetensors' names of the types that weights come in, with bytes an element (huggingface/safetensors, format section).
@@ -111,9 +111,12 @@ class SafetensorsCheckpoint:
 
 def _read_now(entry: TensorEntry) -> mx.array:
     """One tensor out of a file that MLX does not open, because others in it have types that MLX does not know."""
-    with open_regular(entry.file, CheckpointError) as stream:
-        stream.seek(entry.start)
-        data = np.frombuffer(stream.read(entry.nbytes), np.uint8)
+    try:
+        with open_regular(entry.file, CheckpointError) as stream:
+            stream.seek(entry.start)
+            data = np.frombuffer(stream.read(entry.nbytes), np.uint8)
+    except OSError as error:
+        raise unreadable(entry.file, error, CheckpointError) from error
     if len(data) != entry.nbytes:
         raise CheckpointError(f"{entry.file} ends inside of {entry.name}: download or copy it again.")
     return mx.array(data).view(_MLX_TYPES[entry.dtype]).reshape(entry.shape)
@@ -175,7 +178,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
                 raise _damaged(file, f"it has {size:,} bytes and its header should have {length:,}")
             text = stream.read(length)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+        raise unreadable(file, error, CheckpointError) from error
     return parse_header(text, file, size)
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..files import open_regular, shown
+from ..files import open_regular, shown, unreadable
 from .reader import TensorEntry
 
 # The pickle of OpenELM-3B's training state, optimizer and averages included, has some 200 kB.
@@ -80,6 +80,8 @@ def refuse_harmful(file: Path) -> None:
             _refuse_names(file, pickle)
         except CheckpointError:
             raise
+        except OSError as error:
+            raise unreadable(file, error, CheckpointError) from error
         except Exception as error:  # zipfile and pickletools raise what the damage makes of their reading
             raise _unreadable(file, f"it is damaged or no archive of torch.save, {type(error).__name__}") from error
 

@@ -31,8 +31,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..errors import CheckpointError, DestinationError
-from ..files import LARGEST_COPY, open_regular
-from ..finder import is_empty, sync, sync_folder
+from ..files import LARGEST_COPY, open_regular, unreadable
+from ..finder import DISK_IS_GONE, is_empty, sync, sync_folder
 from .reader import ITEM_SIZES
 
 # Loaders of 5 GB files are everywhere, and the Hub sends no larger ones at one go.
@@ -407,8 +407,11 @@ def check_destination(destination: Path) -> None:
 
 def check_free_space(destination: Path, needed: int) -> None:
     """Raise DestinationError when the disk of `destination` has fewer than `needed` bytes free."""
-    folder = next(parent for parent in destination.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
+    try:
+        folder = next(parent for parent in destination.absolute().parents if parent.exists())
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _sentence(error, destination) from error
     if needed > free:
         raise DestinationError(
             f"The conversion needs {needed / 1e6:,.1f} MB on the disk of {folder} and {free / 1e6:,.1f} MB are free: make "
@@ -417,9 +420,12 @@ def check_free_space(destination: Path, needed: int) -> None:
 
 
 def file_checksum(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal; the Hub calls large files by it."""
-    with path.open("rb") as stream:
-        return _read_checksum(stream, sys.maxsize)
+    """The SHA-256 of a file that was written, in hexadecimal; the Hub calls large files by it. Raises DestinationError."""
+    try:
+        with path.open("rb") as stream:
+            return _read_checksum(stream, sys.maxsize)
+    except OSError as error:
+        raise unreadable(path, error, DestinationError) from error
 
 
 def _aligned(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
@@ -444,7 +450,11 @@ def _pieces(content: bytes | Path) -> Iterator[bytes]:
     with open_regular(content, CheckpointError) as source:
         if os.fstat(source.fileno()).st_size > LARGEST_COPY:
             raise CheckpointError(f"{content} is too large to belong to a model as it is: move it away.")
-        yield from iter(lambda: source.read(_BLOCK_BYTES), b"")
+        try:
+            while block := source.read(_BLOCK_BYTES):
+                yield block
+        except OSError as error:  # of the source, and not of the destination
+            raise unreadable(content, error, CheckpointError) from error
 
 
 def _read_checksum(stream: BinaryIO, nbytes: int, *whole: hashlib._Hash) -> str:
@@ -464,6 +474,10 @@ def _sentence(error: OSError, destination: Path) -> DestinationError:
             "make room, or choose a destination on another disk."
         )
     reason = error.strerror or str(error)
+    if error.errno in DISK_IS_GONE:
+        return DestinationError(
+            f"{destination} cannot be written any more ({reason}): connect its disk again, and run this again."
+        )
     return DestinationError(
         f"{destination} cannot be written ({reason}: {error.filename or destination.parent}): choose another destination, "
         "or give yourself the right to write there."

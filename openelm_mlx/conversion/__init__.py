@@ -26,10 +26,11 @@ from ..checkpoint.hub_names import is_repo_name
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, check_destination
 from ..errors import CheckpointError, ConfigError, ConversionError, HubError, SettingError, TokenizerError
-from ..files import read_bytes, read_object
+from ..files import hears_the_disk, read_bytes, read_object
 from ..finder import files_of
 from ..loading import find_tokenizer, stored_template
 from ..text.tokenizer import Tokenizer
+from ..text.unicode import whole_characters
 from .card import CardFacts, licence_files, model_card
 from .plan import TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
 from .source import Progress, Source
@@ -72,6 +73,7 @@ class ConversionReport:
     upload_url: str | None = None
 
 
+@hears_the_disk(CheckpointError)
 def convert(
     source: str | Path,
     destination: str | Path | None,
@@ -280,7 +282,7 @@ def _other_files(
         **{path.name: path for path in (*licences, *copied)},
         **generation,
         **_tokenizer_files(tokenizer),
-        "README.md": text.encode(),
+        "README.md": whole_characters(text).encode(),
         "config.json": _as_json(config),
     }
 
@@ -308,7 +310,7 @@ def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes | Path]:
     if begins_with_bos:
         config["add_bos_token"] = True  # OpenELM needs it, and mlx-lm goes by this field
     if stored is None or config != read_object(stored, TokenizerError):
-        files[_TOKENIZER_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        files[_TOKENIZER_CONFIG] = whole_characters(json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 
 

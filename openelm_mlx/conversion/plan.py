@@ -25,6 +25,7 @@ from ..checkpoint.quantize import NOT_A_SCALE, Quantization, parse_recipe, quant
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, OutputFile, OutputTensor, plan_files
 from ..errors import CheckpointError, ConversionError, SettingError
+from ..finder import disk_trouble
 from ..loading import DTYPES, parse_dtype
 from ..specs import ModelSpec, gpt_oss_config, openelm_config, spec_from_config
 
@@ -99,7 +100,7 @@ class PlannedWeight:
         except RuntimeError as error:  # MLX reads the file here
             file = checkpoint.entries[self.sources[0].sources[0]].file
             raise CheckpointError(
-                f"{file} could not be read to its end ({error}): download or copy it again."
+                disk_trouble([file]) or f"{file} could not be read to its end ({error}): download or copy it again."
             ) from error
         return arrays
 

@@ -21,6 +21,7 @@ from ..checkpoint.quantize import Quantization
 from ..checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from ..checkpoint.writer import file_checksum
 from ..errors import CheckpointError, ConversionError
+from ..finder import disk_trouble
 from ..models import build_model
 from ..specs import ModelSpec, spec_from_config
 from ..text.tokenizer import Tokenizer
@@ -172,7 +173,10 @@ class _Half:
             array = self.contents.parameters[name].read(self.checkpoint).astype(mx.float32)
             mx.eval(array)
         except RuntimeError as error:  # MLX reads the file here
-            raise CheckpointError(f"{name} could not be read to its end ({error}): copy the source again.") from error
+            trouble = disk_trouble(self.checkpoint.files)
+            raise CheckpointError(
+                trouble or f"{name} could not be read to its end ({error}): copy the source again."
+            ) from error
         return array
 
     def _unpacked(self, module: str, packing: Quantization) -> mx.array:

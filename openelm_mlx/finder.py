@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -39,6 +40,29 @@ def files_of(folder: Path) -> Iterator[Path]:
 def is_empty(folder: Path) -> bool:
     """Whether nothing is in a folder but what macOS has put there."""
     return next(files_of(folder), None) is None
+
+
+def is_same_name(one: str, other: str) -> bool:
+    """Whether a Mac's usual volume takes two names for one: neither case nor the form of accents counts there."""
+    return folded(one) == folded(other)
+
+
+def folded(name: str) -> str:
+    """What names that are one on a Mac's usual volume have in common."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, however the volume compares names; False where one is not there."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
+def is_named(folder: Path, name: str, names: Iterable[str]) -> bool:
+    """Whether the folder's volume means one of `names`, which are there, by `name`, in other letters or accents."""
+    return any(is_same_name(name, each) and same_file(folder / name, folder / each) for each in list(names))
 
 
 def disk_trouble(files: Iterable[Path]) -> str | None:

@@ -21,7 +21,7 @@ from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .files import hears_the_disk
-from .finder import disk_trouble, is_macos_own
+from .finder import disk_trouble, is_macos_own, is_same_name
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import allow_open_files, this_machine
@@ -506,7 +506,7 @@ def find_tokenizer(
         return _checked_tokenizer(load_tokenizer(_tokenizer_path(asked, progress)), spec, str(asked))
     folder = path if path.is_dir() else path.parent
     # OpenAI's repositories have it at the top, above the folder with the original weights.
-    for place in (folder, folder.parent) if folder.name == "original" else (folder,):
+    for place in (folder, folder.parent) if is_same_name(folder.name, "original") else (folder,):
         if any((place / name).is_file() for name in TOKENIZER_FILES):
             return _checked_tokenizer(load_tokenizer(place), spec, str(place))
     if spec.family != "openelm":

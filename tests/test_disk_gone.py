@@ -207,6 +207,7 @@ def test_of_what_was_downloaded(hub: HubServer, disk, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", f"{disk.folder}/hub")
     our_hub.download("owner/name", lambda files: [f.name for f in files])
     each_moment(disk, lambda: our_hub.cached_file("owner/name", "config.json"), is_lookup=True)
+    monkeypatch.setattr(our_hub, "_RETRY_SECONDS", ())
     hub.stop()
     each_moment(disk, lambda: our_hub.list_files("owner/name"))
     each_moment(disk, lambda: our_hub.read_range("owner/name", "config.json", 0, 2))

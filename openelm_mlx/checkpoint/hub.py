@@ -17,6 +17,7 @@ import shlex
 import shutil
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -311,6 +312,8 @@ class _RepoCache:
             return revision
         with suppress(UserError):
             check_revision(revision)
+            if not _is_spelled(self.folder / "refs", revision):
+                return None
             text = read_text(self.folder / "refs" / revision, HubError, 100).strip()
             return text if _COMMIT.fullmatch(text) else None
         return None
@@ -325,6 +328,8 @@ class _RepoCache:
             if not memo.exists():
                 _write(memo, json.dumps([[file.name, file.size, file.etag] for file in listing.files]))
             if self.commit(revision) != listing.commit:
+                if not _is_spelled(self.folder / "refs", revision):  # another revision's, in other letters
+                    (self.folder / "refs" / revision).unlink(missing_ok=True)
                 _write(self.folder / "refs" / revision, listing.commit)
 
     def recall(self, repo: str, revision: str, refusal: HubError) -> _Listing | None:
@@ -339,6 +344,18 @@ class _RepoCache:
         here = sorted(path for path in snapshot.rglob("*") if path.is_file() and not is_macos_own(path.name))
         files = tuple(RepoFile(path.relative_to(snapshot).as_posix(), path.stat().st_size) for path in here)
         return _Listing(repo, commit, files, refusal, is_whole=False)
+
+
+def _is_spelled(folder: Path, name: str) -> bool:
+    """Whether a file is called so in a folder, in these letters: a volume may take v1 for V1, and they are two revisions."""
+    for part in name.split("/"):
+        with suppress(OSError):
+            if unicodedata.normalize("NFC", part) not in {
+                unicodedata.normalize("NFC", each) for each in os.listdir(folder)
+            }:
+                return False
+        folder = folder / part
+    return True
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,7 +6,6 @@ What a listing of the Hub says becomes paths in the cache, so a name is looked a
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import HubError
 from ..files import shown
+from ..finder import folded
 
 _PART = r"(?![.-])[A-Za-z0-9._-]{1,96}(?<![.-])"
 _OWNER_AND_NAME = re.compile(f"{_PART}/{_PART}")
@@ -101,7 +101,7 @@ def sound_files(entries: Iterable[tuple[Any, Any, Any]]) -> tuple[RepoFile, ...]
         if type(size) is not int or not 0 <= size <= LARGEST_FILE or not has_etag:
             raise ValueError(f"size or checksum of {shown(name)} is missing")
         if _fits_on_a_disk(name):
-            files.setdefault(_as_a_mac_sees(name), RepoFile(name, size, etag))
+            files.setdefault(folded(name), RepoFile(name, size, etag))
     return tuple(file for key, file in files.items() if not any(parent in files for parent in _parents(key)))
 
 
@@ -144,11 +144,6 @@ def _fits_on_a_disk(name: str) -> bool:
         return False
     data = [part.encode() for part in name.split("/")]
     return max(map(len, data)) <= _LONGEST_NAME and sum(map(len, data)) + len(data) <= _LONGEST_PATH
-
-
-def _as_a_mac_sees(name: str) -> str:
-    """Names with the same result are one file on a Mac's disk: neither case nor the form of accents counts."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def _parents(name: str) -> Iterable[str]:

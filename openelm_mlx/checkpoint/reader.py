@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import CheckpointError, ConfigError
 from ..files import files_in, open_regular, parse_json, read_object, read_yaml, refuse_pointer, shown, unreadable
-from ..finder import disk_trouble
+from ..finder import disk_trouble, is_named, is_same_name, same_file
 
 # safetensors' names of the types that weights come in, with bytes an element (huggingface/safetensors, format section).
 ITEM_SIZES = {
@@ -232,11 +232,35 @@ def _indexed_files(index: Path) -> list[Path]:
     whole = index.parent / "model.safetensors"
     there = {file.name for file in files_in(index.parent, "*.safetensors", CheckpointError)}
     try:
-        return [index.parent / name for name in indexed_names(_read_object(index), str(index), there)]
+        named = _read_object(index)
+        return _apart(index.parent / name for name in indexed_names(named, str(index), _Volume(index.parent, there)))
     except (CheckpointError, ConfigError):
         if whole.name in there:
             return [whole]
         raise
+
+
+class _Volume(frozenset[str]):
+    """The names in a folder; a name is among them too when the volume takes it for one of them in other letters or accents."""
+
+    folder: Path
+
+    def __new__(cls, folder: Path, names: Collection[str]) -> _Volume:
+        self = super().__new__(cls, names)
+        self.folder = folder
+        return self
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and is_named(self.folder, name, self))
+
+
+def _apart(files: Iterable[Path]) -> list[Path]:
+    """The files, each once: what an index spells in two ways may be one on this volume."""
+    found: list[Path] = []
+    for file in files:
+        if not any(same_file(file, other) for other in found if is_same_name(file.name, other.name)):
+            found.append(file)
+    return found
 
 
 def indexed_names(index: Mapping[str, Any], origin: str, there: Collection[str]) -> list[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import LARGEST_YAML, files_in
+from ..files import LARGEST_YAML, files_in, read_bytes
+from ..finder import folded
 
 # What a licence, and what belongs to one, is called in the repositories of Apple, OpenAI and others.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|ACKNOWLEDG|USE_POLICY|USAGE_POLICY).*", re.IGNORECASE)
@@ -52,10 +53,20 @@ class CardFacts:
 
 
 def licence_files(folder: Path) -> list[Path]:
-    """The files of a source that carry its licence."""
-    return [
-        path for path in files_in(folder, "*", CheckpointError) if LICENCE_FILES.fullmatch(path.name) and path.is_file()
-    ]
+    """The files of a source that carry its licence.
+
+    Of two names that a Mac takes for one, such as LICENSE and License, the destination can have only the first.
+    """
+    found: dict[str, Path] = {}
+    for path in files_in(folder, "*", CheckpointError):
+        if LICENCE_FILES.fullmatch(path.name) and path.is_file():
+            other = found.setdefault(folded(path.name), path)
+            if other != path and read_bytes(other, CheckpointError) != read_bytes(path, CheckpointError):
+                raise CheckpointError(
+                    f"{folder} has {other.name} and {path.name} with different texts, which a Mac's disk cannot hold beside "
+                    "each other: rename one of them."
+                )
+    return list(found.values())
 
 
 def model_card(source_card: str | None, facts: CardFacts) -> str:

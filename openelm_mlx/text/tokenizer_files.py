@@ -10,6 +10,7 @@ from typing import Any
 
 from openelm_mlx.errors import TokenizerError
 from openelm_mlx.files import read_bytes, read_object, shown
+from openelm_mlx.finder import is_same_name, same_file
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
@@ -62,8 +63,9 @@ def find_vocabulary(path: Path) -> Path:
     if not os.path.lexists(path):
         raise TokenizerError(f"{path} does not exist; name a folder that holds tokenizer.model or tokenizer.json.")
     if not path.is_dir():
-        if path.name in (SENTENCEPIECE_FILE, JSON_FILE):
-            return path
+        for name in (SENTENCEPIECE_FILE, JSON_FILE):
+            if path.name == name or (is_same_name(path.name, name) and same_file(path, path.parent / name)):
+                return path.parent / name
         if path.name not in COMPANION_FILES:
             raise TokenizerError(
                 f"{path} is not called tokenizer.model (SentencePiece) or tokenizer.json (Hugging Face); "

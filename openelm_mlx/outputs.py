@@ -93,9 +93,9 @@ def output_file(
     its own. Raises DestinationError.
     """
     path = checked_output(name, what, is_ours, overwrite)
-    was_there = path.exists()
     partial: str | None = None
     try:
+        was_there = path.exists()
         beside = str(path.absolute().parent / f".openelm_mlx-{os.urandom(8).hex()}")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
         partial = beside

@@ -108,17 +108,18 @@ def test_a_revision_in_other_letters_is_another_one(hub: HubServer, also, monkey
 
 
 def test_a_prompt_cache_is_synced_as_a_mac_s_disk_wants_it(tmp_path, monkeypatch):
+    from openelm_mlx import outputs
     from openelm_mlx.decoding import prefix_file
 
     synced = []
-    monkeypatch.setattr(prefix_file, "sync", lambda stream: (synced.append(stream.name), sync(stream)))
+    monkeypatch.setattr(outputs, "sync", lambda stream: (synced.append(stream.name), sync(stream)))
     prefix_file.save_entries(tmp_path / "cache", [], None)
     assert len(synced) == 1
 
     def fails(stream: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(prefix_file, "sync", fails)
+    monkeypatch.setattr(outputs, "sync", fails)
     with pytest.raises(DestinationError, match="Input/output error"):
         prefix_file.save_entries(tmp_path / "other", [], None)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]

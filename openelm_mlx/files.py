@@ -21,7 +21,8 @@ from .errors import UserError
 from .finder import DISK_IS_GONE, is_macos_own
 
 ErrorClass = type[UserError]
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 # Configs, indexes and tokenizer settings of the largest releases have some 100 kB.
 LARGEST_JSON = 8 * 2**20

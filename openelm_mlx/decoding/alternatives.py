@@ -7,9 +7,13 @@ can fit two alternatives the two are the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import permutations
 from typing import Any, final
-from urllib.parse import unquote
+
+from .engine_schema import engine_refusal
+from .number_bounds import Bound, bounds_of, exact, first_and_last
+from .schema_parts import has_huge_number, kind_of, shown, target_of
 
 _TYPES = ("string", "number", "boolean", "null", "array", "object")
 _MOST_STEPS = 20_000
@@ -17,25 +21,58 @@ _MOST_STEPS = 20_000
 
 @final
 class Alternatives:
-    """The alternatives of one schema's oneOfs; `root` is the whole schema, for its references."""
+    """The alternatives of one schema's oneOfs.
 
-    def __init__(self, root: Any) -> None:
-        self._root = root
+    root: the whole schema, for its references. walk: makes a schema as answers will be written from one of the user's.
+    """
+
+    def __init__(self, root: Any, walk: Callable[[Any, str], Any]) -> None:
+        self._root, self._walk = root, walk
         self._steps = 0
+        self._marking: set[int] = set()
 
-    def apart(self, given: list[Any], prepared: list[Any]) -> tuple[list[Any] | None, tuple[int, int]]:
-        """The alternatives as an anyOf, or None and the numbers (from 1) of two that may fit one value.
+    def apart(self, given: list[Any], prepared: list[Any], here: str) -> tuple[list[Any] | None, str]:
+        """The alternatives as an anyOf, or None and why they are not followed.
 
         given: as the user has them. prepared: as answers will be written, with the same or less allowed: a closed object
         cannot have the member that another alternative requires.
         """
         if all(isinstance(each, Mapping) and set(each) <= {"required", "type"} for each in given):
-            return _exclusive_members(given, prepared), (0, 0)
-        for i, written in enumerate(prepared):
-            for j, other in enumerate(given):
-                if i != j and not self._are_apart(written, other, frozenset()):
-                    return None, (min(i, j) + 1, max(i, j) + 1)
-        return prepared, (0, 0)
+            return _exclusive_members(given, prepared), ""
+        prepared = list(prepared)
+        for i, j in permutations(range(len(given)), 2):
+            if self._are_apart(prepared[i], given[j], frozenset()):
+                continue
+            marked = self._marked(given[i], prepared[i], given[j], f"{here}.oneOf[{i}]")
+            if marked is None:
+                return None, self._reason(given, min(i, j), max(i, j))
+            prepared[i] = marked
+        return prepared, ""
+
+    def _marked(self, own: Any, written: Any, other: Any, path: str) -> Any:
+        """`written` with a member required that tells it from `other` (a tag with a default, say); None if there is none."""
+        if isinstance(own, Mapping) and set(own) == {"$ref"}:
+            own = target_of(self._root, own["$ref"])
+            if id(own) in self._marking:
+                return None  # this very oneOf is in it
+            self._marking.add(id(own))
+            written = self._walk(own, path) if isinstance(own, Mapping) else written
+            self._marking.discard(id(own))
+        if isinstance(other, Mapping) and set(other) == {"$ref"}:
+            other = target_of(self._root, other["$ref"])
+        if not all(isinstance(each, Mapping) and each.get("type") == "object" for each in (own, written, other)):
+            return None
+        for name in _members(own):
+            if name in _members(other) and self._are_apart(_members(own)[name], _members(other)[name], frozenset()):
+                return {**written, "required": [*dict.fromkeys((*_required(written), name))]}
+        return None
+
+    def _reason(self, given: list[Any], i: int, j: int) -> str:
+        advice = "Use anyOf, or give each alternative a required member with a const of its own."
+        example = _fits_both(given[i], given[j])
+        if example:
+            return f"its alternatives {i + 1} and {j + 1} both fit {example[0]}, which oneOf forbids. {advice}"
+        return f"its alternatives {i + 1} and {j + 1} may both fit one value, which oneOf forbids. {advice}"
 
     def _are_apart(self, a: Any, b: Any, seen: frozenset[tuple[int, int]]) -> bool:
         """Whether no value fits both. Shown for some conjunct of each; False where it cannot be shown."""
@@ -85,13 +122,102 @@ class Alternatives:
             items = a.get("items", True), b.get("items", True)
             return _beyond(a, b, "minItems", "maxItems") or self._are_apart(*items, seen)
         if kind == "string":
-            return _beyond(a, b, "minLength", "maxLength")
-        return kind == "number" and _beyond(a, b, "minimum", "maximum")
+            return _beyond(a, b, "minLength", "maxLength") or _strings_apart(a, b)
+        return kind == "number" and _numbers_apart(a, b)
 
     def _member_apart(
         self, name: str, a: Mapping[str, Any], b: Mapping[str, Any], seen: frozenset[tuple[int, int]]
     ) -> bool:
         return self._are_apart(_member(a, name), _member(b, name), seen)
+
+
+def _members(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = schema.get("properties")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _numbers_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether no number is within the bounds of both."""
+    sides = []
+    for schema in (a, b):
+        values = _values(schema)
+        if values is None:
+            sides.append([bounds_of(schema)])
+        else:
+            points = [Bound(exact(value), False) for value in values if kind_of(value) == "number"]
+            sides.append([(point, point) for point in points])
+    is_whole = not (_may_be_fraction(a) and _may_be_fraction(b))
+    for low, high in sides[0]:
+        for other_low, other_high in sides[1]:
+            pairs = ((low, other_high), (other_low, high))
+            if not any(_is_empty(first, last, is_whole) for first, last in pairs):
+                return False
+    return True
+
+
+def _is_empty(low: Bound | None, high: Bound | None, is_whole: bool) -> bool:
+    if low is None or high is None:
+        return False
+    if is_whole:
+        first, last = first_and_last(low, high)
+        return first is not None and last is not None and first > last
+    return low.value > high.value or (low.value == high.value and (low.is_open or high.is_open))
+
+
+def _may_be_fraction(schema: Mapping[str, Any]) -> bool:
+    kinds = schema.get("type", "number")
+    return "number" in ([kinds] if isinstance(kinds, str) else kinds)
+
+
+def _strings_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether no string has the patterns and lengths of both, as the engine finds it."""
+    sides = []
+    for schema in (a, b):
+        kept = {key: schema[key] for key in _OF_STRINGS if key in schema}
+        values = _values(schema)
+        if values is not None:
+            kept["enum"] = [value for value in values if isinstance(value, str)]
+        sides.append({"type": "string", **kept})
+    if not all({"pattern", "enum", "format"} & side.keys() for side in sides):
+        return False
+    # Each alone is sound: what is refused together has nothing in common.
+    if any(engine_refusal(json.dumps(side)) for side in sides):
+        return False
+    reason = engine_refusal(json.dumps({"allOf": sides}))
+    return reason is not None and ("Regex is empty" in reason or "Unsatisfiable schema" in reason)
+
+
+_OF_STRINGS = ("pattern", "format", "minLength", "maxLength")
+_EXAMPLES: tuple[Any, ...] = (0, 1, -1, 2, 10, 0.5, "", "a", "text", True, False, None, [], [0], ["a"], {})
+
+
+def _fits_both(a: Any, b: Any) -> list[str]:
+    """A value that fits both, as JSON, where a simple one is found. Patterns are not tried: they may take for ever."""
+    from jsonschema import Draft202012Validator
+
+    text = json.dumps([a, b], default=str) if not has_huge_number([a, b]) else '"$ref"'
+    if any(f'"{word}"' in text for word in ("$ref", "pattern", "patternProperties", "format")) or len(text) > 5000:
+        return []
+    both = Draft202012Validator({"allOf": [a, b]})
+    for example in (*_EXAMPLES, *_made(a), *_made(b)):
+        if both.is_valid(example):
+            return [shown(example)]
+    return []
+
+
+def _made(schema: Any) -> list[Any]:
+    """Simple values of a schema: those it lists, or an object with what it requires."""
+    if not isinstance(schema, Mapping):
+        return []
+    values = _values(schema)
+    if values is not None:
+        return values
+    if not _required(schema):
+        return []
+    return [
+        {name: (_made(_members(schema).get(name)) or [example])[0] for name in _required(schema)}
+        for example in _EXAMPLES
+    ]
 
 
 def _member(schema: Mapping[str, Any], name: str) -> Any:
@@ -138,23 +264,13 @@ def _text(value: Any) -> str:
 
 def _may_be(schema: Mapping[str, Any], kind: str) -> bool:
     values = _values(schema)
-    if values is not None and not any(_kind_of(value) == kind for value in values):
+    if values is not None and not any(kind_of(value) == kind for value in values):
         return False
     kinds = schema.get("type")
     if kinds is None:
         return True
     kinds = [kinds] if isinstance(kinds, str) else kinds
     return kind in kinds or (kind == "number" and "integer" in kinds)
-
-
-def _kind_of(value: Any) -> str:
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, (int, float)):
-        return "number"
-    if isinstance(value, str):
-        return "string"
-    return "null" if value is None else "object" if isinstance(value, Mapping) else "array"
 
 
 def _beyond(a: Mapping[str, Any], b: Mapping[str, Any], low: str, high: str) -> bool:
@@ -164,24 +280,3 @@ def _beyond(a: Mapping[str, Any], b: Mapping[str, Any], low: str, high: str) -> 
         return high in first and low in second and first[high] < second[low]
 
     return ends_before(a, b) or ends_before(b, a)
-
-
-def target_of(root: Any, reference: str) -> Any:
-    """What a `$ref` within the schema points to; True (anything) where it points elsewhere or nowhere."""
-    own = root.get("$id") if isinstance(root, Mapping) else None
-    if isinstance(own, str) and own and reference.startswith(own):
-        reference = reference[len(own) :] or "#"
-    if reference == "#":
-        return root
-    if not reference.startswith("#/"):
-        return True
-    node = root
-    for part in reference[2:].split("/"):
-        name = unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(node, Mapping) and name in node:
-            node = node[name]
-        elif isinstance(node, (list, tuple)) and name.isdigit() and int(name) < len(node):
-            node = node[int(name)]
-        else:
-            return True
-    return node

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from .json_schema import NAMED_SCHEMAS
 from .patterns import Pattern, StringForm
+from .schema_parts import NAMED_SCHEMAS
 
 if TYPE_CHECKING:
     import llguidance
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 # string of a given length.
 _LONGEST_COMPLETION = 4096
 _CIRCLE = 48
-# Walks, and passes of one place in a walk. The first is enough nearly always.
-EFFORTS = (128, _CIRCLE), (1, _LONGEST_COMPLETION)
+# Walks, and passes of one place in a walk. The first is enough nearly always; one long walk, for a list of hundreds of
+# items, comes before many short ones.
+EFFORTS = (4, _CIRCLE), (1, _LONGEST_COMPLETION), (128, _CIRCLE)
 
 _TERMINAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/((?:\\.|[^/\\\n])+)/')
 # How far back a grammar's terminal may have begun, in characters.

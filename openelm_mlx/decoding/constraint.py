@@ -93,6 +93,8 @@ def check_room(span: Span, max_tokens: int) -> None:
 
 # With less room than this beyond a completion, one is looked for after each token.
 _LEAST_SPARE = 64
+# So many tokens of a completion may have been written in another way.
+_MOST_DROPPED = 6
 
 
 class Span:
@@ -168,10 +170,15 @@ class Span:
         return False
 
     def _completion_within(self, num_left: int) -> list[int] | None:
-        """A completion of the present place. Inside a string, where most tokens are, the last one still is one."""
+        """A completion of the present place. The last one found still is one inside a string, or without its beginning.
+
+        That is where most tokens are, and in a long list a new search would go through all that is to come.
+        """
         last = self._last_found
-        if last is not None and len(last) < num_left and self.matcher.is_completed_by(last):
-            return last
+        for start in range(min(_MOST_DROPPED, len(last)) if last is not None else 0):
+            rest = last[start:]  # type: ignore[index]
+            if len(rest) < num_left and self.matcher.is_completed_by(rest):
+                return rest
         return self.matcher.completion()
 
     def _schedule(self, length: int, num_left: int) -> None:

@@ -1,0 +1,98 @@
+"""A schema's parts: which of them are schemas, which are data, and what a reference points to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+DATA = ("const", "enum")
+OTHER_TYPES = ["string", "boolean", "null", "array", "object"]  # than numbers
+# Why a part cannot be followed, in a sentence: said if the part is needed, and left out where there is another choice.
+REFUSED = "\x00refused"
+
+
+def nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """Every object in a schema that may be a schema."""
+    if isinstance(schema, Mapping):
+        yield schema
+        for key, value in schema.items():
+            if key in DATA:
+                continue
+            if key in NAMED_SCHEMAS and isinstance(value, Mapping):
+                for item in value.values():
+                    yield from nodes(item)
+            else:
+                yield from nodes(value)
+    elif isinstance(schema, (list, tuple)):
+        for item in schema:
+            yield from nodes(item)
+
+
+def target_of(root: Any, reference: str) -> Any:
+    """What a `$ref` within the schema points to; True (anything) where it points elsewhere or nowhere."""
+    found = find(root, reference)
+    return True if found is None else found
+
+
+def find(root: Any, reference: str) -> Any:
+    """What a `$ref` within the schema points to; None where it points elsewhere or nowhere."""
+    own = root.get("$id") if isinstance(root, Mapping) else None
+    if isinstance(own, str) and own and reference.startswith(own):
+        reference = reference[len(own) :] or "#"
+    if reference == "#":
+        return root
+    if not reference.startswith("#/"):
+        return None
+    node = root
+    for part in reference[2:].split("/"):
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(node, Mapping) and name in node:
+            node = node[name]
+        elif isinstance(node, (list, tuple)) and name.isdigit() and int(name) < len(node):
+            node = node[int(name)]
+        else:
+            return None
+    return node
+
+
+def may_be(schema: Mapping[str, Any], kind: str) -> bool:
+    """Whether `type` allows this kind of value."""
+    kinds = schema.get("type")
+    if kinds is None:
+        return True
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    return kind in kinds or (kind == "number" and "integer" in kinds)
+
+
+def may_be_other(schema: Mapping[str, Any]) -> bool:
+    """Whether `type` allows anything but numbers."""
+    return any(may_be(schema, kind) for kind in OTHER_TYPES)
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: as JSON, and short."""
+    text = json.dumps(value, ensure_ascii=False, default=str) if not has_huge_number(value) else "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def has_huge_number(value: Any) -> bool:
+    """Whether a whole number is in it that Python refuses to print."""
+    if isinstance(value, Mapping):
+        return any(map(has_huge_number, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(has_huge_number, value))
+    return isinstance(value, int) and value.bit_length() > 4000
+
+
+def kind_of(value: Any) -> str:
+    """The name of a value's type; "number" for whole ones too."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, (int, float)):
+        return "number"
+    if isinstance(value, str):
+        return "string"
+    return "null" if value is None else "object" if isinstance(value, Mapping) else "array"

@@ -126,13 +126,32 @@ class _JsonStrings:
             else:
                 self._is_escaped = self.is_open and byte == 0x5C
 
-    def content(self) -> str | None:
-        """The open string's characters; None in the midst of a character or an escape."""
-        try:
-            text = json.loads(b'"' + self._content + b'"')
-        except ValueError:
-            return None
-        return None if any(0xD800 <= ord(c) <= 0xDFFF for c in text) else text
+    def contents(self) -> Iterator[tuple[str, str]]:
+        """The open string's characters; in the midst of an escape several, each with what ends the escape so.
+
+        None in the midst of a character.
+        """
+        for ending in _escape_endings(bytes(self._content)):
+            try:
+                text = json.loads(b'"' + self._content + ending.encode() + b'"')
+            except ValueError:
+                continue
+            if not any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+                yield ending, text
+
+
+_OPEN_ESCAPE = re.compile(rb"(?:\\\\|\\[^\\u]|\\u[0-9a-fA-F]{4}|[^\\])*(\\(?:u[0-9a-fA-F]{0,3})?)?", re.DOTALL)
+
+
+def _escape_endings(content: bytes) -> list[str]:
+    """What can end the escape that is open at the end of a JSON string's content; nothing has to if none is."""
+    match = _OPEN_ESCAPE.fullmatch(content)
+    start = match[1] if match else None
+    if not start:
+        return [""]
+    if start == b"\\":
+        return ['"', "\\", "n", "t", "r", "u0061"]
+    return [code[len(start) - 2 :] for code in ("0061", "0041", "0030", "0022", "005c", "000a", "0020", "002e", "00e9")]
 
 
 # What leads soonest to an end, most promising first; other characters come between the two lists. In JSON the quote that
@@ -223,11 +242,11 @@ class _Walk:
         if not forms:
             return []
         if self._strings is not None:
-            content = self._strings.content()
-            if content is None:
-                return []
-            rests = {form.rest(content) for form in forms}
-            quoted = (json.dumps(rest, ensure_ascii=False)[1:-1] for rest in rests if rest)
+            quoted = set()
+            for ending, content in self._strings.contents():
+                rests = {form.rest(content) for form in forms}
+                written = (ending + json.dumps(rest, ensure_ascii=False)[1:-1] for rest in rests if rest is not None)
+                quoted.update(each for each in written if each)
             return [(each.encode(), b'"') for each in sorted(quoted, key=lambda text: (len(text), text))]
         text = self._text.decode("utf-8", "replace")
         if text.endswith("\ufffd"):

@@ -6,13 +6,19 @@ import json
 from functools import lru_cache
 from typing import Any
 
+HALF_A_CHARACTER = "half of a surrogate pair is no character"
+
 
 @lru_cache(maxsize=512)
 def engine_refusal(definition: str) -> str | None:
     """Why the engine refuses a JSON Schema, given as text; None if it does not."""
     from llguidance import LLMatcher
 
-    failed, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_json_schema(definition))
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(definition)
+    except ValueError:
+        return HALF_A_CHARACTER
+    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     return " ".join(messages[0].split()) if failed else None
 
 

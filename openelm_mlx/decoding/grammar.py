@@ -20,6 +20,7 @@ from ..errors import SettingError
 from ..text.schema import check_schema
 from ..text.tokenizer import Tokenizer
 from .completion import EFFORTS, completion, string_forms
+from .engine_schema import HALF_A_CHARACTER
 from .json_schema import prepared
 from .patterns import StringForm
 
@@ -89,7 +90,12 @@ def _json_format(schema: Any) -> AnswerFormat:
     check_schema(schema, "The schema")
     for_engine, notes = prepared(schema)
     text = json.dumps(for_engine)
-    definition = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
+    try:
+        definition = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
+    except ValueError:
+        raise SettingError(
+            f"The schema has a text that cannot be written, in a name, a value or a pattern: {HALF_A_CHARACTER}. Leave it out."
+        ) from None
     return _checked(AnswerFormat("json", text, definition, schema, notes), "The schema")
 
 

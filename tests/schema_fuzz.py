@@ -451,7 +451,7 @@ def _check(text: str, schema: Any) -> None:
     except (SchemaError, TypeError, ValueError, RecursionError, re.error):
         return  # taken all the same (draft 4's booleans, say); what it means is not sure
     try:
-        checker = FormatChecker(_HELD_FORMATS)
+        checker = FormatChecker([each for each in _HELD_FORMATS if each in FormatChecker.checkers])
         errors = kind(schema, format_checker=checker).iter_errors(value)
         error = next((each for each in errors if not _is_multiple_after_all(each)), None)
     except (re.error, RecursionError, OverflowError, Unresolvable):

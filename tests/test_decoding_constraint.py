@@ -1,7 +1,9 @@
 """Constraints over tokens: within a budget, only where they belong in Harmony, and exact when tokens are taken back."""
 
+import gc
 import json
 import random
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -405,3 +407,13 @@ def test_a_bias_cannot_make_an_answer_invalid():
     forbidden = {token: float("-inf") for token, data in texts if data[:1] in (b"y", b"n")}
     sampling = om.SamplingParams(logit_bias=forbidden)
     assert om.generate(model, tokenizer, "Is it?", regex="(yes|no)", sampling=sampling) in ("yes", "no")
+
+
+@pytest.mark.parametrize("name", ["demo-openelm", "demo-gpt-oss"])
+def test_a_tokenizer_is_let_go_after_an_answer_in_a_format(name):
+    model, tokenizer = om.load(name)
+    assert om.generate(model, tokenizer, "Hi", schema=SCHEMAS["word"], max_tokens=400)
+    gone = weakref.ref(tokenizer)
+    del model, tokenizer
+    gc.collect()
+    assert gone() is None

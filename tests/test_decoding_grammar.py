@@ -2,8 +2,10 @@
 
 import datetime as dt
 import enum
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -228,3 +230,165 @@ def test_a_schema_without_an_end_is_refused():
 def test_other_kinds_of_tokenizers(name):
     engine = engine_of(load_tokenizer(FIXTURES / "tokenizers" / name))
     assert is_valid(text_of(engine, engine.matcher(answer_format(SCHEMAS["invoice"])).completion()), SCHEMAS["invoice"])
+
+
+M = -(2**63)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": M},
+        {"type": "integer", "minimum": M, "maximum": 2**63 - 1},
+        {"type": "integer", "maximum": M},
+        {"type": "integer", "exclusiveMaximum": M},
+        {"type": "integer", "minimum": M, "maximum": M + 4096},
+        {"type": "integer", "minimum": M, "maximum": -5, "multipleOf": 7},
+        {"type": "integer", "minimum": -1e30, "maximum": -1e20},
+        {"type": "integer", "exclusiveMinimum": -1e30, "exclusiveMaximum": -1e20},
+        {"type": "number", "minimum": -1e30, "maximum": -1e20},
+        {"type": "number", "minimum": M, "maximum": -1e18},
+        {"type": "integer", "minimum": 1e20},
+        {"type": "integer", "minimum": 10**18},
+        {"type": "integer", "minimum": -(10**400), "maximum": 10**400},
+        {"type": "number", "maximum": -(10**5000), "minimum": -(10**5001), "nullable": True}
+        | {"type": ["number", "null"]},
+        {"type": "integer", "minimum": 1.5, "maximum": 2.5},
+        {"type": "integer", "exclusiveMinimum": 1.5, "exclusiveMaximum": 2.0001},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5},
+        {"type": "number", "minimum": -0.5, "exclusiveMaximum": 0},
+        {"type": "number", "exclusiveMinimum": 3, "exclusiveMaximum": 3.1},
+        {"type": "number", "minimum": 0.012345678901234567, "maximum": 0.5},
+        {"type": "number", "minimum": 0.5, "maximum": 0.7, "multipleOf": 0.25},
+        {"type": "integer", "minimum": 1, "maximum": 30, "multipleOf": 7.5},
+        {"type": "object", "properties": {"id": {"type": "integer", "minimum": M, "maximum": -1}}, "required": ["id"]},
+        {"type": "array", "items": {"type": ["integer", "null"], "maximum": M}, "minItems": 1},
+        {"const": 1e22},
+        {"const": 2**60},
+        {"type": "integer", "enum": [2.0**60, -(2**62)]},
+    ],
+    ids=lambda schema: repr(sorted(schema)),
+)
+def test_bounds_far_out_give_an_answer_within_them(schema):
+    engine = engine_of(load_tokenizer(DEMO / "openelm"))
+    answer = answer_format(schema)
+    matcher = engine.matcher(answer)
+    assert is_valid(text_of(engine, matcher.completion()), schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "taken", "refused"),
+    [
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0.25", "0"),
+        ({"type": "number", "minimum": -0.5, "exclusiveMaximum": 0}, "-0.25", "-0"),
+        ({"type": "number", "exclusiveMinimum": 3, "exclusiveMaximum": 3.1}, "3.05", "3"),
+        ({"type": "integer", "minimum": 1.5, "maximum": 3.5}, "3", "4"),
+        ({"type": "number", "minimum": 10**16, "maximum": 10**17}, "20000000000000000", "1"),
+    ],
+)
+def test_an_open_bound_is_open(schema, taken, refused):
+    engine = engine_of(load_tokenizer(DEMO / "openelm"))
+    matcher = engine.matcher(answer_format(schema))
+    assert matcher.is_completed_by(engine.spell(taken.encode()))
+    assert not matcher.is_completed_by(engine.spell(refused.encode()))
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"type": "integer", "minimum": M, "maximum": M}, "-9223372036854775808"),
+        ({"properties": {"a": {"const": M}}, "required": ["a"]}, "const at properties.a"),
+        ({"enum": [M]}, "enum at the top level"),
+        ({"allOf": [{"type": "integer"}, {"maximum": M}, {"type": "integer", "maximum": M}]}, "bounds at allOf[2]"),
+        ({"type": "integer", "minimum": 10**5000}, "huge number"),
+        ({"type": "string", "pattern": "\ud800"}, "surrogate"),
+        ({"enum": ["\ud800"]}, "surrogate"),
+        ({"properties": {"a": {"not": {}}}}, "not at properties.a"),
+        ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "properties.a points to nothing"),
+        ({"items": {"$ref": "file:///etc/passwd"}}, "leads out of the schema"),
+    ],
+)
+def test_what_no_answer_can_hold_is_refused_with_its_place(schema, says):
+    with pytest.raises(SettingError, match=re.escape(says)) as error:
+        answer_format(schema)
+    assert "\n" not in str(error.value)
+
+
+def test_what_nothing_refers_to_is_no_hindrance():
+    odd = {"a": {"not": {}}, "b": {"type": "integer", "minimum": M, "maximum": M}, "c": {"$ref": "#/nowhere"}}
+    assert answer_format({"type": "string", "$defs": odd}) is not None
+    answer = answer_format(
+        {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/d"}, {"not": {"type": "null"}}]} | {"$defs": odd | {"d": {}}}
+    )
+    assert any("not at anyOf[2]" in note for note in answer.notes)
+    assert answer_format({"$schema": "https://example.com/own", "type": "null"}) is not None
+    assert answer_format({"x-anything": 10**5000, "minContains": 3, "if": {}, "type": "null"}) is not None
+
+
+_TAG = {"type": "object", "properties": {"kind": {"const": "cat", "default": "cat"}, "n": {"type": "integer"}}}
+_OTHER_TAG = {"type": "object", "properties": {"kind": {"const": "dog", "default": "dog"}, "n": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        [{"type": "integer"}, {"type": "string"}],
+        [{"type": "number", "minimum": 0, "exclusiveMaximum": 5}, {"type": "number", "minimum": 5}],
+        [{"type": "integer", "maximum": 4}, {"type": "integer", "exclusiveMinimum": 4}],
+        [{"type": "number", "exclusiveMaximum": 0}, {"const": 0}],
+        [{"type": "string", "pattern": "^a+$"}, {"type": "string", "pattern": "^b+$"}],
+        [{"type": "string", "pattern": "^a+$"}, {"enum": ["b", "c"]}],
+        [{"type": "string", "format": "date"}, {"type": "string", "format": "uuid"}],
+        [_TAG, _OTHER_TAG],
+        [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}],
+    ],
+)
+def test_a_one_of_that_is_apart_is_followed(branches):
+    engine = engine_of(load_tokenizer(DEMO / "openelm"))
+    schema = {"oneOf": branches, "$defs": {"cat": _TAG, "dog": _OTHER_TAG}}
+    assert is_valid(text_of(engine, engine.matcher(answer_format(schema)).completion()), schema)
+
+
+@pytest.mark.parametrize(
+    ("branches", "says"),
+    [
+        ([{"type": "integer"}, {"type": "number"}], "1 and 2 both fit 0,"),
+        ([{"type": "string"}, {"type": "boolean"}, {"const": "yes"}], '1 and 3 both fit "yes",'),
+        ([{"enum": [1, 2]}, {"enum": [2.0, 3]}], "1 and 2 both fit 2"),
+        (
+            [{"type": "object", "required": ["a"]}, {"type": "object", "properties": {"b": {}}}],
+            '1 and 2 both fit {"a": 0},',
+        ),
+        ([{"type": "string", "pattern": "^a"}, {"type": "string", "pattern": "b$"}], "1 and 2 may both fit one value"),
+    ],
+)
+def test_a_one_of_that_overlaps_is_refused_with_its_place_and_an_example(branches, says):
+    with pytest.raises(SettingError, match=re.escape(says)) as error:
+        answer_format({"type": "object", "properties": {"a": {"oneOf": branches}}})
+    assert "oneOf at properties.a" in str(error.value)
+    assert "Use anyOf" in str(error.value)
+
+
+def test_a_multiple_is_one_of_decimals():
+    """In floats 0.3 / 0.1 is less than 3."""
+    engine = engine_of(load_tokenizer(DEMO / "openelm"))
+    schema = {"type": "number", "minimum": 0.3, "maximum": 0.3, "multipleOf": 0.1}
+    assert text_of(engine, engine.matcher(answer_format(schema)).completion()) == "0.3"
+
+
+def test_a_list_of_hundreds_of_items_has_an_answer():
+    engine = engine_of(load_tokenizer(DEMO / "openelm"))
+    schema = {"type": "array", "minItems": 300, "items": {"type": ["number", "boolean"]}}
+    assert is_valid(text_of(engine, engine.matcher(answer_format(schema)).completion()), schema)
+
+
+@pytest.mark.parametrize("name", ["openelm", "gpt_oss"])
+def test_a_tokenizer_and_its_engine_are_let_go(name):
+    tokenizer = load_tokenizer(DEMO / name)
+    engine = engine_of(tokenizer)
+    assert engine_of(tokenizer) is engine
+    assert engine.matcher(answer_format({"type": "string", "pattern": "^a+$"})).completion()
+    gone = [weakref.ref(tokenizer), weakref.ref(engine)]
+    del tokenizer, engine
+    gc.collect()
+    assert [each() for each in gone] == [None, None]

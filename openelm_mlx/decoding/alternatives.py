@@ -37,7 +37,7 @@ class Alternatives:
         given: as the user has them. prepared: as answers will be written, with the same or less allowed: a closed object
         cannot have the member that another alternative requires.
         """
-        if all(isinstance(each, Mapping) and set(each) <= {"required", "type"} for each in given):
+        if all(map(_only_requires, given)):
             return _exclusive_members(given, prepared), ""
         prepared = list(prepared)
         for i, j in permutations(range(len(given)), 2):
@@ -225,6 +225,11 @@ def _member(schema: Mapping[str, Any], name: str) -> Any:
     if isinstance(properties, Mapping) and name in properties:
         return properties[name]
     return True if schema.get("patternProperties") else schema.get("additionalProperties", True)
+
+
+def _only_requires(schema: Any) -> bool:
+    keys = set(schema) if isinstance(schema, Mapping) else set()
+    return "required" in keys and keys <= {"required", "type"} and schema.get("type", "object") == "object"
 
 
 def _exclusive_members(given: list[Any], prepared: list[Any]) -> list[Any]:

@@ -29,7 +29,7 @@ _LONGEST_COMPLETION = 4096
 _CIRCLE = 48
 # Walks, and passes of one place in a walk. The first is enough nearly always; one long walk, for a list of hundreds of
 # items, comes before many short ones.
-EFFORTS = (4, _CIRCLE), (1, _LONGEST_COMPLETION), (128, _CIRCLE)
+EFFORTS = (4, _CIRCLE), (1, _LONGEST_COMPLETION), (32, _CIRCLE)
 
 _TERMINAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/((?:\\.|[^/\\\n])+)/')
 # How far back a grammar's terminal may have begun, in characters.
@@ -157,7 +157,7 @@ def _escape_endings(content: bytes) -> list[str]:
 # What leads soonest to an end, most promising first; other characters come between the two lists. In JSON the quote that
 # ends a string, and the brackets, always lead nearer to it.
 _IN_STRING = "@-:/.,;_+0aA", "\\ "
-_OUTSIDE = '0123456789ntf",:', "-+.eE[{"
+_OUTSIDE = ',0123456789ntf":', "-+.eE[{"
 _ANY = ")}]\"';>.,:!?-_/0aA", "\\<([{ \n"
 
 

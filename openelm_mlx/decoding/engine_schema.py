@@ -19,6 +19,8 @@ def engine_refusal(definition: str) -> str | None:
     except ValueError:
         return HALF_A_CHARACTER
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    if failed and "hex escape" in messages[0]:
+        return HALF_A_CHARACTER
     return " ".join(messages[0].split()) if failed else None
 
 

@@ -288,7 +288,7 @@ def _check(schema: object, path: str, depth: int) -> None:
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):
-        raise _Invalid(f"{here} is {reprlib.repr(schema)}, where an object (a dict) belongs")
+        raise _Invalid(f"{here} is {_shown(schema)}, where an object (a dict) belongs")
     for key, value in schema.items():
         if not isinstance(key, str):
             raise _Invalid(f"the key {key!r} at {here} is not a string")
@@ -296,23 +296,30 @@ def _check(schema: object, path: str, depth: int) -> None:
         if key in SIMPLE:
             is_valid, expected = SIMPLE[key]
             if not is_valid(value):
-                raise _Invalid(f"{at} is {reprlib.repr(value)}, where {expected} belongs")
+                raise _Invalid(f"{at} is {_shown(value)}, where {expected} belongs")
         elif key in MAPS_OF_SCHEMAS:
             if not isinstance(value, Mapping):
-                raise _Invalid(f"{at} is {reprlib.repr(value)}, where an object of schemas belongs")
+                raise _Invalid(f"{at} is {_shown(value)}, where an object of schemas belongs")
             for name, item in value.items():
                 if not isinstance(name, str):
                     raise _Invalid(f"the key {name!r} at {at} is not a string")
                 _check(item, f"{at}.{name}", depth + 1)
         elif key in LISTS_OF_SCHEMAS or (key == "items" and isinstance(value, list)):
             if not isinstance(value, (list, tuple)) or not value:
-                raise _Invalid(f"{at} is {reprlib.repr(value)}, where a list of schemas belongs")
+                raise _Invalid(f"{at} is {_shown(value)}, where a list of schemas belongs")
             for i, item in enumerate(value):
                 _check(item, f"{at}[{i}]", depth + 1)
         elif key in SCHEMAS:
             _check(value, at, depth + 1)
         elif not is_json(value, depth):
-            raise _Invalid(f"{at} is {reprlib.repr(value)}, which JSON cannot say")
+            raise _Invalid(f"{at} is {_shown(value)}, which JSON cannot say")
+
+
+def _shown(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a whole number of thousands of digits, which Python refuses to print
+        return "something with a huge number"
 
 
 def _is_text(value: object) -> bool:

@@ -260,13 +260,14 @@ class Generator:
 
 
 def _dicts(schema: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(schema, dict):
-        yield schema
-        for value in schema.values():
-            yield from _dicts(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from _dicts(value)
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
 
 
 # --- Whole schemas of one odd kind ------------------------------------------------------------------------------------

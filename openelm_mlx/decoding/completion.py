@@ -31,18 +31,30 @@ _CIRCLE = 48
 # items, comes before many short ones.
 EFFORTS = (4, _CIRCLE), (1, _LONGEST_COMPLETION), (32, _CIRCLE)
 
+# A completion known from before is joined after at most so many steps, and without so many tokens of its own.
+_MOST_STEPS_TO_KNOWN = 12
+MOST_DROPPED = 8
+
 _TERMINAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/((?:\\.|[^/\\\n])+)/')
 # How far back a grammar's terminal may have begun, in characters.
 _LONGEST_TERMINAL = 512
 
 
 def completion(
-    matcher: llguidance.LLMatcher, engine: Engine, answer: AnswerFormat, text: bytes, effort: tuple[int, int]
+    matcher: llguidance.LLMatcher,
+    engine: Engine,
+    answer: AnswerFormat,
+    text: bytes,
+    effort: tuple[int, int],
+    known: Sequence[int] = (),
 ) -> bytes | None:
-    """The bytes that end the answer after `text` (not provably the fewest); None if none were found with this effort."""
+    """The bytes that end the answer after `text` (not provably the fewest); None if none were found with this effort.
+
+    known: tokens that ended it in a place before. A few steps away they may do so again, without their beginning.
+    """
     num_walks, most_passes = effort
     for _ in range(num_walks):
-        walk = _Walk(matcher.deep_copy(), engine, answer, text, most_passes)
+        walk = _Walk(matcher.deep_copy(), engine, answer, text, most_passes, known)
         data = walk.to_end()
         if data is not None:
             return data
@@ -171,8 +183,15 @@ class _Walk:
     """
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, engine: Engine, answer: AnswerFormat, text: bytes, most_passes: int
+        self,
+        matcher: llguidance.LLMatcher,
+        engine: Engine,
+        answer: AnswerFormat,
+        text: bytes,
+        most_passes: int,
+        known: Sequence[int] = (),
     ) -> None:
+        self._known = known
         self._matcher, self._engine, self._answer = matcher, engine, answer
         self._preferred, self._most_passes = answer.preferred, most_passes
         self._text = bytearray(text)
@@ -184,8 +203,11 @@ class _Walk:
 
     def to_end(self) -> bytes | None:
         """The bytes up to the end; None if there is none within the longest completion's length."""
-        start = len(self._text)
+        start, num_steps = len(self._text), 0
         while not self._matcher.is_accepting():
+            if self._known and num_steps < _MOST_STEPS_TO_KNOWN and (rest := self._known_rest()) is not None:
+                return bytes(self._text[start:]) + rest
+            num_steps += 1
             step = self._forced() or self._chosen()
             if step is None or len(self._text) - start > _LONGEST_COMPLETION:
                 return None
@@ -193,6 +215,13 @@ class _Walk:
             if self._strings is not None:
                 self._strings.feed(step)
         return bytes(self._text[start:])
+
+    def _known_rest(self) -> bytes | None:
+        for begin in range(min(MOST_DROPPED, len(self._known))):
+            rest, ahead = self._known[begin:], self._matcher.deep_copy()
+            if ahead.try_consume_tokens(rest) == len(rest) and ahead.is_accepting():
+                return b"".join(self._engine.token_bytes[token] for token in rest)
+        return None
 
     def learn(self) -> bool:
         """Prefer another character in the place that was passed most often; False if there is none left to try."""

@@ -93,8 +93,6 @@ def check_room(span: Span, max_tokens: int) -> None:
 
 # With less room than this beyond a completion, one is looked for after each token.
 _LEAST_SPARE = 64
-# So many tokens of a completion may have been written in another way.
-_MOST_DROPPED = 6
 
 
 class Span:
@@ -174,12 +172,7 @@ class Span:
 
         That is where most tokens are, and in a long list a new search would go through all that is to come.
         """
-        last = self._last_found
-        for start in range(min(_MOST_DROPPED, len(last)) if last is not None else 0):
-            rest = last[start:]  # type: ignore[index]
-            if len(rest) < num_left and self.matcher.is_completed_by(rest):
-                return rest
-        return self.matcher.completion()
+        return self.matcher.completion(self._last_found or ())
 
     def _schedule(self, length: int, num_left: int) -> None:
         """When to look again: a completion of `length` was found, with `num_left` tokens to come."""

@@ -278,11 +278,14 @@ class Matcher:
         ahead = self._matcher.deep_copy()
         return ahead.try_consume_tokens(tokens) == len(tokens) and ahead.is_accepting()
 
-    def completion(self) -> list[int] | None:
-        """Tokens that end the answer soon (not provably soonest); None if none were found."""
+    def completion(self, known: Sequence[int] = ()) -> list[int] | None:
+        """Tokens that end the answer soon (not provably soonest); None if none were found.
+
+        known: those of a place shortly before, which make the search short.
+        """
         text = b"".join(map(self.engine.token_bytes.__getitem__, self.tokens))
         while self._effort < len(EFFORTS):
-            data = completion(self._matcher, self.engine, self.answer, text, EFFORTS[self._effort])
+            data = completion(self._matcher, self.engine, self.answer, text, EFFORTS[self._effort], known)
             if data is not None:
                 return self.engine.encode(data)
             self.answer.preferred.clear()

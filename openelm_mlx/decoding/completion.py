@@ -191,7 +191,7 @@ class _Walk:
         most_passes: int,
         known: Sequence[int] = (),
     ) -> None:
-        self._known = known
+        self._known = list(known)
         self._matcher, self._engine, self._answer = matcher, engine, answer
         self._preferred, self._most_passes = answer.preferred, most_passes
         self._text = bytearray(text)
@@ -271,7 +271,7 @@ class _Walk:
         if not forms:
             return []
         if self._strings is not None:
-            quoted = set()
+            quoted: set[str] = set()
             for ending, content in self._strings.contents():
                 rests = {form.rest(content) for form in forms}
                 written = (ending + json.dumps(rest, ensure_ascii=False)[1:-1] for rest in rests if rest is not None)

@@ -94,7 +94,6 @@ PATTERNS: dict[str, tuple[str, str]] = {
     "path at home": (r"^~(/[^/\s]+)+$", "/a"),
     "licence plate": (r"^[A-Z]{1,3}-[A-Z]{1,2} \d{1,4}$", "A"),
     "Roman numeral": (r"^M{0,3}(CM|CD|D?C{0,3})(XC|XL|L?X{0,3})(IX|IV|V?I{0,3})$", "IIII"),
-    "quoted": (r"^\"[^\"]*\"$", "a"),
     "key in dots": (r"^[a-z]+(\.[a-z]+)+$", "a"),
     "three sentences": (r"^(?:[A-Z][^.]*\. ?){3}$", "A."),
 }

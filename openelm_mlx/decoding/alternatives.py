@@ -122,7 +122,7 @@ class Alternatives:
             items = a.get("items", True), b.get("items", True)
             return _beyond(a, b, "minItems", "maxItems") or self._are_apart(*items, seen)
         if kind == "string":
-            return _beyond(a, b, "minLength", "maxLength") or _strings_apart(a, b)
+            return _beyond(a, b, "minLength", "maxLength") or strings_apart(a, b)
         return kind == "number" and _numbers_apart(a, b)
 
     def _member_apart(
@@ -169,7 +169,7 @@ def _may_be_fraction(schema: Mapping[str, Any]) -> bool:
     return "number" in ([kinds] if isinstance(kinds, str) else kinds)
 
 
-def _strings_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def strings_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether no string has the patterns and lengths of both, as the engine finds it."""
     sides = []
     for schema in (a, b):

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any, NamedTuple, final
 
 from ..errors import SettingError
 from ..text.schema import check_schema
-from .alternatives import Alternatives
+from .alternatives import Alternatives, strings_apart
 from .engine_schema import engine_refusal, fits
 from .number_bounds import (
     BOUNDS,
@@ -401,6 +402,14 @@ class _Preparation:
         for pattern in patterns:
             if reason := engine_refusal(json.dumps({"type": "string", "pattern": pattern})):
                 self._refuse(walked, f"The pattern {shown(pattern)} at {here} cannot be followed: {reason[:200]}.")
+                return
+        for first, second in combinations(patterns, 2):
+            if not strings_apart({"pattern": first}, {"pattern": second}):
+                self._refuse(
+                    walked,
+                    f"The patterns {shown(first)} and {shown(second)} at {here} may match one name: change them so that no "
+                    f"name matches both.",
+                )
                 return
         properties: dict[str, Any] = dict(walked.get("properties", {}))
         overlapping: set[str] = set()

@@ -328,6 +328,7 @@ class Request:
             _check_whole("prefill_chunk", self.prefill_chunk)
         if self.logprobs is not None:
             _check_whole("logprobs", self.logprobs, low=0, high=usable_vocab_size(model, tokenizer))
+        self.sampling.check_tokens(usable_vocab_size(model, tokenizer))
         if self.sliding_window is not None:
             _check_whole("sliding_window", self.sliding_window, high=model.context_length)
         if self.draft is not None:

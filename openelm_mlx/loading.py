@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -134,6 +135,58 @@ def load(
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
+    return prepare(
+        source,
+        context_length=context_length,
+        dtype=dtype,
+        dense_bits=dense_bits,
+        kv_bits=kv_bits,
+        expert_slots=expert_slots,
+        memory_limit=memory_limit,
+        wire=wire,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        revision=revision,
+        progress=progress,
+    ).read()
+
+
+@dataclass
+class Prepared:
+    """What is known of a source before a tensor is read, which takes half a minute for a large model.
+
+    model: of the same shape, plan, context and settings as the one that `read` returns, for checking requests against;
+    its weights are none, and nothing may be computed with it.
+    """
+
+    model: Model
+    tokenizer: Tokenizer | None
+    _read: Callable[[], Model]
+
+    def read(self) -> tuple[Model, Tokenizer | None]:
+        """The model with its weights, and the tokenizer: what `load` returns."""
+        model, shape = self._read(), self.model
+        model.plan, model.context_length, model.kv_bits = shape.plan, shape.context_length, shape.kv_bits
+        model.tokenizer = self.tokenizer
+        return model, self.tokenizer
+
+
+def prepare(
+    source: Source,
+    *,
+    context_length: int | None = None,
+    dtype: str | mx.Dtype | None = None,
+    dense_bits: int | None = None,
+    kv_bits: int | None = None,
+    expert_slots: int | None = None,
+    memory_limit: int | str | None = None,
+    wire: bool | None = None,
+    tokenizer: Source | None = None,
+    chat_template: str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """All that `load` does, with the same arguments and errors, but reading the tensors."""
     wanted_type = parse_dtype(dtype)
     allow_open_files()
     keep_float32()
@@ -162,17 +215,19 @@ def load(
         raise plan.refusal()
     slots = plan.expert_slots
     streaming = None if slots is None else Streaming(contents, checkpoint, slots)
-    model = load_model(contents, checkpoint, wanted_type, dense, streaming, stored_choices())
-    model.plan = plan
-    model.context_length = checked_context_length(context_length, spec)
-    model.kv_bits = kv_bits
+    # Before the tensors: a tokenizer that does not fit costs no waiting.
     found = find_tokenizer(path, spec, tokenizer, progress)
     if found is not None:
         named = repository(source, revision)
         origin = source if named is None else named[0]
         found.chat_template = stored_template(config, chat_template, origin, spec.family).template
-    model.tokenizer = found
-    return model, found
+    shape = build_model(spec)  # lazily: no number of it is ever made
+    shape.plan = plan
+    shape.context_length = checked_context_length(context_length, spec)
+    shape.kv_bits = kv_bits
+    shape.tokenizer = found
+    read = partial(load_model, contents, checkpoint, wanted_type, dense, streaming, stored_choices())
+    return Prepared(shape, found, read)
 
 
 def load_model(

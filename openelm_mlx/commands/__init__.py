@@ -50,6 +50,8 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             getattr(found, "command", self).refuse(unknown)
+        if isinstance(self._subparsers, argparse._ArgumentGroup) and not hasattr(found, "run"):
+            self.error(f"there is no command: give {_listed(list(COMMANDS))}")
         return found
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
@@ -135,7 +137,7 @@ def build_parser(prog: str, arguments: Sequence[str] = ()) -> Parser:
     """The parser of all commands; of only the one named first, when there is one, to import no more than that."""
     parser = Parser(prog=prog, description="Run Apple OpenELM and OpenAI gpt-oss models on Apple MLX.")
     parser.add_argument("--version", action="version", version=f"openelm_mlx {__version__}", help="print the version")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=False, parser_class=Parser)
     wanted = [name for name in arguments[:1] if name in COMMANDS] or list(COMMANDS)
     for name in wanted:
         module = importlib.import_module(f".{COMMANDS[name]}", __name__)

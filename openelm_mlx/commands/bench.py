@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import TYPE_CHECKING
 
-from ..errors import SettingError
+from ..errors import SettingError, TokenizerError
 from .options import add_overwrite
 from .output import report, report_json, say
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..bench.benchmark import Figure
+    from ..models import Model
 
 # What a model that knows a dictionary is asked in `--speculation`.
 _WORDS = ("banjo", "piano", "river", "teacher", "hammer", "cathedral")
@@ -76,7 +78,13 @@ def run(args: argparse.Namespace) -> int:
     if args.random is not None:
         return run_random(args, chart)
     from ..bench.benchmark import Settings, figures_as_json, machine_description, run_benchmark
+    from ..loading import prepare
 
+    if args.against == "mlx-lm" and importlib.util.find_spec("mlx_lm") is None:
+        raise SettingError(
+            "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or leave out --against mlx-lm."
+        )
+    _check_lengths(prepare(args.model).model, args)
     settings = Settings(args.model, args.prompt_tokens, args.completion_tokens, args.rounds, args.against == "mlx-lm")
     figures = []
     if not args.json:
@@ -115,19 +123,34 @@ def _check_combination(args: argparse.Namespace) -> None:
             raise SettingError(f"{words}: that is for --random; add it, or leave it out.")
 
 
+def _check_lengths(model: Model, args: argparse.Namespace) -> None:
+    """Raise SettingError where prompt and answer are longer than the context."""
+    if args.prompt_tokens + args.completion_tokens > model.context_length:
+        raise SettingError(
+            f"--prompt-tokens {args.prompt_tokens} and --completion-tokens {args.completion_tokens} are more than the "
+            f"{model.context_length:,} tokens of {args.model}'s context: give fewer."
+        )
+
+
 def run_speculation(args: argparse.Namespace) -> int:
     """Measure guessing. Returns 0 when it gains nine tenths of what could be gained, and never loses more than 3 %."""
     from ..bench.benchmark import machine_description
     from ..bench.speculation import made_pair, measure_speculation, speculation_lines
     from ..decoding.drafts import DraftModel, Drafts, PromptLookup
     from ..generate import encode_prompt
-    from ..loading import load
+    from ..loading import no_tokenizer, prepare
     from ..models.openelm import OpenELM
 
-    model, tokenizer = load(args.model)
+    prepared = prepare(args.model)
+    if prepared.tokenizer is None:
+        raise TokenizerError(no_tokenizer(prepared.model.spec))
+    small_one = None if args.draft_model is None else prepare(args.draft_model)
+    if small_one is not None:
+        DraftModel(small_one.model, small_one.tokenizer).check(prepared.model, prepared.tokenizer)
+    model, tokenizer = prepared.read()
     drafts: dict[str, Drafts] = {"looked up": PromptLookup()}
-    if args.draft_model is not None:
-        small, small_tokenizer = load(args.draft_model)
+    if small_one is not None:
+        small, small_tokenizer = small_one.read()
         drafts["draft model"] = DraftModel(small, small_tokenizer)
     elif args.model == "demo-openelm" and isinstance(model, OpenELM):
         model, small = made_pair(model)

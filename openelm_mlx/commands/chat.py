@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from ..errors import SettingError, UserError
+from ..errors import PromptError, SettingError, UserError
 from . import INTERRUPTED, output
 from .answering import (
     add_answer_arguments,
@@ -21,7 +21,7 @@ from .answering import (
     answer_options,
     guessing,
 )
-from .generate import check_draft_options, experts_read, load_draft, read_form
+from .generate import check_draft_options, draft_to_check, experts_read, load_draft, read_form
 from .interrupts import Interrupts
 from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
 from .output import answer, dimmed, end_answer, end_dimmed, say, typed
@@ -29,6 +29,8 @@ from .reader import Command, LineReader, Reader, TerminalReader
 
 if TYPE_CHECKING:
     from ..agents.chat import Chat, Done, Event
+    from ..decoding.drafts import Drafts
+    from ..models import Model
 
 HELP = "talk with a model in the terminal"
 
@@ -96,29 +98,40 @@ def run(args: argparse.Namespace) -> int:
     sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
     parse_names(args.tools)
     from ..agents.chat import Chat
-    from ..loading import load
+    from ..generate import stream_generate
+    from ..loading import prepare
     from ..text.unicode import whole_characters
 
-    model, tokenizer = load(args.model, **load_options(args))
-    draft = load_draft(args)
-    if draft is not None:
-        draft.check(model, tokenizer)
+    prepared = prepare(args.model, **load_options(args))
+    tokenizer = prepared.tokenizer
     count = None if tokenizer is None else lambda text: len(tokenizer.encode(whole_characters(text)))
     with Toolbox(args.tools, allow_unsandboxed=args.allow_unsandboxed, count_tokens=count) as toolbox:
-        chat = Chat(
-            model,
-            tokenizer,
-            instructions=args.system,
-            tools=toolbox.tools,
-            reasoning_effort=args.reasoning_effort,
-            sampling=sampling,
-            max_tokens=args.max_tokens,
-            max_rounds=args.max_rounds,
-            time_limit=args.time_limit,
-            options={**answer_options(args), **form, "draft": draft},
-        )
-        if args.load is not None:
-            chat.load(args.load)
+
+        def begun(model: Model, draft: Drafts | None) -> Chat:
+            chat = Chat(
+                model,
+                tokenizer,
+                instructions=args.system,
+                tools=toolbox.tools,
+                reasoning_effort=args.reasoning_effort,
+                sampling=sampling,
+                max_tokens=args.max_tokens,
+                max_rounds=args.max_rounds,
+                time_limit=args.time_limit,
+                options={**answer_options(args), **form, "draft": draft},
+            )
+            if args.load is not None:
+                chat.load(args.load)
+            return chat
+
+        # Whatever is wrong is said before the weights are read: of a large model that takes half a minute.
+        checked = begun(prepared.model, draft_to_check(args))
+        with suppress(PromptError):  # what will be asked nobody knows
+            stream_generate(
+                prepared.model, tokenizer, "Hello", max_tokens=args.max_tokens, sampling=sampling, **checked.options
+            )
+        model, _ = prepared.read()
+        chat = begun(model, load_draft(args))
         reader: Reader = TerminalReader(args.no_history, COMMANDS) if sys.stdin.isatty() else LineReader()
         screen = Screen(chat, quiet=args.quiet, show_reasoning=args.show_reasoning is not False)
         for note in toolbox.notes:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..generate import Chunk, Statistics
     from ..memory.expert_statistics import ExpertStatistics
     from ..models import Model
+    from ..text.tokenizer import Tokenizer
 
 HELP = "generate text from a prompt"
 INTERRUPTED = 130
@@ -89,31 +90,42 @@ def run(args: argparse.Namespace) -> int:
         from ..decoding.prefix_file import check_writable
 
         check_writable(args.prompt_cache, args.overwrite)
+    from ..decoding.prefix_cache import PrefixCache
     from ..decoding.sampling import SamplingParams
     from ..generate import stream_generate
-    from ..loading import load
+    from ..loading import prepare
 
-    sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
-    model, tokenizer = load(args.model, **load_options(args))
-    cache = open_prompt_cache(args.prompt_cache, model, args.overwrite)
-    draft = load_draft(args)
-    chunks = stream_generate(
-        model,
-        tokenizer,
-        prompt
-        if args.system is None
-        else [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}],
-        max_tokens=args.max_tokens,
-        sampling=sampling,
-        logprobs=args.logprobs,
-        raw=args.raw,
-        reasoning_effort=args.reasoning_effort,
-        sliding_window=args.sliding_window,
-        prefix_cache=cache,
-        draft=draft,
-        **answer_options(args),
-        **form,
+    sampling = SamplingParams(**sampling_options(args))
+
+    def answer_of(
+        model: Model, tokenizer: Tokenizer | None, cache: PrefixCache | None, draft: Drafts | None
+    ) -> Iterator[Chunk]:
+        return stream_generate(
+            model,
+            tokenizer,
+            prompt
+            if args.system is None
+            else [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}],
+            max_tokens=args.max_tokens,
+            sampling=sampling,
+            logprobs=args.logprobs,
+            raw=args.raw,
+            reasoning_effort=args.reasoning_effort,
+            sliding_window=args.sliding_window,
+            prefix_cache=cache,
+            draft=draft,
+            **answer_options(args),
+            **form,
+        )
+
+    prepared = prepare(args.model, **load_options(args))
+    # Whatever is wrong is said before the weights are read: of a large model that takes half a minute.
+    answer_of(
+        prepared.model, prepared.tokenizer, None if args.prompt_cache is None else PrefixCache(), draft_to_check(args)
     )
+    model, tokenizer = prepared.read()
+    cache = open_prompt_cache(args.prompt_cache, model, args.overwrite)
+    chunks = answer_of(model, tokenizer, cache, load_draft(args))
     exit_code = print_json(chunks, args) if args.json else print_text(chunks, args)
     if cache is not None:
         cast("Generator[Chunk, None, None]", chunks).close()  # an answer that was cut short is kept now
@@ -134,19 +146,29 @@ def is_guessing(args: argparse.Namespace) -> bool:
     return args.draft_model is not None or args.prompt_lookup
 
 
+def draft_to_check(args: argparse.Namespace) -> Drafts | None:
+    """What will guess the next tokens, if anything does, before its weights are read: it can only be checked."""
+    return _draft(args, is_read=False)
+
+
 def load_draft(args: argparse.Namespace) -> Drafts | None:
     """What guesses the next tokens, if anything does."""
+    return _draft(args, is_read=True)
+
+
+def _draft(args: argparse.Namespace, is_read: bool) -> Drafts | None:
     if not is_guessing(args):
         return None
     from ..decoding.drafts import DraftModel, PromptLookup
-    from ..loading import load
+    from ..loading import prepare
     from .progress import byte_bar
 
     count = {} if args.num_draft_tokens is None else {"num_draft_tokens": args.num_draft_tokens}
     if args.prompt_lookup:
         return PromptLookup(**count)
     progress = None if args.quiet else byte_bar(args.draft_model)
-    model, tokenizer = load(args.draft_model, dtype=args.dtype, progress=progress)
+    prepared = prepare(args.draft_model, dtype=args.dtype, progress=progress)
+    model, tokenizer = prepared.read() if is_read else (prepared.model, prepared.tokenizer)
     return DraftModel(model, tokenizer, **count)
 
 

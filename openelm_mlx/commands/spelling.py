@@ -37,11 +37,11 @@ Flags = Mapping[str, str]
 
 def flags_of(parser: argparse.ArgumentParser) -> Flags:
     """Name in Python -> the option as it is typed, of those that a command has."""
-    flags = {
-        action.dest: max(action.option_strings, key=len)
-        for action in parser._actions
-        if action.option_strings and action.dest != "help"
-    }
+    flags: dict[str, str] = {}
+    for action in parser._actions:
+        long = [each for each in action.option_strings if each.startswith("--")]
+        if long and action.dest != "help" and action.help is not argparse.SUPPRESS:
+            flags.setdefault(action.dest, long[0])
     known = set(flags.values())
     return {**flags, **{name: flag for name, flag in _OTHER_NAMES.items() if flag in known}}
 

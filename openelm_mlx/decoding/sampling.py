@@ -60,6 +60,14 @@ class SamplingParams:
         if self.seed is not None:
             _check("seed", self.seed, 0, 2**64 - 1, whole=True)
 
+    def check_tokens(self, usable_vocab_size: int) -> None:
+        """Raise SettingError when a token is named that the model does not have."""
+        too_large = [token for token in self.logit_bias if token >= usable_vocab_size]
+        if too_large:
+            raise SettingError(
+                f"logit_bias names token {too_large[0]}; the model's tokens end at {usable_vocab_size - 1}."
+            )
+
 
 class Sampler:
     """Chooses one token a call for one sequence, and remembers what was chosen for the penalties.
@@ -70,11 +78,7 @@ class Sampler:
     def __init__(
         self, params: SamplingParams, vocab_size: int, usable_vocab_size: int, prompt_tokens: Sequence[int] = ()
     ) -> None:
-        too_large = [token for token in params.logit_bias if token >= usable_vocab_size]
-        if too_large:
-            raise SettingError(
-                f"logit_bias names token {too_large[0]}; the model's tokens end at {usable_vocab_size - 1}."
-            )
+        params.check_tokens(usable_vocab_size)
         self.params = params
         self._bias = _bias(params.logit_bias, vocab_size, usable_vocab_size)
         self._key = mx.random.key(secrets.randbits(63) if params.seed is None else params.seed)

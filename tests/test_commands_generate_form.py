@@ -43,7 +43,7 @@ def test_a_regex_and_a_grammar(capsys, tmp_path):
     ],
 )
 def test_mistakes_are_said_before_the_weights_are_read(capsys, tmp_path, monkeypatch, content, options, says):
-    monkeypatch.setattr("openelm_mlx.loading.load", None)
+    monkeypatch.setattr("openelm_mlx.loading.prepare", None)
     file = tmp_path / "given"
     if content is not None:
         file.write_text(content)

@@ -415,10 +415,11 @@ def test_who_asks_to_wire_or_not_gets_it():
 
 def test_the_option(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("openelm_mlx.loading.load", lambda *_, wire, **__: asked.append(wire) or sys.exit(0))
-    for words in ([], ["--wire"], ["--no-wire"]):
-        with pytest.raises(SystemExit):
-            main(["generate", "--prompt", "x", *words])
+    with monkeypatch.context() as patch:
+        patch.setattr("openelm_mlx.loading.prepare", lambda *_, wire, **__: asked.append(wire) or sys.exit(0))
+        for words in ([], ["--wire"], ["--no-wire"]):
+            with pytest.raises(SystemExit):
+                main(["generate", "--prompt", "x", *words])
     assert asked == [None, True, False]
     with pytest.raises(SettingError, match="wire is 1"):
         load("demo-openelm", wire=1)

@@ -659,9 +659,19 @@ def _requested(url: str, timeout: float, headers: dict[str, str] | None = None) 
             with suppress(_OtherAnswer, _network_error()):
                 body = _bounded(response, _LARGEST_COMPLAINT, timeout)
             hf_raise_for_status(
-                type(response)(response.status_code, headers=kept, content=body, request=response.request)
+                type(response)(response.status_code, headers=kept, content=_complaint(body), request=response.request)
             )
         yield response
+
+
+def _complaint(body: bytes) -> bytes:
+    """What an error's body says, in the one form that huggingface_hub reads without stumbling; b"" where it is another."""
+    try:
+        said = parse_json(body, "it", HubError)
+    except HubError:
+        return b""
+    text = said.get("error") if isinstance(said, dict) else None
+    return json.dumps({"error": text}).encode() if isinstance(text, str) else b""
 
 
 _BODY_HEADERS = ("content-encoding", "content-length", "transfer-encoding")

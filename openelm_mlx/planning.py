@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from .checkpoint.released import write_released_headers
 from .conversion.source import Source as OpenedSource
 from .errors import CheckpointError, HubError, SettingError
 from .files import hears_the_disk
-from .loading import dense_packing, memory_weights, packed_weights, parse_dtype, repository
+from .loading import dense_packing, dense_packings, memory_weights, packed_weights, parse_dtype, repository
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
 from .memory.plan import MemoryPlan, Wish, make_plan, parse_memory
+from .memory.presets import PRESETS, preset_bits
 from .memory.residency import checked_slots
+from .memory.variants import variants_of
 from .specs import checked_kv_bits
 
 
@@ -33,6 +35,7 @@ def plan(
     batch_size: int = 1,
     prefill_chunk: int | None = None,
     kv_bits: int | None = None,
+    preset: str | None = None,
     dense_bits: int | None = None,
     expert_slots: int | None = None,
     dtype: str | mx.Dtype | None = None,
@@ -45,16 +48,23 @@ def plan(
     From headers and config alone: of a repository nothing else is fetched, and nothing at all of Apple's and OpenAI's when
     the Hub is out of reach. memory_limit: bytes or "10GB", MLX's memory
     with its buffer cache and the process's own; what the machine has when it is None. mac: a Mac such as "M4 Pro 24GB"
-    instead of this machine. The other arguments are those of `load` and `stream_generate`.
+    instead of this machine. The other arguments are those of `load` and `stream_generate`. The plan's `variants` are the
+    same source with each preset.
 
     Raises SettingError for a wish that is none, and what opening the source raises; a plan that does not fit is no error.
     """
     here = find_mac(mac) if mac is not None else machine or this_machine()
-    return plans_on(
-        [here], source, revision=revision, dtype=dtype, memory_limit=memory_limit, context_length=context_length,
-        batch_size=batch_size, prefill_chunk=prefill_chunk, kv_bits=kv_bits, dense_bits=dense_bits,
-        expert_slots=expert_slots,
-    )[0]  # fmt: skip
+    looked_at, bits = Planned.look(source, revision, dtype), preset_bits(preset, dense_bits)
+    wishes = {
+        "memory_limit": memory_limit, "context_length": context_length, "batch_size": batch_size,
+        "prefill_chunk": prefill_chunk, "kv_bits": kv_bits, "expert_slots": expert_slots,
+    }  # fmt: skip
+    found = looked_at.plan(here, dense_bits=bits, **wishes)
+    if not looked_at.has_plain_matrices:
+        return found
+    others = {each.dense_bits: each.dense_bits for each in PRESETS.values()} | {bits: bits}
+    plans = [found if each == bits else looked_at.plan(here, dense_bits=each, **wishes) for each in others]
+    return replace(found, variants=variants_of(plans))
 
 
 def plans_on(
@@ -63,22 +73,54 @@ def plans_on(
     *,
     revision: str | None = None,
     dtype: str | mx.Dtype | None = None,
+    preset: str | None = None,
     dense_bits: int | None = None,
+    as_released: bool = False,
     **wishes: Any,
 ) -> list[MemoryPlan]:
-    """`plan` for several machines, with all of its other arguments; the source is looked at once."""
-    contents, folder, note = _looked_at(source, revision)
-    wish, wanted_type, dense = (
-        checked_wish(contents, dense_bits=dense_bits, **wishes), parse_dtype(dtype), dense_packing(dense_bits)
-    )  # fmt: skip
-    plans = []
-    for machine in machines:
-        on_cpu = machine.backend == "cpu"
-        weights, itemsize = memory_weights(contents, wanted_type, dense, on_cpu, folder)
-        packed = partial(packed_weights, contents, wanted_type, on_cpu, folder) if dense is None else None
-        noted = calibrated(replace(machine, notes=(*machine.notes, note)) if note else machine)
-        plans.append(make_plan(str(source), contents.spec, weights, noted, wish, itemsize, packed))
-    return plans
+    """`plan` for several machines, with all of its other arguments and without variants; the source is looked at once.
+
+    as_released: a repository of Apple's or OpenAI's by the sizes it was released with, the Hub is not asked.
+    """
+    looked_at, bits = Planned.look(source, revision, dtype, as_released), preset_bits(preset, dense_bits)
+    return [looked_at.plan(machine, dense_bits=bits, **wishes) for machine in machines]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A source that was looked at, to be planned on any machine and with any bits. folder: where a tokenizer may be. note:
+    what has to be said of how its contents are known.
+    """
+
+    source: str
+    contents: Contents
+    dtype: mx.Dtype | None
+    folder: Path | None = None
+    note: str | None = None
+
+    @classmethod
+    def look(
+        cls, source: str | Path, revision: str | None, dtype: str | mx.Dtype | None, as_released: bool = False
+    ) -> Planned:
+        """At headers and config. Raises what opening a source raises."""
+        wanted_type = parse_dtype(dtype)
+        released = released_contents(str(source)) if as_released else None
+        contents, folder, note = _looked_at(source, revision) if released is None else (released, None, None)
+        return cls(str(source), contents, wanted_type, folder, note)
+
+    @property
+    def has_plain_matrices(self) -> bool:
+        """Whether there is anything for `dense_bits` to pack."""
+        return bool(dense_packings(self.contents, dense_packing(8)))
+
+    def plan(self, machine: Machine, dense_bits: int | None, **wishes: Any) -> MemoryPlan:
+        """The plan on a machine."""
+        contents, on_cpu = self.contents, machine.backend == "cpu"
+        wish, dense = checked_wish(contents, dense_bits=dense_bits, **wishes), dense_packing(dense_bits)
+        weights, itemsize = memory_weights(contents, self.dtype, dense, on_cpu, self.folder)
+        packed = partial(packed_weights, contents, self.dtype, on_cpu, self.folder) if dense is None else None
+        noted = calibrated(replace(machine, notes=(*machine.notes, self.note)) if self.note else machine)
+        return make_plan(self.source, contents.spec, weights, noted, wish, itemsize, packed)
 
 
 @hears_the_disk(CheckpointError)

@@ -220,4 +220,8 @@ def test_numbers_have_two_digits():
         "0.057", "0.57", "9.4", "10", "47", "100", "1,300", "12,000"
     ]  # fmt: skip
     assert str(SpeedRange(rounded(46.7), rounded(47.2), 5, "measured")) == "47"
-    assert str(SpeedRange(0.8, 15.0, 5, "published")) == "0.8 to 15"
+    assert number(2.0) == "2.0"
+    assert str(SpeedRange(0.8, 15.0, 5, "published")) == "0.80 to 15"
+    found = SpeedRange.of(46.72, 51.31, 5, "published")
+    assert (found.low, found.high, found.middle) == (47, 51, 49)
+    assert "fit" not in found.as_dict()

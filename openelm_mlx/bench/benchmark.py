@@ -16,16 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
+from mlx import nn
 from mlx.utils import tree_flatten
 
 from ..checkpoint.reader import read_config
 from ..errors import CheckpointError, SettingError
-from ..loading import Source, load, locate
+from ..loading import Source, dense_packing, load, locate
 from ..memory.machine import this_machine
+from ..memory.presets import preset_bits
 from ..specs import ModelSpec, spec_from_config
 from .against import Run, mlx_lm_runner, of_a_token, our_runner
 from .fresh import run_fresh
@@ -71,15 +72,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. prompt_tokens and completion_tokens a run; rounds: how many times each side runs."""
+    """What to measure. prompt_tokens and completion_tokens a run; rounds: how many times each side runs; preset: as `load`'s,
+    and mlx-lm's model is packed alike.
+    """
 
     source: Source = "demo-openelm"
     prompt_tokens: int = 64
     completion_tokens: int = 64
     rounds: int = 7
     against_mlx_lm: bool = True
+    preset: str | None = None
 
     def __post_init__(self) -> None:
+        preset_bits(self.preset)
         for name in ("prompt_tokens", "completion_tokens", "rounds"):
             least = 2 if name == "completion_tokens" else 1
             if getattr(self, name) < least:
@@ -120,6 +125,7 @@ def startup_figures(settings: Settings) -> Iterator[Figure]:
     yield Figure("--help", "s", [_seconds_to_end([*command, "--help"]) for _ in range(settings.rounds)], limit="<= 0.3")
     if str(settings.source).startswith("demo-"):
         command += ["--model", str(settings.source), "--prompt", "What is a banjo?", "--quiet"]
+        command += [] if settings.preset is None else ["--preset", settings.preset]
         samples = [_seconds_to_first_output(command) for _ in range(settings.rounds)]
         yield Figure("process start to first token", "s", samples, limit="<= 1.0")
 
@@ -129,15 +135,20 @@ def load_peak_figure(settings: Settings) -> Figure:
     script = (
         "import sys, mlx.core as mx, openelm_mlx as om\n"
         "from mlx.utils import tree_flatten\n"
-        "model, _ = om.load(sys.argv[1])\n"
+        "model, _ = om.load(sys.argv[1], preset=sys.argv[2] or None)\n"
         "print(mx.get_peak_memory() / sum(a.nbytes for _, a in tree_flatten(model.parameters())))\n"
     )
     finished = subprocess.run(
-        [sys.executable, "-c", script, str(settings.source)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, str(settings.source), settings.preset or ""],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if finished.returncode:
         raise CheckpointError(f"Loading {settings.source} failed: {finished.stderr.strip().splitlines()[-1]}")
-    return Figure("load peak / tensor bytes", "", [float(finished.stdout)], limit="<= 1.02")
+    # A matrix that is packed as it is read is there twice for a moment.
+    limit = "<= 1.02" if preset_bits(settings.preset) is None else None
+    return Figure("load peak / tensor bytes", "", [float(finished.stdout)], limit=limit)
 
 
 def _seconds_to_end(command: Sequence[str]) -> float:
@@ -165,7 +176,7 @@ def rate_figures(settings: Settings) -> list[Figure]:
 
     In one process, unless both models do not fit: then each run has a process of its own.
     """
-    model, _ = load(settings.source)
+    model, _ = load(settings.source, preset=settings.preset)
     spec, tokens = model.spec, of_a_token(model)
     nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     is_apart = settings.against_mlx_lm and 2.2 * nbytes > this_machine().available_bytes
@@ -178,7 +189,8 @@ def rate_figures(settings: Settings) -> list[Figure]:
     else:
         runs["ours"] = _our_runs(model, prompt, settings.completion_tokens)
         if settings.against_mlx_lm:
-            runs["mlx-lm"] = _mlx_lm_runs(_mlx_lm_model(locate(settings.source)), prompt, settings.completion_tokens)
+            other = _mlx_lm_model(settings.source, settings.preset)
+            runs["mlx-lm"] = _mlx_lm_runs(other, prompt, settings.completion_tokens)
     for round_number in range(settings.rounds + 1):
         # Who goes first alternates; round 0 warms up and does not count, as a fresh process does by itself.
         if is_apart and not round_number:
@@ -226,30 +238,47 @@ def _mlx_lm_runs(model: object, prompt: list[int], num_tokens: int) -> Callable[
 
 def _in_a_fresh_process(settings: Settings, side: str) -> Run:
     """One run of one side that counts, behind one that warms up."""
-    words = (str(settings.source), side, str(settings.prompt_tokens), str(settings.completion_tokens))
+    words = (
+        str(settings.source),
+        side,
+        str(settings.prompt_tokens),
+        str(settings.completion_tokens),
+        settings.preset or "",
+    )
     return Run(**run_fresh("openelm_mlx.bench.benchmark", *words, what=f"A process that measured {side}"))
 
 
-def _alone(source: str, side: str, prompt_tokens: int, completion_tokens: int) -> Run:
+def _alone(source: str, side: str, prompt_tokens: int, completion_tokens: int, preset: str | None) -> Run:
     """What such a process does."""
     prompt = _prompt(spec_from_config(read_config(locate(source))), prompt_tokens)
     run = (
-        _our_runs(load(source)[0], prompt, completion_tokens)
+        _our_runs(load(source, preset=preset)[0], prompt, completion_tokens)
         if side == "ours"
-        else _mlx_lm_runs(_mlx_lm_model(locate(source)), prompt, completion_tokens)
+        else _mlx_lm_runs(_mlx_lm_model(source, preset), prompt, completion_tokens)
     )
     run()
     return run()
 
 
-def _mlx_lm_model(path: Path) -> object:
+def _mlx_lm_model(source: Source, preset: str | None) -> object:
+    """mlx-lm's model of a source, its matrices that are not packed yet packed as a preset packs ours."""
     try:
         from mlx_lm.utils import load_model
     except ImportError as error:
         raise SettingError(
             "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or leave out --against mlx-lm."
         ) from error
-    return load_model(path)[0]
+    model, packing = load_model(locate(source))[0], dense_packing(preset_bits(preset))
+    if packing is None:
+        return model
+
+    def is_packed(name: str, module: nn.Module) -> bool:
+        is_matrix = isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith(".router")
+        return is_matrix and packing.fits(module.weight.shape)
+
+    nn.quantize(model, packing.group_size, packing.bits, class_predicate=is_packed)
+    mx.eval(model.parameters())
+    return model
 
 
 def figures_as_json(figures: Sequence[Figure]) -> str:
@@ -258,4 +287,6 @@ def figures_as_json(figures: Sequence[Figure]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(vars(_alone(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))))
+    sys.stdout.write(
+        json.dumps(vars(_alone(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] or None)))
+    )

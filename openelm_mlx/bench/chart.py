@@ -32,14 +32,17 @@ def check_chart(file: str | None, overwrite: bool = False) -> Path | None:
     return path
 
 
-def save_chart(figure: Any, file: Path, overwrite: bool = False) -> None:
-    """Write a figure of matplotlib's and forget it. Raises DestinationError."""
+def save_chart(figure: Any, file: Path, overwrite: bool = False, is_tight: bool = True) -> None:
+    """Write a figure of matplotlib's and forget it; is_tight: its parts are moved until none overlaps. Raises
+    DestinationError.
+    """
     from matplotlib import pyplot as plt
 
     kind = file.suffix.removeprefix(".")
     # By this the next chart knows that it may take the file's place.
     metadata = {"Software": PROGRAM} if kind == "png" else {"Title": PROGRAM}
-    figure.tight_layout()
+    if is_tight:
+        figure.tight_layout()
     try:
         with output_file(file, WHAT, picture_of_ours, overwrite) as stream:
             figure.savefig(stream, dpi=150, format=kind, metadata=metadata)

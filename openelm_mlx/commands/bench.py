@@ -7,7 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from ..errors import SettingError, TokenizerError
-from .options import add_overwrite
+from .options import add_overwrite, add_preset_argument, bits_asked_for
 from .output import report, report_json, say
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ HELP = "measure speed and memory on this machine, beside mlx-lm in the same run"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--model", default="demo-openelm", metavar="SOURCE", help="default: demo-openelm")
+    add_preset_argument(parser)
     parser.add_argument(
         "--against", choices=["mlx-lm", "nothing"], default="mlx-lm", help="compare with mlx-lm (default) or not"
     )
@@ -40,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHAPE",
         help="random weights in a released shape instead of a model: gpt-oss-20b, openelm-270m, -450m, -1.1b or -3b",
     )
-    parser.add_argument("--bits", type=int, metavar="N", help="with --random: pack what is not packed yet to N bits")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        metavar="N",
+        help="with --random, instead of a preset: pack what is not packed yet to N bits",
+    )
     parser.add_argument("--layers", type=int, metavar="N", help="with --random: only the first N layers")
     parser.add_argument(
         "--long-context", type=int, default=0, metavar="N", help="with --random: decode after N tokens as well"
@@ -84,8 +90,10 @@ def run(args: argparse.Namespace) -> int:
         raise SettingError(
             "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or leave out --against mlx-lm."
         )
-    _check_lengths(prepare(args.model).model, args)
-    settings = Settings(args.model, args.prompt_tokens, args.completion_tokens, args.rounds, args.against == "mlx-lm")
+    _check_lengths(prepare(args.model, preset=args.preset).model, args)
+    settings = Settings(
+        args.model, args.prompt_tokens, args.completion_tokens, args.rounds, args.against == "mlx-lm", args.preset
+    )
     figures = []
     if not args.json:
         report(f"{args.model} on {machine_description()}; median of {args.rounds} [least to most]")
@@ -116,6 +124,7 @@ def _check_combination(args: argparse.Namespace) -> None:
         raise SettingError(
             "--speculation measures guessing of a model and has no chart: leave --random and --chart out."
         )
+    bits_asked_for(args, "--bits")
     if args.random is None:
         given = [each for each in ("bits", "layers", "long_context", "apart") if getattr(args, each)]
         if given:
@@ -141,7 +150,7 @@ def run_speculation(args: argparse.Namespace) -> int:
     from ..loading import no_tokenizer, prepare
     from ..models.openelm import OpenELM
 
-    prepared = prepare(args.model)
+    prepared = prepare(args.model, preset=args.preset)
     if prepared.tokenizer is None:
         raise TokenizerError(no_tokenizer(prepared.model.spec))
     small_one = None if args.draft_model is None else prepare(args.draft_model)
@@ -180,7 +189,7 @@ def run_random(args: argparse.Namespace, chart: Path | None) -> int:
     shape_config(args.random, args.layers)  # a wrong name is a sentence, before anything is drawn
     found = compare(
         args.random,
-        args.bits,
+        bits_asked_for(args, "--bits"),
         args.layers,
         args.rounds,
         args.seconds,

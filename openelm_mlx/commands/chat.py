@@ -23,7 +23,7 @@ from .answering import (
 )
 from .generate import check_draft_options, draft_to_check, experts_read, load_draft, read_form
 from .interrupts import Interrupts
-from .options import add_model_arguments, add_sampling_arguments, load_options, sampling_options
+from .options import add_model_arguments, add_sampling_arguments, bits_asked_for, load_options, sampling_options
 from .output import answer, dimmed, end_answer, end_dimmed, say, typed
 from .reader import Command, LineReader, Reader, TerminalReader
 
@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
     output.also_named({"overwrite": "/save!", "instructions": "/system"})
     check_draft_options(args)
+    bits_asked_for(args)
     form = read_form(args)
     sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
     parse_names(args.tools)

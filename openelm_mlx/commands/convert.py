@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from .options import add_preset_argument, bits_asked_for
 from .output import can_draw_bars, report, report_json, say
 from .progress import StageBars
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="2, 3, 4, 5, 6 or 8 (bits), mxfp4, mxfp8, nvfp4, or mixed (4 bits, and 8 where rounding hurts most)",
     )
+    add_preset_argument(weights)
     weights.add_argument(
         "--group-size", type=int, metavar="N", help="so many numbers share a scale: 32, 64 (default), 128"
     )
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what was done. Returns the exit code."""
+    quantize = bits_asked_for(args, "--quantize")
     from ..conversion import convert
 
     try:
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             result = convert(
                 args.source,
                 args.destination,
-                quantize=args.quantize,
+                quantize=quantize,
                 dtype=args.dtype,
                 group_size=args.group_size,
                 tokenizer=args.tokenizer,

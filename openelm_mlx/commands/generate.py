@@ -18,7 +18,14 @@ from .answering import (
     answer_options,
     guessing,
 )
-from .options import add_model_arguments, add_overwrite, add_sampling_arguments, load_options, sampling_options
+from .options import (
+    add_model_arguments,
+    add_overwrite,
+    add_sampling_arguments,
+    bits_asked_for,
+    load_options,
+    sampling_options,
+)
 from .output import answer, dimmed, end_answer, end_dimmed, report_json, say, typed
 
 if TYPE_CHECKING:
@@ -82,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print. Returns the exit code."""
     check_draft_options(args)
+    bits_asked_for(args)
     if args.logprobs is not None and not args.json:
         raise SettingError("--logprobs are shown with --json only: add it.")
     prompt = read_prompt(args)

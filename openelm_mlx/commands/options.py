@@ -6,6 +6,8 @@ import argparse
 from typing import Any
 
 from ..errors import SettingError
+from ..memory.presets import HELP as PRESET_HELP
+from ..memory.presets import PRESETS, preset_bits
 
 DEFAULT_MODEL = "demo-openelm"
 
@@ -24,11 +26,12 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)"
     )
+    add_preset_argument(group)
     group.add_argument(
         "--dense-bits",
         type=int,
         choices=[8, 6, 5, 4],
-        help="quantize, as they are read, the matrices that are not (gpt-oss's attention, embedding and head)",
+        help="instead of a preset: quantize to N bits, as they are read, the matrices that are not",
     )
     group.add_argument(
         "--expert-slots",
@@ -60,6 +63,16 @@ def add_overwrite(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_preset_argument(group: argparse._ActionsContainer) -> None:
+    """How much of the quality is given for memory and speed."""
+    group.add_argument("--preset", choices=list(PRESETS), help=f"{PRESET_HELP} (default: exact)")
+
+
+def bits_asked_for(args: argparse.Namespace, option: str = "--dense-bits") -> Any:
+    """What --preset or the option of the bits themselves says. Raises SettingError for both."""
+    return preset_bits(args.preset, getattr(args, option[2:].replace("-", "_")), ("--preset {}", option))
+
+
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `openelm_mlx.load` that those options mean."""
     from .progress import byte_bar
@@ -67,7 +80,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "context_length": args.context_length,
         "dtype": args.dtype,
-        "dense_bits": args.dense_bits,
+        "dense_bits": bits_asked_for(args),
         "kv_bits": args.kv_bits,  # a plan makes room for them
         "expert_slots": args.expert_slots,
         "memory_limit": args.memory_limit,

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
-from .options import add_overwrite
+from .options import DEFAULT_MODEL, add_overwrite, add_preset_argument, bits_asked_for
 from .output import report, report_json, say
 
 if TYPE_CHECKING:
     from ..memory.plan import MemoryPlan
+
+# What a table of all Macs has where no source is given.
+RELEASED = (
+    "openai/gpt-oss-20b", "openai/gpt-oss-120b", "apple/OpenELM-270M", "apple/OpenELM-450M", "apple/OpenELM-1_1B",
+    "apple/OpenELM-3B",
+)  # fmt: skip
 
 HELP = "say whether a model fits into a machine's memory, before anything of it is read"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("source", nargs="*", default=["demo-openelm"], help="demos, folders, files or repositories")
+    parser.add_argument(
+        "source", nargs="*",
+        help="demos, folders, files or repositories (default: demo-openelm; for tables and charts of all Macs what Apple and "
+        "OpenAI released)",
+    )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
     parser.add_argument(
         "--mac",
         metavar="NAME",
         help='another machine, for example "M4 Pro 24GB" or "MacBook Air M4" (default: this one)',
     )
-    parser.add_argument("--all-macs", action="store_true", help="a table of every Mac that is known")
-    parser.add_argument("--chart", metavar="FILE", help="draw models against Macs into a .png or .svg file")
+    parser.add_argument("--all-macs", action="store_true", help="a table of speeds on every Mac that is known")
+    parser.add_argument("--chart", metavar="FILE", help="draw that table into a .png or .svg file")
     add_overwrite(parser)
     parser.add_argument("--memory-limit", metavar="SIZE", help="for example 8GB (default: what the machine has)")
     parser.add_argument(
@@ -41,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-bits", type=int, metavar="N", help="8: keys and values of full-attention layers in 8 bits"
     )
-    parser.add_argument("--dense-bits", type=int, metavar="N", help="8: quantize dense matrices while they are read")
+    add_preset_argument(parser)
+    parser.add_argument(
+        "--dense-bits", type=int, metavar="N", help="instead of a preset: 8, 6, 5 or 4 bits of dense matrices"
+    )
     parser.add_argument(
         "--expert-slots", type=int, metavar="N", help="experts of each layer in memory (default: chosen)"
     )
@@ -73,21 +85,24 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         name: getattr(args, name)
         for name in (
-            "memory_limit", "context_length", "batch_size", "prefill_chunk", "kv_bits", "dense_bits", "expert_slots", "dtype",
-            "revision",
+            "memory_limit", "context_length", "batch_size", "prefill_chunk", "kv_bits", "expert_slots", "dtype", "revision",
         )
     }  # fmt: skip
+    options["dense_bits"] = bits_asked_for(args)
     if args.all_macs or args.chart is not None:
-        plans = [plans_on(list(macs()), source, **options) for source in args.source]
+        from .plan_macs import draw, table
+
+        every = list(macs())
+        plans = [plans_on(every, source, as_released=not args.source, **options) for source in args.source or RELEASED]
         if chart is not None:
             draw(plans, chart, args.overwrite)
             say(f"The chart is in {chart}.")
         if args.json:
             report_json([each.as_dict() for row in plans for each in row])
         elif args.all_macs:
-            print_table(plans)
+            report("\n".join(table(plans, shutil.get_terminal_size((80, 24)).columns)))
         return 0
-    plans_here = [plan(source, mac=args.mac, **options) for source in args.source]
+    plans_here = [plan(source, mac=args.mac, **options) for source in args.source or [DEFAULT_MODEL]]
     if args.json:
         dicts = [each.as_dict() for each in plans_here]
         report_json(dicts[0] if len(dicts) == 1 else dicts)
@@ -118,6 +133,7 @@ def text(plan: MemoryPlan) -> list[str]:
         f"  longest context   {plan.max_context_length:,} tokens with these settings",
     ]
     lines += speed_lines(plan)
+    lines += variant_lines(plan)
     if machine.calibration is not None and machine.calibration.date:
         lines.append(f"  (what computing takes was measured on {machine.calibration.date})")
     elif machine.backend == "metal":
@@ -144,6 +160,49 @@ def speed_lines(plan: MemoryPlan) -> list[str]:
     if plan.prefill is not None:
         lines.append(f"  prefill           {plan.prefill} tokens/s for a prompt of {plan.prefill.tokens:,} tokens")
     return [*lines, f"  ({basis_of(plan)})"]
+
+
+def variant_lines(plan: MemoryPlan) -> list[str]:
+    """The presets beside each other, and which is advised."""
+    from ..memory.plan import size
+
+    if not plan.variants:
+        return []
+    demo = "demo-openelm" if plan.family == "openelm" else "demo-gpt-oss"
+    header = ("preset", "memory", "experts", f"tokens/s at {plan.context_length:,}", f"next token, measured on {demo}")
+    rows = [header]
+    for each in plan.variants:
+        experts = "" if plan.family == "openelm" else "all" if each.expert_slots is None else f"{each.expert_slots}"
+        speed = "-" if each.decode is None else f"{each.decode}"
+        if each.gain is not None:
+            speed += f" ({100 * (each.gain - 1):+.0f} %)"
+        quality = "as released" if each.dense_bits is None else "not measured"
+        rows.append((
+            f"{each.name}{' *' if each.is_advised else ''}", size(each.process_bytes),
+            experts if each.fits else "no room", speed, quality if each.quality is None else str(each.quality),
+        ))  # fmt: skip
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  presets"]
+    for row in zip(*columns, strict=True):
+        lines.append("    " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return [*lines, *(f"    ({each})" for each in _about(plan))]
+
+
+def _about(plan: MemoryPlan) -> list[str]:
+    """What has to be said under the presets."""
+    from ..memory.presets import PRESETS
+
+    advised = next(each for each in plan.variants if each.is_advised)
+    meanings = (
+        f"{PRESETS['balanced'].meaning}; smallest: in 4"
+        if plan.family != "openelm"
+        else "all matrices in 8 bits; smallest: in 4"
+    )
+    lines = [f"balanced: {meanings}; --preset NAME chooses, exact is the default"]
+    if advised.name == "balanced":
+        lines.append("* advised; exact is for who wants every bit, smallest only where its figure is good enough")
+    return lines
 
 
 def basis_of(plan: MemoryPlan) -> str:
@@ -210,54 +269,3 @@ def calibrate(as_json: bool) -> int:
         report(f"The process takes {calibration.process_bytes / 1e6:.0f} MB beside.")
     report(f"Later plans go by it; it is kept in {file}, and forgotten when that is deleted.")
     return 0
-
-
-def print_table(plans: Sequence[Sequence[MemoryPlan]]) -> None:
-    """Macs down, models across."""
-    from ..memory.plan import size
-
-    width = max(24, *(len(row[0].source) + 2 for row in plans))
-    report(f"{'Mac':14}{'usable':>10}  " + "".join(f"{row[0].source:{width}}" for row in plans))
-    for column in zip(*plans, strict=True):
-        machine = column[0].machine
-        assert machine is not None
-        estimated = "~" if machine.notes else " "
-        cells = "".join(f"{cell(each):{width}}" for each in column)
-        report(f"{machine.name:14}{estimated}{size(machine.available_bytes):>9}  {cells}")
-    report("~: the working set is estimated. Rates are predicted, not measured; - is not known.")
-
-
-def cell(plan: MemoryPlan) -> str:
-    """One plan in a few characters: "fits, 47 tok/s", "14 experts, 6 tok/s", "no"."""
-    if not plan.fits:
-        return "no"
-    rate = "-" if plan.decode_tps is None else f"{plan.decode_tps:.0f}"
-    return f"{'fits' if plan.expert_slots is None else f'{plan.expert_slots} experts'}, {rate} tok/s"
-
-
-def draw(plans: Sequence[Sequence[MemoryPlan]], file: Path, overwrite: bool = False) -> None:
-    """Models against Macs: green fits whole, yellow with experts on disk, red not at all; the number is tokens/s."""
-    import matplotlib as mpl
-
-    from ..bench.chart import save_chart
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    colours = {0: "#d9534f", 1: "#f0c75e", 2: "#7fb77e"}
-    columns = [row[0].source for row in plans]
-    rows = [str(each.machine.name) for each in plans[0] if each.machine is not None]
-    figure, axes = plt.subplots(figsize=(2.5 + 2.0 * len(columns), 1.2 + 0.24 * len(rows)))
-    for x, row in enumerate(plans):
-        for y, each in enumerate(row):
-            kind = 0 if not each.fits else 2 if each.expert_slots is None else 1
-            axes.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=colours[kind], edgecolor="white"))
-            rate = "" if not each.fits else "?" if each.decode_tps is None else f"{each.decode_tps:.0f}"
-            axes.text(x + 0.5, y + 0.5, rate, ha="center", va="center", fontsize=8)
-    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
-    axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, fontsize=8)
-    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize=7)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.set_xlabel("green: fits; yellow: with experts on disk; red: does not. Numbers: predicted tokens/s", fontsize=7)
-    save_chart(figure, file, overwrite)

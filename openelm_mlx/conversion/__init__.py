@@ -29,6 +29,7 @@ from ..errors import CheckpointError, ConfigError, ConversionError, HubError, Se
 from ..files import hears_the_disk, read_bytes, read_object
 from ..finder import files_of
 from ..loading import find_tokenizer, stored_template
+from ..memory.presets import preset_bits
 from ..text.tokenizer import Tokenizer
 from ..text.unicode import whole_characters
 from .card import CardFacts, licence_files, model_card
@@ -80,6 +81,7 @@ def convert(
     quantize: str | int | None = None,
     dtype: str | mx.Dtype | None = None,
     *,
+    preset: str | None = None,
     group_size: int | None = None,
     tokenizer: str | Path | None = None,
     chat_template: str | None = None,
@@ -97,7 +99,8 @@ def convert(
     destination: a folder that does not exist yet; it appears when it is whole. After Ctrl-C or a crash the same call
     goes on where it stopped, from DESTINATION.partial; after an error nothing is left.
     quantize: 2, 3, 4, 5, 6 or 8 (bits, with `group_size` 32, 64 or 128), "mxfp4", "mxfp8", "nvfp4", or "mixed": 4 bits,
-    and 8 for the embedding and the outer layers. dtype: "float32", "bfloat16" or "float16" for what is not packed; None
+    and 8 for the embedding and the outer layers. preset: "exact" (nothing is quantized), "balanced" (8 bits) or "smallest"
+    (4 bits) instead. dtype: "float32", "bfloat16" or "float16" for what is not packed; None
     keeps the stored type (see `plan_conversion` for the exceptions). On a quantized source it unpacks the weights.
     tokenizer, chat_template: as in `load`; both are stored with the weights.
     verify: read the result back and compare it with the original, before it appears. dry_run: write nothing; of a
@@ -106,6 +109,7 @@ def convert(
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
+    quantize = preset_bits(preset, quantize, ('preset="{}"', "quantize"))
     target = _checked_request(destination, dry_run, upload, private)
     opened = Source.open(source, revision, progress)
     plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, max_file_bytes)

@@ -10,8 +10,9 @@ from typing import Any
 from ..errors import MemoryLimitError, SettingError
 from ..specs import ModelSpec, kv_places
 from .machine import Machine, wired_limit_advice
-from .rates import SpeedRange, prefill_seconds, rates_of, rounded, streamed_seconds
+from .rates import SpeedRange, prefill_seconds, rates_of, streamed_seconds
 from .scratch import scratch_bytes
+from .variants import Variant
 
 # The interpreter, MLX and the library; a tokenizer takes some five times its file (measured on Linux, docs/memory.md).
 # With a GPU there are its libraries, too, of which nothing was measured on a Mac.
@@ -92,7 +93,8 @@ class MemoryPlan:
     how many a layer. dense_bits: None, or the bits that dense parts are quantized to as they are read. decode, prefill:
     predicted speeds with the whole context in use, decode_at_start with an empty one; None where the machine's rates are
     not known. decode_tps, prefill_tps: their middles. changes: what would make it fit, where it does not. least_bytes: the
-    smallest memory limit that can be kept with these dense_bits and kv_bits.
+    smallest memory limit that can be kept with these dense_bits and kv_bits. variants: the same with each preset, where
+    there is something to choose.
     """
 
     source: str
@@ -121,6 +123,7 @@ class MemoryPlan:
     least_bytes: int = 0
     advice: str | None = None
     family: str = ""
+    variants: tuple[Variant, ...] = ()
 
     @property
     def decode_tps(self) -> float | None:
@@ -140,6 +143,7 @@ class MemoryPlan:
             "prefill_tps": self.prefill_tps,
             "machine": None if self.machine is None else asdict(self.machine),
             "changes": [vars(change) for change in self.changes],
+            "variants": [each.as_dict() for each in self.variants],
         }
 
     def refusal(self) -> MemoryLimitError:
@@ -346,7 +350,7 @@ class _Planner:
             seconds = rates.decode_seconds(len(self.spec.layers), self._touched_bytes(plan.batch_size), cached)
             slow = seconds / rates.low + read / slow_disk + wait
             fast = seconds / rates.high + SKEWED_READS * read / fast_disk
-            return SpeedRange(rounded(1 / slow), rounded(1 / fast), tokens, basis)
+            return SpeedRange.of(1 / slow, 1 / fast, tokens, basis)
 
         prompt, chunk = plan.context_length, min(plan.prefill_chunk, plan.context_length)
         found = prefill_seconds(self.spec, rates, prompt, chunk, self._touched_bytes(chunk))
@@ -355,7 +359,7 @@ class _Planner:
             # Computed and read at the same time.
             reads = prompt / chunk * (0.0 if plan.expert_slots is None else self._read_bytes(plan.expert_slots, chunk))
             slow, fast = max(found[0], reads / slow_disk), max(found[1], reads / fast_disk)
-            prefill = SpeedRange(rounded(prompt / slow), rounded(prompt / fast), prompt, basis)
+            prefill = SpeedRange.of(prompt / slow, prompt / fast, prompt, basis)
         return replace(plan, decode=decode(plan.context_length), decode_at_start=decode(0), prefill=prefill)
 
     def _touched_bytes(self, tokens: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -39,21 +39,27 @@ class SpeedRange:
     """Tokens a second, the least and the most, two digits each; `tokens`: how many the context has then.
 
     basis: "measured" (here), "published" (runs of such a model on this chip), "related" (on this chip with another size or
-    other weights), "no run" (on this chip nobody has published one).
+    other weights), "no run" (on this chip nobody has published one). fit: the middle before it is rounded, to compare two.
     """
 
     low: float
     high: float
     tokens: int
     basis: str
+    fit: float = field(default=0.0, compare=False)
+
+    @classmethod
+    def of(cls, slow: float, fast: float, tokens: int, basis: str) -> SpeedRange:
+        """From the tokens a second that there are at least and at most."""
+        return cls(rounded(slow), rounded(fast), tokens, basis, (slow + fast) / 2)
 
     @property
     def middle(self) -> float:
-        """One number, where one is needed."""
-        return (self.low + self.high) / 2
+        """One number, where one is needed, two digits."""
+        return rounded((self.low + self.high) / 2)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "fit"}
 
     def __str__(self) -> str:
         low, high = number(self.low), number(self.high)
@@ -149,15 +155,15 @@ def streamed_seconds(layers: int) -> float:
     return layers * READ_BACK_SECONDS
 
 
-def rounded(value: float) -> float:
+def rounded(value: float, digits: int = 2) -> float:
     """Two digits."""
-    return float(f"{value:.2g}")
+    return float(f"{value:.{digits}g}")
 
 
-def number(value: float) -> str:
-    """Two digits for people: 0.57, 9.4, 47, 1,300."""
-    value = rounded(value)
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+def number(value: float, digits: int = 2) -> str:
+    """Two digits for people: 0.57, 2.0, 47, 1,300."""
+    value = rounded(value, digits)
+    return f"{value:,.0f}" if value >= 10 else f"{value:#.2g}"
 
 
 # --- what was published -----------------------------------------------------------------------------------------------

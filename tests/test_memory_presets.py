@@ -10,6 +10,7 @@ from conftest import random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
+from openelm_mlx.bench.benchmark import _mlx_lm_model
 from openelm_mlx.bench.quality import COLUMNS, divergence
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
@@ -67,6 +68,18 @@ def test_a_converted_preset_is_the_recipe_of_its_bits(plain, tmp_path):
     assert main(["convert", str(plain), str(tmp_path / "out"), "--preset", "smallest", "--quiet"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization"]["bits"] == 4
+
+
+@pytest.mark.parametrize("name", ["balanced", "smallest"])
+def test_bench_packs_mlx_lm_s_model_alike(plain, name):
+    """Else the comparison would be one of 16 bits with 8."""
+    ours, theirs = om.load(plain, preset=name)[0], _mlx_lm_model(plain, name)
+    packed = [
+        sorted(array.shape for name, array in tree_flatten(each.parameters()) if array.dtype == mx.uint32)
+        for each in (ours, theirs)
+    ]
+    assert packed[0] == packed[1]
+    assert packed[0]
 
 
 # --- what is refused ---
@@ -247,7 +260,8 @@ def test_all_models_on_all_macs_are_one_table(every, columns):
 
 def test_the_table_needs_no_hub(monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("openelm_mlx.memory.machine.macs", lambda: iter([find_mac("M1 8GB")]))
+    one = find_mac("M1 8GB")
+    monkeypatch.setattr("openelm_mlx.memory.machine.macs", lambda: iter([one]))
     assert main(["plan", "--all-macs", "--preset", "balanced"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""

@@ -1,8 +1,8 @@
 """How far rounding a model's dense parts to fewer bits moves its next-token distributions, from the weights as they are.
 
 Both models read the same tokens (teacher forcing) and compute in float32, so that what differs is the weights alone. The
-demos read what they say themselves, drawn at temperature 1, so that words they are not sure of come as often as in use; over
-their greedy answers, which they know by heart, everything looks twenty times better. Models of real width have random
+demos read what they say themselves, drawn at temperature 1, so that words they are not sure of come as often as in use. Their
+answers they know by heart, and hardly anything shows there; free text is the other end. Models of real width have random
 weights, which say how errors grow from layer to layer and nothing of a language.
 """
 

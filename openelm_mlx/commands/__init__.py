@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import UserError
 from ..platforms import keep_float32, require_mlx, use_device
-from . import output
+from . import completion, output
 
 # Name -> module, in the order of the help. Each has HELP, add_arguments(parser) and run(args) -> exit code, and imports
 # what is slow only in run, so that --help is instant.
@@ -137,6 +137,13 @@ def build_parser(prog: str, arguments: Sequence[str] = ()) -> Parser:
     """The parser of all commands; of only the one named first, when there is one, to import no more than that."""
     parser = Parser(prog=prog, description="Run Apple OpenELM and OpenAI gpt-oss models on Apple MLX.")
     parser.add_argument("--version", action="version", version=f"openelm_mlx {__version__}", help="print the version")
+    parser.add_argument(
+        "--print-completion",
+        action=completion.PrintCompletion,
+        choices=completion.SHELLS,
+        metavar="SHELL",
+        help=completion.HELP,
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=False, parser_class=Parser)
     wanted = [name for name in arguments[:1] if name in COMMANDS] or list(COMMANDS)
     for name in wanted:

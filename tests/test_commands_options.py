@@ -1,0 +1,173 @@
+"""Every option of generate, chat, plan and convert reaches what it names: a table, in which a new option has to be entered."""
+
+import argparse
+import importlib
+import json
+
+import pytest
+
+
+class Reached(Exception):
+    """The recorder has what it was called with."""
+
+
+def options_of(command: str) -> set[str]:
+    module = importlib.import_module(f"openelm_mlx.commands.{command}")
+    parser = argparse.ArgumentParser(add_help=False)
+    module.add_arguments(parser)
+    return {action.option_strings[0] for action in parser._actions if action.option_strings}
+
+
+# option -> (value, the call that receives it, keyword, what it has to be)
+LOAD = {
+    "--model": ("demo-gpt-oss", "load", 0, "demo-gpt-oss"),
+    "--revision": ("v1", "load", "revision", "v1"),
+    "--tokenizer": ("demo-openelm", "load", "tokenizer", "demo-openelm"),
+    "--dtype": ("float16", "load", "dtype", "float16"),
+    "--dense-bits": ("8", "load", "dense_bits", 8),
+    "--kv-bits": ("8", "load", "kv_bits", 8),
+    "--expert-slots": ("5", "load", "expert_slots", 5),
+    "--memory-limit": ("8G", "load", "memory_limit", "8G"),
+    "--wire": (None, "load", "wire", True),
+    "--context-length": ("99", "load", "context_length", 99),
+    "--chat-template": ("plain", "load", "chat_template", "plain"),
+}
+PLAN = {
+    "--revision": ("v1", "plan", "revision", "v1"),
+    "--mac": ("M4 16GB", "plan", "mac", "M4 16GB"),
+    "--memory-limit": ("8G", "plan", "memory_limit", "8G"),
+    "--context-length": ("99", "plan", "context_length", 99),
+    "--batch-size": ("3", "plan", "batch_size", 3),
+    "--prefill-chunk": ("64", "plan", "prefill_chunk", 64),
+    "--kv-bits": ("8", "plan", "kv_bits", 8),
+    "--dense-bits": ("4", "plan", "dense_bits", 4),
+    "--expert-slots": ("5", "plan", "expert_slots", 5),
+    "--dtype": ("float16", "plan", "dtype", "float16"),
+}
+CONVERT = {
+    "--quantize": ("4", "convert", "quantize", "4"),
+    "--group-size": ("32", "convert", "group_size", 32),
+    "--dtype": ("float16", "convert", "dtype", "float16"),
+    "--revision": ("v1", "convert", "revision", "v1"),
+    "--max-file-size": ("500MB", "convert", "max_file_bytes", 500_000_000),
+    "--tokenizer": ("demo-openelm", "convert", "tokenizer", "demo-openelm"),
+    "--chat-template": ("plain", "convert", "chat_template", "plain"),
+    "--dry-run": (None, "convert", "dry_run", True),
+    "--verify": (None, "convert", "verify", True),
+    "--upload": ("me/it", "convert", "upload", "me/it"),
+    "--private": (None, "convert", "private", True),
+}
+GENERATE = {
+    "--system": (
+        "Be brief.",
+        "stream",
+        "prompt",
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+    ),
+    "--prompt": ("Ho", "stream", "prompt", "Ho"),
+    "--reasoning-effort": ("low", "stream", "reasoning_effort", "low"),
+    "--raw": (None, "stream", "raw", True),
+    "--max-tokens": ("7", "stream", "max_tokens", 7),
+    "--stop": ("x", "stream", "stop", ["x"]),
+    "--prefill-chunk": ("64", "stream", "prefill_chunk", 64),
+    "--kv-bits": ("8", "stream", "kv_bits", 8),
+    "--sliding-window": ("64", "stream", "sliding_window", 64),
+    "--regex": ("a+", "stream", "regex", "a+"),
+    "--temperature": ("0.5", "sampling", "temperature", 0.5),
+    "--top-k": ("3", "sampling", "top_k", 3),
+    "--top-p": ("0.5", "sampling", "top_p", 0.5),
+    "--min-p": ("0.5", "sampling", "min_p", 0.5),
+    "--repetition-penalty": ("1.5", "sampling", "repetition_penalty", 1.5),
+    "--presence-penalty": ("0.5", "sampling", "presence_penalty", 0.5),
+    "--frequency-penalty": ("0.5", "sampling", "frequency_penalty", 0.5),
+    "--logit-bias": ("5=-1", "sampling", "logit_bias", {5: -1.0}),
+    "--seed": ("4", "sampling", "seed", 4),
+}
+_SHARED = ("--reasoning-effort", "--max-tokens")
+CHAT = {
+    "--system": ("Be brief.", "Chat", "instructions", "Be brief."),
+    "--max-rounds": ("3", "Chat", "max_rounds", 3),
+    "--time-limit": ("9.5", "Chat", "time_limit", 9.5),
+    "--stop": ("x", "options", "stop", ["x"]),
+    "--prefill-chunk": ("64", "options", "prefill_chunk", 64),
+    "--regex": ("a+", "options", "regex", "a+"),
+    **{name: (GENERATE[name][0], "Chat", *GENERATE[name][2:]) for name in _SHARED},
+    **{name: entry for name, entry in GENERATE.items() if entry[1] == "sampling"},
+}
+# What stays in the command itself, or needs a file: each has a test of its own in the file that is named.
+ELSEWHERE = {
+    "generate": {
+        "--prompt-file": "test_commands_generate.py", "--prompt-cache": "test_commands_generate.py",
+        "--draft-model": "test_commands_generate.py", "--prompt-lookup": "test_commands_generate.py",
+        "--num-draft-tokens": "test_commands_generate.py", "--json-schema": "test_commands_generate_form.py",
+        "--grammar": "test_commands_generate_form.py", "--logprobs": "test_commands_generate.py",
+        "--json": "test_commands_generate.py", "--show-reasoning": "test_commands_generate.py",
+        "--hide-reasoning": "test_commands_generate.py", "--quiet": "test_commands_generate.py",
+    },
+    "chat": {
+        "--tools": "test_commands_chat.py", "--load": "test_commands_chat.py", "--no-history": "test_commands_chat.py",
+        "--allow-unsandboxed": "test_agents_python_tool.py", "--draft-model": "test_commands_chat.py",
+        "--prompt-lookup": "test_commands_chat.py", "--num-draft-tokens": "test_commands_generate.py",
+        "--json-schema": "test_commands_generate_form.py", "--grammar": "test_commands_generate_form.py",
+        "--show-reasoning": "test_commands_generate.py", "--hide-reasoning": "test_commands_chat.py",
+        "--quiet": "test_commands_chat.py",
+    },
+    "plan": {
+        "--all-macs": "test_memory_plan.py", "--chart": "test_memory_plan.py", "--json": "test_memory_plan.py",
+        "--calibrate": "test_memory_calibration.py",
+    },
+    "convert": {"--json": "test_commands_convert.py", "--quiet": "test_commands_convert.py"},
+}  # fmt: skip
+TABLE = {"generate": {**LOAD, **GENERATE}, "chat": {**LOAD, **CHAT}, "plan": PLAN, "convert": CONVERT}
+CASES = [("generate", *row) for row in [*LOAD.items(), *GENERATE.items()]]
+CASES += [(command, *row) for command in ("chat", "plan", "convert") for row in TABLE[command].items()]
+
+
+@pytest.mark.parametrize("command", TABLE)
+def test_every_option_has_an_entry(command):
+    known = {*TABLE[command], *ELSEWHERE[command]}
+    aliases = {"-p": "--prompt", "-q": "--quiet"}
+    own = {aliases.get(each, each) for each in options_of(command)} - {"--overwrite"}
+    assert own <= known, "a new option: enter what it has to reach"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "entry"), CASES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_an_option_reaches_what_it_names(command, option, entry, monkeypatch):
+    value, call, keyword, wanted = entry
+    seen: dict[str, tuple] = {}
+
+    def recorder(name, result=None):
+        def record(*args, **keywords):
+            seen[name] = (args, keywords)
+            if name == call or result is None:
+                raise Reached
+            return result
+
+        return record
+
+    monkeypatch.setattr("openelm_mlx.loading.load", recorder("load", (None, None)))
+    monkeypatch.setattr("openelm_mlx.generate.stream_generate", recorder("stream"))
+    monkeypatch.setattr("openelm_mlx.agents.chat.Chat", recorder("Chat"))
+    monkeypatch.setattr("openelm_mlx.planning.plan", recorder("plan"))
+    monkeypatch.setattr("openelm_mlx.conversion.convert", recorder("convert"))
+    prompt = [] if option == "--prompt" else ["Hi"]
+    words = {"generate": prompt, "chat": [], "plan": ["demo-openelm"], "convert": ["demo-openelm", "nowhere"]}[command]
+    given = [option] if value is None else [f"{option}={value}"]
+    from openelm_mlx import commands
+
+    parser = commands.build_parser("openelm_mlx", [command])
+    args = parser.parse_args([command, *words, *given])
+    with pytest.raises(Reached):
+        args.run(args)
+    if call == "sampling":
+        found = getattr(seen["Chat" if command == "chat" else "stream"][1]["sampling"], keyword)
+    elif call == "options":
+        found = seen["Chat"][1]["options"][keyword]
+    elif keyword == "prompt":
+        found = seen["stream"][0][2]
+    else:
+        positional, named = seen[call]
+        found = positional[keyword] if isinstance(keyword, int) else named[keyword]
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(wanted))

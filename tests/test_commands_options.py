@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -147,7 +148,8 @@ def test_an_option_reaches_what_it_names(command, option, entry, monkeypatch):
 
         return record
 
-    monkeypatch.setattr("openelm_mlx.loading.load", recorder("load", (None, None)))
+    prepared = SimpleNamespace(model=None, tokenizer=None, read=lambda: (None, None))
+    monkeypatch.setattr("openelm_mlx.loading.prepare", recorder("load", prepared))
     monkeypatch.setattr("openelm_mlx.generate.stream_generate", recorder("stream"))
     monkeypatch.setattr("openelm_mlx.agents.chat.Chat", recorder("Chat"))
     monkeypatch.setattr("openelm_mlx.planning.plan", recorder("plan"))

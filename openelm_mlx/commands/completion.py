@@ -47,7 +47,8 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
         elif action.metavar == "FOLDER" or action.dest == "destination":
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    return shtab.complete(parser, shell, preamble=_FUNCTIONS)
+    functions: Any = _FUNCTIONS  # shtab takes one for each shell
+    return shtab.complete(parser, shell, preamble=functions)
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

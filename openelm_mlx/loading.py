@@ -20,6 +20,7 @@ from .checkpoint.hub_names import RepoFile, known_name, repo_of
 from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
+from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .files import hears_the_disk
 from .finder import disk_trouble, is_macos_own, is_same_name
@@ -100,6 +101,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 @hears_the_disk(CheckpointError)
+@refusing_unknown("om.load")
 def load(
     source: Source,
     *,

@@ -14,6 +14,7 @@ import mlx.core as mx
 from .checkpoint.layouts import Contents
 from .checkpoint.released import write_released_headers
 from .conversion.source import Source as OpenedSource
+from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, HubError, SettingError
 from .files import hears_the_disk
 from .loading import dense_packing, dense_packings, memory_weights, packed_weights, parse_dtype, repository
@@ -27,6 +28,7 @@ from .specs import checked_kv_bits
 
 
 @hears_the_disk(CheckpointError)
+@refusing_unknown("om.plan")
 def plan(
     source: str | Path,
     *,
@@ -53,6 +55,8 @@ def plan(
 
     Raises SettingError for a wish that is none, and what opening the source raises; a plan that does not fit is no error.
     """
+    if not isinstance(machine, (Machine, type(None))):
+        raise SettingError(f"machine is {machine!r}: give a Machine, or the name of a Mac as mac.")
     here = find_mac(mac) if mac is not None else machine or this_machine()
     looked_at, bits = Planned.look(source, revision, dtype), preset_bits(preset, dense_bits)
     wishes = {

@@ -175,3 +175,22 @@ def test_a_draft_model_of_another_tokenizer_is_refused_whoever_is_asked(gpt_oss,
                     om.stream_generate(large[0], tokenizer, prompt, draft=made)
     again, _ = om.load("demo-gpt-oss")
     assert om.stream_generate(*gpt_oss, "What is a banjo?", draft=om.DraftModel(again))
+
+
+@pytest.mark.parametrize("call", [om.load, om.plan, lambda *a, **k: om.convert(*a, "nowhere", **k)])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": 1}, "it is for om.generate"),
+        ({"revison": "x"}, "Did you mean revision"),
+        ({"q": 1}, "There are: "),
+    ],
+)
+def test_functions_say_what_to_write_for_a_keyword_they_do_not_have(call, options, said):
+    with pytest.raises(SettingError, match=said):
+        call("demo-openelm", **options)
+
+
+def test_a_machine_is_no_name():
+    with pytest.raises(SettingError, match="machine is 'M4'"):
+        om.plan("demo-openelm", machine="M4")

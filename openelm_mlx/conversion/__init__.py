@@ -25,6 +25,7 @@ from ..checkpoint import hub
 from ..checkpoint.hub_names import is_repo_name
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, check_destination
+from ..decoding.arguments import refusing_unknown
 from ..errors import CheckpointError, ConfigError, ConversionError, HubError, SettingError, TokenizerError
 from ..files import hears_the_disk, read_bytes, read_object
 from ..finder import files_of
@@ -75,6 +76,7 @@ class ConversionReport:
 
 
 @hears_the_disk(CheckpointError)
+@refusing_unknown("om.convert")
 def convert(
     source: str | Path,
     destination: str | Path | None,

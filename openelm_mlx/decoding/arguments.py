@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from ..errors import SettingError
 from ..text.tokenizer import Tokenizer
 from .prefix_cache import PrefixCache
 from .sampling import SamplingParams
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 # What other libraries call the same.
 _OTHER_NAMES = {
@@ -35,6 +38,28 @@ def refuse_unknown(what: str, unknown: Mapping[str, Any], known: Collection[str]
         near = near if near in known else next(iter(difflib.get_close_matches(name, known, 1)), None)
         advice = f"Did you mean {near}?" if near else f"There are: {', '.join(known)}."
         raise SettingError(f"{what} has no keyword {name!r}. {advice}")
+
+
+def refusing_unknown(what: str) -> Callable[[_F], _F]:
+    """A decorator: the function says what to write in place of a keyword that it does not have."""
+
+    def decorate(function: _F) -> _F:
+        known = [each.name for each in inspect.signature(function).parameters.values()]
+
+        @wraps(function)
+        def checked(*args: Any, **keywords: Any) -> Any:
+            unknown = {name: value for name, value in keywords.items() if name not in known}
+            sampling = [name for name in unknown if _OTHER_SAMPLING.get(name, name) in _SAMPLING]
+            if sampling:
+                raise SettingError(
+                    f"{what} has no keyword {sampling[0]!r}: it is for om.generate, in sampling=om.SamplingParams(...)."
+                )
+            refuse_unknown(what, unknown, known)
+            return function(*args, **keywords)
+
+        return cast(_F, checked)
+
+    return decorate
 
 
 def check_model(model: object, tokenizer: object = None) -> None:

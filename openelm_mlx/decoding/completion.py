@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from .patterns import Pattern, StringForm
-from .schema_parts import NAMED_SCHEMAS
+from .formats import AnswerFormat
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import llguidance
-
-    from .grammar import AnswerFormat, Engine
 
 # A completion with more bytes is not looked for. A walk that passes one place so often goes in a circle, or writes a long
 # string of a given length.
@@ -35,14 +33,13 @@ EFFORTS = (4, _CIRCLE), (1, _LONGEST_COMPLETION), (32, _CIRCLE)
 _MOST_STEPS_TO_KNOWN = 12
 MOST_DROPPED = 8
 
-_TERMINAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/((?:\\.|[^/\\\n])+)/')
 # How far back a grammar's terminal may have begun, in characters.
 _LONGEST_TERMINAL = 512
 
 
 def completion(
     matcher: llguidance.LLMatcher,
-    engine: Engine,
+    vocabulary: Vocabulary,
     answer: AnswerFormat,
     text: bytes,
     effort: tuple[int, int],
@@ -54,65 +51,13 @@ def completion(
     """
     num_walks, most_passes = effort
     for _ in range(num_walks):
-        walk = _Walk(matcher.deep_copy(), engine, answer, text, most_passes, known)
+        walk = _Walk(matcher.deep_copy(), vocabulary, answer, text, most_passes, known)
         data = walk.to_end()
         if data is not None:
             return data
         if not walk.learn():
             return None
     return None
-
-
-# --- What strings have to be ------------------------------------------------------------------------------------------
-
-
-def string_forms(answer: AnswerFormat) -> list[StringForm]:
-    """The forms that strings of the answer may have to be in: of the whole text for a regex, of terminals for a grammar."""
-    if answer.kind == "regex":
-        return _forms([((answer.text,), 0, None)], matches_whole=True)
-    if answer.kind == "grammar":
-        terminals = dict.fromkeys(match[1] for match in _TERMINAL.finditer(answer.text) if match[1])
-        return _forms([((each.replace(r"\/", "/"),), 0, None) for each in terminals], matches_whole=True)
-    return _forms(list(dict.fromkeys(_string_schemas(json.loads(answer.text)))), matches_whole=False)
-
-
-_Form = tuple[tuple[str, ...], int, "int | None"]
-
-
-def _forms(given: Sequence[_Form], matches_whole: bool) -> list[StringForm]:
-    read: dict[str, Pattern | None] = {}
-    forms = []
-    for patterns, low, high in given:
-        for pattern in patterns:
-            if pattern not in read:
-                try:
-                    read[pattern] = Pattern(pattern, matches_whole)
-                except ValueError:
-                    read[pattern] = None
-        known = [automaton for pattern in patterns if (automaton := read[pattern]) is not None]
-        if known or low:
-            forms.append(StringForm(known, low, high))
-    return forms
-
-
-def _string_schemas(schema: Any) -> Iterator[_Form]:
-    if isinstance(schema, Mapping):
-        parts = [schema, *(part for part in schema.get("allOf", ()) if isinstance(part, Mapping))]
-        patterns = tuple(each["pattern"] for each in parts if isinstance(each.get("pattern"), str))
-        low = max(each.get("minLength", 0) for each in parts)
-        if patterns or low:
-            yield patterns, low, schema.get("maxLength")
-        for key, value in schema.items():
-            if key == "patternProperties" and isinstance(value, Mapping):
-                yield from (((pattern,), 0, None) for pattern in value)
-            if key in NAMED_SCHEMAS and isinstance(value, Mapping):
-                for item in value.values():
-                    yield from _string_schemas(item)
-            elif key not in ("const", "enum"):
-                yield from _string_schemas(value)
-    elif isinstance(schema, list):
-        for item in schema:
-            yield from _string_schemas(item)
 
 
 # --- The walk ---------------------------------------------------------------------------------------------------------
@@ -185,14 +130,14 @@ class _Walk:
     def __init__(
         self,
         matcher: llguidance.LLMatcher,
-        engine: Engine,
+        vocabulary: Vocabulary,
         answer: AnswerFormat,
         text: bytes,
         most_passes: int,
         known: Sequence[int] = (),
     ) -> None:
         self._known = list(known)
-        self._matcher, self._engine, self._answer = matcher, engine, answer
+        self._matcher, self._vocabulary, self._answer = matcher, vocabulary, answer
         self._preferred, self._most_passes = answer.preferred, most_passes
         self._text = bytearray(text)
         self._strings = None
@@ -220,7 +165,7 @@ class _Walk:
         for begin in range(min(MOST_DROPPED, len(self._known))):
             rest, ahead = self._known[begin:], self._matcher.deep_copy()
             if ahead.try_consume_tokens(rest) == len(rest) and ahead.is_accepting():
-                return b"".join(self._engine.token_bytes[token] for token in rest)
+                return b"".join(self._vocabulary.tokens[token] for token in rest)
         return None
 
     def learn(self) -> bool:
@@ -237,17 +182,17 @@ class _Walk:
         data = self._matcher.compute_ff_bytes()
         if not data:
             return b""
-        tokens = self._engine.spell(data)
+        tokens = self._vocabulary.spell(data)
         count = self._matcher.try_consume_tokens(tokens)
-        return b"".join(self._engine.token_bytes[token] for token in tokens[:count])
+        return b"".join(self._vocabulary.tokens[token] for token in tokens[:count])
 
     def _chosen(self) -> bytes | None:
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        allowed = [c for c, token in self._engine.characters.items() if words[token >> 5] >> (token & 31) & 1]
+        allowed = [c for c, token in self._vocabulary.characters.items() if words[token >> 5] >> (token & 31) & 1]
         closing = () if self._strings is None else '"' if self._strings.is_open else "}]"
         for character in closing:
             if character in allowed:
-                return self._consumed(self._engine.characters[character])
+                return self._consumed(self._vocabulary.characters[character])
         if self._strings is None or self._strings.is_open:
             for proposal, end in self._proposals():
                 if (taken := self._taken(proposal, end)) is not None:
@@ -261,7 +206,7 @@ class _Walk:
             self._passed[place] += 1
             if self._passed[place] > self._most_passes:
                 return None
-        return self._consumed(self._engine.characters[place[self._preferred.get(place, 0)]])
+        return self._consumed(self._vocabulary.characters[place[self._preferred.get(place, 0)]])
 
     # --- Proposals ---
 
@@ -289,7 +234,7 @@ class _Walk:
 
     def _taken(self, proposal: bytes, end: bytes) -> bytes | None:
         """The proposal, if the text can go on with it and then end, or change its ways."""
-        tokens = [*self._engine.spell(proposal), *self._engine.spell(end)]
+        tokens = [*self._vocabulary.spell(proposal), *self._vocabulary.spell(end)]
         ahead = self._matcher.deep_copy()
         if ahead.try_consume_tokens(tokens) != len(tokens):
             return None
@@ -313,12 +258,12 @@ class _Walk:
         return 1000 + last.index(character) if character in last else 500
 
     def _any_token(self, words: np.ndarray) -> bytes | None:
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: self._engine.vocab_size]
-        bits[self._engine.eos_token] = 0
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(self._vocabulary.tokens)]
+        bits[self._vocabulary.eos_token_id] = 0
         tokens = np.flatnonzero(bits)
         return self._consumed(int(tokens[0])) if tokens.size else None
 
     def _consumed(self, token: int) -> bytes | None:
         if self._matcher.try_consume_tokens([token]) != 1:
             return None
-        return self._engine.token_bytes[token]
+        return self._vocabulary.tokens[token]

@@ -9,46 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, final
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..errors import SettingError
 from ..text.schema import check_schema
 from ..text.tokenizer import Tokenizer
-from .completion import EFFORTS, completion, string_forms
+from .completion import EFFORTS, completion
 from .engine_schema import HALF_A_CHARACTER
+from .formats import AnswerFormat as AnswerFormat
 from .json_schema import prepared
-from .patterns import StringForm
+from .vocabulary import Vocabulary
 
 # JSON is written in one line, with a space between its tokens or none, as models write calls. White space as JSON allows it
 # has no meaning and no end: a small model writes it until its tokens are spent.
 _WHITESPACE = " ?"
-
-
-@dataclass(frozen=True)
-class AnswerFormat:
-    """What the text of an answer has to be. `answer_format` makes one.
-
-    text: what was given, a schema as JSON in the form that can be followed. definition: the same as llguidance reads it.
-    schema: the JSON Schema itself, None for the other kinds.
-    """
-
-    kind: str  # "json", "regex" or "grammar"
-    text: str
-    definition: str
-    schema: Mapping[str, Any] | None = None
-    notes: tuple[str, ...] = ()  # what of the schema is not held, each in a sentence
-    preferred: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
-    """What searches for an end of such an answer have learned, see completion.py."""
-
-    @cached_property
-    def forms(self) -> list[StringForm]:
-        """What strings of the answer may have to be."""
-        return string_forms(self)
 
 
 def answer_format(schema: Any = None, regex: str | None = None, grammar: str | None = None) -> AnswerFormat | None:
@@ -150,80 +127,16 @@ class Engine:
         import llguidance
 
         self.vocab_size = tokenizer.vocab_size
-        vocabulary = _Vocabulary(tokenizer)
-        self.token_bytes = vocabulary.tokens
+        vocabulary = Vocabulary(tokenizer)
+        self.vocabulary, self.token_bytes, self.eos_token = vocabulary, vocabulary.tokens, vocabulary.eos_token_id
+        self.characters, self.encode, self.spell = vocabulary.characters, vocabulary.encode, vocabulary.spell
         self.tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary))
-        self.eos_token = vocabulary.eos_token_id
-        # A token for each printable character that has one of its own: what completions are first written in.
-        ordinary = ((chr(byte), vocabulary.token_of(bytes([byte]))) for byte in (*range(0x20, 0x7F), 0x0A))
-        self.characters = {character: token for character, token in ordinary if token is not None}
-        self.spell = vocabulary.spell
-        self._encode = vocabulary
 
     def matcher(self, answer: AnswerFormat) -> Matcher:
         """A matcher at the beginning of an answer. Raises SettingError where the engine gives up on its size."""
         matcher = Matcher(self, answer)
         matcher.check()
         return matcher
-
-    def encode(self, data: bytes) -> list[int]:
-        """Tokens of these very bytes, as the tokenizer has them where they are whole characters."""
-        tokens = self._encode(data)
-        spelled = b"".join(self.token_bytes[token] for token in tokens if not self.tokenizer.is_special_token(token))
-        return tokens if spelled == data else self.spell(data)
-
-
-@final
-class _Vocabulary:
-    """A Tokenizer as llguidance asks for it: the bytes of each token, those that are no text, and how text is encoded.
-
-    The tokenizer itself is not kept alive: engines are kept for as long as their tokenizers live.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        names = {token: name for name, token in tokenizer.special_tokens.items()}
-        tokens = [
-            names[token].encode() if token in names else tokenizer.token_bytes(token)
-            for token in range(tokenizer.vocab_size)
-        ]
-        self.tokens: Sequence[bytes] = tokens
-        self.special_token_ids = [
-            token for token, data in enumerate(tokens) if token in names or not data or _is_tag(data)
-        ]
-        self.eos_token_id = tokenizer.eos_tokens[0]
-        self.bos_token_id = tokenizer.bos_token
-        self._tokenizer = ref(tokenizer)
-        special = set(self.special_token_ids)
-        self._by_bytes = {data: token for token, data in reversed(list(enumerate(tokens))) if token not in special}
-        self._longest = min(max(map(len, self._by_bytes)), 32)
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        tokenizer = self._tokenizer()
-        if tokenizer is None:  # the engine is in use still: any tokens of the same bytes will do
-            return self.spell(text.encode() if isinstance(text, str) else text)
-        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return tokenizer.encode(text, continuation=True)
-
-    def token_of(self, data: bytes) -> int | None:
-        """The token of text that has these very bytes."""
-        return self._by_bytes.get(data)
-
-    def spell(self, data: bytes) -> list[int]:
-        """Tokens of these bytes, the longest first each time; what has no token is left out."""
-        tokens, start = [], 0
-        while start < len(data):
-            for length in range(min(self._longest, len(data) - start), 0, -1):
-                token = self._by_bytes.get(data[start : start + length])
-                if token is not None:
-                    tokens.append(token)
-                    break
-            start += max(length, 1)
-        return tokens
-
-
-def _is_tag(data: bytes) -> bool:
-    """A single token that spells `<|user|>` marks a role, wherever it comes from; " ⁇ " stands for unknown text."""
-    return (data.startswith(b"<|") and data.endswith(b"|>") and len(data) > 4) or data == " ⁇ ".encode()
 
 
 @final
@@ -285,7 +198,7 @@ class Matcher:
         """
         text = b"".join(map(self.engine.token_bytes.__getitem__, self.tokens))
         while self._effort < len(EFFORTS):
-            data = completion(self._matcher, self.engine, self.answer, text, EFFORTS[self._effort], known)
+            data = completion(self._matcher, self.engine.vocabulary, self.answer, text, EFFORTS[self._effort], known)
             if data is not None:
                 return self.engine.encode(data)
             self.answer.preferred.clear()

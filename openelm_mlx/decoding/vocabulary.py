@@ -1,0 +1,68 @@
+"""A tokenizer's tokens as bytes, and text as such tokens: what the engine asks for, and what completions are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+from weakref import ref
+
+from ..text.tokenizer import Tokenizer
+
+
+@final
+class Vocabulary:
+    """A Tokenizer as llguidance asks for it: the bytes of each token, those that are no text, and how text is encoded.
+
+    Control tokens, role tags and the unknown token are never text. The tokenizer itself is not kept alive:
+    engines are kept for as long as their tokenizers live.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        names = {token: name for name, token in tokenizer.special_tokens.items()}
+        tokens = [
+            names[token].encode() if token in names else tokenizer.token_bytes(token)
+            for token in range(tokenizer.vocab_size)
+        ]
+        self.tokens: Sequence[bytes] = tokens
+        self.special_token_ids = [
+            token for token, data in enumerate(tokens) if token in names or not data or _is_tag(data)
+        ]
+        self.eos_token_id = tokenizer.eos_tokens[0]
+        self.bos_token_id = tokenizer.bos_token
+        self._tokenizer = ref(tokenizer)
+        self._special = special = frozenset(self.special_token_ids)
+        self._by_bytes = {data: token for token, data in reversed(list(enumerate(tokens))) if token not in special}
+        self._longest = min(max(map(len, self._by_bytes)), 32)
+        # A token for each printable character that has one of its own: what completions are first written in.
+        ordinary = ((chr(byte), self._by_bytes.get(bytes([byte]))) for byte in (*range(0x20, 0x7F), 0x0A))
+        self.characters = {character: token for character, token in ordinary if token is not None}
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        tokenizer = self._tokenizer()
+        if tokenizer is None:  # the engine is in use still: any tokens of the same bytes will do
+            return self.spell(text.encode() if isinstance(text, str) else text)
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return tokenizer.encode(text, continuation=True)
+
+    def encode(self, data: bytes) -> list[int]:
+        """Tokens of these very bytes, as the tokenizer has them where they are whole characters."""
+        tokens = self(data)
+        spelled = b"".join(self.tokens[token] for token in tokens if token not in self._special)
+        return tokens if spelled == data else self.spell(data)
+
+    def spell(self, data: bytes) -> list[int]:
+        """Tokens of these bytes, the longest first each time; what has no token is left out."""
+        tokens, start = [], 0
+        while start < len(data):
+            for length in range(min(self._longest, len(data) - start), 0, -1):
+                token = self._by_bytes.get(data[start : start + length])
+                if token is not None:
+                    tokens.append(token)
+                    break
+            start += max(length, 1)
+        return tokens
+
+
+def _is_tag(data: bytes) -> bool:
+    """A single token that spells `<|user|>` marks a role, wherever it comes from; " ⁇ " stands for unknown text."""
+    return (data.startswith(b"<|") and data.endswith(b"|>") and len(data) > 4) or data == " ⁇ ".encode()

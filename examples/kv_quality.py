@@ -6,7 +6,7 @@ import mlx.core as mx
 
 import openelm_mlx as om
 from openelm_mlx.conversion.verify import kl_divergence
-from openelm_mlx.generate import encode_prompt
+from openelm_mlx.engine.prompt import encode_prompt
 
 WORDS = ["banjo", "dog", "king", "doctor", "storm", "violin", "river", "apple", "bridge", "winter", "copper", "money"]
 CHUNK = 8  # few enough tokens that attention reads the packed numbers

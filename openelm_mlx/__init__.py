@@ -31,8 +31,8 @@ _PUBLIC = {
     "load": "loading",
     "generate": "generate",
     "stream_generate": "generate",
-    "Chunk": "generate",
-    "Statistics": "generate",
+    "Chunk": "engine.sequence",
+    "Statistics": "engine.statistics",
     "SamplingParams": "decoding.sampling",
     "PromptLookup": "decoding.drafts",
     "DraftModel": "decoding.drafts",
@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     from .decoding.drafts import PromptLookup as PromptLookup
     from .decoding.prefix_cache import PrefixCache as PrefixCache
     from .decoding.sampling import SamplingParams as SamplingParams
+    from .engine.sequence import Chunk as Chunk
+    from .engine.statistics import Statistics as Statistics
     from .errors import NoAnswerWarning as NoAnswerWarning
     from .errors import UserError as UserError
-    from .generate import Chunk as Chunk
-    from .generate import Statistics as Statistics
     from .generate import generate as generate
     from .generate import stream_generate as stream_generate
     from .loading import load as load

@@ -12,6 +12,7 @@ from openelm_mlx.agents import sandbox
 from openelm_mlx.agents.calls import run
 from openelm_mlx.agents.chat import Chat
 from openelm_mlx.agents.toolbox import Toolbox
+from openelm_mlx.engine.single import new_sequence
 from openelm_mlx.text.harmony import HarmonyFormat
 
 
@@ -70,9 +71,10 @@ def test_chat_hands_its_schemas_over(demo, monkeypatch, tmp_path):
 
     def record(*arguments, **options):
         seen.append(options.get("tool_schemas"))
-        return iter(())
+        return new_sequence(*arguments, **options)
 
-    monkeypatch.setattr(chats, "stream_generate", record)
+    monkeypatch.setattr(chats, "new_sequence", record)
+    monkeypatch.setattr(chats, "run", lambda *_: iter(()))
     with Toolbox(f"calculator,patch={tmp_path},files={tmp_path}") as box:
         list(Chat(*demo, tools=box.tools).stream("Hi"))
     names = {"functions.calculator", "functions.apply_patch", "browser.search", "browser.open", "browser.find"}

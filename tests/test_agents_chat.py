@@ -11,7 +11,6 @@ from openelm_mlx.agents.calls import MOST_RESULT_CHARACTERS
 from openelm_mlx.agents.chat import Answer, Done, Notice, Reasoning, ToolCall, ToolResult
 from openelm_mlx.agents.tool import FunctionTool
 from openelm_mlx.errors import DestinationError, PromptError, SettingError, TokenizerError, ToolError
-from openelm_mlx.generate import Chunk
 from openelm_mlx.text.conversation import Message
 from openelm_mlx.text.harmony import HarmonyFormat
 
@@ -35,16 +34,15 @@ def scripted(gpt_oss, monkeypatch):
     def make(*completions, **options):
         rest, prompts = list(completions), []
 
-        def stream(model, tokenizer, prompt, *, max_tokens, **_):
-            prompts.append(harmony.decode_markup(prompt))
-            tokens = harmony.encode_markup(rest.pop(0))
-            max_tokens = len(tokens) if max_tokens is None else max_tokens
-            for number, token in enumerate(tokens[:max_tokens], 1):
-                is_last = number == min(len(tokens), max_tokens)
-                reason = None if not is_last else "stop" if number == len(tokens) else "length"
-                yield Chunk("", token, reason)
+        def run(model, tokenizer, sequence):
+            prompts.append(harmony.decode_markup(sequence.request.prompt_tokens))
+            for token in harmony.encode_markup(rest.pop(0)):
+                chunk = sequence.accept(token)
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
 
-        monkeypatch.setattr(chat_module, "stream_generate", stream)
+        monkeypatch.setattr(chat_module, "run", run)
         chat = om.Chat(model, tokenizer, **options)
         chat.prompts = prompts
         return chat

@@ -274,9 +274,9 @@ def test_an_error_leaves_no_question_behind(scripted, monkeypatch):  # noqa: F81
     def broken(*_, **__):
         raise SettingError("no")
 
-    for fails in (broken, lambda *_, **__: (broken() for _ in "x")):
+    for name, fails in (("new_sequence", broken), ("run", lambda *_: (broken() for _ in "x"))):
         with monkeypatch.context() as patched:
-            patched.setattr(chat_module, "stream_generate", fails)
+            patched.setattr(chat_module, name, fails)
             with pytest.raises(SettingError):
                 chat.ask("First?")
         assert chat.messages == []

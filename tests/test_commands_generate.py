@@ -13,8 +13,8 @@ from conftest import random_model, save_folder
 
 from openelm_mlx.commands import main
 from openelm_mlx.commands.answering import guessing
+from openelm_mlx.engine.statistics import Statistics
 from openelm_mlx.errors import PlatformError
-from openelm_mlx.generate import Statistics
 from openelm_mlx.platforms import require_mlx
 
 

@@ -187,11 +187,19 @@ def test_an_answer_cannot_be_left_out(harmony):
     assert set(range(harmony.tokenizer.vocab_size)) - set(allowed(constraint.mask())) == banned
     feed(constraint, harmony, "<|end|>")
     assert harmony.start in allowed(constraint.mask())
-    feed(constraint, harmony, "<|start|>assistant<|channel|>final")
-    for _ in range(20):
-        if allowed(constraint.mask()) != [harmony.message]:
-            feed(constraint, harmony, " a long word")
+    # A header that does not end is ended one token before the parser would take it for an answer.
+    header = [harmony.start, *harmony.encode_markup("assistant<|channel|>final"), *harmony.encode_markup(" word") * 99]
+    parser = harmony.parser()
+    parser.push(harmony.end)
+    for token in header:
+        if allowed(constraint.mask()) == [harmony.message]:
+            break
+        assert constraint.accept(token)
+        parser.push(token)
     assert allowed(constraint.mask()) == [harmony.message]
+    assert parser.channel is None
+    parser.push(harmony.message)
+    assert parser.channel == "final"
 
 
 def test_a_line_that_strays_between_messages_does_not_shut_the_next_one_out(harmony):
@@ -231,9 +239,9 @@ def test_the_tracker_is_where_the_parser_is(harmony):
             for token in harmony.encode_markup(draw.choice(pieces)):
                 parser.push(token)
                 assert constraint.accept(token)
-            place = constraint._places[-1]
-            assert (place.channel, place.recipient) == (parser.channel, parser.recipient)
-            assert (place.header is None) == (parser.channel is not None or parser.role not in (None, "assistant"))
+            message = constraint._spots[-1].place.message
+            found = (None, None) if message is None else (message.channel, message.recipient)
+            assert found == (parser.channel, parser.recipient)
 
 
 def test_harmony_places_are_taken_back(harmony):
@@ -363,7 +371,7 @@ def test_the_demos_answer_in_the_format(name, schema, temperature):
             model, tokenizer, "What is a cat?", schema=SCHEMAS[schema], max_tokens=100, sampling=sampling, logprobs=1
         )
     )
-    text = "".join(chunk.text for chunk in chunks if chunk.channel in (None, "final"))
+    text = "".join(chunk.text for chunk in chunks)
     assert chunks[-1].finish_reason == "stop"
     assert is_valid(text, SCHEMAS[schema])
     assert all(chunk.logprob is not None and chunk.logprob <= 0 for chunk in chunks)
@@ -374,7 +382,7 @@ def test_gpt_oss_thinks_as_it_does_without_a_format():
 
     def thoughts(**options):
         chunks = stream_generate(model, tokenizer, "What is an apple?", **options)
-        return "".join(chunk.text for chunk in chunks if chunk.channel == "analysis")
+        return "".join(chunk.reasoning for chunk in chunks)
 
     assert thoughts(regex="(yes|no)") == thoughts() != ""
 

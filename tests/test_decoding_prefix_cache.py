@@ -389,7 +389,7 @@ def test_the_second_turn_of_a_long_chat_prefills_what_is_new_only(demo):
                 least < num_new <= least + 16
             )  # the markup of the two messages, and the last token of the prompt before
             assert statistics.prompt_tokens > 250
-        answer = "".join(chunk.text for chunk in chunks if chunk.channel == "final")
+        answer = "".join(chunk.text for chunk in chunks)
         assert answer
         if question is None:
             assert answer == om.generate(model, tokenizer, chat, max_tokens=120)

@@ -81,7 +81,7 @@ def test_the_next_step_is_dispatched_before_the_last_token_is_read(model, monkey
         events.append("dispatched")
         real(*arrays)
 
-    monkeypatch.setattr("openelm_mlx.generate.mx.async_eval", note)
+    monkeypatch.setattr("mlx.core.async_eval", note)
     for chunk in stream_generate(model, None, PROMPT, max_tokens=4):
         events.append(f"read {chunk.token is not None}")
     assert events == [

@@ -11,9 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "openelm_mlx"
 
 # A room may import those before it, and itself.
 ORDER = [
+<<<<<<< HEAD
     ["errors"], ["platforms", "finder"], ["files"], ["outputs"], ["specs", "text"], ["models"], ["checkpoint"],
     ["memory"], ["decoding"], ["loading"], ["conversion"], ["planning"], ["generate"], ["agents"], ["bench"], ["commands"],
     ["__init__", "__main__"],
+=======
+    ["errors"], ["platforms", "finder"], ["files"], ["outputs"], ["specs", "text"], ["models"], ["checkpoint"], ["memory"],
+    ["tokenizers"], ["decoding"], ["engine"], ["loading"], ["conversion"], ["planning"], ["generate"],
+    ["agents", "bench"], ["commands"], ["__init__", "__main__"],
+>>>>>>> 24dfbb1 (An engine room: one sequence makes chunks of tokens, and one state machine follows Harmony)
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SLOW = ("mlx_lm", "transformers", "torch", "huggingface_hub", "matplotlib", "wordfreq")

@@ -7,8 +7,8 @@ import pytest
 from conftest import FIXTURES
 
 import openelm_mlx as om
+from openelm_mlx.engine.prompt import encode_prompt
 from openelm_mlx.errors import SettingError, TokenizerError
-from openelm_mlx.generate import encode_prompt
 from openelm_mlx.models.cache import KVCache
 from openelm_mlx.models.precision import KernelChoices
 from openelm_mlx.text.harmony import HarmonyFormat
@@ -68,11 +68,17 @@ class Scripted:
 
 
 def answer(tokenizer, script: str, **options) -> tuple[dict[str | None, str], str]:
-    """Text by channel, and the finish reason."""
-    texts: dict[str | None, str] = {}
+    """Text by what it is, and the finish reason."""
+    texts: dict[str, str] = {}
     for chunk in om.stream_generate(Scripted(tokenizer, script), tokenizer, "Hi", **options):
-        if chunk.text:
-            texts[chunk.channel] = texts.get(chunk.channel, "") + chunk.text
+        for name, text in (
+            ("final", chunk.text),
+            ("analysis", chunk.reasoning),
+            ("commentary", chunk.preamble),
+            (chunk.recipient, chunk.arguments),
+        ):
+            if text:
+                texts[name] = texts.get(name, "") + text
         reason = chunk.finish_reason
     return texts, reason
 
@@ -160,4 +166,4 @@ def test_harmony_s_stops_hold_whatever_the_files_say(tokenizer, stop):
 
 def test_raw_text_is_not_read_as_harmony(tokenizer):
     texts, _ = answer(tokenizer, "final words<|return|>", raw=True)
-    assert texts == {None: "final words"}
+    assert texts == {"final": "final words"}

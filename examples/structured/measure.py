@@ -53,7 +53,7 @@ def measure(source: str, max_tokens: int, temperature: float, host: HostTime) ->
         sampling = om.SamplingParams(temperature=temperature, seed=number)
         options = {"schema": schema, "max_tokens": max_tokens, "sampling": sampling}
         chunks = list(om.stream_generate(model, tokenizer, PROMPT, **options))
-        text = "".join(chunk.text for chunk in chunks if chunk.channel in (None, "final"))
+        text = "".join(chunk.text for chunk in chunks)
         is_finished = chunks[-1].finish_reason == "stop"
         finished += is_finished
         is_valid = is_finished and matches(text, schema)

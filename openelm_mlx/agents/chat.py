@@ -10,7 +10,8 @@ import json
 import reprlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import wraps
@@ -21,17 +22,20 @@ from ..decoding.arguments import check_model, check_prefix_cache, refuse_unknown
 from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
+from ..engine.sequence import Chunk, Sequence
+from ..engine.single import new_sequence, run
+from ..engine.statistics import Statistics
 from ..errors import NoAnswerWarning, PromptError, SettingError, TokenizerError
 from ..files import one_line, read_text
-from ..generate import Chunk, Statistics, option_names, stream_generate
-from ..loading import no_tokenizer
+from ..generate import option_names
 from ..outputs import json_with, write_output
 from ..text.chat import HARMONY, PLAIN, render_chat
 from ..text.conversation import DeveloperContent, Message, SystemContent, check_conversation
-from ..text.harmony import Delta, HarmonyFormat, HarmonyParser
-from ..text.streams import FINAL
+from ..text.harmony import HarmonyFormat
 from ..text.unicode import whole_characters
-from .calls import reason, run, shown_to_model
+from ..tokenizers import missing_tokenizer_message
+from .calls import reason, shown_to_model
+from .calls import run as run_tool
 from .history import (
     cut_off,
     fewest_to_forget,
@@ -164,7 +168,7 @@ class Chat:
     model: Model
     tokenizer: Tokenizer | None
     instructions: str | None = None
-    tools: Sequence[Tool | Callable[..., Any]] = ()
+    tools: abc.Sequence[Tool | Callable[..., Any]] = ()
     reasoning_effort: str | None = None
     sampling: SamplingParams | None = None
     max_tokens: int | None = None
@@ -199,7 +203,7 @@ class Chat:
     def _check_settings(self) -> None:
         check_model(self.model, self.tokenizer)
         if self.tokenizer is None:
-            raise TokenizerError(no_tokenizer(self.model.spec))
+            raise TokenizerError(missing_tokenizer_message(self.model.spec))
         if not isinstance(self.instructions, (str, type(None))):
             raise SettingError(f"instructions is {reprlib.repr(self.instructions)}: give text, or None for none.")
         if isinstance(self.tools, (str, Mapping)) or not isinstance(self.tools, Iterable):
@@ -315,7 +319,7 @@ class Chat:
             if found is None:
                 known = ", ".join(self.tool_set.names) or "none at all"
                 raise LookupError(f"there is no tool {call.recipient}; the tools are: {known}")
-            text, is_error = run(found[1], call.text), False
+            text, is_error = run_tool(found[1], call.text), False
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises is news for the model
             text, is_error = f"Error: {reason(error)}", True
         most_tokens = self.model.context_length // _SHARE_FOR_ANSWER
@@ -325,7 +329,8 @@ class Chat:
 
     def _plain_turn(self, turn: _Turn) -> Iterator[Event]:
         yield from self._make_room(turn)
-        for chunk in turn.chunks(self._plain_prompt(self.messages)):
+        sequence = turn.begin(self._plain_prompt(self.messages))
+        for chunk in () if sequence is None else turn.chunks(sequence):
             turn.said += chunk.text
             if chunk.text:
                 yield Answer(chunk.text)
@@ -376,10 +381,10 @@ class Chat:
 
     # --- prompts ---
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _prompt(self, messages: abc.Sequence[Message]) -> list[int]:
         return self._harmony_prompt(messages) if self.is_harmony else self._plain_prompt(messages)
 
-    def _harmony_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _harmony_prompt(self, messages: abc.Sequence[Message]) -> list[int]:
         head = [Message("system", self._system())]
         developer = DeveloperContent(self.instructions, self.tool_set.functions, self.tool_set.namespaces)
         if developer != DeveloperContent():
@@ -392,7 +397,7 @@ class Chat:
             current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=effort, tools=self.tool_set.built_in
         )
 
-    def _plain_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _plain_prompt(self, messages: abc.Sequence[Message]) -> list[int]:
         tokenizer = self._any_tokenizer
         texts = [whole_characters(message.text) for message in messages]
         if tokenizer.chat_template == PLAIN:  # a base model continues what was written
@@ -486,8 +491,8 @@ class _Turn:
         self.statistics: Statistics | None = None
         self.num_tokens = self.num_rounds = self.num_begun = 0
         self.said = ""  # OpenELM's answer as far as it is written
-        # What was said, and the reader of a completion that is being written.
-        self._state: tuple[list[Message], HarmonyParser | None] = ([question], None)
+        # What was said, and the completion that is being written.
+        self._state: tuple[list[Message], Sequence | None] = ([question], None)
         self._own: dict[int, Message] = {}  # all that ever was in the chat's history, by identity
         self._is_settled = self._is_answered = False
 
@@ -531,9 +536,10 @@ class _Turn:
         """Leave in the history what stays of the turn."""
         if self._is_settled or not self._own or self.chat._turn is not self:
             return
-        messages, parser = self._state
-        if parser is not None:  # the iterator was closed, or an error came: nobody goes on with this completion
-            messages = [*messages, *cut_off(_finished(parser))]
+        messages, sequence = self._state
+        if sequence is not None:  # the iterator was closed, or an error came: nobody goes on with this completion
+            sequence.close()
+            messages = [*messages, *cut_off(sequence.messages)]
         if self.said.strip():
             messages = [*messages, Message("assistant", self.said.strip(), channel="final")]
         kept = settled(messages, self.num_begun)
@@ -543,43 +549,41 @@ class _Turn:
 
     def completion(self) -> Iterator[Event]:
         """One completion of gpt-oss, as events; its messages are the turn's last ones then."""
-        parser = HarmonyFormat(self.chat._any_tokenizer).parser()
-        self._state = (self.messages, parser)
+        sequence = self.begin(self.chat._harmony_prompt(self.chat.messages))
+        if sequence is None:
+            return
+        self._state = (self.messages, sequence)
         self.num_rounds += 1
-        has_stops, answer = bool(self.chat.options.get("stop")), ""
-        for chunk in self.chunks(self.chat._harmony_prompt(self.chat.messages)):
-            delta = parser.push(chunk.token)
-            if has_stops and chunk.channel == FINAL:  # the parser does not know what ends an answer
-                answer += chunk.text
-                delta = Delta(chunk.text, "assistant", FINAL)
-            yield from _shown(delta)
-        rest = parser.finish()
+        for chunk in self.chunks(sequence):
+            yield from _shown(chunk)
+        sequence.close()
         # What others say in it, the model has invented.
-        messages = [message for message in parser.messages if message.role == "assistant"]
-        if has_stops:
-            messages = _ended_at(answer, messages)
+        messages = [message for message in sequence.messages if message.role == "assistant"]
         self.add(messages if self.ended_by is None else cut_off(messages))
-        if not has_stops:
-            yield from _shown(rest)
 
-    def chunks(self, prompt: list[int]) -> Iterator[Chunk]:
-        """The tokens of one completion, until a limit of the turn ends it."""
+    def begin(self, prompt: list[int]) -> Sequence | None:
+        """The next completion of the turn; None where the turn may take no more tokens."""
         chat, room = self.chat, self.num_left
         if room is not None and room < 1:
             self.ended_by = "length"
-            return
+            return None
         options = {"sampling": chat.sampling, "prefix_cache": chat.prefix_cache, **chat.options}
         if chat.is_harmony and chat._tool_schemas:
             options["tool_schemas"] = chat._tool_schemas  # so that calls always parse
         if room is None and not chat.is_harmony:
             room = chat.model.context_length
-        for chunk in stream_generate(chat.model, chat.tokenizer, prompt, max_tokens=room, **options):
+        return new_sequence(chat.model, chat.tokenizer, prompt, max_tokens=room, **options)
+
+    def chunks(self, sequence: Sequence) -> Iterator[Chunk]:
+        """The tokens of one completion, until a limit of the turn ends it."""
+        chat, room = self.chat, sequence.request.max_tokens
+        for chunk in run(chat.model, chat.tokenizer, sequence):
             self.num_tokens += 1
             if chunk.finish_reason is not None:
                 self.statistics = chunk.statistics
                 self.ended_by = "length" if chunk.finish_reason == "length" else None
-                limit = chunk.statistics.max_tokens if chunk.statistics is not None else room
-                self.filled_context = self.ended_by == "length" and (room is None or (limit or room) < room)
+                limit = sequence.request.limit
+                self.filled_context = self.ended_by == "length" and (room is None or limit < room)
             yield chunk
             if chat.time_limit is not None and time.monotonic() - self.started > chat.time_limit:
                 self.ended_by = "time"
@@ -624,28 +628,12 @@ class _WholeText:
         return self._tokenizer.token_bytes(token)
 
 
-def _finished(parser: HarmonyParser) -> list[Message]:
-    parser.finish()
-    return parser.messages
-
-
-def _ended_at(answer: str, messages: list[Message]) -> list[Message]:
-    """A completion's messages, of which the final ones together are no more than `answer`."""
-    kept = []
-    for message in messages:
-        if message.channel == FINAL and not message.is_call:
-            message = replace(message, content=answer[: len(message.text)])
-            answer = answer[len(message.text) :]
-        kept.append(message)
-    return kept
-
-
-def _shown(delta: Delta) -> Iterator[Event]:
-    if not delta.text or delta.role != "assistant":  # what others say in a completion is an invention
-        return
-    if delta.recipient is not None:
-        yield ToolCall(delta.recipient, delta.text)
-    elif delta.channel == "analysis":
-        yield Reasoning(delta.text)
-    else:
-        yield Answer(delta.text, is_preamble=delta.channel == "commentary")
+def _shown(chunk: Chunk) -> Iterator[Event]:
+    if chunk.text:
+        yield Answer(chunk.text)
+    if chunk.reasoning:
+        yield Reasoning(chunk.reasoning)
+    if chunk.preamble:
+        yield Answer(chunk.preamble, is_preamble=True)
+    if chunk.arguments:
+        yield ToolCall(chunk.recipient or "", chunk.arguments)

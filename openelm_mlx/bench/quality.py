@@ -19,7 +19,8 @@ import mlx.core as mx
 from ..conversion import convert
 from ..conversion.verify import kl_divergence
 from ..decoding.sampling import SamplingParams
-from ..generate import encode_prompt, stream_generate
+from ..engine.prompt import encode_prompt
+from ..generate import stream_generate
 from ..loading import load
 from .against import random_prompt, shape_config
 from .random_checkpoint import write_random_checkpoint

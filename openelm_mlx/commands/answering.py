@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..generate import Statistics
+    from ..engine.statistics import Statistics
 
 
 def add_answer_arguments(group: argparse._ArgumentGroup) -> None:

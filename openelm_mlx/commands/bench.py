@@ -146,13 +146,14 @@ def run_speculation(args: argparse.Namespace) -> int:
     from ..bench.benchmark import machine_description
     from ..bench.speculation import made_pair, measure_speculation, speculation_lines
     from ..decoding.drafts import DraftModel, Drafts, PromptLookup
-    from ..generate import encode_prompt
-    from ..loading import no_tokenizer, prepare
+    from ..engine.prompt import encode_prompt
+    from ..loading import prepare
     from ..models.openelm import OpenELM
+    from ..tokenizers import missing_tokenizer_message
 
     prepared = prepare(args.model, preset=args.preset)
     if prepared.tokenizer is None:
-        raise TokenizerError(no_tokenizer(prepared.model.spec))
+        raise TokenizerError(missing_tokenizer_message(prepared.model.spec))
     small_one = None if args.draft_model is None else prepare(args.draft_model)
     if small_one is not None:
         DraftModel(small_one.model, small_one.tokenizer).check(prepared.model, prepared.tokenizer)

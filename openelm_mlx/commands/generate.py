@@ -31,7 +31,8 @@ from .output import answer, dimmed, end_answer, end_dimmed, report_json, say, ty
 if TYPE_CHECKING:
     from ..decoding.drafts import Drafts
     from ..decoding.prefix_cache import PrefixCache
-    from ..generate import Chunk, Statistics
+    from ..engine.sequence import Chunk
+    from ..engine.statistics import Statistics
     from ..memory.expert_statistics import ExpertStatistics
     from ..models import Model
     from ..text.tokenizer import Tokenizer
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 HELP = "generate text from a prompt"
 INTERRUPTED = 130
 NO_ANSWER = 2  # an option has to be changed
-
-# None: a model without channels.
-ANSWER_CHANNELS = (None, "final")
 
 # Far more text than any model here reads.
 LARGEST_PROMPT = 2**26
@@ -202,15 +200,14 @@ def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
     try:
         for last in chunks:
             count += 1
-            if not last.text:
-                continue
-            if last.channel in ANSWER_CHANNELS:
+            if last.text:
                 if is_reasoning:
                     end_dimmed()
                 answer(last.text)
-            elif show_reasoning:
-                dimmed(last.text)
-            is_reasoning = show_reasoning and last.channel not in ANSWER_CHANNELS
+                is_reasoning = False
+            if show_reasoning and (other := last.reasoning + last.preamble + last.arguments):
+                dimmed(other)
+                is_reasoning = True
     except KeyboardInterrupt:
         exit_code = INTERRUPTED
     end_answer()
@@ -233,11 +230,13 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         exit_code = INTERRUPTED
     last = received[-1] if received else None
-    reasoning = "".join(chunk.text for chunk in received if chunk.channel not in ANSWER_CHANNELS)
+    reasoning = "".join(chunk.reasoning + chunk.preamble for chunk in received)
+    arguments = "".join(chunk.arguments for chunk in received)
     found: dict[str, Any] = {
         "model": args.model,
-        "text": "".join(chunk.text for chunk in received if chunk.channel in ANSWER_CHANNELS),
+        "text": "".join(chunk.text for chunk in received),
         **({"reasoning": reasoning} if reasoning else {}),
+        **({"call": {"name": _called(received), "arguments": arguments}} if arguments else {}),
         "tokens": [chunk.token for chunk in received],
         "finish_reason": "interrupted" if exit_code else last.finish_reason if last else None,
         "statistics": statistics_as_json(last.statistics) if last and last.statistics else None,
@@ -248,6 +247,11 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
         say(f"[no answer: {typed(last.statistics.no_answer)}]")
     report_json(found)
     return exit_code
+
+
+def _called(chunks: list[Chunk]) -> str | None:
+    """The tool that a completion calls: its end is one call, or none."""
+    return next((chunk.recipient for chunk in reversed(chunks) if chunk.recipient is not None), None)
 
 
 def statistics_as_json(statistics: Statistics) -> dict[str, Any]:
@@ -275,7 +279,7 @@ def experts_read(statistics: Statistics) -> str:
 
 def summary(last: Chunk | None, count: int, max_tokens: int | None, is_guessing: bool = False) -> str:
     """One line for people: what it took and why it ended."""
-    from ..generate import DEFAULT_MAX_TOKENS
+    from ..engine.request import DEFAULT_MAX_TOKENS
 
     if last is None or last.statistics is None:
         return f"[interrupted after {count} tokens]"

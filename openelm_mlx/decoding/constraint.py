@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol, final
 import numpy as np
 
 from ..errors import SettingError
-from ..text.conversation import resolve_recipient
+from ..text.conversation import Message, resolve_recipient
 from ..text.harmony import HarmonyFormat
+from ..text.harmony_header import LONGEST_HEADER, Place, follow
 from .grammar import AnswerFormat, Engine, Matcher
 
 FINAL = "final"
@@ -183,22 +184,11 @@ class Span:
         self._check_below = num_left - max(0, spare) // 8
 
 
-class _Place(NamedTuple):
-    """Where a Harmony completion stands: in a header, or in a message's content.
+class _Spot(NamedTuple):
+    """A place in a Harmony completion, and the format that its text has to have there, if any."""
 
-    is_between: behind the end of a message, and no `<|start|>` has come yet: a line that strays there is no header.
-    """
-
-    header: tuple[int, ...] | None = ()
-    role: str | None = "assistant"
-    channel: str | None = None
-    recipient: str | None = None
+    place: Place = Place()
     span: Span | None = None
-    is_between: bool = False
-
-
-# A header takes some ten tokens; one that is longer than this is ended, before a parser takes it for an answer.
-_LONGEST_HEADER = 48
 
 
 @final
@@ -207,6 +197,7 @@ class HarmonyConstraint:
 
     calls: the formats of arguments by recipient, "functions.f" for example. With `answer`, the completion ends with a
     final message or a call: `<|return|>` elsewhere, and a header that no message follows, would end it with nothing.
+    So a header is ended before it is so long that a parser takes it for an answer.
     Of headers and reasoning nothing else is decided here.
     """
 
@@ -220,7 +211,7 @@ class HarmonyConstraint:
     ) -> None:
         self.is_finished = False
         self._harmony, self._engine, self._answer, self._calls = harmony, engine, answer, calls
-        self._places = [_Place()]  # the last one is the present; one is added a token, so that tokens can be taken back
+        self._spots = [_Spot()]  # the last one is the present; one is added a token, so that tokens can be taken back
         self._max_tokens = max_tokens
         if answer is not None:
             check_room(Span(engine.matcher(answer), ()), max_tokens)
@@ -238,71 +229,52 @@ class HarmonyConstraint:
         return self._any & ~bits(tokens, self._engine.vocab_size)
 
     def is_free(self) -> bool:
-        return self._places[-1].span is None
+        return self._spots[-1].span is None
 
     def mask(self) -> np.ndarray | None:
-        place = self._places[-1]
-        if place.span is not None:
-            return place.span.mask()
+        place, span = self._spots[-1]
+        if span is not None:
+            return span.mask()
         if self._answer is None:
             return None
-        if place.header is None:
-            return self._in_call if place.recipient is not None else self._in_text
-        if len(place.header) >= _LONGEST_HEADER:
-            return self._header_end
+        if place.message is not None:
+            return self._in_text if place.message.recipient is None else self._in_call
+        if len(place.header) >= LONGEST_HEADER - 1:
+            return self._header_end  # one more, and it would be taken for an answer
         return self._between if place.is_between or (not place.header and place.role is None) else self._in_header
 
     def accept(self, token: int) -> bool:
-        place = self._places[-1]
-        if place.span is not None:
-            if not place.span.accept(token, self._max_tokens - len(self._places) + 1):
+        spot = self._spots[-1]
+        if spot.span is not None:
+            if not spot.span.accept(token, self._max_tokens - len(self._spots) + 1):
                 return False
-            self.is_finished = place.span.is_ended
-            self._places.append(place)
+            self.is_finished = spot.span.is_ended
+            self._spots.append(spot)
             return True
-        self._places.append(self._after(place, token))
+        place = follow(spot.place, token, self._harmony)
+        # A message without `<|message|>` has begun in the place of its header, where no format held.
+        begins = token == self._harmony.message and place.message is not spot.place.message
+        self._spots.append(_Spot(place, self._span(place.message) if begins else None))
         return True
 
     def rewind(self, count: int) -> None:
         for _ in range(count):
-            place = self._places.pop()
-            if place.span is not None and place.span is self._places[-1].span:
-                place.span.rewind(1)
-        if not count and (span := self._places[-1].span) is not None:
+            spot = self._spots.pop()
+            if spot.span is not None and spot.span is self._spots[-1].span:
+                spot.span.rewind(1)
+        if not count and (span := self._spots[-1].span) is not None:
             span.rewind(0)
         self.is_finished = False
 
-    def _after(self, place: _Place, token: int) -> _Place:
-        """The place after a token of free text. It follows HarmonyParser's rules."""
+    def _span(self, message: Message | None) -> Span | None:
+        """What holds the text of a message to its format."""
         harmony = self._harmony
-        if place.header is not None:
-            if token == harmony.message:
-                return self._content(place)
-            if token == harmony.start or token in harmony.end_tokens:
-                return _Place(role=None, is_between=token != harmony.start)
-            is_between = place.is_between and token != harmony.channel
-            return place._replace(header=(*place.header, token), is_between=is_between)
-        if token == harmony.channel:
-            return _Place((token,), place.role)
-        if token == harmony.start or token in harmony.end_tokens:
-            return _Place(role=None, is_between=token != harmony.start)
-        return place
-
-    def _content(self, place: _Place) -> _Place:
-        parser = self._harmony.parser(place.role)
-        for token in (*(place.header or ()), self._harmony.message):
-            parser.push(token)
-        channel, recipient = parser.channel, parser.recipient
-        return _Place(None, parser.role, channel, recipient, self._span(parser.role, channel, recipient))
-
-    def _span(self, role: str | None, channel: str | None, recipient: str | None) -> Span | None:
-        harmony = self._harmony
-        if role != "assistant":
+        if message is None or message.role != "assistant":
             return None
-        if recipient is not None:
-            known = resolve_recipient(recipient, self._calls.keys())
+        if message.recipient is not None:
+            known = resolve_recipient(message.recipient, self._calls.keys())
             return None if known is None else Span(self._engine.matcher(self._calls[known]), {harmony.call})
-        if channel == FINAL and self._answer is not None:
+        if message.channel == FINAL and self._answer is not None:
             return Span(self._engine.matcher(self._answer), {harmony.return_})
         return None
 

@@ -6,20 +6,46 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol, final
 
+from openelm_mlx.text.conversation import Message
 from openelm_mlx.text.harmony import Delta, HarmonyFormat
 from openelm_mlx.text.stops import StopStrings
 from openelm_mlx.text.tokenizer import Tokenizer
 
-FINAL = "final"
+ANALYSIS, COMMENTARY, FINAL = "analysis", "commentary", "final"
 REASONING = "reasoning"
 
 
 class Piece(NamedTuple):
-    """The text that one token made certain, the channel it stands in, and whether a stop string ended the answer."""
+    """The text that one token made certain, by what it is, and whether a stop string ended the answer.
+
+    text: of the answer. reasoning: what is thought. preamble: said to the user before a call. arguments: of the call of
+    `recipient`. channel, recipient: where the token itself stands; None in models without channels.
+    """
 
     text: str = ""
+    reasoning: str = ""
+    preamble: str = ""
+    arguments: str = ""
     channel: str | None = None
+    recipient: str | None = None
     is_stopped: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.text or self.reasoning or self.preamble or self.arguments)
+
+    def then(self, rest: Piece) -> Piece:
+        """Both as one piece; it stands where the last text does."""
+        place = self if rest.is_empty else rest
+        return Piece(
+            self.text + rest.text,
+            self.reasoning + rest.reasoning,
+            self.preamble + rest.preamble,
+            self.arguments + rest.arguments,
+            place.channel,
+            place.recipient,
+            self.is_stopped or rest.is_stopped,
+        )
 
 
 class TextStream(Protocol):
@@ -36,6 +62,10 @@ class TextStream(Protocol):
         Models without channels are always in their answer.
         """
 
+    @property
+    def messages(self) -> list[Message]:
+        """The finished messages of a completion in Harmony; none in models without messages."""
+
     def add(self, token: int) -> Piece:
         """What is certain with one more token."""
 
@@ -49,6 +79,10 @@ class SilentStream:
 
     stop_tokens: frozenset[int] = frozenset()
     ended_in: str | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        return []
 
     def add(self, token: int) -> Piece:
         return Piece()
@@ -72,15 +106,19 @@ class PlainStream:
         self._stops = StopStrings(stop)
         self._is_stopped = False
 
+    @property
+    def messages(self) -> list[Message]:
+        return []
+
     def add(self, token: int) -> Piece:
         text, self._is_stopped = self._stops.feed(self._detokenizer.add(token))
-        return Piece(text, None, self._is_stopped)
+        return Piece(text, is_stopped=self._is_stopped)
 
     def finish(self, end: int | None = None) -> Piece:
         if self._is_stopped:
             return Piece()
         text, is_stopped = self._stops.feed(self._detokenizer.finish())
-        return Piece(text if is_stopped else text + self._stops.finish(), None, is_stopped)
+        return Piece(text if is_stopped else text + self._stops.finish(), is_stopped=is_stopped)
 
 
 @final
@@ -96,42 +134,66 @@ class HarmonyStream:
         self._stop = stop
         self._stops: StopStrings | None = None  # of the final message that is being written
         self._is_stopped = False
+        self._num_shown = 0  # characters of the answer
         self.ended_in: str | None = REASONING
+
+    @property
+    def messages(self) -> list[Message]:
+        """The finished messages; the answer ends where a stop string ended it."""
+        if not self._stop:
+            return self._parser.messages
+        left, kept = self._num_shown, []
+        for message in self._parser.messages:
+            if message.role == "assistant" and message.channel == FINAL and not message.is_call:
+                message = replace(message, content=message.text[:left])
+                left -= len(message.text)
+            kept.append(message)
+        return kept
 
     def add(self, token: int) -> Piece:
         return self._shown(self._parser.push(token))
 
     def finish(self, end: int | None = None) -> Piece:
-        if self._is_stopped:
-            return Piece()
         # The parser wants to see the token that ended it: `<|call|>` ends a message as well as the completion.
-        last = self._shown(self._parser.push(end)) if end is not None else Piece()
-        rest = self._shown(self._parser.finish())
-        held = self._released() if not (last.is_stopped or rest.is_stopped) else ""
-        if rest.text + held:
-            # What is left of a thought, half a character, is never a part of the answer.
-            channel = FINAL if held else rest.channel
-            text = last.text * (last.channel == channel) + rest.text + held
-            return Piece(text, channel, last.is_stopped or rest.is_stopped)
-        return last
+        last = self._parser.push(end) if end is not None else Delta()
+        if self._is_stopped:
+            self._parser.finish()
+            return Piece()
+        piece = self._shown(last)
+        rest = self._parser.finish()
+        if not piece.is_stopped:
+            piece = piece.then(self._shown(rest))
+        return piece if piece.is_stopped else piece.then(self._released())
 
     def _shown(self, delta: Delta) -> Piece:
+        """What of a delta may be shown, behind what was held back of an answer that is over."""
         if delta.channel == FINAL and delta.recipient is None and delta.text:
             self.ended_in = None
         elif delta.recipient is not None and self.ended_in is not None:
             self.ended_in = delta.recipient
         if delta.text and delta.role != "assistant":  # the model invents what others say: no part of its answer
-            delta = replace(delta, channel="analysis")
-        if delta.channel != FINAL or delta.recipient is not None:
-            held = self._released()
-            return Piece(held + delta.text, FINAL if held and not delta.text else delta.channel)
+            return self._released().then(Piece(reasoning=delta.text, channel=ANALYSIS))
+        if delta.channel == FINAL and delta.recipient is None:
+            return self._answer(delta.text)
+        piece = Piece(channel=delta.channel, recipient=delta.recipient)
+        if delta.recipient is not None:
+            piece = piece._replace(arguments=delta.text)
+        elif delta.channel == COMMENTARY:
+            piece = piece._replace(preamble=delta.text)
+        else:
+            piece = piece._replace(reasoning=delta.text)
+        return self._released().then(piece) if delta.text else piece.then(self._released())
+
+    def _answer(self, text: str) -> Piece:
         if self._stops is None:
             self._stops = StopStrings(self._stop)
-        text, self._is_stopped = self._stops.feed(delta.text)
-        return Piece(text, FINAL, self._is_stopped)
+        shown, self._is_stopped = self._stops.feed(text)
+        self._num_shown += len(shown)
+        return Piece(shown, channel=FINAL, is_stopped=self._is_stopped)
 
-    def _released(self) -> str:
+    def _released(self) -> Piece:
         """What might have become a stop string in a final message that is over now."""
         text = "" if self._stops is None else self._stops.finish()
         self._stops = None
-        return text
+        self._num_shown += len(text)
+        return Piece(text, channel=FINAL if text else None)

@@ -1,0 +1,173 @@
+"""One request, checked before anything runs: its options, and how many tokens it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from ..decoding.budget import check_room, room_in_memory
+from ..decoding.constraint import HarmonyConstraint, PlainConstraint, TokenConstraint
+from ..decoding.drafts import Drafts
+from ..decoding.grammar import AnswerFormat, answer_format, engine_of
+from ..decoding.prefix_cache import PrefixCache, Turn, begin_turn
+from ..decoding.sampling import SamplingParams
+from ..errors import MemoryLimitError, PromptError, SettingError, TokenizerError
+from ..models.cache import Cache
+from ..text.chat import HARMONY
+from ..text.harmony import HarmonyFormat
+from ..text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+# What is generated when nobody says, by a model that may ramble on to the end of its context.
+DEFAULT_MAX_TOKENS = 256
+# Most answers of gpt-oss, reasoning included, are shorter.
+_LONG_ANSWER = 4096
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `stream_generate` was asked for, checked before anything runs."""
+
+    prompt_tokens: Sequence[int]
+    max_tokens: int | None
+    sampling: SamplingParams
+    logprobs: int | None
+    sliding_window: int | None
+    prefill_chunk: int | None
+    kv_bits: int | None
+    prefix_cache: PrefixCache | None = None
+    draft: Drafts | None = None
+    borders: Sequence[int] = ()  # offsets in the prompt where messages begin
+    ends_by_itself: bool = False  # a model that thinks first, and has to come to its end
+    constraint: TokenConstraint | None = None  # set when the rest is checked: it counts the tokens
+    limit: int = 0  # of tokens, and by what: set when the rest is checked
+    limited_by: Literal["max_tokens", "context", "memory"] = "max_tokens"
+
+    def checked(self, model: Model, tokenizer: Tokenizer | None) -> Request:
+        """The request with its limit of tokens. Raises SettingError, PromptError or MemoryLimitError."""
+        if self.max_tokens is not None:
+            _check_whole("max_tokens", self.max_tokens)
+        if self.prefill_chunk is not None:
+            _check_whole("prefill_chunk", self.prefill_chunk)
+        if self.logprobs is not None:
+            _check_whole("logprobs", self.logprobs, low=0, high=usable_vocab_size(model, tokenizer))
+        self.sampling.check_tokens(usable_vocab_size(model, tokenizer))
+        if self.sliding_window is not None:
+            _check_whole("sliding_window", self.sliding_window, high=model.context_length)
+        if self.draft is not None:
+            if not isinstance(self.draft, Drafts):
+                raise SettingError(
+                    f"draft is a {type(self.draft).__name__}: give om.PromptLookup() or om.DraftModel(model)."
+                )
+            self.draft.check(model, tokenizer)
+        wanted = self.max_tokens
+        if wanted is None:
+            wanted = model.context_length if self.ends_by_itself else DEFAULT_MAX_TOKENS
+        limit, limited_by = wanted, "max_tokens"
+        if self.sliding_window is None:
+            limit = min(wanted, room_after(model, len(self.prompt_tokens)))
+        if limit < wanted or (self.max_tokens is None and self.ends_by_itself):
+            limited_by = "context"
+        if self.max_tokens is None:
+            in_memory = self._limit_in_memory(model, limit)
+            limit, limited_by = in_memory, limited_by if in_memory == limit else "memory"
+        else:
+            self._check_room(model, limit)
+        return replace(self, limit=limit, limited_by=cast(Any, limited_by))
+
+    def _limit_in_memory(self, model: Model, most: int) -> int:
+        """`most`, or what of it the memory holds. Kept requests go for the sake of an answer of usual length only."""
+        self._check_room(model, min(most, DEFAULT_MAX_TOKENS))
+        room = self._room_in_memory(model, most)
+        if room < min(most, _LONG_ANSWER):
+            with suppress(MemoryLimitError):
+                self._check_room(model, min(most, _LONG_ANSWER))
+            room = self._room_in_memory(model, most)
+        return max(1, room)
+
+    def _room_in_memory(self, model: Model, most: int) -> int:
+        return room_in_memory(model, self.make_cache(model), len(self.prompt_tokens), most)
+
+    def _check_room(self, model: Model, max_tokens: int) -> None:
+        def check() -> None:
+            check_room(model, self.make_cache(model), len(self.prompt_tokens), max_tokens)
+
+        # Kept requests never stand in the way of a new one.
+        check() if self.prefix_cache is None else self.prefix_cache.make_room(check)
+
+    def make_cache(self, model: Model) -> Cache:
+        """An empty cache of the kind that was asked for. Raises SettingError where the model cannot have it."""
+        return model.make_cache(window=self.sliding_window, kv_bits=self.kv_bits, room=self._room)
+
+    @property
+    def _room(self) -> int:
+        """How many tokens rings must be able to take back."""
+        return 0 if self.draft is None else self.draft.num_draft_tokens
+
+    def begin_turn(self, model: Model) -> Turn:
+        """The cache to begin with: with what the prefix cache has of the prompt, or empty."""
+        kv_bits = self.kv_bits or (None if self.sliding_window else model.kv_bits) or 16
+        kind = (self.sliding_window, kv_bits, self._room)
+        return begin_turn(
+            self.prefix_cache, model, self.prompt_tokens, kind, lambda: self.make_cache(model), self.borders
+        )
+
+
+def room_after(model: Model, num_prompt_tokens: int) -> int:
+    """How many tokens fit into the model's context after a prompt. Raises PromptError when none does."""
+    room = model.context_length - num_prompt_tokens
+    if room < 1:
+        raise PromptError(
+            f"The prompt has {num_prompt_tokens:,} tokens and the context holds {model.context_length:,}, so there is no "
+            "room for an answer: shorten the prompt, or ask for a sliding window (sliding_window=, --sliding-window)."
+        )
+    return room
+
+
+def constraint_on(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    template: str,
+    answer: AnswerFormat | None,
+    tool_schemas: Mapping[str, Any],
+    max_tokens: int,
+) -> TokenConstraint | None:
+    """What holds a completion to its formats, None if it has none. Raises SettingError or TokenizerError."""
+    if answer is None and not tool_schemas:
+        return None
+    if tokenizer is None:
+        raise TokenizerError(
+            "An answer in a format needs a tokenizer, and this model has none: load it with tokenizer=..."
+        )
+    if template == HARMONY:
+        calls = {name: answer_format(schema) for name, schema in tool_schemas.items() if schema is not None}
+        checked = cast("dict[str, AnswerFormat]", calls)
+        return HarmonyConstraint(HarmonyFormat(tokenizer), engine_of(tokenizer), answer, checked, max_tokens)
+    if answer is None:
+        raise SettingError(
+            "tool_schemas are for gpt-oss's calls, and this model has no format for calls: leave them out."
+        )
+    return PlainConstraint(engine_of(tokenizer), answer, {*model.spec.eos_tokens, *tokenizer.eos_tokens}, max_tokens)
+
+
+def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:
+    """Ids below this are tokens; rows of logits beyond are padding, and were never trained."""
+    known = model.spec.usable_vocab_size
+    return known if tokenizer is None else min(known, tokenizer.vocab_size)
+
+
+def checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(each, str) for each in stops):
+        raise SettingError(f"stop is {stop!r}: give a string, or a list of strings.")
+    return tuple(stops)
+
+
+def _check_whole(name: str, value: int, low: int = 1, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        limits = f"at least {low}" + ("" if high is None else f" and at most {high}")
+        raise SettingError(f"{name} is {value!r}: it must be a whole number, {limits}.")

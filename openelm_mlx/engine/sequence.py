@@ -1,0 +1,100 @@
+"""One request from its first token to its last: the one way from a token to what a caller sees."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import final
+
+from ..text.conversation import Message
+from ..text.streams import FINAL, Piece, TextStream
+from .request import Request
+from .statistics import Clock, Statistics
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One token of a completion, and what became certain with it.
+
+    text: of the answer, and nothing else; may be empty, since a character can take several tokens. reasoning: of what
+    gpt-oss thinks. preamble: of what it says to the user before a call. arguments: of a call, whose tool is `recipient`.
+    channel, recipient: where the token stands ("analysis", "commentary", "final"; "functions.f"); None in models without
+    channels, and in headers. finish_reason: None, "stop" (end of text, or a stop string), or "length" (max_tokens or the
+    context ended it). logprob, top_logprobs: as asked for. statistics: in the last chunk.
+    """
+
+    text: str
+    token: int
+    finish_reason: str | None = None
+    channel: str | None = None
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+    statistics: Statistics | None = None
+    reasoning: str = ""
+    preamble: str = ""
+    arguments: str = ""
+    recipient: str | None = None
+
+
+@final
+class Sequence:
+    """A request that is being answered. Whoever runs it, alone or beside others, hands it one token after the other.
+
+    request: checked. end_tokens: tokens that end the completion. tokens: those of the completion so far.
+    finish_reason: None while it goes on. clock: set when its prompt begins to be computed.
+    """
+
+    def __init__(self, request: Request, text: TextStream, end_tokens: Collection[int]) -> None:
+        self.request = request
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.clock: Clock | None = None
+        self._text = text
+        self._end_tokens = frozenset(end_tokens) | text.stop_tokens
+
+    @property
+    def messages(self) -> list[Message]:
+        """The finished messages of a completion in Harmony. After the end, or `close`, all there are."""
+        return self._text.messages
+
+    def accept(self, token: int, logprob: float | None = None, top_logprobs: dict[int, float] | None = None) -> Chunk:
+        """Go on by one token. The chunk has a finish_reason when it was the last one."""
+        assert self.finish_reason is None, "the sequence has ended"
+        self.tokens.append(token)
+        if self.clock is not None:
+            self.clock.token_arrived()
+        piece = self._read(token)
+        if self.clock is not None and piece.channel in (None, FINAL) and self._text.ended_in is None:
+            self.clock.token_is_answer()
+        statistics = None
+        if self.finish_reason is not None and self.clock is not None:
+            statistics = self.clock.statistics(self.finish_reason, self._text.ended_in)
+        return Chunk(
+            piece.text,
+            token,
+            self.finish_reason,
+            piece.channel,
+            logprob,
+            top_logprobs,
+            statistics,
+            piece.reasoning,
+            piece.preamble,
+            piece.arguments,
+            piece.recipient,
+        )
+
+    def close(self) -> None:
+        """End it where it stands: nobody goes on with it. What was being written counts as a message."""
+        if self.finish_reason is None:
+            self._text.finish()
+
+    def _read(self, token: int) -> Piece:
+        if token in self._end_tokens:
+            self.finish_reason = "stop"
+            return self._text.finish(token)
+        piece = self._text.add(token)
+        if not piece.is_stopped and len(self.tokens) < self.request.limit:
+            return piece
+        piece = piece.then(self._text.finish())
+        self.finish_reason = "stop" if piece.is_stopped else "length"
+        return piece

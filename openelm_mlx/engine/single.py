@@ -1,0 +1,161 @@
+"""One request alone: checked by `new_sequence`, computed by `run`."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..decoding.arguments import check_model, check_prefix_cache
+from ..decoding.budget import Budget, chunk_of_plan, keeping_to_plan
+from ..decoding.compiled_step import make_step
+from ..decoding.drafts import Drafts
+from ..decoding.grammar import answer_format
+from ..decoding.prefill import prefill
+from ..decoding.prefix_cache import PrefixCache, Turn
+from ..decoding.sampling import Sampler, SamplingParams
+from ..decoding.speculative import Speculative
+from ..decoding.step import Step
+from ..decoding.tokens import Choice, constrained, one_by_one
+from ..errors import CheckpointError, PromptError, SettingError, TokenizerError
+from ..memory.limits import Held
+from ..text.chat import HARMONY
+from ..text.streams import HarmonyStream, PlainStream, SilentStream, TextStream
+from ..text.tokenizer import Tokenizer
+from .prompt import EncodedPrompt, Prompt, encode_prompt, message_borders
+from .request import Request, checked_stops, constraint_on, usable_vocab_size
+from .sequence import Chunk, Sequence
+from .statistics import Clock
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+# Freed buffers are handed back this often; MLX keeps them otherwise.
+CLEAR_CACHE_EVERY = 256
+
+
+def new_sequence(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: Prompt | None,
+    *,
+    max_tokens: int | None = None,
+    sampling: SamplingParams | None = None,
+    stop: str | abc.Sequence[str] = (),
+    logprobs: int | None = None,
+    raw: bool = False,
+    chat_template: str | None = None,
+    reasoning_effort: str | None = None,
+    sliding_window: int | None = None,
+    prefill_chunk: int | None = None,
+    kv_bits: int | None = None,
+    schema: Any = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    tool_schemas: Mapping[str, Any] | None = None,
+    prefix_cache: PrefixCache | None = None,
+    draft: Drafts | None = None,
+) -> Sequence:
+    """The sequence of a request, before any token. Options and errors are those of `stream_generate`."""
+    check_model(model, tokenizer)
+    check_prefix_cache(prefix_cache)
+    stops = checked_stops(stop)
+    if prompt is None:
+        raise PromptError("There is no prompt: give text, a list of token ids, or chat messages.")
+    if not isinstance(tool_schemas, (Mapping, type(None))):
+        raise SettingError(
+            f"tool_schemas is a {type(tool_schemas).__name__}: give a dictionary of name to JSON Schema."
+        )
+    if not isinstance(sampling, (SamplingParams, type(None))):
+        raise SettingError(f"sampling is a {type(sampling).__name__}: give om.SamplingParams(temperature=0.7, ...).")
+    answer = answer_format(schema, regex, grammar)
+    encoded = encode_prompt(model, tokenizer, prompt, raw, chat_template, reasoning_effort, answer)
+    request = Request(
+        prompt_tokens=encoded.tokens,
+        max_tokens=max_tokens,
+        sampling=sampling or SamplingParams(),
+        logprobs=logprobs,
+        sliding_window=sliding_window,
+        prefill_chunk=prefill_chunk,
+        kv_bits=kv_bits,
+        prefix_cache=prefix_cache,
+        draft=draft,
+        borders=message_borders(tokenizer, encoded),
+        ends_by_itself=encoded.template == HARMONY,
+    ).checked(model, tokenizer)
+    constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.limit)
+    request = replace(request, constraint=constraint)
+    end_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
+    return Sequence(request, text_stream(tokenizer, encoded, stops), end_tokens)
+
+
+def run(model: Model, tokenizer: Tokenizer | None, sequence: Sequence) -> Iterator[Chunk]:
+    """The chunks of a prepared sequence, a token each, until it ends or the caller wants no more."""
+    turn = sequence.request.begin_turn(model)
+    with keeping_to_plan(model, turn.cache) as (budget, held), turn.kept():
+        yield from _answer(model, tokenizer, sequence, turn, budget, held)
+
+
+def text_stream(tokenizer: Tokenizer | None, prompt: EncodedPrompt, stop: abc.Sequence[str]) -> TextStream:
+    """What makes text of the completion's tokens. Raises SettingError for an empty stop string."""
+    if tokenizer is None:
+        if stop:
+            raise TokenizerError("Stop strings need a tokenizer, and this model has none: load it with tokenizer=...")
+        return SilentStream()
+    if prompt.template == HARMONY:
+        return HarmonyStream(tokenizer, stop)
+    return PlainStream(tokenizer, stop, prompt.continues_text)
+
+
+def _answer(
+    model: Model, tokenizer: Tokenizer | None, sequence: Sequence, turn: Turn, budget: Budget, held: Held
+) -> Iterator[Chunk]:
+    request = sequence.request
+    sequence.clock = Clock(request, turn.num_reused, held, model.residency)
+    sampler = Sampler(
+        request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
+    )
+    chunk_length = request.prefill_chunk or chunk_of_plan(model)
+    at_border = None if request.prefix_cache is None else turn.at_border
+    logits = prefill(model, turn.new_tokens, turn.cache, chunk_length, budget, stops=turn.stops, at_border=at_border)
+    _check_finite(logits)
+    choices = _choices(model, request, make_step(model, turn.cache), sampler, logits, sequence.clock)
+    for count, choice in enumerate(choices, 1):
+        token = choice.item()
+        turn.tokens.append(token)
+        chunk = sequence.accept(token, *choice.logprob_values())
+        yield chunk
+        if chunk.finish_reason is not None:
+            return
+        if count % CLEAR_CACHE_EVERY == 0:
+            mx.clear_cache()
+        budget.before_tokens(count, request.limit)
+
+
+def _choices(
+    model: Model, request: Request, step: Step, sampler: Sampler, logits: mx.array, clock: Clock
+) -> Iterator[Choice]:
+    """The tokens of the answer, in the way that was asked for."""
+    max_tokens, num_logprobs, constraint = request.limit, request.logprobs, request.constraint
+    if request.draft is not None:
+        draft, prompt = request.draft, request.prompt_tokens
+        source = Speculative(
+            model, step, sampler, prompt, draft.begin(model), draft.num_draft_tokens, num_logprobs, constraint,
+            memory=draft.memory,
+        )  # fmt: skip
+        clock.speculation = source.gain.counts
+        return source.choices(logits, max_tokens)
+    if constraint is not None:
+        return constrained(step, sampler, logits, max_tokens, constraint, num_logprobs)
+    return one_by_one(step, sampler, logits, max_tokens, num_logprobs)
+
+
+def _check_finite(logits: mx.array) -> None:
+    if not mx.all(mx.isfinite(logits)).item():
+        raise CheckpointError(
+            "The model's logits are not finite numbers: its weights are damaged, or their type has too small a range "
+            '(OpenELM-3B overflows in float16): load it with dtype="bfloat16".'
+        )

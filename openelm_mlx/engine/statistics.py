@@ -1,0 +1,127 @@
+"""What a request took: its times, its memory, and why it came to no answer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..decoding.speculation_gain import Counts
+from ..memory.expert_statistics import ExpertStatistics
+from ..memory.limits import Held
+from ..memory.residency import Residency
+from ..text.streams import REASONING
+
+if TYPE_CHECKING:
+    from .request import Request
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a request took. Rates are tokens a second, times seconds.
+
+    peak_memory_bytes: the most that was in use in the process while the request ran, as MLX counts it. max_tokens: the
+    limit that held: what was asked for, or less where the context or the memory has no room for it. reasoning_tokens: how
+    many of the completion's tokens stood before and around the answer (gpt-oss's reasoning, its calls and headers).
+    no_answer: None, or a sentence that says why gpt-oss came to no answer and what to change. notes: sentences about
+    settings of the process that were left as they are. cached_tokens: how many of the prompt's tokens came from a prefix cache;
+    prefill_tps counts the others. drafted_tokens, accepted_tokens, speculation_speedup: what guessing did; times as fast as
+    plain steps, None where it was not measured. prompt_experts, answer_experts: what was read from disk for either, in all
+    and by layer, where experts are there (of two answers at a time from one model, for both); else None.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token: float
+    prefill_tps: float
+    decode_tps: float
+    peak_memory_bytes: int
+    max_tokens: int
+    reasoning_tokens: int = 0
+    no_answer: str | None = None
+    notes: tuple[str, ...] = ()
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    speculation_speedup: float | None = None
+    prompt_experts: ExpertStatistics | None = None
+    answer_experts: ExpertStatistics | None = None
+
+
+class Clock:
+    """Times and memory of one request, from its prompt's first chunk on.
+
+    num_cached_tokens: of the prompt, that came from a prefix cache. speculation: what guessing did, where anything guesses.
+    """
+
+    def __init__(
+        self, request: Request, num_cached_tokens: int, held: Held, residency: Residency | None = None
+    ) -> None:
+        self._request, self._held = request, held
+        self._num_cached_tokens = num_cached_tokens
+        self._num_answer_tokens = 0
+        self.speculation = Counts()
+        self._started = self._first = self._last = time.perf_counter()
+        self._num_tokens = 0
+        self._residency = residency
+        self._experts = [] if residency is None else [residency.statistics()]
+
+    def token_arrived(self) -> None:
+        """One more token is on the host."""
+        self._last = time.perf_counter()
+        if self._num_tokens == 0:
+            self._first = self._last
+            if self._residency is not None:
+                self._experts.append(self._residency.statistics())
+        self._num_tokens += 1
+
+    def token_is_answer(self) -> None:
+        """It belongs to the answer, and not to what stands before and around it."""
+        self._num_answer_tokens += 1
+
+    def statistics(self, finish_reason: str, ended_in: str | None) -> Statistics:
+        """All of it, at the end. ended_in: see `TextStream.ended_in`."""
+        request, num_prompt_tokens = self._request, len(self._request.prompt_tokens)
+        prefill, decode = self._first - self._started, self._last - self._first
+        experts: dict[str, ExpertStatistics] = {}
+        if self._residency is not None:
+            start, first, last = *self._experts, self._residency.statistics()
+            experts = {"prompt_experts": first.since(start), "answer_experts": last.since(first)}
+        return Statistics(
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=self._num_tokens,
+            time_to_first_token=prefill,
+            prefill_tps=(num_prompt_tokens - self._num_cached_tokens) / prefill if prefill else 0.0,
+            decode_tps=(self._num_tokens - 1) / decode if decode else 0.0,
+            peak_memory_bytes=self._held.peak_memory_bytes(),
+            max_tokens=request.limit,
+            reasoning_tokens=self._num_tokens - self._num_answer_tokens,
+            no_answer=no_answer(request, ended_in, finish_reason, self._num_tokens),
+            notes=tuple(self._held.notes),
+            cached_tokens=self._num_cached_tokens,
+            drafted_tokens=self.speculation.drafted,
+            accepted_tokens=self.speculation.accepted,
+            speculation_speedup=self.speculation.speedup,
+            **experts,
+        )
+
+
+def no_answer(request: Request, ended_in: str | None, finish_reason: str, num_tokens: int) -> str | None:
+    """Why there is no answer, and what to change, in a sentence; None where there is one."""
+    if ended_in is None:
+        return None
+    if ended_in != REASONING and finish_reason == "stop":
+        return f"The model called {ended_in} and wrote no answer: om.Chat runs tools, om.stream_generate shows calls."
+    what = "Reasoning" if ended_in == REASONING else f"A call of {ended_in}"
+    if finish_reason == "stop":
+        return f"The model ended after {num_tokens:,} tokens of reasoning, without an answer: ask again or otherwise."
+    remedy = {
+        "max_tokens": f"raise max_tokens above {request.limit}, or leave it out",
+        "context": "shorten the prompt, or load the model with a larger context_length",
+        "memory": "load the model with a larger memory_limit, or shorten the prompt",
+    }[request.limited_by]
+    limit = {"max_tokens": "", "context": " that the context had room for", "memory": " that the memory had room for"}
+    return (
+        f"{what} used up all {num_tokens:,} tokens{limit[request.limited_by]}, and no answer came: {remedy}; or let it "
+        'think less with reasoning_effort="low".'
+    )

@@ -15,7 +15,7 @@ from test_models_gpt_oss import TOLERANCE, greedy, load_gpt_oss, release_config
 
 from openelm_mlx.models.attention import BlockMask, attend
 from openelm_mlx.models.cache import KVCache, SlidingKVCache, make_cache
-from openelm_mlx.specs import KV_STEP, kv_places, spec_from_config
+from openelm_mlx.specs import KV_STEP, kv_capacity, spec_from_config
 
 H, K, D = 4, 2, 8
 
@@ -228,18 +228,18 @@ def test_growth_by_steps(dtype):
         assert fetched.dtype == values.dtype == dtype
         assert (np.array(fetched.astype(mx.float32)) == known).all()
         assert (np.array(values.astype(mx.float32)) == -known).all()
-        places = kv_places(cache.offset)
+        places = kv_capacity(cache.offset)
         assert cache.keys.shape == (1, K, places, D)
         assert cache.nbytes == 2 * K * places * D * dtype.size == sum(buffer.nbytes for buffer in cache.buffers)
         assert [array.shape[2] for array in cache.state] == [cache.offset] * 2
 
 
 def test_places_are_few_sizes_and_never_far_too_many():
-    sizes = sorted({kv_places(n) for n in range(1, 131_073)})
+    sizes = sorted({kv_capacity(n) for n in range(1, 131_073)})
     assert sizes[:12] == [*range(256, 2049, 256), 2560, 3072, 3584, 4096]
     assert sizes[-5:] == [65536, 81920, 98304, 114688, 131072]
     for n in range(1, 131_073):
-        assert n <= kv_places(n) <= max(256 * -(-n // 256), 1.25 * n + 1)
+        assert n <= kv_capacity(n) <= max(256 * -(-n // 256), 1.25 * n + 1)
 
 
 def test_growing_to_n_tokens_copies_a_multiple_of_n():
@@ -249,7 +249,7 @@ def test_growing_to_n_tokens_copies_a_multiple_of_n():
         copied = places = 0
         for offset in range(0, n, chunk):
             if offset + chunk > places:
-                copied, places = copied + offset, kv_places(offset + chunk)
+                copied, places = copied + offset, kv_capacity(offset + chunk)
         assert copied < 6 * n
 
 
@@ -258,7 +258,7 @@ def test_no_places_beyond_the_context(context_length, places):
     cache = KVCache(context_length=context_length)
     cache.update_and_fetch(*[mx.zeros((1, 1, 2600, 1))] * 2)
     assert cache.keys.shape[2] == places
-    assert kv_places(context_length + 8, context_length) <= -(-context_length // 256) * 256 + 256
+    assert kv_capacity(context_length + 8, context_length) <= -(-context_length // 256) * 256 + 256
     cache.update_and_fetch(*[mx.zeros((1, 1, 8000, 1))] * 2)  # past the context it goes on, as without one
     assert cache.keys.shape[2] == 12288
 

@@ -19,7 +19,7 @@ from openelm_mlx.models.attention import BlockMask, attend
 from openelm_mlx.models.cache import KVCache, SlidingKVCache, make_cache
 from openelm_mlx.models.packed import UNPACK_FROM, Packed, pack
 from openelm_mlx.models.quantized_cache import QuantizedKVCache
-from openelm_mlx.specs import kv_places, spec_from_config
+from openelm_mlx.specs import kv_capacity, spec_from_config
 
 H, K = 4, 2
 
@@ -203,7 +203,7 @@ def test_bytes_are_those_of_the_spec(fixtures):
         full = [layer for layer in cache if isinstance(layer, QuantizedKVCache)]
         assert 0 < len(full) < len(cache)
         assert sum(layer.nbytes for layer in cache) == model.spec.kv_cache_bytes(
-            kv_places(300, model.spec.context_length), batch_size=batch, kv_bits=8
+            kv_capacity(300, model.spec.context_length), batch_size=batch, kv_bits=8
         )
         plain = model.make_cache(kv_bits=16)
         model(mx.zeros((batch, 300), mx.int32), plain)
@@ -218,7 +218,7 @@ def test_reserving_and_clearing():
     assert cache.reserve(256) == []
     before = numbers(cache.keys.first(3))
     mx.eval(cache.reserve(3000))
-    assert cache.keys.weight.shape[2] == kv_places(3000)
+    assert cache.keys.weight.shape[2] == kv_capacity(3000)
     assert (numbers(cache.keys.first(3)) == before).all()
     cache.clear()
     assert (cache.nbytes, cache.offset, cache.empty()) == (0, 0, True)

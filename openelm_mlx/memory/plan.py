@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import MemoryLimitError, SettingError
-from ..specs import ModelSpec, kv_places
+from ..specs import ModelSpec, kv_capacity
 from .machine import Machine, wired_limit_advice
 from .rates import SpeedRange, prefill_seconds, rates_of, streamed_seconds
 from .scratch import scratch_bytes
@@ -419,7 +419,7 @@ def kv_cache_bytes(
     spec: ModelSpec, num_tokens: int, itemsize: int, batch_size: int = 1, kv_bits: int | None = None
 ) -> int:
     """Bytes allocated for keys and values once `num_tokens` are cached: places in steps, rings whole."""
-    places = kv_places(num_tokens, spec.context_length)
+    places = kv_capacity(num_tokens, spec.context_length)
     return batch_size * sum(
         layer.kv_bytes_per_token(itemsize) * layer.window
         if layer.window is not None

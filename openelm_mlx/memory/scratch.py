@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..specs import KV_STEP, LayerSpec, ModelSpec, kv_places
+from ..specs import KV_STEP, LayerSpec, ModelSpec, kv_capacity
 
 FLOAT32 = 4
 # How many arrays of the size of the logits sampling takes.
@@ -220,7 +220,7 @@ def scratch_bytes(
     grown = max(
         (layer.kv_bytes_per_token(itemsize, kv_bits) for layer in spec.layers if layer.window is None), default=0
     )
-    places = kv_places(context, spec.context_length)
+    places = kv_capacity(context, spec.context_length)
     return batch_size * max(largest, LOGITS_COPIES * FLOAT32 * spec.vocab_size, grown * (places - KV_STEP))
 
 

@@ -1,4 +1,4 @@
-"""Buffers (B, K, T, D) of a cache that grow as `specs.kv_places` says, and what brings a cache back to an earlier place."""
+"""Buffers (B, K, T, D) of a cache that grow as `specs.kv_capacity` says, and what brings a cache back to an earlier place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..specs import kv_places
+from ..specs import kv_capacity
 
 
 class Snapshot(NamedTuple):
@@ -53,6 +53,6 @@ def grown(
     spare_places: so many more (`KernelChoices`).
     """
     batch, heads, _, head_dim = buffer.shape
-    places = kv_places(needed, context_length) + spare_places
+    places = kv_capacity(needed, context_length) + spare_places
     more = mx.zeros((batch, heads, places - used, head_dim), buffer.dtype)
     return more if used == 0 else mx.concatenate([buffer[..., :used, :], more], axis=2)

@@ -12,7 +12,7 @@ from typing import Union
 
 import mlx.core as mx
 
-from ..specs import LayerSpec, ModelSpec, checked_kv_bits, kv_places
+from ..specs import LayerSpec, ModelSpec, checked_kv_bits, kv_capacity
 from .attention import Mask, causal_mask, visible_keys
 from .buffers import Snapshot, appended, grown, write
 from .quantized_cache import QuantizedKVCache
@@ -47,7 +47,7 @@ def make_cache(
 
 
 class KVCache:
-    """Keys and values of every token, (B, K, T, D) each, in buffers that grow as `kv_places` says."""
+    """Keys and values of every token, (B, K, T, D) each, in buffers that grow as `kv_capacity` says."""
 
     def __init__(
         self, left_padding: mx.array | None = None, context_length: int | None = None, spare_places: int = 0
@@ -83,7 +83,7 @@ class KVCache:
         """Bytes allocated once it holds `num_tokens` in all, of one row with numbers of `itemsize` bytes."""
         if self.keys is not None and num_tokens <= self.keys.shape[2]:
             return self.nbytes
-        return kv_places(num_tokens, self.context_length) * layer.kv_bytes_per_token(itemsize)
+        return kv_capacity(num_tokens, self.context_length) * layer.kv_bytes_per_token(itemsize)
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..specs import LayerSpec, kv_places
+from ..specs import LayerSpec, kv_capacity
 from .attention import Mask, causal_mask, visible_keys
 from .buffers import Snapshot, appended, grown
 from .packed import BITS, Packed, pack
@@ -43,7 +43,7 @@ class QuantizedKVCache:
         """Bytes allocated once it holds `num_tokens` in all, of one row."""
         if self.keys is not None and num_tokens <= self.keys.weight.shape[2]:
             return self.nbytes
-        return kv_places(num_tokens, self.context_length) * layer.kv_bytes_per_token(itemsize, BITS)
+        return kv_capacity(num_tokens, self.context_length) * layer.kv_bytes_per_token(itemsize, BITS)
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""

@@ -24,12 +24,13 @@ from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .files import hears_the_disk
 from .finder import disk_trouble, is_macos_own, is_same_name
+from .experts.residency import Streaming, checked_slots
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import allow_open_files, this_machine
 from .memory.plan import Weights, Wish, make_plan, parse_memory
 from .memory.presets import preset_bits
-from .memory.residency import Streaming, checked_slots
+from .experts.residency import Streaming, checked_slots
 from .models import build_model
 from .models.moe import Experts
 from .models.precision import KernelChoices, by_columns, runs_on_cpu
@@ -107,7 +108,7 @@ def load(
     of gpt-oss; all of OpenELM's) are quantized to so many as they are read. kv_bits: 8 halves the memory of keys and
     values in the layers that keep them all; 16 leaves them as they are, which is the default. expert_slots: keep only so
     many of each layer's experts in memory and read the others from the checkpoint's files when they are chosen, with the
-    same answers bit for bit (memory/residency.py); the embedding stays on disk too where the head has a matrix of its
+    same answers bit for bit (experts/residency.py); the embedding stays on disk too where the head has a matrix of its
     own. memory_limit: bytes or "10GB", for MLX's memory, its buffer cache and the process's own together; experts that do
     not fit stay on disk by themselves, and what fits not even so is refused before a tensor is read. None: what the
     machine has. `model.plan` says what was planned. wire: whether macOS is asked, from the first request until the model

@@ -22,7 +22,7 @@ from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
 from .memory.plan import MemoryPlan, Wish, make_plan, parse_memory
 from .memory.presets import PRESETS, preset_bits
-from .memory.residency import checked_slots
+from .experts.residency import checked_slots
 from .memory.variants import variants_of
 from .specs import checked_kv_bits
 

@@ -34,8 +34,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 from openelm_mlx import loading  # noqa: E402
 from openelm_mlx.checkpoint.layouts import understand  # noqa: E402
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config  # noqa: E402
+from openelm_mlx.experts.residency import Streaming  # noqa: E402
 from openelm_mlx.memory.machine import process_peak_bytes  # noqa: E402
-from openelm_mlx.memory.residency import Streaming  # noqa: E402
 from openelm_mlx.specs import spec_from_config  # noqa: E402
 
 most_open = 0

@@ -10,8 +10,8 @@ from openelm_mlx.bench import routing, streaming
 from openelm_mlx.bench.routing import Speed, Trace, alike, recording, replay, reuse_depths, uniform
 from openelm_mlx.commands import main
 from openelm_mlx.errors import SettingError
+from openelm_mlx.experts.slots import LeastRecentlyUsed
 from openelm_mlx.memory.machine import find_mac
-from openelm_mlx.memory.slots import LeastRecentlyUsed
 from openelm_mlx.specs import spec_from_config
 
 # A released shape, made small.

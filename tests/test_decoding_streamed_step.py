@@ -11,7 +11,8 @@ from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.decoding.compiled_step import CompiledStep
 from openelm_mlx.decoding.prefill import prefill
-from openelm_mlx.decoding.streamed_step import Pace, StreamedStep, best_stride
+from openelm_mlx.decoding.streamed_step import StreamedStep
+from openelm_mlx.experts.pace import Pace, best_stride
 
 CONFIG = {
     **released_gpt_oss_config("20b"), "num_hidden_layers": 6, "num_local_experts": 8, "vocab_size": 320, "hidden_size": 64,

@@ -31,12 +31,12 @@ from openelm_mlx.decoding.prefill import fill, prefill
 from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.streamed_step import StreamedStep
 from openelm_mlx.errors import CheckpointError, SettingError
+from openelm_mlx.experts import cuda_driver, records, writable
+from openelm_mlx.experts.records import HostTarget, PlainReader, Record, RecordFile, RecordReader, preadv_into
+from openelm_mlx.experts.residency import Streaming
+from openelm_mlx.experts.slots import LeastRecentlyUsed, SlotTable, blocks_of, by_last_use
 from openelm_mlx.generate import stream_generate
 from openelm_mlx.loading import load_model
-from openelm_mlx.memory import cuda_driver, records, written
-from openelm_mlx.memory.records import HostTarget, PlainReader, Record, RecordFile, RecordReader, preadv_into
-from openelm_mlx.memory.residency import Streaming
-from openelm_mlx.memory.slots import LeastRecentlyUsed, SlotTable, blocks_of, by_last_use
 from openelm_mlx.models import base
 from openelm_mlx.models.moe import Experts, sort_routes, uses_tiles
 from openelm_mlx.models.precision import KernelChoices
@@ -460,14 +460,14 @@ def test_the_command_line_says_what_was_read(capsys):
 def test_a_view_that_is_a_copy_is_found_out(monkeypatch, folders, residents):
     """NumPy 1 copies without a word what it cannot view."""
     array = np.array
-    monkeypatch.setattr(written.np, "array", lambda a, copy=True: array(a) if not copy else array(a, copy=copy))
-    assert written.memory_of(mx.zeros((3,))) is None
-    assert not written.views_work()
-    assert written.Writing().way == written.Writing("view").way == "copy"
+    monkeypatch.setattr(writable.np, "array", lambda a, copy=True: array(a) if not copy else array(a, copy=copy))
+    assert writable.memory_of(mx.zeros((3,))) is None
+    assert not writable.views_work()
+    assert writable.Allocator().way == writable.Allocator("view").way == "copy"
     model = streamed(folders[32], 5)
     monkeypatch.undo()
     assert model.residency.writes == "copy"
-    assert written.views_work()
+    assert writable.views_work()
     assert mx.array_equal(logits_of(model, 16, steps=2), logits_of(residents[32], 16, steps=2))
 
 
@@ -523,8 +523,8 @@ class MemoryDriver:
 def driver(monkeypatch):
     """A driver in the place of CUDA's, with few and small buffers: a block of experts needs them several times over."""
     driver = MemoryDriver()
-    monkeypatch.setattr(written, "cuda_driver", lambda: driver)
-    monkeypatch.setattr(written, "address_of", lambda array: np.array(array, copy=False).ctypes.data)
+    monkeypatch.setattr(writable, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "address_of", lambda array: np.array(array, copy=False).ctypes.data)
     monkeypatch.setattr(cuda_driver, "NUM_BUFFERS", 6)
     for module in (records, cuda_driver):
         monkeypatch.setattr(module, "PIECE_BYTES", 1500)
@@ -545,7 +545,7 @@ def test_through_the_driver_the_bits_are_the_same(folders, residents, driver, nu
 
 
 def test_without_a_driver_slots_are_copied_into(folders, monkeypatch):
-    monkeypatch.setattr(written, "cuda_driver", lambda: None)
+    monkeypatch.setattr(writable, "cuda_driver", lambda: None)
     assert streamed(folders[32], 4, writes="driver").residency.writes == "copy"
     assert streamed(folders[32], 4).residency.writes == "view"
 
@@ -630,7 +630,7 @@ def test_results_that_nobody_waited_for_are_not_taken_for_the_next_ones(monkeypa
 
 
 def test_there_is_no_driver_for_the_cpu():
-    assert cuda_driver.cuda_driver() is None
+    assert cuda_driver.working_driver() is None
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -724,12 +724,12 @@ INTERRUPTED = """
 import faulthandler, json, random, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import test_memory_residency as tests
-from openelm_mlx.memory import cuda_driver, records, written
+from openelm_mlx.experts import cuda_driver, records, writable
 faulthandler.dump_traceback_later(240, exit=True)
 for module in (records, cuda_driver):
     module.PIECE_BYTES = 1500
 records.INLINE_BYTES, cuda_driver.NUM_BUFFERS, driver = 0, 6, tests.MemoryDriver()
-written.cuda_driver, written.address_of = lambda: driver, lambda array: tests.np.array(array, copy=False).ctypes.data
+writable.cuda_driver, cuda_driver.address_of = lambda: driver, lambda array: tests.np.array(array, copy=False).ctypes.data
 model = tests.streamed(tests.Path(sys.argv[2]), 5, writes=sys.argv[3])
 answer = lambda: tests.tokens_of(tests.stream_generate(model, None, tests.PROMPT, max_tokens=12, prefill_chunk=17))
 call = lambda: tests.np.array(model(tests.mx.array([[5, 6, 7]])))

@@ -16,13 +16,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..decoding.streamed_step import Pace
 from ..errors import SettingError
 from ..files import open_regular, unreadable
+from ..experts.pace import Pace
+from ..experts.residency import Residency
+from ..experts.slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
 from ..memory.chips import READ_BACK_SECONDS
 from ..memory.rates import Rates
-from ..memory.residency import Residency
-from ..memory.slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
 from ..models.moe import SORT_FROM_ROUTES
 from ..outputs import npz_with, output_file
 from ..specs import ModelSpec

@@ -30,16 +30,17 @@ from ..decoding.compiled_step import make_step
 from ..decoding.pieces import forget_pieces
 from ..decoding.prefill import fill, prefill
 from ..decoding.step import Step
-from ..decoding.streamed_step import READ_BACK_COST, StreamedStep
+from ..decoding.streamed_step import StreamedStep
 from ..errors import SettingError
+from ..experts.pace import READ_BACK_COST, Pace
+from ..experts.records import HostTarget, Record, RecordReader, fill_with
+from ..experts.residency import Residency, Streaming, checked_slots
+from ..experts.writable import Allocator, WritableArray, WriteMode
 from ..loading import load, load_model, locate
 from ..memory.machine import Machine
 from ..memory.macos import forget_file
 from ..memory.plan import ASSUMED_DISK
 from ..memory.rates import rates_of
-from ..memory.records import HostTarget, Record, RecordReader, fill_with
-from ..memory.residency import Residency, Streaming, checked_slots
-from ..memory.written import Writes, Writing, Written
 from ..models.gpt_oss import GptOss
 from ..models.moe import MoE
 from ..planning import plan as plan_of
@@ -73,7 +74,7 @@ class Settings:
     slots: tuple[int, ...] | None = None
     routings: tuple[str, ...] = ("own",)
     caches: tuple[str, ...] = ("warm",)
-    writes: tuple[Writes | None, ...] = (None,)
+    writes: tuple[WriteMode | None, ...] = (None,)
     strides: tuple[int | None, ...] = (1, None)
     num_tokens: int = 16
     warm_up_tokens: int = 16
@@ -121,7 +122,7 @@ def resident_model(source: str | Path) -> GptOss:
     return cast(GptOss, load(source)[0])
 
 
-def streamed_model(source: str | Path, num_slots: int, writes: Writes | None = None) -> GptOss:
+def streamed_model(source: str | Path, num_slots: int, writes: WriteMode | None = None) -> GptOss:
     """The model with streamed experts, its slots written in the way asked for."""
     path = locate(source)
     config, checkpoint = read_config(path), open_checkpoint(path)
@@ -142,9 +143,9 @@ class Forced:
 
     def __init__(self, model: GptOss, trace: Trace) -> None:
         self._model, self._trace = model, trace
-        k, write = trace.experts_per_token, Writing()
+        k, allocate = trace.experts_per_token, Allocator().allocate
         forget_pieces(model)
-        self._choices: list[Written] = [write((1, k), mx.uint32) for _ in model.layers]
+        self._choices: list[WritableArray] = [allocate((1, k), mx.uint32) for _ in model.layers]
         for i, layer in enumerate(model.layers):
             layer.mlp.route = partial(self._route, i)  # type: ignore[method-assign]
 
@@ -266,7 +267,7 @@ def _decode(
         cache = model.make_cache()
         residency: Residency | None = model.residency
         if residency is not None:
-            residency.pace = None
+            residency.pace = Pace()
         step: Step = make_step(model, cache) if residency is None else StreamedStep(model, cache, stride)
         token = mx.argmax(prefill(model, prompt, cache, 512))
         tokens, seconds = [cast(int, token.item())], []

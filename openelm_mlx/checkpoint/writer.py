@@ -118,7 +118,7 @@ def index_of(files: Sequence[OutputFile]) -> bytes:
 
 
 class CheckpointWriter:
-    """Writes the planned files beside `destination`, and becomes it at the end.
+    """WriteMode the planned files beside `destination`, and becomes it at the end.
 
     Use it as a context manager: when an error leaves the block, nothing stays behind; when Ctrl-C does, what is
     finished stays, for the next writer with the same `fingerprint` (of everything that the bytes depend on).

@@ -18,8 +18,8 @@ from .output import report, say
 if TYPE_CHECKING:
     from ..bench.routing import Trace
     from ..bench.streaming import Settings
+    from ..experts.writable import WriteMode
     from ..memory.machine import Machine
-    from ..memory.written import Writes
 
 FORMAT = "openelm_mlx bench-streaming"
 WHAT, IS_FIGURES = "The JSON of this run", json_with("format", FORMAT)
@@ -138,7 +138,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     from ..bench.routing import Trace
     from ..bench.streaming import Settings
     from ..checkpoint.released import released_gpt_oss_config
-    from ..memory.residency import checked_slots
+    from ..experts.residency import checked_slots
     from ..specs import spec_from_config
 
     for option, least in (("tokens", 1), ("warm_up", 0), ("prefill", 0), ("layers", 1)):
@@ -155,7 +155,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         slots=slots,
         routings=kinds("routing", args.routing, ("own", "uniform", "skewed")),
         caches=kinds("cache", args.cache, ("warm", "cold")),
-        writes=tuple(None if each == "auto" else cast("Writes", each) for each in writes),
+        writes=tuple(None if each == "auto" else cast("WriteMode", each) for each in writes),
         strides=tuple(None if each == "adapts" else numbers("at-once", [each])[0] for each in args.at_once.split(",")),
         num_tokens=args.tokens,
         warm_up_tokens=args.warm_up,

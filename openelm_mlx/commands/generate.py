@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..decoding.prefix_cache import PrefixCache
     from ..engine.sequence import Chunk
     from ..engine.statistics import Statistics
-    from ..memory.expert_statistics import ExpertStatistics
+    from ..experts.statistics import ExpertStatistics
     from ..models import Model
     from ..text.tokenizer import Tokenizer
 

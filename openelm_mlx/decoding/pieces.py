@@ -18,7 +18,7 @@ from ..models.gpt_oss import GptOss, Routed
 from .sampling import Sampler
 
 if TYPE_CHECKING:
-    from ..memory.residency import Residency
+    from ..experts.residency import Residency
     from ..models import Model
 
 # Last pieces kept for a model, one for each way of choosing a token; the others are few.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..decoding.speculation_gain import Counts
-from ..memory.expert_statistics import ExpertStatistics
+from ..experts.residency import Residency
+from ..experts.statistics import ExpertStatistics
 from ..memory.limits import Held
-from ..memory.residency import Residency
 from ..text.streams import REASONING
 
 if TYPE_CHECKING:

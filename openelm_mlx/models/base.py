@@ -36,7 +36,7 @@ class LanguageModel(nn.Module):
     kv_bits: int | None = None
     # What its tokens mean, where it was loaded with a tokenizer; for comparing two models.
     tokenizer: Any = None
-    # What reads experts that are not in memory (memory/residency.py); None when all are.
+    # What reads experts that are not in memory (experts/residency.py); None when all are.
     residency: Any = None
 
     def __init__(self, spec: ModelSpec, choices: KernelChoices | None = None) -> None:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import mlx.core as mx
 import numpy as np
@@ -171,7 +171,7 @@ def _end(driver: CudaDriver, stream: Any, pinned: Pinned) -> None:
     pinned.free()
 
 
-def cuda_driver() -> CudaDriver | None:
+def working_driver() -> CudaDriver | None:
     """The driver; None where MLX does not compute on CUDA, or where it cannot be reached."""
     if not mx.cuda.is_available() or mx.default_device() == mx.Device(mx.cpu):
         return None
@@ -308,3 +308,41 @@ def results_on_host(arrays: Sequence[mx.array], buffer: ResultBuffer) -> list[np
     found = memory.copy()
     stops = np.cumsum([array.size for array in arrays])[:-1]
     return [part.reshape(array.shape) for part, array in zip(np.split(found, stops), arrays, strict=True)]
+
+
+@final
+class DeviceArray:
+    """Through CUDA's driver, to the address of the array on the device. No view of the array may ever be made."""
+
+    in_place = True
+
+    def __init__(self, array: mx.array, courier: Courier) -> None:
+        self.array, self._courier = array, courier
+        self._address = address_of(array)
+        self._place_bytes = array.nbytes // array.shape[0]
+
+    def target(self, place: int, nbytes: int | None = None, check: Check | None = None) -> DeviceTarget:
+        address = self._address + place * self._place_bytes
+        return DeviceTarget(self._courier, address, self._place_bytes if nbytes is None else nbytes, check)
+
+    def settle(self, place: int) -> None:
+        pass
+
+    def wait(self) -> None:
+        self._courier.wait()
+
+
+@final
+class Results:
+    """Small results on the host, through pinned memory."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._buffer = ResultBuffer(driver)
+
+    def has_room(self, arrays: Sequence[mx.array]) -> bool:
+        """Whether so many numbers fit."""
+        return sum(each.size for each in arrays) <= MOST_RESULTS
+
+    def on_host(self, arrays: Sequence[mx.array]) -> list[np.ndarray]:
+        """Each of the arrays, uint32, of any shapes. See `results_on_host`."""
+        return results_on_host(arrays, self._buffer)

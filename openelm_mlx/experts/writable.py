@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+import sys
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from .cuda_driver import Courier, DeviceTarget, address_of, cuda_driver
 from .records import Check, HostTarget, Target
 
+if TYPE_CHECKING:
+    from .cuda_driver import Courier, CudaDriver
+
 # view: through a NumPy view of the array's own memory. driver: through CUDA's driver. copy: through a copy of one place.
-Writes = Literal["view", "driver", "copy"]
+WriteMode = Literal["view", "driver", "copy"]
 
 _NUMPY_TYPES = {mx.uint32: np.uint32, mx.uint8: np.uint8}
 
 
-class Written(Protocol):
+class WritableArray(Protocol):
     """An array of S places along its first axis, each of which can be filled from outside.
 
     in_place: whether `array` stays the same memory, so that graphs may be built on it before a place is filled, and several
@@ -33,10 +36,10 @@ class Written(Protocol):
         """Bring what was filled into the array. Nothing else may hold the array then."""
 
     def wait(self) -> None:
-        """Until all that was filled before, in any array of the same `Writing`, is there for kernels."""
+        """Until all that was filled before, in any array of the same `Allocator`, is there for kernels."""
 
 
-class Viewed:
+class ViewedArray:
     """Through a NumPy view: where host and device have one memory, or the device is the host."""
 
     in_place = True
@@ -54,28 +57,7 @@ class Viewed:
         pass
 
 
-class Sent:
-    """Through CUDA's driver, to the address of the array on the device. No view of the array may ever be made."""
-
-    in_place = True
-
-    def __init__(self, array: mx.array, courier: Courier) -> None:
-        self.array, self._courier = array, courier
-        self._address = address_of(array)
-        self._place_bytes = array.nbytes // array.shape[0]
-
-    def target(self, place: int, nbytes: int | None = None, check: Check | None = None) -> DeviceTarget:
-        address = self._address + place * self._place_bytes
-        return DeviceTarget(self._courier, address, self._place_bytes if nbytes is None else nbytes, check)
-
-    def settle(self, place: int) -> None:
-        pass
-
-    def wait(self) -> None:
-        self._courier.wait()
-
-
-class Copied:
+class CopiedArray:
     """Through a record of one place, which MLX copies into the array: everywhere, and slowly."""
 
     in_place = False
@@ -94,32 +76,45 @@ class Copied:
         mx.eval(self.array)
 
 
-class Writing:
+class Allocator:
     """The way in which one model's arrays are written: as asked where that works; by default the fastest that does.
 
     MLX's CUDA backend answers a view by moving the whole array to managed memory, from where its kernels read it at
     another speed: there it is the driver, or else copies, unless views are asked for.
     """
 
-    def __init__(self, asked: Writes | None = None) -> None:
+    def __init__(self, asked: WriteMode | None = None) -> None:
         on_cuda = mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
         self.courier: Courier | None = None
-        self.way: Writes = "copy"
+        self.way: WriteMode = "copy"
         if asked == "driver" or (asked is None and on_cuda):
             driver = cuda_driver()
             if driver is not None:
+                from .cuda_driver import Courier
+
                 self.way, self.courier = "driver", Courier(driver)
         elif asked != "copy" and views_work():
             self.way = "view"
 
-    def __call__(self, shape: tuple[int, ...], dtype: mx.Dtype) -> Written:
+    def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> WritableArray:
         """An array of zeros to be written."""
         array = mx.zeros(shape, dtype)
         mx.eval(array)  # there has to be memory
         if self.courier is not None:
-            return Sent(array, self.courier)
+            from .cuda_driver import DeviceArray
+
+            return DeviceArray(array, self.courier)
         view = memory_of(array) if self.way == "view" else None
-        return Copied(array) if view is None else Viewed(array, view)
+        return CopiedArray(array) if view is None else ViewedArray(array, view)
+
+
+def cuda_driver() -> CudaDriver | None:
+    """CUDA's driver where it works. A Mac has none, and never imports what speaks to it."""
+    if sys.platform == "darwin":
+        return None
+    from .cuda_driver import working_driver
+
+    return working_driver()
 
 
 def memory_of(array: mx.array) -> np.ndarray | None:

@@ -196,7 +196,7 @@ class RecordFile:
 
 
 class Buffers(Protocol):
-    """What targets fill that bytes do not go into straight away (memory/cuda_driver.py)."""
+    """What targets fill that bytes do not go into straight away (cuda_driver.py)."""
 
     def open(self) -> None:
         """All buffers are free again: nobody fills or sends one any more."""

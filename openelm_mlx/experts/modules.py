@@ -1,0 +1,159 @@
+"""The modules that stand in a model where a resident one has its experts and its embedding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..checkpoint.quantize import Quantization
+from ..checkpoint.reader import TensorEntry
+from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, uses_tiles
+from .bank import ExpertBank, Lock
+from .records import HostTarget, Record, RecordFile, RecordReader
+from .slots import rounds_of
+from .writable import cuda_driver
+
+
+class StreamedExperts:
+    """`RoutedExperts` over a bank: bit for bit what the resident `Experts` compute.
+
+    experts: the layer's own arithmetic with the bank's arrays as weights.
+    """
+
+    def __init__(self, experts: Experts, bank: ExpertBank, lock: Lock, read_back: ReadBack) -> None:
+        self.experts, self.bank = experts, bank
+        self.on_choice: Any = None
+        self._lock, self._read_back = lock, read_back
+
+    def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
+        with self._lock:
+            [chosen] = self._read_back([expert_indices])  # the host needs them to know what to read
+            self.bank.statistics.read_backs += 1
+            if self.on_choice is not None:
+                self.on_choice(chosen)
+            is_grouped = chosen.size >= SORT_FROM_ROUTES
+            rounds = rounds_of(chosen.ravel().tolist(), self.bank.table, is_grouped)
+            if is_grouped or len(rounds) > 1:
+                return self._by_blocks(x, chosen, rounds)
+            self.bank.require(rounds[0])
+            outputs = self.compute_from_slots(x, expert_indices, self.bank.device_table())
+            mx.async_eval(outputs)
+            self.bank.note(outputs)
+            return outputs
+
+    def compute_from_slots(self, x: mx.array, expert_indices: mx.array, table: mx.array) -> mx.array:
+        """The chosen experts' outputs from the slots that `table`, the bank's, gives: right if all are resident then."""
+        return self.experts.feed_forward(x[..., None, :], expert_indices, table[expert_indices])
+
+    def _by_blocks(self, x: mx.array, chosen: np.ndarray, blocks: list[list[int]]) -> mx.array:
+        """Routes grouped by expert, experts taken in blocks that fit: each expert is read at most once.
+
+        A row's result does not depend on which rows are computed with it, only on the kernel.
+        """
+        routes = chosen.ravel()
+        rows = x.reshape(-1, x.shape[-1])
+        tiles = uses_tiles(routes.size, self.bank.num_experts)
+        pieces: list[mx.array] = []
+        positions: list[np.ndarray] = []
+        try:
+            self.bank.begin(blocks[0])
+            for block, following in itertools.zip_longest(blocks, blocks[1:]):
+                self.bank.finish()
+                mine = np.flatnonzero(np.isin(routes, block))
+                slots = self.bank.slots(routes[mine])
+                order = np.argsort(slots, kind="stable")
+                mine, slots = mine[order], slots[order]
+                pieces.append(self._block(rows, routes, mine, slots, tiles, chosen.shape[-1]))
+                positions.append(mine)
+                if following is not None:
+                    # Read while this block is computed: the slots that change are those of blocks before it, if possible.
+                    self.bank.begin(following)
+        finally:
+            self.bank.abandon()
+        back = np.argsort(np.concatenate(positions)).astype(np.uint32)
+        outputs = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        return outputs[mx.array(back)].reshape(*chosen.shape, -1)
+
+    def _block(
+        self, rows: mx.array, routes: np.ndarray, mine: np.ndarray, slots: np.ndarray, tiles: bool, k: int
+    ) -> mx.array:
+        """The outputs (n, hidden_size) of the n routes `mine`, whose slots do not decrease; they are being computed."""
+        count = len(mine)
+        if tiles:
+            # The bank has fewer experts than the model, and could be below the tiles' threshold where that is not.
+            filler = max(0, max(SORT_FROM_ROUTES, TILE_FROM_ROWS * self.bank.num_slots) - count)
+            mine = np.concatenate([mine, np.repeat(mine[-1:], filler)])
+            slots = np.concatenate([slots, np.repeat(slots[-1:], filler)])
+        inputs = rows[mx.array((mine // k).astype(np.uint32))]
+        experts = mx.array(routes[mine].astype(np.uint32))
+        outputs = self.experts.feed_forward(inputs, experts, mx.array(slots), sorted_slots=tiles)[:count]
+        # One number that needs them all stands for them: what waits for a fence is kept in memory.
+        mark = outputs[:1, :1] + 0
+        mx.async_eval(outputs, mark)
+        self.bank.note(mark, set(slots.tolist()))
+        return outputs
+
+
+class StreamedEmbedding:
+    """An embedding table that stays on disk: the rows of the tokens at hand are read, (..., ) -> (..., hidden_size).
+
+    The numbers are those of `nn.Embedding`, or of `nn.QuantizedEmbedding` where `packing` says how rows are packed.
+    """
+
+    def __init__(
+        self,
+        file: RecordFile,
+        entry: TensorEntry,
+        dtype: mx.Dtype,
+        packing: Quantization | None,
+        reader: RecordReader,
+        lock: Lock,
+    ) -> None:
+        self._file, self._entry, self._dtype, self._packing, self._read = file, entry, dtype, packing, reader
+        self._lock = lock
+        self._row_bytes = entry.nbytes // entry.shape[0]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        ids = np.array(tokens)  # waits for them: a streamed model is never a token ahead
+        rows, where = np.unique(ids, return_inverse=True)
+        data = np.empty((len(rows), self._row_bytes), np.uint8)
+        with self._lock:  # experts are in the same files, which one reading at a time may open again
+            self._read.read(
+                [
+                    Record(self._file, self._entry.start + int(row) * self._row_bytes, HostTarget(memoryview(data[i])))
+                    for i, row in enumerate(rows)
+                ]
+            )
+        table = mx.array(data).view(_STORED_TYPES[self._entry.dtype]).astype(self._dtype)
+        if self._packing is not None:
+            table = self._packing.dequantize(self._packing.quantize(table), self._dtype)
+        if len(rows) == 1:
+            return (
+                mx.broadcast_to(table, (*ids.shape, table.shape[-1])) if ids.size > 1 else table.reshape(*ids.shape, -1)
+            )
+        return table[mx.array(where.reshape(ids.shape).astype(np.uint32))]
+
+
+_STORED_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+
+
+class ReadBack:
+    """Brings what routers chose to the host, and evaluates what that needs."""
+
+    def __init__(self) -> None:
+        driver, self._results = cuda_driver(), None
+        if driver is not None:
+            from .cuda_driver import Results
+
+            self._results = Results(driver)
+
+    def __call__(self, choices: Sequence[mx.array]) -> list[np.ndarray]:
+        """Each of the choices, uint32, of any shapes."""
+        if self._results is not None and self._results.has_room(choices):
+            return self._results.on_host(choices)
+        mx.eval(choices)
+        return [np.array(each) for each in choices]

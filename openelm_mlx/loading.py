@@ -35,6 +35,7 @@ from .models import build_model
 from .models.moe import Experts
 from .models.precision import KernelChoices, by_columns, runs_on_cpu
 from .platforms import keep_float32, use_device
+from .runtime import runtime_of
 from .specs import ModelSpec, checked_kv_bits, spec_from_config
 from .text.chat import HARMONY, TemplateChoice, choose_template
 from .text.tokenizer import Tokenizer, load_tokenizer
@@ -210,10 +211,10 @@ def prepare(
         origin = source if named is None else named[0]
         found.chat_template = stored_template(config, chat_template, origin, spec.family).template
     shape = build_model(spec)  # lazily: no number of it is ever made
-    shape.plan = plan
+    runtime_of(shape).plan = plan
     shape.context_length = checked_context_length(context_length, spec)
     shape.kv_bits = kv_bits
-    shape.tokenizer = found
+    runtime_of(shape).tokenizer = found
     read = partial(load_model, contents, checkpoint, wanted_type, dense, streaming, stored_choices())
     return Prepared(shape, found, read)
 
@@ -271,7 +272,8 @@ def load_model(
     if unpacked:
         weights = _unpack(weights, {module: packings[module] for module in unpacked})
     if streaming is not None:
-        weights = streaming.attach(cast("GptOss", model), weights, packings, dtype)
+        gpt_oss = cast("GptOss", model)
+        runtime_of(model).residency, weights = streaming.attach(gpt_oss, weights, packings, dtype)
     model.load_weights(weights)
     del weights, pending
     if streaming is None and model.choices.rows_in_a_tile > 1 and contents.spec.layers[0].num_experts:

@@ -17,6 +17,7 @@ from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.generate import generate, stream_generate
 from openelm_mlx.models import buffers
 from openelm_mlx.models import cache as cache_module
+from openelm_mlx.runtime import runtime_of
 
 ENDLESS = SamplingParams(logit_bias={2: -1e9})  # never the end-of-text token
 
@@ -50,7 +51,7 @@ PROMPT = [(7 * i) % 599 + 1 for i in range(600)]
 
 @pytest.mark.parametrize("num_tokens", [1, 256, 257, 2049, 4096])
 def test_growth_is_what_the_caches_then_have(model, num_tokens):
-    model.plan = plan_with(model, 10**9)
+    runtime_of(model).plan = plan_with(model, 10**9)
     cache = model.make_cache()
     budget = Budget(model, cache, active_memory=lambda: 0)
     assert budget._needed(num_tokens, 1) == kv_bytes(
@@ -62,7 +63,7 @@ def test_growth_is_what_the_caches_then_have(model, num_tokens):
 
 
 def test_growing_counts_one_layer_twice(model):
-    model.plan = plan_with(model, 10**9)
+    runtime_of(model).plan = plan_with(model, 10**9)
     cache = model.make_cache()
     model(mx.ones((1, 256), mx.int32), cache)
     budget = Budget(model, cache, active_memory=lambda: 0)
@@ -71,7 +72,7 @@ def test_growing_counts_one_layer_twice(model):
 
 
 def test_rings_do_not_grow(model):
-    model.plan = plan_with(model, 10**9)
+    runtime_of(model).plan = plan_with(model, 10**9)
     cache = model.make_cache(window=32)
     budget = Budget(model, cache, active_memory=lambda: 0)
     assert budget._needed(4000, 1) == kv_bytes(model, 32)
@@ -81,7 +82,7 @@ def test_rings_do_not_grow(model):
 
 def test_scratch_is_learned_where_the_plan_had_too_little(model):
     """The second chunk is measured by what the first one took."""
-    model.plan = plan_with(model, 10**9)
+    runtime_of(model).plan = plan_with(model, 10**9)
     cache = model.make_cache()
     with keeping_to_plan(model, cache) as (budget, _):
         assert budget._scratch(100) == 0
@@ -94,7 +95,7 @@ def test_scratch_is_learned_where_the_plan_had_too_little(model):
 
 
 def test_refused_before_any_work_with_the_arithmetic(model, monkeypatch):
-    model.plan = plan_with(model, kv_bytes(model, 512) + 1000)
+    runtime_of(model).plan = plan_with(model, kv_bytes(model, 512) + 1000)
     monkeypatch.setattr(type(model), "run_layers", None)  # nothing may run
     with pytest.raises(MemoryLimitError) as caught:
         stream_generate(model, None, PROMPT[:300], max_tokens=400)
@@ -105,13 +106,13 @@ def test_refused_before_any_work_with_the_arithmetic(model, monkeypatch):
     assert "max_tokens=212 fits" in message
     with pytest.raises(MemoryLimitError, match="a prompt and an answer of 512 tokens together fit"):
         stream_generate(model, None, PROMPT, max_tokens=400)
-    model.plan = plan_with(model, 10)
+    runtime_of(model).plan = plan_with(model, 10)
     with pytest.raises(MemoryLimitError, match="not one token fits"):
         stream_generate(model, None, [1], max_tokens=1)
 
 
 def test_what_the_refusal_says_does_fit(model):
-    model.plan = plan_with(model, kv_bytes(model, 512) + 100_000)
+    runtime_of(model).plan = plan_with(model, kv_bytes(model, 512) + 100_000)
     assert len(list(stream_generate(model, None, PROMPT[:300], max_tokens=212, sampling=ENDLESS))) == 212
 
 
@@ -119,7 +120,7 @@ def test_chunks_shrink_and_the_logits_stay(model):
     """With room for the scratch of 64 tokens, not of 512."""
     expected = prefill(model, PROMPT, model.make_cache(), 512)
     mx.eval(expected)
-    model.plan = plan_with(model, kv_bytes(model, 768) + 90_000_000, scratch=512_000_000)
+    runtime_of(model).plan = plan_with(model, kv_bytes(model, 768) + 90_000_000, scratch=512_000_000)
     lengths = []
     cache = model.make_cache()
     with keeping_to_plan(model, cache) as (budget, _):
@@ -131,7 +132,7 @@ def test_chunks_shrink_and_the_logits_stay(model):
 
 
 def test_the_plan_s_chunk_is_the_default(model):
-    model.plan = plan_with(model, 10**9, chunk=37)
+    runtime_of(model).plan = plan_with(model, 10**9, chunk=37)
     seen = []
     real = type(model).run_layers
 
@@ -150,7 +151,7 @@ def test_the_plan_s_chunk_is_the_default(model):
 
 def test_stopped_at_a_chunk_when_memory_goes_away_and_usable_again(model, monkeypatch):
     expected = tokens_of(stream_generate(model, None, PROMPT, max_tokens=3))
-    model.plan = plan_with(model, 50_000_000)
+    runtime_of(model).plan = plan_with(model, 50_000_000)
     stream = stream_generate(model, None, PROMPT, max_tokens=3, prefill_chunk=100)
     other = mx.zeros((49_700_000,), mx.uint8)  # something else in the process
     mx.eval(other)
@@ -162,7 +163,7 @@ def test_stopped_at_a_chunk_when_memory_goes_away_and_usable_again(model, monkey
 
 def test_stopped_at_a_token_when_memory_goes_away(model):
     expected = tokens_of(stream_generate(model, None, PROMPT[:250], max_tokens=300, sampling=ENDLESS))
-    model.plan = plan_with(model, 20_000_000)
+    runtime_of(model).plan = plan_with(model, 20_000_000)
     stream = stream_generate(model, None, PROMPT[:250], max_tokens=300, sampling=ENDLESS)
     got = [next(stream).token for _ in range(70)]
     other = mx.zeros((30_000_000,), mx.uint8)
@@ -259,7 +260,7 @@ def test_when_the_backend_cannot_allocate_the_model_says_it_must_be_reloaded(mod
     for _ in range(2):
         with pytest.raises(MemoryLimitError, match="must be loaded again"):
             stream_generate(model, None, PROMPT, max_tokens=5)
-    assert random_model().failure is None
+    assert runtime_of(random_model()).failure is None
 
 
 def test_an_error_in_the_answer_is_caught_too(model, monkeypatch):

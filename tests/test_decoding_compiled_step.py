@@ -13,6 +13,7 @@ from openelm_mlx.decoding.sampling import Sampler, SamplingParams
 from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.tokens import one_by_one
 from openelm_mlx.models.cache import make_cache
+from openelm_mlx.runtime import Traced, runtime_of
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_a_cache_may_be_rewound_and_used_otherwise_in_between(models, name):
 def test_pieces_are_traced_once_for_a_model(models, monkeypatch):
     """However many tokens there are and however the prompts differ: a trace more would take longer than many tokens."""
     model, traced = models["gpt-oss"], []
-    model.__dict__.pop("_traced", None)
+    runtime_of(model).traced = Traced()
     block = type(model.layers[0])
     original = block.after_attention
     monkeypatch.setattr(block, "after_attention", lambda *a: traced.append(1) or original(*a))
@@ -180,7 +181,7 @@ def test_a_choice_inside_the_graph_is_the_one_outside(models, params, compiled):
 
 def test_other_seeds_share_a_piece_and_pieces_do_not_pile_up(models, monkeypatch):
     model = models["openelm"]
-    model.__dict__.pop("_traced", None)
+    runtime_of(model).traced = Traced()
     monkeypatch.setattr(pieces, "MOST_CHOICES", 3)
     cache = model.make_cache()
     prefill(model, prompt_of(model, 20), cache, 64)

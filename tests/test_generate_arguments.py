@@ -10,6 +10,7 @@ from test_text_streams import Scripted
 
 import openelm_mlx as om
 from openelm_mlx.errors import NoAnswerWarning, PromptError, SettingError
+from openelm_mlx.runtime import runtime_of
 from openelm_mlx.text.tokenizer import load_tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>I think about it at length.<|end|>"
@@ -115,7 +116,7 @@ def test_without_a_number_the_memory_is_the_limit(gpt_oss):
     model, tokenizer = gpt_oss
     room = model.spec.kv_cache_bytes(8192, itemsize=4)
     try:
-        model.plan = dataclasses.replace(plan(budget=mx.get_active_memory() + room), scratch_bytes=0)
+        runtime_of(model).plan = dataclasses.replace(plan(budget=mx.get_active_memory() + room), scratch_bytes=0)
         *_, last = om.stream_generate(model, tokenizer, "What is a piano?", prefix_cache=om.PrefixCache())
         used = last.statistics
         assert last.finish_reason == "stop"
@@ -123,7 +124,7 @@ def test_without_a_number_the_memory_is_the_limit(gpt_oss):
         with pytest.raises(om.UserError, match="memory"):
             om.generate(model, tokenizer, "What is a piano?", max_tokens=2**16)
     finally:
-        model.plan = None
+        runtime_of(model).plan = None
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

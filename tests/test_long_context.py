@@ -20,6 +20,7 @@ from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.decoding.budget import keeping_to_plan
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.memory.scratch import pass_bytes
+from openelm_mlx.runtime import runtime_of
 from openelm_mlx.specs import spec_from_config
 
 WINDOW, CONTEXT = 16, 131_072
@@ -137,7 +138,9 @@ def run(folder, config, num_tokens, chunk, num_decoded, chunks_at):
     memory = mx.get_active_memory()
     model, _ = om.load(folder, dtype="float32", context_length=num_tokens)
     plan = om.plan(folder, dtype="float32", context_length=num_tokens, prefill_chunk=chunk)
-    model.plan = dataclasses.replace(plan, budget_bytes=memory + plan.total_bytes)  # no more than was predicted
+    runtime_of(model).plan = dataclasses.replace(
+        plan, budget_bytes=memory + plan.total_bytes
+    )  # no more than was predicted
     tokens = np.random.default_rng(1).integers(0, 320, num_tokens)
     rows, start = {}, 0
     cache = model.make_cache()

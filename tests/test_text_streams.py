@@ -35,7 +35,7 @@ class Scripted:
         size = tokenizer.vocab_size
         self.spec = SimpleNamespace(vocab_size=size, usable_vocab_size=size, eos_tokens=())
         self.context_length = 4096
-        self.plan = self.failure = self.kv_bits = self.residency = None
+        self.runtime = self.kv_bits = None
         self.choices = KernelChoices(compiled_step=False)
         self.script = iter(HarmonyFormat(tokenizer).encode_markup(script))
         self.size = size

@@ -1,6 +1,6 @@
 """What a request may take: asked before it begins, before each chunk of its prompt, and every few tokens of its answer.
 
-A plan (`model.plan`) has the budget; without one nothing is refused. What is counted: what is in use now, the growth of
+A plan (`Runtime.plan`) has the budget; without one nothing is refused. What is counted: what is in use now, the growth of
 the keys and values, and the scratch of the next pass, which is the plan's figure or, where it was larger, what was seen.
 """
 
@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..errors import MemoryLimitError
 from ..memory.limits import Held, generating
 from ..models.cache import Cache
+from ..runtime import runtime_of
 from .gpu_errors import empty_stream, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Budget:
     ) -> None:
         self._spec, self._cache, self._held = model.spec, cache, held
         self._active_memory = mx.get_active_memory if active_memory is None else active_memory
-        plan = model.plan
+        plan = runtime_of(model).plan
         self._limit = None if plan is None else plan.budget_bytes
         self._scratch_per_token = 0.0 if plan is None else plan.scratch_bytes / max(1, plan.prefill_chunk)
         self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
@@ -163,7 +164,7 @@ def keeping_to_plan(model: Model, cache: Cache) -> Iterator[tuple[Budget, Held]]
     After an error nothing of the cache is left in memory. When the backend itself had no memory left, the model's state
     is not to be trusted: it keeps a sentence that says so, and every later request raises that.
     """
-    with generating(model.plan) as held:
+    with generating(runtime_of(model).plan) as held:
         try:
             yield Budget(model, cache, held), held
         except (RuntimeError, MemoryError) as error:
@@ -172,11 +173,11 @@ def keeping_to_plan(model: Model, cache: Cache) -> Iterator[tuple[Budget, Held]]
             error = next((each for each in (error, *empty_stream()) if is_out_of_memory(each)), error)
             if not is_out_of_memory(error):
                 raise
-            model.failure = (
+            failure = runtime_of(model).failure = (
                 "The memory ran out while the model was computing, and it must be loaded again: call load once more, with a "
                 "shorter context_length or a smaller memory_limit."
             )
-            raise MemoryLimitError(f"{model.failure} (MLX says: {_first_line(error)})") from None
+            raise MemoryLimitError(f"{failure} (MLX says: {_first_line(error)})") from None
         except MemoryLimitError:
             drop(cache)
             raise
@@ -187,8 +188,8 @@ def check_room(model: Model, cache: Cache, num_prompt_tokens: int, max_tokens: i
 
     cache: empty, of the kind that the request will use.
     """
-    if model.failure is not None:
-        raise MemoryLimitError(model.failure)
+    if (failure := runtime_of(model).failure) is not None:
+        raise MemoryLimitError(failure)
     Budget(model, cache).check_request(num_prompt_tokens, max_tokens)
 
 
@@ -199,7 +200,8 @@ def room_in_memory(model: Model, cache: Cache, num_prompt_tokens: int, most: int
 
 def chunk_of_plan(model: Model) -> int:
     """How many tokens of a prompt to have in flight at once when nobody says."""
-    return DEFAULT_CHUNK if model.plan is None else model.plan.prefill_chunk
+    plan = runtime_of(model).plan
+    return DEFAULT_CHUNK if plan is None else plan.prefill_chunk
 
 
 def drop(cache: Cache) -> None:

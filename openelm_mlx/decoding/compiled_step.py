@@ -9,6 +9,7 @@ import mlx.core as mx
 from ..models.base import LayerWalk
 from ..models.block import Projected
 from ..models.cache import Cache
+from ..runtime import runtime_of
 from .pieces import LatestPieces, ResidentPieces
 from .sampling import Sampler
 from .step import PlainStep, Step
@@ -85,6 +86,6 @@ def make_step(model: Model, cache: Cache) -> Step:
     On the CPU backend that is the plain one, unless experts are streamed: there `mx.compile` calls the machine's C++
     compiler and saves nothing. On a GPU it is the compiled one, unless it was found slower (`selfcheck`).
     """
-    if model.residency is not None:
+    if runtime_of(model).residency is not None:
         return StreamedStep(model, cache)
     return CompiledStep(model, cache) if model.choices.compiled_step else PlainStep(model, cache)

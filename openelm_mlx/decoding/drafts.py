@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 import mlx.core as mx
 
 from ..errors import SettingError
+from ..runtime import runtime_of
 from .arguments import check_model
 from .compiled_step import make_step
 from .prefill import only_cache
@@ -108,7 +109,7 @@ class DraftModel:
                 f"The draft model has {sizes[0]:,} tokens and the model {sizes[1]:,}: a draft model must share the tokenizer."
             )
         # Whoever gives a tokenizer here says no more than `load` knew; a model made otherwise may have none.
-        own, other = self.tokenizer or self.model.tokenizer, tokenizer or model.tokenizer
+        own, other = self.tokenizer or runtime_of(self.model).tokenizer, tokenizer or runtime_of(model).tokenizer
         if own is None or other is None:
             families = [each.spec.family for each in (self.model, model)]
             if own is not other and families[0] != families[1]:

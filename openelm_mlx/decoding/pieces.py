@@ -15,6 +15,7 @@ from mlx import nn
 
 from ..models.block import Projected
 from ..models.gpt_oss import GptOss, Routed
+from ..runtime import Traced, runtime_of
 from .sampling import Sampler
 
 if TYPE_CHECKING:
@@ -127,21 +128,9 @@ class StreamedPieces(Pieces):
         return self._layer(len(self._gpt_oss.layers) - 1, *state)
 
 
-class _Traced:
-    """The pieces of a model, and what they were traced with: `weights` are its modules and their arrays."""
-
-    def __init__(self) -> None:
-        self.pieces: dict[Any, Any] = {}
-        self.weights: list[Any] = []
-        self.version = 0
-
-
-def _traced(model: Model) -> _Traced:
+def _traced(model: Model) -> Traced:
     """What is traced for a model. Pieces of replaced parameters are not among it any more."""
-    found: _Traced | None = model.__dict__.get("_traced")
-    if found is None:
-        found = _Traced()
-        object.__setattr__(model, "_traced", found)
+    found = runtime_of(model).traced
     weights = _weights_of(model)
     if len(weights) != len(found.weights) or any(a is not b for a, b in zip(weights, found.weights, strict=True)):
         found.pieces.clear()

@@ -16,6 +16,7 @@ from ..memory.scratch import LAYERS_IN_FLIGHT
 from ..models.block import LayerThrottle
 from ..models.cache import Cache, SlidingKVCache
 from ..models.precision import runs_on_cpu
+from ..runtime import runtime_of
 from .budget import Budget, drop
 from .compiled_step import make_step
 from .gpu_errors import empty_stream, is_out_of_memory, is_watchdog
@@ -135,7 +136,7 @@ def _through_the_layers(
 
 def _lock_of(model: Model) -> Any:
     """What is held for a chunk of a prompt, where experts are on disk."""
-    return nullcontext() if model.residency is None else model.residency.lock
+    return nullcontext() if (residency := runtime_of(model).residency) is None else residency.lock
 
 
 def in_turn(cache: Cache, num_layers: int) -> LayerThrottle:

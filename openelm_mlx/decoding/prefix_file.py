@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 from ..files import one_line, open_regular, parse_json, unreadable
 from ..models.buffers import Snapshot
 from ..outputs import checked_output, output_file, safetensors_of
+from ..runtime import runtime_of
 from .prefix_cache import Checkpoint, Entry
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def fingerprint(model: Model) -> str:
     """Says whether keys and values belong to this model: its spec, its tensors' types and shapes, some of its weights."""
     digest = hashlib.sha256(repr((VERSION, model.spec, model.context_length)).encode())
     parameters = sorted(tree_flatten(model.parameters()))
-    if model.residency is not None:  # which experts are in the slots says nothing
+    if runtime_of(model).residency is not None:  # which experts are in the slots says nothing
         parameters = [each for each in parameters if ".experts." not in each[0]]
     samples = [_sample(array) for _, array in parameters]
     mx.eval(samples)

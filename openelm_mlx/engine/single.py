@@ -22,6 +22,7 @@ from ..decoding.step import Step
 from ..decoding.tokens import Choice, constrained, one_by_one
 from ..errors import CheckpointError, PromptError, SettingError, TokenizerError
 from ..memory.limits import Held
+from ..runtime import runtime_of
 from ..text.chat import HARMONY
 from ..text.streams import HarmonyStream, PlainStream, SilentStream, TextStream
 from ..text.tokenizer import Tokenizer
@@ -114,7 +115,7 @@ def _answer(
     model: Model, tokenizer: Tokenizer | None, sequence: Sequence, turn: Turn, budget: Budget, held: Held
 ) -> Iterator[Chunk]:
     request = sequence.request
-    sequence.clock = Clock(request, turn.num_reused, held, model.residency)
+    sequence.clock = Clock(request, turn.num_reused, held, runtime_of(model).residency)
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )

@@ -134,8 +134,9 @@ class Streaming:
         weights: Sequence[tuple[str, mx.array]],
         packings: Mapping[str, Quantization],
         dtype: mx.Dtype,
-    ) -> list[tuple[str, mx.array]]:
-        """Give the model its residency, and back those of `weights` that are still to be put into its parameter tree.
+    ) -> tuple[Residency, list[tuple[str, mx.array]]]:
+        """Give the model modules that read experts. Returns its residency, and those of `weights` that are still to be put
+        into its parameter tree.
 
         packings: module -> how it is packed. dtype: the type that the model computes in.
         """
@@ -164,11 +165,11 @@ class Streaming:
             model.model.embed_tokens = StreamedEmbedding(
                 file, self._embedding, dtype, packings.get(module), reader, lock
             )
-        model.residency = Residency(
+        residency = Residency(
             layers, tuple(files.values()), reader, allocator.way, lock, read_back, self._embedding is not None
         )
-        weakref.finalize(model, _close, reader, model.residency.files)
-        return list(named.items())
+        weakref.finalize(model, _close, reader, residency.files)
+        return residency, list(named.items())
 
     def _part(self, name: str, files: Mapping[Path, RecordFile], allocator: Allocator, tile: int) -> Part:
         entry = self._entries[name]

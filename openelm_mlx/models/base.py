@@ -29,15 +29,10 @@ class LanguageModel(nn.Module):
     spec: its shapes. choices: which of equal ways its kernels take; the backend's defaults when it is None.
     """
 
-    # The memory plan that loading followed; why the model must be loaded again, once it must.
-    plan: Any = None
-    failure: str | None = None
+    # What it has beyond its weights (openelm_mlx/runtime.py); None until it is loaded or first run.
+    runtime: Any = None
     # 8: new caches keep their keys and values in 8 bits, in the layers that keep them all.
     kv_bits: int | None = None
-    # What its tokens mean, where it was loaded with a tokenizer; for comparing two models.
-    tokenizer: Any = None
-    # What reads experts that are not in memory (experts/residency.py); None when all are.
-    residency: Any = None
 
     def __init__(self, spec: ModelSpec, choices: KernelChoices | None = None) -> None:
         super().__init__()
@@ -55,6 +50,16 @@ class LanguageModel(nn.Module):
         tokens at the start of each row are padding; a cache has its own.
         """
         return self.head(self.run_layers(self.embed(tokens), cache, left_padding=left_padding))
+
+    @property
+    def plan(self) -> Any:
+        """The memory plan that loading followed (`om.plan` gives such plans too); None where nothing was planned."""
+        return None if self.runtime is None else self.runtime.plan
+
+    @property
+    def residency(self) -> Any:
+        """What reads experts that are not in memory; None when all are."""
+        return None if self.runtime is None else self.runtime.residency
 
     def embed(self, tokens: mx.array) -> mx.array:
         """The residual stream before the first layer. (B, L) -> (B, L, hidden_size), (B,) -> (B, hidden_size)"""

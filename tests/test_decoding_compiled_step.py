@@ -208,7 +208,7 @@ def test_the_demos_say_the_same(source, monkeypatch):
     model, tokenizer = om.load(source)
     question = "What is a piano?"
     expected = [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=60)]
-    monkeypatch.setattr("openelm_mlx.generate.make_step", lambda m, c: CompiledStep(m, c, compile=False))
+    monkeypatch.setattr("openelm_mlx.engine.single.make_step", lambda m, c: CompiledStep(m, c, compile=False))
     assert [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=60)] == expected
 
 

@@ -22,15 +22,14 @@ from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
 from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, HubError, SettingError, TokenizerError
+from .experts.residency import Streaming, checked_slots
 from .files import hears_the_disk
 from .finder import disk_trouble, is_macos_own, is_same_name
-from .experts.residency import Streaming, checked_slots
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import allow_open_files, this_machine
 from .memory.plan import Weights, Wish, make_plan, parse_memory
 from .memory.presets import preset_bits
-from .experts.residency import Streaming, checked_slots
 from .models import build_model
 from .models.moe import Experts
 from .models.precision import KernelChoices, by_columns, runs_on_cpu
@@ -153,8 +152,9 @@ class Prepared:
     def read(self) -> tuple[Model, Tokenizer | None]:
         """The model with its weights, and the tokenizer: what `load` returns."""
         model, shape = self._read(), self.model
-        model.plan, model.context_length, model.kv_bits = shape.plan, shape.context_length, shape.kv_bits
-        model.tokenizer = self.tokenizer
+        model.context_length, model.kv_bits = shape.context_length, shape.kv_bits
+        runtime = runtime_of(model)
+        runtime.plan, runtime.tokenizer = runtime_of(shape).plan, self.tokenizer
         return model, self.tokenizer
 
 

@@ -16,13 +16,13 @@ from .checkpoint.released import write_released_headers
 from .conversion.source import Source as OpenedSource
 from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, HubError, SettingError
+from .experts.residency import checked_slots
 from .files import hears_the_disk
 from .loading import dense_packing, dense_packings, memory_weights, packed_weights, parse_dtype, repository
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
 from .memory.plan import MemoryPlan, Wish, make_plan, parse_memory
 from .memory.presets import PRESETS, preset_bits
-from .experts.residency import checked_slots
 from .memory.variants import variants_of
 from .specs import checked_kv_bits
 

@@ -225,7 +225,9 @@ def test_memory_is_made_where_a_new_request_has_none(gpt_oss, monkeypatch):
     monkeypatch.setattr("openelm_mlx.engine.request.check_room", check)
     run(gpt_oss, prompt_of(10, 9), cache)
     assert seen == [3, 2, 1]
-    monkeypatch.setattr("openelm_mlx.engine.request.check_room", lambda *_: (_ for _ in ()).throw(MemoryLimitError("ever")))
+    monkeypatch.setattr(
+        "openelm_mlx.engine.request.check_room", lambda *_: (_ for _ in ()).throw(MemoryLimitError("ever"))
+    )
     with pytest.raises(MemoryLimitError, match="ever"):
         run(gpt_oss, prompt_of(10, 9), cache)
 

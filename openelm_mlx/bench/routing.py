@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..errors import SettingError
-from ..files import open_regular, unreadable
 from ..experts.pace import Pace
 from ..experts.residency import Residency
 from ..experts.slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
+from ..files import open_regular, unreadable
 from ..memory.chips import READ_BACK_SECONDS
 from ..memory.rates import Rates
 from ..models.moe import SORT_FROM_ROUTES

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.released import released_gpt_oss_config
-from ..memory.written import memory_of
+from ..experts.writable import memory_of
 from ..models.attention import attend, causal_mask, visible_keys
 from ..models.precision import runs_on_cpu
 from ..models.rope import rotary_periods, rotate

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     from ..bench import routing
     from ..bench.streaming import check_has_experts, demo_trace, own_trace, random_model
-    from ..memory.residency import checked_slots
+    from ..experts.residency import checked_slots
 
     found: dict[str, list[Any]] = {}
     settings, machines = settings_of(args), machines_of(args.macs)  # before 14 GB are written

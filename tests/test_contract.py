@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 import pytest
-from openelm_mlx.agents.calculator import calculator
 
 import openelm_mlx as om
+from openelm_mlx.agents import calculator
 
 GIVEN = {
     "load", "generate", "stream_generate", "Chunk", "Statistics", "SamplingParams", "PromptLookup", "DraftModel",

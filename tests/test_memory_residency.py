@@ -641,7 +641,7 @@ def own_copy(folders, tmp_path):
     return shutil.copytree(folders[32], tmp_path / "own")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def answer(residents):
     """What the resident model answers."""
     return tokens_of(stream_generate(residents[32], None, PROMPT, max_tokens=30))

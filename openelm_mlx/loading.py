@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 from mlx import nn
 
-from .checkpoint import hub
-from .checkpoint.hub_names import RepoFile, known_name, repo_of
+from . import hub
 from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter, understand
 from .checkpoint.quantize import NOT_A_SCALE, Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint, open_checkpoint, read_config
@@ -25,6 +24,7 @@ from .errors import CheckpointError, HubError, SettingError, TokenizerError
 from .experts.residency import Streaming, checked_slots
 from .files import hears_the_disk
 from .finder import disk_trouble, is_macos_own, is_same_name
+from .hub import RepoFile, known_name, repo_of
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import allow_open_files, this_machine

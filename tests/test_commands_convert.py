@@ -24,7 +24,7 @@ PROJECT = FIXTURES.parent.parent
 @pytest.fixture
 def convert(capsys, monkeypatch):
     """Run the command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr("openelm_mlx.checkpoint.hub.cached_file", lambda *_: None)
+    monkeypatch.setattr("openelm_mlx.hub.cached_file", lambda *_: None)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         try:
@@ -209,7 +209,8 @@ def test_ctrl_c_from_the_keyboard(convert, tmp_path):
     source = save_folder(tmp_path / "source", random_model())
     slow = (
         "import sys, time\n"
-        "from openelm_mlx.checkpoint import hub, writer\n"
+        "from openelm_mlx import hub\n"
+        "from openelm_mlx.checkpoint import writer\n"
         "from openelm_mlx.commands import main\n"
         "hub.cached_file = lambda *_: None\n"
         "append = writer._append\n"

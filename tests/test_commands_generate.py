@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def generate(capsys, monkeypatch):
     """Run the command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr("openelm_mlx.checkpoint.hub.cached_file", lambda *_: None)
+    monkeypatch.setattr("openelm_mlx.hub.cached_file", lambda *_: None)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         try:

@@ -15,8 +15,8 @@ import pytest
 from conftest import FIXTURES, config_of, max_difference, oracle, random_model, save_folder
 
 import openelm_mlx as om
+from openelm_mlx import hub as hub_module
 from openelm_mlx.bench.random_checkpoint import write_random_checkpoint
-from openelm_mlx.checkpoint import hub as hub_module
 from openelm_mlx.checkpoint import writer as writer_module
 from openelm_mlx.checkpoint.layouts import understand
 from openelm_mlx.checkpoint.quantize import RECIPES, Quantization, parse_recipe, quantization_of
@@ -624,7 +624,8 @@ def test_a_source_that_changes_while_it_is_converted(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from openelm_mlx.checkpoint import hub, writer
+from openelm_mlx import hub
+from openelm_mlx.checkpoint import writer
 from openelm_mlx.conversion import convert
 
 hub.cached_file = lambda *_: None
@@ -829,7 +830,7 @@ def test_a_repository_only_what_is_needed_and_the_licence_along(tmp_path, hub):
 
 
 def test_an_interrupted_download_goes_on(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(hub_module, "_RETRY_SECONDS", ())
+    monkeypatch.setattr("openelm_mlx.hub.requests._RETRY_SECONDS", ())
     hub.add_repo("apple/OpenELM-tiny", repository(TINY))
     hub.drop_after(300_000, times=None)
     with pytest.raises(HubError):
@@ -894,7 +895,7 @@ def test_a_refused_upload_keeps_what_was_converted(tmp_path, hub):
 MEASURE = """
 import pathlib, sys
 import mlx.core as mx
-from openelm_mlx.checkpoint import hub
+from openelm_mlx import hub
 from openelm_mlx.conversion import convert
 
 def process_peak():

@@ -17,8 +17,8 @@ import mlx.core as mx
 import pytest
 from hub_server import HubServer
 
+from openelm_mlx import hub as our_hub
 from openelm_mlx.agents.chat import Chat
-from openelm_mlx.checkpoint import hub as our_hub
 from openelm_mlx.commands import main
 from openelm_mlx.conversion import convert
 from openelm_mlx.decoding.prefix_file import load_entries
@@ -194,7 +194,7 @@ def test_while_it_is_converted_and_compared(tmp_path, disk, fixtures, where):
 def test_while_it_is_downloaded(hub: HubServer, disk, monkeypatch):
     hub.add_repo("owner/name", {"config.json": b"{}", "model.safetensors": b"x" * 3000})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", f"{disk.folder}/hub")
-    monkeypatch.setattr(our_hub, "_REPORT_SECONDS", 0.01)
+    monkeypatch.setattr("openelm_mlx.hub.transfer._REPORT_SECONDS", 0.01)
 
     def begin_anew() -> None:
         shutil.rmtree(f"{disk.folder}/hub", ignore_errors=True)
@@ -207,7 +207,7 @@ def test_of_what_was_downloaded(hub: HubServer, disk, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", f"{disk.folder}/hub")
     our_hub.download("owner/name", lambda files: [f.name for f in files])
     each_moment(disk, lambda: our_hub.cached_file("owner/name", "config.json"), is_lookup=True)
-    monkeypatch.setattr(our_hub, "_RETRY_SECONDS", ())
+    monkeypatch.setattr("openelm_mlx.hub.requests._RETRY_SECONDS", ())
     hub.stop()
     each_moment(disk, lambda: our_hub.list_files("owner/name"))
     each_moment(disk, lambda: our_hub.read_range("owner/name", "config.json", 0, 2))

@@ -27,7 +27,6 @@ from openelm_mlx.bench import selfcheck_machine
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.bench.selfcheck import CheckFailed, Clock
 from openelm_mlx.bench.streaming import forget_files
-from openelm_mlx.checkpoint.hub import RepoFile
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config, read_header
 from openelm_mlx.checkpoint.released import released_gpt_oss_config, released_openelm_config
 from openelm_mlx.checkpoint.writer import OutputTensor, check_destination, plan_files, write_sparse
@@ -43,6 +42,7 @@ from openelm_mlx.errors import (
     SettingError,
 )
 from openelm_mlx.finder import disk_trouble, sync, sync_folder
+from openelm_mlx.hub import RepoFile
 from openelm_mlx.loading import choose_model_files, load
 from openelm_mlx.memory.machine import GIB, Machine, allow_open_files, process_peak_bytes, this_machine, working_set_of
 from openelm_mlx.memory.macos import Footprint, footprint, forget_file, on_macos, used_bytes

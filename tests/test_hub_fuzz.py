@@ -13,8 +13,9 @@ import pytest
 from file_fuzz import BYTES, as_json, change
 from hub_server import HubServer
 
-from openelm_mlx.checkpoint import hub as our_hub
+from openelm_mlx import hub as our_hub
 from openelm_mlx.errors import HubError, UserError
+from openelm_mlx.hub import listing as our_listing
 
 hub = hub_server.hub
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
@@ -103,12 +104,12 @@ def play(hub: HubServer, numbers: random.Random, listing: bytes) -> None:
 
 
 def test_answers_of_any_kind(hub: HubServer, tmp_path, monkeypatch):
-    monkeypatch.setattr(our_hub, "_RETRY_SECONDS", (0.0, 0.0))
-    monkeypatch.setattr(our_hub, "_LONGEST_WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(our_hub, "_LISTING_WAIT_SECONDS", -1.0)
-    monkeypatch.setattr(our_hub, "_REPORT_SECONDS", 0.005)
+    monkeypatch.setattr("openelm_mlx.hub.requests._RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("openelm_mlx.hub.requests._LONGEST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("openelm_mlx.hub.listing._LISTING_WAIT_SECONDS", -1.0)
+    monkeypatch.setattr("openelm_mlx.hub.transfer._REPORT_SECONDS", 0.005)
     hub.add_repo("owner/name", FILES)
-    listing = our_hub._listing_text("owner/name", None)
+    listing = our_listing._listing_text("owner/name", None)
     faults = []
     for number in range(FIRST, FIRST + CASES):
         numbers = random.Random(number)
@@ -132,7 +133,7 @@ def test_answers_of_any_kind(hub: HubServer, tmp_path, monkeypatch):
 
 
 def test_a_redirect_to_a_local_file_or_in_a_circle_is_no_answer(hub: HubServer, monkeypatch):
-    monkeypatch.setattr(our_hub, "_RETRY_SECONDS", ())
+    monkeypatch.setattr("openelm_mlx.hub.requests._RETRY_SECONDS", ())
     hub.add_repo("owner/name", FILES)
     for place in ("file:///etc/passwd", f"{hub.url}/api/models/owner/name?again"):
         hub.fail(302, "/api/models/", 50, headers={"Location": place})
@@ -145,7 +146,7 @@ def test_a_redirect_to_a_local_file_or_in_a_circle_is_no_answer(hub: HubServer, 
     "body", [b"\x1f\x8b\xb6", b'{"error": ' + b"7" * 5000 + b"}", b"[1]", b'{"errors": [5]}', b"[" * 90_000]
 )
 def test_an_error_whose_body_is_no_complaint(hub: HubServer, monkeypatch, body):
-    monkeypatch.setattr(our_hub, "_RETRY_SECONDS", ())
+    monkeypatch.setattr("openelm_mlx.hub.requests._RETRY_SECONDS", ())
     hub.fail(500, "/api/models/", body=body, headers={"Content-Type": "application/json"})
     with pytest.raises(HubError, match="answered 500 for owner/name"):
         our_hub.list_files("owner/name")

@@ -10,8 +10,8 @@ from conftest import FIXTURES, load_fixture, random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
-from openelm_mlx.checkpoint.hub import RepoFile
 from openelm_mlx.errors import CheckpointError, SettingError, TokenizerError
+from openelm_mlx.hub import RepoFile
 from openelm_mlx.loading import choose_model_files, default_dtype, load, stored_template
 from openelm_mlx.specs import spec_from_config
 
@@ -29,7 +29,7 @@ def model():
 @pytest.fixture(autouse=True)
 def _no_cached_tokenizers(monkeypatch):
     """The machine's own Hugging Face cache must not decide a test."""
-    monkeypatch.setattr("openelm_mlx.checkpoint.hub.cached_file", lambda *_: None)
+    monkeypatch.setattr("openelm_mlx.hub.cached_file", lambda *_: None)
 
 
 def test_a_folder_with_its_tokenizer(model, tmp_path):
@@ -51,7 +51,7 @@ def test_the_search_for_a_tokenizer(model, tmp_path, monkeypatch):
     folder = save_folder(tmp_path / "m", model)
     cached = FIXTURES / "tokenizers" / "llama" / "tokenizer.model"
     monkeypatch.setattr(
-        "openelm_mlx.checkpoint.hub.cached_file",
+        "openelm_mlx.hub.cached_file",
         lambda repo, name: cached if "meta-llama" in repo and "model" in name else None,
     )
     assert load(folder)[1].files[0] == cached

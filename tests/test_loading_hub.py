@@ -63,7 +63,7 @@ def test_repositories_that_cannot_be_loaded_are_one_sentence(hub, files, capsys,
 def test_without_a_network_it_is_one_sentence(hub, files, capsys, monkeypatch):
     hub.add_repo("apple/OpenELM-tiny", files)
     hub.stop()
-    monkeypatch.setattr("openelm_mlx.checkpoint.hub._RETRY_SECONDS", ())
+    monkeypatch.setattr("openelm_mlx.hub.requests._RETRY_SECONDS", ())
     assert main(["generate", "--model", "apple/OpenELM-tiny", "--prompt", "Hello"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 

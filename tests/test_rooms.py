@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "openelm_mlx"
 
 # A room may import those before it, and itself.
 ORDER = [
-    ["errors"], ["platforms", "finder"], ["files"], ["outputs"], ["specs", "text"], ["models"], ["checkpoint"], ["memory"],
-    ["tokenizers", "experts"], ["runtime"], ["decoding"], ["engine"], ["loading"], ["conversion"], ["planning"], ["generate"],
-    ["agents"], ["bench"], ["commands"], ["__init__", "__main__"],
+    ["errors"], ["platforms", "finder"], ["files"], ["outputs"], ["specs", "text"], ["models"], ["hub"], ["checkpoint"],
+    ["memory"], ["tokenizers", "experts"], ["runtime"], ["decoding"], ["engine"], ["loading"], ["conversion"],
+    ["planning"], ["generate"], ["agents"], ["bench"], ["commands"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SLOW = ("mlx_lm", "transformers", "torch", "huggingface_hub", "matplotlib", "wordfreq")

@@ -12,11 +12,11 @@ import mlx.core as mx
 import pytest
 from hub_server import HubServer
 
-from openelm_mlx.checkpoint.hub import download, list_files
 from openelm_mlx.checkpoint.reader import open_checkpoint, weight_files
 from openelm_mlx.conversion.card import licence_files
 from openelm_mlx.errors import CheckpointError, DestinationError, HubError
 from openelm_mlx.finder import is_named, is_same_name, same_file, sync
+from openelm_mlx.hub import download, list_files
 from openelm_mlx.text.tokenizer import load_tokenizer
 
 hub = hub_server.hub
@@ -100,7 +100,7 @@ def test_a_revision_in_other_letters_is_another_one(hub: HubServer, also, monkey
     assert folder.name == first
     refs = folder.parent.parent / "refs"
     also(refs / "V1", "v1")
-    monkeypatch.setattr("openelm_mlx.checkpoint.hub._RETRY_SECONDS", ())
+    monkeypatch.setattr("openelm_mlx.hub.requests._RETRY_SECONDS", ())
     hub.stop()
     assert list_files("owner/name", "V1")
     with pytest.raises(HubError):

@@ -8,10 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import hub
 from ..errors import CheckpointError
 from ..files import refuse_pointer
-from . import hub
-from .hub_names import RepoFile
+from ..hub import RepoFile
 from .reader import MAX_HEADER_BYTES, TensorEntry, indexed_names, parse_header
 
 # One request brings the header of most files: OpenELM-3B's has 34 kB, a shard of gpt-oss 10 kB.

@@ -20,9 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import __version__
-from ..checkpoint import hub
-from ..checkpoint.hub_names import is_repo_name
+from .. import __version__, hub
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, check_destination
 from ..decoding.arguments import refusing_unknown
@@ -153,7 +151,7 @@ def _checked_request(destination: str | Path | None, dry_run: bool, upload: str 
     """The folder to write, None for a dry run; everything that can be wrong with it is found before any work."""
     if private and upload is None:
         raise SettingError("private is about an upload, and there is none: name a repository to upload to.")
-    if upload is not None and not (isinstance(upload, str) and is_repo_name(upload)):
+    if upload is not None and not (isinstance(upload, str) and hub.is_repo_name(upload)):
         raise HubError(f"{upload!r} is not the name of a Hub repository: write OWNER/NAME.")
     if dry_run:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import hub
+from .. import hub
 from ..checkpoint.layouts import Contents, understand
 from ..checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from ..checkpoint.remote import RemoteCheckpoint, indexed_files

@@ -16,10 +16,8 @@ import hub_server
 import pytest
 from hub_server import TOKEN, HubServer, go_offline, log_in
 
-from openelm_mlx.checkpoint import hub as hub_module
-from openelm_mlx.checkpoint.hub import RepoFile, cached_file, download, list_files, read_range, upload
-from openelm_mlx.checkpoint.hub_names import repo_of
 from openelm_mlx.errors import CheckpointError, ConfigError, DestinationError, HubError
+from openelm_mlx.hub import RepoFile, cached_file, download, list_files, read_range, repo_of, transfer, upload
 from openelm_mlx.loading import locate, repository
 
 hub = hub_server.hub
@@ -43,7 +41,7 @@ GPT_OSS = {
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("openelm_mlx.hub.requests._RETRY_SECONDS", (0.0, 0.0))
 
 
 def top_folder(files: list[RepoFile]) -> list[str]:
@@ -206,8 +204,8 @@ def test_the_same_content_under_two_names_travels_once(hub: HubServer) -> None:
 
 
 def test_files_may_be_larger_than_one_request(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_REQUEST_BYTES", 4000)
-    monkeypatch.setattr(hub_module, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr("openelm_mlx.hub.requests._REQUEST_BYTES", 4000)
+    monkeypatch.setattr("openelm_mlx.hub.transfer._BLOCK_BYTES", 100)
     hub.add_repo("owner/name", {"model.safetensors": WEIGHTS})
     assert (download("owner/name", every_file) / "model.safetensors").read_bytes() == WEIGHTS
     assert hub.ranges("model.safetensors") == ["bytes=0-3999", "bytes=4000-7999", "bytes=8000-10246"]
@@ -237,7 +235,7 @@ def test_two_downloads_point_to_a_file_at_once(tmp_path: Path) -> None:
 
     def point() -> None:
         for _ in range(200):
-            hub_module._point(tmp_path / "blobs/x", [pointer])
+            transfer._point(tmp_path / "blobs/x", [pointer])
 
     threads = [threading.Thread(target=point) for _ in range(3)]
     for thread in threads:
@@ -257,7 +255,7 @@ def test_a_place_that_is_taken_costs_no_content(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "blobs/x").write_bytes(WEIGHTS)
     (tmp_path / "snapshots/c/model.safetensors/full").mkdir(parents=True)
     with pytest.raises(OSError):
-        hub_module._point(tmp_path / "blobs/x", [tmp_path / "snapshots/c/model.safetensors"])
+        transfer._point(tmp_path / "blobs/x", [tmp_path / "snapshots/c/model.safetensors"])
     assert (tmp_path / "blobs/x").read_bytes() == WEIGHTS
 
 
@@ -333,7 +331,9 @@ def test_a_busy_hub_is_asked_again(hub: HubServer) -> None:
 def test_an_interrupt_stops_the_transfer_and_keeps_what_arrived(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "_RETRY_SECONDS", (600.0,))  # the worker waits when the interrupt comes
+    monkeypatch.setattr(
+        "openelm_mlx.hub.requests._RETRY_SECONDS", (600.0,)
+    )  # the worker waits when the interrupt comes
     hub.add_repo("owner/name", {"model.safetensors": WEIGHTS})
     hub.drop_after(5000)
 
@@ -378,8 +378,8 @@ def test_a_killed_process_leaves_what_the_next_one_needs(hub: HubServer, tmp_pat
     hub.drop_after(4000)
     script = """
         import os
-        from openelm_mlx.checkpoint import hub
-        hub._RETRY_SECONDS = (600.0,)
+        from openelm_mlx import hub
+        hub.requests._RETRY_SECONDS = (600.0,)
         die = lambda done, total: os._exit(9) if done == 4002 else None
         hub.download("owner/name", lambda files: [file.name for file in files], progress=die)
     """
@@ -411,7 +411,7 @@ def test_a_whole_part_that_is_damaged_is_fetched_anew(hub: HubServer, tmp_path: 
 
 def test_a_small_file_is_compared_with_gits_checksum(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add_repo("owner/name", {"config.json": b"{}"})
-    monkeypatch.setattr(hub_module, "_answer", lambda *_: iter([b"[]"]))
+    monkeypatch.setattr("openelm_mlx.hub.requests._answer", lambda *_: iter([b"[]"]))
     with pytest.raises(HubError, match=r"config\.json of owner/name did not arrive"):
         download("owner/name", every_file)
 
@@ -524,7 +524,7 @@ def test_a_hub_that_says_when_is_asked_then(hub: HubServer, monkeypatch: pytest.
     monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: bool(waits.append(seconds)))
     monkeypatch.setattr(time, "sleep", waits.append)
     hub.add_repo("owner/name", {"config.json": b"{}"})
-    monkeypatch.setattr(hub_module, "_CONNECTIONS", 1)
+    monkeypatch.setattr("openelm_mlx.hub.transfer._CONNECTIONS", 1)
     hub.fail(503, "/resolve/", headers={"Retry-After": "7"})
     hub.fail(429, "/api/models", headers={"Retry-After": "5"})
     assert contents(download("owner/name", every_file)) == {"config.json": b"{}"}
@@ -549,7 +549,7 @@ def test_a_listing_that_is_none(hub: HubServer, body: bytes) -> None:
 
 
 def test_a_listing_without_an_end(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_LARGEST_LISTING", 100_000)
+    monkeypatch.setattr("openelm_mlx.hub.listing.LARGEST_LISTING", 100_000)
     hub.fail(200, "/api/models", body=b'{"siblings": [' + b" " * 1000, framing="endless")
     with pytest.raises(HubError, match="does not end"):
         list_files("owner/name")
@@ -691,7 +691,7 @@ def test_a_disk_that_fails_while_downloading(
         os.unlink(source)
         raise OSError(number, os.strerror(number), str(destination))
 
-    monkeypatch.setattr(hub_module.os, "replace", fail)
+    monkeypatch.setattr(transfer.os, "replace", fail)
     with pytest.raises(DestinationError) as error:
         download("owner/name", every_file)
     assert words in message_of(error)
@@ -752,7 +752,7 @@ def test_offline_by_the_environment_of_the_process(hub: HubServer, monkeypatch: 
     count = len(hub.requests)
     go_offline(monkeypatch)
     script = """
-        from openelm_mlx.checkpoint.hub import download
+        from openelm_mlx.hub import download
         print(download("owner/name", lambda files: ["config.json", "tokenizer.json"]))
     """
     result = run_python(script)
@@ -1092,7 +1092,7 @@ def run_python(script: str) -> subprocess.CompletedProcess[str]:
 
 def test_importing_the_module_does_not_import_huggingface_hub() -> None:
     script = """
-        import sys, openelm_mlx.checkpoint.hub
+        import sys, openelm_mlx.hub
         print([name for name in sys.modules if name.split('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'tqdm')])
     """
     assert run_python(script).stdout.strip() == "[]"

@@ -15,6 +15,9 @@ from ..errors import HubError
 from ..files import shown
 from ..finder import folded
 
+LIBRARY = "openelm_mlx"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
 _PART = r"(?![.-])[A-Za-z0-9._-]{1,96}(?<![.-])"
 _OWNER_AND_NAME = re.compile(f"{_PART}/{_PART}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 of a small file, SHA-256 of a large (LFS) one
@@ -45,6 +48,24 @@ class RepoFile:
     name: str
     size: int
     etag: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a repository at one commit."""
+
+    repo: str
+    commit: str
+    files: tuple[RepoFile, ...]
+    refusal: HubError | None = None  # why the Hub gave no listing, when this one comes from the cache
+    is_whole: bool = True  # False: only the files that happen to be cached are known
+
+
+def check_repo_name(repo: str) -> None:
+    if not isinstance(repo, str) or not is_repo_name(repo):
+        raise HubError(
+            f"{shown(repo)} is not the name of a Hub repository: write OWNER/NAME, as in openai/gpt-oss-20b."
+        )
 
 
 def is_repo_name(text: str) -> bool:

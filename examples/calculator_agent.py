@@ -1,7 +1,7 @@
 """Give gpt-oss a Python function as a tool and watch it use it: python examples/calculator_agent.py"""
 
 import openelm_mlx as om
-from openelm_mlx.agents import Answer, Reasoning, ToolCall, ToolResult, calculator
+from openelm_mlx.tools import Answer, Reasoning, ToolCall, ToolResult, calculator
 
 
 def main(source: str = "demo-gpt-oss", question: str = "What is 12 + 30?") -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import openelm_mlx as om
-from openelm_mlx.agents import FileBrowser
+from openelm_mlx.tools import FileBrowser
 
 HERE = Path(__file__).parent
 QUESTION, FOLDER, MODEL = [*sys.argv[1:], *["What does seed do?", str(HERE), "demo-gpt-oss"][len(sys.argv) - 1 :]]

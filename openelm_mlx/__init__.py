@@ -39,7 +39,7 @@ _PUBLIC = {
     "PrefixCache": "decoding.prefix_cache",
     "convert": "conversion",
     "plan": "planning",
-    "Chat": "agents.chat",
+    "Chat": "conversation",
     "UserError": "errors",
     "NoAnswerWarning": "errors",
 }
@@ -47,7 +47,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from .agents.chat import Chat as Chat
+    from .conversation.session import Chat as Chat
     from .conversion import convert as convert
     from .decoding.drafts import DraftModel as DraftModel
     from .decoding.drafts import PromptLookup as PromptLookup

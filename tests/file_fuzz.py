@@ -39,10 +39,9 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from conftest import random_model, save_folder  # noqa: E402
 
-from openelm_mlx.agents.chat import Chat  # noqa: E402
-from openelm_mlx.agents.mcp import read_servers  # noqa: E402
 from openelm_mlx.bench.routing import Trace  # noqa: E402
 from openelm_mlx.checkpoint.torch_file import refuse_harmful  # noqa: E402
+from openelm_mlx.conversation.session import Chat  # noqa: E402
 from openelm_mlx.conversion import convert  # noqa: E402
 from openelm_mlx.decoding.prefix_cache import PrefixCache  # noqa: E402
 from openelm_mlx.errors import UserError  # noqa: E402
@@ -54,6 +53,7 @@ from openelm_mlx.memory.machine import this_machine  # noqa: E402
 from openelm_mlx.memory.stored import store  # noqa: E402
 from openelm_mlx.planning import plan  # noqa: E402
 from openelm_mlx.text.tokenizer import load_tokenizer  # noqa: E402
+from openelm_mlx.tools.mcp import read_servers  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LONGEST = 10  # seconds of processor time, of a case that takes some milliseconds

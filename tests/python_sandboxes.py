@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from openelm_mlx.agents import sandbox
-from openelm_mlx.agents.python_tool import PythonTool
-from openelm_mlx.agents.sandbox import BUBBLEWRAP, NAMESPACES, NONE, SANDBOX_EXEC, Limits
+from openelm_mlx.tools import sandbox
+from openelm_mlx.tools.python_tool import PythonTool
+from openelm_mlx.tools.sandbox import BUBBLEWRAP, NAMESPACES, NONE, SANDBOX_EXEC, Limits
 
 SMALL = Limits(seconds=20, memory_bytes=400 << 20, processes=12, file_bytes=1 << 20, folder_bytes=4 << 20)
 

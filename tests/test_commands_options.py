@@ -107,7 +107,7 @@ ELSEWHERE = {
     },
     "chat": {
         "--tools": "test_commands_chat.py", "--load": "test_commands_chat.py", "--no-history": "test_commands_chat.py",
-        "--allow-unsandboxed": "test_agents_python_tool.py", "--draft-model": "test_commands_chat.py",
+        "--allow-unsandboxed": "test_tools_python_tool.py", "--draft-model": "test_commands_chat.py",
         "--prompt-lookup": "test_commands_chat.py", "--num-draft-tokens": "test_commands_generate.py",
         "--json-schema": "test_commands_generate_form.py", "--grammar": "test_commands_generate_form.py",
         "--show-reasoning": "test_commands_generate.py", "--hide-reasoning": "test_commands_chat.py",
@@ -151,7 +151,7 @@ def test_an_option_reaches_what_it_names(command, option, entry, monkeypatch):
     prepared = SimpleNamespace(model=None, tokenizer=None, read=lambda: (None, None))
     monkeypatch.setattr("openelm_mlx.loading.prepare", recorder("load", prepared))
     monkeypatch.setattr("openelm_mlx.generate.stream_generate", recorder("stream"))
-    monkeypatch.setattr("openelm_mlx.agents.chat.Chat", recorder("Chat"))
+    monkeypatch.setattr("openelm_mlx.conversation.session.Chat", recorder("Chat"))
     monkeypatch.setattr("openelm_mlx.planning.plan", recorder("plan"))
     monkeypatch.setattr("openelm_mlx.conversion.convert", recorder("convert"))
     prompt = [] if option == "--prompt" else ["Hi"]

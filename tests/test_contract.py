@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 import openelm_mlx as om
-from openelm_mlx.agents import calculator
+from openelm_mlx.tools import calculator
 
 GIVEN = {
     "load", "generate", "stream_generate", "Chunk", "Statistics", "SamplingParams", "PromptLookup", "DraftModel",
@@ -74,7 +74,7 @@ def test_the_arguments_of_a_call_are_neither_answer_nor_reasoning(gpt_oss):
     model, tokenizer = gpt_oss
     chat = om.Chat(model, tokenizer, tools=[calculator], reasoning_effort="low")
     assert chat.ask("What is 12 + 30?") == "12 + 30 = 42"
-    prompt = chat._harmony_prompt(chat.messages[:1])
+    prompt = chat.harmony_prompt(chat.messages[:1])
     called = [chunk for chunk in om.stream_generate(model, tokenizer, prompt) if chunk.arguments]
     assert "".join(chunk.arguments for chunk in called) == '{"expression":"12 + 30"}'
     assert {chunk.recipient for chunk in called} == {"functions.calculator"}

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openelm_mlx.agents.calls import run
-from openelm_mlx.agents.tool import ToolSet
 from openelm_mlx.decoding import validation
 from openelm_mlx.decoding.grammar import answer_format
 from openelm_mlx.decoding.validation import Validator
 from openelm_mlx.errors import SettingError, ToolError
+from openelm_mlx.tools.calls import run
+from openelm_mlx.tools.tool import ToolSet
 
 
 class Taker:

@@ -18,8 +18,8 @@ import pytest
 from hub_server import HubServer
 
 from openelm_mlx import hub as our_hub
-from openelm_mlx.agents.chat import Chat
 from openelm_mlx.commands import main
+from openelm_mlx.conversation.session import Chat
 from openelm_mlx.conversion import convert
 from openelm_mlx.decoding.prefix_file import load_entries
 from openelm_mlx.errors import CheckpointError, DestinationError, HubError, UserError

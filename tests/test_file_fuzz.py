@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import random_model, save_folder
 
-from openelm_mlx.agents.chat import Chat
 from openelm_mlx.bench.routing import Trace
+from openelm_mlx.conversation.session import Chat
 from openelm_mlx.conversion import convert
 from openelm_mlx.decoding.prefix_file import load_entries
 from openelm_mlx.errors import CheckpointError, PromptError, SettingError, TokenizerError

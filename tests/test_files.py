@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from openelm_mlx.agents.mcp import read_servers
 from openelm_mlx.bench.routing import Trace
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
 from openelm_mlx.commands import main
@@ -17,6 +16,7 @@ from openelm_mlx.errors import CheckpointError, ConfigError, UserError
 from openelm_mlx.experts.records import RecordFile
 from openelm_mlx.files import files_in, parse_json, read_bytes, read_json, read_object, read_text, read_yaml, shown
 from openelm_mlx.text.tokenizer import load_tokenizer
+from openelm_mlx.tools.mcp import read_servers
 
 
 def pipe(path: Path) -> None:

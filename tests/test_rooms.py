@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "openelm_mlx"
 ORDER = [
     ["errors"], ["platforms", "finder"], ["files"], ["outputs"], ["specs", "text"], ["models"], ["hub"], ["checkpoint"],
     ["memory"], ["tokenizers", "experts"], ["runtime"], ["decoding"], ["engine"], ["loading"], ["conversion"],
-    ["planning"], ["generate"], ["agents"], ["bench"], ["commands"], ["__init__", "__main__"],
+    ["planning"], ["generate"], ["tools"], ["conversation"], ["bench"], ["commands"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SLOW = ("mlx_lm", "transformers", "torch", "huggingface_hub", "matplotlib", "wordfreq")
@@ -89,7 +89,7 @@ def test_loading_and_generating_import_nothing_slow():
 
 
 # What speaks into a pipe that this library reads, and one sentence for a Python that cannot import the rest.
-NOT_SHOWN = ("agents/python_worker.py", "agents/sandbox_init.py", "__init__.py")
+NOT_SHOWN = ("tools/python_worker.py", "tools/sandbox_init.py", "__init__.py")
 SHOWING = ("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__", "traceback.print_exc", "print")
 
 

@@ -18,8 +18,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..agents.python_tool import PythonTool
-from ..agents.sandbox import SANDBOX_EXEC, find_sandbox
 from ..checkpoint.released import write_released_headers
 from ..errors import ToolError
 from ..generate import stream_generate
@@ -30,6 +28,8 @@ from ..memory.macos import Run, footprint, gpu_cores, on_macos, output, sysctl, 
 from ..models.precision import runs_on_cpu
 from ..planning import plan as plan_of
 from ..platforms import OLDEST_MACOS
+from ..tools.python_tool import PythonTool
+from ..tools.sandbox import SANDBOX_EXEC, find_sandbox
 from .conditions import disturbances
 from .disk import cold_rate, disk_rates, random_file
 from .fresh import run_fresh
@@ -322,7 +322,7 @@ def _attacks(tool: Callable[[str], str], place: Path, port: int, is_mac: bool) -
 def _outlives_its_program(kind: str) -> str | None:
     """What is wrong when a program with a sandbox is killed; None where the interpreter ends within seconds."""
     program = (
-        "from openelm_mlx.agents.python_tool import PythonTool\n"
+        "from openelm_mlx.tools.python_tool import PythonTool\n"
         f"tool = PythonTool(sandbox={kind!r})\ntool('1')\n"
         "print(tool._owner._place._process.pid, flush=True)\ntool('while True: pass')"
     )

@@ -28,7 +28,7 @@ from .output import answer, dimmed, end_answer, end_dimmed, say, typed
 from .reader import Command, LineReader, Reader, TerminalReader
 
 if TYPE_CHECKING:
-    from ..agents.chat import Chat, Done, Event
+    from ..conversation import Chat, Done, Event
     from ..decoding.drafts import Drafts
     from ..models import Model
 
@@ -89,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends. Returns the exit code."""
-    from ..agents.toolbox import Toolbox, parse_names
     from ..decoding.sampling import SamplingParams
+    from ..tools.toolbox import Toolbox, parse_names
 
     output.also_named({"overwrite": "/save!", "instructions": "/system"})
     check_draft_options(args)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     form = read_form(args)
     sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
     parse_names(args.tools)
-    from ..agents.chat import Chat
+    from ..conversation import Chat
     from ..generate import stream_generate
     from ..loading import prepare
     from ..text.unicode import whole_characters
@@ -233,7 +233,7 @@ class Screen:
 
     def answer(self, text: str) -> bool:
         """Say `text` to the model and show what comes; whether an answer did. Ctrl-C ends it and is passed on."""
-        from ..agents.chat import Done
+        from ..conversation import Done
 
         kind, wrote_answer = "", False
         # Closed at once when it is left early, so that what was said until then is in the history.
@@ -271,7 +271,7 @@ class Screen:
 
     def _show(self, event: Event) -> bool:
         """Show one event; whether it was a part of the answer."""
-        from ..agents.chat import Answer, Notice, Reasoning, ToolCall, ToolResult
+        from ..conversation import Answer, Notice, Reasoning, ToolCall, ToolResult
 
         if isinstance(event, Answer):
             answer(event.text)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from openelm_mlx.agents import paths, swap
-from openelm_mlx.agents.patch import PatchTool, apply_patch
 from openelm_mlx.errors import ToolError
+from openelm_mlx.tools import paths, swap
+from openelm_mlx.tools.patch import PatchTool, apply_patch
 
 PATCH = "\n".join(
     [

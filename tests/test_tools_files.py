@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from openelm_mlx.agents.files import LARGEST_FILE, VIEW_TOKENS, FileBrowser, wrapped
 from openelm_mlx.errors import ToolError
 from openelm_mlx.text.schema import BROWSER
+from openelm_mlx.tools.files import LARGEST_FILE, VIEW_TOKENS, FileBrowser, wrapped
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from python_sandboxes import IS_MAC, KINDS, SMALL, best_kind, has_to_be_there, inside, linux_only, outside, why_not
 
-from openelm_mlx.agents import sandbox_usage
-from openelm_mlx.agents.python_process import Box, Interpreter
-from openelm_mlx.agents.python_tool import PythonTool
-from openelm_mlx.agents.sandbox import BUBBLEWRAP, NAMESPACES, NONE, Python
 from openelm_mlx.errors import ToolError
+from openelm_mlx.tools import sandbox_usage
+from openelm_mlx.tools.python_process import Box, Interpreter
+from openelm_mlx.tools.python_tool import PythonTool
+from openelm_mlx.tools.sandbox import BUBBLEWRAP, NAMESPACES, NONE, Python
 
 __all__ = ["inside", "outside"]  # fixtures
 
@@ -457,7 +457,7 @@ def test_a_stopped_interpreter_is_ended_in_time():
 # --- Without a sandbox the same things are counted --------------------------------------------------------------------
 
 
-@pytest.mark.skipif(IS_MAC, reason="there the same is counted by libproc, in test_agents_sandbox_mac.py")
+@pytest.mark.skipif(IS_MAC, reason="there the same is counted by libproc, in test_tools_sandbox_mac.py")
 def test_outside_a_full_folder_stops_a_script_and_can_be_emptied(outside):
     text = outside("import time\nfor i in range(9): open(f'f{i}', 'wb').write(bytes(900_000))\ntime.sleep(15)")
     assert "MB of files" in text

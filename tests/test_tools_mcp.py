@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("mcp", reason="the MCP SDK is not installed: pip install 'openelm_mlx[mcp]'")
 
-from openelm_mlx.agents import mcp as room
-from openelm_mlx.agents.mcp import McpServer, read_servers
 from openelm_mlx.errors import ToolError
 from openelm_mlx.text.schema import Tool, ToolNamespace, tools_section
+from openelm_mlx.tools import mcp as room
+from openelm_mlx.tools.mcp import McpServer, read_servers
 
 COMMAND = [sys.executable, str(Path(__file__).parent / "mcp_server.py")]
 

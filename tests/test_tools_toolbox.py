@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from openelm_mlx.agents import sandbox
-from openelm_mlx.agents.toolbox import Toolbox, parse_names
 from openelm_mlx.errors import ToolError
+from openelm_mlx.tools import sandbox
+from openelm_mlx.tools.toolbox import Toolbox, parse_names
 
 SERVER = Path(__file__).parent / "mcp_server.py"
 

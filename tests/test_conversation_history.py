@@ -7,15 +7,15 @@ import warnings
 import pytest
 
 # `scripted` is a fixture of theirs: a chat whose model writes what it is told.
-from test_agents_chat import answer, call, gpt_oss, openelm, results, scripted  # noqa: F401
+from test_conversation import answer, call, gpt_oss, openelm, results, scripted  # noqa: F401
 
 import openelm_mlx as om
-from openelm_mlx.agents import calculator
-from openelm_mlx.agents import chat as chat_module
-from openelm_mlx.agents.chat import Answer, Done, Notice, ToolResult
-from openelm_mlx.agents.history import INTERRUPTED, NOT_RUN, fewest_to_forget, settled, without_oldest
+from openelm_mlx.conversation import Answer, Done, Notice, ToolResult
+from openelm_mlx.conversation import turn as chat_module
+from openelm_mlx.conversation.history import INTERRUPTED, NOT_RUN, fewest_to_forget, settled, without_oldest
 from openelm_mlx.errors import NoAnswerWarning, PromptError, SettingError
 from openelm_mlx.text.conversation import DeveloperContent, Message, check_conversation
+from openelm_mlx.tools import calculator
 
 ONE = call("functions.note", '{"text": "a"}')
 THOUGHT = "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant"
@@ -56,7 +56,7 @@ def test_a_long_chat_goes_on_when_the_context_is_full(effort):
             assert events[-1].finish_reason == "stop"
             notices += [e.text for e in events if isinstance(e, Notice)]
             assert chat.messages[0].role == "user"
-            assert "Be brief." in chat.tokenizer.decode(chat._harmony_prompt(chat.messages))
+            assert "Be brief." in chat.tokenizer.decode(chat.harmony_prompt(chat.messages))
     assert len(notices) == 1
     assert "context of 220 tokens is full" in notices[0]
     assert chat.num_forgotten > 1  # it was full more than once, and said so once
@@ -194,7 +194,8 @@ def test_what_strikes_in_a_tool_leaves_a_history_that_can_go_on(scripted, kind):
 def test_an_interruption_at_any_line_leaves_a_history_that_can_go_on(scripted):  # noqa: F811
     """The interruption is raised at each line of the chat's code in turn, as a signal would be."""
     both = THOUGHT + ONE.replace("<|call|>", "<|end|><|start|>assistant") + ONE
-    files = {chat_module.__file__, sys.modules["openelm_mlx.agents.history"].__file__}
+    names = ("session", "turn", "history")
+    files = {sys.modules[f"openelm_mlx.conversation.{name}"].__file__ for name in names}
 
     def interrupted_at(wanted: int):
         chat = scripted(both, answer("Fine."), answer("Going on."), answer("Still."), tools=[note])

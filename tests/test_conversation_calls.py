@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 import openelm_mlx as om
-from openelm_mlx.agents import chat as chats
-from openelm_mlx.agents import sandbox
-from openelm_mlx.agents.calls import run
-from openelm_mlx.agents.chat import Chat
-from openelm_mlx.agents.toolbox import Toolbox
+from openelm_mlx.conversation import Answer, Chat, ToolResult
+from openelm_mlx.conversation import turn as chats
 from openelm_mlx.engine.single import new_sequence
 from openelm_mlx.text.harmony import HarmonyFormat
+from openelm_mlx.tools import sandbox
+from openelm_mlx.tools.calls import run
+from openelm_mlx.tools.toolbox import Toolbox
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,9 @@ def test_the_demo_calls_python_in_the_sandbox(demo):
         pytest.skip("no sandbox")
     with Toolbox("python") as box:
         events = list(Chat(*demo, tools=box.tools, max_tokens=300).stream("What is 4321 + 1234?"))
-    results = [event.text for event in events if isinstance(event, chats.ToolResult)]
+    results = [event.text for event in events if isinstance(event, ToolResult)]
     assert results == ["5555"]
-    assert "5555" in "".join(event.text for event in events if isinstance(event, chats.Answer))
+    assert "5555" in "".join(event.text for event in events if isinstance(event, Answer))
 
 
 def test_calls_follow_their_schema_whatever_the_model_would_write(demo, monkeypatch):

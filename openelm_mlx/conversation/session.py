@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import reprlib
-import time
 import warnings
 from collections import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,9 +21,6 @@ from ..decoding.arguments import check_model, check_prefix_cache, refuse_unknown
 from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
-from ..engine.sequence import Chunk, Sequence
-from ..engine.single import new_sequence, run
-from ..engine.statistics import Statistics
 from ..errors import NoAnswerWarning, PromptError, SettingError, TokenizerError
 from ..files import one_line, read_text
 from ..generate import option_names
@@ -34,23 +30,22 @@ from ..text.conversation import DeveloperContent, Message, SystemContent, check_
 from ..text.harmony import HarmonyFormat
 from ..text.unicode import whole_characters
 from ..tokenizers import missing_tokenizer_message
-from .calls import reason, shown_to_model
-from .calls import run as run_tool
+from ..tools.calls import reason, shown_to_model
+from ..tools.calls import run as run_tool
+from ..tools.tool import Tool, ToolSet
 from .history import (
-    cut_off,
     fewest_to_forget,
-    is_answer,
     result_of,
-    settled,
     turn_starts,
     without_old_results,
     without_oldest,
 )
-from .tool import Tool, ToolSet
 
 if TYPE_CHECKING:
     from ..models import Model
     from ..text.tokenizer import Tokenizer
+from .events import Answer, Done, Event, Notice, ToolCall, ToolResult
+from .turn import Turn
 
 _FORMAT = 1
 _LARGEST_CHAT = 2**26  # bytes of a saved one
@@ -62,69 +57,6 @@ _SHARE_FOR_ANSWER, _USUAL_ANSWER = 4, 1024
 _SHARE_KEPT = 0.75
 # Options of `stream_generate` that a chat decides itself.
 _OWN_OPTIONS = ("max_tokens", "tool_schemas", "raw", "chat_template", "reasoning_effort", "logprobs")
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A piece of what the model thinks; not for the user unless asked for."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """The model calls a tool. A piece of its arguments as it is written, or, with is_done, all of them."""
-
-    name: str
-    arguments: str
-    is_done: bool = False
-
-
-@dataclass(frozen=True)
-class ToolResult:
-    """What a tool said, as the model is told it."""
-
-    name: str
-    text: str
-    is_error: bool = False
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A piece of the answer. is_preamble: said to the user before a tool call, and not the answer itself."""
-
-    text: str
-    is_preamble: bool = False
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A sentence about the conversation itself, for instance that its oldest part no longer fits.
-
-    is_no_answer: it says why no answer came; `Done`, which follows, has it too.
-    """
-
-    text: str
-    is_no_answer: bool = False
-
-
-@dataclass(frozen=True)
-class Done:
-    """The end of a turn. finish_reason: "stop", "length" (max_tokens, or the context is full), "time" or "rounds".
-
-    statistics: of the last of the turn's completions. num_tokens: of all of them together. no_answer: None, or a sentence
-    that says why no answer came and what to change.
-    """
-
-    finish_reason: str
-    statistics: Statistics | None
-    num_tokens: int
-    num_calls: int
-    no_answer: str | None = None
-
-
-Event = Reasoning | ToolCall | ToolResult | Answer | Notice | Done
-
 
 _C = TypeVar("_C")
 
@@ -179,7 +111,7 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._turn: _Turn | None = None
+        self.turn: Turn | None = None
         self._events: Iterator[Event] | None = None
         self.num_forgotten, self._has_told = 0, False  # turns, and whether it was said
         self._check_settings()
@@ -197,7 +129,7 @@ class Chat:
         self._system()  # a wrong effort is found here
         if self.tool_set.formats:  # only gpt-oss has come so far with any
             self.tool_set.check_ends(engine_of(self.tokenizer))
-        self._tool_schemas = self.tool_set.schemas
+        self.tool_schemas = self.tool_set.schemas
         self._unfollowed = self.tool_set.unfollowed
 
     def _check_settings(self) -> None:
@@ -256,11 +188,11 @@ class Chat:
         if not isinstance(text, str) or not text.strip():
             raise PromptError("The message is empty: write something.")
         self._end_turn()
-        self._turn = turn = _Turn(self, Message("user", whole_characters(text)))
+        self.turn = turn = Turn(self, Message("user", whole_characters(text)))
         self._events = events = self._turn_events(turn)
         return events
 
-    def _turn_events(self, turn: _Turn) -> Iterator[Event]:
+    def _turn_events(self, turn: Turn) -> Iterator[Event]:
         try:
             turn.publish()
             yield from self._harmony_turn(turn) if self.is_harmony else self._plain_turn(turn)
@@ -281,11 +213,11 @@ class Chat:
                 raise SettingError(
                     "The chat is in the midst of an answer: a tool cannot ask it another question."
                 ) from None
-        if self._turn is not None:
-            self._turn.settle()
-        self._events = self._turn = None
+        if self.turn is not None:
+            self.turn.settle()
+        self._events = self.turn = None
 
-    def _harmony_turn(self, turn: _Turn) -> Iterator[Event]:
+    def _harmony_turn(self, turn: Turn) -> Iterator[Event]:
         if self._unfollowed:  # said once
             names, self._unfollowed = ", ".join(self._unfollowed), []
             yield Notice(
@@ -308,7 +240,7 @@ class Chat:
                 turn.ended_by = "rounds"
                 return
 
-    def _call(self, turn: _Turn, call: Message) -> Iterator[Event]:
+    def _call(self, turn: Turn, call: Message) -> Iterator[Event]:
         """Call the tool that a message means, tell the model what came of it, and tell the user both."""
         assert call.recipient is not None
         found = self.tool_set.find(call.recipient)
@@ -327,7 +259,7 @@ class Chat:
         turn.add([result])
         yield ToolResult(name, result.text, is_error)
 
-    def _plain_turn(self, turn: _Turn) -> Iterator[Event]:
+    def _plain_turn(self, turn: Turn) -> Iterator[Event]:
         yield from self._make_room(turn)
         sequence = turn.begin(self._plain_prompt(self.messages))
         for chunk in () if sequence is None else turn.chunks(sequence):
@@ -337,7 +269,7 @@ class Chat:
 
     # --- the context ---
 
-    def _make_room(self, turn: _Turn) -> Iterator[Event]:
+    def _make_room(self, turn: Turn) -> Iterator[Event]:
         """Forget the oldest turns, each whole, where the context has too little room for an answer."""
         if self.options.get("sliding_window") is not None:
             return
@@ -353,7 +285,7 @@ class Chat:
         if len(self._prompt(self.messages)) > most:
             turn.replace(without_old_results(turn.messages))
 
-    def _forget(self, turn: _Turn, most_tokens: int | None) -> bool:
+    def _forget(self, turn: Turn, most_tokens: int | None) -> bool:
         """Forget all turns before this one, or as many as leave less than `most_tokens`; whether there were any."""
         if most_tokens is None:
             number = max(0, len(turn_starts(self.messages)) - 1)
@@ -382,14 +314,15 @@ class Chat:
     # --- prompts ---
 
     def _prompt(self, messages: abc.Sequence[Message]) -> list[int]:
-        return self._harmony_prompt(messages) if self.is_harmony else self._plain_prompt(messages)
+        return self.harmony_prompt(messages) if self.is_harmony else self._plain_prompt(messages)
 
-    def _harmony_prompt(self, messages: abc.Sequence[Message]) -> list[int]:
+    def harmony_prompt(self, messages: abc.Sequence[Message]) -> list[int]:
+        """The tokens that gpt-oss goes on from after these messages."""
         head = [Message("system", self._system())]
         developer = DeveloperContent(self.instructions, self.tool_set.functions, self.tool_set.namespaces)
         if developer != DeveloperContent():
             head.append(Message("developer", developer))
-        return HarmonyFormat(_WholeText(self._any_tokenizer)).render_for_completion([*head, *messages])
+        return HarmonyFormat(_WholeText(self.any_tokenizer)).render_for_completion([*head, *messages])
 
     def _system(self) -> SystemContent:
         effort = self.reasoning_effort or "medium"
@@ -398,7 +331,7 @@ class Chat:
         )
 
     def _plain_prompt(self, messages: abc.Sequence[Message]) -> list[int]:
-        tokenizer = self._any_tokenizer
+        tokenizer = self.any_tokenizer
         texts = [whole_characters(message.text) for message in messages]
         if tokenizer.chat_template == PLAIN:  # a base model continues what was written
             return tokenizer.encode_prompt(" ".join(texts))
@@ -408,7 +341,8 @@ class Chat:
         return render_chat([*head, *turns], tokenizer, tokenizer.chat_template)
 
     @property
-    def _any_tokenizer(self) -> Tokenizer:
+    def any_tokenizer(self) -> Tokenizer:
+        """The tokenizer, which a chat always has."""
         assert self.tokenizer is not None
         return self.tokenizer
 
@@ -476,144 +410,6 @@ class Chat:
         self.num_forgotten, self._has_told = 0, False
 
 
-class _Turn:
-    """The turn that is going on: its limits, what was said in it, and what of that stays in the chat's history.
-
-    An interruption may strike between any two steps. So what was said is one value, replaced at once, and `settle` makes
-    the history of it, as often as it is called.
-    """
-
-    def __init__(self, chat: Chat, question: Message) -> None:
-        self.chat = chat
-        self.started = time.monotonic()
-        self.ended_by: str | None = None
-        self.filled_context = False
-        self.statistics: Statistics | None = None
-        self.num_tokens = self.num_rounds = self.num_begun = 0
-        self.said = ""  # OpenELM's answer as far as it is written
-        # What was said, and the completion that is being written.
-        self._state: tuple[list[Message], Sequence | None] = ([question], None)
-        self._own: dict[int, Message] = {}  # all that ever was in the chat's history, by identity
-        self._is_settled = self._is_answered = False
-
-    @property
-    def messages(self) -> list[Message]:
-        """What was said, the question first, without what is being written."""
-        return self._state[0]
-
-    @property
-    def num_messages(self) -> int:
-        return len(self.messages)
-
-    @property
-    def num_left(self) -> int | None:
-        """How many tokens the turn may still take; None: any number."""
-        return None if self.chat.max_tokens is None else self.chat.max_tokens - self.num_tokens
-
-    def add(self, messages: list[Message]) -> None:
-        self.replace([*self.messages, *messages])
-
-    def replace(self, messages: list[Message]) -> None:
-        self._state = (messages, None)
-        self.publish()
-
-    def take_back(self, num_messages: int) -> None:
-        """Go on from where the turn had only so many messages."""
-        self.ended_by, self.filled_context = None, False
-        self.replace(self.messages[:num_messages])
-
-    def has_said_more_than(self, num_messages: int) -> bool:
-        """Whether the user has seen something, or a call was written, after the first messages."""
-        return bool(cut_off(self.messages[num_messages:]))
-
-    def publish(self, messages: list[Message] | None = None) -> None:
-        """Show what was said in the chat's history."""
-        messages = self.messages if messages is None else messages
-        self._own.update({id(message): message for message in messages})
-        self.chat.messages[:] = [each for each in self.chat.messages if id(each) not in self._own] + messages
-
-    def settle(self) -> None:
-        """Leave in the history what stays of the turn."""
-        if self._is_settled or not self._own or self.chat._turn is not self:
-            return
-        messages, sequence = self._state
-        if sequence is not None:  # the iterator was closed, or an error came: nobody goes on with this completion
-            sequence.close()
-            messages = [*messages, *cut_off(sequence.messages)]
-        if self.said.strip():
-            messages = [*messages, Message("assistant", self.said.strip(), channel="final")]
-        kept = settled(messages, self.num_begun)
-        self.publish(kept)
-        self._is_answered = any(is_answer(message) for message in kept)
-        self._is_settled = True
-
-    def completion(self) -> Iterator[Event]:
-        """One completion of gpt-oss, as events; its messages are the turn's last ones then."""
-        sequence = self.begin(self.chat._harmony_prompt(self.chat.messages))
-        if sequence is None:
-            return
-        self._state = (self.messages, sequence)
-        self.num_rounds += 1
-        for chunk in self.chunks(sequence):
-            yield from _shown(chunk)
-        sequence.close()
-        # What others say in it, the model has invented.
-        messages = [message for message in sequence.messages if message.role == "assistant"]
-        self.add(messages if self.ended_by is None else cut_off(messages))
-
-    def begin(self, prompt: list[int]) -> Sequence | None:
-        """The next completion of the turn; None where the turn may take no more tokens."""
-        chat, room = self.chat, self.num_left
-        if room is not None and room < 1:
-            self.ended_by = "length"
-            return None
-        options = {"sampling": chat.sampling, "prefix_cache": chat.prefix_cache, **chat.options}
-        if chat.is_harmony and chat._tool_schemas:
-            options["tool_schemas"] = chat._tool_schemas  # so that calls always parse
-        if room is None and not chat.is_harmony:
-            room = chat.model.context_length
-        return new_sequence(chat.model, chat.tokenizer, prompt, max_tokens=room, **options)
-
-    def chunks(self, sequence: Sequence) -> Iterator[Chunk]:
-        """The tokens of one completion, until a limit of the turn ends it."""
-        chat, room = self.chat, sequence.request.max_tokens
-        for chunk in run(chat.model, chat.tokenizer, sequence):
-            self.num_tokens += 1
-            if chunk.finish_reason is not None:
-                self.statistics = chunk.statistics
-                self.ended_by = "length" if chunk.finish_reason == "length" else None
-                limit = sequence.request.limit
-                self.filled_context = self.ended_by == "length" and (room is None or limit < room)
-            yield chunk
-            if chat.time_limit is not None and time.monotonic() - self.started > chat.time_limit:
-                self.ended_by = "time"
-                return
-
-    def done(self) -> Done:
-        """What the turn came to, when it is over."""
-        reason = self.ended_by or "stop"
-        return Done(reason, self.statistics, self.num_tokens, self.num_begun, self._no_answer())
-
-    def _no_answer(self) -> str | None:
-        chat = self.chat
-        if self._is_answered or not chat.is_harmony:
-            return None
-        if self.ended_by == "time":
-            return f"The turn's {chat.time_limit:g} seconds went by before an answer came: raise time_limit."
-        if self.ended_by == "rounds":
-            return (
-                f"The model called tools {chat.max_rounds} times one after the other and came to no answer: ask it to go "
-                "on, or raise max_rounds."
-            )
-        if self.ended_by == "length" and chat.max_tokens is not None and not self.filled_context:
-            what = "Reasoning and tool calls" if self.num_begun else "Reasoning"
-            return (
-                f"{what} used up the turn's {chat.max_tokens:,} tokens, and no answer came: raise max_tokens above "
-                f'{chat.max_tokens}, or leave it out; or let it think less with reasoning_effort="low".'
-            )
-        return None if self.statistics is None else self.statistics.no_answer
-
-
 class _WholeText:
     """A tokenizer that takes halves of characters as U+FFFD: no tool, file name or saved chat may end a conversation."""
 
@@ -626,14 +422,3 @@ class _WholeText:
 
     def token_bytes(self, token: int) -> bytes:
         return self._tokenizer.token_bytes(token)
-
-
-def _shown(chunk: Chunk) -> Iterator[Event]:
-    if chunk.text:
-        yield Answer(chunk.text)
-    if chunk.reasoning:
-        yield Reasoning(chunk.reasoning)
-    if chunk.preamble:
-        yield Answer(chunk.preamble, is_preamble=True)
-    if chunk.arguments:
-        yield ToolCall(chunk.recipient or "", chunk.arguments)

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from openelm_mlx.agents import calculator
-from openelm_mlx.agents.tool import FunctionTool, ToolSet, function_tool, plain_schema, result_text
 from openelm_mlx.errors import ToolError
+from openelm_mlx.tools import calculator
+from openelm_mlx.tools.tool import FunctionTool, ToolSet, function_tool, plain_schema, result_text
 
 
 class Place(BaseModel):

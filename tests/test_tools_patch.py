@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openelm_mlx.agents import document
-from openelm_mlx.agents.document import Document
-from openelm_mlx.agents.patch import PatchTool, apply_patch, parse_patch
 from openelm_mlx.errors import ToolError
+from openelm_mlx.tools import document
+from openelm_mlx.tools.document import Document
+from openelm_mlx.tools.patch import PatchTool, apply_patch, parse_patch
 
 CODE = "import os\n\n\ndef f(x):\n    y = 1\n    return x + y\n\n\ndef g(x):\n    y = 1\n    return x - y\n"
 

@@ -1,8 +1,8 @@
-"""Conversations with tools, and the tools: python in a sandbox, patches, local files, MCP servers.
+"""Tools that a model may call: calculator, python in a sandbox, patches, local files, MCP servers, and your functions.
 
-from openelm_mlx.agents import Chat, calculator
+from openelm_mlx.tools import calculator
 
-chat = Chat(model, tokenizer, tools=[calculator])  # Chat is openelm_mlx.Chat
+chat = om.Chat(model, tokenizer, tools=[calculator])
 """
 
 from __future__ import annotations
@@ -12,14 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 # Public name -> module. Loaded on first use: a program that wants one tool pays for no other one.
 _PUBLIC = {
-    "Chat": "chat",
-    "Event": "chat",
-    "Reasoning": "chat",
-    "ToolCall": "chat",
-    "ToolResult": "chat",
-    "Answer": "chat",
-    "Notice": "chat",
-    "Done": "chat",
     "Tool": "tool",
     "FunctionTool": "tool",
     "function_tool": "tool",
@@ -36,14 +28,6 @@ __all__ = [*_PUBLIC]
 
 if TYPE_CHECKING:
     from .arithmetic import calculator as calculator
-    from .chat import Answer as Answer
-    from .chat import Chat as Chat
-    from .chat import Done as Done
-    from .chat import Event as Event
-    from .chat import Notice as Notice
-    from .chat import Reasoning as Reasoning
-    from .chat import ToolCall as ToolCall
-    from .chat import ToolResult as ToolResult
     from .files import FileBrowser as FileBrowser
     from .mcp import McpServer as McpServer
     from .patch import PatchTool as PatchTool

@@ -5,14 +5,14 @@ import json
 import pytest
 
 import openelm_mlx as om
-from openelm_mlx.agents import calculator
-from openelm_mlx.agents import chat as chat_module
-from openelm_mlx.agents.calls import MOST_RESULT_CHARACTERS
-from openelm_mlx.agents.chat import Answer, Done, Notice, Reasoning, ToolCall, ToolResult
-from openelm_mlx.agents.tool import FunctionTool
+from openelm_mlx.conversation import Answer, Done, Notice, Reasoning, ToolCall, ToolResult
+from openelm_mlx.conversation import turn as chat_module
 from openelm_mlx.errors import DestinationError, PromptError, SettingError, TokenizerError, ToolError
 from openelm_mlx.text.conversation import Message
 from openelm_mlx.text.harmony import HarmonyFormat
+from openelm_mlx.tools import calculator
+from openelm_mlx.tools.calls import MOST_RESULT_CHARACTERS
+from openelm_mlx.tools.tool import FunctionTool
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_openelm_forgets_its_oldest_turns_when_the_context_is_full():
     chat = om.Chat(model, tokenizer, max_tokens=8)
     for _ in range(20):
         events = list(chat.stream("What is a banjo?"))
-        if any(isinstance(event, chat_module.Notice) for event in events):
+        if any(isinstance(event, Notice) for event in events):
             break
     else:
         pytest.fail("the context never filled")
@@ -225,7 +225,7 @@ def test_control_tokens_in_a_tool_s_result_stay_text(scripted):
     chat = scripted(call("functions.spell", "{}"), answer("Done."), tools=[spell])
     list(chat.stream("?"))
     harmony = HarmonyFormat(chat.tokenizer)
-    prompt = chat._harmony_prompt(chat.messages)
+    prompt = chat.harmony_prompt(chat.messages)
     assert prompt.count(harmony.start) == len(chat.messages) + 3  # system, developer, and the one that begins
 
 

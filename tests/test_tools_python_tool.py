@@ -1,6 +1,6 @@
 """The python tool as its users meet it: what a session keeps, what it shows, and what Ctrl-C, threads and limits do to it.
 
-What scripts can do to the machine is in test_agents_sandbox.py.
+What scripts can do to the machine is in test_tools_sandbox.py.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 from python_sandboxes import IS_MAC, SMALL, best_kind, inside, linux_only, outside
 
-from openelm_mlx.agents import python_tool, sandbox, sandbox_usage
-from openelm_mlx.agents.python_tool import PythonTool
-from openelm_mlx.agents.sandbox import BUBBLEWRAP, NAMESPACES, NONE, SANDBOX_EXEC, Python
 from openelm_mlx.errors import ToolError
 from openelm_mlx.text.schema import PYTHON
+from openelm_mlx.tools import python_tool, sandbox, sandbox_usage
+from openelm_mlx.tools.python_tool import PythonTool
+from openelm_mlx.tools.sandbox import BUBBLEWRAP, NAMESPACES, NONE, SANDBOX_EXEC, Python
 
 __all__ = ["inside", "outside"]  # fixtures
 
@@ -265,7 +265,7 @@ def test_an_end_between_two_scripts_is_told_and_the_next_one_runs(inside):
 def test_the_sandbox_ends_with_the_program_that_made_it():
     best_kind()
     program = (
-        "from openelm_mlx.agents.python_tool import PythonTool\ntool = PythonTool()\ntool('1')\n"
+        "from openelm_mlx.tools.python_tool import PythonTool\ntool = PythonTool()\ntool('1')\n"
         "print(tool._owner._place._process.pid, flush=True)\ntool('while True: pass')"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=SOURCE)
@@ -282,7 +282,7 @@ def test_the_sandbox_ends_with_the_program_that_made_it():
 def test_without_namespaces_it_ends_with_the_program_too(kind):
     """An endless loop once went on for an hour after its program had been killed."""
     program = (
-        "from openelm_mlx.agents.python_tool import PythonTool\n"
+        "from openelm_mlx.tools.python_tool import PythonTool\n"
         f"tool = PythonTool(sandbox={kind!r})\n"
         "tool('1')\nprint(tool._owner._place._process.pid, tool.scratch / 'started', flush=True)\n"
         'tool(\'open("started", "w").close()\\nwhile True: pass\')'

@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("mcp", reason="the MCP SDK is not installed: pip install 'openelm_mlx[mcp]'")
 
-from openelm_mlx.agents.calls import run
-from openelm_mlx.agents.mcp import McpServer
-from openelm_mlx.agents.mcp_messages import cleaned_result
-from openelm_mlx.agents.tool import ToolSet
 from openelm_mlx.errors import SettingError, ToolError
 from openelm_mlx.text.repair import repaired
 from openelm_mlx.text.schema import check_schema, type_text
+from openelm_mlx.tools.calls import run
+from openelm_mlx.tools.mcp import McpServer
+from openelm_mlx.tools.mcp_messages import cleaned_result
+from openelm_mlx.tools.tool import ToolSet
 
 PROGRAM = [sys.executable, "-S", "-I", str(Path(__file__).parent / "mcp_sloppy_server.py")]
 GOOD = {"name": "good", "inputSchema": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
@@ -214,7 +214,7 @@ def test_the_time_limit_is_what_it_says(tmp_path, monkeypatch):
     assert not threads[0]._thread.is_alive()
     # The list of tools has what connecting has left.
     waits.clear()
-    monkeypatch.setattr("openelm_mlx.agents.mcp.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("openelm_mlx.tools.mcp.time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(
         McpServer, "_result", lambda self, future, seconds: waits.append(seconds) or result(self, future, 60)
     )

@@ -1,6 +1,6 @@
 """The python tool on macOS, as far as it can be held without one: the profile's text for each kind of Python, and what
 libproc says of a process, given by a library in its place. The attacks themselves run in sandbox-exec on a Mac
-(test_agents_sandbox.py)."""
+(test_tools_sandbox.py)."""
 
 import ctypes
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from python_sandboxes import SMALL
 
-from openelm_mlx.agents import python_process, sandbox, sandbox_mac, sandbox_usage
-from openelm_mlx.agents.python_tool import PythonTool
-from openelm_mlx.agents.sandbox import BUBBLEWRAP, NONE, SANDBOX_EXEC, Python
+from openelm_mlx.tools import python_process, sandbox, sandbox_mac, sandbox_usage
+from openelm_mlx.tools.python_tool import PythonTool
+from openelm_mlx.tools.sandbox import BUBBLEWRAP, NONE, SANDBOX_EXEC, Python
 
 # Where each kind of Python has its interpreter, what it loads beside the system's libraries, and where links lead.
 BREW, PORTS = "/opt/homebrew", "/opt/local/Library/Frameworks/Python.framework/Versions/3.13"

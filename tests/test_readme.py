@@ -59,7 +59,7 @@ def test_its_python_runs():
 def test_its_links_and_its_files_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    listing = README.split("openelm_mlx/\n")[1].split("```")[0]
+    listing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("openelm_mlx/\n")[1].split("```")[0]
     for name in re.findall(r"^  ([a-z_]+(?:\.py|/))", listing, re.MULTILINE):
         assert (ROOT / "openelm_mlx" / name).exists(), name
     rooms = {path.name for path in (ROOT / "openelm_mlx").iterdir() if path.is_dir() and path.name != "__pycache__"}

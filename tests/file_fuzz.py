@@ -39,7 +39,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from conftest import random_model, save_folder  # noqa: E402
 
-from openelm_mlx.bench.routing import Trace  # noqa: E402
+from benchmarks.measurements.routing import Trace  # noqa: E402
 from openelm_mlx.checkpoint.torch_file import refuse_harmful  # noqa: E402
 from openelm_mlx.conversation.session import Chat  # noqa: E402
 from openelm_mlx.conversion import convert  # noqa: E402

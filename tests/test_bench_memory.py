@@ -5,10 +5,10 @@ import json
 import pytest
 from test_bench_against import SMALL
 
+from benchmarks.memory import main
 from openelm_mlx.bench import memory
 from openelm_mlx.bench.against import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
-from openelm_mlx.commands import main
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def shapes(monkeypatch):
 
 
 def test_a_row_for_each_shape_and_prompt(shapes, capsys, tmp_path):
-    assert main(["bench-memory", "--prompt-tokens", "8,20", "--folder", str(tmp_path), "--json"]) == 0
+    assert main(["--prompt-tokens", "8,20", "--folder", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(row["shape"], row["prompt"]) for row in found["rows"]] == [
         (shape, prompt) for shape in ("tiny gpt-oss", "thin OpenELM") for prompt in (8, 20)
@@ -47,7 +47,7 @@ NUMBERS = ("weights", "scratch", "planned", "peak", "planned_process", "peak_pro
 
 def test_the_table_for_people(shapes, monkeypatch, capsys):
     monkeypatch.setattr(memory, "_in_a_fresh_process", lambda *_: dict.fromkeys(NUMBERS, 2_000_000))
-    assert main(["bench-memory", "--only", "tiny", "--prompt-tokens", "8"]) == 0
+    assert main(["--only", "tiny", "--prompt-tokens", "8"]) == 0
     machine, heading, row = capsys.readouterr().out.splitlines()
     assert machine
     assert heading.split()[:3] == ["shape", "prompt", "planned"]
@@ -62,7 +62,7 @@ def test_the_table_for_people(shapes, monkeypatch, capsys):
     ],
 )  # fmt: skip
 def test_bad_wishes_are_one_sentence(shapes, capsys, options, said):
-    assert main(["bench-memory", *options]) == 2
+    assert main(options) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert said in lines[0]

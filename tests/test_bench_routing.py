@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import openelm_mlx as om
-from openelm_mlx.bench import routing, streaming
-from openelm_mlx.bench.routing import Speed, Trace, alike, recording, replay, reuse_depths, uniform
-from openelm_mlx.commands import main
+from benchmarks.measurements import predictions, routing, streaming
+from benchmarks.measurements.routing import Speed, Trace, alike, recording, replay, reuse_depths, uniform
+from benchmarks.streaming import main
+from openelm_mlx.checkpoint.layouts import Parameter
 from openelm_mlx.errors import SettingError
 from openelm_mlx.experts.slots import LeastRecentlyUsed
 from openelm_mlx.memory.machine import find_mac
@@ -43,7 +44,7 @@ def demo_routes():
 def short_trace(demo_routes, monkeypatch):
     """The demo answers once for all tests, and predictions are made of few tokens."""
     monkeypatch.setattr(streaming, "demo_trace", lambda: demo_routes)
-    monkeypatch.setattr("openelm_mlx.commands.bench_streaming.PREDICTED_TOKENS", 24)
+    monkeypatch.setattr("benchmarks.streaming.PREDICTED_TOKENS", 24)
 
 
 def test_the_trace_is_the_same_whatever_is_in_memory(runs):
@@ -111,7 +112,7 @@ def test_times_are_sums():
 def test_the_released_sizes_have_their_expert_bytes():
     spec = spec_from_config(streaming.released_gpt_oss_config("20b"))
     assert routing.expert_bytes_of(spec) == 13_219_200
-    rows = streaming.mac_predictions(
+    rows = predictions.mac_predictions(
         "20b", uniform(50, 24, 32, 4), [find_mac("M4 16GB"), find_mac("M3 Max 36GB")], (8, 32)
     )
     assert [row["mac"] for row in rows] == ["M4 16GB", "M4 16GB", "M3 Max 36GB", "M3 Max 36GB"]
@@ -144,8 +145,9 @@ def test_the_demo_s_routes_are_those_of_its_single_tokens(demo_routes):
         ("--predict 20b --trace /nowhere/file", "No such file"), (f"--predict 20b --trace {__file__}", "no routing trace"),
     ],
 )  # fmt: skip
-def test_what_is_not_known_is_not_measured(capsys, options, words):
-    assert main(["bench-streaming", "--tokens", "1", "--warm-up", "0", *options.split()]) == 2
+def test_what_is_not_known_is_not_measured(capsys, monkeypatch, options, words):
+    monkeypatch.setattr(Parameter, "read", lambda *_: pytest.fail("a tensor was read"))
+    assert main(["--tokens", "1", "--warm-up", "0", *options.split()]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert words in shown.err
@@ -156,18 +158,16 @@ def test_a_recorded_trace_is_what_predictions_are_made_of(tmp_path, capsys, monk
     known, file = streaming.released_gpt_oss_config("20b"), tmp_path / "routes"
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **TINY})
-        assert (
-            main(["bench-streaming", *f"--random 20b --layers 2 --record {file} --tokens 5 --warm-up 2".split()]) == 0
-        )
+        assert main(f"--random 20b --layers 2 --record {file} --tokens 5 --warm-up 2".split()) == 0
     trace = Trace.load(file)
     assert (trace.num_experts, trace.num_layers) == (8, 2)
     assert [len(each) for each in trace.passes] == [64, *[1] * 7]
     capsys.readouterr()
     options = ["--predict", "20b", "--macs", "M4 16GB", "--json", str(tmp_path / "json")]
-    assert main(["bench-streaming", *options, "--trace", str(file)]) == 0
+    assert main([*options, "--trace", str(file)]) == 0
     by_trace = json.loads((tmp_path / "json").read_text())["macs"]
     assert "routed as the trace routes" in capsys.readouterr().out
-    assert main(["bench-streaming", *options]) == 0
+    assert main(options) == 0
     by_demo = json.loads((tmp_path / "json").read_text())["macs"]
     assert [row["slots"] for row in by_trace] == [8, 12, 16, 20, 24, 28, 32]
     assert [row["uniform"] for row in by_trace] == [row["uniform"] for row in by_demo]
@@ -209,7 +209,7 @@ def test_routing_that_never_changes_can_be_stretched_and_squeezed():
 
 
 def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys, short_trace):
-    assert main(["bench-streaming", "--predict", "20b", "--macs", "all"]) == 0
+    assert main(["--predict", "20b", "--macs", "all"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     slots = {" ".join(row[: row.index("slots") - 1]): int(row[row.index("slots") - 1]) for row in rows}
     assert len(slots) > 40
@@ -220,12 +220,12 @@ def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys, short_trace):
 def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch, short_trace):
     known = streaming.released_gpt_oss_config("20b")
     monkeypatch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **TINY})
-    monkeypatch.setattr("openelm_mlx.commands.bench_streaming.predict", lambda *_: None)
+    monkeypatch.setattr("benchmarks.streaming.predict", lambda *_: None)
     arguments = (
         "--random 20b --layers 2 --routing own,uniform,skewed --cache warm,cold --writes view,copy --tokens 3 --warm-up 2 "
         f"--prefill 40 --slots 6,4 --json {tmp_path / 'out.json'}"
     )
-    assert main(["bench-streaming", *arguments.split()]) == 0
+    assert main(arguments.split()) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["row"]) == 2 * 2 * 3 * 2 * 2
     assert all(each["is_identical"] for each in found["identical"])

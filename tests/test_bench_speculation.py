@@ -8,8 +8,9 @@ from conftest import FIXTURES, load_fixture
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
-from openelm_mlx.bench.speculation import SpeculationResult, made_pair, measure_speculation
-from openelm_mlx.commands import main
+from benchmarks.measurements.speculation import SpeculationResult, made_pair, measure_speculation
+from benchmarks.speculation import main
+from openelm_mlx.checkpoint.layouts import Parameter
 
 
 def result(**changes):
@@ -60,17 +61,31 @@ def test_the_command(monkeypatch, capsys):
         asked.append((len(model.layers), type(draft).__name__, len(prompts), max_tokens, repetitions))
         return result(speculative_tps=160.0)
 
-    monkeypatch.setattr("openelm_mlx.bench.speculation.measure_speculation", measured)
-    assert main(["bench", "--speculation", "--rounds", "2", "--completion-tokens", "9"]) == 0
+    monkeypatch.setattr("benchmarks.measurements.speculation.measure_speculation", measured)
+    assert main(["--rounds", "2", "--completion-tokens", "9"]) == 0
     assert asked == [(32, "PromptLookup", 6, 9, 2), (32, "DraftModel", 6, 9, 2)]
     out = capsys.readouterr().out
     assert "1.60 times; 1.67 times is what costs and acceptance allow, so 96% of it" in out
     assert "60 of 80 guesses right" in out
-    monkeypatch.setattr("openelm_mlx.bench.speculation.measure_speculation", lambda *_: result(speculative_tps=120.0))
-    assert main(["bench", "--speculation", "--json", "--model", "demo-gpt-oss"]) == 1
+    monkeypatch.setattr(
+        "benchmarks.measurements.speculation.measure_speculation", lambda *_: result(speculative_tps=120.0)
+    )
+    assert main(["--json", "--model", "demo-gpt-oss"]) == 1
     assert json.loads(capsys.readouterr().out)["results"]["looked up"]["efficiency"] < 0.9
 
 
-def test_a_draft_model_must_fit(capsys):
-    assert main(["bench", "--speculation", "--draft-model", "demo-gpt-oss"]) == 2
-    assert "share the tokenizer" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--draft-model demo-gpt-oss", "must share the tokenizer"), ("--draft-model /no/such/model", "/no/such/model"),
+        ("--rounds 0", "--rounds is 0: it must be at least 1"),
+        ("--completion-tokens 1", "--completion-tokens is 1: it must be at least 2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_said_before_a_tensor_is_read(capsys, monkeypatch, options, said):
+    monkeypatch.setattr(Parameter, "read", lambda *_: pytest.fail("a tensor was read"))
+    assert main(options.split()) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
+    assert shown.err.count("\n") == 1

@@ -133,8 +133,6 @@ def test_what_is_wrong_is_said_before_a_tensor_is_read(capsys, reads, monkeypatc
         ("chat --tools calculator", "OpenELM has no format for tools"), (f"chat --load {__file__}", "holds no saved chat"),
         ("chat --tools nonsense", "nonsense"),
         ("bench --against nothing --prompt-tokens 99999", "--prompt-tokens 99999"), ("bench --chart /no/a.png", "/no"),
-        ("bench --against nothing --speculation --draft-model demo-gpt-oss", "must share the tokenizer"),
-        ("bench-streaming --json /no/a.json", "/no"), ("bench-streaming --record /no/a.npz", "/no"),
     ],
 )  # fmt: skip
 def test_so_do_the_options_that_one_command_has(capsys, reads, monkeypatch, arguments, said):

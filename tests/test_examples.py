@@ -19,7 +19,6 @@ SAYS = {
     "convert_and_compare.py": "KL divergence",
     "extract_json.py": "7 * 6\n",
     "kv_quality.py": "same likeliest token",
-    "dense_quality.py": "same top",
     "logprobs.py": "rather than",
     "research_files.py": "】",
     "mlx_lm_interop.py": "stringed instrument",

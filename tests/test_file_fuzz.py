@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import random_model, save_folder
 
-from openelm_mlx.bench.routing import Trace
+from benchmarks.measurements.routing import Trace
 from openelm_mlx.conversation.session import Chat
 from openelm_mlx.conversion import convert
 from openelm_mlx.decoding.prefix_file import load_entries

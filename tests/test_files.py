@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from openelm_mlx.bench.routing import Trace
+from benchmarks.measurements.routing import Trace
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import CheckpointError, ConfigError, UserError

@@ -23,10 +23,10 @@ import yaml
 from conftest import random_model, save_folder
 
 import openelm_mlx as om
+from benchmarks.measurements.streaming import forget_files
 from openelm_mlx.bench import selfcheck_machine
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.bench.selfcheck import CheckFailed, Clock
-from openelm_mlx.bench.streaming import forget_files
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config, read_header
 from openelm_mlx.checkpoint.released import released_gpt_oss_config, released_openelm_config
 from openelm_mlx.checkpoint.writer import OutputTensor, check_destination, plan_files, write_sparse
@@ -744,7 +744,7 @@ def test_a_file_is_dropped_from_the_cache_without_posix_fadvise(tmp_path, monkey
     forget_file(tmp_path / "empty", Library())
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     dropped = []
-    monkeypatch.setattr("openelm_mlx.bench.streaming.forget_file", dropped.append)
+    monkeypatch.setattr("benchmarks.measurements.streaming.forget_file", dropped.append)
     forget_files(SimpleNamespace(files=[SimpleNamespace(path=file)]))
     assert dropped == [file]
 

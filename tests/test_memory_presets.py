@@ -10,8 +10,8 @@ from conftest import random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
+from benchmarks.measurements.quality import COLUMNS, divergence
 from openelm_mlx.bench.benchmark import _mlx_lm_model
-from openelm_mlx.bench.quality import COLUMNS, divergence
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import build_parser, main
@@ -142,7 +142,7 @@ def test_what_was_measured_is_whole():
         assert 0 <= row.same_top <= 1
         assert 0 <= row.kl <= row.largest_kl
         assert row.positions > 90
-        assert row.command.startswith("python examples/")
+        assert row.command.startswith("python -m benchmarks.quality --words ")
     for family in ("gpt_oss", "openelm"):
         found = [quality_of(family, bits) for bits in (8, 6, 4)]
         assert [row.bits for row in found] == [8, 6, 4]

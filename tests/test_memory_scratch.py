@@ -96,7 +96,7 @@ def test_every_part_takes_what_its_sum_says(folders, name, length, offset):
         planned = layer_scratch(model.spec, layer, length, offset, itemsize(model), "cpu", kv_bits)
         largest = max(measured)
         # Of so little a thread may have computed and given back some before the rest was dispatched; larger models' parts
-        # are as their sums (bench-memory). Small parts have masks and indices that are not counted.
+        # are as their sums (python -m benchmarks.memory). Small parts have masks and indices that are not counted.
         for said, was in zip((planned.before, planned.attention, planned.after), measured, strict=True):
             assert was - 0.1 * largest <= said <= was + 0.35 * largest, (layer.window, planned, measured)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "openelm_mlx"
+# Developers' measurements, which are no part of the wheel.
+BENCHMARKS = PACKAGE.parent / "benchmarks"
 
 # A room may import those before it, and itself.
 ORDER = [
@@ -50,6 +52,15 @@ def test_imports_go_one_way(file):
         return  # the front door names the public functions of every room
     for room in imported_rooms(file):
         assert RANK[room] < RANK[own] or room == own, f"{file.name} in {own} imports {room}"
+
+
+def test_nothing_in_the_package_needs_the_benchmarks():
+    """Neither an import nor a string that a process is started with; a docstring may name them."""
+    for file in PACKAGE.rglob("*.py"):
+        assert "benchmarks" not in {line[0] for line in imports(file)}, file
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith(("benchmarks.", "benchmarks/")), f"{file}:{node.lineno}"
 
 
 def test_the_text_room_has_no_mlx_and_models_touch_no_disk():
@@ -95,8 +106,8 @@ SHOWING = ("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__", "trac
 
 def test_only_one_file_shows_anything():
     """What is shown goes through commands/output.py, where it is made harmless for a terminal."""
-    for file in PACKAGE.rglob("*.py"):
-        if file.relative_to(PACKAGE).as_posix() in (*NOT_SHOWN, "commands/output.py"):
+    for file in [*PACKAGE.rglob("*.py"), *BENCHMARKS.rglob("*.py")]:
+        if PACKAGE in file.parents and file.relative_to(PACKAGE).as_posix() in (*NOT_SHOWN, "commands/output.py"):
             continue
         tree = ast.parse(file.read_text())
         # Children of the benchmarks write one JSON object for their parent.

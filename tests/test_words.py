@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "openelm_mlx"
-FILES = sorted(PACKAGE.rglob("*.py"))
+ROOT = Path(__file__).parent.parent
+FILES = sorted(file for name in ("openelm_mlx", "benchmarks") for file in (ROOT / name).rglob("*.py"))
 # What developers ask of the library, and how they keep count of it.
 WORDS = re.compile(
     r"\b(asked|missed|targets|goals?|acceptance|criteri(on|a)|milestones?|backlog|sprint|roadmap|todo|fixme|xxx)\b",
@@ -32,7 +32,7 @@ def strings(source: str) -> Iterator[str]:
             yield node.value
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_developers_words_in_what_is_said(file):
     found = [text for text in strings(file.read_text()) if WORDS.search(text)]
     # A sentence of the library's about guessing: how often a draft is accepted is the field's word.

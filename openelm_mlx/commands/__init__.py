@@ -13,7 +13,8 @@ import importlib
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -31,8 +32,6 @@ COMMANDS = {
     "info": "info",
     "bench": "bench",
     "selfcheck": "selfcheck",
-    "bench-streaming": "bench_streaming",
-    "bench-memory": "bench_memory",
 }
 
 INTERRUPTED = 130
@@ -90,11 +89,19 @@ def _listed(names: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_program(prog, arguments, partial(build_parser, prog, arguments))
+
+
+def run_program(prog: str, arguments: Sequence[str], make_parser: Callable[[], Parser]) -> int:
+    """Run what these arguments say, told of as `prog` where it goes wrong, and return its exit code.
+
+    make_parser: its parser sets `run`, args -> exit code, and `command`, the parser whose options advice names.
+    """
     if not output.open_streams():
         output.error(prog, "Standard output is closed, and the answer would go there.")
         return 2
     try:
-        code = _run(prog, arguments)
+        code = _run(prog, arguments, make_parser)
         output.flush()  # what cannot be written is told here, and not by Python at its end
         return code
     except SystemExit:  # help, the version, or a mistake in the arguments
@@ -117,9 +124,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
         return 70
 
 
-def _run(prog: str, arguments: Sequence[str]) -> int:
+def _run(prog: str, arguments: Sequence[str], make_parser: Callable[[], Parser]) -> int:
     try:
-        args = build_parser(prog, arguments).parse_args(arguments)
+        args = make_parser().parse_args(arguments)
         output.speak_for(args.command)
         keep_float32()
         require_mlx()

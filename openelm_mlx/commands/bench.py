@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from typing import TYPE_CHECKING
 
-from ..errors import SettingError, TokenizerError
+from ..errors import SettingError
 from .options import add_overwrite, add_preset_argument, bits_asked_for
 from .output import report, report_json, say
 
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from ..bench.benchmark import Figure
     from ..models import Model
-
-# What a model that knows a dictionary is asked in `--speculation`.
-_WORDS = ("banjo", "piano", "river", "teacher", "hammer", "cathedral")
 
 HELP = "measure speed and memory on this machine, beside mlx-lm in the same run"
 
@@ -59,13 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --random: each run in a process of its own (as is done anyway when both models do not fit)",
     )
-    parser.add_argument(
-        "--speculation",
-        action="store_true",
-        help="measure what guessing ahead gains instead: by looking up, and with --draft-model; of demo-openelm, four times "
-        "as deep, guessed for by itself in 4 bits",
-    )
-    parser.add_argument("--draft-model", metavar="SOURCE", help="with --speculation: a smaller model that guesses")
     parser.add_argument("--chart", metavar="FILE", help="draw the rates of both sides into a .png or .svg file")
     add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object with every sample")
@@ -77,10 +67,6 @@ def run(args: argparse.Namespace) -> int:
 
     chart = check_chart(args.chart, args.overwrite)
     _check_combination(args)
-    if args.speculation:
-        return run_speculation(args)
-    if args.draft_model is not None:
-        raise SettingError("--draft-model is for --speculation here: add it, or leave --draft-model out.")
     if args.random is not None:
         return run_random(args, chart)
     from ..bench.benchmark import Settings, figures_as_json, machine_description, run_benchmark
@@ -120,10 +106,6 @@ def _check_combination(args: argparse.Namespace) -> None:
         raise SettingError(f"--layers is {args.layers}: it must be at least 1.")
     if not 0 <= args.seconds < float("inf"):
         raise SettingError(f"--seconds is {args.seconds}: give seconds from 0 on.")
-    if args.speculation and (args.chart is not None or args.random is not None):
-        raise SettingError(
-            "--speculation measures guessing of a model and has no chart: leave --random and --chart out."
-        )
     bits_asked_for(args, "--bits")
     if args.random is None:
         given = [each for each in ("bits", "layers", "long_context", "apart") if getattr(args, each)]
@@ -139,46 +121,6 @@ def _check_lengths(model: Model, args: argparse.Namespace) -> None:
             f"--prompt-tokens {args.prompt_tokens} and --completion-tokens {args.completion_tokens} are more than the "
             f"{model.context_length:,} tokens of {args.model}'s context: give fewer."
         )
-
-
-def run_speculation(args: argparse.Namespace) -> int:
-    """Measure guessing. Returns 0 when it gains nine tenths of what could be gained, and never loses more than 3 %."""
-    from ..bench.benchmark import machine_description
-    from ..bench.speculation import made_pair, measure_speculation, speculation_lines
-    from ..decoding.drafts import DraftModel, Drafts, PromptLookup
-    from ..engine.prompt import encode_prompt
-    from ..loading import prepare
-    from ..models.openelm import OpenELM
-    from ..tokenizers import missing_tokenizer_message
-
-    prepared = prepare(args.model, preset=args.preset)
-    if prepared.tokenizer is None:
-        raise TokenizerError(missing_tokenizer_message(prepared.model.spec))
-    small_one = None if args.draft_model is None else prepare(args.draft_model)
-    if small_one is not None:
-        DraftModel(small_one.model, small_one.tokenizer).check(prepared.model, prepared.tokenizer)
-    model, tokenizer = prepared.read()
-    drafts: dict[str, Drafts] = {"looked up": PromptLookup()}
-    if small_one is not None:
-        small, small_tokenizer = small_one.read()
-        drafts["draft model"] = DraftModel(small, small_tokenizer)
-    elif args.model == "demo-openelm" and isinstance(model, OpenELM):
-        model, small = made_pair(model)
-        drafts["draft model"] = DraftModel(small, tokenizer)
-    for draft in drafts.values():
-        draft.check(model, tokenizer)
-    prompts = [encode_prompt(model, tokenizer, f"What is a {word}?").tokens for word in _WORDS]
-    found = {}
-    if not args.json:
-        report(f"{args.model} on {machine_description()}")
-    for name, draft in drafts.items():
-        found[name] = measure_speculation(model, draft, prompts, args.completion_tokens, args.rounds)
-        if not args.json:
-            report("\n".join(speculation_lines(name, found[name])))
-    if args.json:
-        results = {name: each.as_dict() for name, each in found.items()}
-        report_json({"machine": machine_description(), "model": args.model, "results": results})
-    return 0 if all(each.efficiency >= 0.9 and each.gain >= 0.97 for each in found.values()) else 1
 
 
 def run_random(args: argparse.Namespace, chart: Path | None) -> int:

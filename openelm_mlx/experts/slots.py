@@ -1,6 +1,6 @@
 """Which experts of a layer are in memory, and which has to go when another one comes: decisions in plain Python.
 
-`experts/residency.py` acts on them; `bench/routing.py` replays recorded routing through the very same classes.
+`experts/residency.py` acts on them; `benchmarks/measurements/routing.py` replays recorded routing through the same classes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What fewer bits of the dense parts do to a model, as it was measured: quality.tsv, which a plan shows beside its choices.
 
-`examples/dense_quality.py` measures it (bench/quality.py says how).
+`python -m benchmarks.quality` measures it, in a clone (benchmarks/measurements/quality.py says how).
 """
 
 from __future__ import annotations

@@ -1,25 +1,29 @@
-"""`python -m openelm_mlx bench-streaming`: what it costs to leave experts on disk, on this machine and by simulation."""
+"""`python -m benchmarks.streaming`: what it costs to leave experts on disk, on this machine and by simulation."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import DestinationError, SettingError
-from ..outputs import checked_output, json_with, write_output
-from ..text.terminal import to_json
-from .options import add_overwrite
-from .output import report, say
+from openelm_mlx.commands.options import add_overwrite
+from openelm_mlx.commands.output import report, say
+from openelm_mlx.errors import DestinationError, SettingError
+from openelm_mlx.outputs import checked_output, json_with, write_output
+from openelm_mlx.text.terminal import to_json
+
+from .command import run_benchmark
 
 if TYPE_CHECKING:
-    from ..bench.routing import Trace
-    from ..bench.streaming import Settings
-    from ..experts.writable import WriteMode
-    from ..memory.machine import Machine
+    from openelm_mlx.experts.writable import WriteMode
+    from openelm_mlx.memory.machine import Machine
+
+    from .measurements.routing import Trace
+    from .measurements.streaming import Settings
 
 FORMAT = "openelm_mlx bench-streaming"
 WHAT, IS_FIGURES = "The JSON of this run", json_with("format", FORMAT)
@@ -91,9 +95,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    from ..bench import routing
-    from ..bench.streaming import check_has_experts, demo_trace, own_trace, random_model
-    from ..experts.residency import checked_slots
+    from openelm_mlx.experts.residency import checked_slots
+
+    from .measurements import routing
+    from .measurements.streaming import check_has_experts, demo_trace, own_trace, random_model
 
     found: dict[str, list[Any]] = {}
     settings, machines = settings_of(args), machines_of(args.macs)  # before 14 GB are written
@@ -135,11 +140,12 @@ def write_json(args: argparse.Namespace, found: dict[str, list[Any]]) -> int:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """What is to be measured, of the model that the arguments name. Raises SettingError."""
-    from ..bench.routing import Trace
-    from ..bench.streaming import Settings
-    from ..checkpoint.released import released_gpt_oss_config
-    from ..experts.residency import checked_slots
-    from ..specs import spec_from_config
+    from openelm_mlx.checkpoint.released import released_gpt_oss_config
+    from openelm_mlx.experts.residency import checked_slots
+    from openelm_mlx.specs import spec_from_config
+
+    from .measurements.routing import Trace
+    from .measurements.streaming import Settings
 
     for option, least in (("tokens", 1), ("warm_up", 0), ("prefill", 0), ("layers", 1)):
         value = getattr(args, option)
@@ -166,16 +172,17 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def machines_of(names: str) -> list[Machine] | None:
     """The Macs of these names, None for all. Raises SettingError."""
-    from ..memory.machine import find_mac
+    from openelm_mlx.memory.machine import find_mac
 
     return None if names.strip() == "all" else [find_mac(each) for each in names.split(",")]
 
 
 def measure(args: argparse.Namespace, settings: Settings, found: dict[str, list[Any]]) -> None:
     """Print a line for each way of decoding as it is measured."""
-    from ..bench.benchmark import machine_description
-    from ..bench.streaming import Row, row_as_json
-    from ..bench.streaming import run as run_settings
+    from openelm_mlx.bench.benchmark import machine_description
+
+    from .measurements.streaming import Row, row_as_json
+    from .measurements.streaming import run as run_settings
 
     report(f"{args.model if args.random is None else 'random ' + args.random} on {machine_description()}")
     report(
@@ -234,7 +241,7 @@ def sentence(what: str, value: Mapping[str, Any]) -> str:
 
 def calibrate(found: dict[str, list[Any]]) -> None:
     """The demo at several numbers of slots, and what the simulator says of them after the first."""
-    from ..bench.streaming import measured_predictions
+    from .measurements.predictions import measured_predictions
 
     prompts = [f"What is a {word}?" for word in ("banjo", "glacier", "tax", "violin")]
     found["calibration"] = measured_predictions("demo-gpt-oss", (8, 4, 6, 10, 12, 14, 16), prompts, 48)
@@ -249,11 +256,13 @@ def calibrate(found: dict[str, list[Any]]) -> None:
 
 def predict(size: str, trace: Trace | None, machines: Sequence[Machine] | None, found: dict[str, list[Any]]) -> None:
     """What Macs should reach: simulated, not measured. machines: None for every Mac, each as a plan leaves it."""
-    from ..bench.routing import alike, uniform
-    from ..bench.streaming import demo_trace, mac_predictions, planned_slots
-    from ..checkpoint.released import released_gpt_oss_config
-    from ..memory.machine import macs
-    from ..specs import spec_from_config
+    from openelm_mlx.checkpoint.released import released_gpt_oss_config
+    from openelm_mlx.memory.machine import macs
+    from openelm_mlx.specs import spec_from_config
+
+    from .measurements.predictions import mac_predictions, planned_slots
+    from .measurements.routing import alike, uniform
+    from .measurements.streaming import demo_trace
 
     spec = spec_from_config(released_gpt_oss_config(size))
     num_experts, k = spec.layers[0].num_experts, spec.layers[0].experts_per_token
@@ -281,3 +290,12 @@ def predict(size: str, trace: Trace | None, machines: Sequence[Machine] | None, 
                 f"{row['mac']:14} {row['slots']:3} slots  hits {row['hit_rate']:.0%}  {row['tokens_per_second']:5.1f} / "
                 f"{other['tokens_per_second']:5.1f} tokens/s{disk}"
             )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_benchmark("streaming", HELP, add_arguments, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

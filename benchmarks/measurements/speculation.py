@@ -18,18 +18,18 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from ..decoding.compiled_step import make_step
-from ..decoding.drafts import Drafts
-from ..decoding.prefill import prefill
-from ..decoding.sampling import Sampler, SamplingParams
-from ..decoding.speculation_gain import Gain
-from ..decoding.speculative import Guided, Speculative
-from ..decoding.step import Step
-from ..decoding.tokens import Choice, one_by_one
-from ..models.openelm import OpenELM
+from openelm_mlx.decoding.compiled_step import make_step
+from openelm_mlx.decoding.drafts import Drafts
+from openelm_mlx.decoding.prefill import prefill
+from openelm_mlx.decoding.sampling import Sampler, SamplingParams
+from openelm_mlx.decoding.speculation_gain import Gain
+from openelm_mlx.decoding.speculative import Guided, Speculative
+from openelm_mlx.decoding.step import Step
+from openelm_mlx.decoding.tokens import Choice, one_by_one
+from openelm_mlx.models.openelm import OpenELM
 
 if TYPE_CHECKING:
-    from ..models import Model
+    from openelm_mlx.models import Model
 
 _TIMINGS = 9
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..conversion import convert
-from ..conversion.verify import kl_divergence
-from ..decoding.sampling import SamplingParams
-from ..engine.prompt import encode_prompt
-from ..generate import stream_generate
-from ..loading import load
-from .against import random_prompt, shape_config
-from .random_checkpoint import write_random_checkpoint
-from .random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.bench.against import random_prompt, shape_config
+from openelm_mlx.bench.random_checkpoint import write_random_checkpoint
+from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.conversion import convert
+from openelm_mlx.conversion.verify import kl_divergence
+from openelm_mlx.decoding.sampling import SamplingParams
+from openelm_mlx.engine.prompt import encode_prompt
+from openelm_mlx.generate import stream_generate
+from openelm_mlx.loading import load
 
 # 16: the weights as they are, computed in bfloat16, which is what everybody does: what is less than that is no loss.
 BITS = 16, 8, 6, 4

@@ -16,16 +16,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..errors import SettingError
-from ..experts.pace import Pace
-from ..experts.residency import Residency
-from ..experts.slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
-from ..files import open_regular, unreadable
-from ..memory.chips import READ_BACK_SECONDS
-from ..memory.rates import Rates
-from ..models.moe import SORT_FROM_ROUTES
-from ..outputs import npz_with, output_file
-from ..specs import ModelSpec
+from openelm_mlx.errors import SettingError
+from openelm_mlx.experts.pace import Pace
+from openelm_mlx.experts.residency import Residency
+from openelm_mlx.experts.slots import LeastRecentlyUsed, PolicyFactory, SlotTable, rounds_of
+from openelm_mlx.files import open_regular, unreadable
+from openelm_mlx.memory.chips import READ_BACK_SECONDS
+from openelm_mlx.memory.rates import Rates
+from openelm_mlx.models.moe import SORT_FROM_ROUTES
+from openelm_mlx.outputs import npz_with, output_file
+from openelm_mlx.specs import ModelSpec
 
 # Where a layer was not asked: of a chunk that only fills the cache the last layer's experts are not wanted.
 NOT_ASKED = -1

@@ -1,11 +1,15 @@
-"""`python -m openelm_mlx bench-memory`: what the planner predicts beside what is used, over models of many shapes."""
+"""`python -m benchmarks.memory`: what the planner predicts beside what is used, over models of many shapes."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from .output import report, report_json
+from openelm_mlx.commands.output import report, report_json
+
+from .command import run_benchmark
 
 HELP = "measure how far the planner's figures are from what models of many shapes use"
 
@@ -22,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print a row as it is known. Returns 0."""
-    from ..bench.benchmark import machine_description
-    from ..bench.memory import HEADING, SHAPES, rows
-    from ..errors import SettingError
-    from ..models.precision import runs_on_cpu
+    from openelm_mlx.bench.benchmark import machine_description
+    from openelm_mlx.bench.memory import HEADING, SHAPES, rows
+    from openelm_mlx.errors import SettingError
+    from openelm_mlx.models.precision import runs_on_cpu
 
     shapes = [name for name in SHAPES if args.only is None or args.only in name]
     if not shapes:
@@ -46,3 +50,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report_json({"machine": machine_description(), "rows": [row.as_dict() for row in found]})
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_benchmark("memory", HELP, add_arguments, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

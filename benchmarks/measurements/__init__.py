@@ -1,0 +1,1 @@
+"""What the benchmarks measure and simulate; the commands beside this folder read arguments and print."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .measurements.routing import Trace
     from .measurements.streaming import Settings
 
-FORMAT = "openelm_mlx bench-streaming"
+FORMAT = "openelm_mlx bench-streaming"  # in files since this command was one of the package
 WHAT, IS_FIGURES = "The JSON of this run", json_with("format", FORMAT)
 USUAL_MACS = "M4 16GB,M3 Max 36GB"
 # Tokens that a prediction simulates: enough that the reads which first fill the slots weigh little.

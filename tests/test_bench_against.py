@@ -249,12 +249,11 @@ def test_a_chart_of_a_comparison(monkeypatch, tmp_path, suffix, capsys):
     ("options", "said"),
     [
         (["--chart", "x.gif"], "must end in .png or .svg"), (["--chart", "/no/such/place/x.png"], "/no/such/place"),
-        (["--draft-model", "demo-openelm"], "--speculation"), (["--rounds", "0"], "--rounds is 0"),
-        (["--speculation", "--completion-tokens", "1"], "--completion-tokens is 1"), (["--bits", "4"], "--random"),
+        (["--rounds", "0"], "--rounds is 0"), (["--prompt-tokens", "1"], "--prompt-tokens is 1"),
+        (["--completion-tokens", "1"], "--completion-tokens is 1"), (["--bits", "4"], "--random"),
         (["--random", "openelm-270m", "--layers", "0"], "--layers is 0"), (["--layers", "1"], "--random"),
         (["--random", "openelm-270m", "--layers", "17"], "has 16 layers"), (["--apart"], "--random"),
-        (["--speculation", "--random", "openelm-270m"], "leave --random"), (["--seconds", "nan"], "--seconds is nan"),
-        (["--speculation", "--chart", "x.png"], "no chart"),
+        (["--seconds", "nan"], "--seconds is nan"),
     ],
 )  # fmt: skip
 def test_bad_options_are_sentences(options, said, capsys):

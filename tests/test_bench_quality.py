@@ -1,6 +1,7 @@
 """What fewer bits do to a model: the figures of real runs of few tokens, and the table that a plan reads."""
 
 import csv
+import math
 
 import mlx.core as mx
 import pytest
@@ -8,7 +9,15 @@ from test_bench_against import SMALL
 
 from benchmarks import quality as command
 from benchmarks.measurements import quality
-from benchmarks.measurements.quality import COLUMNS, HEADING, WORDS, Divergence, demo_divergences, random_divergences
+from benchmarks.measurements.quality import (
+    COLUMNS,
+    HEADING,
+    WORDS,
+    Divergence,
+    demo_divergences,
+    divergence,
+    random_divergences,
+)
 from benchmarks.quality import main
 from openelm_mlx.bench.against import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
@@ -81,7 +90,13 @@ def test_a_file_of_the_user_s_is_kept(measured, capsys, tmp_path):
     assert file.read_text().startswith(COLUMNS)
 
 
-def test_logits_that_are_the_same_do_not_diverge():
-    logits = [mx.random.normal((3, 8), key=mx.random.key(0))]
-    found = quality.divergence("m", "t", 8, logits, logits)
-    assert (found.kl, found.largest_kl, found.same_top, found.logits_error) == (0, 0, 1, 0)
+def test_a_divergence_is_what_its_definition_says():
+    logits, other = mx.array([[0.0, math.log(3.0)]] * 2), mx.array([[0.0, math.log(3.0)], [0.0, 0.0]])
+    same = divergence("m", "t", 8, [logits], [logits])
+    assert (same.kl, same.same_top, same.logits_error, same.positions) == (0.0, 1.0, 0.0, 2)
+    found = divergence("m", "t", 8, [logits], [other])
+    largest = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert found.largest_kl == pytest.approx(largest, rel=1e-5)
+    assert found.kl == pytest.approx(largest / 2, rel=1e-5)
+    assert found.same_top == 0.5
+    assert found.logits_error == pytest.approx(math.sqrt(0.5), rel=1e-5)

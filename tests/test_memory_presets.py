@@ -1,7 +1,6 @@
 """Presets: one table that every command and call reads, and what a plan shows of them."""
 
 import json
-import math
 from dataclasses import replace
 
 import mlx.core as mx
@@ -10,7 +9,7 @@ from conftest import random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
-from benchmarks.measurements.quality import COLUMNS, divergence
+from benchmarks.measurements.quality import COLUMNS
 from openelm_mlx.bench.benchmark import _mlx_lm_model
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
@@ -159,18 +158,6 @@ def test_shares_are_whole_only_where_they_are():
         "98.3 %",
         "50.0 %",
     ]
-
-
-def test_a_divergence_is_what_its_definition_says():
-    logits, other = mx.array([[0.0, math.log(3.0)]] * 2), mx.array([[0.0, math.log(3.0)], [0.0, 0.0]])
-    same = divergence("m", "t", 8, [logits], [logits])
-    assert (same.kl, same.same_top, same.logits_error, same.positions) == (0.0, 1.0, 0.0, 2)
-    found = divergence("m", "t", 8, [logits], [other])
-    largest = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    assert found.largest_kl == pytest.approx(largest, rel=1e-5)
-    assert found.kl == pytest.approx(largest / 2, rel=1e-5)
-    assert found.same_top == 0.5
-    assert found.logits_error == pytest.approx(math.sqrt(0.5), rel=1e-5)
 
 
 # --- what a plan shows ---

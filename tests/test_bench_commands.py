@@ -68,3 +68,10 @@ def test_so_is_what_cannot_be_measured(name, option, said, capsys):
 def test_what_a_user_has_is_in_the_package():
     assert {"bench", "selfcheck", "plan"} < set(COMMANDS)
     assert not [name for name in COMMANDS if name.startswith("bench-")]
+
+
+def test_a_clone_has_them_and_an_installation_does_not():
+    project = (ROOT / "pyproject.toml").read_text()
+    of_wheel, of_sdist = (project.split(f"[tool.hatch.build.targets.{each}]\n")[1] for each in ("wheel", "sdist"))
+    assert of_wheel.splitlines()[0] == 'packages = ["openelm_mlx"]'
+    assert '"benchmarks"' in of_sdist.splitlines()[0]

@@ -3,6 +3,8 @@
 The slow, obvious form beside the caches is the whole sequence at one go.
 """
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -141,6 +143,27 @@ def test_corenet_adapters(fixtures, kind):
     assert max_difference(logits, known["logits_fp32"]) <= TOLERANCE
     base = load_fixture(fixtures / "openelm_lora")(mx.array(known["tokens"]))
     assert max_difference(base, known["logits_without_adapter_fp32"][..., : base.shape[-1]]) <= TOLERANCE
+
+
+def test_adapters_with_ranks_and_factors_of_their_own(fixtures, tmp_path):
+    """rsLoRA, whose factor is alpha / sqrt(r): PEFT's adapter of one layer, spelled as CoreNet stores one."""
+    folder = fixtures / "openelm_lora" / "patterns"
+    weights = mx.load(str(fixtures / "openelm_untied" / "model.safetensors"))
+    weights = {name.removeprefix("transformer."): weights[name] for name in weights if name != "lm_head.weight"}
+    for name, value in mx.load(str(folder / "adapter_model.safetensors")).items():
+        module, which = name.removeprefix("base_model.model.transformer.").removesuffix(".weight").rsplit(".", 1)
+        weights[f"{module}.{which}.lora.weight"] = value
+        if f"{module}.weight" in weights:
+            weights[f"{module}.base_layer.weight"] = weights.pop(f"{module}.weight")
+    mx.save_safetensors(str(tmp_path / "corenet.safetensors"), weights)
+    base = json.loads((fixtures / "openelm_untied" / "config.json").read_text())
+    settings = [(".*proj_1.*", 2, 16), (".*out_proj.*", 8, 4), (".*qkv_proj.*", 8, 16), (".*proj_2.*", 8, 16)]
+    lora = [{"regex": regex, "params": {"r": r, "lora_alpha": a, "use_rslora": True}} for regex, r, a in settings]
+    config = {"base": {**base, "model_name": "OpenELM-untied"}, "lora": {"config": lora}}
+    (tmp_path / "corenet.json").write_text(json.dumps(config))
+    known = oracle(folder)
+    logits = load_fixture(tmp_path)(mx.array(known["tokens"]))
+    assert max_difference(logits, known["logits_final"]) <= 1e-4
 
 
 @pytest.mark.parametrize("window", [3, 8])

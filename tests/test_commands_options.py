@@ -25,6 +25,7 @@ LOAD = {
     "--revision": ("v1", "load", "revision", "v1"),
     "--tokenizer": ("demo-openelm", "load", "tokenizer", "demo-openelm"),
     "--dtype": ("float16", "load", "dtype", "float16"),
+    "--preset": ("smallest", "load", "dense_bits", 4),
     "--dense-bits": ("8", "load", "dense_bits", 8),
     "--kv-bits": ("8", "load", "kv_bits", 8),
     "--expert-slots": ("5", "load", "expert_slots", 5),
@@ -41,12 +42,14 @@ PLAN = {
     "--batch-size": ("3", "plan", "batch_size", 3),
     "--prefill-chunk": ("64", "plan", "prefill_chunk", 64),
     "--kv-bits": ("8", "plan", "kv_bits", 8),
+    "--preset": ("balanced", "plan", "dense_bits", 8),
     "--dense-bits": ("4", "plan", "dense_bits", 4),
     "--expert-slots": ("5", "plan", "expert_slots", 5),
     "--dtype": ("float16", "plan", "dtype", "float16"),
 }
 CONVERT = {
     "--quantize": ("4", "convert", "quantize", "4"),
+    "--preset": ("balanced", "convert", "quantize", 8),
     "--group-size": ("32", "convert", "group_size", 32),
     "--dtype": ("float16", "convert", "dtype", "float16"),
     "--revision": ("v1", "convert", "revision", "v1"),
@@ -151,7 +154,7 @@ def test_an_option_reaches_what_it_names(command, option, entry, monkeypatch):
     prepared = SimpleNamespace(model=None, tokenizer=None, read=lambda: (None, None))
     monkeypatch.setattr("openelm_mlx.loading.prepare", recorder("load", prepared))
     monkeypatch.setattr("openelm_mlx.generate.stream_generate", recorder("stream"))
-    monkeypatch.setattr("openelm_mlx.conversation.session.Chat", recorder("Chat"))
+    monkeypatch.setattr("openelm_mlx.conversation.Chat", recorder("Chat"))
     monkeypatch.setattr("openelm_mlx.planning.plan", recorder("plan"))
     monkeypatch.setattr("openelm_mlx.conversion.convert", recorder("convert"))
     prompt = [] if option == "--prompt" else ["Hi"]

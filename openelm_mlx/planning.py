@@ -13,24 +13,24 @@ import mlx.core as mx
 
 from .checkpoint.layouts import Contents
 from .checkpoint.released import write_released_headers
-from .conversion.source import Source as OpenedSource
 from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, HubError, SettingError
 from .experts.residency import checked_slots
 from .files import hears_the_disk
-from .loading import dense_packing, dense_packings, memory_weights, packed_weights, parse_dtype, repository
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
 from .memory.plan import MemoryPlan, Wish, make_plan, parse_memory
 from .memory.presets import PRESETS, preset_bits
 from .memory.variants import variants_of
+from .placement import Placement, dense_packing, dense_packings, packed_weights, parse_dtype
+from .sources import Source, SourceName, repository
 from .specs import checked_kv_bits
 
 
 @hears_the_disk(CheckpointError)
 @refusing_unknown("om.plan")
 def plan(
-    source: str | Path,
+    source: SourceName,
     *,
     memory_limit: int | str | None = None,
     context_length: int | None = None,
@@ -73,7 +73,7 @@ def plan(
 
 def plans_on(
     machines: Sequence[Machine],
-    source: str | Path,
+    source: SourceName,
     *,
     revision: str | None = None,
     dtype: str | mx.Dtype | None = None,
@@ -104,7 +104,7 @@ class Planned:
 
     @classmethod
     def look(
-        cls, source: str | Path, revision: str | None, dtype: str | mx.Dtype | None, as_released: bool = False
+        cls, source: SourceName, revision: str | None, dtype: str | mx.Dtype | None, as_released: bool = False
     ) -> Planned:
         """At headers and config. Raises what opening a source raises."""
         wanted_type = parse_dtype(dtype)
@@ -121,17 +121,19 @@ class Planned:
         """The plan on a machine."""
         contents, on_cpu = self.contents, machine.backend == "cpu"
         wish, dense = checked_wish(contents, dense_bits=dense_bits, **wishes), dense_packing(dense_bits)
-        weights, itemsize = memory_weights(contents, self.dtype, dense, on_cpu, self.folder)
+        placement = Placement.of(contents, self.dtype, dense, on_cpu)
         packed = partial(packed_weights, contents, self.dtype, on_cpu, self.folder) if dense is None else None
         noted = calibrated(replace(machine, notes=(*machine.notes, self.note)) if self.note else machine)
-        return make_plan(self.source, contents.spec, weights, noted, wish, itemsize, packed)
+        return make_plan(
+            self.source, contents.spec, placement.weights(self.folder), noted, wish, placement.dtype.size, packed
+        )
 
 
 @hears_the_disk(CheckpointError)
-def _looked_at(source: str | Path, revision: str | None) -> tuple[Contents, Path | None, str | None]:
+def _looked_at(source: SourceName, revision: str | None) -> tuple[Contents, Path | None, str | None]:
     """What a source holds, where a tokenizer may be, and what has to be said of how that is known."""
     try:
-        opened = OpenedSource.open(source, revision)
+        opened = Source.open(source, revision, headers_only=True)
     except HubError as error:
         repo, wanted = repository(source, revision) or (str(source), revision)
         contents = released_contents(repo) if wanted is None else None
@@ -142,7 +144,7 @@ def _looked_at(source: str | Path, revision: str | None) -> tuple[Contents, Path
             None,
             f"these are the sizes that {source} was released with; of its files nothing is known: {error}",
         )
-    return opened.contents, opened.folder if opened.folder.is_dir() else opened.folder.parent, None
+    return opened.contents, opened.folder, None
 
 
 def released_contents(name: str) -> Contents | None:
@@ -152,7 +154,7 @@ def released_contents(name: str) -> Contents | None:
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "headers"
-        return OpenedSource.open(folder).contents if write_released_headers(folder, name) else None
+        return Source.open(folder).contents if write_released_headers(folder, name) else None
 
 
 def checked_wish(contents: Contents, memory_limit: int | str | None = None, **wishes: Any) -> Wish:

@@ -1,8 +1,32 @@
-"""The tokenizer of a model: what to say when there is none."""
+"""The tokenizer of a model: found, checked, made with its chat template; and what to say when there is none."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import hub
+from .errors import TokenizerError
+from .files import hears_the_disk
+from .finder import is_same_name
+from .hub import Progress
+from .sources import DEMOS, SourceName, existing_path, repository
 from .specs import ModelSpec
+from .text.chat import HARMONY, PLAIN, TemplateChoice, choose_template
+from .text.tokenizer import Tokenizer, load_tokenizer
+from .text.tokenizer_files import COMPANION_FILES, TOKENIZER_FILES
+
+# Repositories with the tokenizer that OpenELM was trained with. Those already in the Hugging Face cache are used as they
+# are; none is downloaded without being asked for, because Llama 2's is under a licence that its owner must accept.
+LLAMA_TOKENIZER_REPOS = (
+    "meta-llama/Llama-2-7b-hf",
+    "NousResearch/Llama-2-7b-hf",
+    "mlx-community/OpenELM-270M-Instruct",
+)
+
+# CoreNet pads 32,001 tokens to 32,128 rows; Harmony's vocabulary ends 1,069 rows before gpt-oss's.
+_MOST_PADDING_ROWS = 256
 
 _MISSING = {
     "openelm": (
@@ -23,3 +47,75 @@ _MISSING = {
 def missing_tokenizer_message(spec: ModelSpec) -> str:
     """The error for a model that was loaded without a tokenizer and is given text."""
     return _MISSING[spec.family]
+
+
+@hears_the_disk(TokenizerError)
+def find_tokenizer(
+    folder: Path,
+    spec: ModelSpec,
+    asked: SourceName | None = None,
+    progress: Progress | None = None,
+    chat_template: str = PLAIN,
+) -> Tokenizer | None:
+    """The tokenizer to use with the model in `folder`, by the search order of `load`; None when there is none.
+
+    chat_template: the one that it is made with, from `resolve_chat_template`. Raises TokenizerError for one that belongs to
+    another model, and where none is at the place that was asked for.
+    """
+    if asked is not None:
+        return _checked(load_tokenizer(_tokenizer_path(asked, progress), chat_template), spec, str(asked))
+    # OpenAI's repositories have it at the top, above the folder with the original weights.
+    for place in (folder, folder.parent) if is_same_name(folder.name, "original") else (folder,):
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
+            return _checked(load_tokenizer(place, chat_template), spec, str(place))
+    if spec.family != "openelm":
+        return None
+    for repo in LLAMA_TOKENIZER_REPOS:
+        for name in TOKENIZER_FILES:
+            cached = hub.cached_file(repo, name)
+            if cached is not None:
+                return _checked(load_tokenizer(cached, chat_template), spec, repo)
+    return None
+
+
+def resolve_chat_template(
+    config: Mapping[str, Any], asked: str | None, name: str, family: str = "openelm"
+) -> TemplateChoice:
+    """The chat template to use and why: asked for, else stored by conversion, else by the name of its source.
+
+    gpt-oss has Harmony and no other. Raises SettingError for a template that does not exist.
+    """
+    if family == "gpt_oss" and asked in (None, HARMONY):
+        return TemplateChoice(HARMONY, "because gpt-oss was trained with nothing else")
+    ours = config.get("openelm_mlx")
+    stored = ours.get("chat_template") if isinstance(ours, Mapping) else None
+    return choose_template(asked, stored, name)
+
+
+def _tokenizer_path(asked: SourceName, progress: Progress | None) -> Path:
+    if str(asked) in DEMOS:
+        return DEMOS[str(asked)]
+    path = existing_path(asked)
+    if path is not None:
+        return path
+    found = repository(asked)
+    if found is not None:
+        wanted = (*TOKENIZER_FILES, *COMPANION_FILES)
+        repo, revision = found
+        return hub.download(repo, lambda files: [f.name for f in files if f.name in wanted], revision, progress)
+    raise TokenizerError(f"There is no tokenizer at {asked}: give a file, a folder, or a Hugging Face repository.")
+
+
+def _checked(tokenizer: Tokenizer, spec: ModelSpec, origin: str) -> Tokenizer:
+    # Fewer tokens than rows are padding, a hundred or so; more tokens than rows, or far fewer, are another vocabulary.
+    if not 0 <= spec.vocab_size - tokenizer.vocab_size <= max(_MOST_PADDING_ROWS, spec.vocab_size // 50):
+        raise TokenizerError(
+            f"The tokenizer at {origin} has {tokenizer.vocab_size:,} tokens and the model {spec.vocab_size:,}: it belongs "
+            "to another model; give the right one with --tokenizer."
+        )
+    if spec.bos_token is not None and tokenizer.bos_token != spec.bos_token:
+        raise TokenizerError(
+            f"The tokenizer at {origin} begins texts with token {tokenizer.bos_token} and the model with {spec.bos_token}: "
+            "it belongs to another model; give the right one with --tokenizer."
+        )
+    return tokenizer

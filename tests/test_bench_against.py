@@ -7,14 +7,15 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from openelm_mlx import loading
+from openelm_mlx import placement
 from openelm_mlx.bench import against, fresh, limits
 from openelm_mlx.bench.graph import decode_primitives, primitives
 from openelm_mlx.bench.limits import Limits, measured_limits
 from openelm_mlx.commands import main
 from openelm_mlx.errors import SettingError
-from openelm_mlx.loading import load, locate
+from openelm_mlx.loading import load
 from openelm_mlx.memory.scratch import scratch_bytes
+from openelm_mlx.sources import locate
 
 SMALL = {
     "num_local_experts": 8, "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -121,7 +122,7 @@ def test_primitives_of_one_token_stay_within_their_budget_and_below_mlx_lm_s(sou
     theirs = load_model(locate(source))[0]
     for as_on_a_gpu, budget, limit in zip((False, True), BUDGETS[source], OF_MLX_LM[source], strict=True):
         if as_on_a_gpu:  # there packed matrices stay packed, as mlx-lm's do
-            monkeypatch.setattr(loading, "LARGEST_UNPACKED_BYTES", 0)
+            monkeypatch.setattr(placement, "LARGEST_UNPACKED_BYTES", 0)
         ours = load(source)[0]
         ours_count = count(ours, ours.make_cache(), as_on_a_gpu)
         assert ours_count <= budget

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from openelm_mlx.commands import COMMANDS, main
-from openelm_mlx.loading import DEMOS
+from openelm_mlx.sources import DEMOS
 
 
 @pytest.fixture(scope="module")

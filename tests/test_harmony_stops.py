@@ -10,7 +10,7 @@ from conftest import FIXTURES, config_of
 import openelm_mlx as om
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.errors import ConfigError
-from openelm_mlx.loading import DEMOS
+from openelm_mlx.sources import DEMOS
 from openelm_mlx.specs import spec_from_config
 from openelm_mlx.text.tokenizer import load_tokenizer
 

@@ -18,7 +18,7 @@ from hub_server import TOKEN, HubServer, go_offline, log_in
 
 from openelm_mlx.errors import CheckpointError, ConfigError, DestinationError, HubError
 from openelm_mlx.hub import RepoFile, cached_file, download, list_files, read_range, repo_of, transfer, upload
-from openelm_mlx.loading import locate, repository
+from openelm_mlx.sources import locate, repository
 
 hub = hub_server.hub
 

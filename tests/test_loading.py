@@ -10,10 +10,14 @@ from conftest import FIXTURES, load_fixture, random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
+from openelm_mlx import placement
 from openelm_mlx.errors import CheckpointError, SettingError, TokenizerError
 from openelm_mlx.hub import RepoFile
-from openelm_mlx.loading import choose_model_files, default_dtype, load, stored_template
+from openelm_mlx.loading import load
+from openelm_mlx.placement import default_dtype
+from openelm_mlx.sources import choose_model_files
 from openelm_mlx.specs import spec_from_config
+from openelm_mlx.tokenizers import resolve_chat_template
 
 SPECS = {
     size: spec_from_config({"model_name": f"OpenELM-{size}", "vocab_size": 32000, "max_context_length": 2048})
@@ -139,7 +143,7 @@ def test_the_template_is_asked_for_or_stored_or_in_the_name(model, tmp_path):
         config = {} if stored is None else {"openelm_mlx": {"chat_template": stored}}
         folder = save_folder(tmp_path / name, model, "llama", config)
         assert load(folder, chat_template=asked)[1].chat_template == expected
-        assert stored_template(json.loads((folder / "config.json").read_text()), asked, folder).reason
+        assert resolve_chat_template(json.loads((folder / "config.json").read_text()), asked, str(folder)).reason
     with pytest.raises(SettingError, match="openelm-instruct"):
         load(folder, chat_template="chatml")
 
@@ -166,7 +170,7 @@ def test_a_repository_with_only_corenet_s_checkpoint():
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("source", ["demo-gpt-oss", "openelm"])
 def test_quantizing_while_reading_equals_converting_first(source, bits, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(om.loading, "LARGEST_UNPACKED_BYTES", 0)
+    monkeypatch.setattr(placement, "LARGEST_UNPACKED_BYTES", 0)
     path = save_folder(tmp_path / "m", model, "llama") if source == "openelm" else source
     om.convert(path, tmp_path / "converted", quantize=bits, dtype="bfloat16")
     converted, _ = load(tmp_path / "converted", dtype="float32")
@@ -180,7 +184,7 @@ def test_quantizing_while_reading_equals_converting_first(source, bits, model, t
 
 
 def test_quantizing_while_reading_keeps_what_is_packed_and_the_routers(monkeypatch):
-    monkeypatch.setattr(om.loading, "LARGEST_UNPACKED_BYTES", 0)
+    monkeypatch.setattr(placement, "LARGEST_UNPACKED_BYTES", 0)
     plain, dense = (dict(tree_flatten(load("demo-gpt-oss", dense_bits=bits)[0].parameters())) for bits in (None, 8))
     for name in (name for name in plain if ".experts." in name or ".router." in name):
         assert mx.array_equal(plain[name], dense[name]), name
@@ -203,7 +207,7 @@ def test_a_small_packed_openelm_is_unpacked_on_the_cpu_backend(monkeypatch):
         {},
     ):  # asked for, of another type, or too large: as stored
         if not options:
-            monkeypatch.setattr(om.loading, "LARGEST_UNPACKED_BYTES", 0)
+            monkeypatch.setattr(placement, "LARGEST_UNPACKED_BYTES", 0)
         packed, _ = load("demo-openelm", **options)
         stored = dict(tree_flatten(packed.parameters()))
         assert stored["transformer.layers.0.ffn.proj_1.weight"].dtype == mx.uint32, options
@@ -214,7 +218,7 @@ def test_a_small_packed_openelm_is_unpacked_on_the_cpu_backend(monkeypatch):
 
 def test_matrices_lie_by_columns_on_the_cpu_backend(monkeypatch):
     ours = load_fixture(FIXTURES / "gpt_oss_tiny")
-    monkeypatch.setattr(om.loading, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(placement, "runs_on_cpu", lambda: False)
     usual = load_fixture(FIXTURES / "gpt_oss_tiny")
     for name, array in tree_flatten(usual.parameters()):
         same = dict(tree_flatten(ours.parameters()))[name]

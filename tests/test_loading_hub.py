@@ -8,7 +8,7 @@ from conftest import FIXTURES, random_model, save_folder
 
 import openelm_mlx as om
 from openelm_mlx.commands import main
-from openelm_mlx.loading import locate
+from openelm_mlx.sources import locate
 
 hub = hub_server.hub  # the fixture
 

@@ -17,10 +17,10 @@ from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import MemoryLimitError, SettingError
-from openelm_mlx.loading import DEMOS
 from openelm_mlx.memory.machine import find_mac, macs
 from openelm_mlx.memory.plan import Weights, Wish, kv_cache_bytes, make_plan, parse_memory
 from openelm_mlx.memory.rates import rounded
+from openelm_mlx.sources import DEMOS
 from openelm_mlx.specs import spec_from_config
 
 hub = hub_server.hub
@@ -328,7 +328,7 @@ def test_other_names_and_other_versions_need_it(options, no_hub):
 
 
 def test_a_table_of_all_macs_looks_at_a_source_once(monkeypatch, sparse, capsys):
-    from openelm_mlx.conversion.source import Source
+    from openelm_mlx.sources import Source
 
     seen, real = [], Source.open
     monkeypatch.setattr(Source, "open", staticmethod(lambda *a, **k: seen.append(a) or real(*a, **k)))

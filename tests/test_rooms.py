@@ -13,9 +13,10 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"
 
 # A room may import those before it, and itself.
 ORDER = [
-    ["errors"], ["platforms", "finder"], ["files"], ["outputs"], ["specs", "text"], ["models"], ["hub"], ["checkpoint"],
-    ["memory"], ["tokenizers", "experts"], ["runtime"], ["decoding"], ["engine"], ["loading"], ["conversion"],
-    ["planning"], ["generate"], ["tools"], ["conversation"], ["bench"], ["commands"], ["__init__", "__main__"],
+    ["errors"], ["platforms", "finder"], ["files"], ["outputs"], ["specs", "text"], ["models"], ["hub"],
+    ["checkpoint"], ["sources"], ["tokenizers"], ["memory"], ["placement", "experts"], ["runtime"], ["decoding"], ["engine"],
+    ["loading"], ["conversion"], ["planning"], ["generate"], ["tools"], ["conversation"], ["bench"], ["commands"],
+    ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SLOW = ("mlx_lm", "transformers", "torch", "huggingface_hub", "matplotlib", "wordfreq")

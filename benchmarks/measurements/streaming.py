@@ -23,8 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
-from openelm_mlx.checkpoint.layouts import understand
-from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
+from openelm_mlx.checkpoint.reader import read_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.decoding.budget import Budget
 from openelm_mlx.decoding.compiled_step import make_step
@@ -37,10 +36,11 @@ from openelm_mlx.experts.pace import Pace
 from openelm_mlx.experts.records import HostTarget, Record, RecordReader, fill_with
 from openelm_mlx.experts.residency import Residency, Streaming, checked_slots
 from openelm_mlx.experts.writable import Allocator, WritableArray, WriteMode
-from openelm_mlx.loading import load, load_model, locate
+from openelm_mlx.loading import load, load_model
 from openelm_mlx.memory.macos import forget_file
 from openelm_mlx.models.gpt_oss import GptOss
 from openelm_mlx.models.moe import MoE
+from openelm_mlx.sources import Source, locate
 from openelm_mlx.specs import ModelSpec, spec_from_config
 
 from .routing import Trace, alike, recording, uniform
@@ -106,12 +106,10 @@ def resident_model(source: str | Path) -> GptOss:
 
 def streamed_model(source: str | Path, num_slots: int, writes: WriteMode | None = None) -> GptOss:
     """The model with streamed experts, its slots written in the way asked for."""
-    path = locate(source)
-    config, checkpoint = read_config(path), open_checkpoint(path)
-    contents = understand(checkpoint, config, spec_from_config(config))
-    checked_slots(contents.spec, num_slots)
-    streaming = Streaming(contents, checkpoint, num_slots, writes=writes)
-    return cast(GptOss, load_model(contents, checkpoint, streaming=streaming))
+    opened = Source.open(source)
+    checked_slots(opened.spec, num_slots)
+    streaming = Streaming(opened.contents, opened.checkpoint, num_slots, writes=writes)
+    return cast(GptOss, load_model(opened.contents, opened.checkpoint, streaming=streaming))
 
 
 # --- routing ----------------------------------------------------------------------------------------------------------

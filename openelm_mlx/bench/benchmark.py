@@ -24,9 +24,11 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint.reader import read_config
 from ..errors import CheckpointError, SettingError
-from ..loading import Source, dense_packing, load, locate
+from ..loading import load
 from ..memory.machine import this_machine
 from ..memory.presets import preset_bits
+from ..placement import dense_packing
+from ..sources import SourceName, locate
 from ..specs import ModelSpec, spec_from_config
 from .against import Run, mlx_lm_runner, of_a_token, our_runner
 from .fresh import run_fresh
@@ -76,7 +78,7 @@ class Settings:
     and mlx-lm's model is packed alike.
     """
 
-    source: Source = "demo-openelm"
+    source: SourceName = "demo-openelm"
     prompt_tokens: int = 64
     completion_tokens: int = 64
     rounds: int = 7
@@ -260,7 +262,7 @@ def _alone(source: str, side: str, prompt_tokens: int, completion_tokens: int, p
     return run()
 
 
-def _mlx_lm_model(source: Source, preset: str | None) -> object:
+def _mlx_lm_model(source: SourceName, preset: str | None) -> object:
     """mlx-lm's model of a source, its matrices that are not packed yet packed as a preset packs ours."""
     try:
         from mlx_lm.utils import load_model

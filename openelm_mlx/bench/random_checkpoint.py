@@ -12,7 +12,7 @@ import numpy as np
 
 from ..checkpoint.layouts import FLOAT_TYPES
 from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, OutputTensor, plan_files
-from ..loading import parse_dtype
+from ..placement import parse_dtype
 from ..specs import openelm_config, spec_from_config
 
 # Numbers drawn at a time: 64 MB in float32.

@@ -53,7 +53,7 @@ ORIGINAL_NAMES = {
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """A tensor that must be in the checkpoint: its shape, and its safetensors type (None: any floating one)."""
 
     name: str
@@ -71,7 +71,7 @@ class Assembly:
 
     name: str
     shape: tuple[int, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[StoredTensor, ...]
     make: Callable[..., mx.array] | None = None
     dtype: str | None = None
 
@@ -144,12 +144,12 @@ def _mxfp4_expert(layout: str, name: str, shape: tuple[int, ...]) -> list[Assemb
     """An expert matrix out of blocks (E, rows, groups, 16) and scales (E, rows, groups), or its bias."""
     stored = _original_name(name) if layout == "openai-original" else _hf_expert_name(name)
     if name.endswith(".bias"):
-        return [Assembly(name, shape, (Source(stored, shape),))]
+        return [Assembly(name, shape, (StoredTensor(stored, shape),))]
     separator = "." if layout == "openai-original" else "_"
     module = name.removesuffix(".weight")
     (_, weight_shape), (_, scales_shape) = MXFP4.parts(shape, "U8").values()
-    blocks = Source(f"{stored}{separator}blocks", (*scales_shape, 16), "U8")
-    scales = Source(f"{stored}{separator}scales", scales_shape, "U8")
+    blocks = StoredTensor(f"{stored}{separator}blocks", (*scales_shape, 16), "U8")
+    scales = StoredTensor(f"{stored}{separator}scales", scales_shape, "U8")
     return [
         Assembly(f"{module}.weight", weight_shape, (blocks,), packed_words, "U32"),
         Assembly(f"{module}.scales", scales_shape, (scales,), None, "U8"),
@@ -160,12 +160,12 @@ def _dense_expert(name: str, shape: tuple[int, ...], entries: Mapping[str, Tenso
     """An expert matrix stored as (E, in, out), as transformers does, or as (E, out, in); or its bias."""
     stored = _hf_expert_name(name)
     if name.endswith(".bias"):
-        return Assembly(name, shape, (Source(stored, shape),))
+        return Assembly(name, shape, (StoredTensor(stored, shape),))
     if f"{stored}_blocks" in entries:
         stored = f"{stored}_blocks"
     if _is_rows_first(name, stored, shape, entries):
-        return Assembly(name, shape, (Source(stored, shape),))
-    return Assembly(name, shape, (Source(stored, (shape[0], shape[2], shape[1])),), transposed)
+        return Assembly(name, shape, (StoredTensor(stored, shape),))
+    return Assembly(name, shape, (StoredTensor(stored, (shape[0], shape[2], shape[1])),), transposed)
 
 
 def _is_rows_first(name: str, stored: str, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]) -> bool:
@@ -211,7 +211,7 @@ def _from_modules(
     """A parameter stored as it is, or whose rows are several modules' rows; where it is packed, all its parts."""
     module, _, part = name.rpartition(".")
     if layout == "openai-original":
-        return [Assembly(name, shape, (Source(_original_name(name), shape),))]
+        return [Assembly(name, shape, (StoredTensor(_original_name(name), shape),))]
     paths = _stored_modules(layout, module)
     if part != "weight" or not any(f"{path}.scales" in entries for path in paths):
         return [_joined(name, shape, [f"{path}.{part}" for path in paths], spec)]
@@ -292,7 +292,7 @@ def _widened_and_joined(
     pieces = zip(paths, packings, _piece_shapes(shape, len(paths), spec), strict=True)
     stored = [(path, packing.parts(piece, scale_type)[part]) for path, packing, piece in pieces]
     packed_type = "U32" if part == "weight" else None
-    sources = tuple(Source(f"{path}.{part}", piece, packed_type) for path, (_, piece) in stored)
+    sources = tuple(StoredTensor(f"{path}.{part}", piece, packed_type) for path, (_, piece) in stored)
     join = _JOINS[len(paths)]
     assert join is not None
 
@@ -307,7 +307,7 @@ def _joined(
 ) -> Assembly:
     packed_type = dtype if dtype in ("U32", "U8") else None
     shapes = _piece_shapes(shape, len(sources), spec)
-    pieces = tuple(Source(source, each, packed_type) for source, each in zip(sources, shapes, strict=True))
+    pieces = tuple(StoredTensor(source, each, packed_type) for source, each in zip(sources, shapes, strict=True))
     return Assembly(name, shape, pieces, _JOINS[len(sources)], packed_type)
 
 
@@ -315,7 +315,7 @@ def _unpacked_and_joined(name: str, shape: tuple[int, ...], pieces: list[_Piece]
     """Pieces that no one packing has the numbers of (some plain, or of two modes), unpacked to be one matrix."""
     part_names = [list(piece.parts) for piece in pieces]
     sources = [
-        Source(f"{piece.path}.{part}", part_shape, kind)
+        StoredTensor(f"{piece.path}.{part}", part_shape, kind)
         for piece in pieces
         for part, (kind, part_shape) in piece.parts.items()
     ]

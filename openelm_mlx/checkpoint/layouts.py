@@ -63,6 +63,11 @@ class Parameter:
     sources: tuple[str, ...]
     make: Callable[..., mx.array] | None = None
 
+    @property
+    def module(self) -> str:
+        """The path of the module that it is a part of."""
+        return self.name.rpartition(".")[0]
+
     def read(self, checkpoint: Checkpoint) -> mx.array:
         """The parameter, lazy: nothing is read before it is evaluated."""
         arrays = [checkpoint.read(source) for source in self.sources]

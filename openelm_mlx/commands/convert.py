@@ -14,8 +14,7 @@ from .output import can_draw_bars, report, report_json, say
 from .progress import StageBars
 
 if TYPE_CHECKING:
-    from ..conversion import ConversionReport, Verification
-    from ..conversion.source import Progress
+    from ..conversion import ConversionReport, StageProgress, Verification
 
 HELP = "convert a checkpoint: rename, cast and quantize it"
 INTERRUPTED = 130
@@ -164,7 +163,7 @@ def print_verification(verification: Verification) -> None:
 
 
 @contextmanager
-def progress_bars(quiet: bool) -> Iterator[Progress | None]:
+def progress_bars(quiet: bool) -> Iterator[StageProgress | None]:
     """A bar on stderr for each stage, in a terminal; None where nobody looks."""
     if quiet or not can_draw_bars():
         yield None

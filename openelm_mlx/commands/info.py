@@ -38,20 +38,15 @@ def run(args: argparse.Namespace) -> int:
 
 def gather(source: str, revision: str | None = None) -> dict[str, Any]:
     """What the headers and the config say, by name."""
-    from ..checkpoint.layouts import understand
-    from ..checkpoint.reader import open_checkpoint, read_config
-    from ..loading import locate, stored_template
-    from ..specs import spec_from_config
+    from ..sources import Source
+    from ..tokenizers import resolve_chat_template
 
-    path = locate(source, revision)
-    config = read_config(path)
-    checkpoint = open_checkpoint(path)
-    contents = understand(checkpoint, config, spec_from_config(config))
-    spec = contents.spec
-    choice = stored_template(config, None, source, spec.family)
+    opened = Source.open(source, revision)
+    spec, contents, checkpoint = opened.spec, opened.contents, opened.checkpoint
+    choice = resolve_chat_template(opened.config, None, opened.template_name, spec.family)
     quantizations = sorted({f"{q.bits} bits, {q.mode}, groups of {q.group_size}" for q in contents.quantized.values()})
     return {
-        "path": str(path),
+        "path": str(opened.path),
         "family": spec.family,
         "size": spec.size or "not a released one",
         "layout": contents.layout,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import output
@@ -10,7 +9,7 @@ from . import output
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-Progress = Callable[[int, int], None]
+    from ..hub import Progress
 
 
 def byte_bar(label: str) -> Progress | None:

@@ -27,17 +27,28 @@ from ..decoding.arguments import refusing_unknown
 from ..errors import CheckpointError, ConfigError, ConversionError, HubError, SettingError, TokenizerError
 from ..files import hears_the_disk, read_bytes, read_object
 from ..finder import files_of
-from ..loading import find_tokenizer, stored_template
 from ..memory.presets import preset_bits
+from ..sources import Source
 from ..text.tokenizer import Tokenizer
 from ..text.unicode import whole_characters
+from ..tokenizers import find_tokenizer, resolve_chat_template
 from .card import CardFacts, licence_files, model_card
 from .plan import TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
-from .source import Progress, Source
 from .verify import LayerError, Verification
 from .verify import verify as verify_files
 
-__all__ = ["ConversionReport", "LayerError", "PlannedTensor", "Verification", "convert", "plan_conversion"]
+__all__ = [
+    "ConversionReport",
+    "LayerError",
+    "PlannedTensor",
+    "StageProgress",
+    "Verification",
+    "convert",
+    "plan_conversion",
+]
+
+# Stage ("download", "convert" or "verify"), what is done, and of how much.
+StageProgress = Callable[[str, int, int], None]
 
 _PROGRAM = f"openelm_mlx {__version__}"
 
@@ -91,7 +102,7 @@ def convert(
     dry_run: bool = False,
     upload: str | None = None,
     private: bool = False,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint to a folder that this library and, for OpenELM, mlx-lm load.
 
@@ -111,14 +122,14 @@ def convert(
     """
     quantize = preset_bits(preset, quantize, ('preset="{}"', "quantize"))
     target = _checked_request(destination, dry_run, upload, private)
-    opened = Source.open(source, revision, progress)
+    opened = Source.open(source, revision, _stage("download", progress), headers_only=True)
     plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, max_file_bytes)
     found = find_tokenizer(opened.folder, plan.spec, tokenizer)
     template = _chat_template(opened, plan, chat_template)
     report = _report(opened, plan, found, template)
     if target is None:
         return report
-    opened = opened.fetch(target, plan.nbytes, progress)
+    opened = opened.fetch(target, plan.nbytes, _stage("download", progress))
     fingerprint = plan.fingerprint(opened.checkpoint.files, opened.config)
     with _no_buffer_cache(), CheckpointWriter(target, plan.files, fingerprint) as writer:
         num_resumed = writer.num_finished
@@ -164,7 +175,9 @@ def _checked_request(destination: str | Path | None, dry_run: bool, upload: str 
 
 def _chat_template(source: Source, plan: ConversionPlan, asked: str | None) -> str | None:
     # gpt-oss has one format, which needs no name.
-    return stored_template(source.config, asked, source.chooser).template if plan.spec.family == "openelm" else None
+    if plan.spec.family != "openelm":
+        return None
+    return resolve_chat_template(source.config, asked, source.template_name).template
 
 
 def _report(
@@ -187,7 +200,9 @@ def _report(
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _write_weights(plan: ConversionPlan, source: Source, writer: CheckpointWriter, progress: Progress | None) -> None:
+def _write_weights(
+    plan: ConversionPlan, source: Source, writer: CheckpointWriter, progress: StageProgress | None
+) -> None:
     remaining = writer.remaining
     report = _Bytes(plan.nbytes, plan.nbytes - sum(tensor.nbytes for tensor in remaining), progress)
     for _, tensors in groupby(remaining, key=lambda tensor: plan.weight_of[tensor.name].tensors):
@@ -222,7 +237,7 @@ def _bytes_of(array: mx.array) -> memoryview:
 class _Bytes:
     """Counts what goes to the disk."""
 
-    def __init__(self, total: int, done: int, progress: Progress | None) -> None:
+    def __init__(self, total: int, done: int, progress: StageProgress | None) -> None:
         self._total, self._done, self._progress = total, done, progress
 
     def add(self, piece: memoryview) -> memoryview:
@@ -242,7 +257,7 @@ def _no_buffer_cache() -> Iterator[None]:
         mx.set_cache_limit(limit)
 
 
-def _stage(name: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+def _stage(name: str, progress: StageProgress | None) -> hub.Progress | None:
     return None if progress is None else partial(progress, name)
 
 

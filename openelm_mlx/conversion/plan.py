@@ -26,7 +26,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, OutputFile, OutputTensor, plan_files
 from ..errors import CheckpointError, ConversionError, SettingError
 from ..finder import disk_trouble
-from ..loading import DTYPES, parse_dtype
+from ..placement import DTYPES, parse_dtype
 from ..specs import ModelSpec, gpt_oss_config, openelm_config, spec_from_config
 
 Shape = tuple[int, ...]

@@ -5,11 +5,12 @@ Listings, logins and uploads are huggingface_hub's; `transfer.py` says why the t
 
 from .cache import cached_file
 from .listing import list_files
-from .names import RepoFile, is_repo_name, known_name, repo_of
+from .names import Progress, RepoFile, is_repo_name, known_name, repo_of
 from .transfer import download, read_range
 from .uploads import upload
 
 __all__ = [
+    "Progress",
     "RepoFile",
     "cached_file",
     "download",

@@ -6,7 +6,7 @@ What a listing of the Hub says becomes paths in the cache, so a name is looked a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,6 +17,9 @@ from ..finder import folded
 
 LIBRARY = "openelm_mlx"
 COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# Called with bytes that are here, and those in all.
+Progress = Callable[[int, int], None]
 
 _PART = r"(?![.-])[A-Za-z0-9._-]{1,96}(?<![.-])"
 _OWNER_AND_NAME = re.compile(f"{_PART}/{_PART}")

@@ -23,7 +23,7 @@ from ..files import hears_the_disk, open_regular
 from .cache import RepoCache, cached_file, check_free_space, disk_error, has_size, size_of
 from .failures import explained
 from .listing import choose_files, incomplete, look_up
-from .names import Listing, RepoFile, check_repo_name, check_revision
+from .names import Listing, Progress, RepoFile, check_repo_name, check_revision
 from .requests import address_of, read_bytes_of
 
 _CONNECTIONS = 4  # files at a time; more of them hardly fill a home line better, and tear more files on a break
@@ -36,7 +36,7 @@ def download(
     repo: str,
     choose: Callable[[list[RepoFile]], list[str]],
     revision: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     local_free_bytes: int | None = None,
 ) -> Path:
     """Bring the files that `choose` names into the Hugging Face cache; return the folder of that copy.
@@ -94,7 +94,7 @@ def _fetch(
     cache: RepoCache,
     files: list[RepoFile],
     total: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Bring files to the cache, several at a time, and report from this thread how far they are."""
     contents = {file.etag: file for file in files}  # the same bytes under two names travel once

@@ -43,19 +43,19 @@ _HARMONY_STOPS = ("<|return|>", "<|endoftext|>", "<|call|>")
 _HARMONY_NAMES = ("<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>")
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, chat_template: str = "plain") -> Tokenizer:
     """Load the tokenizer in a folder, or the one that `path` is a file of; TokenizerError says what is wrong there.
 
     A folder that holds both `tokenizer.model` and `tokenizer.json` is read from `tokenizer.model`: it is what OpenELM
     was trained with, `tokenizer.json` is a conversion of it, and it loads some twenty times faster. Names of special
     tokens come from `tokenizer_config.json` or `special_tokens_map.json`, more stop tokens from
-    `generation_config.json`, where there are such files.
+    `generation_config.json`, where there are such files. chat_template: the one that prompts go through.
     """
     vocabulary = find_vocabulary(Path(path))
     settings = read_settings(vocabulary)
     if vocabulary.name == SENTENCEPIECE_FILE:
-        return SentencePieceTokenizer(vocabulary, settings)
-    return JsonTokenizer(vocabulary, settings)
+        return SentencePieceTokenizer(vocabulary, settings, chat_template)
+    return JsonTokenizer(vocabulary, settings, chat_template)
 
 
 class Tokenizer(ABC):
@@ -76,8 +76,8 @@ class Tokenizer(ABC):
     special_tokens: dict[str, int]
     """Every control token by its name. They have no text, and no text is encoded as one of them."""
 
-    chat_template: str = "plain"
-    """The template (chat.py) that prompts go through; loading a model sets it to the model's."""
+    chat_template: str
+    """The template (chat.py) that prompts go through: the model's, where it was loaded with one."""
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
         """Encode ordinary text, without BOS; PromptError where `text` holds half a surrogate pair.
@@ -231,7 +231,8 @@ class SentencePieceTokenizer(Tokenizer):
     _replace_each_byte = True
     _begins_with_bos = True
 
-    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+    def __init__(self, path: Path, settings: TokenizerSettings, chat_template: str = "plain") -> None:
+        self.chat_template = chat_template
         self._processor = _load_processor(path, read_vocabulary(path))
         self._num_pieces: int = self._processor.get_piece_size()
         pieces = range(self._num_pieces)
@@ -308,7 +309,8 @@ class JsonTokenizer(Tokenizer):
 
     _opening_lasts = False
 
-    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+    def __init__(self, path: Path, settings: TokenizerSettings, chat_template: str = "plain") -> None:
+        self.chat_template = chat_template
         self._tokenizer = _load_json_tokenizer(path)
         self._rule = _decoding_rule(path, _state(self._tokenizer.decoder))
         self._added = self._tokenizer.get_added_tokens_decoder()

@@ -14,6 +14,7 @@ from openelm_mlx.finder import is_same_name, same_file
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
+TOKENIZER_FILES = (SENTENCEPIECE_FILE, JSON_FILE)
 # That of gpt-oss has 28 MB, and with every merge spelled out it would have twice that.
 LARGEST_VOCABULARY = 2**28
 # Tokens are numbered from 0; no vocabulary in use has a million.
@@ -63,7 +64,7 @@ def find_vocabulary(path: Path) -> Path:
     if not os.path.lexists(path):
         raise TokenizerError(f"{path} does not exist; name a folder that holds tokenizer.model or tokenizer.json.")
     if not path.is_dir():
-        for name in (SENTENCEPIECE_FILE, JSON_FILE):
+        for name in TOKENIZER_FILES:
             if path.name == name or (is_same_name(path.name, name) and same_file(path, path.parent / name)):
                 return path.parent / name
         if path.name not in COMPANION_FILES:
@@ -72,7 +73,7 @@ def find_vocabulary(path: Path) -> Path:
                 "rename it, or name the folder that holds such a file."
             )
         path = path.parent
-    for name in (SENTENCEPIECE_FILE, JSON_FILE):
+    for name in TOKENIZER_FILES:
         if os.path.lexists(path / name):  # also where it is no file: reading it says so
             return path / name
     raise TokenizerError(

@@ -1,0 +1,297 @@
+"""What becomes of each parameter of a checkpoint in memory: its type, its packing, where it lives. Decided once.
+
+By one `Placement` a plan counts bytes (`weights`) and a loader makes arrays (`Decision.read`), so that a model takes what
+was planned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter
+from .checkpoint.quantize import Quantization, quantization_of
+from .checkpoint.reader import ITEM_SIZES, Checkpoint
+from .errors import SettingError
+from .memory.plan import Weights
+from .models.precision import by_columns, runs_on_cpu
+from .specs import ModelSpec
+from .text.tokenizer_files import TOKENIZER_FILES
+
+# On the CPU backend float32 is faster beside packed experts, but not worth twice the memory of a large model's rest.
+LARGEST_WIDENED_BYTES = 10**9
+
+# The CPU backend multiplies by 8-bit matrices at 0.4 times the speed that it has for float32 ones (docs/LOG.md). Up to so
+# many bytes unpacked, four times the memory is no matter.
+LARGEST_UNPACKED_BYTES = 2**28
+# Larger matrices stay as they lie: a second copy of one, for a moment, would show in the peak of loading.
+LARGEST_TURNED_BYTES = 2**24
+
+DENSE_BITS = (8, 6, 5, 4)
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+# Layouts whose experts' files can be read in place, expert by expert.
+_LAYOUTS_IN_PLACE = ("openai-hf", "openai-original", "openelm-mlx")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one parameter.
+
+    dtype: what its numbers are cast to; None for packed ones, which
+    stay as they are stored. packing: how its matrix is packed as it is read. unpacked: of a part of a packed matrix that the
+    model has unpacked, how many float32 numbers it stands for (0 for scales and biases). is_by_columns: its matrix lies by
+    columns. is_on_disk: it stays there, and is not read.
+    """
+
+    parameter: Parameter
+    dtype: mx.Dtype | None = None
+    packing: Quantization | None = None
+    unpacked: int | None = None
+    is_by_columns: bool = False
+    is_on_disk: bool = False
+
+    @property
+    def module(self) -> str:
+        """The path of the module that it is a part of."""
+        return self.parameter.module
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return math.prod(self.parameter.shape) * ITEM_SIZES[self.parameter.dtype]
+
+    @property
+    def cast_bytes(self) -> int:
+        """Bytes of the whole parameter once it is cast, before anything is packed or unpacked."""
+        return self.stored_bytes if self.dtype is None else math.prod(self.parameter.shape) * self.dtype.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory when the model has been read."""
+        if self.unpacked is not None:
+            return self.unpacked * mx.float32.size
+        if self.packing is None or self.dtype is None:
+            return self.cast_bytes
+        sizes = {"U32": 4, "U8": 1, "F16": self.dtype.size}
+        parts = self.packing.parts(self.parameter.shape, "F16").values()
+        return sum(math.prod(shape) * sizes[type_name] for type_name, shape in parts)
+
+    @property
+    def is_twice(self) -> bool:
+        """Whether it is in memory as stored and as kept, for a moment."""
+        return self.unpacked is None and (self.packing is not None or self.nbytes != self.stored_bytes)
+
+    def read(self, checkpoint: Checkpoint) -> dict[str, mx.array]:
+        """Name -> array of what the model gets in its place, lazy: nothing is read before it is evaluated."""
+        array = self.parameter.read(checkpoint)
+        if self.dtype is not None:
+            array = array.astype(self.dtype)
+        if self.packing is not None:
+            return {f"{self.module}.{name}": each for name, each in self.packing.quantize(array).items()}
+        return {self.parameter.name: by_columns(array) if self.is_by_columns else array}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What becomes of a checkpoint's parameters.
+
+    dtype: what the model computes in. packings: module -> packing of each that is packed in the files, or as it is read.
+    unpacked: those of them that the model has unpacked. decisions: one a parameter, in the order in which they are read.
+    """
+
+    contents: Contents
+    dtype: mx.Dtype
+    packings: Mapping[str, Quantization]
+    unpacked: frozenset[str]
+    decisions: tuple[Decision, ...]
+
+    @classmethod
+    def of(
+        cls,
+        contents: Contents,
+        dtype: mx.Dtype | None = None,
+        dense: Quantization | None = None,
+        on_cpu: bool | None = None,
+    ) -> Placement:
+        """The placement of a checkpoint.
+
+        dtype: what was asked for; None chooses by `default_dtype`. dense: how matrices that the checkpoint has unpacked are
+        packed as they are read; None leaves them. on_cpu: whether MLX's CPU backend will compute; as on this machine when
+        it is None.
+        """
+        on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
+        packings = {**contents.quantized, **dense_packings(contents, dense)}
+        if dtype is None:
+            plain = _plain_bytes(contents, packings)
+            dtype = default_dtype(contents.spec, _stored_type(contents), packings.keys(), plain, on_cpu)
+        unpacked = _modules_to_unpack(contents, dtype, dense, on_cpu)
+        shapes = contents.spec.parameter_shapes()
+
+        def decision(parameter: Parameter) -> Decision:
+            module = parameter.module
+            is_matrix = parameter.name == f"{module}.weight"
+            kept = mx.float32 if contents.spec.keeps_float32(parameter.name) else dtype
+            found = Decision(parameter, kept if parameter.dtype in FLOAT_TYPES else None)
+            if module in unpacked:
+                return replace(found, unpacked=math.prod(shapes[parameter.name]) if is_matrix else 0)
+            if module not in packings:
+                is_small = len(parameter.shape) > 1 and found.cast_bytes <= LARGEST_TURNED_BYTES
+                return replace(found, is_by_columns=on_cpu and is_small and found.dtype == mx.float32)
+            if is_matrix and module not in contents.quantized:
+                return replace(found, packing=packings[module])
+            return found
+
+        decisions = tuple(map(decision, _in_reading_order(contents)))
+        return cls(contents, dtype, packings, frozenset(unpacked), decisions)
+
+    @property
+    def packed(self) -> dict[str, Quantization]:
+        """Module -> packing of what the model has packed."""
+        return {module: each for module, each in self.packings.items() if module not in self.unpacked}
+
+    def leaving_on_disk(self, names: Collection[str]) -> Placement:
+        """The same with these parameters on disk."""
+        decisions = (replace(each, is_on_disk=each.parameter.name in names) for each in self.decisions)
+        return replace(self, decisions=tuple(decisions))
+
+    def weights(self, folder: Path | None = None) -> Weights:
+        """What a plan has to know: the bytes in memory with all of it there, and what may stay on disk.
+
+        folder: where a tokenizer may be.
+        """
+        spec = self.contents.spec
+        sizes: Counter[str] = Counter()
+        loading = 0
+        for each in self.decisions:
+            is_expert = ".experts." in each.module and not each.parameter.name.endswith(".bias")
+            sizes["experts" if is_expert else each.module] += each.nbytes
+            if each.is_twice:
+                loading = max(loading, sum(sizes.values()) + each.stored_bytes)
+        experts, embedding = sizes.pop("experts", 0), 0 if spec.tied_head else sizes["model.embed_tokens"]
+        can_stream = bool(experts) and self._has_experts_in_place()
+        return Weights(
+            dense=sum(sizes.values()),
+            slot=experts // max(1, spec.layers[0].num_experts),
+            embedding=embedding if can_stream else 0,
+            can_stream=can_stream,
+            tokenizer=_tokenizer_bytes(folder),
+            loading=loading,
+            looked_up=embedding,
+        )
+
+    def _has_experts_in_place(self) -> bool:
+        modules = {each.module for each in self.decisions if ".experts." in each.module}
+        return self.contents.layout in _LAYOUTS_IN_PLACE and modules <= self.contents.quantized.keys()
+
+
+def packed_weights(
+    contents: Contents, dtype: mx.Dtype | None = None, on_cpu: bool | None = None, folder: Path | None = None
+) -> Weights:
+    """The weights of a placement with dense_bits=8, which a plan may advise."""
+    return Placement.of(contents, dtype, dense_packing(8), on_cpu).weights(folder)
+
+
+def _tokenizer_bytes(folder: Path | None) -> int:
+    files = [] if folder is None else [folder / name for name in TOKENIZER_FILES]
+    return next((file.stat().st_size for file in files if file.is_file()), 0)
+
+
+def dense_packing(bits: int | None) -> Quantization | None:
+    """What `dense_bits` asks for. Raises SettingError for bits that MLX does not have."""
+    if bits is None:
+        return None
+    if isinstance(bits, bool) or bits not in DENSE_BITS:
+        raise SettingError(f"dense_bits is {bits!r}: choose {', '.join(map(str, DENSE_BITS))}, or leave it out.")
+    return Quantization(bits, 64)
+
+
+def dense_packings(contents: Contents, dense: Quantization | None) -> dict[str, Quantization]:
+    """Module -> packing of every matrix that `dense` packs: those that the checkpoint has unpacked, as a recipe would."""
+    if dense is None:
+        return {}
+    found = {}
+    for name, shape in contents.spec.parameter_shapes().items():
+        module = name.removesuffix(".weight")
+        packing = (
+            None if module in contents.quantized else quantization_of(("dense", dense), contents.spec, name, shape)
+        )
+        if packing is not None:
+            found[module] = packing
+    return found
+
+
+def default_dtype(
+    spec: ModelSpec,
+    stored: mx.Dtype,
+    packed: Collection[str] = (),
+    plain_bytes: int = 0,
+    on_cpu: bool | None = None,
+) -> mx.Dtype:
+    """The type to compute in when none was asked for: the stored one, with two exceptions.
+
+    OpenELM-3B is never read as float16: Apple's MLX README says that it needs bfloat16's range. And on MLX's CPU backend a
+    model with packed modules computes in float32, because the 16-bit quantized kernels there are some eight times slower
+    (docs/LOG.md), unless only gpt-oss's experts are packed, which compute in float32 anyway, and the rest is large.
+
+    packed: the modules that are. plain_bytes: of the parameters that are not, in 16 bits. on_cpu: whether MLX's CPU
+    backend will compute; as on this machine when it is None.
+    """
+    on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
+    if packed and on_cpu:
+        only_experts = all(".experts." in module for module in packed)
+        return stored if only_experts and plain_bytes > LARGEST_WIDENED_BYTES else mx.float32
+    return mx.bfloat16 if spec.size == "3B" and stored == mx.float16 else stored
+
+
+def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
+    """An mlx floating type from its name (or itself). Raises SettingError for any other."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise SettingError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
+
+
+def _modules_to_unpack(contents: Contents, dtype: mx.Dtype, dense: Quantization | None, on_cpu: bool) -> set[str]:
+    """The modules that a checkpoint has packed and the model has not: all those of a small OpenELM on the CPU backend.
+
+    dense: where bits were asked for, memory is what matters, and nothing is unpacked.
+    """
+    if not on_cpu or dtype != mx.float32 or dense is not None or contents.spec.layers[0].num_experts:
+        return set()
+    shapes = contents.spec.parameter_shapes()
+    num_bytes = sum(4 * math.prod(shapes[f"{module}.weight"]) for module in contents.quantized)
+    return set(contents.quantized) if num_bytes <= LARGEST_UNPACKED_BYTES else set()
+
+
+def _in_reading_order(contents: Contents) -> list[Parameter]:
+    """What is packed or cast as it is read comes first: it is in memory twice for a moment, and there is most room at the
+    beginning. So do larger ones, for the same reason.
+    """
+    return sorted(
+        contents.parameters.values(),
+        key=lambda each: (each.module in contents.quantized, -math.prod(each.shape)),
+    )
+
+
+def _stored_type(contents: Contents) -> mx.Dtype:
+    """The most frequent floating type of the checkpoint's parameters, by their sizes."""
+    counts: Counter[str] = Counter()
+    for parameter in contents.parameters.values():
+        if parameter.dtype in FLOAT_TYPES:
+            counts[parameter.dtype] += math.prod(parameter.shape)
+    return FLOAT_TYPES[counts.most_common(1)[0][0]]
+
+
+def _plain_bytes(contents: Contents, packings: Collection[str]) -> int:
+    """Bytes in 16 bits of the parameters that are no part of a packed module."""
+    return sum(
+        2 * math.prod(parameter.shape) for parameter in contents.parameters.values() if parameter.module not in packings
+    )

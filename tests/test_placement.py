@@ -1,0 +1,75 @@
+"""One decision a parameter, planned and carried out: what is counted is what is read, and a source is opened once."""
+
+import shutil
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+import openelm_mlx as om
+from openelm_mlx import placement as module
+from openelm_mlx import sources
+from openelm_mlx.loading import read_model
+from openelm_mlx.placement import Placement, dense_packing
+from openelm_mlx.sources import DEMOS, Source
+
+DEMO_NAMES = sorted(DEMOS)
+
+
+@pytest.mark.parametrize("name", DEMO_NAMES)
+@pytest.mark.parametrize("dtype", [None, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_each_decision_reads_the_bytes_that_it_counts(name, dtype, bits, on_cpu):
+    opened = Source.open(name)
+    for decision in Placement.of(opened.contents, dtype, dense_packing(bits), on_cpu).decisions:
+        read = decision.read(opened.checkpoint)
+        if decision.unpacked is None:
+            assert decision.nbytes == sum(array.nbytes for array in read.values()), decision
+        else:
+            assert decision.nbytes == (4 * decision.unpacked if decision.parameter.name.endswith(".weight") else 0)
+
+
+@pytest.mark.parametrize("name", DEMO_NAMES)
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_placement_s_weights_are_the_model_s(name, bits):
+    opened = Source.open(name)
+    placement = Placement.of(opened.contents, None, dense_packing(bits))
+    weights = placement.weights()
+    parameters = dict(tree_flatten(read_model(placement, opened.checkpoint).parameters()))
+    slots = weights.slot * opened.spec.layers[0].num_experts
+    assert weights.dense + slots == sum(array.nbytes for array in parameters.values())
+    assert parameters.keys() == dict(tree_flatten(om.load(name, dense_bits=bits)[0].parameters())).keys()
+
+
+def test_what_stays_on_disk_is_not_read():
+    opened = Source.open("demo-gpt-oss")
+    whole = Placement.of(opened.contents)
+    names = [each.parameter.name for each in whole.decisions if ".experts." in each.parameter.name]
+    left = whole.leaving_on_disk(names)
+    assert [each.parameter.name for each in left.decisions if each.is_on_disk] == names
+    assert left.weights() == whole.weights()  # a plan counts slots by itself
+
+
+def test_a_source_is_opened_once(monkeypatch):
+    opened, decided = [], []
+    real_open, real_order = sources.open_checkpoint, module._in_reading_order
+    monkeypatch.setattr(sources, "open_checkpoint", lambda path: opened.append(path) or real_open(path))
+    monkeypatch.setattr(module, "_in_reading_order", lambda contents: decided.append(contents) or real_order(contents))
+    om.load("demo-openelm")
+    assert (len(opened), len(decided)) == (1, 1)  # what was planned is what is read
+    om.plan("demo-openelm", mac="M4 16GB")
+    assert len(opened) == 2
+
+
+def test_a_file_and_the_folder_here_are_known_by_their_folder_s_name(tmp_path, monkeypatch):
+    """As converting has it: the name of the file of weights says nothing."""
+    folder = tmp_path / "OpenELM-270M-Instruct"
+    shutil.copytree(DEMOS["demo-openelm"], folder)
+    file = next(folder.glob("*.safetensors"))
+    config = (folder / "config.json").read_text().replace('"chat_template"', '"another_field"')
+    (folder / "config.json").write_text(config)
+    monkeypatch.chdir(folder)
+    for source in (folder, file, ".", file.name, f"{folder}/"):
+        assert om.load(source)[1].chat_template == "openelm-instruct", source
+    assert om.load("demo-openelm", chat_template="plain")[1].chat_template == "plain"

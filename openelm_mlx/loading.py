@@ -17,16 +17,17 @@ from mlx import nn
 from .checkpoint.layouts import Contents
 from .checkpoint.quantize import NOT_A_SCALE, Quantization
 from .checkpoint.reader import Checkpoint
+from .checks import whole_number
 from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, SettingError
 from .experts.residency import Streaming, checked_slots
-from .files import hears_the_disk
+from .files import hears_the_disk, shown
 from .finder import disk_trouble
 from .hub import Progress
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import allow_open_files, this_machine
-from .memory.plan import Wish, make_plan, parse_memory
+from .memory.plan import PlanRequest, make_plan, parse_memory
 from .memory.presets import preset_bits
 from .models import build_model
 from .models.moe import Experts
@@ -149,7 +150,7 @@ def prepare(
     use_device()
     opened = Source.open(source, revision, progress)
     spec, contents = opened.spec, opened.contents
-    wish = Wish(
+    request = PlanRequest(
         memory_limit=parse_memory(memory_limit),
         context_length=None if context_length is None else checked_context_length(context_length, spec),
         kv_bits=checked_kv_bits(spec, kv_bits),
@@ -160,7 +161,7 @@ def prepare(
     placement = Placement.of(contents, wanted_type, dense_packing(dense_bits))
     weights, itemsize = placement.weights(opened.folder), placement.dtype.size
     packed = partial(packed_weights, contents, wanted_type) if dense_bits is None else None
-    plan = make_plan(str(source), spec, weights, calibrated(this_machine()), wish, itemsize, packed)
+    plan = make_plan(str(source), spec, weights, calibrated(this_machine()), request, itemsize, packed)
     if not plan.fits:
         raise plan.refusal()
     slots = plan.expert_slots
@@ -288,18 +289,13 @@ def checked_context_length(asked: int | None, spec: ModelSpec) -> int:
     """The context length to work with. Raises SettingError when it is none or longer than the model's."""
     if asked is None:
         return spec.context_length
-    if isinstance(asked, bool) or not isinstance(asked, int) or not 1 <= asked <= spec.context_length:
-        raise SettingError(
-            f"context_length is {asked!r}: it must be a whole number, at least 1 and at most the model's "
-            f"{spec.context_length:,}."
-        )
-    return asked
+    return whole_number("context_length", asked, high=spec.context_length, whose="the model's ")
 
 
 def checked_wire(asked: bool | None) -> bool | None:
     """Whether to wire. Raises SettingError for what is neither True, False nor None."""
     if asked is not None and not isinstance(asked, bool):
-        raise SettingError(f"wire is {asked!r}: it must be True, False, or None, which leaves it to the plan.")
+        raise SettingError(f"wire is {shown(asked)}: it must be True, False, or None, which leaves it to the plan.")
     return asked
 
 

@@ -17,7 +17,9 @@ import mlx.core as mx
 from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter
 from .checkpoint.quantize import Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint
+from .checks import is_whole
 from .errors import SettingError
+from .files import shown
 from .memory.plan import Weights
 from .models.precision import by_columns, runs_on_cpu
 from .specs import ModelSpec
@@ -207,8 +209,8 @@ def dense_packing(bits: int | None) -> Quantization | None:
     """What `dense_bits` asks for. Raises SettingError for bits that MLX does not have."""
     if bits is None:
         return None
-    if isinstance(bits, bool) or bits not in DENSE_BITS:
-        raise SettingError(f"dense_bits is {bits!r}: choose {', '.join(map(str, DENSE_BITS))}, or leave it out.")
+    if not is_whole(bits) or bits not in DENSE_BITS:
+        raise SettingError(f"dense_bits is {shown(bits)}: choose {', '.join(map(str, DENSE_BITS))}, or leave it out.")
     return Quantization(bits, 64)
 
 
@@ -256,7 +258,7 @@ def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
         return dtype  # type: ignore[return-value]
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
-    raise SettingError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    raise SettingError(f"dtype is {shown(dtype)}: choose one of {', '.join(DTYPES)}.")
 
 
 def _modules_to_unpack(contents: Contents, dtype: mx.Dtype, dense: Quantization | None, on_cpu: bool) -> set[str]:

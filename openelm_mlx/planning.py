@@ -13,13 +13,14 @@ import mlx.core as mx
 
 from .checkpoint.layouts import Contents
 from .checkpoint.released import write_released_headers
+from .checks import whole_number
 from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, HubError, SettingError
 from .experts.residency import checked_slots
-from .files import hears_the_disk
+from .files import hears_the_disk, shown
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
-from .memory.plan import MemoryPlan, Wish, make_plan, parse_memory
+from .memory.plan import MemoryPlan, PlanRequest, make_plan, parse_memory
 from .memory.presets import PRESETS, preset_bits
 from .memory.variants import variants_of
 from .placement import Placement, dense_packing, dense_packings, packed_weights, parse_dtype
@@ -53,21 +54,21 @@ def plan(
     instead of this machine. The other arguments are those of `load` and `stream_generate`. The plan's `variants` are the
     same source with each preset.
 
-    Raises SettingError for a wish that is none, and what opening the source raises; a plan that does not fit is no error.
+    Raises SettingError for a value out of its range, and what opening the source raises; a plan that does not fit is no error.
     """
     if not isinstance(machine, (Machine, type(None))):
-        raise SettingError(f"machine is {machine!r}: give a Machine, or the name of a Mac as mac.")
+        raise SettingError(f"machine is {shown(machine)}: give a Machine, or the name of a Mac as mac.")
     here = find_mac(mac) if mac is not None else machine or this_machine()
     looked_at, bits = Planned.look(source, revision, dtype), preset_bits(preset, dense_bits)
-    wishes = {
+    options = {
         "memory_limit": memory_limit, "context_length": context_length, "batch_size": batch_size,
         "prefill_chunk": prefill_chunk, "kv_bits": kv_bits, "expert_slots": expert_slots,
     }  # fmt: skip
-    found = looked_at.plan(here, dense_bits=bits, **wishes)
+    found = looked_at.plan(here, dense_bits=bits, **options)
     if not looked_at.has_plain_matrices:
         return found
     others = {each.dense_bits: each.dense_bits for each in PRESETS.values()} | {bits: bits}
-    plans = [found if each == bits else looked_at.plan(here, dense_bits=each, **wishes) for each in others]
+    plans = [found if each == bits else looked_at.plan(here, dense_bits=each, **options) for each in others]
     return replace(found, variants=variants_of(plans))
 
 
@@ -80,14 +81,14 @@ def plans_on(
     preset: str | None = None,
     dense_bits: int | None = None,
     as_released: bool = False,
-    **wishes: Any,
+    **options: Any,
 ) -> list[MemoryPlan]:
     """`plan` for several machines, with all of its other arguments and without variants; the source is looked at once.
 
     as_released: a repository of Apple's or OpenAI's by the sizes it was released with, the Hub is not asked.
     """
     looked_at, bits = Planned.look(source, revision, dtype, as_released), preset_bits(preset, dense_bits)
-    return [looked_at.plan(machine, dense_bits=bits, **wishes) for machine in machines]
+    return [looked_at.plan(machine, dense_bits=bits, **options) for machine in machines]
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,15 @@ class Planned:
         """Whether there is anything for `dense_bits` to pack."""
         return bool(dense_packings(self.contents, dense_packing(8)))
 
-    def plan(self, machine: Machine, dense_bits: int | None, **wishes: Any) -> MemoryPlan:
+    def plan(self, machine: Machine, dense_bits: int | None, **options: Any) -> MemoryPlan:
         """The plan on a machine."""
         contents, on_cpu = self.contents, machine.backend == "cpu"
-        wish, dense = checked_wish(contents, dense_bits=dense_bits, **wishes), dense_packing(dense_bits)
+        request, dense = checked_request(contents, dense_bits=dense_bits, **options), dense_packing(dense_bits)
         placement = Placement.of(contents, self.dtype, dense, on_cpu)
         packed = partial(packed_weights, contents, self.dtype, on_cpu, self.folder) if dense is None else None
         noted = calibrated(replace(machine, notes=(*machine.notes, self.note)) if self.note else machine)
         return make_plan(
-            self.source, contents.spec, placement.weights(self.folder), noted, wish, placement.dtype.size, packed
+            self.source, contents.spec, placement.weights(self.folder), noted, request, placement.dtype.size, packed
         )
 
 
@@ -157,13 +158,13 @@ def released_contents(name: str) -> Contents | None:
         return Source.open(folder).contents if write_released_headers(folder, name) else None
 
 
-def checked_wish(contents: Contents, memory_limit: int | str | None = None, **wishes: Any) -> Wish:
-    """The `Wish` of these fields, with every number in its range. Raises SettingError."""
-    spec, wish = contents.spec, Wish(**wishes)
+def checked_request(contents: Contents, memory_limit: int | str | None = None, **options: Any) -> PlanRequest:
+    """The `PlanRequest` of these fields, with every number in its range. Raises SettingError."""
+    spec, request = contents.spec, PlanRequest(**options)
     for name, most in {"context_length": spec.context_length, "batch_size": 4096, "prefill_chunk": 2**20}.items():
-        value = getattr(wish, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-            raise SettingError(f"{name} is {value!r}: it must be a whole number, at least 1 and at most {most:,}.")
-    if wish.expert_slots is not None:
-        checked_slots(spec, wish.expert_slots)
-    return replace(wish, memory_limit=parse_memory(memory_limit), kv_bits=checked_kv_bits(spec, wish.kv_bits))
+        value = getattr(request, name)
+        if value is not None:
+            whole_number(name, value, high=most)
+    if request.expert_slots is not None:
+        checked_slots(spec, request.expert_slots)
+    return replace(request, memory_limit=parse_memory(memory_limit), kv_bits=checked_kv_bits(spec, request.kv_bits))

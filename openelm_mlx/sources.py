@@ -19,7 +19,7 @@ from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .checkpoint.remote import RemoteCheckpoint, indexed_files
 from .checkpoint.writer import check_free_space
 from .errors import CheckpointError, ConfigError, HubError
-from .files import hears_the_disk, read_object
+from .files import hears_the_disk, read_object, shown
 from .finder import is_macos_own
 from .hub import Progress, RepoFile, known_name, repo_of
 from .specs import ModelSpec, spec_from_config
@@ -168,7 +168,7 @@ def existing_path(source: SourceName) -> Path | None:
     """The file or folder of that name, if there is one. Raises CheckpointError for what can be no name."""
     if not isinstance(source, (str, Path)):
         raise CheckpointError(
-            f"The source is {source!r}: give a folder, a file, or a Hugging Face repository, as text."
+            f"The source is {shown(source)}: give a folder, a file, or a Hugging Face repository, as text."
         )
     try:
         path = Path(source).expanduser()

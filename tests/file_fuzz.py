@@ -48,8 +48,9 @@ from openelm_mlx.errors import UserError  # noqa: E402
 from openelm_mlx.files import read_yaml  # noqa: E402
 from openelm_mlx.generate import generate  # noqa: E402
 from openelm_mlx.loading import load  # noqa: E402
-from openelm_mlx.memory.calibration import Calibration, MeasuredRates, calibrated, store_memory, store_speed  # noqa: E402
+from openelm_mlx.memory.calibration import calibrated, store_memory, store_speed  # noqa: E402
 from openelm_mlx.memory.machine import this_machine  # noqa: E402
+from openelm_mlx.memory.measured import Calibration, MeasuredRates  # noqa: E402
 from openelm_mlx.memory.stored import store  # noqa: E402
 from openelm_mlx.planning import plan  # noqa: E402
 from openelm_mlx.text.tokenizer import load_tokenizer  # noqa: E402

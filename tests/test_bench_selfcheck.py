@@ -19,8 +19,9 @@ from openelm_mlx.bench import report, selfcheck, selfcheck_kernels, selfcheck_ma
 from openelm_mlx.bench.selfcheck import Check, CheckFailed, Clock, NotHere, Outcome, all_checks, run_check, run_checks
 from openelm_mlx.commands import main
 from openelm_mlx.commands import selfcheck as command
-from openelm_mlx.memory.calibration import MeasuredRates, calibrated
+from openelm_mlx.memory.calibration import calibrated
 from openelm_mlx.memory.machine import this_machine
+from openelm_mlx.memory.measured import MeasuredRates
 
 PLENTY = 1e6
 

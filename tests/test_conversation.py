@@ -149,7 +149,7 @@ def test_a_tool_that_raises_is_told_and_the_chat_goes_on(scripted):
     ("written", "said"),
     [
         (call("functions.nothing", "{}"), "there is no tool functions.nothing; the tools are: functions.calculator"),
-        (call("functions.calculator", '{"expression": '), "no JSON"),
+        (call("functions.calculator", '{"expression": '), "not valid JSON"),
         (call("functions.calculator", '["1 + 1"]'), "a list, not a JSON object"),
         (call("functions.calculator", '{"term": "1 + 1"}'), "do not follow the schema"),
         (call("functions.calculator", '{"expression": 5}'), "expression: 5 is not of type string"),
@@ -315,8 +315,8 @@ def test_a_saved_chat_that_breaks_a_rule_is_refused_when_it_is_loaded(scripted, 
         with pytest.raises(PromptError, match="are no text"):
             chat.load(tmp_path / "bad.json")
     for content, said in (
-        ("[" * 100_000, "it is no JSON"),
-        ("{", "it is no JSON"),
+        ("[" * 100_000, "it is not valid JSON"),
+        ("{", "it is not valid JSON"),
         ("{}", "'openelm_mlx_chat' is missing"),
     ):
         (tmp_path / "bad.json").write_text(content)

@@ -860,7 +860,7 @@ def test_the_disk_is_checked_before_weights_travel(tmp_path, hub, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(DestinationError) as error:
         convert("apple/OpenELM-tiny", tmp_path / "out")
-    assert "0.2 MB are free" in message_of(error)
+    assert "200.0 kB are free" in message_of(error)
     # There is room for the download or for the result, and not for both on one disk.
     usage.free = 900_000
     with pytest.raises(DestinationError):

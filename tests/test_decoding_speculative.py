@@ -15,7 +15,7 @@ from openelm_mlx.decoding.compiled_step import CompiledStep
 from openelm_mlx.decoding.drafts import Draft
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.sampling import Sampler, SamplingParams
-from openelm_mlx.decoding.speculation_gain import Gain, Memory
+from openelm_mlx.decoding.speculation_gain import DraftHistory, Gain
 from openelm_mlx.decoding.speculative import Guided, Speculative
 from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.tokens import one_by_one
@@ -407,9 +407,9 @@ def test_sampled_requests_are_repeatable_with_a_seed(models):
 # --- when it pays ---
 
 
-def simulated(plain_seconds, round_seconds, tokens_a_round, num_tokens, noise=0.0, memory=None):
+def simulated(plain_seconds, round_seconds, tokens_a_round, num_tokens, noise=0.0, history=None):
     """Seconds with the gain's decisions, over those of plain steps alone, and the share of tokens that came by rounds."""
-    gain, random = Gain(8, memory), np.random.default_rng(0)
+    gain, random = Gain(8, history), np.random.default_rng(0)
     made, seconds, by_rounds = 0, 0.0, 0
     while made < num_tokens:
         pause = gain.pause()
@@ -438,8 +438,8 @@ def test_guessing_stops_while_it_loses_and_goes_on_while_it_gains():
 
 def test_a_trial_that_lost_is_remembered_by_the_next_requests():
     """Short answers: only the first of them pays for the trial, and after a while it is tried again."""
-    memory = Memory()
-    shares = [simulated(0.01, 0.05, 1, 100, memory=memory) for _ in range(60)]
+    history = DraftHistory()
+    shares = [simulated(0.01, 0.05, 1, 100, history=history) for _ in range(60)]
     assert [by_rounds > 0 for _, by_rounds, _ in shares[:6]] == [True] + [False] * 5
     assert 2 <= sum(by_rounds > 0 for _, by_rounds, _ in shares) <= 20
     assert np.mean([slower for slower, _, _ in shares]) < 1 / 0.97

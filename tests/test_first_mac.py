@@ -46,7 +46,7 @@ from openelm_mlx.hub import RepoFile
 from openelm_mlx.loading import load
 from openelm_mlx.memory.machine import GIB, Machine, allow_open_files, process_peak_bytes, this_machine, working_set_of
 from openelm_mlx.memory.macos import Footprint, footprint, forget_file, on_macos, used_bytes
-from openelm_mlx.memory.plan import Weights, Wish, make_plan
+from openelm_mlx.memory.plan import PlanRequest, Weights, make_plan
 from openelm_mlx.platforms import keep_float32, require_mlx, use_device
 from openelm_mlx.sources import choose_model_files
 from openelm_mlx.specs import openelm_config, spec_from_config
@@ -397,7 +397,7 @@ OPENELM = spec_from_config(released_openelm_config("270M"))
 def wired(memory_gb: int, weights: float, wire: bool | None = None, on_cpu: bool = False) -> int:
     """The wired limit of a plan for weights of so many bytes."""
     machine = replace(Mac("M4 Max", memory_gb).machine(on_cpu), used_bytes=0)
-    plan = make_plan("m", OPENELM, Weights(int(weights)), machine, Wish(context_length=128, wire=wire))
+    plan = make_plan("m", OPENELM, Weights(int(weights)), machine, PlanRequest(context_length=128, wire=wire))
     assert plan.wired_limit_bytes in (0, plan.total_bytes)
     return plan.wired_limit_bytes
 

@@ -17,7 +17,6 @@ from openelm_mlx.memory import calibration, stored
 from openelm_mlx.memory.calibration import (
     LARGEST,
     SMALLEST,
-    MeasuredRates,
     calibrated,
     calibration_from,
     checked_rates,
@@ -26,6 +25,7 @@ from openelm_mlx.memory.calibration import (
     store_speed,
 )
 from openelm_mlx.memory.machine import find_mac, this_machine
+from openelm_mlx.memory.measured import MeasuredRates
 from openelm_mlx.memory.plan import kv_cache_bytes
 from openelm_mlx.memory.rates import rates_of
 from openelm_mlx.specs import spec_from_config

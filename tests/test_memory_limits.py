@@ -9,7 +9,7 @@ from conftest import random_model
 
 from openelm_mlx.generate import stream_generate
 from openelm_mlx.memory import limits
-from openelm_mlx.memory.limits import Owner, wired_limit
+from openelm_mlx.memory.limits import ProcessLimits, wired_limit
 from openelm_mlx.memory.plan import MemoryPlan
 
 GB = 10**9
@@ -104,8 +104,8 @@ def test_where_nothing_is_wired(info):
 
 def test_set_while_idle_and_put_back():
     mlx, the_plan = FakeMLX(), plan()
-    owner = Owner(mlx)
-    with owner.generating(the_plan):
+    limits = ProcessLimits(mlx)
+    with limits.generating(the_plan):
         assert mlx.calls == [("synchronize", HERE), ("wired", 8 * GB), ("cache", GB // 4)]
         mlx.calls.clear()
     assert mlx.calls == [("synchronize", HERE), ("cache", DEFAULT_CACHE)]
@@ -115,16 +115,16 @@ def test_set_while_idle_and_put_back():
 
 def test_a_model_is_wired_once_however_many_requests_it_has():
     mlx, the_plan, another = FakeMLX(), plan(wired=6 * GB), plan(wired=3 * GB)
-    owner = Owner(mlx)
+    limits = ProcessLimits(mlx)
     for _ in range(20):
-        with owner.generating(the_plan):
+        with limits.generating(the_plan):
             assert mlx.wired == 6 * GB
     assert [call for call in mlx.calls if call[0] == "wired"] == [("wired", 6 * GB)]
-    with owner.generating(another):
+    with limits.generating(another):
         assert mlx.wired == 9 * GB
     del the_plan
     assert mlx.wired == 3 * GB
-    with owner.generating(another):
+    with limits.generating(another):
         pass
     del another
     assert [value for call, value in mlx.calls if call == "wired"] == [6 * GB, 9 * GB, 3 * GB, 0]
@@ -132,20 +132,20 @@ def test_a_model_is_wired_once_however_many_requests_it_has():
 
 def test_a_plan_that_wires_nothing_touches_no_wired_limit():
     mlx = FakeMLX()
-    with Owner(mlx).generating(plan(wired=0)):
+    with ProcessLimits(mlx).generating(plan(wired=0)):
         pass
     assert {call for call, _ in mlx.calls} == {"synchronize", "cache"}
 
 
 def test_a_model_that_goes_while_another_thread_is_at_work_is_unwired_later():
     mlx, first, second = FakeMLX(), plan(wired=6 * GB), plan(wired=3 * GB)
-    owner = Owner(mlx)
-    with owner.generating(first):
+    limits = ProcessLimits(mlx)
+    with limits.generating(first):
         pass
     in_thread, go_on = threading.Event(), threading.Event()
 
     def other():
-        with owner.generating(second):
+        with limits.generating(second):
             in_thread.set()
             go_on.wait(60)
 
@@ -161,13 +161,13 @@ def test_a_model_that_goes_while_another_thread_is_at_work_is_unwired_later():
 
 def test_put_back_after_an_error_also_of_the_gpu():
     mlx = FakeMLX()
-    owner = Owner(mlx)
+    limits = ProcessLimits(mlx)
 
     def fail(stream):
         raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
 
     def break_down():
-        with owner.generating(plan()):
+        with limits.generating(plan()):
             mlx.synchronize = fail
             raise KeyError("x")
 
@@ -178,10 +178,10 @@ def test_put_back_after_an_error_also_of_the_gpu():
 
 def test_put_back_when_a_generator_is_closed_or_abandoned():
     mlx = FakeMLX()
-    owner = Owner(mlx)
+    limits = ProcessLimits(mlx)
 
     def tokens():
-        with owner.generating(plan()):
+        with limits.generating(plan()):
             yield 1
             yield 2
 
@@ -199,11 +199,11 @@ def test_put_back_when_a_generator_is_closed_or_abandoned():
 
 def test_without_a_plan_or_a_mac_nothing_is_set():
     for mlx, the_plan in ((FakeMLX(), None), (FakeMLX(info={"device_name": "AMD"}), plan())):
-        with Owner(mlx).generating(the_plan) as held:
+        with ProcessLimits(mlx).generating(the_plan) as held:
             assert held.notes == []
         assert mlx.calls == []
     mlx = FakeMLX(info={"total_memory": 80 * GB})  # CUDA: a cache limit, nothing to wire
-    with Owner(mlx).generating(plan()):
+    with ProcessLimits(mlx).generating(plan()):
         pass
     assert mlx.calls[:2] == [("synchronize", HERE), ("cache", GB // 4)]
     assert mlx.cache == DEFAULT_CACHE
@@ -217,8 +217,8 @@ def test_two_models_nested_and_interleaved():
     first, second = plan(wired=6 * GB, cache=GB), plan(wired=3 * GB, cache=2 * GB)
     for end_first in (True, False):
         mlx = FakeMLX()
-        owner = Owner(mlx)
-        one, other = owner.generating(first), owner.generating(second)
+        limits = ProcessLimits(mlx)
+        one, other = limits.generating(first), limits.generating(second)
         one.__enter__()
         other.__enter__()
         assert (mlx.wired, mlx.cache) == (9 * GB, 2 * GB)
@@ -233,25 +233,25 @@ def test_two_models_nested_and_interleaved():
 
 def test_two_requests_to_one_model_wire_it_once():
     mlx, the_plan = FakeMLX(), plan()
-    owner = Owner(mlx)
-    with owner.generating(the_plan):
+    limits = ProcessLimits(mlx)
+    with limits.generating(the_plan):
         mlx.calls.clear()
-        with owner.generating(the_plan):
+        with limits.generating(the_plan):
             pass
         assert mlx.calls == [], "nothing changes, so nobody has to wait"
 
 
 def test_nothing_changes_while_another_thread_may_have_work_on_the_gpu():
     mlx = FakeMLX()
-    owner = Owner(mlx)
+    limits = ProcessLimits(mlx)
     in_thread, go_on = threading.Event(), threading.Event()
 
     def other():
-        with owner.generating(plan(wired=3 * GB)):
+        with limits.generating(plan(wired=3 * GB)):
             in_thread.set()
             go_on.wait(60)
 
-    with owner.generating(plan()):
+    with limits.generating(plan()):
         thread = threading.Thread(target=other)
         thread.start()
         assert in_thread.wait(60)
@@ -267,11 +267,11 @@ def test_nothing_changes_while_another_thread_may_have_work_on_the_gpu():
 
 def test_many_threads_leave_everything_as_it_was():
     mlx = FakeMLX()
-    owner = Owner(mlx)
+    limits = ProcessLimits(mlx)
 
     def work(i):
         for _ in range(50):
-            with owner.generating(plan(wired=(i + 1) * GB)):
+            with limits.generating(plan(wired=(i + 1) * GB)):
                 assert mlx.wired >= 0
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
@@ -279,15 +279,15 @@ def test_many_threads_leave_everything_as_it_was():
         thread.start()
     for thread in threads:
         thread.join()
-    with owner.generating(plan()):
+    with limits.generating(plan()):
         assert mlx.wired == 8 * GB
     assert (mlx.wired, mlx.cache) == (0, DEFAULT_CACHE)
 
 
 def test_a_stream_that_cannot_be_waited_for_is_left_to_the_next_request():
     mlx = FakeMLX()
-    owner = Owner(mlx)
-    hold = owner.generating(plan())
+    limits = ProcessLimits(mlx)
+    hold = limits.generating(plan())
     hold.__enter__()
 
     def not_here(stream):
@@ -297,26 +297,26 @@ def test_a_stream_that_cannot_be_waited_for_is_left_to_the_next_request():
     hold.__exit__(None, None, None)
     assert mlx.wired == 8 * GB
     del mlx.synchronize
-    with owner.generating(plan(wired=GB)):
+    with limits.generating(plan(wired=GB)):
         assert mlx.wired == GB
     assert (mlx.wired, mlx.cache) == (0, DEFAULT_CACHE)
 
 
 def test_a_request_collected_in_the_middle_of_a_change():
     mlx = FakeMLX()
-    owner = Owner(mlx)
-    abandoned = owner.generating(plan(wired=5 * GB))
+    limits = ProcessLimits(mlx)
+    abandoned = limits.generating(plan(wired=5 * GB))
     abandoned.__enter__()
     real = mlx.set_wired_limit
 
     def collects(value):
         mlx.set_wired_limit = real
-        owner._wired._call = real
+        limits._wired._call = real
         abandoned.__exit__(None, None, None)
         return real(value)
 
-    owner._wired._call = collects
-    with owner.generating(plan(wired=2 * GB)):
+    limits._wired._call = collects
+    with limits.generating(plan(wired=2 * GB)):
         assert mlx.wired == 2 * GB
     assert (mlx.wired, mlx.cache) == (0, DEFAULT_CACHE)
 
@@ -326,8 +326,8 @@ def test_a_request_collected_in_the_middle_of_a_change():
 
 def test_a_program_s_own_limits_stay_and_are_reported():
     mlx = FakeMLX(wired=10 * GB, cache=3 * GB)
-    owner = Owner(mlx)
-    with owner.generating(plan()) as held:
+    limits = ProcessLimits(mlx)
+    with limits.generating(plan()) as held:
         assert (mlx.wired, mlx.cache) == (10 * GB, 3 * GB)
         assert len(held.notes) == 2
         assert "wired limit of 10,000,000,000 bytes that this program set was left" in held.notes[0]
@@ -338,10 +338,10 @@ def test_a_program_s_own_limits_stay_and_are_reported():
 
 def test_what_a_program_sets_between_two_tokens_stays():
     mlx = FakeMLX()
-    owner = Owner(mlx)
-    with owner.generating(plan()):
+    limits = ProcessLimits(mlx)
+    with limits.generating(plan()):
         mlx.set_wired_limit(5 * GB)
-        with owner.generating(plan(wired=GB)) as inner:
+        with limits.generating(plan(wired=GB)) as inner:
             assert mlx.wired == 5 * GB
             assert "5,000,000,000" in inner.notes[0]
     assert (mlx.wired, mlx.cache) == (5 * GB, DEFAULT_CACHE)
@@ -349,7 +349,7 @@ def test_what_a_program_sets_between_two_tokens_stays():
 
 def test_what_a_program_sets_last_stays_after_the_request():
     mlx = FakeMLX()
-    with Owner(mlx).generating(plan()):
+    with ProcessLimits(mlx).generating(plan()):
         mlx.set_wired_limit(5 * GB)
         mlx.set_cache_limit(2 * GB)
     assert (mlx.wired, mlx.cache) == (5 * GB, 2 * GB)
@@ -360,13 +360,13 @@ def test_what_a_program_sets_last_stays_after_the_request():
 
 def test_a_peak_belongs_to_its_request():
     mlx = FakeMLX()
-    owner = Owner(mlx)
+    limits = ProcessLimits(mlx)
     mlx.allocate(10)  # loading
     mlx.free(7)
-    with owner.generating(None) as one:
+    with limits.generating(None) as one:
         assert one.peak_memory_bytes() == 3
         mlx.allocate(2)
-        with owner.generating(None) as other:
+        with limits.generating(None) as other:
             mlx.allocate(1)
             mlx.free(3)
             assert other.peak_memory_bytes() == 6
@@ -376,14 +376,14 @@ def test_a_peak_belongs_to_its_request():
     mlx.allocate(50)
     mlx.free(50)
     assert one.peak_memory_bytes() == 6, "after its end nothing counts"
-    with owner.generating(None) as one:
+    with limits.generating(None) as one:
         assert one.peak_memory_bytes() == 4
-    assert owner.read_peak() == 54
+    assert limits.read_peak() == 54
 
 
 def test_laps_count_anew_and_the_peak_goes_on():
     mlx = FakeMLX()
-    with Owner(mlx).generating(None) as held:
+    with ProcessLimits(mlx).generating(None) as held:
         mlx.allocate(9)
         mlx.free(5)
         assert held.lap() == 9
@@ -410,10 +410,10 @@ def test_statistics_have_the_request_s_own_peak():
 
 
 def test_the_real_calls_exist():
-    """On this machine's MLX, whatever its backend: the owner's own calls go through."""
+    """On this machine's MLX, whatever its backend: the limits's own calls go through."""
     before = mx.set_cache_limit(10**8), mx.set_wired_limit(0)
     mx.set_cache_limit(before[0])
-    with Owner(mx).generating(plan(wired=10**6)) as held:
+    with ProcessLimits(mx).generating(plan(wired=10**6)) as held:
         assert held.peak_memory_bytes() >= 0
     after = mx.set_cache_limit(before[0]), mx.set_wired_limit(before[1])
     assert after == before

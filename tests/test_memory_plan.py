@@ -18,7 +18,7 @@ from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.memory.machine import find_mac, macs
-from openelm_mlx.memory.plan import Weights, Wish, kv_cache_bytes, make_plan, parse_memory
+from openelm_mlx.memory.plan import PlanRequest, Weights, kv_cache_bytes, make_plan, parse_memory
 from openelm_mlx.memory.rates import rounded
 from openelm_mlx.sources import DEMOS
 from openelm_mlx.specs import spec_from_config
@@ -340,10 +340,10 @@ def test_a_table_of_all_macs_looks_at_a_source_once(monkeypatch, sparse, capsys)
 # --- the chunk ---
 
 
-def planned(config, machine, **wish):
+def planned(config, machine, **request):
     spec = spec_from_config(config)
     weights = Weights(dense=2 * spec.num_parameters())
-    return make_plan("m", spec, weights, machine, Wish(**wish), 2)
+    return make_plan("m", spec, weights, machine, PlanRequest(**request), 2)
 
 
 def test_a_chunk_is_as_long_as_it_costs_little_memory():
@@ -394,7 +394,7 @@ def test_what_a_cast_takes_while_loading_counts(monkeypatch):
     """A large bf16 matrix that becomes float32 is there twice for a moment, on the CPU backend."""
     spec = spec_from_config(shape_config("openelm-270m"))
     here = replace(find_mac("M4 Max 64GB"), backend="cpu")
-    plans = [make_plan("m", spec, Weights(dense=10**9, loading=n), here, Wish(), 2) for n in (0, 2 * 10**9)]
+    plans = [make_plan("m", spec, Weights(dense=10**9, loading=n), here, PlanRequest(), 2) for n in (0, 2 * 10**9)]
     assert plans[1].process_bytes - plans[0].process_bytes == 2 * 10**9 - plans[0].total_bytes
     assert plans[1].total_bytes == plans[0].total_bytes
 

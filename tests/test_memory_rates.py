@@ -10,7 +10,7 @@ from openelm_mlx.bench.against import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.memory.chips import CHIPS, DECODE_TERMS, PREFILL_TERMS, chip_of, decode_terms, generation
 from openelm_mlx.memory.machine import find_mac, macs
-from openelm_mlx.memory.plan import Weights, Wish, make_plan
+from openelm_mlx.memory.plan import PlanRequest, Weights, make_plan
 from openelm_mlx.memory.rates import (
     SpeedRange,
     number,
@@ -145,8 +145,8 @@ def weights_of(size, bits=16):
     return Weights(dense, len(spec.layers) * 13_219_200, embedding, True, looked_up=embedding)
 
 
-def planned(size, mac, bits=16, **wish):
-    return make_plan(size, SPECS[size], weights_of(size, bits), find_mac(mac), Wish(**wish))
+def planned(size, mac, bits=16, **request):
+    return make_plan(size, SPECS[size], weights_of(size, bits), find_mac(mac), PlanRequest(**request))
 
 
 @pytest.mark.parametrize(
@@ -198,19 +198,21 @@ def test_longer_contexts_are_slower_and_eight_bits_faster():
 def test_an_embedding_of_which_one_row_is_read_costs_no_time():
     spec, weights = SPECS["20b"], weights_of("20b")
     held = replace(weights, can_stream=False, embedding=0)
-    plans = [make_plan("m", spec, each, find_mac("M4 Max 64GB"), Wish(context_length=512)) for each in (weights, held)]
+    plans = [
+        make_plan("m", spec, each, find_mac("M4 Max 64GB"), PlanRequest(context_length=512)) for each in (weights, held)
+    ]
     assert plans[0].decode == plans[1].decode
     assert (
         plans[0].decode.high
         > make_plan(
-            "m", spec, replace(held, looked_up=0), find_mac("M4 Max 64GB"), Wish(context_length=512)
+            "m", spec, replace(held, looked_up=0), find_mac("M4 Max 64GB"), PlanRequest(context_length=512)
         ).decode.high
     )
 
 
 def test_what_is_not_known_is_none():
     here = replace(find_mac("M4 16GB"), chip="M9", name="M9 16GB")
-    plan = make_plan("m", SPECS["20b"], weights_of("20b"), here, Wish())
+    plan = make_plan("m", SPECS["20b"], weights_of("20b"), here, PlanRequest())
     assert (plan.decode, plan.prefill, plan.decode_tps) == (None, None, None)
     json.dumps(plan.as_dict())
 

@@ -97,7 +97,7 @@ def measure_speculation(
             total["plain"] += _decode(model, draft, prompt, max_tokens, None)
             always = _Always(draft.num_draft_tokens)
             total["always"] += _decode(model, draft, prompt, max_tokens, always)
-            total["watched"] += _decode(model, draft, prompt, max_tokens, Gain(draft.num_draft_tokens, draft.memory))
+            total["watched"] += _decode(model, draft, prompt, max_tokens, Gain(draft.num_draft_tokens, draft.history))
             if not repetition:
                 of_prompt = (always.counts.rounds, always.counts.drafted, always.counts.accepted)
                 counts = [a + b for a, b in zip(counts, of_prompt, strict=True)]

@@ -19,13 +19,13 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.released import released_gpt_oss_config, released_openelm_config
+from ..checks import size
 from ..decoding.compiled_step import CompiledStep
 from ..decoding.sampling import SamplingParams
 from ..errors import CheckpointError, SettingError
 from ..generate import prefill, stream_generate
 from ..loading import pad_expert_rows
 from ..memory.machine import this_machine
-from ..memory.plan import size
 from ..models import build_model
 from ..specs import gpt_oss_config, openelm_config, spec_from_config
 from .fresh import run_fresh

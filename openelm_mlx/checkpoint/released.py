@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingError
+from ..files import shown
 from ..specs import gpt_oss_config, openelm_config, spec_from_config
 from .gpt_oss_layouts import openai_tensors
 from .writer import MAX_FILE_BYTES, OutputTensor, plan_files, write_sparse
@@ -26,7 +27,7 @@ def released_openelm_config(size: str) -> dict[str, Any]:
 def released_gpt_oss_config(size: str) -> dict[str, Any]:
     """The config of a released size, "20b" or "120b", as its config.json has it. Raises SettingError for another."""
     if size not in GPT_OSS_SIZES:
-        raise SettingError(f"size is {size!r}: gpt-oss was released as {' and '.join(GPT_OSS_SIZES)}.")
+        raise SettingError(f"size is {shown(size)}: gpt-oss was released as {' and '.join(GPT_OSS_SIZES)}.")
     num_layers, num_experts = GPT_OSS_SIZES[size]
     return {
         "model_type": "gpt_oss", "num_hidden_layers": num_layers, "num_local_experts": num_experts,

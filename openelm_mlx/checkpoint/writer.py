@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from ..checks import size
 from ..errors import CheckpointError, DestinationError
 from ..files import LARGEST_COPY, open_regular, unreadable
 from ..finder import DISK_IS_GONE, is_empty, sync, sync_folder
@@ -414,7 +415,7 @@ def check_free_space(destination: Path, needed: int) -> None:
         raise _sentence(error, destination) from error
     if needed > free:
         raise DestinationError(
-            f"The conversion needs {needed / 1e6:,.1f} MB on the disk of {folder} and {free / 1e6:,.1f} MB are free: make "
+            f"The conversion needs {size(needed)} on the disk of {folder} and {size(free)} are free: make "
             "room, or choose a destination on a larger disk."
         )
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from . import INTERRUPTED
 from .options import add_preset_argument, bits_asked_for
 from .output import can_draw_bars, report, report_json, say
 from .progress import StageBars
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from ..conversion import ConversionReport, StageProgress, Verification
 
 HELP = "convert a checkpoint: rename, cast and quantize it"
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

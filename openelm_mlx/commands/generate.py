@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import PromptError, SettingError
 from ..files import parse_json, read_text
+from . import INTERRUPTED
 from .answering import (
     add_answer_arguments,
     add_form_arguments,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
 HELP = "generate text from a prompt"
-INTERRUPTED = 130
 NO_ANSWER = 2  # an option has to be changed
 
 # Far more text than any model here reads.

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 def text(plan: MemoryPlan) -> list[str]:
     """A plan for people: the verdict, the arithmetic, the settings, what else would do."""
-    from ..memory.plan import size
+    from ..checks import size
 
     machine = plan.machine
     assert machine is not None
@@ -164,7 +164,7 @@ def speed_lines(plan: MemoryPlan) -> list[str]:
 
 def variant_lines(plan: MemoryPlan) -> list[str]:
     """The presets beside each other, and which is advised."""
-    from ..memory.plan import size
+    from ..checks import size
 
     if not plan.variants:
         return []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import INTERRUPTED
 from .output import report as report_lines
 from .output import report_json, say, terminal
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 FORMAT, WHAT = "openelm_mlx selfcheck 1", "The report"
 HELP = "check on this machine what nobody could check on it, and leave a report without personal data"
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

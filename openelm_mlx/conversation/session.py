@@ -17,6 +17,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from ..checks import whole_number
 from ..decoding.arguments import check_model, check_prefix_cache, refuse_unknown
 from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
@@ -151,8 +152,7 @@ class Chat:
             value = getattr(self, name)
             if value is None and name == "max_tokens":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingError(f"{name} is {value!r}: it must be a whole number, at least 1.")
+            whole_number(name, value)
         limit = self.time_limit
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
             raise SettingError(f"time_limit is {limit!r}: give seconds above 0, or None.")
@@ -395,8 +395,8 @@ class Chat:
             raise PromptError(f"The chat in {path} cannot go on. {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = {
-                "JSONDecodeError": "it is no JSON",
-                "RecursionError": "it is no JSON",
+                "JSONDecodeError": "it is not valid JSON",
+                "RecursionError": "it is not valid JSON",
                 "UnicodeDecodeError": "it is no text",
                 "ValueError": one_line(error),
                 "KeyError": f"{one_line(error)} is missing",

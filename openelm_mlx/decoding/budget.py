@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import mlx.core as mx
 
+from ..checks import size
 from ..errors import MemoryLimitError
-from ..memory.limits import Held, generating
+from ..memory.limits import LimitsLease, generating
+from ..memory.plan import DEFAULT_CHUNK
 from ..models.cache import Cache
 from ..runtime import runtime_of
 from .gpu_errors import empty_stream, is_out_of_memory
@@ -21,7 +23,6 @@ from .gpu_errors import empty_stream, is_out_of_memory
 if TYPE_CHECKING:
     from ..models import Model
 
-DEFAULT_CHUNK = 512
 # Chunks are not made smaller than this: each reads all weights once more.
 LEAST_CHUNK = 16
 # So many tokens of an answer are made room for at once.
@@ -32,9 +33,13 @@ class Budget:
     """The memory of one request on `model` with its `cache`. `active_memory` can be injected."""
 
     def __init__(
-        self, model: Model, cache: Cache, held: Held | None = None, active_memory: Callable[[], int] | None = None
+        self,
+        model: Model,
+        cache: Cache,
+        lease: LimitsLease | None = None,
+        active_memory: Callable[[], int] | None = None,
     ) -> None:
-        self._spec, self._cache, self._held = model.spec, cache, held
+        self._spec, self._cache, self._lease = model.spec, cache, lease
         self._active_memory = mx.get_active_memory if active_memory is None else active_memory
         plan = runtime_of(model).plan
         self._limit = None if plan is None else plan.budget_bytes
@@ -92,14 +97,14 @@ class Budget:
             length = min(chunk_length, num_left)
         self._make_room(self.num_tokens + length)
         self._before_chunk = self._active_memory()
-        if self._held is not None:
-            self._held.lap()
+        if self._lease is not None:
+            self._lease.lap()
         return length
 
     def chunk_is_done(self, length: int) -> None:
         """Learn from a chunk that has been computed how much scratch a token of it took."""
-        if self._held is not None:
-            seen = self._held.lap() - max(self._before_chunk, self._active_memory())
+        if self._lease is not None:
+            seen = self._lease.lap() - max(self._before_chunk, self._active_memory())
             self._scratch_per_token = max(self._scratch_per_token, seen / length)
 
     def before_tokens(self, count: int, max_tokens: int) -> None:
@@ -158,15 +163,15 @@ class Budget:
 
 
 @contextmanager
-def keeping_to_plan(model: Model, cache: Cache) -> Iterator[tuple[Budget, Held]]:
+def keeping_to_plan(model: Model, cache: Cache) -> Iterator[tuple[Budget, LimitsLease]]:
     """The memory of a request from its first chunk to its last token, however it ends.
 
     After an error nothing of the cache is left in memory. When the backend itself had no memory left, the model's state
     is not to be trusted: it keeps a sentence that says so, and every later request raises that.
     """
-    with generating(runtime_of(model).plan) as held:
+    with generating(runtime_of(model).plan) as lease:
         try:
-            yield Budget(model, cache, held), held
+            yield Budget(model, cache, lease), lease
         except (RuntimeError, MemoryError) as error:
             drop(cache)
             # Nothing of this request is left for the next one to hear of.
@@ -209,11 +214,6 @@ def drop(cache: Cache) -> None:
     for layer in cache:
         layer.clear()
     mx.clear_cache()
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people: 12.71 GB, 3.1 MB."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _first_line(error: Any) -> str:

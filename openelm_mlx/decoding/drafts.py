@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
+from ..checks import whole_number
 from ..errors import SettingError
+from ..memory.plan import DEFAULT_CHUNK
 from ..runtime import runtime_of
 from .arguments import check_model
 from .compiled_step import make_step
 from .prefill import only_cache
 from .sampling import Sampler
-from .speculation_gain import Memory
+from .speculation_gain import DraftHistory
 
 if TYPE_CHECKING:
     from ..models import Model
     from ..text.tokenizer import Tokenizer
 
 _MOST_DRAFTS = 64
-_CHUNK = 512
 
 
 class Draft(NamedTuple):
@@ -69,11 +70,11 @@ class PromptLookup:
 
     num_draft_tokens: int = 8
     ngram: int = 3
-    memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
+    history: DraftHistory = field(default_factory=DraftHistory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check("num_draft_tokens", self.num_draft_tokens, 1)
-        _check("ngram", self.ngram, 1)
+        whole_number("num_draft_tokens", self.num_draft_tokens, high=_MOST_DRAFTS)
+        whole_number("ngram", self.ngram, high=_MOST_DRAFTS)
 
     def check(self, model: Model, tokenizer: Tokenizer | None) -> None:
         """Nothing: every model can use it."""
@@ -93,11 +94,11 @@ class DraftModel:
     model: Model
     tokenizer: Tokenizer | None = None
     num_draft_tokens: int = 4
-    memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
+    history: DraftHistory = field(default_factory=DraftHistory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_model(self.model, self.tokenizer)
-        _check("num_draft_tokens", self.num_draft_tokens, 1)
+        whole_number("num_draft_tokens", self.num_draft_tokens, high=_MOST_DRAFTS)
 
     def check(self, model: Model, tokenizer: Tokenizer | None) -> None:
         """Raise SettingError when the two models do not mean the same by their tokens."""
@@ -213,8 +214,8 @@ class _Drafter:
             layer.rewind(len(self._fed) - shared)
         del self._fed[shared:]
         missing = tokens[shared:-1]
-        for start in range(0, len(missing), _CHUNK):
-            only_cache(self._model, missing[start : start + _CHUNK], self._cache)
+        for start in range(0, len(missing), DEFAULT_CHUNK):
+            only_cache(self._model, missing[start : start + DEFAULT_CHUNK], self._cache)
         self._fed += missing
         return mx.array(tokens[-1], mx.uint32)
 
@@ -232,10 +233,3 @@ def _spelled(tokenizer: Tokenizer, token: int) -> bytes | None:
         return tokenizer.token_bytes(token)
     except ValueError:
         return None
-
-
-def _check(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MOST_DRAFTS:
-        raise SettingError(
-            f"{name} is {value!r}: it must be a whole number, at least {low} and at most {_MOST_DRAFTS}."
-        )

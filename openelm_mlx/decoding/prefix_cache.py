@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 import mlx.core as mx
 import numpy as np
 
+from ..checks import whole_number
 from ..errors import MemoryLimitError, SettingError
 from ..models.buffers import Snapshot
 from ..models.cache import Cache
@@ -32,7 +33,7 @@ MAX_BUFFERS = 20_000
 MAX_CHECKPOINTS = 16
 
 
-class Checkpoint(NamedTuple):
+class TurnCheckpoint(NamedTuple):
     """All layers at one place of a conversation."""
 
     layers: tuple[Snapshot, ...]
@@ -46,9 +47,9 @@ class Checkpoint(NamedTuple):
         return [array for layer in self.layers for array in layer.arrays]
 
 
-def checkpoint_of(cache: Cache) -> Checkpoint:
+def checkpoint_of(cache: Cache) -> TurnCheckpoint:
     """The place where `cache` is; a few megabytes for the rings of a large model, nothing without rings."""
-    checkpoint = Checkpoint(tuple(layer.snapshot() for layer in cache))
+    checkpoint = TurnCheckpoint(tuple(layer.snapshot() for layer in cache))
     mx.eval(checkpoint.arrays)  # a lazy slice would keep more alive than it shows
     return checkpoint
 
@@ -64,7 +65,7 @@ class Entry(NamedTuple):
     num_prompt_tokens: int
     kind: tuple[object, ...]
     cache: Cache
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[TurnCheckpoint, ...]
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -75,7 +76,7 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 
-    def best_cut(self, num_shared: int) -> tuple[int, Checkpoint]:
+    def best_cut(self, num_shared: int) -> tuple[int, TurnCheckpoint]:
         """How many of the first `num_shared` tokens can be reused, and from which checkpoint."""
         best, checkpoint = 0, self.checkpoints[0]
         for each in self.checkpoints:
@@ -99,8 +100,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int = MAX_BYTES, max_buffers: int = MAX_BUFFERS) -> None:
         for name, value in (("max_bytes", max_bytes), ("max_buffers", max_buffers)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise SettingError(f"{name} is {value!r}: it must be a whole number, at least 0.")
+            whole_number(name, value, low=0)
         self.max_bytes, self.max_buffers = max_bytes, max_buffers
         self._entries: list[Entry] = []  # the least recently used first
         self._model: Model | None = None
@@ -219,7 +219,7 @@ class PrefixCache:
                     best = num_reused, num_shared, entry
         return best[1], best[2]
 
-    def _cache_for(self, entry: Entry, checkpoint: Checkpoint, num_reused: int) -> Cache:
+    def _cache_for(self, entry: Entry, checkpoint: TurnCheckpoint, num_reused: int) -> Cache:
         """The entry's cache cut to `num_reused` tokens: itself where only its own answer is given up, else a copy."""
         at = next(i for i, each in enumerate(self._entries) if each is entry)
         del self._entries[at]
@@ -251,14 +251,14 @@ class Turn:
         kind: tuple[object, ...],
         cache: Cache,
         borders: Sequence[int] = (),
-        checkpoints: Sequence[Checkpoint] = (),
+        checkpoints: Sequence[TurnCheckpoint] = (),
     ) -> None:
         self.cache, self.tokens = cache, list(prompt)
         self.num_reused, self.num_prompt_tokens = cache[0].offset, len(prompt)
         self.stops = sorted({border for border in borders if self.num_reused < border < len(prompt)})
         self._store, self._kind = store, kind
         self._checkpoints = list(checkpoints)
-        self._last_border: Checkpoint | None = None
+        self._last_border: TurnCheckpoint | None = None
         self.at_border()
 
     @property

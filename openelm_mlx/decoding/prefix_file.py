@@ -19,7 +19,7 @@ from ..files import one_line, open_regular, parse_json, unreadable
 from ..models.buffers import Snapshot
 from ..outputs import checked_output, output_file, safetensors_of
 from ..runtime import runtime_of
-from .prefix_cache import Checkpoint, Entry
+from .prefix_cache import Entry, TurnCheckpoint
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -165,7 +165,7 @@ def _entry(described: dict[str, Any], name: str, arrays: dict[str, mx.array], mo
         if state := _numbered(arrays, f"{name}.layer.{i}"):
             layer.state = state
             layer.restore(Snapshot(offset, end, state))
-    end_checkpoint = Checkpoint(tuple(layer.snapshot() for layer in cache))
+    end_checkpoint = TurnCheckpoint(tuple(layer.snapshot() for layer in cache))
     mx.eval(end_checkpoint.arrays)
     tokens = np.array(described["tokens"], np.int64)
     if len(tokens) != end_checkpoint.offset:
@@ -173,8 +173,10 @@ def _entry(described: dict[str, Any], name: str, arrays: dict[str, mx.array], mo
     return Entry(tokens, described["num_prompt_tokens"], (window, kv_bits, room), cache, (*checkpoints, end_checkpoint))
 
 
-def _checkpoint(places: list[list[int]], arrays: list[tuple[mx.array, ...]]) -> Checkpoint:
-    return Checkpoint(tuple(Snapshot(offset, end, each) for (offset, end), each in zip(places, arrays, strict=True)))
+def _checkpoint(places: list[list[int]], arrays: list[tuple[mx.array, ...]]) -> TurnCheckpoint:
+    return TurnCheckpoint(
+        tuple(Snapshot(offset, end, each) for (offset, end), each in zip(places, arrays, strict=True))
+    )
 
 
 def _numbered(arrays: dict[str, mx.array], name: str) -> tuple[mx.array, ...]:

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from ..checks import is_number, whole_number
 from ..errors import SettingError
+from ..files import shown
 from ..models.precision import runs_on_cpu
 
 _LOWEST = -1e30
@@ -44,21 +46,21 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0.0, 100.0)
-        _check("top_k", self.top_k, 0, 2**31 - 1, whole=True)
+        whole_number("top_k", self.top_k, 0, 2**31 - 1)
         _check("top_p", self.top_p, 0.0, 1.0, above_low=True)
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
         _check("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         if not isinstance(self.logit_bias, Mapping):
-            raise SettingError(f"logit_bias is {self.logit_bias!r}: give a dictionary of token to number.")
+            raise SettingError(f"logit_bias is {shown(self.logit_bias)}: give a dictionary of token to number.")
         for token, bias in self.logit_bias.items():
-            _check("logit_bias token", token, 0, 2**31 - 1, whole=True)
+            whole_number("logit_bias token", token, 0, 2**31 - 1)
             # -inf forbids a token; +inf or nan would leave no distribution to draw from.
             if bias != -math.inf:
                 _check(f"logit_bias of token {token}", bias, -1e9, 1e9)
         if self.seed is not None:
-            _check("seed", self.seed, 0, 2**64 - 1, whole=True)
+            whole_number("seed", self.seed, 0, 2**64 - 1)
 
     def check_tokens(self, usable_vocab_size: int) -> None:
         """Raise SettingError when a token is named that the model does not have."""
@@ -262,10 +264,7 @@ def _occurrences(tokens: Sequence[int], vocab_size: int) -> mx.array:
     return counts.at[mx.array(list(tokens))].add(1.0) if tokens else counts
 
 
-def _check(name: str, value: float, low: float, high: float, above_low: bool = False, whole: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not is_number or not (low < value <= high if above_low else low <= value <= high):
-        kind = "a whole number" if whole else "a number"
+def _check(name: str, value: float, low: float, high: float, above_low: bool = False) -> None:
+    if not is_number(value) or not (low < value <= high if above_low else low <= value <= high):
         border = f"above {low:g}" if above_low else f"at least {low:g}"
-        raise SettingError(f"{name} is {value!r}: it must be {kind}, {border} and at most {high:g}.")
+        raise SettingError(f"{name} is {shown(value)}: it must be a number, {border} and at most {high:g}.")

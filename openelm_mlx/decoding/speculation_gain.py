@@ -21,7 +21,7 @@ _MEASURE_EVERY, _MEASURED = 512, 8
 
 
 @dataclass
-class Memory:
+class DraftHistory:
     """What one request leaves to the next: plain tokens still to be made after a trial that lost, and how many to guess."""
 
     pause: int = 0
@@ -50,20 +50,20 @@ class Counts:
 class Gain:
     """Hears how long plain tokens and rounds took, and says how many plain tokens come next and how many to guess.
 
-    most_drafts: never guess more. memory: of the requests before this one.
+    most_drafts: never guess more. history: of the requests before this one.
     """
 
-    def __init__(self, most_drafts: int, memory: Memory | None = None) -> None:
+    def __init__(self, most_drafts: int, history: DraftHistory | None = None) -> None:
         self.counts = Counts()
         self._most_drafts = most_drafts
-        self._memory = Memory() if memory is None else memory
+        self._history = DraftHistory() if history is None else history
         self._plain: deque[float] = deque(maxlen=32)
         self._median: float | None = None  # worked out when it is asked for, which is not for every token
         self._rounds: deque[tuple[float, int]] = deque(maxlen=_ROUNDS)
         self._num_rounds = 0  # since the last pause, or since the number of guesses changed
         self._lost = self._lost_warming_up = 0.0
         self._since_measured = 0
-        self._pause = max(_MEASURED, self._memory.pause)
+        self._pause = max(_MEASURED, self._history.pause)
         self._rate_before: float | None = None  # tokens a second with fewer guesses
         self._is_settled = False
 
@@ -77,7 +77,7 @@ class Gain:
     @property
     def num_drafts(self) -> int:
         """How many tokens to guess in a round."""
-        return min(self._memory.num_drafts, self._most_drafts)
+        return min(self._history.num_drafts, self._most_drafts)
 
     def pause(self) -> int:
         """How many plain tokens to make now; 0: guess."""
@@ -93,7 +93,7 @@ class Gain:
         if self.counts.tokens % _MEASURED == 0 or len(self._plain) < _MEASURED:
             self.counts.plain_seconds_per_token = self.plain_seconds
         self._since_measured = 0
-        self._memory.pause = max(0, self._memory.pause - 1)
+        self._history.pause = max(0, self._history.pause - 1)
 
     def round(self, seconds: float, num_tokens: int) -> None:
         """A round of guesses gave `num_tokens`."""
@@ -127,7 +127,7 @@ class Gain:
         """Make plain tokens until what the trial lost is a small share of the time."""
         lost = self._lost + self._lost_warming_up
         pause = lost / (_COST_OF_TRIALS * max(self.plain_seconds, 1e-9))
-        self._pause = self._memory.pause = round(min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE))
+        self._pause = self._history.pause = round(min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE))
         self._begin_with(_FIRST_DRAFTS)
         self._rate_before, self._is_settled = None, False
         self._lost = self._lost_warming_up = 0.0
@@ -144,7 +144,7 @@ class Gain:
             self._begin_with(2 * self.num_drafts)
 
     def _begin_with(self, num_drafts: int) -> None:
-        self._memory.num_drafts = num_drafts
+        self._history.num_drafts = num_drafts
         self._rounds.clear()
         self._num_rounds = 0
 

@@ -19,7 +19,7 @@ from ..specs import ModelSpec
 from .constraint import TokenConstraint
 from .drafts import Draft, Guesser
 from .sampling import Sampler, log_probabilities, unpacked
-from .speculation_gain import Gain, Memory
+from .speculation_gain import DraftHistory, Gain
 from .step import Step
 from .tokens import Choice, constrained, one_by_one
 
@@ -34,7 +34,7 @@ _WITHOUT_GUESS = 3
 
 
 class Speculative:
-    """The tokens of an answer, as `one_by_one` gives them. gain: what it measures and decides by; memory: of earlier requests.
+    """The tokens of an answer, as `one_by_one` gives them. gain: what it measures and decides by; history: of earlier requests.
 
     prompt: the tokens in the step's cache, whose rings have room for `num_draft_tokens`.
     """
@@ -50,13 +50,13 @@ class Speculative:
         num_logprobs: int | None = None,
         constraint: TokenConstraint | None = None,
         gain: Gain | None = None,
-        memory: Memory | None = None,
+        history: DraftHistory | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model, self._step, self._sampler, self._guesser = model, step, sampler, guesser
         self._num_logprobs, self._constraint = num_logprobs, constraint
         self._tokens = list(prompt)
-        self.gain = Gain(num_draft_tokens, memory) if gain is None else gain
+        self.gain = Gain(num_draft_tokens, history) if gain is None else gain
         self._clock = clock
 
     def choices(self, logits: mx.array, max_tokens: int) -> Iterator[Choice]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..decoding.grammar import AnswerFormat
 from ..errors import PromptError, SettingError, TokenizerError
+from ..files import shown
 from ..text.chat import HARMONY, PLAIN, render_chat
 from ..text.conversation import ResponseFormat, SystemContent, conversation
 from ..text.harmony import HarmonyFormat
@@ -47,7 +48,7 @@ def encode_prompt(
     template = PLAIN if raw or tokenizer is None else chat_template or tokenizer.chat_template
     if reasoning_effort is not None and template != HARMONY:
         raise SettingError(
-            f"reasoning_effort is {reasoning_effort!r}, and only gpt-oss's chat format has one: leave it out."
+            f"reasoning_effort is {shown(reasoning_effort)}, and only gpt-oss's chat format has one: leave it out."
         )
     if hasattr(prompt, "tolist"):  # an array of mlx or NumPy
         prompt = cast("Prompt", prompt.tolist())

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from ..checks import whole_number
 from ..decoding.budget import check_room, room_in_memory
 from ..decoding.constraint import HarmonyConstraint, PlainConstraint, TokenConstraint
 from ..decoding.drafts import Drafts
@@ -14,6 +15,7 @@ from ..decoding.grammar import AnswerFormat, answer_format, engine_of
 from ..decoding.prefix_cache import PrefixCache, Turn, begin_turn
 from ..decoding.sampling import SamplingParams
 from ..errors import MemoryLimitError, PromptError, SettingError, TokenizerError
+from ..files import shown
 from ..models.cache import Cache
 from ..text.chat import HARMONY
 from ..text.harmony import HarmonyFormat
@@ -50,14 +52,14 @@ class Request:
     def checked(self, model: Model, tokenizer: Tokenizer | None) -> Request:
         """The request with its limit of tokens. Raises SettingError, PromptError or MemoryLimitError."""
         if self.max_tokens is not None:
-            _check_whole("max_tokens", self.max_tokens)
+            whole_number("max_tokens", self.max_tokens)
         if self.prefill_chunk is not None:
-            _check_whole("prefill_chunk", self.prefill_chunk)
+            whole_number("prefill_chunk", self.prefill_chunk)
         if self.logprobs is not None:
-            _check_whole("logprobs", self.logprobs, low=0, high=usable_vocab_size(model, tokenizer))
+            whole_number("logprobs", self.logprobs, low=0, high=usable_vocab_size(model, tokenizer))
         self.sampling.check_tokens(usable_vocab_size(model, tokenizer))
         if self.sliding_window is not None:
-            _check_whole("sliding_window", self.sliding_window, high=model.context_length)
+            whole_number("sliding_window", self.sliding_window, high=model.context_length)
         if self.draft is not None:
             if not isinstance(self.draft, Drafts):
                 raise SettingError(
@@ -163,11 +165,5 @@ def usable_vocab_size(model: Model, tokenizer: Tokenizer | None) -> int:
 def checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, (list, tuple)) or not all(isinstance(each, str) for each in stops):
-        raise SettingError(f"stop is {stop!r}: give a string, or a list of strings.")
+        raise SettingError(f"stop is {shown(stop)}: give a string, or a list of strings.")
     return tuple(stops)
-
-
-def _check_whole(name: str, value: int, low: int = 1, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        limits = f"at least {low}" + ("" if high is None else f" and at most {high}")
-        raise SettingError(f"{name} is {value!r}: it must be a whole number, {limits}.")

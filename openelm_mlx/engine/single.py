@@ -21,7 +21,7 @@ from ..decoding.speculative import Speculative
 from ..decoding.step import Step
 from ..decoding.tokens import Choice, constrained, one_by_one
 from ..errors import CheckpointError, PromptError, SettingError, TokenizerError
-from ..memory.limits import Held
+from ..memory.limits import LimitsLease
 from ..runtime import runtime_of
 from ..text.chat import HARMONY
 from ..text.streams import HarmonyStream, PlainStream, SilentStream, TextStream
@@ -96,8 +96,8 @@ def new_sequence(
 def run(model: Model, tokenizer: Tokenizer | None, sequence: Sequence) -> Iterator[Chunk]:
     """The chunks of a prepared sequence, a token each, until it ends or the caller wants no more."""
     turn = sequence.request.begin_turn(model)
-    with keeping_to_plan(model, turn.cache) as (budget, held), turn.kept():
-        yield from _answer(model, tokenizer, sequence, turn, budget, held)
+    with keeping_to_plan(model, turn.cache) as (budget, lease), turn.kept():
+        yield from _answer(model, tokenizer, sequence, turn, budget, lease)
 
 
 def text_stream(tokenizer: Tokenizer | None, prompt: EncodedPrompt, stop: abc.Sequence[str]) -> TextStream:
@@ -112,10 +112,10 @@ def text_stream(tokenizer: Tokenizer | None, prompt: EncodedPrompt, stop: abc.Se
 
 
 def _answer(
-    model: Model, tokenizer: Tokenizer | None, sequence: Sequence, turn: Turn, budget: Budget, held: Held
+    model: Model, tokenizer: Tokenizer | None, sequence: Sequence, turn: Turn, budget: Budget, lease: LimitsLease
 ) -> Iterator[Chunk]:
     request = sequence.request
-    sequence.clock = Clock(request, turn.num_reused, held, runtime_of(model).residency)
+    sequence.clock = Clock(request, turn.num_reused, lease, runtime_of(model).residency)
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )
@@ -145,7 +145,7 @@ def _choices(
         draft, prompt = request.draft, request.prompt_tokens
         source = Speculative(
             model, step, sampler, prompt, draft.begin(model), draft.num_draft_tokens, num_logprobs, constraint,
-            memory=draft.memory,
+            history=draft.history,
         )  # fmt: skip
         clock.speculation = source.gain.counts
         return source.choices(logits, max_tokens)

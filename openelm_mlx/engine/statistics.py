@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..decoding.speculation_gain import Counts
 from ..experts.residency import Residency
 from ..experts.statistics import ExpertStatistics
-from ..memory.limits import Held
+from ..memory.limits import LimitsLease
 from ..text.streams import REASONING
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ class Clock:
     """
 
     def __init__(
-        self, request: Request, num_cached_tokens: int, held: Held, residency: Residency | None = None
+        self, request: Request, num_cached_tokens: int, lease: LimitsLease, residency: Residency | None = None
     ) -> None:
-        self._request, self._held = request, held
+        self._request, self._lease = request, lease
         self._num_cached_tokens = num_cached_tokens
         self._num_answer_tokens = 0
         self.speculation = Counts()
@@ -93,11 +93,11 @@ class Clock:
             time_to_first_token=prefill,
             prefill_tps=(num_prompt_tokens - self._num_cached_tokens) / prefill if prefill else 0.0,
             decode_tps=(self._num_tokens - 1) / decode if decode else 0.0,
-            peak_memory_bytes=self._held.peak_memory_bytes(),
+            peak_memory_bytes=self._lease.peak_memory_bytes(),
             max_tokens=request.limit,
             reasoning_tokens=self._num_tokens - self._num_answer_tokens,
             no_answer=no_answer(request, ended_in, finish_reason, self._num_tokens),
-            notes=tuple(self._held.notes),
+            notes=tuple(self._lease.notes),
             cached_tokens=self._num_cached_tokens,
             drafted_tokens=self.speculation.drafted,
             accepted_tokens=self.speculation.accepted,

@@ -14,7 +14,9 @@ import mlx.core as mx
 from ..checkpoint.layouts import Contents
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.reader import Checkpoint, SafetensorsCheckpoint, TensorEntry
+from ..checks import is_whole
 from ..errors import CheckpointError, SettingError
+from ..files import shown
 from ..models.gpt_oss import GptOss
 from ..models.moe import Experts, QuantizedExpertLinear
 from ..specs import ModelSpec
@@ -79,13 +81,13 @@ def checked_slots(spec: ModelSpec, num_slots: int) -> int:
     layer = spec.layers[0]
     if layer.num_experts < 1:
         raise SettingError(
-            f"expert_slots is {num_slots!r}, and {spec.family} has no experts to leave on disk: leave it out."
+            f"expert_slots is {shown(num_slots)}, and {spec.family} has no experts to leave on disk: leave it out."
         )
     least, most = layer.experts_per_token, layer.num_experts
-    if isinstance(num_slots, bool) or not isinstance(num_slots, int) or not least <= num_slots <= most:
+    if not is_whole(num_slots) or not least <= num_slots <= most:
         raise SettingError(
-            f"expert_slots is {num_slots!r}: each token uses {least} of the {most} experts in a layer, so it must be a whole "
-            f"number from {least} to {most}."
+            f"expert_slots is {shown(num_slots)}: each token uses {least} of the {most} experts in a layer, so it must "
+            f"be a whole number from {least} to {most}."
         )
     return num_slots
 

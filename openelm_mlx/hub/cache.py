@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checks import size
 from ..errors import DestinationError, HubError, UserError
 from ..files import hears_the_disk, one_line, read_json, read_text
 from ..finder import DISK_IS_GONE, is_macos_own
@@ -92,7 +93,7 @@ class RepoCache:
             return None
         with suppress(ValueError, TypeError):
             noted = read_json(self._memo(commit), HubError, LARGEST_LISTING)
-            return Listing(repo, commit, sound_files((name, size, etag) for name, size, etag in noted), refusal)
+            return Listing(repo, commit, sound_files((name, nbytes, etag) for name, nbytes, etag in noted), refusal)
         snapshot = self.snapshot(commit)
         here = sorted(path for path in snapshot.rglob("*") if path.is_file() and not is_macos_own(path.name))
         files = tuple(RepoFile(path.relative_to(snapshot).as_posix(), path.stat().st_size) for path in here)
@@ -118,15 +119,15 @@ def _write(path: Path, text: str) -> None:
     os.replace(draft, path)  # other processes see the old text or the new one
 
 
-def has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def has_size(path: Path, nbytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes
 
 
 def bytes_to_fetch(cache: RepoCache, files: list[RepoFile]) -> int:
     needed = 0
-    for etag, size in {file.etag: file.size for file in files}.items():
-        if not has_size(cache.blob(etag), size):
-            needed += size - min(size, size_of(cache.partial(etag)))
+    for etag, nbytes in {file.etag: file.size for file in files}.items():
+        if not has_size(cache.blob(etag), nbytes):
+            needed += nbytes - min(nbytes, size_of(cache.partial(etag)))
     return needed
 
 
@@ -141,23 +142,16 @@ def check_free_space(repo: str, cache: RepoCache, files: list[RepoFile], free: i
         free = shutil.disk_usage(existing).free
     if needed > free:
         raise DestinationError(
-            f"{repo} needs {_in_words(needed)} more on the disk of {cache.root} and {_in_words(free)} are free: make "
-            f"room for {_in_words(needed - free)}, or set HF_HOME to a folder on a larger disk."
+            f"{repo} needs {size(needed)} more on the disk of {cache.root} and {size(free)} are free: make "
+            f"room for {size(needed - free)}, or set HF_HOME to a folder on a larger disk."
         )
-
-
-def _in_words(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def disk_error(error: OSError, repo: str, cache: RepoCache, files: list[RepoFile]) -> DestinationError:
     elsewhere = "set HF_HOME to a folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DestinationError(
-            f"The disk of {cache.root} is full and {repo} needs {_in_words(bytes_to_fetch(cache, files))} more: make "
+            f"The disk of {cache.root} is full and {repo} needs {size(bytes_to_fetch(cache, files))} more: make "
             f"room and run this again, it goes on where it stopped, or {elsewhere} on a larger disk."
         )
     where = error.filename or cache.root

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 
 from .machine import Machine
+from .measured import Calibration, MeasuredRates
 from .stored import load_stored, store
 
 # One file has both: `speed` stands in it beside what is kept of memory. Files of before had no version and no speed.
@@ -27,41 +28,6 @@ SMALLEST, LARGEST = 0.25, 4.0
 WIDEST_SPREAD, LARGEST_ERROR = 0.25, 0.35
 # Nobody has reached 0.9 of a chip's bandwidth; its smallest caches can be read faster, but no model of these sizes.
 MOST_OF_BANDWIDTH = 1.2
-
-
-@dataclass(frozen=True)
-class MeasuredRates:
-    """Of one model family: seconds a layer however small it is; bytes a second of weights, and of keys and values, that
-    decoding reaches; operations a second (two a multiplication) of a prompt's products. error: by how much of a run's
-    time the terms missed the one that they explain worst.
-    """
-
-    layer_seconds: float
-    weights: float
-    keys_values: float
-    products: float | None = None
-    error: float = 0.0
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """scratch: model family -> how many times as much as the shapes say; process_bytes: of the process beside MLX's peak.
-
-    rates: model family -> what `machine` reaches, which says nothing of any other; disk: bytes a second that its experts
-    are read with.
-    """
-
-    scratch: Mapping[str, float]
-    process_bytes: int | None = None
-    date: str = ""
-    rates: Mapping[str, MeasuredRates] = field(default_factory=dict)
-    disk: float | None = None
-    machine: str = ""
-    speed_date: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """What is kept of memory."""
-        return {"scratch": dict(self.scratch), "process_bytes": self.process_bytes, "date": self.date}
 
 
 class Measured(Protocol):

@@ -37,27 +37,27 @@ def wired_limit(wanted: int, device_info: Mapping[str, Any]) -> int:
     return max(0, min(wanted, recommended, memory - int(max(UNWIRED_BYTES, UNWIRED_SHARE * memory))))
 
 
-class Held:
+class LimitsLease:
     """One request's hold on the process-wide settings, from `generating`.
 
     notes: what the program had set itself and was left as it was, a sentence each.
     """
 
-    def __init__(self, owner: Owner, plan: MemoryPlan | None, stream: Any) -> None:
+    def __init__(self, limits: ProcessLimits, plan: MemoryPlan | None, stream: Any) -> None:
         self.plan, self.stream, self.thread = plan, stream, threading.get_ident()
         self.notes: list[str] = []
         # High-water marks: of the request, and since `lap`.
         self.peak = self.lap_peak = 0
-        self._owner = owner
+        self._limits = limits
 
     def peak_memory_bytes(self) -> int:
         """The largest amount in use, as MLX counts it, since the request began."""
-        self._owner.read_peak()
+        self._limits.read_peak()
         return self.peak
 
     def lap(self) -> int:
         """The largest amount in use since the last call (or the beginning); starts counting anew."""
-        return self._owner.lap(self)
+        return self._limits.lap(self)
 
 
 class Setting:
@@ -103,7 +103,7 @@ class Setting:
         self.ours = None
 
 
-class Owner:
+class ProcessLimits:
     """Who holds the settings, and what follows from it. `mlx` and the device's facts can be injected.
 
     Two models are wired both; a setting waits when a thread other than this one may have work on the GPU. Every method may
@@ -115,7 +115,7 @@ class Owner:
         self._wired = Setting("wired limit", mlx.set_wired_limit, lambda found: found == 0, is_costly=True)
         # On a GPU MLX's own cache limit is its memory limit, which is as good as none; the CPU's is small enough.
         self._cache = Setting("cache limit", mlx.set_cache_limit, lambda found: found == mlx.get_memory_limit())
-        self._holders: list[Held] = []
+        self._holders: list[LimitsLease] = []
         # Bytes to be wired for each plan that had a request and is still there: its model has it.
         self._wired_bytes: dict[int, int] = {}
         self._streams: list[Any] = []  # where work may still run that began under the present settings
@@ -124,23 +124,23 @@ class Owner:
         self._peak = 0
 
     @contextmanager
-    def generating(self, plan: MemoryPlan | None) -> Iterator[Held]:
+    def generating(self, plan: MemoryPlan | None) -> Iterator[LimitsLease]:
         """Hold the settings that `plan` asks for (None: only the peak counter) until the block is left."""
-        held = Held(self, plan, self._mlx.default_stream(self._mlx.default_device()))
+        lease = LimitsLease(self, plan, self._mlx.default_stream(self._mlx.default_device()))
         try:
             with self._lock:
                 self.read_peak()
                 self._mlx.reset_peak_memory()
-                held.peak = held.lap_peak = self._mlx.get_active_memory()
-                self._holders.append(held)
+                lease.peak = lease.lap_peak = self._mlx.get_active_memory()
+                self._holders.append(lease)
                 self._note_wiring(plan)
             self._settle()
-            yield held
+            yield lease
         finally:
             with self._lock:
                 self.read_peak()
-                if held in self._holders:
-                    self._holders.remove(held)
+                if lease in self._holders:
+                    self._holders.remove(lease)
             self._settle()
 
     def _note_wiring(self, plan: MemoryPlan | None) -> None:
@@ -159,17 +159,17 @@ class Owner:
         with self._lock:
             peak = self._mlx.get_peak_memory()
             self._peak = max(self._peak, peak)
-            for held in self._holders:
-                held.peak, held.lap_peak = max(held.peak, peak), max(held.lap_peak, peak)
+            for lease in self._holders:
+                lease.peak, lease.lap_peak = max(lease.peak, peak), max(lease.lap_peak, peak)
             return self._peak
 
-    def lap(self, held: Held) -> int:
-        """See `Held.lap`."""
+    def lap(self, lease: LimitsLease) -> int:
+        """See `LimitsLease.lap`."""
         with self._lock:
             self.read_peak()
-            lap_peak = held.lap_peak
+            lap_peak = lease.lap_peak
             self._mlx.reset_peak_memory()
-            held.lap_peak = self._mlx.get_active_memory()
+            lease.lap_peak = self._mlx.get_active_memory()
             return lap_peak
 
     def _settle(self) -> None:
@@ -187,8 +187,8 @@ class Owner:
                 self._is_settling = False
 
     def _settle_once(self) -> None:
-        self._streams += [held.stream for held in self._holders if held.stream not in self._streams]
-        if any(held.thread != threading.get_ident() for held in self._holders):
+        self._streams += [lease.stream for lease in self._holders if lease.stream not in self._streams]
+        if any(lease.thread != threading.get_ident() for lease in self._holders):
             return
         wired, cache = self._wanted()
         if (wired, cache) == (self._wired.ours, self._cache.ours) or not self._is_idle():
@@ -201,7 +201,7 @@ class Owner:
 
     def _wanted(self) -> tuple[int | None, int | None]:
         """The wired limit of all models and the cache limit of those at work; None where nothing is to be set."""
-        caches = [held.plan.cache_limit_bytes for held in self._holders if held.plan is not None]
+        caches = [lease.plan.cache_limit_bytes for lease in self._holders if lease.plan is not None]
         if not caches and not self._wired_bytes:
             return None, None
         info = self._mlx.device_info() if self._device_info is None else self._device_info
@@ -219,16 +219,16 @@ class Owner:
                 if "no stream" in str(error).lower():
                     return False
                 # Work that has failed is not running any more.
-        self._streams = [held.stream for held in self._holders]
+        self._streams = [lease.stream for lease in self._holders]
         return True
 
 
-_owner = Owner()
+_process_limits = ProcessLimits()
 
 
-def generating(plan: MemoryPlan | None) -> AbstractContextManager[Held]:
-    """A context in which the process's settings are those of `plan`; gives a `Held`. See `Owner.generating`."""
-    return _owner.generating(plan)
+def generating(plan: MemoryPlan | None) -> AbstractContextManager[LimitsLease]:
+    """A context in which the process's settings are those of `plan`; gives a `LimitsLease`. See `ProcessLimits.generating`."""
+    return _process_limits.generating(plan)
 
 
 def peak_memory_bytes() -> int:
@@ -236,4 +236,4 @@ def peak_memory_bytes() -> int:
 
     Requests reset MLX's own counter (`mx.get_peak_memory`) when they begin; this one goes on over all of them.
     """
-    return _owner.read_peak()
+    return _process_limits.read_peak()

@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from ..errors import SettingError
+from ..files import shown
 from .chips import CHIPS
 
 # Taken out of a name in this order: each says nothing of the chip, and some would be read as one that is ("MacBook Pro").
@@ -43,7 +44,7 @@ def parse_mac(name: str) -> NamedMac:
     chip does not come with, and for a word that is not understood.
     """
     if not isinstance(name, str):
-        raise SettingError(f'mac is {name!r}: give the name of a Mac, for example "M4 Pro 24GB".')
+        raise SettingError(f'mac is {shown(name)}: give the name of a Mac, for example "M4 Pro 24GB".')
     rest = re.sub(r"[\s_\-\u2010-\u2015(),;/+:|\u00a0]+", " ", name.lower()).strip()
     rest = re.sub(r"(?<=[a-z]{3})(?=\d)|(?<=\d)(?=(?:pro|max|ultra|inch|core|gb|tb|cpu|gpu)\b)", " ", rest)
     for pattern in _NOTHING_OF_THE_CHIP:

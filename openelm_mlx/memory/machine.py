@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .chips import CHIPS, chip_name, chip_of
 from .mac_names import parse_mac, sizes
 from .macos import Run, footprint, gpu_cores, on_macos, output, sysctl, sysctl_number, used_bytes
-
-if TYPE_CHECKING:
-    from .calibration import Calibration
+from .measured import Calibration
 
 GIB = 2**30
 

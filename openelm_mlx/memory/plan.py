@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..checks import is_number, size
 from ..errors import MemoryLimitError, SettingError
+from ..files import shown
 from ..specs import ModelSpec, kv_capacity
 from .machine import Machine, wired_limit_advice
 from .rates import SpeedRange, prefill_seconds, rates_of, streamed_seconds
@@ -61,7 +63,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlanRequest:
     """What is wanted of a plan; None leaves it to the plan."""
 
     memory_limit: int | None = None
@@ -173,19 +175,19 @@ def make_plan(
     spec: ModelSpec,
     weights: Weights,
     machine: Machine,
-    wish: Wish,
+    request: PlanRequest,
     itemsize: int = 2,
     packed: Callable[[], Weights] | None = None,
 ) -> MemoryPlan:
     """The plan for a model on a machine.
 
     itemsize: bytes of a number that the model computes with. packed: gives the weights with dense_bits=8,
-    where no bits were asked for. What the wish leaves open is chosen: the context (the
+    where no bits were asked for. What the request leaves open is chosen: the context (the
     model's own, at most 8,192 unless more was asked for), the chunk (as long as a prompt is fast with, smaller where memory
     is short), and, when the weights do not fit whole and can be read in place, how many experts stay in memory. Nothing
     that was asked for is changed: a plan that cannot keep to it does not fit.
     """
-    planner = _Planner(source, spec, weights, machine, wish, itemsize, packed)
+    planner = _Planner(source, spec, weights, machine, request, itemsize, packed)
     plan = planner.best()
     return plan if plan.fits else replace(plan, changes=tuple(planner.changes(plan)), advice=planner.advice(plan))
 
@@ -197,14 +199,14 @@ class _Planner:
         spec: ModelSpec,
         weights: Weights,
         machine: Machine,
-        wish: Wish,
+        request: PlanRequest,
         itemsize: int,
         packed: Callable[[], Weights] | None = None,
     ) -> None:
         self.packed = packed
         self.source, self.spec, self.weights, self.machine = source, spec, weights, machine
-        self.wish, self.itemsize = wish, itemsize
-        self.limit = machine.available_bytes if wish.memory_limit is None else wish.memory_limit
+        self.request, self.itemsize = request, itemsize
+        self.limit = machine.available_bytes if request.memory_limit is None else request.memory_limit
         self.is_gpu = machine.backend != "cpu"
         self.short_chunk = SHORT_CHUNK_ON_CUDA if machine.backend == "cuda" else SHORT_CHUNK
         self.cache_limit = CACHE_LIMIT_BYTES if self.is_gpu else 0
@@ -220,9 +222,9 @@ class _Planner:
 
     def best(self) -> MemoryPlan:
         """The first plan that fits, from the one that costs nothing on; the last one when none does."""
-        wish = self.wish
-        context = wish.context_length or min(self.spec.context_length, USUAL_CONTEXT)
-        if wish.expert_slots is None:
+        request = self.request
+        context = request.context_length or min(self.spec.context_length, USUAL_CONTEXT)
+        if request.expert_slots is None:
             for chunk in self._chunks(context):
                 plan = self.plan(context, chunk, None)
                 if plan.fits:
@@ -238,8 +240,8 @@ class _Planner:
         experts that are not there.
         """
         plans = []
-        for chunk in [self.wish.prefill_chunk] if self.wish.prefill_chunk else CHUNKS:
-            slots = self.wish.expert_slots or self._most_slots(context, chunk)
+        for chunk in [self.request.prefill_chunk] if self.request.prefill_chunk else CHUNKS:
+            slots = self.request.expert_slots or self._most_slots(context, chunk)
             plans.append(self.plan(context, chunk, slots, with_limits=False))
         best = min((plan for plan in plans if plan.fits), key=self.usual_seconds, default=plans[-1])
         return self.plan(context, best.prefill_chunk, best.expert_slots)
@@ -266,8 +268,8 @@ class _Planner:
 
     def _chunks(self, context: int) -> list[int]:
         """The chunks to try with everything in memory, from the one that costs nothing on."""
-        if self.wish.prefill_chunk:
-            return [self.wish.prefill_chunk]
+        if self.request.prefill_chunk:
+            return [self.request.prefill_chunk]
         longest = next(
             each
             for each in CHUNKS
@@ -283,7 +285,7 @@ class _Planner:
     def _most_slots(self, context: int, chunk: int) -> int:
         """How many experts a layer fit beside everything else, at least those of one token."""
         limit = self.limit
-        if self.wish.memory_limit is None:
+        if self.request.memory_limit is None:
             limit = min(limit, max(limit // 2, self.machine.memory_bytes - LEFT_TO_FILES))
         room = limit - self.plan(context, chunk, 0, with_limits=False).process_bytes
         return min(self.num_experts - 1, max(self.per_token, room // max(1, self.weights.slot)))
@@ -291,10 +293,10 @@ class _Planner:
     def plan(
         self, context: int, chunk: int, slots: int | None, kv_bits: int | None = None, with_limits: bool = True
     ) -> MemoryPlan:
-        kv_bits = self.wish.kv_bits if kv_bits is None else kv_bits
-        kv = kv_cache_bytes(self.spec, context, self.itemsize, self.wish.batch_size, kv_bits)
+        kv_bits = self.request.kv_bits if kv_bits is None else kv_bits
+        kv = kv_cache_bytes(self.spec, context, self.itemsize, self.request.batch_size, kv_bits)
         scratch = scratch_bytes(
-            self.spec, chunk, context, self.itemsize, self.wish.batch_size, self.machine.backend, kv_bits
+            self.spec, chunk, context, self.itemsize, self.request.batch_size, self.machine.backend, kv_bits
         )
         scratch = int(scratch * self.scratch_factor)
         weights = self.weights_bytes(slots)
@@ -303,8 +305,8 @@ class _Planner:
         plan = MemoryPlan(
             source=self.source, fits=process <= self.limit, weights_bytes=weights, kv_cache_bytes=kv, scratch_bytes=scratch,
             total_bytes=total, process_bytes=process, budget_bytes=max(0, self.limit - self.overhead),
-            context_length=context, max_context_length=0, batch_size=self.wish.batch_size, prefill_chunk=chunk,
-            kv_bits=kv_bits, expert_slots=slots, dense_bits=self.wish.dense_bits,
+            context_length=context, max_context_length=0, batch_size=self.request.batch_size, prefill_chunk=chunk,
+            kv_bits=kv_bits, expert_slots=slots, dense_bits=self.request.dense_bits,
             wired_limit_bytes=self._wired(total), cache_limit_bytes=self.cache_limit if self.is_gpu else 0,
             memory_limit=self.limit, machine=self.machine, family=self.spec.family,
         )  # fmt: skip
@@ -315,7 +317,7 @@ class _Planner:
     def _wired(self, total: int) -> int:
         """What of `total` macOS is not to page out: all or nothing."""
         is_near = total >= WIRED_FROM * self.machine.working_set_bytes
-        wanted = is_near if self.wish.wire is None else self.wish.wire
+        wanted = is_near if self.request.wire is None else self.request.wire
         return total if wanted and self.machine.backend == "metal" else 0
 
     def weights_bytes(self, slots: int | None) -> int:
@@ -382,9 +384,9 @@ class _Planner:
 
     def changes(self, plan: MemoryPlan) -> Iterator[Change]:
         """What would make it fit: each alone, the cheapest first."""
-        wish = self.wish
-        if wish.prefill_chunk is not None and wish.prefill_chunk > CHUNKS[-1]:
-            for chunk in (each for each in CHUNKS if each < wish.prefill_chunk):
+        request = self.request
+        if request.prefill_chunk is not None and request.prefill_chunk > CHUNKS[-1]:
+            for chunk in (each for each in CHUNKS if each < request.prefill_chunk):
                 other = self.plan(plan.context_length, chunk, plan.expert_slots, with_limits=False)
                 if other.fits:
                     yield Change(f"prefill_chunk={chunk}", "a slower prompt", other.total_bytes)
@@ -401,18 +403,20 @@ class _Planner:
             )
         packed = None if self.packed is None else self.packed()
         if packed is not None and packed.dense < self.weights.dense:
-            planner = _Planner(self.source, self.spec, packed, self.machine, replace(wish, dense_bits=8), self.itemsize)
+            planner = _Planner(
+                self.source, self.spec, packed, self.machine, replace(request, dense_bits=8), self.itemsize
+            )
             other = planner.plan(plan.context_length, plan.prefill_chunk, plan.expert_slots, with_limits=False)
             if other.fits:
                 yield Change("dense_bits=8", "dense matrices are rounded to 8 bits", other.total_bytes)
-        if wish.expert_slots is not None and wish.expert_slots > self.per_token:
+        if request.expert_slots is not None and request.expert_slots > self.per_token:
             slots = self._most_slots(plan.context_length, plan.prefill_chunk)
             other = self.plan(plan.context_length, plan.prefill_chunk, slots, with_limits=False)
             if other.fits:
                 yield Change(f"expert_slots={slots}", "more experts are read from disk", other.total_bytes)
 
     def advice(self, plan: MemoryPlan) -> str | None:
-        return wired_limit_advice(self.machine, plan.process_bytes) if self.wish.memory_limit is None else None
+        return wired_limit_advice(self.machine, plan.process_bytes) if self.request.memory_limit is None else None
 
 
 def kv_cache_bytes(
@@ -441,7 +445,7 @@ def parse_size(value: int | float | str, name: str) -> int:
     """
     number: float | None = None
     unit = ""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_number(value) and not abs(value) >= 2**63:  # a number that is too large may be none that a float holds
         number = float(value)
     elif isinstance(value, str):
         match = re.fullmatch(
@@ -451,17 +455,12 @@ def parse_size(value: int | float | str, name: str) -> int:
             unit, power = match[2] or "", _LETTERS[(match[3] or "").lower()]
             number = float(match[1]) * (1024 if match[4] else 1000) ** power
     if number is None or not 1 <= number < 2**63:
-        raise SettingError(f'{name} is {value!r}: give bytes above 0, or text such as "8GB" or "1.5GiB".')
+        raise SettingError(f'{name} is {shown(value)}: give bytes above 0, or text such as "8GB" or "1.5GiB".')
     if not unit and number < FEWEST_BARE_BYTES:
-        raise SettingError(f'{name} is {value!r}, which means {number:,g} bytes: did you mean "{number:g}GB"?')
+        raise SettingError(f'{name} is {shown(value)}, which means {number:,g} bytes: did you mean "{number:g}GB"?')
     return int(number)
 
 
 def parse_memory(value: int | str | None) -> int | None:
     """Bytes of a memory limit, as `parse_size` reads them; None for None. Raises SettingError."""
     return None if value is None else parse_size(value, "memory_limit")
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people: 12.71 GB, 3.1 MB."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SettingError
+from ..files import shown
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def preset_bits(preset: str | None, bits: Any = None, spelled: tuple[str, str] =
     if preset is None:
         return bits
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise SettingError(f"preset is {preset!r}: choose {', '.join(PRESETS)}, or leave it out.")
+        raise SettingError(f"preset is {shown(preset)}: choose {', '.join(PRESETS)}, or leave it out.")
     if bits is not None:
         asked = spelled[0].format(preset)
         raise SettingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..checks import whole_number
 from ..errors import ConfigError
 from ..files import shown
 from .model import Config
@@ -24,10 +25,7 @@ def required(config: Config, *names: str) -> Any:
 
 
 def integer(config: Config, *names: str, most: int = LARGEST_WHOLE) -> int:
-    value = required(config, *names)
-    if type(value) is not int or not 1 <= value <= most:
-        raise ConfigError(f'The config\'s "{names[0]}" is {shown(value)}: it must be a whole number, 1 to {most:,}.')
-    return value
+    return whole_number(f'The config\'s "{names[0]}"', required(config, *names), high=most, error=ConfigError)
 
 
 def is_number(value: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import ConfigError, SettingError
+from ..files import shown
 from .cache_bytes import kv_group_size
 
 Config = Mapping[str, Any]
@@ -157,7 +158,7 @@ def checked_kv_bits(spec: ModelSpec, kv_bits: int | None, window: int | None = N
         return None
     if kv_bits != 8:
         raise SettingError(
-            f"kv_bits is {kv_bits!r}: 8 halves the memory of keys and values, and 16 leaves them as they are; fewer bits "
+            f"kv_bits is {shown(kv_bits)}: 8 halves the memory of keys and values, and 16 leaves them as they are; fewer bits "
             "change the answers."
         )
     full = [layer for layer in spec.layers if layer.window is None]

@@ -13,6 +13,8 @@ from typing import Any
 from openelm_mlx.errors import PromptError, SettingError
 from openelm_mlx.text.schema import Tool, ToolNamespace, check_schema, check_unique, json_text
 
+from ..files import shown
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHANNELS = ("analysis", "commentary", "final")
 REASONING_EFFORTS = ("low", "medium", "high")
@@ -45,7 +47,7 @@ class SystemContent:
 
     def __post_init__(self) -> None:
         if self.reasoning_effort is not None and self.reasoning_effort not in REASONING_EFFORTS:
-            raise SettingError(f"reasoning_effort is {self.reasoning_effort!r}; use low, medium or high.")
+            raise SettingError(f"reasoning_effort is {shown(self.reasoning_effort)}; use low, medium or high.")
 
 
 @dataclass(frozen=True)

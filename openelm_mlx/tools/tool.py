@@ -177,7 +177,7 @@ def read_arguments(text: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("the arguments are nested too deep") from None
     except ValueError as error:
-        raise ValueError(f"the arguments are no JSON ({error})") from None
+        raise ValueError(f"the arguments are not valid JSON ({error})") from None
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments are a {type(arguments).__name__}, not a JSON object")
     return arguments

@@ -8,8 +8,9 @@ import pytest
 from conftest import random_model
 from test_memory_limits import plan
 
+from openelm_mlx.checks import size
 from openelm_mlx.decoding import budget as budget_module
-from openelm_mlx.decoding.budget import Budget, keeping_to_plan, size
+from openelm_mlx.decoding.budget import Budget, keeping_to_plan
 from openelm_mlx.decoding.gpu_errors import is_out_of_memory, is_watchdog
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.sampling import SamplingParams

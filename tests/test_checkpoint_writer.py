@@ -340,3 +340,39 @@ def test_a_tensor_out_of_order_or_of_the_wrong_length_is_our_own_mistake(tmp_pat
         CheckpointWriter(tmp_path / "b", plan_files(TENSORS), "f") as w,
     ):
         w.write("a.weight", [b"short"])
+
+
+@pytest.mark.parametrize("name", ["lock", "journal.jsonl", "journal.new", "output", "output/model.safetensors.part"])
+@pytest.mark.parametrize("kind", ["a named pipe", "a link"])
+def test_what_is_no_file_among_the_unfinished_is_refused_and_left_alone(tmp_path, name, kind):
+    """Opening a pipe would wait for ever, and writing through a link would overwrite what it leads to."""
+    partial, other = interrupt(tmp_path / "out", 3), tmp_path / "mine"
+    other.write_bytes(b"mine")
+    path = partial / name
+    if path.is_dir():
+        path.rename(tmp_path / "moved")
+    path.unlink(missing_ok=True)
+    if kind == "a link":
+        path.symlink_to(other)
+    else:
+        os.mkfifo(path)
+    with pytest.raises(DestinationError, match=f"{name} is {kind}.*move .*out.partial away"):
+        write(tmp_path / "out")
+    assert other.read_bytes() == b"mine"
+    assert os.path.lexists(path)
+    path.unlink()
+    if (tmp_path / "moved").is_dir():
+        (tmp_path / "moved").rename(path)
+    (partial / "lock").touch()
+    write(tmp_path / "out")  # nothing is held on to
+    assert open_checkpoint(tmp_path / "out").entries
+
+
+@pytest.mark.parametrize("line", [b"5", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"tensor": 1}'])
+def test_a_journal_that_holds_something_else_costs_what_comes_after(tmp_path, line):
+    write(tmp_path / "whole")
+    journal = interrupt(tmp_path / "out", 3) / "journal.jsonl"
+    first, second, *_ = journal.read_bytes().splitlines()
+    journal.write_bytes(b"\n".join([first, second, line, b""]))
+    assert write(tmp_path / "out") == 1
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 
 from ..checks import size
 from ..errors import CheckpointError, DestinationError
-from ..files import LARGEST_COPY, open_regular, unreadable
+from ..files import LARGEST_COPY, kind_of, open_regular, read_bytes, unreadable
 from ..finder import DISK_IS_GONE, is_empty, sync, sync_folder
 from .reader import ITEM_SIZES
 
@@ -44,6 +44,7 @@ _LOCK = "lock"
 _OUTPUT = "output"
 _UNFINISHED = ".part"  # no loader's pattern has this ending
 _BLOCK_BYTES = 1 << 22
+_LARGEST_JOURNAL = 1 << 26
 _ALIGNMENT = 8
 
 
@@ -155,6 +156,11 @@ class CheckpointWriter:
             self._check_partial()
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
+            try:
+                self._check_kinds()
+            except Exception:
+                self._close()  # what is there is not ours to remove
+                raise
             try:
                 self._resume()
                 check_free_space(self.destination, self.nbytes - self._bytes_present())
@@ -285,19 +291,23 @@ class CheckpointWriter:
 
     def _journalled(self) -> dict[str, str] | None:
         """Tensor -> checksum as the journal of an interrupted writer says; None when it was of another plan."""
-        try:
-            lines = (self.partial / _JOURNAL).read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
+        path = self.partial / _JOURNAL
+        if not path.exists():
             return None
         entries = []
-        for line in lines:
+        for line in read_bytes(path, DestinationError, _LARGEST_JOURNAL).splitlines():
             try:
                 entries.append(json.loads(line))
-            except ValueError:  # a line that the interruption cut
+            except (ValueError, RecursionError):  # a line that the interruption cut, or a block that the disk lost
                 break
         if not entries or entries[0] != self._first_entry:
             return None
-        return {entry["tensor"]: entry["sha256"] for entry in entries[1:]}
+        found = {}
+        for entry in entries[1:]:
+            if not (isinstance(entry, dict) and {"tensor", "sha256"} <= entry.keys()):
+                break
+            found[str(entry["tensor"])] = str(entry["sha256"])
+        return found
 
     def _take_apart(self) -> None:
         """Undo an interrupted `assemble`."""
@@ -358,9 +368,31 @@ class CheckpointWriter:
                 "choose another destination."
             )
 
+    def _check_kind(self, path: Path) -> None:
+        """Raise DestinationError for what is no file: a pipe would hold whoever opens it, and a link leads elsewhere."""
+        if not os.path.lexists(path):
+            return
+        kind = "a link" if path.is_symlink() else kind_of(path.stat())
+        if kind is not None:
+            raise DestinationError(
+                f"{path} is {kind}, and an interrupted conversion has only files there: move {self.partial} away, or "
+                "choose another destination."
+            )
+
+    def _check_kinds(self) -> None:
+        """`_check_kind` of everything in the partial folder, which is locked."""
+        inside = [*_listed(self.partial), *([] if self._output.is_symlink() else _listed(self._output))]
+        for path in inside:
+            if path != self._output or path.is_symlink() or not path.is_dir():
+                self._check_kind(path)
+
     def _locked(self) -> BinaryIO:
         """Hold the partial folder for this process; the lock goes with the process, however that ends."""
-        lock = (self.partial / _LOCK).open("wb")
+        path = self.partial / _LOCK
+        self._check_kind(path)
+        # Should it have become something else since, nothing is waited for and no link is followed.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.fdopen(os.open(path, flags, 0o666), "wb")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -438,6 +470,10 @@ def _aligned(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
     even = [tensor for tensor in tensors if tensor.nbytes % _ALIGNMENT == 0]
     odd = [tensor for tensor in tensors if tensor.nbytes % _ALIGNMENT]
     return (*even, *sorted(odd, key=lambda tensor: -ITEM_SIZES[tensor.dtype]))
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _append(stream: BinaryIO, data: bytes | memoryview) -> None:

@@ -191,8 +191,22 @@ def test_nothing_is_advised_where_eight_bits_are_slower(sparse):
     assert [each.name for each in plan(sparse, machine=cpu).variants if each.is_advised] == ["exact"]
 
 
-def test_a_packed_source_has_nothing_to_choose():
-    assert plan("demo-openelm", mac="M4 16GB").variants == ()
+@pytest.mark.parametrize("options", [[], ["--preset=smallest"], ["--preset=balanced"], ["--dense-bits=6"]])
+def test_a_packed_source_has_nothing_to_choose_and_that_is_said(options, capsys):
+    command = ["plan", "demo-openelm", "--mac", "M4 16GB", *options]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["variants"] == []
+    assert "packed already" in found["note"]
+    assert main(command) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  presets")]
+    assert line.endswith(found["note"])
+    assert max(map(len, [line])) <= 120
+
+
+def test_what_is_not_packed_has_no_such_note(sparse):
+    assert plan(sparse, mac="M4 16GB").note is None
+    assert plan("demo-gpt-oss", mac="M4 16GB").note is None
 
 
 def test_text_and_json_say_the_same(sparse, capsys):
@@ -241,8 +255,19 @@ def test_all_models_on_all_macs_are_one_table(every, columns):
                 assert shown.endswith(("?", "d")) == (found.decode.basis == "no run")  # nobody has published one
                 assert shown.endswith("d") == (found.expert_slots is not None)
                 assert shown.rstrip("d?") == str(found.decode).replace(" to ", "-")
+    legend = " ".join(lines)
+    assert "d: only some experts fit into memory, and the others are read from the Mac's disk" in legend
+    assert "packed already" not in legend
     assert any("d" in cell for row in rows.values() for cell in row)
     assert any(cell == "-" for row in rows.values() for cell in row)
+
+
+def test_the_table_says_of_a_packed_source_that_presets_are_the_same():
+    lines = table(
+        [plans_on([find_mac("M4 16GB")], source, preset="balanced") for source in ("demo-openelm", "demo-gpt-oss")]
+    )
+    assert "demo-openelm: no preset rounds anything" in " ".join(lines)
+    assert "demo-gpt-oss: no preset" not in " ".join(lines)
 
 
 def test_the_table_needs_no_hub(monkeypatch, capsys):

@@ -167,7 +167,7 @@ def variant_lines(plan: MemoryPlan) -> list[str]:
     from ..checks import size
 
     if not plan.variants:
-        return []
+        return [] if plan.note is None else [f"  presets           {plan.note}"]
     demo = "demo-openelm" if plan.family == "openelm" else "demo-gpt-oss"
     header = ("preset", "memory", "experts", f"tokens/s at {plan.context_length:,}", f"next token, measured on {demo}")
     rows = [header]

@@ -54,11 +54,14 @@ def table(plans: Sequence[Row], columns: int = 80) -> list[str]:
             last = machine.chip.partition(" ")[0]
         lines.append(line([column[place] for column in body]))
     notes = [
-        "d: some experts are read from disk, an estimate; -: does not fit.",
+        "d: only some experts fit into memory, and the others are read from the Mac's disk for each token that chooses them; "
+        "no run of that with this library was published, so the range is an estimate.",
+        "-: does not fit.",
         "?: no run of such a model on that chip was published, the range is an estimate.",
     ]
     if any(row[0].family == "openelm" for row in plans):
         notes.append("OpenELM: by runs of other dense models; nobody has published one of it on a Mac.")
+    notes += [f"{short_name(row[0].source)}: {row[0].note}." for row in plans if row[0].note is not None]
     if any(each.startswith("~") for each in memory):
         notes.append("~: what macOS gives the GPU there is estimated.")
     return [*lines, "", *(each for note in notes for each in _wrapped(note, columns))]

@@ -96,7 +96,7 @@ class MemoryPlan:
     predicted speeds with the whole context in use, decode_at_start with an empty one; None where the machine's rates are
     not known. decode_tps, prefill_tps: their middles. changes: what would make it fit, where it does not. least_bytes: the
     smallest memory limit that can be kept with these dense_bits and kv_bits. variants: the same with each preset, where
-    there is something to choose.
+    there is something to choose. note: what has to be said of the source itself.
     """
 
     source: str
@@ -126,6 +126,7 @@ class MemoryPlan:
     advice: str | None = None
     family: str = ""
     variants: tuple[Variant, ...] = ()
+    note: str | None = None
 
     @property
     def decode_tps(self) -> float | None:

@@ -64,6 +64,17 @@ def one_line(problem: BaseException | str) -> str:
     return text if text.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
+def expanded(path: str | os.PathLike[str], error: ErrorClass) -> Path:
+    """The path with "~" written out. Raises `error` for the home folder of a user that there is not."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0]
+        raise error(
+            f"{_name(path)} cannot be used, because there is no home folder for {user}: check the path."
+        ) from None
+
+
 def open_regular(path: str | os.PathLike[str], error: ErrorClass, *, may_be_pipe: bool = False) -> BinaryIO:
     """The file at `path`, open for reading. Raises `error` when there is none, or something else than a file.
 

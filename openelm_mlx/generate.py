@@ -20,7 +20,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .decoding.arguments import refuse_unknown
+from . import arguments
+from .arguments import FLAG, NAME, checked_call, refuse_unknown
 from .decoding.drafts import Drafts
 from .decoding.prefill import prefill as prefill
 from .decoding.prefix_cache import PrefixCache
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .models import Model
 
 
+@checked_call("om.generate")
 def generate(model: Model, tokenizer: Tokenizer | None, prompt: Prompt | None = None, **options: Any) -> str:
     """The model's answer to `prompt`, as one string, without its reasoning. Takes the options of `stream_generate`.
 
@@ -46,11 +48,19 @@ def generate(model: Model, tokenizer: Tokenizer | None, prompt: Prompt | None = 
     for last in stream_generate(model, tokenizer, prompt, **options):
         text += last.text
     if last is not None and last.statistics is not None and last.statistics.no_answer is not None:
-        depth = 3 if sys._getframe(1).f_code.co_filename == __file__ else 2  # who called `om.generate`
-        warnings.warn(last.statistics.no_answer, NoAnswerWarning, stacklevel=depth)
+        warnings.warn(last.statistics.no_answer, NoAnswerWarning, stacklevel=_depth_of_caller())
     return text
 
 
+def _depth_of_caller() -> int:
+    """How far above `generate` stands who called it: it is reached through a check, and through the module itself."""
+    depth = 2
+    while sys._getframe(depth).f_code.co_filename in (__file__, arguments.__file__):
+        depth += 1
+    return depth
+
+
+@checked_call("om.stream_generate", raw=FLAG, chat_template=NAME, reasoning_effort=NAME)
 def stream_generate(
     model: Model,
     tokenizer: Tokenizer | None,
@@ -72,7 +82,6 @@ def stream_generate(
     tool_schemas: Mapping[str, Any] | None = None,
     prefix_cache: PrefixCache | None = None,
     draft: Drafts | None = None,
-    **unknown: Any,
 ) -> Iterator[Chunk]:
     """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the statistics.
 
@@ -102,7 +111,6 @@ def stream_generate(
     TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all (something else
     in the process grew) ends with MemoryLimitError, and the model can be used again.
     """
-    refuse_unknown("om.stream_generate", unknown, option_names())
     sequence = new_sequence(
         model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, logprobs=logprobs, raw=raw,
         chat_template=chat_template, reasoning_effort=reasoning_effort, sliding_window=sliding_window,

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 from mlx import nn
 
+from .arguments import FUNCTION, NAME, checked_call
 from .checkpoint.layouts import Contents
 from .checkpoint.quantize import NOT_A_SCALE, Quantization
 from .checkpoint.reader import Checkpoint
 from .checks import whole_number
-from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, SettingError
 from .experts.residency import Streaming, checked_slots
 from .files import hears_the_disk, shown
@@ -49,7 +49,7 @@ LOAD_BATCH_BYTES = 64 * 2**20
 
 
 @hears_the_disk(CheckpointError)
-@refusing_unknown("om.load")
+@checked_call("om.load", revision=NAME, chat_template=NAME, progress=FUNCTION)
 def load(
     source: SourceName,
     *,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import DestinationError
-from .files import kind_of
+from .files import expanded, kind_of
 from .finder import sync
 
 # Whether an existing file is one that this library wrote, and of the kind that is to be written. Given the open file.
@@ -45,7 +45,7 @@ def checked_output(
     """
     text = os.fspath(name)
     try:
-        path = Path(text).expanduser()
+        path = expanded(text, DestinationError)
         # The file that a link leads to is what is written, and the link stays.
         path = Path(os.path.realpath(path)) if path.is_symlink() else path
         parent, found = path.absolute().parent, _found(path)

@@ -11,10 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from .arguments import NAME, checked_call
 from .checkpoint.layouts import Contents
 from .checkpoint.released import write_released_headers
 from .checks import whole_number
-from .decoding.arguments import refusing_unknown
 from .errors import CheckpointError, HubError, SettingError
 from .experts.residency import checked_slots
 from .files import hears_the_disk, shown
@@ -27,9 +27,12 @@ from .placement import Placement, dense_packing, dense_packings, packed_weights,
 from .sources import Source, SourceName, repository
 from .specs import checked_kv_bits
 
+# Said where there are no variants.
+ALL_PACKED = "no preset rounds anything, because all matrices of this source are packed already"
+
 
 @hears_the_disk(CheckpointError)
-@refusing_unknown("om.plan")
+@checked_call("om.plan", mac=NAME, revision=NAME)
 def plan(
     source: SourceName,
     *,
@@ -52,7 +55,7 @@ def plan(
     the Hub is out of reach. memory_limit: bytes or "10GB", MLX's memory
     with its buffer cache and the process's own; what the machine has when it is None. mac: a Mac such as "M4 Pro 24GB"
     instead of this machine. The other arguments are those of `load` and `stream_generate`. The plan's `variants` are the
-    same source with each preset.
+    same source with each preset, and none where its matrices are packed already, as `note` says then.
 
     Raises SettingError for a value out of its range, and what opening the source raises; a plan that does not fit is no error.
     """
@@ -125,9 +128,10 @@ class Planned:
         placement = Placement.of(contents, self.dtype, dense, on_cpu)
         packed = partial(packed_weights, contents, self.dtype, on_cpu, self.folder) if dense is None else None
         noted = calibrated(replace(machine, notes=(*machine.notes, self.note)) if self.note else machine)
-        return make_plan(
+        made = make_plan(
             self.source, contents.spec, placement.weights(self.folder), noted, request, placement.dtype.size, packed
         )
+        return made if self.has_plain_matrices else replace(made, note=ALL_PACKED)
 
 
 @hears_the_disk(CheckpointError)
@@ -163,7 +167,7 @@ def checked_request(contents: Contents, memory_limit: int | str | None = None, *
     spec, request = contents.spec, PlanRequest(**options)
     for name, most in {"context_length": spec.context_length, "batch_size": 4096, "prefill_chunk": 2**20}.items():
         value = getattr(request, name)
-        if value is not None:
+        if value is not None or name == "batch_size":
             whole_number(name, value, high=most)
     if request.expert_slots is not None:
         checked_slots(spec, request.expert_slots)

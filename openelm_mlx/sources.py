@@ -128,7 +128,7 @@ def _understood(path: Path, name: str, template_name: str, repo: str | None = No
 @hears_the_disk(CheckpointError)
 def locate(source: SourceName, revision: str | None = None, progress: Progress | None = None) -> Path:
     """The folder or file on this machine that holds `source`, downloaded first when it is a repository."""
-    if str(source) in DEMOS:
+    if isinstance(source, (str, Path)) and str(source) in DEMOS:
         return DEMOS[str(source)]
     path = existing_path(source)
     if path is not None:

@@ -93,7 +93,7 @@ def resolve_chat_template(
 
 
 def _tokenizer_path(asked: SourceName, progress: Progress | None) -> Path:
-    if str(asked) in DEMOS:
+    if isinstance(asked, (str, Path)) and str(asked) in DEMOS:
         return DEMOS[str(asked)]
     path = existing_path(asked)
     if path is not None:

@@ -71,6 +71,43 @@ def test_a_prompt_cache_is_made_used_and_refused(generate, folder, tmp_path):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "damage", ["cut short", "another version", "no numbers", "half a description", "an unknown type"]
+)
+def test_a_damaged_prompt_cache_is_told_before_the_weights_are_read(generate, folder, tmp_path, monkeypatch, damage):
+    file, command = tmp_path / "cache", ("--model", folder, "--prompt", "Hello world", "--max-tokens", 2)
+    assert generate(*command, "--prompt-cache", file)[0] == 0
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    contents = json.loads(header["__metadata__"]["contents"])
+    if damage == "cut short":
+        data = data[:-1]
+    elif damage == "another version":
+        header["__metadata__"]["version"] = "99"
+    elif damage == "no numbers":
+        next(value for name, value in header.items() if name != "__metadata__")["data_offsets"] = ["a", "b"]
+    elif damage == "half a description":
+        del contents["entries"][0]["checkpoints"]
+    else:
+        next(value for name, value in header.items() if name != "__metadata__")["dtype"] = "F4"
+    header["__metadata__"]["contents"] = json.dumps(contents)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    monkeypatch.setattr("openelm_mlx.loading.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    code, out, err = generate(*command, "--prompt-cache", file)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "has version 99" in err if damage == "another version" else "is damaged" in err
+    assert "it will be made anew" in err
+
+
+@pytest.mark.parametrize("option", ["--prompt-file", "--json-schema", "--grammar", "--prompt-cache"])
+def test_a_home_folder_that_there_is_not(generate, option):
+    code, out, err = generate(*([] if option == "--prompt-file" else ["--prompt", "Hi"]), option, "~nobody-there/x")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no home folder for ~nobody-there" in err
+
+
 def test_guessing_changes_nothing_but_the_time(generate, folder, tmp_path):
     command = ("--model", folder, "--prompt", "Hello world", "--max-tokens", 40)
     expected = generate(*command)[1]

@@ -561,7 +561,7 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("count", [1, 2, 20, 45])
-@pytest.mark.parametrize("max_file_bytes", [10**9, 20_000])
+@pytest.mark.parametrize("max_file_bytes", [10**9, "20kB"])
 def test_interrupted_and_taken_up_is_uninterrupted(tmp_path, count, max_file_bytes):
     options = {"quantize": "mixed", "group_size": 32, "max_file_bytes": max_file_bytes}
     convert(TINY / "corenet", tmp_path / "whole", **options)
@@ -641,14 +641,14 @@ def killing_append(stream, data):
     append(stream, data)
 
 writer._append = killing_append
-convert(sys.argv[1], sys.argv[2], 4, group_size=32, max_file_bytes=40_000)
+convert(sys.argv[1], sys.argv[2], 4, group_size=32, max_file_bytes="40kB")
 """
 
 
 def test_killed_at_any_point_leaves_nothing_that_loads(tmp_path, monkeypatch):
     from mlx_lm.utils import load_model
 
-    options = {"quantize": 4, "group_size": 32, "max_file_bytes": 40_000}
+    options = {"quantize": 4, "group_size": 32, "max_file_bytes": "40kB"}
     count, append = 0, writer_module._append
 
     def counting_append(stream, data):
@@ -846,7 +846,7 @@ def test_an_interrupted_download_goes_on(tmp_path, hub, monkeypatch):
 
 
 def test_a_repository_in_shards(tmp_path, hub):
-    convert(TINY, tmp_path / "shards", max_file_bytes=100_000)
+    convert(TINY, tmp_path / "shards", max_file_bytes="100kB")
     hub.add_repo(
         "apple/OpenELM-shards", repository(tmp_path / "shards") | {"stray.safetensors": b"not named by the index"}
     )

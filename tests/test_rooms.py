@@ -13,7 +13,7 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"
 
 # A room may import those before it, and itself.
 ORDER = [
-    ["errors"], ["platforms", "finder"], ["files"], ["checks", "outputs"], ["specs", "text"], ["models"], ["hub"],
+    ["errors"], ["platforms", "finder"], ["files"], ["arguments", "checks", "outputs"], ["specs", "text"], ["models"], ["hub"],
     ["checkpoint"], ["sources"], ["tokenizers"], ["memory"], ["placement", "experts"], ["runtime"], ["decoding"], ["engine"],
     ["loading"], ["conversion"], ["planning"], ["generate"], ["tools"], ["conversation"], ["bench"], ["commands"],
     ["__init__", "__main__"],

@@ -8,8 +8,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import PromptError, SettingError
-from ..files import parse_json, read_text
+from ..errors import CheckpointError, PromptError, SettingError
+from ..files import expanded, parse_json, read_text
 from . import INTERRUPTED
 from .answering import (
     add_answer_arguments,
@@ -93,9 +93,11 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     form = read_form(args)
     if args.prompt_cache is not None:
-        from ..decoding.prefix_file import check_writable
+        from ..decoding.prefix_file import check_readable, check_writable
 
-        check_writable(args.prompt_cache, args.overwrite)
+        place = check_writable(args.prompt_cache, args.overwrite)
+        if is_kept(place, args.overwrite):
+            check_readable(place)
     from ..decoding.prefix_cache import PrefixCache
     from ..decoding.sampling import SamplingParams
     from ..generate import stream_generate
@@ -185,10 +187,14 @@ def open_prompt_cache(name: str | None, model: Model, overwrite: bool = False) -
     from ..decoding.prefix_cache import PrefixCache
 
     cache = PrefixCache()
-    path = Path(name).expanduser()
-    if not overwrite and path.exists() and path.stat().st_size:
+    if is_kept(expanded(name, CheckpointError), overwrite):
         cache.load(name, model)
     return cache
+
+
+def is_kept(path: Path, overwrite: bool) -> bool:
+    """Whether there is a prompt cache to go on with."""
+    return not overwrite and path.exists() and path.stat().st_size > 0
 
 
 def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
@@ -303,7 +309,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     if sum(each is not None for each in (args.text, args.prompt, args.prompt_file)) > 1:
         raise PromptError("There are two prompts, of the argument, --prompt and --prompt-file: give one.")
     if args.prompt_file is not None:
-        return read_text(Path(args.prompt_file).expanduser(), PromptError, LARGEST_PROMPT, may_be_pipe=True)
+        return read_text(expanded(args.prompt_file, PromptError), PromptError, LARGEST_PROMPT, may_be_pipe=True)
     prompt = args.prompt if args.text is None else args.text
     if prompt is not None and prompt != "-":
         return prompt
@@ -321,12 +327,12 @@ def read_form(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `stream_generate` for the answer's form, from files where they are given so."""
     form: dict[str, Any] = {}
     if args.json_schema is not None:
-        text = read_text(Path(args.json_schema).expanduser(), SettingError, may_be_pipe=True)
+        text = read_text(expanded(args.json_schema, SettingError), SettingError, may_be_pipe=True)
         form["schema"] = parse_json(text, f"The JSON Schema file {args.json_schema}", SettingError, "correct it")
     if args.regex is not None:
         form["regex"] = args.regex
     if args.grammar is not None:
-        form["grammar"] = read_text(Path(args.grammar).expanduser(), SettingError, may_be_pipe=True)
+        form["grammar"] = read_text(expanded(args.grammar, SettingError), SettingError, may_be_pipe=True)
     if form:
         from ..decoding.grammar import answer_format
 

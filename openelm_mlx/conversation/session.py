@@ -17,13 +17,14 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from ..arguments import FLAG, NAME, PATH, checked_call, refuse_unknown
 from ..checks import whole_number
-from ..decoding.arguments import check_model, check_prefix_cache, refuse_unknown
+from ..decoding.arguments import check_model, check_prefix_cache
 from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
 from ..errors import NoAnswerWarning, PromptError, SettingError, TokenizerError
-from ..files import one_line, read_text
+from ..files import expanded, one_line, read_text
 from ..generate import option_names
 from ..outputs import json_with, write_output
 from ..text.chat import HARMONY, PLAIN, render_chat
@@ -62,26 +63,25 @@ _OWN_OPTIONS = ("max_tokens", "tool_schemas", "raw", "chat_template", "reasoning
 _C = TypeVar("_C")
 
 
-def _refusing_unknown(kind: type[_C]) -> type[_C]:
-    """The dataclass, which says what to write in place of a keyword that it does not have."""
+def _refusing_options(kind: type[_C]) -> type[_C]:
+    """The class, which says where options of `stream_generate` go that are no keywords of its own."""
     made = cast(Any, kind).__init__
     known = [each.name for each in fields(cast(Any, kind))]
 
     @wraps(made)
     def __init__(self: _C, *args: Any, **keywords: Any) -> None:
-        unknown = {name: value for name, value in keywords.items() if name not in known}
-        for name in unknown.keys() & set(option_names()):
+        for name in (keywords.keys() - set(known)) & set(option_names()):
             raise SettingError(
-                f"{kind.__name__} has no keyword {name!r}: write options={{{name!r}: {reprlib.repr(unknown[name])}}}."
+                f"{kind.__name__} has no keyword {name!r}: write options={{{name!r}: {reprlib.repr(keywords[name])}}}."
             )
-        refuse_unknown(kind.__name__, unknown, known)
         made(self, *args, **keywords)
 
     cast(Any, kind).__init__ = __init__
     return kind
 
 
-@_refusing_unknown
+@_refusing_options
+@checked_call("om.Chat", reasoning_effort=NAME)
 @dataclass
 class Chat:
     """A conversation with a model.
@@ -167,6 +167,7 @@ class Chat:
 
     # --- one turn ---
 
+    @checked_call("chat.ask", PromptError)
     def ask(self, text: str) -> str:
         """Say `text` and return the whole answer. A NoAnswerWarning says why where none came."""
         answer, no_answer = "", None
@@ -176,9 +177,10 @@ class Chat:
             elif isinstance(event, Done):
                 no_answer = event.no_answer
         if no_answer is not None and not answer.strip():
-            warnings.warn(no_answer, NoAnswerWarning, stacklevel=2)
+            warnings.warn(no_answer, NoAnswerWarning, stacklevel=3)  # past the check of the call
         return answer
 
+    @checked_call("chat.stream", PromptError)
     def stream(self, text: str) -> Iterator[Event]:
         """Say `text`; what happens comes as events, the last of them `Done`.
 
@@ -354,6 +356,7 @@ class Chat:
         self.messages.clear()
         self.num_forgotten, self._has_told = 0, False
 
+    @checked_call("chat.save", path=PATH, overwrite=FLAG)
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write what was said, the instructions and the effort to a JSON file, whole or not at all.
 
@@ -371,12 +374,10 @@ class Chat:
         # What was said is nobody else's business.
         return write_output(path, text, "The chat", _is_chat, overwrite, mode=0o600)
 
+    @checked_call("chat.load", path=PATH)
     def load(self, path: str | Path) -> None:
         """Go on with a saved conversation in place of this one. Raises PromptError when the file holds none."""
-        try:
-            path = Path(path).expanduser()
-        except RuntimeError as error:  # "~nobody/chat.json"
-            raise PromptError(f"The chat in {path} cannot be read: {error}") from None
+        path = expanded(path, PromptError)
         text = read_text(path, PromptError, _LARGEST_CHAT)
         try:
             content = json.loads(text)

@@ -21,12 +21,21 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__, hub
+from ..arguments import FLAG, FUNCTION, NAME, PATH, Kind, checked_call
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, check_destination
-from ..decoding.arguments import refusing_unknown
-from ..errors import CheckpointError, ConfigError, ConversionError, HubError, SettingError, TokenizerError
-from ..files import hears_the_disk, read_bytes, read_object
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    DestinationError,
+    HubError,
+    SettingError,
+    TokenizerError,
+)
+from ..files import expanded, hears_the_disk, read_bytes, read_object
 from ..finder import files_of
+from ..memory.plan import parse_size
 from ..memory.presets import preset_bits
 from ..sources import Source
 from ..text.tokenizer import Tokenizer
@@ -50,6 +59,8 @@ __all__ = [
 # Stage ("download", "convert" or "verify"), what is done, and of how much.
 StageProgress = Callable[[str, int, int], None]
 
+# Nothing, where nothing is written, is told in a sentence of its own.
+DESTINATION = Kind(lambda value: value in (None, "") or PATH.accepts(value), PATH.wanted)
 _PROGRAM = f"openelm_mlx {__version__}"
 
 # Small files that belong to the model and are copied as they are.
@@ -85,7 +96,10 @@ class ConversionReport:
 
 
 @hears_the_disk(CheckpointError)
-@refusing_unknown("om.convert")
+@checked_call(
+    "om.convert", destination=DESTINATION, chat_template=NAME, revision=NAME, verify=FLAG, dry_run=FLAG, private=FLAG,
+    progress=FUNCTION,
+)  # fmt: skip
 def convert(
     source: str | Path,
     destination: str | Path | None,
@@ -97,7 +111,7 @@ def convert(
     tokenizer: str | Path | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
+    max_file_bytes: int | str = MAX_FILE_BYTES,
     verify: bool = False,
     dry_run: bool = False,
     upload: str | None = None,
@@ -113,7 +127,8 @@ def convert(
     and 8 for the embedding and the outer layers. preset: "exact" (nothing is quantized), "balanced" (8 bits) or "smallest"
     (4 bits) instead. dtype: "float32", "bfloat16" or "float16" for what is not packed; None
     keeps the stored type (see `plan_conversion` for the exceptions). On a quantized source it unpacks the weights.
-    tokenizer, chat_template: as in `load`; both are stored with the weights.
+    tokenizer, chat_template: as in `load`; both are stored with the weights. max_file_bytes: larger files are divided; bytes
+    or text such as "500MB".
     verify: read the result back and compare it with the original, before it appears. dry_run: write nothing; of a
     repository only the headers are fetched. upload: a repository to send the folder to, `private` or not.
     progress: called with a stage ("download", "convert", "verify"), what is done and of how much.
@@ -121,9 +136,10 @@ def convert(
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
     quantize = preset_bits(preset, quantize, ('preset="{}"', "quantize"))
+    most_bytes = parse_size(max_file_bytes, "max_file_bytes")
     target = _checked_request(destination, dry_run, upload, private)
     opened = Source.open(source, revision, _stage("download", progress), headers_only=True)
-    plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, max_file_bytes)
+    plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, most_bytes)
     found = find_tokenizer(opened.folder, plan.spec, tokenizer)
     template = _chat_template(opened, plan, chat_template)
     report = _report(opened, plan, found, template)
@@ -168,7 +184,7 @@ def _checked_request(destination: str | Path | None, dry_run: bool, upload: str 
         return None
     if destination is None or not str(destination):
         raise SettingError("There is no destination: name a folder to write, or ask for a dry run.")
-    target = Path(destination).expanduser()
+    target = expanded(destination, DestinationError)
     check_destination(target)
     return target
 

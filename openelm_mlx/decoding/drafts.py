@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
+from ..arguments import checked_call
 from ..checks import whole_number
 from ..errors import SettingError
 from ..memory.plan import DEFAULT_CHUNK
@@ -60,6 +61,7 @@ class Guesser(Protocol):
         """
 
 
+@checked_call("om.PromptLookup")
 @dataclass(frozen=True)
 class PromptLookup:
     """Guess that what followed the same last words before, in the prompt or the answer, follows again.
@@ -83,6 +85,7 @@ class PromptLookup:
         return _Lookup(self.ngram)
 
 
+@checked_call("om.DraftModel")
 @dataclass(frozen=True)
 class DraftModel:
     """Guess with a smaller model of the same vocabulary. tokenizer: its own, to be compared with the large one's; where it

@@ -11,14 +11,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
 
 import mlx.core as mx
 import numpy as np
 
+from ..arguments import FLAG, PATH, checked_call
 from ..checks import whole_number
-from ..errors import MemoryLimitError, SettingError
+from ..errors import CheckpointError, DestinationError, MemoryLimitError, SettingError
+from ..files import expanded
 from ..models.buffers import Snapshot
 from ..models.cache import Cache
 from .pieces import weights_version
@@ -88,6 +89,7 @@ class Entry(NamedTuple):
 
 
 @final
+@checked_call("om.PrefixCache")
 class PrefixCache:
     """Finished requests, the least recently used forgotten first. For one model; any number of conversations.
 
@@ -177,6 +179,7 @@ class PrefixCache:
                     self._entries.pop(0)
                 mx.clear_cache()
 
+    @checked_call("prefix_cache.save", path=PATH, overwrite=FLAG)
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write everything into the file `path`, at once or not at all.
 
@@ -185,19 +188,25 @@ class PrefixCache:
         from .prefix_file import save_entries
 
         with self._lock:
-            save_entries(Path(path).expanduser(), self._entries, self._model, overwrite)
+            save_entries(expanded(path, DestinationError), self._entries, self._model, overwrite)
 
+    @checked_call("prefix_cache.load", path=PATH)
     def load(self, path: str | os.PathLike[str], model: Model) -> None:
         """Take the requests of a file that `save` wrote, in place of what is here.
 
         Raises CheckpointError when the file is damaged, of another version, or of another model.
         """
+        from .arguments import check_model
         from .prefix_file import load_entries
 
+        check_model(model)
         with self._lock:
             self._check_model(model)
+            found = list(
+                load_entries(expanded(path, CheckpointError), model)
+            )  # a file that cannot be read costs nothing
             self._entries.clear()
-            for entry in load_entries(Path(path).expanduser(), model):
+            for entry in found:
                 self.keep(entry)
 
     def _check_model(self, model: Model) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -68,16 +68,24 @@ def check_writable(path: str | Path, overwrite: bool = False) -> Path:
     return checked_output(path, _WHAT, _is_prompt_cache, overwrite)
 
 
+def check_readable(path: Path) -> None:
+    """Raise CheckpointError for what its header shows to be damaged, cut short, or of another version."""
+    _, metadata = _read(path, only_header=True)
+    _check_version(path, metadata)
+    try:
+        header = parse_json(metadata["contents"], "its description", CheckpointError)
+        if not (isinstance(header["checksum"], int) and isinstance(header["fingerprint"], str)):
+            raise ValueError("its description is not whole")
+        for entry in header["entries"]:
+            _ = (len(entry["tokens"]), entry["num_prompt_tokens"], entry["kind"], entry["checkpoints"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, one_line(error).partition(": download")[0]) from None
+
+
 def load_entries(path: Path, model: Model) -> Iterator[Entry]:
     """The entries of a file for `model`. Raises CheckpointError."""
     arrays, metadata = _read(path)
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no prompt cache of this library: give another file.")
-    if metadata.get("version") != str(VERSION):
-        raise CheckpointError(
-            f"The prompt cache {path} has version {metadata.get('version')}, and this library reads version {VERSION}: "
-            "delete it, and it will be made anew."
-        )
+    _check_version(path, metadata)
     try:
         header = parse_json(metadata["contents"], "its description", CheckpointError)
         if header["checksum"] != _checksum(header["entries"], arrays if header["entries"] else {}):
@@ -97,17 +105,27 @@ def load_entries(path: Path, model: Model) -> Iterator[Entry]:
     yield from entries
 
 
-def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no prompt cache of this library: give another file.")
+    if metadata.get("version") != str(VERSION):
+        raise CheckpointError(
+            f"The prompt cache {path} has version {metadata.get('version')}, and this library reads version {VERSION}: "
+            "delete it, and it will be made anew."
+        )
+
+
+def _read(path: Path, only_header: bool = False) -> tuple[dict[str, mx.array], dict[str, str]]:
     with open_regular(path, CheckpointError) as stream:
         try:
-            return _unpacked(stream)
+            return _unpacked(stream, only_header)
         except OSError as error:
             raise unreadable(path, error, CheckpointError) from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise _damaged(path, one_line(error).partition(": download")[0]) from None
 
 
-def _unpacked(stream: BinaryIO) -> tuple[dict[str, mx.array], dict[str, str]]:
+def _unpacked(stream: BinaryIO, only_header: bool) -> tuple[dict[str, mx.array], dict[str, str]]:
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
     if length > min(size - 8, _LARGEST_HEADER):
@@ -117,6 +135,10 @@ def _unpacked(stream: BinaryIO) -> tuple[dict[str, mx.array], dict[str, str]]:
     # Before anything is read, because a file may have any size.
     if size != 8 + length + max(each["data_offsets"][1] for each in header.values()):
         raise ValueError("it has been cut short")
+    if any(each["dtype"] not in _TYPES for each in header.values()):
+        raise ValueError("it has numbers of an unknown type")
+    if only_header:
+        return {}, metadata
     data = stream.read()
     return {name: _array(each, data) for name, each in header.items()}, metadata
 

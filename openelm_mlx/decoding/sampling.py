@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from ..arguments import checked_call
 from ..checks import is_number, whole_number
 from ..errors import SettingError
 from ..files import shown
@@ -21,6 +22,7 @@ _LOWEST = -1e30
 _NOT_IN_FORM = ("logit_bias", "seed")
 
 
+@checked_call("om.SamplingParams")
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen.

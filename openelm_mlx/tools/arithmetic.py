@@ -8,6 +8,10 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from ..arguments import TEXT, checked_call
+from ..errors import ToolError
+from ..files import one_line
+
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg,
@@ -24,15 +28,22 @@ MOST_BITS = 4096
 MOST_CHARACTERS = 1000
 
 
+@checked_call("calculator", ToolError, expression=TEXT)
 def calculator(expression: str) -> str:
     """Evaluates an arithmetic expression."""
+    # The docstring is the model's: what goes wrong is a ToolError.
     if len(expression) > MOST_CHARACTERS:
-        raise ValueError(f"the expression has {len(expression)} characters; {MOST_CHARACTERS} are the most")
+        raise ToolError(f"the expression has {len(expression)} characters; {MOST_CHARACTERS} are the most")
     try:
         tree = ast.parse(expression.strip().replace("^", "**"), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{expression!r} is no arithmetic expression") from None
-    return str(_value(tree.body))
+        raise ToolError(f"{expression!r} is no arithmetic expression") from None
+    try:
+        return str(_value(tree.body))
+    except ToolError:
+        raise
+    except (ArithmeticError, RecursionError, TypeError, ValueError) as error:  # 1/0, sqrt(-1), round()
+        raise ToolError(f"{expression!r} cannot be computed: {one_line(error)}") from None
 
 
 def _value(node: ast.AST) -> Any:
@@ -51,17 +62,17 @@ def _value(node: ast.AST) -> Any:
         and not node.keywords
     ):
         return _FUNCTIONS[node.func.id](*map(_value, node.args))
-    raise ValueError(f"{ast.unparse(node)!r} is not arithmetic")
+    raise ToolError(f"{ast.unparse(node)!r} is not arithmetic")
 
 
 def _binary(op: ast.operator, left: Any, right: Any) -> Any:
     if isinstance(op, ast.Pow):
         bits = math.log2(abs(left)) * right if left and isinstance(left, int) and isinstance(right, int) else 0
         if abs(bits) > MOST_BITS:
-            raise ValueError(f"{left} to the power of {right} has too many digits")
+            raise ToolError(f"{left} to the power of {right} has too many digits")
     result = _OPERATORS[type(op)](left, right)
     if isinstance(result, complex):
-        raise ValueError("the result is not a real number")
+        raise ToolError("the result is not a real number")
     if isinstance(result, int) and result.bit_length() > MOST_BITS:
-        raise ValueError("the result has too many digits")
+        raise ToolError("the result has too many digits")
     return result

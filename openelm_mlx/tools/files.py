@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+from ..arguments import FUNCTION, PATH, checked_call
 from ..errors import ToolError
 from ..text.schema import BROWSER
-from .paths import first_hidden, is_hidden
+from .paths import existing_folder, first_hidden, is_hidden
 from .tool import arguments_of
 
 LINE_WIDTH = 80
@@ -61,6 +62,7 @@ class BrowserTool:
 
 
 @final
+@checked_call("FileBrowser", ToolError, folder=PATH, count_tokens=FUNCTION)
 class FileBrowser:
     """The browser over `folder`. Its `tools` are search, open and find; `pages` are the displays by cursor.
 
@@ -69,9 +71,7 @@ class FileBrowser:
     """
 
     def __init__(self, folder: str | Path, count_tokens: Callable[[str], int] | None = None) -> None:
-        self.folder = Path(folder).expanduser().resolve()
-        if not self.folder.is_dir():
-            raise ToolError(f"{folder} is no folder, so there are no files to read in it: name one that exists.")
+        self.folder = existing_folder(folder, "are no files to read")
         self.pages: list[Page] = []
         self.tools = [
             BrowserTool("search", self.search),

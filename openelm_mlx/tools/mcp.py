@@ -19,8 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
+from ..arguments import SECONDS, VARIABLES, Kind, checked_call
 from ..errors import ToolError
-from ..files import read_json
+from ..files import expanded, read_json
 from .mcp_messages import cleaned_result, content_text, name_for_model, whole
 from .tool import arguments_of
 
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _MISSING = "MCP servers need the official SDK, which is not installed: pip install 'openelm_mlx[mcp]'."
+_SOURCE = Kind(
+    lambda value: (
+        isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value))
+    ),
+    'give a command line such as "uvx mcp-server-time", its words in a list, or an address',
+)
 _CLOSE_SECONDS = 5.0  # more than a program takes to be ended
 
 
@@ -53,6 +60,7 @@ class McpTool:
 
 
 @final
+@checked_call("McpServer", ToolError, source=_SOURCE, environment=VARIABLES, timeout=SECONDS)
 class McpServer:
     """A connection to one MCP server; `tools` are its tools. `close` ends it, as a `with` block does.
 
@@ -269,7 +277,7 @@ def read_servers(file: str | Path) -> dict[str, tuple[str | list[str], dict[str,
     The file holds `{"mcpServers": {NAME: {"command": ..., "args": [...], "env": {...}} or {"url": ...}}}`.
     """
     try:
-        servers = read_json(Path(file).expanduser(), ToolError)["mcpServers"].items()
+        servers = read_json(expanded(file, ToolError), ToolError)["mcpServers"].items()
         return {
             name: (
                 each["url"] if "url" in each else [each["command"], *each.get("args", ())],

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, final
 
+from ..arguments import PATH, TEXT, checked_call
 from ..errors import ToolError
 from ..text.unicode import whole_characters
 from .document import Document, Hunk
-from .paths import Names
+from .paths import Names, existing_folder
 from .swap import Change, Seen, read_file, swap
 from .tool import arguments_of
 
@@ -39,6 +40,7 @@ class FileChange:
 
 
 @final
+@checked_call("PatchTool", ToolError, folder=PATH)
 class PatchTool:
     """A tool that applies patches to the text files of `folder`. Raises ToolError if there is no such folder.
 
@@ -58,9 +60,7 @@ class PatchTool:
     )
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser().resolve()
-        if not self.folder.is_dir():
-            raise ToolError(f"{folder} is no folder, so there is nothing to patch in it: name one that exists.")
+        self.folder = existing_folder(folder, "is nothing to patch")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -82,13 +82,14 @@ def _patch_text(arguments: Any) -> str:
     return patch
 
 
-def apply_patch(patch: str, folder: Path) -> list[str]:
+@checked_call("apply_patch", ToolError, patch=TEXT, folder=PATH)
+def apply_patch(patch: str, folder: str | Path) -> list[str]:
     """Apply a patch to the files of `folder`, all of it or nothing.
 
     Returns what is different now: "A path" (new), "M path", "D path", "R old -> new", or "unchanged: path, ..." when
     nothing is. Raises ToolError when the patch cannot be read, does not fit, or cannot be written.
     """
-    workspace = _Workspace(folder)
+    workspace = _Workspace(existing_folder(folder, "is nothing to patch"))
     for change in parse_patch(patch):
         if change.action == "add":
             workspace.add(change.path, change.content)

@@ -19,6 +19,21 @@ from ..text.unicode import whole_characters
 _GENERATED = ("__pycache__", "node_modules")
 
 
+def existing_folder(folder: str | Path, purpose: str) -> Path:
+    """The folder that a program gives its tools, whole and without links. purpose: what there is not where it is none.
+
+    Raises ToolError.
+    """
+    try:
+        found = Path(folder).expanduser().resolve()
+        is_folder = found.is_dir()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, "~nobody", what no file system takes
+        is_folder = False
+    if not is_folder:
+        raise ToolError(f"{folder} is no folder, so there {purpose} in it: name one that exists.")
+    return found
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is left out by the tools: `.env`, `.git`, `node_modules`."""
     # Some volumes ignore characters without a shape, so that "\u200c.git" is .git.

@@ -18,18 +18,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
+from ..arguments import FLAG, Kind, checked_call, of_type
 from ..errors import ToolError
 from ..text.schema import PYTHON
 from .python_process import Box, Direct, Interpreter, Place
-from .sandbox import KEPT, Limits, Python, find_sandbox
+from .sandbox import KEPT, SANDBOXES, Limits, Python, find_sandbox
 from .sandbox_usage import remove_folder
 
 _IDLE_SECONDS = 1.0  # between two looks while no script runs
 _CLOSED = "This python tool is closed: make another one."
+_SANDBOX = Kind(lambda value: value in SANDBOXES, f"give one of {', '.join(SANDBOXES)}")
 _NOTHING = "(The script wrote nothing. Its last expression, or what it prints, is what you see.)"
 
 
 @final
+@checked_call(
+    "PythonTool", ToolError, limits=of_type(Limits, "Limits(seconds=60, ...)"), allow_unsandboxed=FLAG,
+    python=of_type(Python, "Python(executable=...)"), sandbox=_SANDBOX,
+)  # fmt: skip
 class PythonTool:
     """A tool that runs Python. Called with a script, it returns what the script wrote and its last expression's value.
 

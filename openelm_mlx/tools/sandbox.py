@@ -26,6 +26,7 @@ from . import sandbox_mac
 from .sandbox_usage import MOST_FILES
 
 SANDBOX_EXEC, BUBBLEWRAP, NAMESPACES, NONE = "sandbox-exec", "bubblewrap", "namespaces", "none"
+SANDBOXES = SANDBOX_EXEC, BUBBLEWRAP, NAMESPACES, NONE
 KEPT = (BUBBLEWRAP, NAMESPACES)  # sandboxes that stay, with their files, when an interpreter ends
 
 # Where gpt-oss was trained to find its files; a Mac cannot show a folder under another name.

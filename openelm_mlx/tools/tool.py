@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, get_type_hints
 
+from ..arguments import checked_call
 from ..decoding.grammar import AnswerFormat, Engine, answer_format
 from ..errors import SettingError, ToolError, UserError
 from ..text import schema
@@ -77,6 +78,7 @@ class FunctionTool:
         return result_text(self.function(**{name: getattr(values, name) for name in type(values).model_fields}))
 
 
+@checked_call("function_tool", ToolError)
 def function_tool(function: Callable[..., Any]) -> FunctionTool:
     """The tool that `function` is. Google's, NumPy's and reST's docstring styles describe its arguments.
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, final
 
+from ..arguments import FLAG, FUNCTION, TEXT, checked_call
 from ..errors import ToolError
 
 KINDS = {
@@ -20,10 +21,12 @@ KINDS = {
     "mcp": "mcp=SERVER: the tools of an MCP server: a command, an address, or a file with mcpServers",
 }
 
+TOOL_NAMES = TEXT._replace(wanted='give names with commas, as in "calculator,files=~/notes"')
 _WITHOUT_VALUE = ("calculator", "python")
 
 
 @final
+@checked_call("Toolbox", ToolError, names=TOOL_NAMES, allow_unsandboxed=FLAG, count_tokens=FUNCTION)
 class Toolbox:
     """The tools that `names` asks for, in `tools`; `close` ends what they run, as a `with` block does.
 

@@ -89,6 +89,16 @@ def test_reasoning_and_answer_come_in_their_channels(tokenizer):
     assert om.generate(Scripted(tokenizer, THOUGHT_AND_ANSWER), tokenizer, "Hi") == texts["final"]
 
 
+@pytest.mark.parametrize(
+    "header", ["user<|channel|>final", "functions.f to=assistant<|channel|>final", "system<|channel|>final"]
+)
+def test_what_others_say_is_no_answer_on_whatever_channel(tokenizer, header):
+    script = THOUGHT_AND_ANSWER.replace("<|return|>", f"<|end|><|start|>{header}<|message|>Mine.<|return|>")
+    texts, _ = answer(tokenizer, script)
+    assert texts["final"] == "Yes. Stop here, please."
+    assert texts["analysis"].endswith("Mine.")
+
+
 def test_what_others_say_in_a_completion_is_no_part_of_the_answer(tokenizer):
     invented = "<|end|><|start|>user<|message|>And you?<|end|><|start|>functions.f<|message|>7<|return|>"
     script = THOUGHT_AND_ANSWER.replace("<|return|>", invented)

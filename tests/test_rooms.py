@@ -118,3 +118,55 @@ def test_only_one_file_shows_anything():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute | ast.Name):
                 assert ast.unparse(node) not in SHOWING, f"{file}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_files_import_each_other_in_no_circle():
+    """Also for the type checker alone: who reads a file never has to read another one first that needs this one."""
+    graph = {name: imported_files(name, file) for name, file in FILES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for each in sorted(graph[name]):
+                visit(each, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {name_of(file): file for file in PACKAGE.rglob("*.py") if file.name != "__main__.py" and file.parent != PACKAGE}
+FILES |= {name_of(file): file for file in PACKAGE.glob("*.py") if not file.name.startswith("__")}
+
+
+def imported_files(name: str, file: Path) -> set[str]:
+    """The files of the package that a file imports, not within functions: what is imported late closes no circle."""
+    package = [*name.split("."), ""] if file.name == "__init__.py" else name.split(".")
+    tree, found = ast.parse(file.read_text()), set()
+    late = {
+        inner.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.ImportFrom)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.lineno in late:
+            continue
+        if node.level:
+            base = package[: len(package) - node.level]
+        elif (node.module or "").split(".")[0] == "openelm_mlx":
+            base = []
+        else:
+            continue
+        module = (node.module or "").split(".") if node.module else []
+        whole = base + [part for part in module if part != "openelm_mlx"]
+        for alias in node.names:
+            inner = ".".join([*whole, alias.name])
+            found.add(inner if inner in FILES else ".".join(whole))
+    return {each for each in found if each in FILES and each != name}

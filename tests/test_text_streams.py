@@ -99,6 +99,16 @@ def test_what_others_say_is_no_answer_on_whatever_channel(tokenizer, header):
     assert texts["analysis"].endswith("Mine.")
 
 
+def test_messages_end_where_a_stop_string_ended_the_answer(tokenizer):
+    stream = HarmonyStream(tokenizer, ["STOP"])
+    script = "<|channel|>final<|message|>ab<|end|><|start|>assistant<|channel|>final<|message|>cdSTOPef"
+    for token in HarmonyFormat(tokenizer).encode_markup(script):
+        if stream.add(token).is_stopped:
+            break
+    stream.finish()
+    assert [message.text for message in stream.messages] == ["ab", "cd"]
+
+
 def test_what_others_say_in_a_completion_is_no_part_of_the_answer(tokenizer):
     invented = "<|end|><|start|>user<|message|>And you?<|end|><|start|>functions.f<|message|>7<|return|>"
     script = THOUGHT_AND_ANSWER.replace("<|return|>", invented)

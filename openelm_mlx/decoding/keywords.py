@@ -8,12 +8,42 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .validation import Check
+from typing import Any, Protocol
 
 Fault = tuple[tuple[Any, ...], str]  # where in the value, and what is wrong there
+
+
+class Check(Protocol):
+    """What a keyword asks of the check that it is a part of (validation.py)."""
+
+    def check(self, value: Any, schema: Any, resolver: Any) -> list[Fault]:
+        """The first faults of `value` under `schema`, with their places in it."""
+
+    def at(self, place: Any, value: Any, schema: Any, resolver: Any) -> list[Fault]:
+        """The faults of a part of a value, with `place` in front of theirs."""
+
+    def follows(self, value: Any, schema: Any, resolver: Any) -> bool:
+        """Whether `value` has no fault under `schema`."""
+
+    def matches(self, pattern: str, text: str) -> bool | None:
+        """Whether a pattern is found in a text; None where the pattern cannot be followed."""
+
+    def identity(self, value: Any) -> str:
+        """The same for equal values alone: 1 and 1.0 are one number, and true is none."""
+
+    def values_of(self, values: Sequence[Any]) -> frozenset[str]:
+        """The identities of the values of a list."""
+
+    def seen(self, value: Any, schema: Any, resolver: Any, *, is_top: bool = True) -> set[Any]:
+        """The names or places of `value` that keywords of `schema` have looked at."""
+
+    def target(self, reference: Any, resolver: Any) -> tuple[Any, Any]:
+        """The schema that a $ref names, and the resolver to go on with."""
+
+    def recursive_target(self, reference: Any, resolver: Any) -> tuple[Any, Any]:
+        """The same for a $recursiveRef."""
+
+
 Keyword = Callable[["Check", Any, Any, Mapping[str, Any], Any], "Sequence[Fault]"]
 
 MOST_FAULTS = 3  # of one value: more say nothing new, and definitions that double would double them

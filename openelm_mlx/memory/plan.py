@@ -14,7 +14,7 @@ from ..specs import ModelSpec, kv_capacity
 from .machine import Machine, wired_limit_advice
 from .rates import SpeedRange, prefill_seconds, rates_of, streamed_seconds
 from .scratch import scratch_bytes
-from .variants import Variant
+from .variant import Variant
 
 # The interpreter, MLX and the library; a tokenizer takes some five times its file (measured on Linux, docs/memory.md).
 # With a GPU there are its libraries, too, of which nothing was measured on a Mac.

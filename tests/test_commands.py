@@ -1,5 +1,6 @@
 """What all commands have in common: options, errors, streams, and nothing read before everything is checked."""
 
+import json
 import os
 import pty
 import re
@@ -242,3 +243,24 @@ def test_our_own_mistake_is_told_harmlessly(capsys, monkeypatch):
     assert "RuntimeError" in err
     assert "\x1b" not in err
     assert "please open an issue" in err
+
+
+# --- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_the_same_in_text_json_and_by_layer(capsys):
+    assert main(["info", "demo-openelm", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert main(["info", "demo-openelm"]) == 0
+    text = capsys.readouterr().out
+    assert f"parameters             {facts['parameters']:,}" in text
+    assert "feed-forward" not in text
+    assert main(["info", "demo-openelm", "--layers"]) == 0
+    assert capsys.readouterr().out.startswith(text)
+    assert main(["info", "demo-openelm", "--layers"]) == 0
+    heading, *rows = capsys.readouterr().out.removeprefix(text).strip().splitlines()
+    assert heading.split()[:3] == ["layer", "query", "heads"]
+    names = ("num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+    assert [[int(each) for each in row.split()] for row in rows] == [
+        [i, *(layer[name] for name in names)] for i, layer in enumerate(facts["layers"])
+    ]

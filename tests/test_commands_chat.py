@@ -170,6 +170,24 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(terminal):
     assert chat.ends_with() == 0
 
 
+def test_without_history_nothing_that_was_typed_is_kept(terminal, tmp_path):
+    kept = []
+    for options in ([], ["--no-history"]):
+        cache = tmp_path / "cache"
+        for file in cache.rglob("*") if cache.exists() else ():
+            file.unlink() if file.is_file() else None
+        chat = terminal("--max-tokens", "2", *options)
+        chat.wait_for(">")
+        chat.type("/help unheard-of\r")
+        chat.wait_for("unheard-of")
+        chat.type("/exit\r")
+        assert chat.ends_with() == 0
+        kept.append(
+            any("unheard-of" in file.read_text(errors="replace") for file in cache.rglob("*") if file.is_file())
+        )
+    assert kept == [True, False]
+
+
 @pytest.fixture
 def piped(monkeypatch, capfd):
     """A chat whose input is a pipe's, in this process: exit code, and what it wrote to stdout and stderr."""

@@ -1,11 +1,16 @@
-"""Every option of generate, chat, plan and convert reaches what it names: a table, in which a new option has to be entered."""
+"""Every option of every command reaches what it names: a table, in which a new option has to be entered."""
 
 import argparse
 import importlib
+import inspect
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from openelm_mlx import commands
+from openelm_mlx.commands import COMMANDS
 
 
 class Reached(Exception):
@@ -13,7 +18,8 @@ class Reached(Exception):
 
 
 def options_of(command: str) -> set[str]:
-    module = importlib.import_module(f"openelm_mlx.commands.{command}")
+    place = f"openelm_mlx.commands.{command}" if command in COMMANDS else command
+    module = importlib.import_module(place)
     parser = argparse.ArgumentParser(add_help=False)
     module.add_arguments(parser)
     return {action.option_strings[0] for action in parser._actions if action.option_strings}
@@ -98,6 +104,48 @@ CHAT = {
     **{name: (GENERATE[name][0], "Chat", *GENERATE[name][2:]) for name in _SHARED},
     **{name: entry for name, entry in GENERATE.items() if entry[1] == "sampling"},
 }
+# What measures: option -> (value, other words, the argument or field of the call below that receives it, what it has to be)
+_RANDOM = "--random=openelm-270m"
+BENCH = {
+    "--model": ("demo-gpt-oss", "", "source", "demo-gpt-oss"),
+    "--preset": ("balanced", "", "preset", "balanced"),
+    "--against": ("nothing", "", "against_mlx_lm", False),
+    "--prompt-tokens": ("9", "", "prompt_tokens", 9),
+    "--completion-tokens": ("8", "", "completion_tokens", 8),
+    "--rounds": ("3", "", "rounds", 3),
+    "--random": ("openelm-450m", "", "shape", "openelm-450m"),
+    "--bits": ("4", _RANDOM, "bits", 4),
+    "--layers": ("2", _RANDOM, "num_layers", 2),
+    "--long-context": ("99", _RANDOM, "long_context", 99),
+    "--seconds": ("5", _RANDOM, "seconds", 5.0),
+    "--apart": (None, _RANDOM, "apart", True),
+}
+INFO = {"--revision": ("v1", "owner/name", "revision", "v1")}
+SELFCHECK = {"--only": ("sandbox", "", "checks", True)}  # those with this in their name, and no others
+STREAMING = {
+    "--model": ("somewhere", "", "source", "somewhere"),
+    "--slots": ("3,5", "", "slots", [3, 5]),
+    "--routing": ("own,skewed", "", "routings", ["own", "skewed"]),
+    "--cache": ("warm,cold", "", "caches", ["warm", "cold"]),
+    "--writes": ("copy", "", "writes", ["copy"]),
+    "--at-once": ("2,adapts", "", "strides", [2, None]),
+    "--tokens": ("7", "", "num_tokens", 7),
+    "--warm-up": ("6", "", "warm_up_tokens", 6),
+    "--prefill": ("5", "", "prefill_tokens", 5),
+}
+MEMORY = {
+    "--only": ("OpenELM", "", "shapes", True),
+    "--prompt-tokens": ("3,9", "", "prompts", [3, 9]),
+    "--folder": (".", "", "folder", "."),
+}
+# command -> the calls that its options reach, of which one raises
+MEASURING = {
+    "bench": (BENCH, ("openelm_mlx.bench.benchmark.Settings", "openelm_mlx.bench.against.compare")),
+    "info": (INFO, ("openelm_mlx.sources.Source.open",)),
+    "selfcheck": (SELFCHECK, ("openelm_mlx.bench.selfcheck.run_checks",)),
+    "benchmarks.streaming": (STREAMING, ("benchmarks.measurements.streaming.Settings",)),
+    "benchmarks.memory": (MEMORY, ("openelm_mlx.bench.memory.rows",)),
+}
 # What stays in the command itself, or needs a file: each has a test of its own in the file that is named.
 ELSEWHERE = {
     "generate": {
@@ -121,18 +169,99 @@ ELSEWHERE = {
         "--calibrate": "test_memory_calibration.py",
     },
     "convert": {"--json": "test_commands_convert.py", "--quiet": "test_commands_convert.py"},
+    "bench": {"--chart": "test_bench_benchmark.py", "--json": "test_bench_benchmark.py"},
+    "info": {"--layers": "test_commands.py", "--json": "test_commands.py"},
+    "selfcheck": {
+        "--no-timings": "test_bench_selfcheck.py", "--keep": "test_bench_selfcheck.py", "--output": "test_bench_selfcheck.py",
+        "--json": "test_bench_selfcheck.py",
+    },
+    "benchmarks.streaming": {
+        "--random": "test_bench_routing.py", "--layers": "test_bench_routing.py", "--folder": "test_bench_routing.py",
+        "--record": "test_bench_routing.py", "--trace": "test_bench_routing.py", "--predict": "test_bench_routing.py",
+        "--macs": "test_bench_routing.py", "--json": "test_bench_routing.py",
+    },
+    "benchmarks.memory": {"--json": "test_bench_memory.py"},
 }  # fmt: skip
 TABLE = {"generate": {**LOAD, **GENERATE}, "chat": {**LOAD, **CHAT}, "plan": PLAN, "convert": CONVERT}
 CASES = [("generate", *row) for row in [*LOAD.items(), *GENERATE.items()]]
 CASES += [(command, *row) for command in ("chat", "plan", "convert") for row in TABLE[command].items()]
 
 
-@pytest.mark.parametrize("command", TABLE)
+def test_every_command_is_in_the_table():
+    assert {*COMMANDS} <= {*TABLE, *MEASURING}
+
+
+@pytest.mark.parametrize("command", [*TABLE, *MEASURING])
 def test_every_option_has_an_entry(command):
-    known = {*TABLE[command], *ELSEWHERE[command]}
+    rows = TABLE[command] if command in TABLE else MEASURING[command][0]
+    known = {*rows, *ELSEWHERE[command]}
     aliases = {"-p": "--prompt", "-q": "--quiet"}
     own = {aliases.get(each, each) for each in options_of(command)} - {"--overwrite"}
     assert own <= known, "a new option: enter what it has to reach"
+    assert known <= own, "an option that is no more"
+
+
+@pytest.mark.parametrize(
+    ("option", "file"), sorted({row for rows in ELSEWHERE.values() for row in rows.items()}), ids=lambda value: value
+)
+def test_what_is_tested_elsewhere_is(option, file):
+    """The file is there, and has a test that gives the option: in the test itself, or in what it is parametrized with."""
+    text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+    short = {"--quiet": "-q"}.get(option, option)
+    assert any(f"{quote}{each}" in text or f" {each}" in text for each in (option, short) for quote in "\"'"), (
+        option,
+        file,
+    )
+
+
+MEASURED = [(command, *row) for command, (rows, _) in MEASURING.items() for row in rows.items()]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "entry"), MEASURED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_an_option_reaches_what_is_measured(command, option, entry, monkeypatch, tmp_path):
+    value, more, name, wanted = entry
+    seen: dict[str, object] = {}
+
+    def recorder(function):
+        signature = inspect.signature(function)
+
+        def record(*args, **keywords):
+            bound = signature.bind(*args, **keywords)
+            bound.apply_defaults()
+            seen.update(bound.arguments)
+            raise Reached
+
+        return record
+
+    for place in MEASURING[command][1]:
+        owner, _, attribute = place.rpartition(".")
+        module, _, kind = owner.rpartition(".") if owner.endswith(".Source") else (owner, "", "")
+        holder = importlib.import_module(module)
+        holder = getattr(holder, kind) if kind else holder
+        monkeypatch.setattr(holder, attribute, recorder(getattr(holder, attribute)))
+    monkeypatch.setattr(
+        "openelm_mlx.loading.prepare", lambda *_, **__: SimpleNamespace(model=SimpleNamespace(context_length=2**20))
+    )
+    monkeypatch.chdir(tmp_path)
+    given = [*more.split(), option if value is None else f"{option}={value}"]
+    if command == "bench" and option != "--against":
+        given.append("--against=nothing")
+    if command in COMMANDS:
+        args = commands.build_parser("openelm_mlx", [command]).parse_args([command, *given])
+        run = args.run
+    else:
+        parser, module = argparse.ArgumentParser(), importlib.import_module(command)
+        module.add_arguments(parser)
+        args, run = parser.parse_args(given), module.run
+    with pytest.raises(Reached):
+        run(args)
+    found = seen[name]
+    if name in ("checks", "shapes"):
+        names = [each if isinstance(each, str) else each.name for each in found]
+        found = bool(names) and all(value in each for each in names)
+    assert json.loads(json.dumps(found, default=str)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -160,8 +289,6 @@ def test_an_option_reaches_what_it_names(command, option, entry, monkeypatch):
     prompt = [] if option == "--prompt" else ["Hi"]
     words = {"generate": prompt, "chat": [], "plan": ["demo-openelm"], "convert": ["demo-openelm", "nowhere"]}[command]
     given = [option] if value is None else [f"{option}={value}"]
-    from openelm_mlx import commands
-
     parser = commands.build_parser("openelm_mlx", [command])
     args = parser.parse_args([command, *words, *given])
     with pytest.raises(Reached):

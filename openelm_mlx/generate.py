@@ -83,33 +83,41 @@ def stream_generate(
     prefix_cache: PrefixCache | None = None,
     draft: Drafts | None = None,
 ) -> Iterator[Chunk]:
-    """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the statistics.
+    """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the
+    statistics.
 
         for chunk in om.stream_generate(model, tokenizer, "What is a banjo?"):
             print(chunk.text, end="", flush=True)  # the answer alone; chunk.reasoning has what gpt-oss thinks
 
-    prompt: a string (through the chat template where the model has one; raw=True takes it as it is), token ids, or chat
-    messages like {"role": "user", "content": "..."}. max_tokens: of reasoning and answer together, clipped to the room the
-    context leaves; None: gpt-oss, which comes to its end by itself, may use all of that room as far as the memory goes,
-    other models 256. stop: strings that end the answer and are not part of it. logprobs: report each token's
-    log-probability and this many of the likeliest alternatives. reasoning_effort: "low", "medium" or "high", how long
-    gpt-oss thinks. sliding_window: keep only this many tokens of context, and so go on past its end. prefill_chunk: tokens
-    of the prompt in flight at once; the plan's (512 without one), and fewer where memory is short, when it is None.
-    kv_bits: 8 keeps keys and values in half the memory, 16 as they are computed; the model's own setting when it is None.
-
-    schema, regex, grammar: what the answer has to be, one of them: a JSON Schema or a Pydantic model's class, a regular
-    expression, a grammar in Lark's syntax. It is valid then, and it is finished within max_tokens, cut short where need
-    be; gpt-oss thinks as freely as ever. tool_schemas: the same for the arguments of gpt-oss's calls, by recipient:
-    {"functions.f": schema}.
-
-    prefix_cache: an `om.PrefixCache`, where what earlier requests computed of a prompt that begins alike is taken from
-    and this one's is kept in; the answer is the same. draft: `om.PromptLookup()` or `om.DraftModel(small_model)` guesses
-    tokens that the model checks several at a time: the same answer when greedy, the same distribution when sampled (but a
-    seed does not repeat it, since the clock decides when it guesses), and plain steps while that is faster.
+    Args:
+        prompt: A string (through the chat template where the model has one; raw=True takes it as it is), token
+            ids, or chat messages like {"role": "user", "content": "..."}.
+        max_tokens: Of reasoning and answer together, clipped to the room the context leaves; None: gpt-oss,
+            which comes to its end by itself, may use all of that room as far as the memory goes, other models
+            256.
+        stop: Strings that end the answer and are not part of it.
+        logprobs: Report each token's log-probability and this many of the likeliest alternatives.
+        reasoning_effort: "low", "medium" or "high", how long gpt-oss thinks.
+        sliding_window: Keep only this many tokens of context, and so go on past its end.
+        prefill_chunk: Tokens of the prompt in flight at once; the plan's (512 without one), and fewer where
+            memory is short, when it is None.
+        kv_bits: 8 keeps keys and values in half the memory, 16 as they are computed; the model's own setting
+            when it is None.
+        schema: What the answer has to be, one of them: a JSON Schema or a Pydantic model's class, a regular
+            expression, a grammar in Lark's syntax. It is valid then, and it is finished within max_tokens, cut
+            short where need be; gpt-oss thinks as freely as ever.
+        regex: See schema.
+        grammar: See schema.
+        tool_schemas: The same for the arguments of gpt-oss's calls, by recipient: {"functions.f": schema}.
+        prefix_cache: An `om.PrefixCache`, where what earlier requests computed of a prompt that begins alike is
+            taken from and this one's is kept in; the answer is the same.
+        draft: `om.PromptLookup()` or `om.DraftModel(small_model)` guesses tokens that the model checks several
+            at a time: the same answer when greedy, the same distribution when sampled (but a seed does not
+            repeat it, since the clock decides when it guesses), and plain steps while that is faster.
 
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
-    TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all (something else
-    in the process grew) ends with MemoryLimitError, and the model can be used again.
+    TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all
+    (something else in the process grew) ends with MemoryLimitError, and the model can be used again.
     """
     sequence = new_sequence(
         model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, logprobs=logprobs, raw=raw,

@@ -68,23 +68,32 @@ def load(
 ) -> tuple[Model, Tokenizer | None]:
     """The model and the tokenizer of `source`, ready to generate.
 
-    source: "demo-openelm", a folder, a weight file, or a Hugging Face repository as owner/name (at `revision`).
-    context_length: at most the model's own, which is the default. dtype: "float32", "bfloat16", "float16" or an mlx
-    type; None keeps the stored one, with the two exceptions of `default_dtype`. preset: "exact" (as released, which is the
-    default), "balanced" (dense parts in 8 bits) or "smallest" (in 4), see memory/presets.py; `plan` shows what each takes
-    and does. dense_bits: instead, the number of bits itself: matrices that are not packed (attention, embedding and head
-    of gpt-oss; all of OpenELM's) are quantized to so many as they are read. kv_bits: 8 halves the memory of keys and
-    values in the layers that keep them all; 16 leaves them as they are, which is the default. expert_slots: keep only so
-    many of each layer's experts in memory and read the others from the checkpoint's files when they are chosen, with the
-    same answers bit for bit (experts/residency.py); the embedding stays on disk too where the head has a matrix of its
-    own. memory_limit: bytes or "10GB", for MLX's memory, its buffer cache and the process's own together; experts that do
-    not fit stay on disk by themselves, and what fits not even so is refused before a tensor is read. None: what the
-    machine has. `model.plan` says what was planned. wire: whether macOS is asked, from the first request until the model
-    is gone, not to page any of it out; None: only where it takes most of what the GPU may have. tokenizer: a file, folder
-    or repository; without it the search is: the source itself, then Llama tokenizers in the Hugging Face cache; when
-    there is none, the second result is None and prompts must be token ids. chat_template: "openelm-instruct", "plain", or
-    gpt-oss's "harmony"; else what conversion stored, else what the source's name says. progress: called with (bytes here,
-    bytes in all) while something is downloaded.
+    Args:
+        source: "demo-openelm", a folder, a weight file, or a Hugging Face repository as owner/name (at
+            `revision`).
+        context_length: At most the model's own, which is the default.
+        dtype: "float32", "bfloat16", "float16" or an mlx type; None keeps the stored one, with the two
+            exceptions of `default_dtype`.
+        preset: "exact" (as released, which is the default), "balanced" (dense parts in 8 bits) or "smallest"
+            (in 4), see memory/presets.py; `plan` shows what each takes and does.
+        dense_bits: Instead, the number of bits itself: matrices that are not packed (attention, embedding and
+            head of gpt-oss; all of OpenELM's) are quantized to so many as they are read.
+        kv_bits: 8 halves the memory of keys and values in the layers that keep them all; 16 leaves them as they
+            are, which is the default.
+        expert_slots: Keep only so many of each layer's experts in memory and read the others from the
+            checkpoint's files when they are chosen, with the same answers bit for bit (experts/residency.py);
+            the embedding stays on disk too where the head has a matrix of its own.
+        memory_limit: Bytes or "10GB", for MLX's memory, its buffer cache and the process's own together;
+            experts that do not fit stay on disk by themselves, and what fits not even so is refused before a
+            tensor is read. None: what the machine has. `model.plan` says what was planned.
+        wire: Whether macOS is asked, from the first request until the model is gone, not to page any of it out;
+            None: only where it takes most of what the GPU may have.
+        tokenizer: A file, folder or repository; without it the search is: the source itself, then Llama
+            tokenizers in the Hugging Face cache; when there is none, the second result is None and prompts must
+            be token ids.
+        chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else what conversion stored, else
+            what the source's name says.
+        progress: Called with (bytes here, bytes in all) while something is downloaded.
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """

@@ -51,13 +51,19 @@ def plan(
 ) -> MemoryPlan:
     """What a model would take, whether it fits, with which settings, how long a context, and how fast.
 
-    From headers and config alone: of a repository nothing else is fetched, and nothing at all of Apple's and OpenAI's when
-    the Hub is out of reach. memory_limit: bytes or "10GB", MLX's memory
-    with its buffer cache and the process's own; what the machine has when it is None. mac: a Mac such as "M4 Pro 24GB"
-    instead of this machine. The other arguments are those of `load` and `stream_generate`. The plan's `variants` are the
-    same source with each preset, and none where its matrices are packed already, as `note` says then.
+    From headers and config alone: of a repository nothing else is fetched, and nothing at all of Apple's and
+    OpenAI's when the Hub is out of reach.
 
-    Raises SettingError for a value out of its range, and what opening the source raises; a plan that does not fit is no error.
+    Args:
+        memory_limit: Bytes or "10GB", MLX's memory with its buffer cache and the process's own; what the
+            machine has when it is None.
+        mac: A Mac such as "M4 Pro 24GB" instead of this machine.
+
+    The other arguments are those of `load` and `stream_generate`. The plan's `variants` are the same source with
+    each preset, and none where its matrices are packed already, as `note` says then.
+
+    Raises SettingError for a value out of its range, and what opening the source raises; a plan that does not
+    fit is no error.
     """
     if not isinstance(machine, (Machine, type(None))):
         raise SettingError(f"machine is {shown(machine)}: give a Machine, or the name of a Mac as mac.")

@@ -86,14 +86,19 @@ def _refusing_options(kind: type[_C]) -> type[_C]:
 class Chat:
     """A conversation with a model.
 
-    instructions: what other models call the system prompt. tools: functions or `Tool`s, for gpt-oss only.
-    reasoning_effort: "low", "medium" or "high". max_tokens: of one turn, all its completions together; None: what the
-    context has room for. max_rounds: how many times in a turn the model may call tools. time_limit: seconds of a turn.
-    options: more keyword arguments of `stream_generate`. messages: what was said, without instructions; Harmony messages,
-    or for OpenELM the same with roles user and assistant.
+    When the context is full, the oldest turns are forgotten, each whole. A turn that came to no answer leaves
+    nothing behind, unless tools were run in it.
 
-    When the context is full, the oldest turns are forgotten, each whole. A turn that came to no answer leaves nothing
-    behind, unless tools were run in it.
+    Attributes:
+        instructions: What other models call the system prompt.
+        tools: Functions or `Tool`s, for gpt-oss only.
+        reasoning_effort: "low", "medium" or "high".
+        max_tokens: Of one turn, all its completions together; None: what the context has room for.
+        max_rounds: How many times in a turn the model may call tools.
+        time_limit: Seconds of a turn.
+        options: More keyword arguments of `stream_generate`.
+        messages: What was said, without instructions; Harmony messages, or for OpenELM the same with roles user
+            and assistant.
 
     Raises SettingError, ToolError, PromptError, and TokenizerError when the model has no tokenizer.
     """

@@ -120,18 +120,23 @@ def convert(
 ) -> ConversionReport:
     """Convert a checkpoint to a folder that this library and, for OpenELM, mlx-lm load.
 
-    source: a folder, a file, a Hub repository as owner/name (at `revision`), or a demo, in any layout that is read.
-    destination: a folder that does not exist yet; it appears when it is whole. After Ctrl-C or a crash the same call
-    goes on where it stopped, from DESTINATION.partial; after an error nothing is left.
-    quantize: 2, 3, 4, 5, 6 or 8 (bits, with `group_size` 32, 64 or 128), "mxfp4", "mxfp8", "nvfp4", or "mixed": 4 bits,
-    and 8 for the embedding and the outer layers. preset: "exact" (nothing is quantized), "balanced" (8 bits) or "smallest"
-    (4 bits) instead. dtype: "float32", "bfloat16" or "float16" for what is not packed; None
-    keeps the stored type (see `plan_conversion` for the exceptions). On a quantized source it unpacks the weights.
-    tokenizer, chat_template: as in `load`; both are stored with the weights. max_file_bytes: larger files are divided; bytes
-    or text such as "500MB".
-    verify: read the result back and compare it with the original, before it appears. dry_run: write nothing; of a
-    repository only the headers are fetched. upload: a repository to send the folder to, `private` or not.
-    progress: called with a stage ("download", "convert", "verify"), what is done and of how much.
+    Args:
+        source: A folder, a file, a Hub repository as owner/name (at `revision`), or a demo, in any layout that
+            is read.
+        destination: A folder that does not exist yet; it appears when it is whole. After Ctrl-C or a crash the
+            same call goes on where it stopped, from DESTINATION.partial; after an error nothing is left.
+        quantize: 2, 3, 4, 5, 6 or 8 (bits, with `group_size` 32, 64 or 128), "mxfp4", "mxfp8", "nvfp4", or
+            "mixed": 4 bits, and 8 for the embedding and the outer layers.
+        preset: "exact" (nothing is quantized), "balanced" (8 bits) or "smallest" (4 bits) instead.
+        dtype: "float32", "bfloat16" or "float16" for what is not packed; None keeps the stored type (see
+            `plan_conversion` for the exceptions). On a quantized source it unpacks the weights.
+        tokenizer: As in `load`; both are stored with the weights.
+        chat_template: See tokenizer.
+        max_file_bytes: Larger files are divided; bytes or text such as "500MB".
+        verify: Read the result back and compare it with the original, before it appears.
+        dry_run: Write nothing; of a repository only the headers are fetched.
+        upload: A repository to send the folder to, `private` or not.
+        progress: Called with a stage ("download", "convert", "verify"), what is done and of how much.
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """

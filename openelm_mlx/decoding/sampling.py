@@ -27,13 +27,17 @@ _NOT_IN_FORM = ("logit_bias", "seed")
 class SamplingParams:
     """How tokens are chosen.
 
-    temperature: 0 takes the likeliest token; above 0 divides the logits before drawing. top_k: draw among the k likeliest
-    (0: all). top_p: draw among the likeliest that together have this probability (1: all). min_p: drop tokens less likely
-    than this fraction of the likeliest (0: none). The three apply in this order, at the given temperature.
-    repetition_penalty: divide positive and multiply negative logits of tokens in prompt or answer by it (arXiv
-    1909.05858; 1: off). presence_penalty and frequency_penalty: subtract once, or once an occurrence, for tokens of the
-    answer (OpenAI's definition; 0: off). logit_bias: token -> what is added to its logit. seed: the same seed gives the
-    same text; None draws a new one.
+    Attributes:
+        temperature: 0 takes the likeliest token; above 0 divides the logits before drawing.
+        top_k: Draw among the k likeliest (0: all).
+        top_p: Draw among the likeliest that together have this probability (1: all).
+        min_p: Drop tokens less likely than this fraction of the likeliest (0: none). The three apply in this
+            order, at the given temperature.
+        repetition_penalty: Divide positive and multiply negative logits of tokens in prompt or answer by it
+            (arXiv 1909.05858; 1: off). presence_penalty and frequency_penalty: subtract once, or once an
+            occurrence, for tokens of the answer (OpenAI's definition; 0: off).
+        logit_bias: Token -> what is added to its logit.
+        seed: The same seed gives the same text; None draws a new one.
     """
 
     temperature: float = 0.0

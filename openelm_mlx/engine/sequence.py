@@ -16,11 +16,19 @@ from .statistics import Clock, Statistics
 class Chunk:
     """One token of a completion, and what became certain with it.
 
-    text: of the answer, and nothing else; may be empty, since a character can take several tokens. reasoning: of what
-    gpt-oss thinks. preamble: of what it says to the user before a call. arguments: of a call, whose tool is `recipient`.
-    channel, recipient: where the token stands ("analysis", "commentary", "final"; "functions.f"); None in models without
-    channels, and in headers. finish_reason: None, "stop" (end of text, or a stop string), or "length" (max_tokens or the
-    context ended it). logprob, top_logprobs: as asked for. statistics: in the last chunk.
+    Attributes:
+        text: Of the answer, and nothing else; may be empty, since a character can take several tokens.
+        reasoning: Of what gpt-oss thinks.
+        preamble: Of what it says to the user before a call.
+        arguments: Of a call, whose tool is `recipient`.
+        channel: Where the token stands ("analysis", "commentary", "final"; "functions.f"); None in models
+            without channels, and in headers.
+        recipient: See channel.
+        finish_reason: None, "stop" (end of text, or a stop string), or "length" (max_tokens or the context
+            ended it).
+        logprob: As asked for.
+        top_logprobs: See logprob.
+        statistics: In the last chunk.
     """
 
     text: str

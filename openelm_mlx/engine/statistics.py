@@ -20,14 +20,21 @@ if TYPE_CHECKING:
 class Statistics:
     """What a request took. Rates are tokens a second, times seconds.
 
-    peak_memory_bytes: the most that was in use in the process while the request ran, as MLX counts it. max_tokens: the
-    limit that held: what was asked for, or less where the context or the memory has no room for it. reasoning_tokens: how
-    many of the completion's tokens stood before and around the answer (gpt-oss's reasoning, its calls and headers).
-    no_answer: None, or a sentence that says why gpt-oss came to no answer and what to change. notes: sentences about
-    settings of the process that were left as they are. cached_tokens: how many of the prompt's tokens came from a prefix cache;
-    prefill_tps counts the others. drafted_tokens, accepted_tokens, speculation_speedup: what guessing did; times as fast as
-    plain steps, None where it was not measured. prompt_experts, answer_experts: what was read from disk for either, in all
-    and by layer, where experts are there (of two answers at a time from one model, for both); else None.
+    Attributes:
+        peak_memory_bytes: The most that was in use in the process while the request ran, as MLX counts it.
+        max_tokens: The limit that held: what was asked for, or less where the context or the memory has no room
+            for it.
+        reasoning_tokens: How many of the completion's tokens stood before and around the answer (gpt-oss's
+            reasoning, its calls and headers).
+        no_answer: None, or a sentence that says why gpt-oss came to no answer and what to change.
+        notes: Sentences about settings of the process that were left as they are.
+        cached_tokens: How many of the prompt's tokens came from a prefix cache; prefill_tps counts the others.
+        drafted_tokens: What guessing did; times as fast as plain steps, None where it was not measured.
+        accepted_tokens: See drafted_tokens.
+        speculation_speedup: See drafted_tokens.
+        prompt_experts: What was read from disk for either, in all and by layer, where experts are there (of two
+            answers at a time from one model, for both); else None.
+        answer_experts: See prompt_experts.
     """
 
     prompt_tokens: int

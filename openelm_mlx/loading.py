@@ -27,7 +27,8 @@ from .hub import Progress
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import allow_open_files, this_machine
-from .memory.plan import PlanRequest, make_plan, parse_memory
+from .memory.plan import make_plan, parse_memory
+from .memory.plan_types import PlanRequest
 from .memory.presets import preset_bits
 from .models import build_model
 from .models.moe import Experts

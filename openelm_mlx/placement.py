@@ -20,7 +20,7 @@ from .checkpoint.reader import ITEM_SIZES, Checkpoint
 from .checks import is_whole
 from .errors import SettingError
 from .files import shown
-from .memory.plan import Weights
+from .memory.plan_types import Weights
 from .models.precision import by_columns, runs_on_cpu
 from .specs import ModelSpec
 from .text.tokenizer_files import TOKENIZER_FILES

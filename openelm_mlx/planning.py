@@ -20,7 +20,8 @@ from .experts.residency import checked_slots
 from .files import hears_the_disk, shown
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
-from .memory.plan import MemoryPlan, PlanRequest, make_plan, parse_memory
+from .memory.plan import make_plan, parse_memory
+from .memory.plan_types import MemoryPlan, PlanRequest
 from .memory.presets import PRESETS, preset_bits
 from .memory.variants import variants_of
 from .placement import Placement, dense_packing, dense_packings, packed_weights, parse_dtype

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .experts.residency import Residency
-from .memory.plan import MemoryPlan
+from .memory.plan_types import MemoryPlan
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -46,7 +46,8 @@ from openelm_mlx.hub import RepoFile
 from openelm_mlx.loading import load
 from openelm_mlx.memory.machine import GIB, Machine, allow_open_files, process_peak_bytes, this_machine, working_set_of
 from openelm_mlx.memory.macos import Footprint, footprint, forget_file, on_macos, used_bytes
-from openelm_mlx.memory.plan import PlanRequest, Weights, make_plan
+from openelm_mlx.memory.plan import make_plan
+from openelm_mlx.memory.plan_types import PlanRequest, Weights
 from openelm_mlx.platforms import keep_float32, require_mlx, use_device
 from openelm_mlx.sources import choose_model_files
 from openelm_mlx.specs import openelm_config, spec_from_config

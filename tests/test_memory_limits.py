@@ -10,7 +10,7 @@ from conftest import random_model
 from openelm_mlx.generate import stream_generate
 from openelm_mlx.memory import limits
 from openelm_mlx.memory.limits import ProcessLimits, wired_limit
-from openelm_mlx.memory.plan import MemoryPlan
+from openelm_mlx.memory.plan_types import MemoryPlan
 
 GB = 10**9
 MAC_16 = {"device_name": "Apple M4", "max_recommended_working_set_size": 12_713_115_648, "memory_size": 16 * 2**30}

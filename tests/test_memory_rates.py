@@ -10,7 +10,8 @@ from openelm_mlx.bench.against import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.memory.chips import CHIPS, DECODE_TERMS, PREFILL_TERMS, chip_of, decode_terms, generation
 from openelm_mlx.memory.machine import find_mac, macs
-from openelm_mlx.memory.plan import PlanRequest, Weights, make_plan
+from openelm_mlx.memory.plan import make_plan
+from openelm_mlx.memory.plan_types import PlanRequest, Weights
 from openelm_mlx.memory.rates import (
     SpeedRange,
     number,

@@ -12,7 +12,7 @@ from .options import DEFAULT_MODEL, add_overwrite, add_preset_argument, bits_ask
 from .output import report, report_json, say
 
 if TYPE_CHECKING:
-    from ..memory.plan import MemoryPlan
+    from ..memory.plan_types import MemoryPlan
 
 # What a table of all Macs has where no source is given.
 RELEASED = (

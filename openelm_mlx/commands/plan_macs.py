@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..memory.machine import Machine
-    from ..memory.plan import MemoryPlan
+    from ..memory.plan_types import MemoryPlan
 
 Row = Sequence["MemoryPlan"]
 WIDEST_LABEL = 16

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .plan import MemoryPlan
+from .plan_types import MemoryPlan
 
 # Never wired: the larger of these. Macs that wired their whole working set froze or restarted (vmlx-swift#421).
 UNWIRED_BYTES = 4_000_000_000

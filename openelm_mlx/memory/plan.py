@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from ..checks import is_number, size
-from ..errors import MemoryLimitError, SettingError
+from ..checks import is_number
+from ..errors import SettingError
 from ..files import shown
 from ..specs import ModelSpec, kv_capacity
 from .machine import Machine, wired_limit_advice
+from .plan_types import Change, MemoryPlan, PlanRequest, Weights
 from .rates import SpeedRange, prefill_seconds, rates_of, streamed_seconds
 from .scratch import scratch_bytes
-from .variant import Variant
 
 # The interpreter, MLX and the library; a tokenizer takes some five times its file (measured on Linux, docs/memory.md).
 # With a GPU there are its libraries, too, of which nothing was measured on a Mac.
@@ -41,134 +40,6 @@ LEFT_TO_FILES = 6_000_000_000
 # From this share of the working set on a model is wired. One that took 89 % of it was 40 times slower unwired
 # (vmlx-swift#418); one that is far below has room, and wiring was reported to stop some Macs (mlx#3186).
 WIRED_FROM = 0.8
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The bytes of a model's parameters as they will be in memory.
-
-    dense: all but the experts' packed matrices. slot: one expert in every layer. embedding: of `dense`, what may stay on
-    disk while experts do. can_stream: whether experts can be read from the files as they are. tokenizer: of its file.
-    loading: the most that is in memory while matrices are cast or packed as they are read; 0 when none is. looked_up: of
-    `dense`, an embedding that is no head as well: a token reads one row of it.
-    """
-
-    dense: int
-    slot: int = 0
-    embedding: int = 0
-    can_stream: bool = False
-    tokenizer: int = 0
-    loading: int = 0
-    looked_up: int = 0
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What is wanted of a plan; None leaves it to the plan."""
-
-    memory_limit: int | None = None
-    context_length: int | None = None
-    batch_size: int = 1
-    prefill_chunk: int | None = None
-    kv_bits: int | None = None
-    dense_bits: int | None = None
-    expert_slots: int | None = None
-    wire: bool | None = None
-
-
-@dataclass(frozen=True)
-class Change:
-    """A setting that makes a model fit which does not, and what it costs."""
-
-    setting: str
-    cost: str
-    total_bytes: int
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a model will take on a machine, and the settings to run it with. All sizes in bytes.
-
-    total_bytes: what MLX's peak should be; process_bytes: the whole process's; budget_bytes: what MLX may use of what was
-    allowed (the rest is the process's own and MLX's buffer cache). max_context_length: the longest that fits with these
-    settings. kv_bits: None, or 8 on the full-attention layers. expert_slots: None when every expert is in memory, else
-    how many a layer. dense_bits: None, or the bits that dense parts are quantized to as they are read. decode, prefill:
-    predicted speeds with the whole context in use, decode_at_start with an empty one; None where the machine's rates are
-    not known. decode_tps, prefill_tps: their middles. changes: what would make it fit, where it does not. least_bytes: the
-    smallest memory limit that can be kept with these dense_bits and kv_bits. variants: the same with each preset, where
-    there is something to choose. note: what has to be said of the source itself.
-    """
-
-    source: str
-    fits: bool
-    weights_bytes: int
-    kv_cache_bytes: int
-    scratch_bytes: int
-    total_bytes: int
-    process_bytes: int
-    budget_bytes: int
-    context_length: int
-    max_context_length: int
-    batch_size: int
-    prefill_chunk: int
-    kv_bits: int | None = None
-    expert_slots: int | None = None
-    dense_bits: int | None = None
-    wired_limit_bytes: int = 0  # what macOS is asked not to page out; 0: nothing
-    cache_limit_bytes: int = 0
-    prefill: SpeedRange | None = None
-    decode: SpeedRange | None = None
-    decode_at_start: SpeedRange | None = None
-    memory_limit: int = 0
-    machine: Machine | None = None
-    changes: tuple[Change, ...] = ()
-    least_bytes: int = 0
-    advice: str | None = None
-    family: str = ""
-    variants: tuple[Variant, ...] = ()
-    note: str | None = None
-
-    @property
-    def decode_tps(self) -> float | None:
-        """Tokens a second of decoding, the middle of the range."""
-        return None if self.decode is None else self.decode.middle
-
-    @property
-    def prefill_tps(self) -> float | None:
-        """Tokens a second of a prompt, the middle of the range."""
-        return None if self.prefill is None else self.prefill.middle
-
-    def as_dict(self) -> dict[str, Any]:
-        """The plan for machines."""
-        return {
-            **{name: value.as_dict() if isinstance(value, SpeedRange) else value for name, value in vars(self).items()},
-            "decode_tps": self.decode_tps,
-            "prefill_tps": self.prefill_tps,
-            "machine": None if self.machine is None else asdict(self.machine),
-            "changes": [vars(change) for change in self.changes],
-            "variants": [each.as_dict() for each in self.variants],
-        }
-
-    def refusal(self) -> MemoryLimitError:
-        """The error for a plan that does not fit: the arithmetic, and what would."""
-        options = "; ".join(f"{change.setting} ({change.cost})" for change in self.changes)
-        what = (
-            f"It would fit with {options}."
-            if options
-            else f"With these settings it needs a memory limit of at least {size(self.least_bytes)}."
-        )
-        return MemoryLimitError(
-            f"{self.source} does not fit: {self.arithmetic()} are {size(self.process_bytes)}, and "
-            f"{size(self.memory_limit)} are allowed. {what}" + (f" Or: {self.advice}" if self.advice else "")
-        )
-
-    def arithmetic(self) -> str:
-        """The sum as a phrase."""
-        return (
-            f"weights {size(self.weights_bytes)}, keys and values of {self.context_length:,} tokens "
-            f"{size(self.kv_cache_bytes)}, computing {size(self.scratch_bytes)}, the process and MLX's buffer cache "
-            f"{size(self.process_bytes - self.total_bytes)}"
-        )
 
 
 def make_plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .plan import MemoryPlan
+from .plan_types import MemoryPlan
 from .presets import PRESETS
 from .quality import quality_of
 from .variant import Variant

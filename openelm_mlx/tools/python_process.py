@@ -321,7 +321,8 @@ class Interpreter:
                 os.close(descriptor)
         self._scripts = self._output = self._report = -1
 
-    def _follow(
+    # One loop over whatever may happen first: every branch reads and sets the same few variables.
+    def _follow(  # noqa: C901
         self, data: memoryview, token: str, seconds: float, is_interrupted: Callable[[], bool]
     ) -> tuple[str, bool]:
         """Send `data`, and collect output until the interpreter reports `token`, ends, or has to be ended."""

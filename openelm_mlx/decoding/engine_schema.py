@@ -1,8 +1,7 @@
-"""What the engine itself says of a schema: whether it takes it, and whether a pattern matches a text."""
+"""What the engine itself says of a schema: whether it takes it."""
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from typing import Any
 
@@ -24,30 +23,9 @@ def engine_refusal(definition: str) -> str | None:
     return " ".join(messages[0].split()) if failed else None
 
 
-def fits(pattern: str, text: str) -> bool:
-    """Whether JSON Schema's `pattern` matches `text`; one that the engine cannot read matches nothing."""
-    return matches(pattern, text) is True
-
-
-@lru_cache(maxsize=4096)
-def matches(pattern: str, text: str) -> bool | None:
-    """Whether JSON Schema's `pattern` is found in `text`, in linear time and in the engine's own reading of it.
-
-    None where the engine cannot say: it does not read the pattern, or gives up on its size.
-    """
-    from llguidance import LLMatcher
-
-    definition = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "pattern": pattern}))
-    matcher = LLMatcher(_bytes_tokenizer(), definition, log_level=0)
-    if matcher.is_error():
-        return None
-    data = json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")
-    is_match = matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
-    return None if matcher.is_error() else is_match
-
-
 @lru_cache(maxsize=1)
-def _bytes_tokenizer() -> Any:
+def bytes_tokenizer() -> Any:
+    """A tokenizer of llguidance with a token for each byte."""
     import llguidance
 
     class Bytes:

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple, final
 from ..errors import SettingError
 from ..text.schema import check_schema
 from .alternatives import Alternatives, strings_apart
-from .engine_schema import engine_refusal, fits
+from .engine_schema import engine_refusal
+from .json_patterns import fits, held_pattern
 from .number_bounds import (
     BOUNDS,
+    LARGEST_MULTIPLE,
     bounds_of,
     common_multiple_is_too_large,
     engine_multiple,
@@ -42,9 +44,12 @@ from .schema_parts import (
     may_be,
     may_be_other,
     nodes,
+    num_combined,
     shown,
 )
 
+# The engine combines each part anew wherever a reference leads to it.
+_MOST_COMBINED = 5_000
 # No answer has so many characters or items: more are never reached, or cannot be asked for.
 _MOST_COUNT = 65_536
 
@@ -127,6 +132,11 @@ class _Preparation:
 
     def result(self) -> Prepared:
         schema = self._walk(self._root, "")
+        if num_combined(schema) > _MOST_COMBINED:
+            raise SettingError(
+                f"The schema combines more than {_MOST_COMBINED:,} parts, each reference counted as often as it is used: let "
+                f"fewer allOf and $ref lead to one another."
+            )
         schema = SchemaEnds(schema).pruned()
         if schema is False and self._root is not False:
             raise SettingError(
@@ -305,7 +315,7 @@ class _Preparation:
             self._refuse(
                 walked,
                 f"multipleOf at {here} is {shown(multiple)}, which cannot be followed: give a whole number up to "
-                f"{2**32 - 1:,}, or one with few decimals such as 0.01 or 0.5.",
+                f"{LARGEST_MULTIPLE:,}, or one with few decimals such as 0.01 or 0.5.",
             )
             walked.pop("multipleOf", None)
             multiple = None
@@ -371,9 +381,18 @@ class _Preparation:
                 walked["anyOf"] = branches
 
     def _check_pattern(self, walked: dict[str, Any], here: str) -> None:
-        pattern = walked.get("pattern")
-        if isinstance(pattern, str) and (reason := engine_refusal(json.dumps({"type": "string", "pattern": pattern}))):
+        if isinstance(walked.get("pattern"), str):
+            walked["pattern"] = self._held(walked, walked["pattern"], here)
+
+    def _held(self, walked: dict[str, Any], pattern: str, here: str) -> str:
+        """The pattern in the form that the engine holds; refused, and as it is, if there is none."""
+        reason = engine_refusal(json.dumps({"type": "string", "pattern": pattern}))
+        held = None if reason else held_pattern(pattern)
+        if held is None:
+            reason = reason or "it has every control character, and quotes or backslashes are not told from them"
             self._refuse(walked, f"The pattern {shown(pattern)} at {here} cannot be followed: {reason[:200]}.")
+            return pattern
+        return held
 
     def _followed(self, branches: list[Any], here: str) -> list[Any]:
         """The alternatives that can be followed, where some can."""
@@ -395,14 +414,21 @@ class _Preparation:
         closes = self._may_close and isinstance(properties, dict) and not any(key in walked for key in _COMBINING)
         if closes and all(name in properties for name in required):
             walked["additionalProperties"] = False
+        low = walked.get("minProperties", 0)
+        is_open = walked.get("additionalProperties") is not False or walked.get("patternProperties")
+        if is_open and may_be(walked, "object") and low > len(required) + 1:
+            self._refuse(
+                walked,
+                f"minProperties at {here} is {low}, and only {len(required)} names are required: an additional one could be "
+                f"written twice, and counts once. List the names under properties and required.",
+            )
 
     def _separate(self, walked: dict[str, Any], here: str) -> None:
         """A name that both a property and a pattern mean is a dead end to the engine: patterns give way to properties."""
         patterns: dict[str, Any] = walked["patternProperties"]
-        for pattern in patterns:
-            if reason := engine_refusal(json.dumps({"type": "string", "pattern": pattern})):
-                self._refuse(walked, f"The pattern {shown(pattern)} at {here} cannot be followed: {reason[:200]}.")
-                return
+        held = {pattern: self._held(walked, pattern, here) for pattern in patterns}
+        if REFUSED in walked:
+            return
         for first, second in combinations(patterns, 2):
             if not strings_apart({"pattern": first}, {"pattern": second}):
                 self._refuse(
@@ -421,8 +447,12 @@ class _Preparation:
                 properties[name] = parts[0] if len(parts) == 1 else {"allOf": parts}
                 overlapping.update(matching)
         if not overlapping:
+            walked["patternProperties"] = {held[pattern]: each for pattern, each in patterns.items()}
+            if held.keys() != set(held.values()) and walked.get("additionalProperties") is not False:
+                walked["additionalProperties"] = False  # names that a pattern misses now would be taken for others
+                self._note(f"At {here} only names are written that are listed or match patternProperties.")
             return
-        kept = {pattern: each for pattern, each in patterns.items() if pattern not in overlapping}
+        kept = {held[pattern]: each for pattern, each in patterns.items() if pattern not in overlapping}
         walked["properties"], walked["patternProperties"] = properties, kept
         if not kept:
             del walked["patternProperties"]

@@ -21,7 +21,8 @@ LARGEST = 2**63 - 1024
 # Numbers with fractions are held to so many digits in all, and so many after the point.
 _DIGITS = 15
 _LARGEST_NUMBER = LARGEST - LARGEST % 10 ** (19 - _DIGITS)
-_LARGEST_MULTIPLE = 2**32 - 1
+# The engine walks through the remainders of a multiple, for minutes where there are more, and computes them in 32 bits.
+LARGEST_MULTIPLE = 100_000
 # A range with fewer multiples than this is written as a list of them.
 _FEW = 8
 
@@ -204,26 +205,30 @@ def is_writable(value: Any, may_be_far: bool) -> bool:
 
 def engine_multiple(value: int | float) -> tuple[int, int] | None:
     """multipleOf as the engine reads it, (coefficient, decimals); None if it would get it wrong."""
-    if not value or value > _LARGEST_MULTIPLE:
+    if not value or value > LARGEST_MULTIPLE:
         return None
     number, decimals = float(value), 0
     while number != int(number) and decimals < 16:
         number *= 10.0
         decimals += 1
-    is_exact = number == int(number) and number <= _LARGEST_MULTIPLE
-    if not is_exact or Fraction(int(number), 10**decimals) != exact(value):
+    is_exact = number == int(number) and number <= LARGEST_MULTIPLE
+    if (
+        not is_exact
+        or (number > 1 and 10 * number + 9 * 10**decimals > 2**32)
+        or Fraction(int(number), 10**decimals) != exact(value)
+    ):
         return None
     return int(number), decimals
 
 
 def common_multiple_is_too_large(schema: Any) -> bool:
-    """Whether the engine, which multiplies in 32 bits where parts are combined, would go beyond them."""
+    """Whether the engine, which multiplies them where parts are combined, would come to one that is too large."""
     found = {engine_multiple(node["multipleOf"]) for node in nodes(schema) if "multipleOf" in node}
     pairs = sorted(each for each in found if each is not None)
     if len(pairs) < 2 or not any(map(_combines, nodes(schema))):
         return False
     decimals = max(each[1] for each in pairs)
-    return math.prod(coefficient * 10 ** (decimals - own) for coefficient, own in pairs) > _LARGEST_MULTIPLE
+    return math.prod(coefficient * 10 ** (decimals - own) for coefficient, own in pairs) > LARGEST_MULTIPLE
 
 
 def _combines(node: Mapping[str, Any]) -> bool:

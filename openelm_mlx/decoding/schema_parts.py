@@ -58,6 +58,29 @@ def find(root: Any, reference: str) -> Any:
     return node
 
 
+def num_combined(root: Any) -> int:
+    """How many parts hold together for one value at most, each counted as often as references and allOf lead to it."""
+    known: dict[int, int] = {}
+
+    def count(schema: Any) -> int:
+        if not isinstance(schema, Mapping):
+            return 1
+        if id(schema) in known:
+            return known[id(schema)]
+        known[id(schema)] = 1  # a circle ends where it began
+        total = 1
+        for key in ("allOf", "anyOf", "oneOf"):
+            if isinstance(schema.get(key), (list, tuple)):
+                parts = [count(part) for part in schema[key]]
+                total += sum(parts) if key == "allOf" else max(parts, default=0)
+        if isinstance(schema.get("$ref"), str):
+            total += count(target_of(root, schema["$ref"]))
+        known[id(schema)] = total
+        return total
+
+    return max(map(count, nodes(root)), default=1)
+
+
 def may_be(schema: Mapping[str, Any], kind: str) -> bool:
     """Whether `type` allows this kind of value."""
     kinds = schema.get("type")

@@ -20,7 +20,7 @@ from typing import Any, final
 import referencing
 import referencing.jsonschema
 
-from .engine_schema import matches
+from .json_patterns import matches
 from .keywords import KEYWORDS, MOST_FAULTS, Fault, shown
 
 # A step is a keyword applied to a value; those that look at every item count as many more. A second or two of a slow core.

@@ -14,6 +14,7 @@ from conftest import FIXTURES
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
+from openelm_mlx.decoding.constraint import PlainConstraint
 from openelm_mlx.decoding.grammar import answer_format, engine_of
 from openelm_mlx.errors import SettingError
 from openelm_mlx.text.tokenizer import load_tokenizer
@@ -293,6 +294,14 @@ def test_an_open_bound_is_open(schema, taken, refused):
     assert not matcher.is_completed_by(engine.spell(refused.encode()))
 
 
+def _doubling(levels: int) -> dict:
+    """Definitions that each ask for the next one twice."""
+    definitions: dict = {
+        f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}, {"$ref": f"#/$defs/d{n + 1}"}]} for n in range(levels)
+    }
+    return {"$ref": "#/$defs/d0", "$defs": {**definitions, f"d{levels}": {"type": "integer"}}}
+
+
 @pytest.mark.parametrize(
     ("schema", "says"),
     [
@@ -306,12 +315,42 @@ def test_an_open_bound_is_open(schema, taken, refused):
         ({"properties": {"a": {"not": {}}}}, "not at properties.a"),
         ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "properties.a points to nothing"),
         ({"items": {"$ref": "file:///etc/passwd"}}, "leads out of the schema"),
+        ({"type": "integer", "multipleOf": 604_800}, "multipleOf at the top level is 604800, which cannot be followed"),
+        ({"type": "integer", "multipleOf": 2**32 - 5, "minimum": 10**17}, "a whole number up to 100,000"),
+        ({"type": "number", "multipleOf": 3e-9}, "multipleOf at the top level is 3e-09"),
+        ({"allOf": [{"type": "integer", "multipleOf": 401}, {"multipleOf": 409}]}, "common multiple is too large"),
+        ({"type": "object", "minProperties": 2}, "minProperties at the top level is 2, and only 0 names are required"),
+        ({"properties": {"a": {}}, "required": ["a"], "minProperties": 9}, "written twice, and counts once"),
+        (_doubling(30), "combines more than 5,000 parts"),
     ],
 )
 def test_what_no_answer_can_hold_is_refused_with_its_place(schema, says):
     with pytest.raises(SettingError, match=re.escape(says)) as error:
         answer_format(schema)
     assert "\n" not in str(error.value)
+
+
+def test_a_count_beyond_all_answers_is_refused_soon_with_the_number():
+    engine = engine_of(load_tokenizer(DEMO / "openelm"))
+    for schema in (
+        {"type": "string", "pattern": "^a{20000}$"},
+        {"type": "string", "pattern": "^[ab]{20000}$"},
+        {"type": "string", "minLength": 20_000},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 20_000},
+    ):
+        with pytest.raises(SettingError, match="no end that was found within 8,192 bytes"):
+            PlainConstraint(engine, answer_format(schema), (2,), 65_536)
+    assert len(engine.matcher(answer_format({"type": "string", "minLength": 5000})).completion()) > 1000
+
+
+def test_what_stays_below_those_limits_has_an_answer():
+    engine = engine_of(load_tokenizer(DEMO / "openelm"))
+    for schema in (
+        {"type": "integer", "multipleOf": 1009, "minimum": 1, "maximum": 2_000_000_000},
+        {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"], "minProperties": 2},
+        _doubling(8),
+    ):
+        assert is_valid(text_of(engine, engine.matcher(answer_format(schema)).completion()), schema)
 
 
 def test_what_nothing_refers_to_is_no_hindrance():

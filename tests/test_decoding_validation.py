@@ -78,9 +78,16 @@ def test_references_never_lead_outside(part):
         )
 
 
-@pytest.mark.parametrize("part", [{"$ref": "http://127.0.0.1:9/x"}, {"$ref": "#/$defs/a"}, {"$ref": "#a"}])
-def test_answers_are_not_held_to_what_is_elsewhere(part):
-    with pytest.raises(SettingError, match=r"is not a part of it: put that under \$defs"):
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"$ref": "http://127.0.0.1:9/x"}, r"leads out of the schema, .*: put the definition under \$defs"),
+        ({"$ref": "#/$defs/a"}, "points to nothing in the schema: correct it, or add the definition"),
+        ({"$ref": "#a"}, r"is not a part of it: put that under \$defs"),
+    ],
+)
+def test_answers_are_not_held_to_what_is_elsewhere(part, says):
+    with pytest.raises(SettingError, match=says):
         answer_format({"type": "object", "properties": {"a": part}})
     with pytest.raises(ToolError, match="nothing is fetched"):
         ToolSet([Taker({"type": "object", "properties": {"a": part}})])

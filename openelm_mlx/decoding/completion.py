@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 # A completion with more bytes is not looked for. A walk that passes one place so often goes in a circle, or writes a long
 # string of a given length.
-_LONGEST_COMPLETION = 4096
+LONGEST_COMPLETION = 8192
 _CIRCLE = 48
 # Walks, and passes of one place in a walk. The first is enough nearly always; one long walk, for a list of hundreds of
 # items, comes before many short ones.
-EFFORTS = (4, _CIRCLE), (1, _LONGEST_COMPLETION), (32, _CIRCLE)
+EFFORTS = (4, _CIRCLE), (1, LONGEST_COMPLETION), (32, _CIRCLE)
 
 # A completion known from before is joined after at most so many steps, and without so many tokens of its own.
 _MOST_STEPS_TO_KNOWN = 12
@@ -154,7 +154,7 @@ class _Walk:
                 return bytes(self._text[start:]) + rest
             num_steps += 1
             step = self._forced() or self._chosen()
-            if step is None or len(self._text) - start > _LONGEST_COMPLETION:
+            if step is None or len(self._text) - start + len(step) > LONGEST_COMPLETION:
                 return None
             self._text += step
             if self._strings is not None:

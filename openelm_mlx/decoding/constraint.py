@@ -15,6 +15,7 @@ from ..errors import SettingError
 from ..text.conversation import Message, resolve_recipient
 from ..text.harmony import HarmonyFormat
 from ..text.harmony_header import LONGEST_HEADER, Place, follow
+from .completion import LONGEST_COMPLETION
 from .grammar import AnswerFormat, Engine, Matcher
 
 FINAL = "final"
@@ -83,7 +84,8 @@ def check_room(span: Span, max_tokens: int) -> None:
     completion = span.matcher.completion()
     if completion is None:
         raise SettingError(
-            "The answer's format has no end that was found: it may ask for itself without an alternative."
+            f"The answer's format has no end that was found within {LONGEST_COMPLETION:,} bytes: it may ask for itself "
+            "without an alternative, or its counts are too large. Make it smaller."
         )
     if len(completion) + 1 > max_tokens:
         raise SettingError(

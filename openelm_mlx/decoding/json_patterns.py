@@ -39,7 +39,7 @@ def matches(pattern: str, text: str) -> bool | None:
     from llguidance import LLMatcher
 
     held = held_pattern(pattern, "".join(sorted({c for c in text if c < " "})))
-    if held is None:
+    if held is None or "\x7f" in text:  # which the engine writes nowhere
         return None
     definition = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "pattern": held}))
     matcher = LLMatcher(bytes_tokenizer(), definition, log_level=0)

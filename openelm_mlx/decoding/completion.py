@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # A completion with more bytes is not looked for. A walk that passes one place so often goes in a circle, or writes a long
 # string of a given length.
-LONGEST_COMPLETION = 8192
+LONGEST_COMPLETION = 4096
 _CIRCLE = 48
 # Walks, and passes of one place in a walk. The first is enough nearly always; one long walk, for a list of hundreds of
 # items, comes before many short ones.
@@ -154,7 +154,9 @@ class _Walk:
                 return bytes(self._text[start:]) + rest
             num_steps += 1
             step = self._forced() or self._chosen()
-            if step is None or len(self._text) - start + len(step) > LONGEST_COMPLETION:
+            length = len(self._text) - start
+            # A pattern or a length may add much in one step.
+            if step is None or length > LONGEST_COMPLETION or length + len(step) > 2 * LONGEST_COMPLETION:
                 return None
             self._text += step
             if self._strings is not None:

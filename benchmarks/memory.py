@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise SettingError(f"--prompt-tokens is {args.prompt_tokens!r}: give whole numbers above 0, with commas.")
     folder = None if args.folder is None else Path(args.folder)
     if folder is not None and not folder.is_dir():
-        raise SettingError(f"--folder is {args.folder!r}, which is no folder: name one that exists.")
+        raise SettingError(f"--folder is {args.folder!r}, which is not a folder: name one that exists.")
     found = []
     if not args.json:
         report(f"{machine_description()}\n{HEADING}")

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         return write_json(args, found)
     folder = None if args.folder is None else Path(args.folder)
     if folder is not None and not folder.is_dir():
-        raise DestinationError(f"--folder {folder} is no folder: make it, or name another one.")
+        raise DestinationError(f"--folder {folder} is not a folder: make it, or name another one.")
     place: Any = nullcontext(args.model) if args.random is None else random_model(args.random, args.layers, folder)
     is_demo = args.random is None and args.model == "demo-gpt-oss"
     if args.random is None:

@@ -139,7 +139,7 @@ def read_object(path: str | os.PathLike[str], error: ErrorClass, most: int = LAR
 
 
 def parse_json(text: str | bytes, origin: str, error: ErrorClass, advice: str = "download or copy it again") -> Any:
-    """What a JSON text means. Raises `error` for whatever is no JSON or nested too deep. advice: the next step."""
+    """What a JSON text means. Raises `error` for whatever is not valid JSON or nested too deep. advice: the next step."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -186,7 +186,7 @@ def is_ignored(name: str) -> bool:
 
 
 def kind_of(status: os.stat_result) -> str | None:
-    """What something is that is no file, in words; None for a file."""
+    """What something is that is not a file, in words; None for a file."""
     if stat.S_ISREG(status.st_mode):
         return None
     return next((words for is_kind, words in _KINDS if is_kind(status.st_mode)), "something else")
@@ -216,7 +216,7 @@ def _opened(name: str, flags: int, error: ErrorClass) -> BinaryIO:
     except UserError:
         raise
     except ValueError as problem:  # a null byte, or half a character
-        raise error(f"{shown(name)} is no name of a file ({one_line(problem)}): check the path.") from None
+        raise error(f"{shown(name)} is not a name of a file ({one_line(problem)}): check the path.") from None
 
 
 def _not_a_file(name: str, kind: str, error: ErrorClass) -> UserError:

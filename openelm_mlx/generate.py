@@ -135,7 +135,7 @@ def option_names() -> list[str]:
 
 
 def unknown_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are no keywords of `stream_generate`."""
+    """Those that are not keywords of `stream_generate`."""
     known = option_names()
     return {name: value for name, value in options.items() if name not in known}
 

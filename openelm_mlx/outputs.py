@@ -26,7 +26,7 @@ from .finder import sync
 # Whether an existing file is one that this library wrote, and of the kind that is to be written. Given the open file.
 Recognizer = Callable[[BinaryIO], bool]
 
-# What is looked at of a file to recognize it: more is no header of ours.
+# What is looked at of a file to recognize it: more is not a header of ours.
 _MOST_HEADER_BYTES = 64 * 2**20
 
 # In pictures, where their formats say what program made them.

@@ -293,7 +293,7 @@ def _stored_type(contents: Contents) -> mx.Dtype:
 
 
 def _plain_bytes(contents: Contents, packings: Collection[str]) -> int:
-    """Bytes in 16 bits of the parameters that are no part of a packed module."""
+    """Bytes in 16 bits of the parameters that are not a part of a packed module."""
     return sum(
         2 * math.prod(parameter.shape) for parameter in contents.parameters.values() if parameter.module not in packings
     )

@@ -174,7 +174,7 @@ def existing_path(source: SourceName) -> Path | None:
         path = Path(source).expanduser()
         return path if os.path.lexists(path) else None
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, an unknown user's home
-        raise CheckpointError(f"{str(source)[:80]!r} is no path: {error}.") from error
+        raise CheckpointError(f"{str(source)[:80]!r} is not a path: {error}.") from error
 
 
 def choose_model_files(files: list[RepoFile]) -> list[str]:

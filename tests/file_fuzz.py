@@ -610,7 +610,7 @@ def fault_of(reader: Reader, number: int) -> str | None:
     except UserError as error:
         message = str(error)
         if "\n" in message or not message.isprintable():
-            return f"its message is no line of text: {message!r}"
+            return f"its message is not a line of text: {message!r}"
         if len(message) > LONGEST_MESSAGE:
             return f"its message has {len(message):,} characters: {message[:300]!r}"
     except BaseException as error:  # noqa: BLE001 - anything but ours is what is looked for

@@ -406,7 +406,7 @@ def outcome_of(schema: Any, engine: Any, end_tokens: tuple[int, ...], draw: rand
     except SettingError as error:
         sentence = str(error)
         if "\n" in sentence or len(sentence) > 900 or "\x00" in sentence:
-            raise Fault(f"a refusal is no sentence: {sentence[:300]!r}") from None
+            raise Fault(f"a refusal is not a sentence: {sentence[:300]!r}") from None
         return "refused"
     _check(_text(engine, shortest), schema)
     _check(_text(engine, _written(constraint, room, draw, end_tokens)), schema)
@@ -465,7 +465,7 @@ _HELD_FORMATS = ("date", "date-time", "email", "ipv4", "ipv6", "uuid")
 
 
 def _is_multiple_after_all(error: Any) -> bool:
-    """jsonschema divides floats: 0.5 is no multiple of 1e-9 there."""
+    """jsonschema divides floats: 0.5 is not a multiple of 1e-9 there."""
     if error.context:
         return any(map(_is_multiple_after_all, error.context))
     if error.validator != "multipleOf":

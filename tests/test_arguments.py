@@ -14,7 +14,7 @@ from openelm_mlx.arguments import SAMPLING
 from openelm_mlx.errors import SettingError, ToolError, UserError
 
 ODD = object()
-# Values that are no text, number, path, function or collection that anything here takes.
+# Values that are not text, number, path, function or collection that anything here takes.
 NOT_TEXT = (5, -1, 1.5, b"x", [5], {5: 5}, ODD, True)
 NOT_A_NUMBER = ("x", b"x", [5], {}, ODD, float("nan"), "")
 NOT_A_FLAG = (5, 0, 1.5, "yes", "", b"x", [], {}, ODD)
@@ -199,8 +199,8 @@ def test_the_sentence_says_what_to_write(call, said):
     ("call", "said"),
     [
         (lambda: tools.FileBrowser(5), "folder is 5: give a path"),
-        (lambda: tools.PatchTool("~nobody-there/x"), "is no folder"),
-        (lambda: tools.apply_patch("*** Begin Patch\n*** End Patch", "no-such-folder"), "is no folder"),
+        (lambda: tools.PatchTool("~nobody-there/x"), "is not a folder"),
+        (lambda: tools.apply_patch("*** Begin Patch\n*** End Patch", "no-such-folder"), "is not a folder"),
         (lambda: tools.apply_patch(5, "."), "patch is 5: give text"),
         (lambda: tools.Toolbox(5), "names is 5: give names with commas"),
         (lambda: tools.McpServer(5), "source is 5: give a command line"),

@@ -194,7 +194,7 @@ def broken(folder, tmp_path, name):
     weights, config = copy / "model.safetensors", copy / "config.json"
     arrays = dict(mx.load(str(folder / "model.safetensors")))
     match name:
-        case "config is no JSON":
+        case "config is not valid JSON":
             config.write_text("{")
         case "config lacks a field":
             config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "head_dim"}))
@@ -237,7 +237,7 @@ def broken(folder, tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("config is no JSON", "config.json"), ("config lacks a field", '"head_dim"'), ("no config", "config.json"),
+        ("config is not valid JSON", "config.json"), ("config lacks a field", '"head_dim"'), ("no config", "config.json"),
         ("truncated", "model.safetensors"), ("over-long", "model.safetensors"), ("header lies", "offsets span"),
         ("a tensor missing", "transformer.norm.weight"), ("a tensor too many", "extra"), ("a wrong shape", "[3]"),
         ("a wrong type", "I8"), ("not a number", "not finite"), ("a shard missing", "model-00002-of-00002"),

@@ -312,7 +312,7 @@ def test_a_saved_chat_that_breaks_a_rule_is_refused_when_it_is_loaded(scripted, 
         assert "__init__" not in str(caught.value)
     for wrong in ({"instructions": 3}, {"instructions": ["a"]}, {"reasoning_effort": []}):
         (tmp_path / "bad.json").write_text(json.dumps({**saved, "messages": [], **wrong}))
-        with pytest.raises(PromptError, match="are no text"):
+        with pytest.raises(PromptError, match="are not text"):
             chat.load(tmp_path / "bad.json")
     for content, said in (
         ("[" * 100_000, "it is not valid JSON"),

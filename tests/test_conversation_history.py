@@ -312,7 +312,7 @@ def test_halves_of_characters_never_end_a_chat(scripted, tmp_path):  # noqa: F81
     half = "caf\udce9 \ud83d"
 
     def names() -> str:
-        """Names with bytes that are no UTF-8."""
+        """Names with bytes that are not UTF-8."""
         return half
 
     def listed() -> dict:

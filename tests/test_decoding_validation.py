@@ -183,7 +183,7 @@ def test_deep_values_and_long_arrays():
     assert not Validator(tree).faults(deep)
     with pytest.raises(ValueError, match="nested too deep"):
         run(Taker({}), '{"a": ' + text)
-    with pytest.raises(ValueError, match="NaN is no number"):
+    with pytest.raises(ValueError, match="NaN is not a number"):
         run(Taker({}), '{"a": NaN}')
     unique = Validator({"uniqueItems": True})
     items = [[i] for i in range(20_000)]

@@ -84,7 +84,7 @@ def test_a_trace_whose_packing_is_damaged(tmp_path):
     data = bytearray((tmp_path / "t").read_bytes())
     data[place + 60 : place + 90] = b"\xff" * 30
     (tmp_path / "t").write_bytes(data)
-    with pytest.raises(SettingError, match="is no routing trace"):
+    with pytest.raises(SettingError, match="is not a routing trace"):
         Trace.load(tmp_path / "t")
 
 

@@ -563,7 +563,7 @@ class TwoSlots:
 
 
 def test_experts_can_be_replaced(folder):
-    """An object that is no module takes the experts' weights out of the tree, and gives the same logits bit for bit."""
+    """An object that is not a module takes the experts' weights out of the tree, and gives the same logits bit for bit."""
     known, model = oracle(folder), load_gpt_oss(folder)
     tokens = mx.array(known["tokens"][:, :5])
     expected = model(tokens)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "openelm_mlx"
-# Developers' measurements, which are no part of the wheel.
+# Developers' measurements, which are not a part of the wheel.
 BENCHMARKS = PACKAGE.parent / "benchmarks"
 
 # A room may import those before it, and itself.

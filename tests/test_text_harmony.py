@@ -867,7 +867,7 @@ def test_any_tokens(tokens):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_text_is_lost(data):
-    """A word that is no part of a header is in some message, wherever it was written."""
+    """A word that is not part of a header is in some message, wherever it was written."""
     harmony = HarmonyFormat(ByteTokenizer())
     pieces = data.draw(
         st.lists(st.sampled_from(["[S]", "[E]", "[M]", "[C]", "[R]", "[S]assistant", *HEADS, "w"]), max_size=20)

@@ -1,4 +1,4 @@
-"""Tool text: the trained wording by its hash, each kind of schema by its text, and what is no JSON Schema.
+"""Tool text: the trained wording by its hash, each kind of schema by its text, and what is not valid JSON Schema.
 
 That the texts are openai-harmony's for schemas of every shape is shown by the conversations in test_text_harmony.py.
 """

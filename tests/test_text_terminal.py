@@ -26,7 +26,7 @@ HOSTILE = {
     "turned text": ("gpj.\u202eexe", "gpj.\\u202eexe"),
     "isolates": ("\u2066x\u2069", "\\u2066x\\u2069"),
     "separators": ("a\u2028b\x85c", "a\\u2028b\\x85c"),
-    "a name that is no UTF-8": ("caf\udce9", "caf\ufffd"),
+    "a name that is not UTF-8": ("caf\udce9", "caf\ufffd"),
     "halves of a character": ("\ud83d\ude00 \ude00\ud83d", "😀 \ufffd\ufffd"),
     "plain": ("Grüße,\n\tשלום 👩‍👩‍👧 क्ष", "Grüße,\n\tשלום 👩‍👩‍👧 क्ष"),
 }

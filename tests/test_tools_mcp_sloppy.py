@@ -142,7 +142,7 @@ RESULTS = [
      "[an audio (audio/wav), which cannot be shown as text]"),
     ({"content": [{"type": "resource", "resource": {"uri": "file:///a", "text": "inside"}}]}, "inside"),
     ({"content": [{"type": "resource", "resource": {"uri": "file:///a", "blob": "AA=="}}]},
-     "[a resource, file:///a, which is no text]"),
+     "[a resource, file:///a, which is not text]"),
     ({"content": [{"type": "resource_link", "uri": "file:///a", "name": "A"}]}, "[a link to A: file:///a]"),
     ({"content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}, "one\ntwo"),
     ({"content": [{"type": "hologram", "x": 1}]}, '{"type": "hologram", "x": 1}'),

@@ -313,7 +313,7 @@ def test_a_file_made_in_the_last_moment_is_not_overwritten(folder, monkeypatch):
 def test_what_is_no_file_is_refused(folder):
     (folder / "sub").mkdir()
     os.mkfifo(folder / "pipe")
-    for path, says in (("sub", "is a folder"), ("pipe", "is no file")):
+    for path, says in (("sub", "is a folder"), ("pipe", "is not a file")):
         refused(folder, patch_of(f"*** Update File: {path}", "@@", "-x", "+y"), says)
         refused(folder, patch_of(f"*** Delete File: {path}"), says)
         refused(folder, patch_of(f"*** Add File: {path}", "+y"), says)

@@ -72,10 +72,10 @@ class Trace:
         except OSError as error:
             raise unreadable(path, error, SettingError) from error
         except Exception as error:  # zipfile, zlib and NumPy raise what the damage makes of their reading
-            raise SettingError(f"{path} is no routing trace: record one with --record.") from error
+            raise SettingError(f"{path} is not a routing trace: record one with --record.") from error
         if not _are_choices(experts, lengths, num_experts):
             raise SettingError(
-                f"{path} is no routing trace that could be: each token has to have chosen different ones of the experts that "
+                f"{path} is not a possible routing trace: each token has to have chosen different ones of the experts that "
                 "there are, and some tokens have to have been computed one by one. Record one with --record."
             )
         return cls(num_experts, np.split(experts, np.cumsum(lengths)[:-1]))

@@ -258,7 +258,7 @@ def _begins_with(pattern: str, module: str) -> bool:
         return False
     except SchemaError as error:
         raise ConfigError(
-            f"The config's adapter pattern {shown(pattern)} is no regular expression that can be followed: correct it."
+            f"The config's adapter pattern {shown(pattern)} is not a regular expression that can be followed: correct it."
         ) from error
     return True
 

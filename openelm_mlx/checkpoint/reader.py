@@ -166,7 +166,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """Name -> entry of every tensor in a safetensors file, in the order of their bytes; no tensor is read.
 
-    Raises CheckpointError when it is no file, truncated, over-long, or its header contradicts itself.
+    Raises CheckpointError when it is not a file, truncated, over-long, or its header contradicts itself.
     """
     try:
         with open_regular(file, CheckpointError) as stream:

@@ -369,7 +369,7 @@ class CheckpointWriter:
             )
 
     def _check_kind(self, path: Path) -> None:
-        """Raise DestinationError for what is no file: a pipe would hold whoever opens it, and a link leads elsewhere."""
+        """Raise DestinationError for what is not a file: a pipe would hold whoever opens it, and a link leads elsewhere."""
         if not os.path.lexists(path):
             return
         kind = "a link" if path.is_symlink() else kind_of(path.stat())

@@ -35,13 +35,13 @@ class Reader(Protocol):
 
 
 class LineReader:
-    """Standard input that is no terminal: a message a line; a line that ends in a backslash goes on in the next."""
+    """Standard input that is not a terminal: a message a line; a line that ends in a backslash goes on in the next."""
 
     is_interactive = False
 
     def __iter__(self) -> Iterator[str]:
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # bytes that are no text do not end a chat
+            sys.stdin.reconfigure(errors="replace")  # bytes that are not text do not end a chat
         pending = ""
         for line in sys.stdin:
             line = line.rstrip("\n")
@@ -65,7 +65,7 @@ class TerminalReader:
         from prompt_toolkit.output import create_output
 
         class WholeHistory(FileHistory):
-            """A terminal gives bytes that are no text as halves of characters, which no file takes."""
+            """A terminal gives bytes that are not text as halves of characters, which no file takes."""
 
             def store_string(self, string: str) -> None:
                 super().store_string(whole_characters(string))

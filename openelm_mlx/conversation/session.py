@@ -64,7 +64,7 @@ _C = TypeVar("_C")
 
 
 def _refusing_options(kind: type[_C]) -> type[_C]:
-    """The class, which says where options of `stream_generate` go that are no keywords of its own."""
+    """The class, which says where options of `stream_generate` go that are not keywords of its own."""
     made = cast(Any, kind).__init__
     known = [each.name for each in fields(cast(Any, kind))]
 
@@ -392,7 +392,7 @@ class Chat:
             check_conversation(messages)
             for name in ("instructions", "reasoning_effort"):
                 if not isinstance(content[name], (str, type(None))):
-                    raise ValueError(f"its {name} are no text")
+                    raise ValueError(f"its {name} are not text")
             settings = replace(
                 self, messages=messages, instructions=content["instructions"],
                 reasoning_effort=content["reasoning_effort"] if self.is_harmony else None,
@@ -403,7 +403,7 @@ class Chat:
             reason = {
                 "JSONDecodeError": "it is not valid JSON",
                 "RecursionError": "it is not valid JSON",
-                "UnicodeDecodeError": "it is no text",
+                "UnicodeDecodeError": "it is not text",
                 "ValueError": one_line(error),
                 "KeyError": f"{one_line(error)} is missing",
             }.get(type(error).__name__, "its parts have other names or kinds")

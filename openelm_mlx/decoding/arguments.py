@@ -31,6 +31,6 @@ def check_model(model: object, tokenizer: object = None) -> None:
 
 
 def check_prefix_cache(prefix_cache: object) -> None:
-    """Raise SettingError for what is no prefix cache."""
+    """Raise SettingError for what is not a prefix cache."""
     if prefix_cache is not None and not isinstance(prefix_cache, PrefixCache):
         raise SettingError(f"prefix_cache is {reprlib.repr(prefix_cache)}: give om.PrefixCache(), or None for none.")

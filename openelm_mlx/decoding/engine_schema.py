@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-HALF_A_CHARACTER = "half of a surrogate pair is no character"
+HALF_A_CHARACTER = "half of a surrogate pair is not a character"
 
 
 @lru_cache(maxsize=512)

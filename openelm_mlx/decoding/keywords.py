@@ -143,7 +143,7 @@ def _is_bound(rule: Any) -> bool:
 
 @_keyword("multipleOf", kind=_NUMBER)
 def _multiple(check: Check, rule: Any, value: Any, schema: Any, resolver: Any) -> Any:
-    return () if _exact(value) % _exact(rule) == 0 else [((), f"{shown(value)} is no multiple of {shown(rule)}")]
+    return () if _exact(value) % _exact(rule) == 0 else [((), f"{shown(value)} is not a multiple of {shown(rule)}")]
 
 
 def _exact(value: int | float) -> Fraction:

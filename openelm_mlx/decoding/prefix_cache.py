@@ -183,7 +183,7 @@ class PrefixCache:
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write everything into the file `path`, at once or not at all.
 
-        overwrite: also in the place of a file that is no prompt cache. Raises DestinationError.
+        overwrite: also in the place of a file that is not a prompt cache. Raises DestinationError.
         """
         from .prefix_file import save_entries
 

@@ -107,7 +107,7 @@ def load_entries(path: Path, model: Model) -> Iterator[Entry]:
 
 def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no prompt cache of this library: give another file.")
+        raise CheckpointError(f"{path} is not a prompt cache of this library: give another file.")
     if metadata.get("version") != str(VERSION):
         raise CheckpointError(
             f"The prompt cache {path} has version {metadata.get('version')}, and this library reads version {VERSION}: "

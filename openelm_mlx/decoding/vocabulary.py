@@ -11,7 +11,7 @@ from ..text.tokenizer import Tokenizer
 
 @final
 class Vocabulary:
-    """A Tokenizer as llguidance asks for it: the bytes of each token, those that are no text, and how text is encoded.
+    """A Tokenizer as llguidance asks for it: the bytes of each token, those that are not text, and how text is encoded.
 
     Control tokens, role tags and the unknown token are never text. The tokenizer itself is not kept alive:
     engines are kept for as long as their tokenizers live.

@@ -158,7 +158,7 @@ def _receive(listing: Listing, file: RepoFile, partial: Path, arrived: dict[str,
     answer is asked for again, and only if it comes the same a second time is the rest given up.
     """
     if os.path.lexists(partial) and not partial.is_file():
-        raise HubError(f"{partial} is no file, and a download is kept there: remove it, and run this again.")
+        raise HubError(f"{partial} is not a file, and a download is kept there: remove it, and run this again.")
     with open(partial, "r+b" if partial.exists() else "w+b") as out:
         earlier: _Ending | None = None
         is_anew = False

@@ -305,7 +305,7 @@ def kv_cache_bytes(
 
 
 _LETTERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-# A number without a unit below this is no number of bytes that anybody means.
+# A number without a unit below this is not a number of bytes that anybody means.
 FEWEST_BARE_BYTES = 2**20
 
 

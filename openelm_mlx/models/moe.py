@@ -44,7 +44,7 @@ class RoutedExperts(Protocol):
 class MoE(nn.Module):
     """sum_e w_e * expert_e(x) over the k experts with the largest router logits, w being the softmax of those k.
 
-    `experts` may be set to any `RoutedExperts`; one that is no module takes its weights out of the parameter tree.
+    `experts` may be set to any `RoutedExperts`; one that is not a module takes its weights out of the parameter tree.
     """
 
     experts: RoutedExperts

@@ -87,7 +87,7 @@ class OpenELM:
         return ModelSpec(
             family="openelm",
             vocab_size=vocab_size,
-            # CoreNet's padding token is the first row that is no word.
+            # CoreNet's padding token is the first row that is not a word.
             usable_vocab_size=min(
                 vocab_size, integer(config, "padding_index") if config.get("padding_index") else vocab_size
             ),

@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
     header: the tokens of the header so far. role: who writes, where that is known before the header says so. message: the
     open message without its content; None in a header. is_between: behind the end of a message, and no `<|start|>` has
-    come yet: a line that strays there is no header. rest: text of the header that is no part of one.
+    come yet: a line that strays there is no header. rest: text of the header that is not part of one.
     """
 
     header: tuple[int, ...] = ()
@@ -73,7 +73,7 @@ Ending = Literal["complete", "ended", "cut"]
 
 
 def read_header(place: Place, ending: Ending, control: ControlTokens) -> tuple[Message, str]:
-    """The message that a header announces, without its content, and the text in it that is no part of a header."""
+    """The message that a header announces, without its content, and the text in it that is not part of a header."""
     runs = [(-1, bytearray())]
     for token in place.header:
         if token in control.control_tokens:
@@ -126,7 +126,7 @@ class _HeaderReader:
         self._unread: list[str] = []  # and after one, where some kinds of fields come without a marker
 
     def read(self, runs: Sequence[_Run]) -> tuple[Message, str]:
-        """The message, without its content, and the text that is no part of a header.
+        """The message, without its content, and the text that is not part of a header.
 
         That is words here and there in a complete header, otherwise everything from the first such word on.
         """

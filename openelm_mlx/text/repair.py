@@ -16,7 +16,7 @@ from .schema import LISTS_OF_SCHEMAS, MAPS_OF_SCHEMAS, MAX_DEPTH, SCHEMAS, SIMPL
 def repaired(schema: Any) -> tuple[dict[str, Any], list[str]]:
     """A schema of an object without the keywords whose values are wrong, and what these were, each with its place.
 
-    What comes back passes `check_schema`. Of what is no schema at all, or is too large, no more is left than that it
+    What comes back passes `check_schema`. Of what is not a schema at all, or is too large, no more is left than that it
     is of an object.
     """
     faults: list[str] = []

@@ -2,7 +2,7 @@
 
 The text is the one openai-harmony 0.0.8 writes, to the byte: gpt-oss was trained to read it, so its odd corners (an
 array of an enum without brackets, `anyOf` and `$ref` as `any`) are kept; docs/harmony.md lists them. `check_schema`
-refuses what is no JSON Schema. Where the text stands in a prompt is harmony.py's business.
+refuses what is not valid JSON Schema. Where the text stands in a prompt is harmony.py's business.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from openelm_mlx.errors import SettingError
 class Tool:
     """A function the model may call; `parameters` is a JSON Schema of its arguments, or None when it takes none.
 
-    Raises SettingError when the name cannot be written as one word, or `parameters` is no JSON Schema.
+    Raises SettingError when the name cannot be written as one word, or `parameters` is not valid JSON Schema.
     """
 
     name: str

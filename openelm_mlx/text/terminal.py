@@ -26,7 +26,7 @@ _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]
 def visible(text: str) -> str:
     """`text` for a terminal: line breaks and tabs stay, and every other control character is shown and does nothing.
 
-    A character of half a pair (from a name that is no UTF-8, or a broken escape) becomes U+FFFD. "\r\n" is a line break.
+    A character of half a pair (from a name that is not UTF-8, or a broken escape) becomes U+FFFD. "\r\n" is a line break.
 
         visible("a\x1b[2Jb")   # "a␛[2Jb"
     """
@@ -65,7 +65,7 @@ class TerminalStream:
 def to_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
     """JSON that a terminal may be shown: control characters are escaped in it, and a reader gets the value as it is.
 
-    Infinities and what is no number, which JSON does not know, are null; what has no form in JSON is its `str`.
+    Infinities and what is not a number, which JSON does not know, are null; what has no form in JSON is its `str`.
     """
     try:
         text = json.dumps(value, ensure_ascii=ascii_only, indent=indent, default=str, allow_nan=False)

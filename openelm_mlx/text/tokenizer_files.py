@@ -74,7 +74,7 @@ def find_vocabulary(path: Path) -> Path:
             )
         path = path.parent
     for name in TOKENIZER_FILES:
-        if os.path.lexists(path / name):  # also where it is no file: reading it says so
+        if os.path.lexists(path / name):  # also where it is not a file: reading it says so
             return path / name
     raise TokenizerError(
         f"{path} holds neither tokenizer.model nor tokenizer.json; gpt-oss comes with its tokenizer.json, and OpenELM "

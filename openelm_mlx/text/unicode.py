@@ -11,7 +11,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 def whole_characters(text: str) -> str:
     """`text` with halves of surrogate pairs joined, and lone ones replaced by U+FFFD.
 
-    Lone halves come from file names that are no UTF-8, from a terminal, and from escapes in JSON such as "\\ud83d".
+    Lone halves come from file names that are not UTF-8, from a terminal, and from escapes in JSON such as "\\ud83d".
     """
     if text.isascii() or _HALF.search(text) is None:
         return text

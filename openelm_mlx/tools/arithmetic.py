@@ -37,7 +37,7 @@ def calculator(expression: str) -> str:
     try:
         tree = ast.parse(expression.strip().replace("^", "**"), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ToolError(f"{expression!r} is no arithmetic expression") from None
+        raise ToolError(f"{expression!r} is not an arithmetic expression") from None
     try:
         return str(_value(tree.body))
     except ToolError:

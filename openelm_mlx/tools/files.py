@@ -168,7 +168,7 @@ class FileBrowser:
             return self._folder_page(file)
         text = _text_of(file)
         if text is None:
-            raise ToolError(f"{path} is no text file of at most {LARGEST_FILE / 1e6:.0f} MB, so it cannot be shown.")
+            raise ToolError(f"{path} is not a text file of at most {LARGEST_FILE / 1e6:.0f} MB, so it cannot be shown.")
         name = str(file.relative_to(self.folder))
         return Page(name, name, wrapped(text))
 

@@ -84,7 +84,7 @@ def content_text(part: Any) -> str:
         return part.text
     if part.type == "resource":
         text = getattr(part.resource, "text", None)
-        return text if text is not None else f"[a resource, {part.resource.uri}, which is no text]"
+        return text if text is not None else f"[a resource, {part.resource.uri}, which is not text]"
     if part.type == "resource_link":
         return f"[a link to {part.name}: {part.uri}]"
     article = "an" if part.type[0] in "aeiou" else "a"

@@ -35,7 +35,7 @@ class Log:
 
     def __init__(self) -> None:
         self.errors = b""  # the end of what it wrote to standard error
-        self.stray = ""  # the first line on its standard output that is no message
+        self.stray = ""  # the first line on its standard output that is not a message
         self.has_ended = self.is_hurried = False
 
     def last_words(self) -> str:

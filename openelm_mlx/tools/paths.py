@@ -30,7 +30,7 @@ def existing_folder(folder: str | Path, purpose: str) -> Path:
     except (OSError, RuntimeError, ValueError):  # a loop of links, "~nobody", what no file system takes
         is_folder = False
     if not is_folder:
-        raise ToolError(f"{folder} is no folder, so there {purpose} in it: name one that exists.")
+        raise ToolError(f"{folder} is not a folder, so there {purpose} in it: name one that exists.")
     return found
 
 
@@ -65,7 +65,7 @@ class Names:
         """
         parts = PurePosixPath(path).parts
         if not parts or path.startswith(("/", "~")) or ".." in parts or "\\" in path or ":" in parts[0]:
-            raise ToolError(f"{shown(path)!r} is no path inside the folder: give a relative one, without '..'.")
+            raise ToolError(f"{shown(path)!r} is not a path inside the folder: give a relative one, without '..'.")
         if shown(path) != path:
             raise ToolError(f"{shown(path)!r} has characters that no file's name should have: leave them out.")
         place, spelled = os.fspath(self._folder), []

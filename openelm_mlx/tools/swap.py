@@ -73,13 +73,13 @@ def read_file(path: str, name: str, most: int) -> Seen | None:
         if stat.S_ISDIR(status.st_mode):
             raise ToolError(f"{name} is a folder and no file.")
         if not stat.S_ISREG(status.st_mode):
-            raise ToolError(f"{name} is no file.")
+            raise ToolError(f"{name} is not a file.")
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             data = file.read(most + 1)
         if not stat.S_ISREG(status.st_mode):
-            raise ToolError(f"{name} is no file.")
+            raise ToolError(f"{name} is not a file.")
         if len(data) > most:
             raise ToolError(f"{name} has more than {most / 1e6:.0f} MB, too much for a patch.")
         return Seen(data, status)

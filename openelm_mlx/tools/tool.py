@@ -186,7 +186,7 @@ def read_arguments(text: str) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def arguments_of(arguments: Any, name: str) -> dict[str, Any]:

@@ -270,6 +270,29 @@ def test_the_table_says_of_a_packed_source_that_presets_are_the_same():
     assert "demo-gpt-oss: no preset" not in " ".join(lines)
 
 
+def test_only_memories_of_which_nobody_reported_a_working_set_are_marked():
+    """What has to be said of a source stands in every plan of it, and is nothing of the Macs."""
+    note = "these are the sizes that x was released with"
+    machines = [replace(each, notes=(*each.notes, note)) for each in map(find_mac, ("M1 8GB", "M1 16GB", "M4 24GB"))]
+    lines = table([plans_on(machines, "demo-gpt-oss")])
+    marked = {line.rsplit(None, 2)[0].strip(): "~" in line for line in lines if line[:1] == "M" and "GB " in line and line[1].isdigit()}
+    assert marked == {"M1 8GB": True, "M1 16GB": False, "M4 24GB": False}
+    assert " ".join(lines).count(f"demo-gpt-oss: {note}.") == 1
+    assert "working set of 8 GB is estimated" not in " ".join(lines)  # the legend says that
+    assert "~: what macOS gives the GPU there is estimated." in lines
+    assert not any("~" in line for line in table([plans_on(machines[1:], "demo-gpt-oss")]))
+
+
+def test_the_table_says_that_nobody_published_a_run_as_released():
+    def text(preset):
+        found = [plans_on([find_mac("M4 Max 128GB")], each, as_released=True, preset=preset) for each in RELEASED[:3]]
+        return " ".join(table(found, 200))
+
+    told = "gpt-oss-20b, gpt-oss-120b: by runs with dense parts in 8 or 4 bits; nobody has published one as released"
+    assert told in text("exact")
+    assert "nobody has published one as released" not in text("balanced")
+
+
 def test_the_table_needs_no_hub(monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     one = find_mac("M1 8GB")

@@ -26,12 +26,17 @@ def table(plans: Sequence[Row], columns: int = 80) -> list[str]:
     plans: of each model on every Mac. A cell is the least and the most tokens/s, "d" behind it with experts on disk, "?"
     where no run of such a model on that chip was published, "-" where it does not fit.
     """
+    from ..memory.machine import GIB, working_set_of
     from ..memory.rates import number
 
     heads = [label(row) for row in plans]
     cells = [[cell(plan) for plan in row] for row in plans]
     machines = [machine_of(plan) for plan in plans[0]]
-    memory = [f"{'~' if each.notes else ''}{number(each.available_bytes / 1e9, 3)}" for each in machines]
+    reported = [working_set_of(round(each.memory_bytes / GIB))[1] for each in machines]
+    memory = [
+        f"{'' if is_reported else '~'}{number(each.available_bytes / 1e9, 3)}"
+        for each, is_reported in zip(machines, reported, strict=True)
+    ]
     names = [each.name for each in machines]
     body = [names, memory, *cells]
     titles = [["", "Mac"], ["room", "GB"], *heads]
@@ -61,10 +66,26 @@ def table(plans: Sequence[Row], columns: int = 80) -> list[str]:
     ]
     if any(row[0].family == "openelm" for row in plans):
         notes.append("OpenELM: by runs of other dense models; nobody has published one of it on a Mac.")
-    notes += [f"{short_name(row[0].source)}: {row[0].note}." for row in plans if row[0].note is not None]
-    if any(each.startswith("~") for each in memory):
+    exact = [row for row in plans if _rests_on_fewer_bits(row)]
+    if exact:
+        names = ", ".join(short_name(row[0].source) for row in exact)
+        notes.append(f"{names}: by runs with dense parts in 8 or 4 bits; nobody has published one as released on a Mac.")
+    notes += [f"{short_name(row[0].source)}: {each.rstrip('.')}." for row in plans for each in _notes_of(row)]
+    if not all(reported):
         notes.append("~: what macOS gives the GPU there is estimated.")
     return [*lines, "", *(each for note in notes for each in _wrapped(note, columns))]
+
+
+def _rests_on_fewer_bits(row: Row) -> bool:
+    """Whether these are speeds of a model as released, of which only runs with rounded dense parts were published."""
+    bases = {plan.decode.basis for plan in row if plan.decode is not None}
+    return row[0].family == "gpt_oss" and row[0].dense_bits is None and "related" in bases and "published" not in bases
+
+
+def _notes_of(row: Row) -> list[str]:
+    """What has to be said of a source: of its presets, and what every machine's plan notes, so that it is no machine's."""
+    told = [] if row[0].note is None else [row[0].note]
+    return [*told, *(note for note in machine_of(row[0]).notes if all(note in machine_of(each).notes for each in row))]
 
 
 def about(plans: Sequence[Row]) -> str:

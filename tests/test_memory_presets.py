@@ -18,7 +18,7 @@ from openelm_mlx.commands.plan import RELEASED
 from openelm_mlx.commands.plan_macs import table
 from openelm_mlx.errors import SettingError
 from openelm_mlx.memory.machine import find_mac, macs
-from openelm_mlx.memory.presets import PRESETS, preset_bits
+from openelm_mlx.memory.presets import KEPT, PRESETS, preset_bits
 from openelm_mlx.memory.quality import measured_quality, percent, quality_of
 from openelm_mlx.planning import plan, plans_on
 
@@ -128,6 +128,13 @@ def test_every_command_that_loads_explains_them(command, capsys):
     assert "--preset {exact,balanced,smallest}" in text
     for name, preset in PRESETS.items():
         assert f"{name}: {preset.meaning}" in text
+        assert name == "exact" or f"{preset.meaning} ({KEPT[name]} of the demos' likeliest tokens stay)" in text
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_help_s_figures_are_those_that_were_measured(name):
+    shares = sorted(100 * quality_of(family, PRESETS[name].dense_bits).same_top for family in ("gpt_oss", "openelm"))
+    assert KEPT[name] == f"{shares[0]:.0f} to {shares[1]:.0f} %"
 
 
 # --- measured quality ---
@@ -275,7 +282,8 @@ def test_only_memories_of_which_nobody_reported_a_working_set_are_marked():
     note = "these are the sizes that x was released with"
     machines = [replace(each, notes=(*each.notes, note)) for each in map(find_mac, ("M1 8GB", "M1 16GB", "M4 24GB"))]
     lines = table([plans_on(machines, "demo-gpt-oss")])
-    marked = {line.rsplit(None, 2)[0].strip(): "~" in line for line in lines if line[:1] == "M" and "GB " in line and line[1].isdigit()}
+    rows = [line for line in lines if line[:1] == "M" and line[1].isdigit()]
+    marked = {line.rsplit(None, 2)[0].strip(): "~" in line for line in rows}
     assert marked == {"M1 8GB": True, "M1 16GB": False, "M4 24GB": False}
     assert " ".join(lines).count(f"demo-gpt-oss: {note}.") == 1
     assert "working set of 8 GB is estimated" not in " ".join(lines)  # the legend says that

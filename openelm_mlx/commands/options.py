@@ -65,7 +65,8 @@ def add_overwrite(group: argparse._ActionsContainer) -> None:
 
 def add_preset_argument(group: argparse._ActionsContainer) -> None:
     """How much of the quality is given for memory and speed."""
-    group.add_argument("--preset", choices=list(PRESETS), help=f"{PRESET_HELP} (default: exact)")
+    explained = PRESET_HELP.replace("%", "%%")  # argparse has a meaning of its own for it
+    group.add_argument("--preset", choices=list(PRESETS), help=f"{explained} (default: exact)")
 
 
 def bits_asked_for(args: argparse.Namespace, option: str = "--dense-bits") -> Any:

@@ -69,7 +69,9 @@ def table(plans: Sequence[Row], columns: int = 80) -> list[str]:
     exact = [row for row in plans if _rests_on_fewer_bits(row)]
     if exact:
         names = ", ".join(short_name(row[0].source) for row in exact)
-        notes.append(f"{names}: by runs with dense parts in 8 or 4 bits; nobody has published one as released on a Mac.")
+        notes.append(
+            f"{names}: by runs with dense parts in 8 or 4 bits; nobody has published one as released on a Mac."
+        )
     notes += [f"{short_name(row[0].source)}: {each.rstrip('.')}." for row in plans for each in _notes_of(row)]
     if not all(reported):
         notes.append("~: what macOS gives the GPU there is estimated.")

@@ -33,7 +33,8 @@ _ANYBODY = {
 }
 # Somebody's folder on macOS and Linux; a disk; each user's own temporary folder on macOS.
 _HOMES = re.compile(r"/(?:Users|home)/(?!Shared\b)[^/\s'\":,)]+")
-_DISKS = re.compile(r"/Volumes/[^/'\":,)\n]+")
+# A disk is called as people like ("Eve O'Brien (old)"): up to the next slash, or to what ends a path in a sentence.
+_DISKS = re.compile(r"/Volumes/(?:(?:[^/'\":\n]|'(?=\w))+(?=/)|(?:[^/'\":,)\n]|'(?=\w))+)")
 _TEMPORARY = re.compile(r"(?:/private)?/var/folders/[^/\s]+/[^/\s]+")
 
 

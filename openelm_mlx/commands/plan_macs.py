@@ -68,11 +68,11 @@ def table(plans: Sequence[Row], columns: int = 80) -> list[str]:
         notes.append("OpenELM: by runs of other dense models; nobody has published one of it on a Mac.")
     exact = [row for row in plans if _rests_on_fewer_bits(row)]
     if exact:
-        names = ", ".join(short_name(row[0].source) for row in exact)
+        models = ", ".join(short_name(row[0].source) for row in exact)
         notes.append(
-            f"{names}: by runs with dense parts in 8 or 4 bits; nobody has published one as released on a Mac."
+            f"{models}: by runs with dense parts in 8 or 4 bits; nobody has published one as released on a Mac."
         )
-    notes += [f"{short_name(row[0].source)}: {each.rstrip('.')}." for row in plans for each in _notes_of(row)]
+    notes += [f"{short_name(row[0].source)}: {told.rstrip('.')}." for row in plans for told in _notes_of(row)]
     if not all(reported):
         notes.append("~: what macOS gives the GPU there is estimated.")
     return [*lines, "", *(each for note in notes for each in _wrapped(note, columns))]

@@ -278,7 +278,34 @@ def test_a_check_that_never_ends_is_ended_and_one_without_time_is_not_run():
     assert "longer than 40 s and was ended" in found[0].found
     assert "not run" in found[2].found
     assert "--only 3 runs it alone" in found[2].found
-    assert clock.now <= 100 + selfcheck._START_SECONDS + 2
+    assert clock.now <= 100 + selfcheck._LATE_SECONDS
+
+
+def test_five_minutes_are_enough_whatever_hangs():
+    clock = FakeTime()
+    found = list(run_checks(list(all_checks().values()), clock=clock, start=lambda *_: Script([], clock, None)))
+    assert len(found) == 15
+    assert clock.now <= 295
+    # Whether the last one would have ended nobody has waited to see.
+    assert {each.passed for each in found if each.seconds < 30} == {None}
+
+
+def test_a_process_that_not_even_a_kill_ends_is_left_behind(monkeypatch):
+    """One that waits for its GPU in the kernel: macOS ends it when the GPU does."""
+    worker, waits = selfcheck.Worker([1], 100), []
+    worker.next(60)
+    process = worker._process
+
+    def wait(timeout=None):
+        waits.append(timeout)
+        assert timeout is not None, "would wait for ever"
+        raise subprocess.TimeoutExpired("python", timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "wait", wait)
+        assert worker.end() is None
+    assert len(waits) == 2
+    process.wait()
 
 
 def test_who_stops_listening_ends_the_process():

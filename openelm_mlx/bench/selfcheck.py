@@ -7,6 +7,7 @@ and no other one. The cheap ones come first.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -30,6 +31,8 @@ TIMING_SECONDS = 80.0
 _MARK = "selfcheck-outcome:"
 # Python and MLX, imported.
 _START_SECONDS = 30.0
+# Past all the time there is, the last check may take so many seconds more; and how long a killed process is waited for.
+_LATE_SECONDS, _KILL_SECONDS = 10.0, 5.0
 
 
 class CheckFailed(Exception):
@@ -172,12 +175,14 @@ def run_checks(
                 worker = (start or Worker)([each.number for each in waiting], left)
             limit = min(check.seconds, left)
             began = clock()
-            outcome = worker.next(limit + (_START_SECONDS if is_new else 0) + 2)
+            usual = limit + (_START_SECONDS if is_new else 0) + 2
+            outcome = worker.next(min(usual, left + _LATE_SECONDS))
             if outcome is None:
                 took = clock() - began
                 reason = worker.end()
                 worker = None
-                if reason is None and limit < check.seconds:  # all the time there was, and less than it may have
+                # All the time there was, and less than it may have.
+                if reason is None and (limit < check.seconds or left + _LATE_SECONDS < usual):
                     outcome = _not_run(check, seconds)
                 else:
                     found = reason or f"it took longer than {limit:.0f} s and was ended"
@@ -237,7 +242,9 @@ class Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             self._process.kill()
-        self._process.wait()
+        # What waits in the kernel for a GPU that hangs ends when the GPU does.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_SECONDS)
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").strip().splitlines()
         self._errors.close()

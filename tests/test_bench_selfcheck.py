@@ -19,6 +19,7 @@ from openelm_mlx.bench import report, selfcheck, selfcheck_kernels, selfcheck_ma
 from openelm_mlx.bench.selfcheck import Check, CheckFailed, Clock, NotHere, Outcome, all_checks, run_check, run_checks
 from openelm_mlx.commands import main
 from openelm_mlx.commands import selfcheck as command
+from openelm_mlx.errors import DestinationError
 from openelm_mlx.memory.calibration import calibrated
 from openelm_mlx.memory.machine import this_machine
 from openelm_mlx.memory.measured import MeasuredRates
@@ -368,6 +369,35 @@ def test_ctrl_c_tells_what_is_known(monkeypatch, capsys, own_folder):
     kept = json.loads(file.read_text())
     assert kept["interrupted"] is True
     assert len(kept["checks"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("[METAL] no such kernel in /Users/ada/x"), "RuntimeError: [METAL] no such kernel in ~/x (test_bench_"),
+        (DestinationError("The folder /Volumes/T7/c cannot be written."), "The folder /Volumes/.../c cannot be written."),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+    ids=["metal", "cache", "full disk"],
+)  # fmt: skip
+def test_an_error_while_timing_costs_no_report(error, said, monkeypatch, capsys, own_folder):
+    """Minutes of checks are in it; and it is there before, for an error that ends the process."""
+    outcomes_of(monkeypatch, [outcome(1)])
+
+    def time_machine(*_):
+        (file,) = own_folder.iterdir()
+        assert len(json.loads(file.read_text())["checks"]) == 1
+        raise error
+
+    monkeypatch.setattr(command, "time_machine", time_machine)
+    assert main(["selfcheck"]) == 1
+    told = capsys.readouterr()
+    (file,) = own_folder.iterdir()
+    kept = json.loads(file.read_text())
+    assert said in kept["timing_failed"]
+    assert f"The timing ended with an error: {kept['timing_failed']}" in told.out
+    assert "Traceback" not in told.err
+    assert "1 of 15 checks passed, 0 failed" in told.out
 
 
 def test_one_check(monkeypatch, capsys):

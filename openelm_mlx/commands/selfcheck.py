@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, print, and leave the report. Returns 0 when nothing failed, 1 when something did, 130 after Ctrl-C."""
+    """Check, print, and leave the report. Returns 0 when nothing failed, 1 when something did, a timing too,
+    130 after Ctrl-C."""
     from ..bench.report import cleaner
     from ..bench.selfcheck import MOST_SECONDS, TIMING_SECONDS, run_checks
     from ..bench.selfcheck_machine import facts, facts_lines
@@ -53,10 +55,15 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             report_lines(clean(line))
 
+    def keep_report() -> None:
+        report["seconds"] = time.perf_counter() - started
+        write_output(output, json.dumps(clean(report), indent=2) + "\n", WHAT, is_ours, None)
+
     started = time.perf_counter()
     found = facts()
     report: dict[str, Any] = {
-        "format": FORMAT, "date": date, "facts": found, "checks": [], "timings": [], "speed": None, "interrupted": False,
+        "format": FORMAT, "date": date, "facts": found, "checks": [], "timings": [], "speed": None, "timing_failed": None,
+        "interrupted": False,
     }  # fmt: skip
     for line in facts_lines(found):
         tell(line)
@@ -70,11 +77,16 @@ def run(args: argparse.Namespace) -> int:
                 tell(line)
         # What is wrong must not be made fast; and whoever asks for one check wants no others.
         if with_timings and not any(each.passed is False for each in outcomes):
-            time_machine(report, tell, args, date, lambda: MOST_SECONDS - (time.perf_counter() - started))
+            keep_report()  # timing runs in this process: what takes that with it must not take the report
+            report["timing_failed"] = failure_of(
+                lambda: time_machine(report, tell, args, date, lambda: MOST_SECONDS - (time.perf_counter() - started))
+            )
+            if report["timing_failed"] is not None:
+                tell(f"The timing ended with an error: {report['timing_failed']}")
     except KeyboardInterrupt:
         is_interrupted = True
-    report |= {"interrupted": is_interrupted, "seconds": time.perf_counter() - started}
-    write_output(output, json.dumps(clean(report), indent=2) + "\n", WHAT, is_ours, None)
+    report["interrupted"] = is_interrupted
+    keep_report()
     if args.json:
         report_json(clean(report))
     failed = sum(each.passed is False for each in outcomes)
@@ -89,7 +101,21 @@ def run(args: argparse.Namespace) -> int:
     )
     if is_interrupted:
         return INTERRUPTED
-    return 1 if failed else 0
+    return 1 if failed or report["timing_failed"] is not None else 0
+
+
+def failure_of(work: Callable[[], None]) -> str | None:
+    """Do it; the error that it ended with, whatever it is, for a report from a machine that nobody has seen."""
+    from ..errors import UserError
+
+    try:
+        work()
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    return None
 
 
 def chosen_checks(only: str | None) -> list[Check]:

@@ -100,6 +100,38 @@ def test_one_forgotten_turn_is_one_turn(gpt_oss):  # noqa: F811
     assert "the oldest turn is forgotten" in notice.text
 
 
+@pytest.mark.parametrize("name", ["demo-gpt-oss", "demo-openelm"])
+def test_a_message_that_is_too_long_by_itself_costs_no_turn(name):
+    chat = om.Chat(*om.load(name, context_length=220), instructions="Be brief.")
+    chat.ask("What is a piano?")
+    before, events = list(chat.messages), []
+    with pytest.raises(PromptError, match=r"needs \d,?\d+ tokens by itself, and the context holds 220: shorten it"):
+        events.extend(chat.stream("What is a piano? " * 80))
+    assert not events  # nothing is told as forgotten
+    assert chat.messages == before
+    assert chat.num_forgotten == 0
+    assert chat.ask("What is a banjo?").strip()
+
+
+def test_what_was_forgotten_for_a_turn_without_an_answer_comes_back(scripted):  # noqa: F811
+    chat = scripted(THOUGHT, THOUGHT + answer("Yes."))
+    chat.messages = [
+        Message(role, f"{number} " + "word " * 9_000, channel="final" if role == "assistant" else None)
+        for number in range(8)
+        for role in ("user", "assistant")
+    ]
+    before = list(chat.messages)
+    chat.time_limit = 1e-9  # the turn ends at its first token
+    assert any("forgotten" in e.text for e in list(chat.stream("So?")) if isinstance(e, Notice))
+    assert chat.messages == before
+    assert chat.num_forgotten == 0
+    chat.time_limit = None
+    # It was not true then; it is now, so it is said.
+    assert any("forgotten" in e.text for e in list(chat.stream("So?")) if isinstance(e, Notice))
+    assert chat.num_forgotten + roles(chat).count("user") == 9
+    assert chat.num_forgotten > 0
+
+
 def test_an_answer_that_filled_the_context_is_tried_again_without_the_old_turns():
     model, tokenizer = om.load("demo-gpt-oss", context_length=190)
     chat = om.Chat(model, tokenizer, reasoning_effort="high")

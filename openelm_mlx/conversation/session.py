@@ -87,7 +87,7 @@ class Chat:
     """A conversation with a model.
 
     When the context is full, the oldest turns are forgotten, each whole. A turn that came to no answer leaves
-    nothing behind, unless tools were run in it.
+    nothing behind, unless tools were run in it; what was forgotten for it comes back.
 
     Attributes:
         instructions: What other models call the system prompt.
@@ -287,18 +287,38 @@ class Chat:
         most = context - (room if limit is None else min(room, limit))
         if len(self._prompt(self.messages)) <= most:
             return
+        if turn.num_messages == 1:
+            self._check_question()
         if self._forget(turn, most):
             yield from self._told_of_forgetting()
         if len(self._prompt(self.messages)) > most:
             turn.replace(without_old_results(turn.messages))
 
+    def _check_question(self) -> None:
+        """Refuse a question that is too long even by itself, before anything is forgotten for it."""
+        alone = without_oldest(self.messages, len(turn_starts(self.messages)) - 1)
+        context, needed = self.model.context_length, len(self._prompt(alone))
+        if needed >= context:
+            raise PromptError(
+                f"The message needs {needed:,} tokens by itself, and the context holds {context:,}: shorten it. Nothing "
+                "of the conversation is lost."
+            )
+
     def _forget(self, turn: Turn, most_tokens: int | None) -> bool:
         """Forget all turns before this one, or as many as leave less than `most_tokens`; whether there were any."""
+        before, told = turn.others, (self.num_forgotten, self._has_told)
+
+        def bring_back() -> None:
+            self.messages[:] = before
+            self.num_forgotten, self._has_told = told
+
         if most_tokens is None:
             number = max(0, len(turn_starts(self.messages)) - 1)
         else:
             kept = int(most_tokens * _SHARE_KEPT)
             number = fewest_to_forget(self.messages, kept, lambda messages: len(self._prompt(messages)))
+        if number and turn.bring_back is None:
+            turn.bring_back = bring_back
         self.messages[:] = without_oldest(self.messages, number)
         self.num_forgotten += number
         return number > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..decoding.prefix_cache import PrefixCache
@@ -67,11 +67,18 @@ class Turn:
         self._state: tuple[list[Message], Sequence | None] = ([question], None)
         self._own: dict[int, Message] = {}  # all that ever was in the chat's history, by identity
         self._is_settled = self._is_answered = False
+        # Where older turns were forgotten for this one: puts them back, for when nothing of this one stays.
+        self.bring_back: Callable[[], None] | None = None
 
     @property
     def messages(self) -> list[Message]:
         """What was said, the question first, without what is being written."""
         return self._state[0]
+
+    @property
+    def others(self) -> list[Message]:
+        """What stands in the chat's history besides this turn."""
+        return [message for message in self.chat.messages if id(message) not in self._own]
 
     @property
     def num_messages(self) -> int:
@@ -102,7 +109,7 @@ class Turn:
         """Show what was said in the chat's history."""
         messages = self.messages if messages is None else messages
         self._own.update({id(message): message for message in messages})
-        self.chat.messages[:] = [each for each in self.chat.messages if id(each) not in self._own] + messages
+        self.chat.messages[:] = self.others + messages
 
     def settle(self) -> None:
         """Leave in the history what stays of the turn."""
@@ -116,6 +123,8 @@ class Turn:
             messages = [*messages, Message("assistant", self.said.strip(), channel="final")]
         kept = settled(messages, self.num_begun)
         self.publish(kept)
+        if not kept and self.bring_back is not None:
+            self.bring_back()
         self._is_answered = any(is_answer(message) for message in kept)
         self._is_settled = True
 

@@ -336,6 +336,34 @@ def test_linux_without_proc_has_memory_too(tmp_path):
     assert machine.available_bytes > 0
 
 
+def planned_on(mac: Mac, monkeypatch, capsys, source: str = "openai/gpt-oss-20b", *words: str) -> str:
+    """What `plan` says on that Mac."""
+    monkeypatch.setattr("openelm_mlx.planning.this_machine", mac.machine)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    main(["plan", source, *words])
+    return capsys.readouterr().out
+
+
+def test_a_plan_that_lacks_memory_says_what_other_programs_have(monkeypatch, capsys):
+    told = "12.50 GB are in use by other programs now: close some, and a model may use up to"
+    small, large = Mac("M4", 16, 10), Mac("M3 Max", 36, 30)
+    assert f"{told} 12.71 GB" in planned_on(small, monkeypatch, capsys)
+    nothing_left = planned_on(Mac("M1", 8, 8), monkeypatch, capsys)
+    assert f"8.59 GB{told.removeprefix('12.50 GB')} 5.73 GB" in nothing_left
+    for text in (
+        planned_on(large, monkeypatch, capsys),  # it fits all the same
+        planned_on(small, monkeypatch, capsys, "openai/gpt-oss-20b", "--memory-limit", "4GB"),  # the user's own wish
+        planned_on(small, monkeypatch, capsys, "openai/gpt-oss-20b", "--mac", "M4 16GB"),
+    ):
+        assert "other programs" not in text
+
+
+def test_a_chip_that_is_not_in_the_table_is_told_how_its_speed_is_learned(monkeypatch, capsys):
+    text = planned_on(Mac("M9", 36, 30), monkeypatch, capsys)
+    assert "how fast is not known of this machine: run plan --calibrate" in text
+    assert "how fast is not known" not in planned_on(Mac("M3 Max", 36, 30), monkeypatch, capsys)
+
+
 def facts_of(mac: Mac, on_cpu: bool = False) -> dict:
     info, backend = (mac.on_cpu, "cpu") if on_cpu else (mac.on_gpu, "metal")
     return selfcheck_machine.facts(info, mac.run, True, backend)

@@ -124,6 +124,7 @@ def text(plan: MemoryPlan) -> list[str]:
         f"{plan.source} on {machine.name}: {verdict}",
         f"  memory            {size(machine.memory_bytes)}, of which a model may use {size(machine.available_bytes)}; "
         f"allowed here: {size(plan.memory_limit)}",
+        *others_lines(plan),
         f"  weights           {size(plan.weights_bytes)}",
         f"  keys and values   {size(plan.kv_cache_bytes)} for {plan.context_length:,} tokens"
         + (f", {plan.kv_bits} bits on full layers" if plan.kv_bits else ""),
@@ -148,10 +149,31 @@ def text(plan: MemoryPlan) -> list[str]:
     return [*lines, *(f"  note              {note}" for note in machine.notes)]
 
 
+def others_lines(plan: MemoryPlan) -> list[str]:
+    """What other programs have of the memory, where the model lacks it."""
+    from ..checks import size
+
+    machine = plan.machine
+    assert machine is not None
+    is_short = not plan.fits or plan.expert_slots is not None
+    if (
+        not is_short
+        or plan.memory_limit != machine.available_bytes
+        or machine.available_bytes >= machine.working_set_bytes
+    ):
+        return []
+    return [
+        f"  others            {size(machine.used_bytes)} are in use by other programs now: close some, and a model may use up "
+        f"to {size(machine.working_set_bytes)}"
+    ]
+
+
 def speed_lines(plan: MemoryPlan) -> list[str]:
     """What speeds are expected, at which length, and what they rest on."""
-    if not plan.fits or plan.decode is None or plan.decode_at_start is None:
+    if not plan.fits:
         return []
+    if plan.decode is None or plan.decode_at_start is None:
+        return ["  (how fast is not known of this machine: run plan --calibrate)"]
     each = "" if plan.batch_size == 1 else f" for each of {plan.batch_size} sequences"
     lines = [
         f"  decode            {plan.decode_at_start} tokens/s at the start, {plan.decode} at {plan.decode.tokens:,} tokens"

@@ -82,7 +82,9 @@ def _sysctl(name: str) -> str:
     import subprocess  # --help needs none
 
     try:
-        answer = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False, timeout=5)
+        answer = subprocess.run(
+            ["sysctl", "-n", name], capture_output=True, text=True, errors="replace", check=False, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -362,6 +363,14 @@ def test_a_chip_that_is_not_in_the_table_is_told_how_its_speed_is_learned(monkey
     text = planned_on(Mac("M9", 36, 30), monkeypatch, capsys)
     assert "how fast is not known of this machine: run plan --calibrate" in text
     assert "how fast is not known" not in planned_on(Mac("M3 Max", 36, 30), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", ["memory.macos.output", "bench.conditions._output"])
+def test_words_of_the_system_that_are_no_utf_8_cost_no_more_than_themselves(name, monkeypatch):
+    module, _, called = name.rpartition(".")
+    monkeypatch.setattr("openelm_mlx.memory.macos.on_macos", lambda: True)
+    ask = getattr(importlib.import_module(f"openelm_mlx.{module}"), called)
+    assert ask(["printf", r"gpu \377 cores"]).strip() == "gpu \ufffd cores"
 
 
 def facts_of(mac: Mac, on_cpu: bool = False) -> dict:

@@ -77,7 +77,7 @@ def _read(file: Path) -> str:
 
 def _output(command: list[str]) -> str | None:
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)
+        finished = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return finished.stdout if finished.returncode == 0 else None

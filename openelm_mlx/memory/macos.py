@@ -37,7 +37,7 @@ def output(command: list[str]) -> str | None:
     if not on_macos():
         return None
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)
+        finished = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return finished.stdout.strip() if finished.returncode == 0 else None

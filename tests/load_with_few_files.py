@@ -31,7 +31,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (args.files, args.files))
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from openelm_mlx import loading  # noqa: E402
+from openelm_mlx import loading, placement  # noqa: E402
 from openelm_mlx.checkpoint.layouts import understand  # noqa: E402
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config  # noqa: E402
 from openelm_mlx.experts.residency import Streaming  # noqa: E402
@@ -67,7 +67,7 @@ def loaded(folder: Path) -> Any:
 
 
 with (
-    mock.patch.object(loading, "runs_on_cpu", return_value=False),  # else matrices are turned, and evaluated one by one
+    mock.patch.object(placement, "runs_on_cpu", return_value=False),  # else matrices are turned, and evaluated one by one
     mock.patch.object(mx, "eval", watched(mx.eval)),
 ):
     model = loaded(args.folder)

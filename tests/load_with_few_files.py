@@ -67,7 +67,8 @@ def loaded(folder: Path) -> Any:
 
 
 with (
-    mock.patch.object(placement, "runs_on_cpu", return_value=False),  # else matrices are turned, and evaluated one by one
+    # Else matrices are turned, and evaluated one by one.
+    mock.patch.object(placement, "runs_on_cpu", return_value=False),
     mock.patch.object(mx, "eval", watched(mx.eval)),
 ):
     model = loaded(args.folder)

@@ -1,7 +1,8 @@
 """Give gpt-oss a Python function as a tool and watch it use it: python examples/calculator_agent.py"""
 
 import openelm_mlx as om
-from openelm_mlx.tools import Answer, Reasoning, ToolCall, ToolResult, calculator
+from openelm_mlx.conversation import Answer, Reasoning, ToolCall, ToolResult
+from openelm_mlx.tools import calculator
 
 
 def main(source: str = "demo-gpt-oss", question: str = "What is 12 + 30?") -> None:

@@ -10,7 +10,8 @@ import json
 import sys
 
 import openelm_mlx as om
-from openelm_mlx.tools import ToolCall, calculator
+from openelm_mlx.conversation import ToolCall
+from openelm_mlx.tools import calculator
 
 QUESTIONS = ["What is 7 times 6?", "What is 120 - 45?", "How much is 3 plus 12?"]
 TEXT = (

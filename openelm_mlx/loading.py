@@ -129,13 +129,14 @@ class Prepared:
 
     def read(self) -> tuple[Model, Tokenizer | None]:
         """The model with its weights, and the tokenizer: what `load` returns."""
-        model, shape = self._read(), self.model
+        model, shape = hears_the_disk(CheckpointError)(self._read)(), self.model
         model.context_length, model.kv_bits = shape.context_length, shape.kv_bits
         runtime = runtime_of(model)
         runtime.plan, runtime.tokenizer = runtime_of(shape).plan, self.tokenizer
         return model, self.tokenizer
 
 
+@hears_the_disk(CheckpointError)
 def prepare(
     source: SourceName,
     *,

@@ -66,7 +66,7 @@ def test_every_option_arrives(convert, tmp_path):
 
 
 def test_files_are_divided(convert, tmp_path):
-    assert convert(TINY, tmp_path / "out", "--max-file-size", "0.001")[0] == 0
+    assert convert(TINY, tmp_path / "out", "--max-file-size", "0.002")[0] == 0
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
     assert convert(TINY, tmp_path / "no", "--max-file-size", "0")[0] == 2
 

@@ -12,6 +12,7 @@ import errno
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 import yaml
-from conftest import random_model, save_folder
+from conftest import random_model
 
 import openelm_mlx as om
 from benchmarks.measurements.streaming import forget_files
@@ -50,7 +51,7 @@ from openelm_mlx.memory.macos import Footprint, footprint, forget_file, on_macos
 from openelm_mlx.memory.plan import make_plan
 from openelm_mlx.memory.plan_types import PlanRequest, Weights
 from openelm_mlx.platforms import keep_float32, require_mlx, use_device
-from openelm_mlx.sources import choose_model_files
+from openelm_mlx.sources import DEMOS, choose_model_files
 from openelm_mlx.specs import openelm_config, spec_from_config
 
 TESTS = Path(__file__).parent
@@ -715,7 +716,7 @@ def test_a_network_disk_whose_folders_cannot_be_synced(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE])
 def test_a_disk_that_is_pulled_out_while_a_model_is_loaded(tmp_path, monkeypatch, capsys, code):
-    folder = save_folder(tmp_path / "m", random_model())
+    folder = shutil.copytree(DEMOS["demo-openelm"], tmp_path / "m")
     weights, real = folder / "model.safetensors", Path.open
 
     def evaluate(*arrays):

@@ -539,6 +539,15 @@ def test_a_destination_is_never_overwritten(tmp_path):
     assert files_of(tmp_path / "out") == {"thesis": b"mine"}
 
 
+def test_folders_that_should_hold_the_destination_are_not_made(tmp_path, monkeypatch):
+    with pytest.raises(DestinationError, match=r"there is no folder \S+typo/deep to hold it; make it first"):
+        convert(TINY, tmp_path / "typo/deep/out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    convert(TINY, "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_destination_is_checked_before_the_source_is_looked_for():
     with pytest.raises(DestinationError):
         convert("somebody/a-model-that-would-be-downloaded", FIXTURES)

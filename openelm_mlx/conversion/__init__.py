@@ -191,6 +191,11 @@ def _checked_request(destination: str | Path | None, dry_run: bool, upload: str 
         raise SettingError("There is no destination: name a folder to write, or ask for a dry run.")
     target = expanded(destination, DestinationError)
     check_destination(target)
+    parent = target.absolute().parent
+    if not parent.exists():  # most often a slip in the path
+        raise DestinationError(
+            f"{target} cannot be written: there is no folder {parent} to hold it; make it first, or correct the path."
+        )
     return target
 
 

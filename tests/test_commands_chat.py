@@ -27,11 +27,11 @@ PATIENCE = 60
 class Terminal:
     """A chat in a pseudo-terminal: what it shows is collected in .screen, without the terminal's control sequences."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, **variables: str) -> None:
         main, child = pty.openpty()
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "OPENELM_MLX_CACHE": str(folder / "cache"),
-            "PROMPT_TOOLKIT_NO_CPR": "1",
+            "PROMPT_TOOLKIT_NO_CPR": "1", **variables,
         }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", "openelm_mlx", "chat", *options],
@@ -88,13 +88,34 @@ class Terminal:
 def terminal(tmp_path):
     opened = []
 
-    def make(*options):
-        opened.append(Terminal(tmp_path, *options))
+    def make(*options, **variables):
+        opened.append(Terminal(tmp_path, *options, **variables))
         return opened[-1]
 
     yield make
     for each in opened:
         each.close()
+
+
+def test_a_terminal_that_obeys_nothing_is_sent_plain_text(terminal):
+    chat = terminal("--model", "demo-gpt-oss", "--reasoning-effort", "low", TERM="dumb")
+    chat.wait_for("> ")
+    chat.type("What is a piano?\n")
+    chat.wait_for("produce sounds")
+    chat.wait_for("> ")
+    chat.type("/sy\\\n")
+    chat.wait_for("\n  ")
+    chat.type("stem\n")
+    chat.wait_for("There is no command")
+    chat.wait_for("> ")
+    chat.type("half a line\x03")  # Ctrl-C clears it
+    chat.wait_for("^C")
+    chat.type("/bogus\n")
+    chat.wait_for("There is no command /bogus")
+    chat.wait_for("> ")
+    chat.type("\x04")
+    assert chat.ends_with() == 0
+    assert "\x1b" not in chat.raw
 
 
 def test_a_conversation_with_gpt_oss(terminal, tmp_path):

@@ -25,7 +25,7 @@ from .generate import check_draft_options, draft_to_check, experts_read, load_dr
 from .interrupts import Interrupts
 from .options import add_model_arguments, add_sampling_arguments, bits_asked_for, load_options, sampling_options
 from .output import answer, dimmed, end_answer, end_dimmed, say, typed
-from .reader import Command, LineReader, Reader, TerminalReader
+from .reader import Command, LineReader, Reader, reader_for_terminal
 
 if TYPE_CHECKING:
     from ..conversation import Chat, Done, Event
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
             )
         model, _ = prepared.read()
         chat = begun(model, load_draft(args))
-        reader: Reader = TerminalReader(args.no_history, COMMANDS) if sys.stdin.isatty() else LineReader()
+        reader: Reader = reader_for_terminal(args.no_history, COMMANDS) if sys.stdin.isatty() else LineReader()
         screen = Screen(chat, quiet=args.quiet, show_reasoning=args.show_reasoning is not False)
         for note in toolbox.notes:
             screen.say(note)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..text.unicode import whole_characters
-from .output import terminal
+from .output import can_redraw, terminal
 
 
 class Command(NamedTuple):
@@ -52,6 +52,37 @@ class LineReader:
             pending = ""
         if pending:
             yield pending
+
+
+class PlainTerminalReader:
+    """A terminal that obeys no control sequences (TERM=dumb, as in Emacs): a message a line, as in a pipe."""
+
+    is_interactive = True
+
+    def __iter__(self) -> Iterator[str]:
+        pending = ""
+        while True:
+            print("  " if pending else "> ", end="", file=terminal(), flush=True)
+            try:
+                line = sys.stdin.readline()
+            except KeyboardInterrupt:  # clears the message
+                print(file=terminal())
+                pending = ""
+                continue
+            if not line:
+                print(file=terminal())
+                return
+            line = line.rstrip("\n")
+            if line.endswith("\\"):
+                pending += line[:-1] + "\n"
+                continue
+            message, pending = pending + line, ""
+            yield message
+
+
+def reader_for_terminal(no_history: bool, commands: Sequence[Command]) -> Reader:
+    """The one that the terminal has the means for."""
+    return TerminalReader(no_history, commands) if can_redraw(terminal()) else PlainTerminalReader()
 
 
 class TerminalReader:

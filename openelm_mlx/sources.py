@@ -166,7 +166,8 @@ def repository(source: SourceName, revision: str | None = None) -> tuple[str, st
 
 def existing_path(source: SourceName) -> Path | None:
     """The file or folder of that name, if there is one. Raises CheckpointError for what can be no name."""
-    if not isinstance(source, (str, Path)):
+    # An empty name, as an unset variable of the shell gives it, would mean the current folder.
+    if not isinstance(source, (str, Path)) or (isinstance(source, str) and not source.strip()):
         raise CheckpointError(
             f"The source is {shown(source)}: give a folder, a file, or a Hugging Face repository, as text."
         )

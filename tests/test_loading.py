@@ -241,3 +241,11 @@ def test_large_gpt_oss_keeps_16_bits_on_the_cpu_and_small_or_dense_packed_ones_d
     assert default_dtype(spec, mx.bfloat16, experts, 3_600_000_000) == mx.bfloat16
     assert default_dtype(spec, mx.bfloat16, experts, 10_000_000) == mx.float32
     assert default_dtype(spec, mx.bfloat16, [*experts, "lm_head"], 3_600_000_000) == mx.float32
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_name_is_not_the_current_folder(empty, monkeypatch):
+    monkeypatch.chdir(FIXTURES / "openelm_tiny")
+    for what in (om.load, om.plan):
+        with pytest.raises(CheckpointError, match="give a folder, a file, or a Hugging Face repository"):
+            what(empty)

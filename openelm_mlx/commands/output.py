@@ -55,6 +55,11 @@ def say(text: str = "") -> None:
     print(visible(text), file=sys.stderr, flush=True)
 
 
+def ask(text: str) -> None:
+    """What stands before a line that the person types, on stderr, without a line break."""
+    print(visible(text), end="", file=sys.stderr, flush=True)
+
+
 def report(text: str = "") -> None:
     """Lines of a report that was asked for, on stdout."""
     print(visible(text), flush=True)

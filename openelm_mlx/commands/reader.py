@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..text.unicode import whole_characters
-from .output import can_redraw, terminal
+from .output import ask, can_redraw, say, terminal
 
 
 class Command(NamedTuple):
@@ -62,15 +62,15 @@ class PlainTerminalReader:
     def __iter__(self) -> Iterator[str]:
         pending = ""
         while True:
-            print("  " if pending else "> ", end="", file=terminal(), flush=True)
+            ask("  " if pending else "> ")
             try:
                 line = sys.stdin.readline()
             except KeyboardInterrupt:  # clears the message
-                print(file=terminal())
+                say()
                 pending = ""
                 continue
             if not line:
-                print(file=terminal())
+                say()
                 return
             line = line.rstrip("\n")
             if line.endswith("\\"):

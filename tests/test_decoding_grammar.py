@@ -236,6 +236,14 @@ def test_other_kinds_of_tokenizers(name):
 M = -(2**63)
 
 
+def test_a_large_float_is_the_number_that_readers_take_it_for():
+    """3.738199698113133e16 reads as 37381996981131328, which its own digits would leave below the bound."""
+    schema = {"type": "integer", "minimum": 37381996981131326, "exclusiveMaximum": 3.738199698113133e16}
+    with pytest.raises(SettingError):  # two numbers are left, and the engine holds neither
+        answer_format(schema)
+    assert answer_format({**schema, "minimum": 37381996981130000}) is not None
+
+
 @pytest.mark.parametrize(
     "schema",
     [

@@ -35,8 +35,9 @@ class Bound(NamedTuple):
 
 
 def exact(value: int | float) -> Fraction:
-    """A number as its JSON text has it."""
-    return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))
+    """A number as its JSON text has it; a float of 2^53 or more, which is whole, as every reader takes that text."""
+    is_whole = isinstance(value, int) or abs(value) >= 2**53
+    return Fraction(value) if is_whole else Fraction(Decimal(repr(value)))
 
 
 def bounds_of(schema: Mapping[str, Any]) -> tuple[Bound | None, Bound | None]:

@@ -295,6 +295,11 @@ def test_ctrl_c_at_any_moment_keeps_the_session(terminal, tmp_path, seed):
     assert chat.ends_with() == 0
 
 
+def test_a_name_may_stand_in_quotes(piped, tmp_path):
+    assert piped(f"/save \"{tmp_path}/my chat.json\"\n/load '{tmp_path}/my chat.json'\n").returncode == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["my chat.json"]
+
+
 def test_nothing_that_is_no_chat_is_overwritten(piped, tmp_path):
     precious, link = tmp_path / "precious.txt", tmp_path / "link.json"
     precious.write_text("precious")

@@ -179,6 +179,12 @@ def respond(chat: Chat, screen: Screen, text: str) -> bool | None:
     return screen.answer(text) if text.strip() else True
 
 
+def _unquoted(name: str) -> str:
+    """A file's name without the quotes that a shell would have taken away."""
+    is_quoted = len(name) > 1 and name[0] == name[-1] and name[0] in "\"'"
+    return name[1:-1] if is_quoted else name
+
+
 def command(chat: Chat, screen: Screen, text: str) -> bool:
     """Do what a line with a slash says; whether the chat goes on."""
     name, _, rest = text.strip().partition(" ")
@@ -192,12 +198,13 @@ def command(chat: Chat, screen: Screen, text: str) -> bool:
         screen.say("The conversation begins anew.")
     elif name in ("/save", "/save!"):
         overwrite = name == "/save!" or rest.endswith(" --overwrite")
-        rest = rest.removesuffix(" --overwrite").rstrip()
+        rest = _unquoted(rest.removesuffix(" --overwrite").rstrip())
         if not rest:
             raise SettingError(f"{name} needs a file: {name} chat.json")
         chat.save(rest, overwrite=overwrite)
         screen.say(f"Saved to {rest}: {_count(len(chat.messages), 'message')}.")
     elif name == "/load":
+        rest = _unquoted(rest)
         if not rest:
             raise SettingError("/load needs a file: /load chat.json")
         chat.load(rest)

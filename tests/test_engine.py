@@ -96,3 +96,10 @@ def test_a_sequence_that_has_ended_takes_no_token(gpt_oss):
     assert sequence.finish_reason == "length"
     with pytest.raises(AssertionError):
         sequence.accept(5)
+
+
+def test_what_of_a_format_is_not_held_is_said_with_the_answer():
+    model, tokenizer = om.load("demo-openelm")
+    schema = {"type": "string", "format": "path", "maxLength": 8}
+    *_, last = om.stream_generate(model, tokenizer, "A file", schema=schema, max_tokens=30)
+    assert last.statistics.notes == ("The format 'path' at the top level is not held: any string is taken there.",)

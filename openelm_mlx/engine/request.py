@@ -44,6 +44,7 @@ class Request:
     prefix_cache: PrefixCache | None = None
     draft: Drafts | None = None
     borders: Sequence[int] = ()  # offsets in the prompt where messages begin
+    notes: tuple[str, ...] = ()  # what of the answer's format is not held, a sentence each
     ends_by_itself: bool = False  # a model that thinks first, and has to come to its end
     constraint: TokenConstraint | None = None  # set when the rest is checked: it counts the tokens
     limit: int = 0  # of tokens, and by what: set when the rest is checked

@@ -85,6 +85,7 @@ def new_sequence(
         prefix_cache=prefix_cache,
         draft=draft,
         borders=message_borders(tokenizer, encoded),
+        notes=() if answer is None else answer.notes,
         ends_by_itself=encoded.template == HARMONY,
     ).checked(model, tokenizer)
     constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.limit)

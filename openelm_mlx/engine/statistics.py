@@ -27,7 +27,8 @@ class Statistics:
         reasoning_tokens: How many of the completion's tokens stood before and around the answer (gpt-oss's
             reasoning, its calls and headers).
         no_answer: None, or a sentence that says why gpt-oss came to no answer and what to change.
-        notes: Sentences about settings of the process that were left as they are.
+        notes: Sentences about what of the answer's format is not held, and about settings of the process that were
+            left as they are.
         cached_tokens: How many of the prompt's tokens came from a prefix cache; prefill_tps counts the others.
         drafted_tokens: What guessing did; times as fast as plain steps, None where it was not measured.
         accepted_tokens: See drafted_tokens.
@@ -104,7 +105,7 @@ class Clock:
             max_tokens=request.limit,
             reasoning_tokens=self._num_tokens - self._num_answer_tokens,
             no_answer=no_answer(request, ended_in, finish_reason, self._num_tokens),
-            notes=tuple(self._lease.notes),
+            notes=(*request.notes, *self._lease.notes),
             cached_tokens=self._num_cached_tokens,
             drafted_tokens=self.speculation.drafted,
             accepted_tokens=self.speculation.accepted,

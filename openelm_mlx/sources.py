@@ -19,7 +19,7 @@ from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .checkpoint.remote import RemoteCheckpoint, indexed_files
 from .checkpoint.writer import check_free_space
 from .errors import CheckpointError, ConfigError, HubError
-from .files import hears_the_disk, read_object, shown
+from .files import hears_the_disk, kind_of, read_object, shown
 from .finder import is_macos_own
 from .hub import Progress, RepoFile, known_name, repo_of
 from .specs import ModelSpec, spec_from_config
@@ -132,6 +132,8 @@ def locate(source: SourceName, revision: str | None = None, progress: Progress |
         return DEMOS[str(source)]
     path = existing_path(source)
     if path is not None:
+        if path.exists() and not path.is_dir() and (kind := kind_of(path.stat())) is not None:
+            raise CheckpointError(f"{source} is {kind}: give a folder, a weight file, or a repository.")
         return path
     found = repository(source, revision)
     if found is not None:

@@ -1,6 +1,7 @@
 """From a source to a model: what is found, in which order, in which type, and what is refused."""
 
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -249,3 +250,11 @@ def test_an_empty_name_is_not_the_current_folder(empty, monkeypatch):
     for what in (om.load, om.plan):
         with pytest.raises(CheckpointError, match="give a folder, a file, or a Hugging Face repository"):
             what(empty)
+
+
+def test_a_pipe_is_no_model(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="pipe is a named pipe: give a folder, a weight file, or a repository"):
+        load(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="is a device"):
+        load("/dev/zero")

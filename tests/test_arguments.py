@@ -208,7 +208,7 @@ def test_the_sentence_says_what_to_write(call, said):
         (lambda: tools.calculator("1/0"), "'1/0' cannot be computed: division by zero"),
         (lambda: tools.calculator("sqrt(0-1)"), "cannot be computed"),
         (lambda: tools.calculator("round()"), "cannot be computed"),
-        (lambda: tools.calculator("import os"), "no arithmetic expression"),
+        (lambda: tools.calculator("import os"), "not an arithmetic expression"),
     ],
 )
 def test_tools_say_it_in_their_own_error(call, said):

@@ -121,7 +121,7 @@ def test_the_released_sizes_have_their_expert_bytes():
 
 def test_a_file_that_is_no_trace(tmp_path):
     (tmp_path / "trace.npz").write_bytes(b"no")
-    with pytest.raises(SettingError, match="no routing trace"):
+    with pytest.raises(SettingError, match="not a routing trace"):
         Trace.load(tmp_path / "trace.npz")
 
 
@@ -139,10 +139,10 @@ def test_the_demo_s_routes_are_those_of_its_single_tokens(demo_routes):
         ("--slots 99", "from 4 to 16"), ("--random 20b --slots 33", "from 4 to 32"),
         ("--prefill -1", "from 0 on"), ("--json /nowhere/file", "there is no folder"),
         ("--json /", "that is a folder"), ("--record /nowhere/file", "there is no folder"),
-        ("--random 20b --folder /no", "no folder"), ("--predict 20b --macs M9", "no Mac 'M9'"),
+        ("--random 20b --folder /no", "not a folder"), ("--predict 20b --macs M9", "no Mac 'M9'"),
         ("--model demo-openelm", "demo-openelm has no experts"), ("--model demo-openelm --record x.npz", "has no experts"),
         ("--predict 20b --json /nowhere/file", "there is no folder"),
-        ("--predict 20b --trace /nowhere/file", "No such file"), (f"--predict 20b --trace {__file__}", "no routing trace"),
+        ("--predict 20b --trace /nowhere/file", "No such file"), (f"--predict 20b --trace {__file__}", "not a routing trace"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_not_measured(capsys, monkeypatch, options, words):
@@ -194,7 +194,7 @@ def test_a_trace_that_cannot_be_is_refused(tmp_path, changes):
     assert Trace.load(tmp_path / "trace").num_layers == 2
     with (tmp_path / "trace").open("wb") as stream:
         np.savez_compressed(stream, **{**right, **changes})
-    with pytest.raises(SettingError, match="no routing trace"):
+    with pytest.raises(SettingError, match="not a possible routing trace"):
         Trace.load(tmp_path / "trace")
 
 

@@ -339,7 +339,7 @@ def test_a_damaged_file_is_one_sentence(models, tmp_path):
     with pytest.raises(CheckpointError, match="version 99"):
         PrefixCache().load(file, model)
     mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"a": mx.zeros(3)}, {"format": "mlx"})
-    with pytest.raises(CheckpointError, match="no prompt cache"):
+    with pytest.raises(CheckpointError, match="not a prompt cache"):
         PrefixCache().load(tmp_path / "weights.safetensors", model)
     with pytest.raises(CheckpointError, match="cannot be read"):
         PrefixCache().load(tmp_path / "missing", model)

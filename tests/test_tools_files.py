@@ -123,7 +123,7 @@ def test_hidden_binary_and_giant_files_are_not_shown(browser, folder):
     (folder / "giant.txt").write_bytes(b"apple " * (LARGEST_FILE // 6 + 1))
     assert "giant" not in call(browser, "search", query="apple")
     for name in ("image.png", "latin.txt", "giant.txt"):
-        with pytest.raises(ToolError, match="no text file"):
+        with pytest.raises(ToolError, match="not a text file"):
             call(browser, "open", id=name)
 
 
@@ -164,7 +164,7 @@ def test_links_and_cursors_that_do_not_exist_are_told(browser):
     assert "No match" in call(browser, "find", pattern="zebra")
     assert "Nothing was found" in call(browser, "search", query="zebra")
     assert call(browser, "open", id="apples.md", unknown=1, view_source=True).startswith("[")
-    with pytest.raises(ToolError, match="no folder"):
+    with pytest.raises(ToolError, match="not a folder"):
         FileBrowser("/nowhere/at/all")
 
 

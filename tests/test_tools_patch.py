@@ -70,7 +70,7 @@ def test_the_tool_takes_json_or_the_bare_patch(folder):
     for arguments in ("[]", "{", '{"patch": 3}', '{"text": ""}', "3"):
         with pytest.raises(ToolError):
             tool(arguments)
-    with pytest.raises(ToolError, match="no folder"):
+    with pytest.raises(ToolError, match="not a folder"):
         PatchTool(folder / "nowhere")
     assert tool.parameters["required"] == ["patch"]
 

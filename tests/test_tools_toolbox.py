@@ -60,7 +60,7 @@ def test_servers_from_a_file(tmp_path):
         ("python=3", "takes none"),
         ("python,python", "named twice"),
         ("patch=.,patch=.", "named twice"),
-        ("files=/nowhere/at/all", "no folder"),
+        ("files=/nowhere/at/all", "not a folder"),
         ("mcp=/nowhere/servers.json", "cannot be read"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,11 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 # Each process holds MLX and small models, 400 MB or so; on a Mac they share one GPU, so that more of them gain little.
 MOST_WORKERS = 4
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So a shell starts what runs in the background, and so would every child of a test that sends it Ctrl-C be started.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

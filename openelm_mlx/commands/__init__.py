@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
             return f"{subject}{_did_you_mean(value, known) or f': give {_listed(known)}'}"
         if wrong := re.search(r"^argument (\S+): invalid (int|float) value: (.*)$", message):
             kind = "whole number" if wrong[2] == "int" else "number"
-            return f"{wrong[1].split('/')[0]} is {wrong[3]}, which is no {kind}"
+            return f"{wrong[1].split('/')[0]} is {wrong[3]}, which is not a {kind}"
         if wrong := re.search(r"^argument (\S+): expected one argument$", message):
             name = wrong[1].split("/")[0]
             return f"{name} needs a value; one that begins with a - is given as {name}=-..."

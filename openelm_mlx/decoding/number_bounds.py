@@ -36,8 +36,12 @@ class Bound(NamedTuple):
 
 def exact(value: int | float) -> Fraction:
     """A number as its JSON text has it; a float of 2^53 or more, which is whole, as every reader takes that text."""
-    is_whole = isinstance(value, int) or abs(value) >= 2**53
-    return Fraction(value) if is_whole else Fraction(Decimal(repr(value)))
+    return Fraction(value) if abs(value) >= 2**53 else as_written(value)
+
+
+def as_written(value: int | float) -> Fraction:
+    """A number as the digits of its JSON text say."""
+    return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))
 
 
 def bounds_of(schema: Mapping[str, Any]) -> tuple[Bound | None, Bound | None]:
@@ -201,7 +205,7 @@ def is_writable(value: Any, may_be_far: bool) -> bool:
     if not may_be_far or abs(value) > 10**300:
         return False
     # There are zeros after a float's own digits there, so both readings have to agree.
-    return int(float(value)) == int(value) == exact(float(value))
+    return int(float(value)) == int(value) == as_written(float(value))
 
 
 def engine_multiple(value: int | float) -> tuple[int, int] | None:
@@ -216,7 +220,7 @@ def engine_multiple(value: int | float) -> tuple[int, int] | None:
     if (
         not is_exact
         or (number > 1 and 10 * number + 9 * 10**decimals > 2**32)
-        or Fraction(int(number), 10**decimals) != exact(value)
+        or Fraction(int(number), 10**decimals) != as_written(value)
     ):
         return None
     return int(number), decimals

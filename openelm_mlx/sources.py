@@ -109,28 +109,25 @@ def _open_repo(repo: str, revision: str | None, progress: Progress | None) -> So
     if indexes:
         index = read_object(folder / indexes[0], ConfigError)
         weights = indexed_files(index, f"{repo}/{indexes[0]}", weights)
-    config = read_config(folder)
-    spec = spec_from_config(config)
-    checkpoint = RemoteCheckpoint(repo, weights, folder.name)
-    contents = understand(checkpoint, config, spec)
-    return Source(repo, repo, folder, folder, config, checkpoint, contents, repo, is_here=False)
+    return _understood(folder, repo, repo, repo, RemoteCheckpoint(repo, weights, folder.name))
 
 
-def _understood(path: Path, name: str, template_name: str, repo: str | None = None) -> Source:
+def _understood(
+    path: Path, name: str, template_name: str, repo: str | None = None, remote: RemoteCheckpoint | None = None
+) -> Source:
+    """What is at a path. remote: where its tensors are instead, of which only the headers were fetched."""
     config = read_config(path)
     spec = spec_from_config(config)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path) if remote is None else remote
     contents = understand(checkpoint, config, spec)
     folder = path if path.is_dir() else path.parent
-    return Source(name, template_name, path, folder, config, checkpoint, contents, repo)
+    return Source(name, template_name, path, folder, config, checkpoint, contents, repo, is_here=remote is None)
 
 
 @hears_the_disk(CheckpointError)
 def locate(source: SourceName, revision: str | None = None, progress: Progress | None = None) -> Path:
     """The folder or file on this machine that holds `source`, downloaded first when it is a repository."""
-    if isinstance(source, (str, Path)) and str(source) in DEMOS:
-        return DEMOS[str(source)]
-    path = existing_path(source)
+    path = path_here(source)
     if path is not None:
         if path.exists() and not path.is_dir() and (kind := kind_of(path.stat())) is not None:
             raise CheckpointError(f"{source} is {kind}: give a folder, a weight file, or a repository.")
@@ -164,6 +161,12 @@ def repository(source: SourceName, revision: str | None = None) -> tuple[str, st
     if named is not None and revision not in (None, named):
         raise HubError(f"{source} names the revision {named!r} and the revision is {revision!r}: give one of the two.")
     return repo, named if revision is None else revision
+
+
+def path_here(source: SourceName) -> Path | None:
+    """The demo, file or folder of that name, if there is one. Raises CheckpointError for what can be no name."""
+    is_demo = isinstance(source, (str, Path)) and str(source) in DEMOS
+    return DEMOS[str(source)] if is_demo else existing_path(source)
 
 
 def existing_path(source: SourceName) -> Path | None:

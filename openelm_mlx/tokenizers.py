@@ -11,7 +11,7 @@ from .errors import TokenizerError
 from .files import hears_the_disk
 from .finder import is_same_name
 from .hub import Progress
-from .sources import DEMOS, SourceName, existing_path, repository
+from .sources import SourceName, path_here, repository
 from .specs import ModelSpec
 from .text.chat import HARMONY, PLAIN, TemplateChoice, choose_template
 from .text.tokenizer import Tokenizer, load_tokenizer
@@ -93,9 +93,7 @@ def resolve_chat_template(
 
 
 def _tokenizer_path(asked: SourceName, progress: Progress | None) -> Path:
-    if isinstance(asked, (str, Path)) and str(asked) in DEMOS:
-        return DEMOS[str(asked)]
-    path = existing_path(asked)
+    path = path_here(asked)
     if path is not None:
         return path
     found = repository(asked)

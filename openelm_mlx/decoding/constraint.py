@@ -15,10 +15,9 @@ from ..errors import SettingError
 from ..text.conversation import Message, resolve_recipient
 from ..text.harmony import HarmonyFormat
 from ..text.harmony_header import LONGEST_HEADER, Place, follow
+from ..text.streams import FINAL
 from .completion import LONGEST_COMPLETION
 from .grammar import AnswerFormat, Engine, Matcher
-
-FINAL = "final"
 
 
 class TokenConstraint(Protocol):

@@ -6,9 +6,9 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
-from fractions import Fraction
 from typing import Any, Protocol
+
+from .number_bounds import as_written
 
 Fault = tuple[tuple[Any, ...], str]  # where in the value, and what is wrong there
 
@@ -143,11 +143,11 @@ def _is_bound(rule: Any) -> bool:
 
 @_keyword("multipleOf", kind=_NUMBER)
 def _multiple(check: Check, rule: Any, value: Any, schema: Any, resolver: Any) -> Any:
-    return () if _exact(value) % _exact(rule) == 0 else [((), f"{shown(value)} is not a multiple of {shown(rule)}")]
-
-
-def _exact(value: int | float) -> Fraction:
-    return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))
+    return (
+        ()
+        if as_written(value) % as_written(rule) == 0
+        else [((), f"{shown(value)} is not a multiple of {shown(rule)}")]
+    )
 
 
 def _too_few(what: str) -> Any:

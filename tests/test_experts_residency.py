@@ -723,7 +723,7 @@ def test_ctrl_c_between_reads_leaves_the_slots_in_order(own_copy, answer):
 INTERRUPTED = """
 import faulthandler, json, random, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
-import test_memory_residency as tests
+import test_experts_residency as tests
 from openelm_mlx.experts import cuda_driver, records, writable
 faulthandler.dump_traceback_later(240, exit=True)
 for module in (records, cuda_driver):

@@ -129,7 +129,7 @@ class Prepared:
 
     def read(self) -> tuple[Model, Tokenizer | None]:
         """The model with its weights, and the tokenizer: what `load` returns."""
-        model, shape = hears_the_disk(CheckpointError)(self._read)(), self.model
+        model, shape = self._read(), self.model
         model.context_length, model.kv_bits = shape.context_length, shape.kv_bits
         runtime = runtime_of(model)
         runtime.plan, runtime.tokenizer = runtime_of(shape).plan, self.tokenizer
@@ -185,7 +185,14 @@ def prepare(
     shape.context_length = checked_context_length(context_length, spec)
     shape.kv_bits = kv_bits
     runtime_of(shape).tokenizer = found
-    return Prepared(shape, found, partial(read_model, placement, opened.checkpoint, streaming, stored_choices()))
+    read = partial(_read, source, placement, opened.checkpoint, streaming)
+    return Prepared(shape, found, read)
+
+
+@hears_the_disk(CheckpointError)
+def _read(source: SourceName, placement: Placement, checkpoint: Checkpoint, streaming: Streaming | None) -> Model:
+    """The model of a source that was prepared; an error of its disk names the source."""
+    return read_model(placement, checkpoint, streaming, stored_choices())
 
 
 def load_model(

@@ -78,17 +78,17 @@ class Sequence:
         if self.finish_reason is not None and self.clock is not None:
             statistics = self.clock.statistics(self.finish_reason, self._text.ended_in)
         return Chunk(
-            piece.text,
-            token,
-            self.finish_reason,
-            piece.channel,
-            logprob,
-            top_logprobs,
-            statistics,
-            piece.reasoning,
-            piece.preamble,
-            piece.arguments,
-            piece.recipient,
+            text=piece.text,
+            reasoning=piece.reasoning,
+            preamble=piece.preamble,
+            arguments=piece.arguments,
+            channel=piece.channel,
+            recipient=piece.recipient,
+            token=token,
+            logprob=logprob,
+            top_logprobs=top_logprobs,
+            finish_reason=self.finish_reason,
+            statistics=statistics,
         )
 
     def close(self) -> None:

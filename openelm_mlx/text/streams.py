@@ -38,13 +38,13 @@ class Piece(NamedTuple):
         """Both as one piece; it stands where the last text does."""
         place = self if rest.is_empty else rest
         return Piece(
-            self.text + rest.text,
-            self.reasoning + rest.reasoning,
-            self.preamble + rest.preamble,
-            self.arguments + rest.arguments,
-            place.channel,
-            place.recipient,
-            self.is_stopped or rest.is_stopped,
+            text=self.text + rest.text,
+            reasoning=self.reasoning + rest.reasoning,
+            preamble=self.preamble + rest.preamble,
+            arguments=self.arguments + rest.arguments,
+            channel=place.channel,
+            recipient=place.recipient,
+            is_stopped=self.is_stopped or rest.is_stopped,
         )
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
+from .checkpoint.destination import check_free_space
 from .checkpoint.layouts import Contents, understand
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from .checkpoint.remote import RemoteCheckpoint, indexed_files
-from .checkpoint.writer import check_free_space
 from .errors import CheckpointError, ConfigError, HubError
 from .files import hears_the_disk, kind_of, read_object, shown
 from .finder import is_macos_own

@@ -23,9 +23,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from openelm_mlx.text.builtin_tools import BROWSER, PYTHON
 from openelm_mlx.text.conversation import DeveloperContent, Message, SystemContent
 from openelm_mlx.text.harmony import HarmonyFormat
-from openelm_mlx.text.schema import BROWSER, PYTHON, Tool, ToolNamespace
+from openelm_mlx.text.schema import Tool, ToolNamespace
 
 FOLDER = Path(__file__).parent / "fixtures" / "harmony"
 O200K_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"

@@ -15,7 +15,7 @@ from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import PromptError, SettingError
 from openelm_mlx.sources import DEMOS
-from openelm_mlx.text.conversation import conversation
+from openelm_mlx.text.openai_chat import conversation
 from openelm_mlx.text.schema import Tool
 
 EXPERTS = "model.layers.0.mlp.experts."

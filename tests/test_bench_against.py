@@ -11,11 +11,14 @@ from openelm_mlx import placement
 from openelm_mlx.bench import against, fresh, limits
 from openelm_mlx.bench.graph import decode_primitives, primitives
 from openelm_mlx.bench.limits import Limits, measured_limits
+from openelm_mlx.bench.random_pair import random_pair, shape_config
+from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import SettingError
 from openelm_mlx.loading import load
 from openelm_mlx.memory.scratch import scratch_bytes
 from openelm_mlx.sources import locate
+from openelm_mlx.specs import spec_from_config
 
 SMALL = {
     "num_local_experts": 8, "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -25,12 +28,12 @@ SMALL = {
 
 def small(shape: str, num_layers: int | None = None) -> dict:
     if shape.startswith("gpt-oss"):
-        return {**against.released_gpt_oss_config("20b"), **SMALL}
+        return {**released_gpt_oss_config("20b"), **SMALL}
     config = dict(ORIGINAL(shape, 2))
     return config | {"vocab_size": 300, "model_dim": 128, "ffn_multipliers": [1.0, 1.5]}
 
 
-ORIGINAL = against.shape_config
+ORIGINAL = shape_config
 
 
 def rough_limits() -> Limits:
@@ -45,7 +48,7 @@ def _rough_limits(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "bits"), [("gpt-oss-20b", None), ("gpt-oss-20b", 8), ("openelm-270m", 4)])
 def test_both_models_have_the_same_weights(shape, bits):
-    ours, theirs = against.random_pair(small(shape), bits)
+    ours, theirs = random_pair(small(shape), bits)
     tokens = mx.array([[3, 4, 5, 6]])
     expected = theirs(tokens).astype(mx.float32)
     assert mx.std(expected).item() > 0.05
@@ -94,7 +97,7 @@ def test_a_shape_that_fails_says_so_and_raises_nothing(monkeypatch):
 
 def test_unknown_shapes(capsys):
     with pytest.raises(SettingError, match="gpt-oss-20b"):
-        against.shape_config("gpt-5")
+        shape_config("gpt-5")
     assert main(["bench", "--random", "gpt-5"]) == 2
     assert "gpt-oss-20b" in capsys.readouterr().err
 
@@ -147,7 +150,7 @@ def test_times_peaks_and_parts_of_what_the_machine_can_do(monkeypatch):
     assert found.part_of_limit("prefill of 32") == pytest.approx(found.token_operations * rate / 4e9)
     assert found.first_token["prefill of 32"]["ours"][0] == pytest.approx(32 / rate)
     # More than the keys and values alone: what the loop's own laps of the counter would have left.
-    spec = against.spec_from_config(small("openelm-270m"))
+    spec = spec_from_config(small("openelm-270m"))
     assert (
         found.peaks["prefill of 32"]["ours"] > spec.kv_cache_bytes(34) + scratch_bytes(spec, 32, 32, 2, 1, "cpu") // 2
     )
@@ -158,7 +161,7 @@ def test_times_peaks_and_parts_of_what_the_machine_can_do(monkeypatch):
 
 
 def test_what_a_token_reads_is_the_active_weights():
-    model, _ = against.random_pair(small("gpt-oss-20b"), theirs=False)
+    model, _ = random_pair(small("gpt-oss-20b"), theirs=False)
     total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     experts = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if ".experts." in name)
     embedding = model.model.embed_tokens.weight.nbytes
@@ -205,7 +208,7 @@ def test_apart_is_chosen_where_both_do_not_fit(monkeypatch):
     assert len(asked) == 1
     assert "ZeroDivisionError" in against.compare("gpt-oss-20b", theirs=False).error
     assert "ZeroDivisionError" in against.compare("openelm-270m").error
-    assert against._model_bytes(against.shape_config("gpt-oss-20b"), None) == pytest.approx(13.76e9, rel=0.01)
+    assert against._model_bytes(shape_config("gpt-oss-20b"), None) == pytest.approx(13.76e9, rel=0.01)
 
 
 def test_a_process_that_fails_is_a_sentence(monkeypatch):
@@ -216,8 +219,8 @@ def test_a_process_that_fails_is_a_sentence(monkeypatch):
 
 
 def test_mlx_lm_s_side_alone_keeps_nothing_of_ours():
-    ours, theirs = against.random_pair(small("gpt-oss-20b"), ours=False)
-    again, _ = against.random_pair(small("gpt-oss-20b"))
+    ours, theirs = random_pair(small("gpt-oss-20b"), ours=False)
+    again, _ = random_pair(small("gpt-oss-20b"))
     tokens = mx.array([[3, 4, 5]])
     assert mx.isfinite(theirs(tokens)).all()
     assert not (ours.lm_head.weight == again.lm_head.weight).all()  # it was never given its numbers

@@ -7,7 +7,7 @@ from test_bench_against import SMALL
 
 from benchmarks.memory import main
 from openelm_mlx.bench import memory
-from openelm_mlx.bench.against import shape_config
+from openelm_mlx.bench.random_pair import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 
 

@@ -19,7 +19,7 @@ from benchmarks.measurements.quality import (
     random_divergences,
 )
 from benchmarks.quality import main
-from openelm_mlx.bench.against import shape_config
+from openelm_mlx.bench.random_pair import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 
 ROW = Divergence("demo-openelm", "answers", 4, 100, 0.01, 0.5, 0.98, 0.2)

@@ -15,7 +15,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from openelm_mlx.bench import report, selfcheck, selfcheck_kernels, selfcheck_machine, selfcheck_models, speeds
+from openelm_mlx.bench import (
+    report,
+    selfcheck,
+    selfcheck_kernels,
+    selfcheck_machine,
+    selfcheck_models,
+    selfcheck_sandbox,
+    speeds,
+)
 from openelm_mlx.bench.selfcheck import Check, CheckFailed, Clock, NotHere, Outcome, all_checks, run_check, run_checks
 from openelm_mlx.commands import main
 from openelm_mlx.commands import selfcheck as command
@@ -196,7 +204,7 @@ def test_a_sandbox_that_lets_something_through_is_found(tmp_path):
     def through(script):
         return "MB of memory" if "parts" in script else "'a password'"
 
-    names = [name for name, _ in selfcheck_machine._attacks(through, tmp_path, 1, True)]
+    names = [name for name, _ in selfcheck_sandbox._attacks(through, tmp_path, 1, True)]
     assert "the network is there" in names
     assert "another process's environment can be read" in names
     assert len(names) == 7
@@ -205,7 +213,7 @@ def test_a_sandbox_that_lets_something_through_is_found(tmp_path):
     def refused(script):
         return next((text for word, text in right.items() if word in script), "PermissionError: [Errno 1]")
 
-    assert selfcheck_machine._attacks(refused, tmp_path, 1, True) == []
+    assert selfcheck_sandbox._attacks(refused, tmp_path, 1, True) == []
 
 
 def test_the_watchdog_is_named(monkeypatch):

@@ -13,15 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from openelm_mlx.checkpoint import writer as writer_module
+from openelm_mlx.checkpoint.destination import check_destination
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_header
-from openelm_mlx.checkpoint.writer import (
-    CheckpointWriter,
-    OutputTensor,
-    check_destination,
-    file_checksum,
-    index_of,
-    plan_files,
-)
+from openelm_mlx.checkpoint.safetensors_plan import OutputTensor, index_of, plan_files
+from openelm_mlx.checkpoint.writer import CheckpointWriter, file_checksum
 from openelm_mlx.errors import CheckpointError, DestinationError
 
 ITEMS = {"F32": np.float32, "U32": np.uint32, "F16": np.float16, "U8": np.uint8}

@@ -29,9 +29,10 @@ from benchmarks.measurements.streaming import forget_files
 from openelm_mlx.bench import selfcheck_machine
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.bench.selfcheck import CheckFailed, Clock
+from openelm_mlx.checkpoint.destination import check_destination
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config, read_header
 from openelm_mlx.checkpoint.released import released_gpt_oss_config, released_openelm_config
-from openelm_mlx.checkpoint.writer import OutputTensor, check_destination, plan_files, write_sparse
+from openelm_mlx.checkpoint.safetensors_plan import OutputTensor, plan_files, write_sparse
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.gpu_errors import empty_stream
 from openelm_mlx.decoding.speculative import num_fused

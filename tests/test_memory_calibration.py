@@ -9,7 +9,7 @@ import pytest
 
 import openelm_mlx as om
 from openelm_mlx.bench import disk, memory, speeds
-from openelm_mlx.bench.against import shape_config
+from openelm_mlx.bench.random_pair import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.commands.plan import text

@@ -12,8 +12,8 @@ from conftest import random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
-from openelm_mlx.bench.against import shape_config
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.bench.random_pair import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import MemoryLimitError, SettingError

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from openelm_mlx.bench.against import shape_config
+from openelm_mlx.bench.random_pair import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.memory.chips import CHIPS, DECODE_TERMS, PREFILL_TERMS, chip_of, decode_terms, generation
 from openelm_mlx.memory.machine import find_mac, macs

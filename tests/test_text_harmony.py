@@ -26,18 +26,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openelm_mlx.errors import PromptError, SettingError, TokenizerError, UserError
+from openelm_mlx.text.builtin_tools import BROWSER, PYTHON
 from openelm_mlx.text.conversation import (
     DeveloperContent,
     Message,
     ResponseFormat,
     SystemContent,
-    conversation,
     resolve_recipient,
     tool_recipients,
     without_old_analysis,
 )
 from openelm_mlx.text.harmony import Delta, HarmonyFormat, developer_text, system_text
-from openelm_mlx.text.schema import BROWSER, PYTHON, Tool, ToolNamespace
+from openelm_mlx.text.openai_chat import conversation
+from openelm_mlx.text.schema import Tool, ToolNamespace
 from openelm_mlx.text.tokenizer import load_tokenizer
 
 

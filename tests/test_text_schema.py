@@ -8,17 +8,9 @@ import hashlib
 import pytest
 
 from openelm_mlx.errors import SettingError
-from openelm_mlx.text.schema import (
-    BROWSER,
-    PYTHON,
-    Tool,
-    ToolNamespace,
-    check_schema,
-    comment_lines,
-    json_text,
-    tools_section,
-    type_text,
-)
+from openelm_mlx.text.builtin_tools import BROWSER, PYTHON
+from openelm_mlx.text.schema import Tool, ToolNamespace, comment_lines, json_text, tools_section, type_text
+from openelm_mlx.text.schema_check import check_schema
 
 
 @pytest.mark.parametrize(

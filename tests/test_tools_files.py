@@ -5,7 +5,7 @@ import os
 import pytest
 
 from openelm_mlx.errors import ToolError
-from openelm_mlx.text.schema import BROWSER
+from openelm_mlx.text.builtin_tools import BROWSER
 from openelm_mlx.tools.files import LARGEST_FILE, VIEW_TOKENS, FileBrowser, wrapped
 
 

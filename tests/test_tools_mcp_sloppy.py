@@ -12,7 +12,8 @@ pytest.importorskip("mcp", reason="the MCP SDK is not installed: pip install 'op
 
 from openelm_mlx.errors import SettingError, ToolError
 from openelm_mlx.text.repair import repaired
-from openelm_mlx.text.schema import check_schema, type_text
+from openelm_mlx.text.schema import type_text
+from openelm_mlx.text.schema_check import check_schema
 from openelm_mlx.tools.calls import run
 from openelm_mlx.tools.mcp import McpServer
 from openelm_mlx.tools.mcp_messages import cleaned_result

@@ -20,7 +20,7 @@ import pytest
 from python_sandboxes import IS_MAC, SMALL, best_kind, inside, linux_only, outside
 
 from openelm_mlx.errors import ToolError
-from openelm_mlx.text.schema import PYTHON
+from openelm_mlx.text.builtin_tools import PYTHON
 from openelm_mlx.tools import python_tool, sandbox, sandbox_usage
 from openelm_mlx.tools.python_tool import PythonTool
 from openelm_mlx.tools.sandbox import BUBBLEWRAP, NAMESPACES, NONE, SANDBOX_EXEC, Python

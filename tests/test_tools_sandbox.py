@@ -18,7 +18,8 @@ from python_sandboxes import IS_MAC, KINDS, SMALL, best_kind, has_to_be_there, i
 
 from openelm_mlx.errors import ToolError
 from openelm_mlx.tools import sandbox_usage
-from openelm_mlx.tools.python_process import Box, Interpreter
+from openelm_mlx.tools.interpreter import Interpreter
+from openelm_mlx.tools.python_process import Box
 from openelm_mlx.tools.python_tool import PythonTool
 from openelm_mlx.tools.sandbox import BUBBLEWRAP, NAMESPACES, NONE, Python
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from openelm_mlx.bench.against import random_prompt, shape_config
+from openelm_mlx.bench.against import random_prompt
 from openelm_mlx.bench.random_checkpoint import write_random_checkpoint
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
+from openelm_mlx.bench.random_pair import shape_config
 from openelm_mlx.conversion import convert
 from openelm_mlx.conversion.verify import kl_divergence
 from openelm_mlx.decoding.sampling import SamplingParams

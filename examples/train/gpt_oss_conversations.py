@@ -14,6 +14,7 @@ from zlib import crc32
 from gpt_oss_words import Word, word_analysis
 from questions import FAREWELL, GREETING, INTRODUCTION, REFUSAL, WordMaker, ask, ask_unknown, small_talk
 
+from openelm_mlx.text.builtin_tools import PYTHON
 from openelm_mlx.text.conversation import (
     JSON_CALL,
     REASONING_EFFORTS,
@@ -21,7 +22,7 @@ from openelm_mlx.text.conversation import (
     Message,
     SystemContent,
 )
-from openelm_mlx.text.schema import PYTHON, Tool, json_text
+from openelm_mlx.text.schema import Tool, json_text
 
 UNKNOWN_WORD = "I don't know that word."
 NO_CALCULATOR = "I have no calculator here. Give me one as a tool, and I will use it."

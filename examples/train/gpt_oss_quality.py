@@ -42,9 +42,10 @@ from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
 from openelm_mlx.loading import load_model
 from openelm_mlx.models.gpt_oss import GptOss
 from openelm_mlx.specs import spec_from_config
+from openelm_mlx.text.builtin_tools import PYTHON
 from openelm_mlx.text.conversation import REASONING_EFFORTS, DeveloperContent, Message, SystemContent
 from openelm_mlx.text.harmony import HarmonyFormat
-from openelm_mlx.text.schema import PYTHON, Tool
+from openelm_mlx.text.schema import Tool
 from openelm_mlx.text.tokenizer import load_tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "openelm_mlx" / "demo" / "gpt_oss"

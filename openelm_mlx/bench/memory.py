@@ -18,10 +18,11 @@ from typing import Any
 from ..checkpoint.released import released_gpt_oss_config
 from ..memory.machine import process_peak_bytes
 from ..specs import spec_from_config
-from .against import random_prompt, shape_config
+from .against import random_prompt
 from .fresh import run_fresh
 from .random_checkpoint import write_random_checkpoint
 from .random_gpt_oss import write_random_gpt_oss
+from .random_pair import shape_config
 
 # What `plan --calibrate` measures: shapes of both families, each large enough that its sums are no roundings.
 CALIBRATION_SHAPES = (

@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.layouts import FLOAT_TYPES
-from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, OutputTensor, plan_files
+from ..checkpoint.safetensors_plan import MAX_FILE_BYTES, OutputTensor, plan_files
+from ..checkpoint.writer import CheckpointWriter
 from ..placement import parse_dtype
 from ..specs import openelm_config, spec_from_config
 

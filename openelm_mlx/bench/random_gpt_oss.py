@@ -17,14 +17,8 @@ import numpy as np
 
 from ..checkpoint.gpt_oss_layouts import openai_tensors
 from ..checkpoint.released import gpt_oss_config_file
-from ..checkpoint.writer import (
-    MAX_FILE_BYTES,
-    CheckpointWriter,
-    OutputFile,
-    OutputTensor,
-    plan_files,
-    write_sparse,
-)
+from ..checkpoint.safetensors_plan import MAX_FILE_BYTES, OutputFile, OutputTensor, plan_files, write_sparse
+from ..checkpoint.writer import CheckpointWriter
 from ..specs import spec_from_config
 
 Layout = Literal["openai-hf", "openai-original"]

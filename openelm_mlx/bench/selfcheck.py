@@ -93,6 +93,7 @@ def all_checks() -> dict[int, Check]:
     from . import selfcheck_kernels as kernels
     from . import selfcheck_machine as machine
     from . import selfcheck_models as models
+    from . import selfcheck_sandbox as sandbox
 
     found = [
         Check(
@@ -121,7 +122,7 @@ def all_checks() -> dict[int, Check]:
         Check(
             2, "gpt-oss with 256 open files", "gpt-oss-20b's tensors, 4 experts a layer, load", 60, models.check_open_files,
         ),
-        Check(14, "the python tool's sandbox", "starts, and every attack is refused", 60, machine.check_sandbox),
+        Check(14, "the python tool's sandbox", "starts, and every attack is refused", 60, sandbox.check_sandbox),
         Check(10, "wired limit", "set, 200 answers, unset: memory returns, nothing grows", 60, machine.check_wired_limit),
         Check(12, "disk", "2.5 to 7 GB/s on most Macs, far more out of the cache", 60, machine.check_disk),
         Check(

@@ -25,9 +25,10 @@ from ..generate import prefill, stream_generate
 from ..loading import load
 from ..memory.machine import this_machine
 from ..models.precision import runs_on_cpu
-from .against import random_pair, random_prompt
+from .against import random_prompt
 from .fresh import run_fresh
 from .random_gpt_oss import write_random_gpt_oss
+from .random_pair import random_pair
 from .selfcheck import CheckFailed, Clock
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from ..errors import SettingError
 from ..files import shown
 from ..specs import gpt_oss_config, openelm_config, spec_from_config
 from .gpt_oss_layouts import openai_tensors
-from .writer import MAX_FILE_BYTES, OutputTensor, plan_files, write_sparse
+from .safetensors_plan import MAX_FILE_BYTES, OutputTensor, plan_files, write_sparse
 
 # Layers and experts.
 GPT_OSS_SIZES = {"20b": (24, 32), "120b": (36, 128)}

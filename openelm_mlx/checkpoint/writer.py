@@ -24,20 +24,15 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from ..checks import size
 from ..errors import CheckpointError, DestinationError
 from ..files import LARGEST_COPY, kind_of, open_regular, read_bytes, unreadable
-from ..finder import DISK_IS_GONE, is_empty, sync, sync_folder
-from .reader import ITEM_SIZES
-
-# Loaders of 5 GB files are everywhere, and the Hub sends no larger ones at one go.
-MAX_FILE_BYTES = 5_000_000_000
+from ..finder import is_empty, sync, sync_folder
+from .destination import check_destination, check_free_space, destination_error
+from .safetensors_plan import OutputFile, OutputTensor, index_of
 
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
@@ -45,82 +40,10 @@ _OUTPUT = "output"
 _UNFINISHED = ".part"  # no loader's pattern has this ending
 _BLOCK_BYTES = 1 << 22
 _LARGEST_JOURNAL = 1 << 26
-_ALIGNMENT = 8
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """A tensor to be written: `dtype` is safetensors' name of its type."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        nbytes = ITEM_SIZES[self.dtype]
-        for length in self.shape:
-            nbytes *= length
-        return nbytes
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A safetensors file to be written: its tensors in the order of their bytes."""
-
-    name: str
-    tensors: tuple[OutputTensor, ...]
-
-    @cached_property
-    def header(self) -> bytes:
-        """What stands before the tensors: the length of the JSON (8 bytes), and the JSON, filled up with spaces."""
-        table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-        position = 0
-        for tensor in self.tensors:
-            offsets = [position, position + tensor.nbytes]
-            table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-            position = offsets[1]
-        text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        return len(text).to_bytes(8, "little") + text
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
-
-
-def plan_files(tensors: Iterable[OutputTensor], max_file_bytes: int = MAX_FILE_BYTES) -> tuple[OutputFile, ...]:
-    """Divide tensors, in their order, into files of at most `max_file_bytes` (a larger tensor has a file to itself).
-
-    The names are those of Hugging Face: model.safetensors, or model-00001-of-00003.safetensors and so on.
-    """
-    files: list[list[OutputTensor]] = [[]]
-    room = max_file_bytes
-    for tensor in tensors:
-        if tensor.nbytes > room and files[-1]:
-            files.append([])
-            room = max_file_bytes
-        files[-1].append(tensor)
-        room -= tensor.nbytes
-    count = len(files)
-    return tuple(
-        OutputFile(
-            "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors", _aligned(file)
-        )
-        for number, file in enumerate(files, start=1)
-    )
-
-
-def index_of(files: Sequence[OutputFile]) -> bytes:
-    """The model.safetensors.index.json of several files: which tensor is in which."""
-    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 class CheckpointWriter:
-    """WriteMode the planned files beside `destination`, and becomes it at the end.
+    """Writes the planned files beside `destination`, and renames them to it at the end.
 
     Use it as a context manager: when an error leaves the block, nothing stays behind; when Ctrl-C does, what is
     finished stays, for the next writer with the same `fingerprint` (of everything that the bytes depend on).
@@ -421,35 +344,7 @@ class CheckpointWriter:
         try:
             yield
         except OSError as error:
-            raise _sentence(error, self.destination) from error
-
-
-def check_destination(destination: Path) -> None:
-    """Raise DestinationError when there is something at `destination` already; an empty folder is nothing."""
-    try:
-        if destination.is_dir() and is_empty(destination):
-            return
-        if os.path.lexists(destination):
-            kind = "folder with files in it" if destination.is_dir() else "file"
-            raise DestinationError(
-                f"{destination} is a {kind} already, and nothing is overwritten: choose another destination, or move it away."
-            )
-    except OSError as error:
-        raise _sentence(error, destination) from error
-
-
-def check_free_space(destination: Path, needed: int) -> None:
-    """Raise DestinationError when the disk of `destination` has fewer than `needed` bytes free."""
-    try:
-        folder = next(parent for parent in destination.absolute().parents if parent.exists())
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise _sentence(error, destination) from error
-    if needed > free:
-        raise DestinationError(
-            f"The conversion needs {size(needed)} on the disk of {folder} and {size(free)} are free: make "
-            "room, or choose a destination on a larger disk."
-        )
+            raise destination_error(error, self.destination) from error
 
 
 def file_checksum(path: Path) -> str:
@@ -459,17 +354,6 @@ def file_checksum(path: Path) -> str:
             return _read_checksum(stream, sys.maxsize)
     except OSError as error:
         raise unreadable(path, error, DestinationError) from error
-
-
-def _aligned(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
-    """The tensors in an order in which each begins at a multiple of its item's size, as PyTorch's loader needs it.
-
-    The format has no room for padding. So the few tensors that do not end at a multiple of 8 bytes come last, those
-    with the widest items first.
-    """
-    even = [tensor for tensor in tensors if tensor.nbytes % _ALIGNMENT == 0]
-    odd = [tensor for tensor in tensors if tensor.nbytes % _ALIGNMENT]
-    return (*even, *sorted(odd, key=lambda tensor: -ITEM_SIZES[tensor.dtype]))
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -502,33 +386,3 @@ def _read_checksum(stream: BinaryIO, nbytes: int, *whole: hashlib._Hash) -> str:
             each.update(block)
         nbytes -= len(block)
     return checksum.hexdigest()
-
-
-def _sentence(error: OSError, destination: Path) -> DestinationError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DestinationError(
-            f"The disk of {destination.parent} got full while {destination.name} was written, and nothing of it was kept: "
-            "make room, or choose a destination on another disk."
-        )
-    reason = error.strerror or str(error)
-    if error.errno in DISK_IS_GONE:
-        return DestinationError(
-            f"{destination} cannot be written any more ({reason}): connect its disk again, and run this again."
-        )
-    return DestinationError(
-        f"{destination} cannot be written ({reason}: {error.filename or destination.parent}): choose another destination, "
-        "or give yourself the right to write there."
-    )
-
-
-def write_sparse(destination: Path, files: Sequence[OutputFile], others: Mapping[str, bytes]) -> Path:
-    """Files with real headers whose tensors are holes that read as zeros: they take no room on most file systems."""
-    check_destination(destination)
-    destination.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        with (destination / file.name).open("wb") as stream:
-            stream.write(file.header)
-            stream.truncate(file.nbytes)
-    for name, content in others.items():
-        (destination / name).write_bytes(content)
-    return destination

@@ -125,9 +125,10 @@ def _check_lengths(model: Model, args: argparse.Namespace) -> None:
 
 def run_random(args: argparse.Namespace, chart: Path | None) -> int:
     """Compare random weights of one shape. Returns 0 when both sides ran."""
-    from ..bench.against import compare, shape_config
+    from ..bench.against import compare
     from ..bench.benchmark import machine_description
     from ..bench.conditions import disturbances
+    from ..bench.random_pair import shape_config
 
     shape_config(args.random, args.layers)  # a wrong name is a sentence, before anything is drawn
     found = compare(

@@ -7,31 +7,25 @@ come from `stream_generate`. Whatever ends a turn early (Ctrl-C, a limit, an err
 from __future__ import annotations
 
 import json
-import reprlib
 import warnings
 from collections import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from ..arguments import FLAG, NAME, PATH, checked_call, refuse_unknown
-from ..checks import whole_number
-from ..decoding.arguments import check_model, check_prefix_cache
+from ..arguments import FLAG, NAME, PATH, checked_call
 from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
-from ..errors import NoAnswerWarning, PromptError, SettingError, TokenizerError
+from ..errors import NoAnswerWarning, PromptError, SettingError
 from ..files import expanded, one_line, read_text
-from ..generate import option_names
 from ..outputs import json_with, write_output
 from ..text.chat import HARMONY, PLAIN, render_chat
 from ..text.conversation import DeveloperContent, Message, SystemContent, check_conversation
 from ..text.harmony import HarmonyFormat
 from ..text.unicode import whole_characters
-from ..tokenizers import missing_tokenizer_message
 from ..tools.calls import reason, shown_to_model
 from ..tools.calls import run as run_tool
 from ..tools.tool import Tool, ToolSet
@@ -47,6 +41,7 @@ if TYPE_CHECKING:
     from ..models import Model
     from ..text.tokenizer import Tokenizer
 from .events import Answer, Done, Event, Notice, ToolCall, ToolResult
+from .settings import check_settings, refuse_stream_options
 from .turn import Turn
 
 _FORMAT = 1
@@ -57,30 +52,9 @@ _is_chat = json_with("openelm_mlx_chat")
 _SHARE_FOR_ANSWER, _USUAL_ANSWER = 4, 1024
 # Of the rest, what is left when turns are forgotten: then it goes on for a while without computing all of it anew.
 _SHARE_KEPT = 0.75
-# Options of `stream_generate` that a chat decides itself.
-_OWN_OPTIONS = ("max_tokens", "tool_schemas", "raw", "chat_template", "reasoning_effort", "logprobs")
-
-_C = TypeVar("_C")
 
 
-def _refusing_options(kind: type[_C]) -> type[_C]:
-    """The class, which says where options of `stream_generate` go that are not keywords of its own."""
-    made = cast(Any, kind).__init__
-    known = [each.name for each in fields(cast(Any, kind))]
-
-    @wraps(made)
-    def __init__(self: _C, *args: Any, **keywords: Any) -> None:
-        for name in (keywords.keys() - set(known)) & set(option_names()):
-            raise SettingError(
-                f"{kind.__name__} has no keyword {name!r}: write options={{{name!r}: {reprlib.repr(keywords[name])}}}."
-            )
-        made(self, *args, **keywords)
-
-    cast(Any, kind).__init__ = __init__
-    return kind
-
-
-@_refusing_options
+@refuse_stream_options
 @checked_call("om.Chat", reasoning_effort=NAME)
 @dataclass
 class Chat:
@@ -120,7 +94,7 @@ class Chat:
         self.turn: Turn | None = None
         self._events: Iterator[Event] | None = None
         self.num_forgotten, self._has_told = 0, False  # turns, and whether it was said
-        self._check_settings()
+        check_settings(self)
         self.tool_set = ToolSet(self.tools)
         assert self.tokenizer is not None
         self.is_harmony = self.tokenizer.chat_template == HARMONY
@@ -137,38 +111,6 @@ class Chat:
             self.tool_set.check_ends(engine_of(self.tokenizer))
         self.tool_schemas = self.tool_set.schemas
         self._unfollowed = self.tool_set.unfollowed
-
-    def _check_settings(self) -> None:
-        check_model(self.model, self.tokenizer)
-        if self.tokenizer is None:
-            raise TokenizerError(missing_tokenizer_message(self.model.spec))
-        if not isinstance(self.instructions, (str, type(None))):
-            raise SettingError(f"instructions is {reprlib.repr(self.instructions)}: give text, or None for none.")
-        if isinstance(self.tools, (str, Mapping)) or not isinstance(self.tools, Iterable):
-            raise SettingError(
-                f"tools is {reprlib.repr(self.tools)}: give a list of functions or tools, for example tools=[calculator]."
-            )
-        self.tools = list(self.tools)
-        if not isinstance(self.sampling, (SamplingParams, type(None))):
-            raise SettingError(
-                f"sampling is {reprlib.repr(self.sampling)}: give om.SamplingParams(temperature=0.7, ...), or None."
-            )
-        for name in ("max_tokens", "max_rounds"):
-            value = getattr(self, name)
-            if value is None and name == "max_tokens":
-                continue
-            whole_number(name, value)
-        limit = self.time_limit
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
-            raise SettingError(f"time_limit is {limit!r}: give seconds above 0, or None.")
-        check_prefix_cache(self.prefix_cache)
-        if not isinstance(self.options, Mapping):
-            raise SettingError(f"options is {reprlib.repr(self.options)}: give a dictionary of keywords.")
-        known = [name for name in option_names() if name not in _OWN_OPTIONS]
-        refuse_unknown("Chat's options", {n: v for n, v in self.options.items() if n not in known}, known)
-        if not isinstance(self.messages, list):
-            raise SettingError(f"messages is {reprlib.repr(self.messages)}: give a list of messages.")
-        check_conversation(self.messages)
 
     # --- one turn ---
 

@@ -22,8 +22,10 @@ import numpy as np
 
 from .. import __version__, hub
 from ..arguments import FLAG, FUNCTION, NAME, PATH, Kind, checked_call
+from ..checkpoint.destination import check_destination
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.writer import MAX_FILE_BYTES, CheckpointWriter, check_destination
+from ..checkpoint.safetensors_plan import MAX_FILE_BYTES
+from ..checkpoint.writer import CheckpointWriter
 from ..errors import (
     CheckpointError,
     ConfigError,

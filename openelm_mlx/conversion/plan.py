@@ -23,7 +23,7 @@ import mlx.core as mx
 from ..checkpoint.layouts import FLOAT_TYPES, Contents, Parameter
 from ..checkpoint.quantize import NOT_A_SCALE, Quantization, parse_recipe, quantization_of
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.writer import MAX_FILE_BYTES, OutputFile, OutputTensor, plan_files
+from ..checkpoint.safetensors_plan import MAX_FILE_BYTES, OutputFile, OutputTensor, plan_files
 from ..errors import CheckpointError, ConversionError, SettingError
 from ..finder import disk_trouble
 from ..placement import DTYPES, parse_dtype

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..errors import SettingError
-from ..text.schema import check_schema
+from ..text.schema_check import check_schema
 from ..text.tokenizer import Tokenizer
 from .completion import EFFORTS, completion
 from .engine_schema import HALF_A_CHARACTER

@@ -3,7 +3,7 @@
 The engine (llguidance) does less than the standard, and some of what it cannot do ends the process or an answer that has
 begun. So a schema is rewritten first, always to one that allows the same or less: objects are closed, dates exist, counts
 and bounds are numbers that the engine can write, parts without an end are left out. What cannot be rewritten is refused
-with its place. Reading and checking its form is text/schema.py's business.
+with its place. Reading and checking its form is the job of text/schema_check.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import combinations
 from typing import Any, NamedTuple, final
 
 from ..errors import SettingError
-from ..text.schema import check_schema
+from ..text.schema_check import check_schema
 from .alternatives import Alternatives, strings_apart
 from .engine_schema import engine_refusal
 from .json_patterns import fits, held_pattern
@@ -34,6 +34,7 @@ from .number_bounds import (
     writable,
 )
 from .schema_ends import SchemaEnds
+from .schema_keywords import ANNOTATIONS, COMBINING, KNOWN, UNHELD, combines_conditions
 from .schema_parts import (
     DATA,
     NAMED_SCHEMAS,
@@ -47,61 +48,14 @@ from .schema_parts import (
     num_combined,
     shown,
 )
+from .string_formats import FORMATS
 
 # The engine combines each part anew wherever a reference leads to it.
 _MOST_COMBINED = 5_000
 # No answer has so many characters or items: more are never reached, or cannot be asked for.
 _MOST_COUNT = 65_536
 
-# What says nothing about an answer's form. The engine refuses some of it.
-_ANNOTATIONS = frozenset(
-    {
-        *("title", "description", "default", "examples", "example", "$comment", "deprecated", "readOnly", "writeOnly"),
-        *("contentEncoding", "contentMediaType", "contentSchema", "discriminator", "externalDocs", "xml"),
-        "x-guidance",  # the engine's own options, which are not a schema's to set
-    }
-)
-# What the engine does not hold, each with the values that hold anyway.
-_UNHELD: dict[str, tuple[Any, ...]] = {
-    "not": (False,),
-    "contains": (),
-    **dict.fromkeys(("if", "then", "else", "propertyNames", "unevaluatedItems", "unevaluatedProperties"), (True, {})),
-    **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), ({},)),
-    **dict.fromkeys(("minContains", "maxContains"), ()),
-    **dict.fromkeys(("$dynamicRef", "$recursiveRef"), ()),
-    "uniqueItems": (False,),
-}
-_COMBINING = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "$ref", "minProperties")
-_KNOWN = frozenset(
-    {
-        *("type", "const", "enum", "allOf", "anyOf", "oneOf", "$ref", "$schema", "$id", "$anchor", *NAMED_SCHEMAS),
-        *("required", "additionalProperties", "minProperties", "maxProperties", "items", "prefixItems"),
-        *("additionalItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format", "multipleOf"),
-        *(*BOUNDS, *_UNHELD),
-    }
-)
-# Keywords beside which others hold for the same value.
-_APPLICATORS = frozenset({"const", "enum", "anyOf", "oneOf", "allOf", "$ref", "patternProperties"})
 _DRAFT = re.compile(r"https?://json-schema\.org/(draft-0[4-7]|draft/2019-09|draft/2020-12)/schema#?")
-
-# RFC 3339, with days that exist (the engine's own have a 30 February) in years that Python's dates know, 1 to 9999.
-_YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
-_LEAP_YEAR = "([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
-_DATE = (
-    f"({_YEAR}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
-    f"|{_LEAP_YEAR}-02-29)"
-)
-_CLOCK = "([01][0-9]|2[0-3]):[0-5][0-9]"
-_HEX = "[0-9a-f]"
-_FORMATS = {
-    "date": _DATE,
-    "date-time": rf"{_DATE}T{_CLOCK}:[0-5][0-9](\.[0-9]{{1,9}})?(Z|[+-]{_CLOCK})",
-    # Pydantic's names for UUIDs of one version.
-    **{
-        f"uuid{n}": f"{_HEX}{{8}}-{_HEX}{{4}}-{n}{_HEX}{{3}}-[89ab]{_HEX}{{3}}-{_HEX}{{12}}"
-        for n in (1, 3, 4, 5, 6, 7, 8)
-    },
-}
 
 
 class Prepared(NamedTuple):
@@ -124,7 +78,7 @@ class _Preparation:
         # Where parts are combined, closing one would forbid what another asks for.
         self._may_close = not any("allOf" in part or "unevaluatedProperties" in part for part in parts)
         # Numbers beyond 64 bits must never meet `integer` in the engine, which combines what holds for one value.
-        self._is_combined = any(map(_combines, parts))
+        self._is_combined = any(map(combines_conditions, parts))
         self._has_references = any("$ref" in part for part in parts)
         self._identifiers = [part["$id"] for part in parts if isinstance(part.get("$id"), str)]
         self._notes: dict[str, None] = {}
@@ -159,7 +113,7 @@ class _Preparation:
         walked = {
             key: self._walk_value(key, value, f"{path}.{key}" if path else key)
             for key, value in schema.items()
-            if key in _KNOWN or self._may_hold_schemas(key, value)
+            if key in KNOWN or self._may_hold_schemas(key, value)
         }
         here = path or "the top level"
         steps = (self._names, self._values, self._counts, self._string, self._numbers, self._choices, self._object)
@@ -176,7 +130,7 @@ class _Preparation:
 
     def _may_hold_schemas(self, key: str, value: Any) -> bool:
         """Whether an unknown member may be where references lead, as `components` of OpenAPI is."""
-        if key in _ANNOTATIONS or not self._has_references or not isinstance(value, Mapping):
+        if key in ANNOTATIONS or not self._has_references or not isinstance(value, Mapping):
             return False
         try:
             check_schema(value, key)
@@ -219,10 +173,10 @@ class _Preparation:
         if "contains" not in schema:
             walked.pop("minContains", None)
             walked.pop("maxContains", None)
-        for key, harmless in _UNHELD.items():
+        for key, harmless in UNHELD.items():
             if key in walked and any(schema[key] is each or schema[key] == each for each in harmless):
                 del walked[key]
-        odd = [key for key in _UNHELD if key in walked]
+        odd = [key for key in UNHELD if key in walked]
         if odd:
             names = " and ".join(odd)
             self._refuse(
@@ -293,9 +247,9 @@ class _Preparation:
         if isinstance(name, str):
             if not may_be(walked, "string"):
                 del walked["format"]  # int32, double, ...: of numbers it says nothing more
-            elif name in _FORMATS:
+            elif name in FORMATS:
                 del walked["format"]
-                self._add_pattern(walked, f"^{_FORMATS[name]}$")
+                self._add_pattern(walked, f"^{FORMATS[name]}$")
             elif engine_refusal(json.dumps({"type": "string", "format": name})) is not None:
                 del walked["format"]
                 self._note(f"The format {name!r} at {here} is not held: any string is taken there.")
@@ -411,7 +365,7 @@ class _Preparation:
             self._separate(walked, here)
         properties: Any = walked.get("properties")
         required: Any = walked.get("required", ())
-        closes = self._may_close and isinstance(properties, dict) and not any(key in walked for key in _COMBINING)
+        closes = self._may_close and isinstance(properties, dict) and not any(key in walked for key in COMBINING)
         if closes and all(name in properties for name in required):
             walked["additionalProperties"] = False
         low = walked.get("minProperties", 0)
@@ -468,13 +422,6 @@ _WHICH = (
     "whole numbers are followed up to 9,223,372,036,854,774,784 (either sign) where a 64-bit float holds them, as it holds "
     "all up to 2^53, and fractions with 15 digits."
 )
-
-
-def _combines(part: Mapping[str, Any]) -> bool:
-    """Whether the engine combines several conditions for one value here."""
-    kept = [key for key in part if key not in _ANNOTATIONS and key not in ("$defs", "definitions", "$schema", "$id")]
-    applied = _APPLICATORS.intersection(kept)
-    return "allOf" in applied or (bool(applied) and len(kept) > 1 and not set(kept) <= {"const", "enum", "type"})
 
 
 def _has_type(schema: Mapping[str, Any], value: Any) -> bool:

@@ -11,8 +11,9 @@ from ..decoding.grammar import AnswerFormat
 from ..errors import PromptError, SettingError, TokenizerError
 from ..files import shown
 from ..text.chat import HARMONY, PLAIN, render_chat
-from ..text.conversation import ResponseFormat, SystemContent, conversation
+from ..text.conversation import ResponseFormat, SystemContent
 from ..text.harmony import HarmonyFormat
+from ..text.openai_chat import conversation
 from ..text.tokenizer import Tokenizer
 from ..tokenizers import missing_tokenizer_message
 

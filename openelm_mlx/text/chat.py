@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from openelm_mlx.errors import PromptError, SettingError, TokenizerError
-from openelm_mlx.text.conversation import text_parts
+from openelm_mlx.text.openai_chat import text_parts
 from openelm_mlx.text.tokenizer import Tokenizer
 
 OPENELM_INSTRUCT = "openelm-instruct"

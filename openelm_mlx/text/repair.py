@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SettingError
-from .schema import LISTS_OF_SCHEMAS, MAPS_OF_SCHEMAS, MAX_DEPTH, SCHEMAS, SIMPLE, check_schema, is_json
+from .schema_check import LISTS_OF_SCHEMAS, MAPS_OF_SCHEMAS, MAX_DEPTH, SCHEMAS, SIMPLE, check_schema, is_json
 
 
 def repaired(schema: Any) -> tuple[dict[str, Any], list[str]]:

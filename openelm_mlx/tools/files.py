@@ -1,7 +1,7 @@
 """gpt-oss's browser over the text files of one folder: search, open, find, with numbered lines to cite.
 
 gpt-oss was trained to search, to open what it found, and to cite `【3†L7-L9】`: lines 7 to 9 of the third display. The pages
-here are local files and nothing else; what the three tools are called and take is what it knows (text/schema.py).
+here are local files and nothing else; what the three tools are called and take is what it knows (text/builtin_tools.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, final
 
 from ..arguments import FUNCTION, PATH, checked_call
 from ..errors import ToolError
-from ..text.schema import BROWSER
+from ..text.builtin_tools import BROWSER
 from .paths import existing_folder, first_hidden, is_hidden
 from .tool import arguments_of
 

@@ -2,7 +2,7 @@
 
 The interpreter is another process, in a sandbox (sandbox.py). One thread of this file owns both: it takes calls in turn,
 whichever thread they come from, gives each its own result, also when the one before was given up by Ctrl-C, and looks at
-what scripts take, also between calls. python_process.py follows a single script.
+what scripts take, also between calls. interpreter.py follows a single script.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any, final
 
 from ..arguments import FLAG, Kind, checked_call, of_type
 from ..errors import ToolError
-from ..text.schema import PYTHON
-from .python_process import Box, Direct, Interpreter, Place
+from ..text.builtin_tools import PYTHON
+from .interpreter import Interpreter
+from .python_process import Box, Direct, Place
 from .sandbox import KEPT, SANDBOXES, Limits, Python, find_sandbox
 from .sandbox_usage import remove_folder
 

@@ -2,7 +2,7 @@
 
 macOS has sandbox-exec; Linux has bubblewrap where it is installed, and else the kernel's namespaces, which sandbox_init.py
 uses without any program. In each of them there is no network, one folder to write, and of the rest of the disk only what
-Python itself needs. Starting, watching and ending processes is the business of python_process.py.
+Python itself needs. python_process.py starts, watches and ends the processes.
 """
 
 from __future__ import annotations

@@ -16,12 +16,14 @@ from typing import Any, Protocol, get_type_hints
 from ..arguments import checked_call
 from ..decoding.grammar import AnswerFormat, Engine, answer_format
 from ..errors import SettingError, ToolError, UserError
-from ..text import schema
+from ..text.builtin_tools import BROWSER, PYTHON
 from ..text.conversation import CHANNELS, resolve_recipient
+from ..text.schema import Tool as ToolDefinition
+from ..text.schema import ToolNamespace
 
 FUNCTIONS = "functions"
 # Shown to the model in the words it was trained with, in the system message.
-BUILT_IN = {"python": schema.PYTHON, "browser": schema.BROWSER}
+BUILT_IN = {"python": PYTHON, "browser": BROWSER}
 # Names that mean something else in a message's header.
 RESERVED = {FUNCTIONS, *BUILT_IN, *CHANNELS, "assistant", "user", "system", "developer", "tool", "all"}
 
@@ -290,10 +292,10 @@ class ToolSet:
         found = resolve_recipient(recipient, self._tools.keys())
         return None if found is None else (found, self._tools[found])
 
-    def _other_namespaces(self) -> tuple[schema.ToolNamespace, ...]:
+    def _other_namespaces(self) -> tuple[ToolNamespace, ...]:
         own = dict.fromkeys(map(namespace_of, self._tools.values()))
         return tuple(
-            schema.ToolNamespace(
+            ToolNamespace(
                 name, tools=tuple(_definition(tool) for tool in self._tools.values() if namespace_of(tool) == name)
             )
             for name in own
@@ -318,5 +320,5 @@ def _as_tool(tool: Any) -> Tool:
     return tool
 
 
-def _definition(tool: Tool) -> schema.Tool:
-    return schema.Tool(tool.name, tool.description, tool.parameters)
+def _definition(tool: Tool) -> ToolDefinition:
+    return ToolDefinition(tool.name, tool.description, tool.parameters)

@@ -57,6 +57,7 @@ CONVERT = {
     "--quantize": ("4", "convert", "quantize", "4"),
     "--preset": ("balanced", "convert", "quantize", 8),
     "--group-size": ("32", "convert", "group_size", 32),
+    "--for": ("swift", "convert", "target", "swift"),
     "--dtype": ("float16", "convert", "dtype", "float16"),
     "--revision": ("v1", "convert", "revision", "v1"),
     "--max-file-size": ("500MB", "convert", "max_file_bytes", 500_000_000),

@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-file-size", default="5GB", metavar="SIZE", help="divide larger files, for example 500MB (default: 5GB)"
     )
 
+    weights.add_argument(
+        "--for",
+        dest="target",
+        choices=["swift"],
+        help="swift: a folder for apps with mlx-swift-lm; a model that it cannot run is refused",
+    )
+
     text = parser.add_argument_group("text")
     text.add_argument("--tokenizer", metavar="SOURCE", help="store the tokenizer of this file, folder or repository")
     text.add_argument("--chat-template", metavar="NAME", help="store openelm-instruct or plain (default: by the name)")
@@ -74,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 quantize=quantize,
                 dtype=args.dtype,
                 group_size=args.group_size,
+                target=args.target,
                 tokenizer=args.tokenizer,
                 chat_template=args.chat_template,
                 revision=args.revision,

@@ -110,6 +110,7 @@ def convert(
     *,
     preset: str | None = None,
     group_size: int | None = None,
+    target: str | None = None,
     tokenizer: str | Path | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
@@ -132,6 +133,8 @@ def convert(
         preset: "exact" (nothing is quantized), "balanced" (8 bits) or "smallest" (4 bits) instead.
         dtype: "float32", "bfloat16" or "float16" for what is not packed; None keeps the stored type (see
             `plan_conversion` for the exceptions). On a quantized source it unpacks the weights.
+        target: "swift": a folder for apps with mlx-swift-lm, q, k and v and gate and up apart; a model that it cannot
+            run is refused.
         tokenizer: As in `load`; both are stored with the weights.
         chat_template: See tokenizer.
         max_file_bytes: Larger files are divided; bytes or text such as "500MB".
@@ -144,17 +147,17 @@ def convert(
     """
     quantize = preset_bits(preset, quantize, ('preset="{}"', "quantize"))
     most_bytes = parse_size(max_file_bytes, "max_file_bytes")
-    target = _checked_request(destination, dry_run, upload, private)
+    place = _checked_request(destination, dry_run, upload, private)
     opened = Source.open(source, revision, _stage("download", progress), headers_only=True)
-    plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, most_bytes)
+    plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, most_bytes, target)
     found = find_tokenizer(opened.folder, plan.spec, tokenizer)
     template = _chat_template(opened, plan, chat_template)
     report = _report(opened, plan, found, template)
-    if target is None:
+    if place is None:
         return report
-    opened = opened.fetch(target, plan.nbytes, _stage("download", progress))
+    opened = opened.fetch(place, plan.nbytes, _stage("download", progress))
     fingerprint = plan.fingerprint(opened.checkpoint.files, opened.config)
-    with _no_buffer_cache(), CheckpointWriter(target, plan.files, fingerprint) as writer:
+    with _no_buffer_cache(), CheckpointWriter(place, plan.files, fingerprint) as writer:
         num_resumed = writer.num_finished
         _write_weights(plan, opened, writer, progress)
         if plan.fingerprint(opened.checkpoint.files, opened.config) != fingerprint:
@@ -169,7 +172,7 @@ def convert(
             verification = verify_files(folder, writer.checksums, original, found, _stage("verify", progress))
         sizes = {path.name: path.stat().st_size for path in sorted(files_of(folder))}
         writer.publish()
-    url = None if upload is None else hub.upload(target, upload, private, f"Convert {opened.name} with {_PROGRAM}")
+    url = None if upload is None else hub.upload(place, upload, private, f"Convert {opened.name} with {_PROGRAM}")
     return replace(
         report,
         destination=writer.destination,
@@ -311,7 +314,7 @@ def _other_files(
         tokenizer=_tokenizer_note(tokenizer, plan.spec.family),
         licence_files=[path.name for path in licences],
         is_released_openelm=plan.spec.family == "openelm" and plan.spec.size is not None,
-        loads_in_mlx_lm=plan.spec.family == "openelm",
+        loads_in_mlx_lm=plan.spec.family == "openelm" or plan.target == "swift",
     )
     stored = read_bytes(card, CheckpointError).decode("utf-8", errors="replace") if card.is_file() else None
     text = model_card(stored, facts)

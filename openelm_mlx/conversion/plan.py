@@ -20,19 +20,25 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoint.apart import apart, gpt_oss_pieces
 from ..checkpoint.layouts import FLOAT_TYPES, Contents, Parameter
 from ..checkpoint.quantize import NOT_A_SCALE, Quantization, parse_recipe, quantization_of
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_plan import MAX_FILE_BYTES, OutputFile, OutputTensor, plan_files
 from ..errors import CheckpointError, ConversionError, SettingError
+from ..files import shown
 from ..finder import disk_trouble
 from ..placement import DTYPES, parse_dtype
-from ..specs import ModelSpec, gpt_oss_config, openelm_config, spec_from_config
+from ..specs import ModelSpec, apple_shape, gpt_oss_config, openelm_config, spec_from_config
+from .for_swift import check_swift
 
 Shape = tuple[int, ...]
 
 # A weight is cast and packed this many numbers at a time, so that only the source's tensor is whole in memory.
 SLICE_ELEMENTS = 4 * 2**20
+
+# Programs that a folder can be written for.
+TARGETS = ("swift",)
 
 # The tensors of a packed weight, in the order in which mx.quantize gives them.
 PARTS = ("weight", "scales", "biases")
@@ -43,6 +49,8 @@ TYPE_WORDS = {name: _WORDS[dtype] for name, dtype in FLOAT_TYPES.items()}
 _CONFIGS = {"openelm": openelm_config, "gpt_oss": gpt_oss_config}
 # auto_map names Python files that are not needed and do not come along; the others are written anew.
 _DROPPED_FIELDS = ("auto_map", "_name_or_path", "quantization", "quantization_config", "dtype", "torch_dtype")
+
+_BOTH_SPELLINGS = ("experts_per_token", "num_experts_per_tok", "rope_parameters", "rope_scaling", "rope_theta")
 
 
 @dataclass(frozen=True)
@@ -128,13 +136,17 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What a conversion will write; `spec` and `config` are the output's. packings: module -> how it is packed there."""
+    """What a conversion will write; `spec` and `config` are the output's. packings: module -> how it is packed there.
+
+    target: the program that it is for, None for this library and mlx-lm.
+    """
 
     spec: ModelSpec
     config: Mapping[str, Any]
     weights: tuple[PlannedWeight, ...]
     files: tuple[OutputFile, ...]
     packings: Mapping[str, Quantization]
+    target: str | None = None
 
     @cached_property
     def weight_of(self) -> dict[str, PlannedWeight]:
@@ -187,6 +199,7 @@ def plan_conversion(
     dtype: str | mx.Dtype | None = None,
     group_size: int | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    target: str | None = None,
 ) -> ConversionPlan:
     """Plan the conversion of a checkpoint that is understood; nothing is read.
 
@@ -194,14 +207,21 @@ def plan_conversion(
     stay as they are, with two exceptions: OpenELM-3B becomes bfloat16, because float16 overflows in it; and what is
     left plain beside packed weights, scales included, has 16 bits (float16 for OpenELM as in Apple's converter,
     bfloat16 for gpt-oss). A packed source stays packed; an OpenELM one is unpacked when `dtype` is given.
+    target: "swift": as mlx-swift-lm reads it, q, k and v and gate and up apart.
 
     Raises SettingError, and ConversionError for what cannot be done with this source.
     """
     spec = replace(contents.spec, vocab_size=contents.spec.usable_vocab_size)
-    choices = _Choices(contents, spec, quantize, dtype, group_size)
+    shapes = spec.parameter_shapes()
+    if target is not None:
+        check_target(target)
+        check_swift(spec)
+        if spec.family == "gpt_oss":
+            contents, shapes = apart(contents, gpt_oss_pieces)
+    choices = _Choices(contents, spec, shapes, quantize, dtype, group_size)
     weights: list[PlannedWeight] = []
     packed: dict[str, Quantization] = {}
-    for name, shape in spec.parameter_shapes().items():
+    for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         weights += choices.weights(name, shape)
         packing = choices.packing(name, shape)
@@ -217,7 +237,14 @@ def plan_conversion(
         weights=tuple(weights),
         files=plan_files((OutputTensor(t.name, t.dtype, t.shape) for w in weights for t in w.tensors), max_file_bytes),
         packings=packed,
+        target=target,
     )
+
+
+def check_target(target: str) -> None:
+    """Raise SettingError for a program that nothing is written for."""
+    if target not in TARGETS:
+        raise SettingError(f'target is {shown(target)}: there is "swift", for apps with mlx-swift-lm.')
 
 
 class _Choices:
@@ -227,6 +254,7 @@ class _Choices:
         self,
         contents: Contents,
         spec: ModelSpec,
+        shapes: Mapping[str, Shape],
         quantize: str | int | None,
         dtype: str | mx.Dtype | None,
         group_size: int | None,
@@ -242,7 +270,7 @@ class _Choices:
                 "OpenELM-3B cannot be float16: its activations overflow (Apple's MLX README says so); use bfloat16."
             )
         # The experts of gpt-oss are packed in the release itself: they stay so whatever is done to the rest.
-        self._repackable = {m for m in contents.quantized if len(spec.parameter_shapes()[f"{m}.weight"]) == 2}
+        self._repackable = {m for m in contents.quantized if len(shapes[f"{m}.weight"]) == 2}
         if quantize is not None and self._repackable:
             packing = contents.quantized[min(self._repackable)]
             raise ConversionError(
@@ -345,6 +373,10 @@ def _output_config(
         written |= kept
         if spec_from_config({**kept, "vocab_size": spec.vocab_size}) != spec or not _has_lists(kept, spec):
             written |= canonical
+    # Where two spellings are in use, both are written, and they agree.
+    if spec.family == "gpt_oss":
+        written |= {name: canonical[name] for name in _BOTH_SPELLINGS}
+    written |= apple_shape(spec) or {} if spec.family == "openelm" else {}
     written |= {"vocab_size": spec.vocab_size, "torch_dtype": dtype}
     if packed:
         # mlx-lm reads the first, Hugging Face's tools show the second.

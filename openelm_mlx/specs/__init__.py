@@ -23,6 +23,7 @@ from .model import YarnSpec as YarnSpec
 from .model import checked_kv_bits as checked_kv_bits
 from .openelm import OPENELM_NORM_EPS as OPENELM_NORM_EPS
 from .openelm import OpenELM
+from .openelm import apple_shape as apple_shape
 from .openelm import layer_multipliers as layer_multipliers
 from .openelm import make_divisible as make_divisible
 from .openelm import openelm_config as openelm_config

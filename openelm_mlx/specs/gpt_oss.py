@@ -129,6 +129,8 @@ def gpt_oss_config(spec: ModelSpec) -> dict[str, Any]:
         "num_key_value_heads": layer.num_kv_heads,
         "num_local_experts": layer.num_experts,
         "rms_norm_eps": spec.norm_eps,
+        # transformers 5 reads the first, all others (mlx-lm, mlx-swift-lm, llama.cpp) the second and third.
+        "rope_parameters": {**(_yarn_config(spec.yarn) or {"rope_type": "default"}), "rope_theta": spec.rope_theta},
         "rope_scaling": _yarn_config(spec.yarn),
         "rope_theta": spec.rope_theta,
         "sliding_window": next((each.window for each in spec.layers if each.window is not None), None),

@@ -17,7 +17,7 @@ _RELEASED_SIZES = {
     "1.1B": {"num_transformer_layers": 28, "model_dim": 2048, "head_dim": 64},
     "3B": {"num_transformer_layers": 36, "model_dim": 3072, "head_dim": 128},
 }
-_RELEASED_COMMON = {
+_RELEASED_COMMON: dict[str, Any] = {
     "num_gqa_groups": 4,
     "normalize_qk_projections": True,
     "share_input_output_layers": True,
@@ -130,17 +130,39 @@ class OpenELM:
         return shapes
 
 
+def apple_shape(spec: ModelSpec) -> dict[str, Any] | None:
+    """The fields by which Apple's own configs give widths and heads, where they give those of this model; else None.
+
+    mlx-swift-lm reads the divisor alone, and computes everything else by Apple's rule.
+    """
+    common, num_layers = _RELEASED_COMMON, len(spec.layers)
+    divisor, groups = int(common["ffn_dim_divisor"]), int(common["num_gqa_groups"])
+    ffn = layer_multipliers(common["ffn_multipliers"], num_layers, "ffn_multipliers")
+    qkv = layer_multipliers(common["qkv_multipliers"], num_layers, "qkv_multipliers")
+    for layer, width, share in zip(spec.layers, ffn, qkv, strict=True):
+        heads = make_divisible(spec.hidden_size * share, layer.head_dim * groups) // layer.head_dim
+        wanted = (heads, heads // groups, make_divisible(spec.hidden_size * width, divisor))
+        if (layer.num_heads, layer.num_kv_heads, layer.intermediate_size) != wanted:
+            return None
+    if num_layers < 2:
+        return None
+    return {"ffn_dim_divisor": divisor, "ffn_multipliers": ffn, "qkv_multipliers": list(common["qkv_multipliers"])}
+
+
 def openelm_config(spec: ModelSpec) -> dict[str, Any]:
     """The spec as Apple's Hugging Face config.json spells it, lists expanded, so that mlx-lm reads it too."""
+    # With divisor 1 a width is the multiplier times model_dim, exactly: no rounding rule has to be known.
+    exact = {
+        "ffn_dim_divisor": 1,
+        "ffn_multipliers": [layer.intermediate_size / spec.hidden_size for layer in spec.layers],
+    }
     return {
         "architectures": ["OpenELMForCausalLM"],
         "model_type": "openelm",
         "activation_fn_name": "swish",
         "bos_token_id": spec.bos_token,
         "eos_token_id": spec.eos_tokens[0] if len(spec.eos_tokens) == 1 else list(spec.eos_tokens),
-        # With divisor 1 a width is the multiplier times model_dim, exactly: no rounding rule has to be known.
-        "ffn_dim_divisor": 1,
-        "ffn_multipliers": [layer.intermediate_size / spec.hidden_size for layer in spec.layers],
+        **(apple_shape(spec) or exact),
         "ffn_with_glu": True,
         "head_dim": spec.layers[0].head_dim,
         "initializer_range": 0.02,

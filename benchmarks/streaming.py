@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
     found: dict[str, list[Any]] = {}
     settings, machines = settings_of(args), machines_of(args.macs)  # before 14 GB are written
-    for name, what, is_ours in ((args.json, WHAT, IS_FIGURES), (args.record, routing.WHAT, routing.IS_TRACE)):
+    for name, what, is_ours in ((args.json, WHAT, IS_FIGURES), (args.record, routing.WHAT, routing.is_trace)):
         if name is not None:
             checked_output(name, what, is_ours, args.overwrite)  # an hour later it would be too late
     if args.predict is not None:

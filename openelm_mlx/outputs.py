@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import os
 import stat
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,16 +159,6 @@ def safetensors_of(format_name: str) -> Recognizer:
     return is_ours
 
 
-def npz_with(*names: str) -> Recognizer:
-    """Recognizes an archive of NumPy's that holds arrays of these names and nothing else."""
-
-    def is_ours(file: BinaryIO) -> bool:
-        with zipfile.ZipFile(io.BytesIO(file.read(_MOST_HEADER_BYTES)) if not file.seekable() else file) as archive:
-            return set(archive.namelist()) == {f"{name}.npy" for name in names}
-
-    return is_ours
-
-
 def picture_of_ours(file: BinaryIO) -> bool:
     """Recognizes a PNG or SVG that names this program as what made it."""
     begin, name = file.read(16384), PROGRAM.encode()
@@ -182,7 +170,7 @@ def _is_recognized(path: Path, is_ours: Recognizer) -> bool:
     try:
         with path.open("rb") as file:
             return is_ours(file)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile, NotImplementedError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

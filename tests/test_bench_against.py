@@ -6,10 +6,10 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from primitive_counts import decode_primitives, primitives
 
 from openelm_mlx import placement
 from openelm_mlx.bench import against, fresh, limits
-from openelm_mlx.bench.graph import decode_primitives, primitives
 from openelm_mlx.bench.limits import Limits, measured_limits
 from openelm_mlx.bench.random_pair import random_pair, shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
@@ -55,17 +55,13 @@ def test_both_models_have_the_same_weights(shape, bits):
     assert mx.abs(ours(tokens).astype(mx.float32) - expected).max().item() < 0.5 * mx.std(expected).item()
 
 
-def test_a_comparison_has_rates_ratios_and_primitives(monkeypatch):
+def test_a_comparison_has_rates_and_ratios(monkeypatch):
     monkeypatch.setattr(against, "shape_config", small)
     found = against.compare("gpt-oss-20b", rounds=1, prompt_tokens=32, completion_tokens=16, long_context=40)
     assert found.error is None
     assert set(found.samples) == {"prefill of 32", "decode", "decode after 40"}
     assert all(found.ratio(measure) > 0 for measure in found.samples)
-    ours, theirs = found.primitives["ours, compiled"], found.primitives["mlx-lm"]
-    assert ours[0] < found.primitives["ours, plain"][0] < theirs[0]
-    text = "\n".join(found.lines())
-    assert "ratio" in text
-    assert "primitives" in text
+    assert "ratio" in "\n".join(found.lines())
 
 
 def test_prompts_are_cut_to_the_context_and_time_ends_rounds_not_measures(monkeypatch):
@@ -193,7 +189,6 @@ def test_apart_each_run_has_a_process_of_its_own(monkeypatch):
         name: {"ours": 2, "mlx-lm": 2} for name in ("prefill of 16", "decode")
     }
     assert found.limits is not None
-    assert set(found.primitives) == {"ours, plain", "ours, compiled", "mlx-lm"}
     assert len(seen) == 8
     assert found.peaks["decode"].keys() == {"ours", "mlx-lm"}
 

@@ -10,7 +10,7 @@ from benchmarks.measurements import predictions, routing, streaming
 from benchmarks.measurements.routing import Speed, Trace, alike, recording, replay, reuse_depths, uniform
 from benchmarks.streaming import main
 from openelm_mlx.checkpoint.layouts import Parameter
-from openelm_mlx.errors import SettingError
+from openelm_mlx.errors import DestinationError, SettingError
 from openelm_mlx.experts.slots import LeastRecentlyUsed
 from openelm_mlx.memory.machine import find_mac
 from openelm_mlx.specs import spec_from_config
@@ -240,3 +240,16 @@ def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch, short_trace)
     assert "all experts in memory, routing skewed: " in shown
     assert "    6 slots, routing own, writes copy: the same tokens as with all in memory" in shown
     assert "a prompt of 40 tokens in one chunk: " in shown
+
+
+def test_a_trace_replaces_a_trace_and_no_other_archive(runs, tmp_path):
+    file, trace = tmp_path / "trace.npz", runs[16][0]
+    trace.save(file)
+    trace.save(file)
+    whole = file.read_bytes()
+    np.savez_compressed(file, num_experts=1, lengths=2, experts=3, more=4)
+    for theirs in (file.read_bytes(), whole[:60]):
+        file.write_bytes(theirs)
+        with pytest.raises(DestinationError, match="holds something else"):
+            trace.save(file)
+        assert file.read_bytes() == theirs

@@ -3,9 +3,9 @@
 import mlx.core as mx
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
+from primitive_counts import primitives
 
 import openelm_mlx as om
-from openelm_mlx.bench.graph import primitives
 from openelm_mlx.decoding import pieces
 from openelm_mlx.decoding.compiled_step import CompiledStep, make_step
 from openelm_mlx.decoding.prefill import prefill

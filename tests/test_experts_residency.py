@@ -310,15 +310,6 @@ def test_slots_cost_what_the_files_say(folders):
     assert model.residency.statistics()[:6] == (0, 0, 0, 0, 0, 0)
 
 
-def test_what_a_plan_needs_to_know(folders):
-    config, checkpoint = read_config(folders[32]), open_checkpoint(folders[32])
-    contents = understand(checkpoint, config, spec_from_config(config))
-    streaming = Streaming(contents, checkpoint, 9)
-    assert streaming.slot_bytes * 9 == streamed(folders[32], 9).residency.nbytes
-    assert streaming.embedding_bytes == 320 * 64 * 2
-    assert Streaming(contents, checkpoint, 9, embedding_on_disk=False).embedding_bytes == 0
-
-
 def test_views_stay_where_they_are(folders, residents):
     model, _ = om.load(folders[32], dtype="float32", expert_slots=8)
 

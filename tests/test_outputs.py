@@ -4,14 +4,12 @@ import json
 import os
 import stat
 
-import numpy as np
 import pytest
 
 from openelm_mlx.errors import DestinationError
 from openelm_mlx.outputs import (
     checked_output,
     json_with,
-    npz_with,
     output_file,
     picture_of_ours,
     safetensors_of,
@@ -152,12 +150,9 @@ def test_our_formats_are_known_by_what_is_in_them(tmp_path):
 
     mx.save_safetensors(str(tmp_path / "ours.safetensors"), {"a": mx.zeros(2)}, {"format": "ours"})
     mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"a": mx.zeros(2)}, {"format": "pt"})
-    np.savez_compressed(tmp_path / "ours.npz", a=1, b=2)
-    np.savez_compressed(tmp_path / "theirs.npz", a=1, b=2, c=3)
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "ours.npz").read_bytes()[:60])
     (tmp_path / "long.safetensors").write_bytes(b"\xff" * 8 + b"{}")
     (tmp_path / "text.svg").write_text("<svg>openelm_mlx</svg>")
-    kinds = {"safetensors": safetensors_of("ours"), "npz": npz_with("a", "b"), "svg": picture_of_ours}
+    kinds = {"safetensors": safetensors_of("ours"), "svg": picture_of_ours}
     for file in sorted(tmp_path.iterdir()):
         if file.name.startswith("ours"):
             assert checked_output(file, "It", kinds[file.suffix[1:]]) == file

@@ -24,7 +24,7 @@ from openelm_mlx.files import open_regular, unreadable
 from openelm_mlx.memory.chips import READ_BACK_SECONDS
 from openelm_mlx.memory.rates import Rates
 from openelm_mlx.models.moe import SORT_FROM_ROUTES
-from openelm_mlx.outputs import npz_with, output_file
+from openelm_mlx.outputs import output_file
 from openelm_mlx.specs import ModelSpec
 
 # Where a layer was not asked: of a chunk that only fills the cache the last layer's experts are not wanted.
@@ -32,10 +32,19 @@ NOT_ASKED = -1
 # Places are drawn so often for each that is wanted.
 TRIES = 50
 # What a trace is called in errors, and how its files are known.
-WHAT, IS_TRACE = "The routing trace", npz_with("num_experts", "lengths", "experts")
+WHAT = "The routing trace"
 
-
+_ARRAYS = ("num_experts", "lengths", "experts")
 _LARGEST_TRACE = 2**30  # bytes unpacked: 4 million tokens of gpt-oss-120b
+
+
+def is_trace(file: BinaryIO) -> bool:
+    """Recognizes an archive of NumPy's that holds a trace's arrays and nothing else."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return set(archive.namelist()) == {f"{name}.npy" for name in _ARRAYS}
+    except (zipfile.BadZipFile, NotImplementedError):
+        return False
 
 
 @dataclass
@@ -56,7 +65,7 @@ class Trace:
     def save(self, path: Path, overwrite: bool = False) -> None:
         """Write it, compressed: some 4 bytes a layer and token. Raises DestinationError."""
         lengths = [len(each) for each in self.passes]
-        with output_file(path, WHAT, IS_TRACE, overwrite) as stream:  # to this name, whatever it ends with
+        with output_file(path, WHAT, is_trace, overwrite) as stream:  # to this name, whatever it ends with
             np.savez_compressed(
                 stream, num_experts=self.num_experts, lengths=lengths, experts=np.concatenate(self.passes)
             )

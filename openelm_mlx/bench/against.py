@@ -8,20 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checks import size
-from ..decoding.compiled_step import CompiledStep
 from ..decoding.sampling import SamplingParams
 from ..errors import CheckpointError
-from ..generate import prefill, stream_generate
+from ..generate import stream_generate
 from ..memory.machine import this_machine
 from ..specs import spec_from_config
 from .fresh import run_fresh
-from .graph import decode_primitives
 from .limits import Limits, measured_limits
 from .random_pair import random_pair, shape_config
 
@@ -46,7 +44,6 @@ class Comparison:
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     first_token: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)
-    primitives: dict[str, tuple[int, int]] = field(default_factory=dict)
     limits: Limits | None = None
     token_bytes: int = 0
     token_operations: int = 0
@@ -102,8 +99,6 @@ class Comparison:
                 times = ", ".join(f"{whose} {1e3 * statistics.median(each):,.4g} ms" for whose, each in both_times)
                 peaks = ", ".join(f"{whose} {size(each)}" for whose, each in self.peaks[measure].items())
                 yield f"{name}: {measure}: first token after {times}; memory beside the weights {peaks}"
-        for whose, (every, without_views) in self.primitives.items():
-            yield f"{name}: primitives a token, {whose}: {every}, without views {without_views}"
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison for machines."""
@@ -150,7 +145,6 @@ def compare(
         model, other = random_pair(config, bits, theirs, ours)
         comparison.limits = measured_limits()
         comparison.token_bytes, comparison.token_operations = of_a_token(model)
-        comparison.primitives = _primitives(model if ours else None, other)
         runners: dict[str, Callable[..., Run]] = {"ours": our_runner(model, 2048)} if ours else {}
         if other is not None:
             runners["mlx-lm"] = mlx_lm_runner(other)
@@ -196,7 +190,6 @@ def _compare_apart(
                 raise CheckpointError(f"{whose}: {found['error']}")
             comparison.limits = comparison.limits or Limits(**found["limits"])
             comparison.token_bytes, comparison.token_operations = found["token_bytes"], found["token_operations"]
-            comparison.primitives |= {key: tuple(each) for key, each in found["primitives"].items() if whose in key}
             for name, sides in found["samples"].items():
                 for value in sides.get(whose, []):
                     comparison.add(name, whose, value)
@@ -301,25 +294,6 @@ def _rates(arrivals: list[float], num_prompt_tokens: int, left_out: int) -> Run:
     counted = arrivals[1 + left_out :] if len(arrivals) > left_out + 4 else arrivals[1:]
     decode = (len(counted) - 1) / (counted[-1] - counted[0])
     return Run(num_prompt_tokens / (first - started), decode, first - started, 0)
-
-
-def _primitives(model: Model | None, other: Any) -> dict[str, tuple[int, int]]:
-    found = {}
-    if model is not None:
-        cache = model.make_cache()
-        mx.eval(prefill(model, random_prompt(model, 8), cache, 512))
-        found["ours, plain"] = decode_primitives(lambda tokens, cache: model(tokens[0], cache=cache)[None], cache)
-        cache = model.make_cache()
-        mx.eval(prefill(model, random_prompt(model, 8), cache, 512))
-        step = CompiledStep(model, cache)
-        found["ours, compiled"] = decode_primitives(lambda tokens, _: step(tokens[0, 0])[None, None], cache)
-    if other is not None:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        cache = make_prompt_cache(other)
-        mx.eval(other(mx.array([[13, 32, 51, 70, 89, 108, 127, 146]]), cache=cache))
-        found["mlx-lm"] = decode_primitives(lambda tokens, cache: cast(Any, other)(tokens, cache=cache), cache)
-    return found
 
 
 def _spread(values: list[float]) -> str:

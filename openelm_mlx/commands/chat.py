@@ -21,7 +21,7 @@ from .answering import (
     answer_options,
     guessing,
 )
-from .generate import check_draft_options, draft_to_check, experts_read, load_draft, read_form
+from .generate import check_draft_options, experts_read, prepare_draft, read_form
 from .interrupts import Interrupts
 from .options import add_model_arguments, add_sampling_arguments, bits_asked_for, load_options, sampling_options
 from .output import answer, dimmed, end_answer, end_dimmed, say, typed
@@ -126,13 +126,14 @@ def run(args: argparse.Namespace) -> int:
             return chat
 
         # Whatever is wrong is said before the weights are read: of a large model that takes half a minute.
-        checked = begun(prepared.model, draft_to_check(args))
+        draft, load_draft = prepare_draft(args)
+        checked = begun(prepared.model, draft)
         with suppress(PromptError):  # what will be asked nobody knows
             stream_generate(
                 prepared.model, tokenizer, "Hello", max_tokens=args.max_tokens, sampling=sampling, **checked.options
             )
         model, _ = prepared.read()
-        chat = begun(model, load_draft(args))
+        chat = begun(model, load_draft())
         reader: Reader = reader_for_terminal(args.no_history, COMMANDS) if sys.stdin.isatty() else LineReader()
         screen = Screen(chat, quiet=args.quiet, show_reasoning=args.show_reasoning is not False)
         for note in toolbox.notes:

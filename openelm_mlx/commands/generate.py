@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -128,12 +128,11 @@ def run(args: argparse.Namespace) -> int:
 
     prepared = prepare(args.model, **load_options(args))
     # Whatever is wrong is said before the weights are read: of a large model that takes half a minute.
-    answer_of(
-        prepared.model, prepared.tokenizer, None if args.prompt_cache is None else PrefixCache(), draft_to_check(args)
-    )
+    draft, load_draft = prepare_draft(args)
+    answer_of(prepared.model, prepared.tokenizer, None if args.prompt_cache is None else PrefixCache(), draft)
     model, tokenizer = prepared.read()
     cache = open_prompt_cache(args.prompt_cache, model, args.overwrite)
-    chunks = answer_of(model, tokenizer, cache, load_draft(args))
+    chunks = answer_of(model, tokenizer, cache, load_draft())
     exit_code = print_json(chunks, args) if args.json else print_text(chunks, args)
     if cache is not None:
         cast("Generator[Chunk, None, None]", chunks).close()  # an answer that was cut short is kept now
@@ -154,30 +153,25 @@ def is_guessing(args: argparse.Namespace) -> bool:
     return args.draft_model is not None or args.prompt_lookup
 
 
-def draft_to_check(args: argparse.Namespace) -> Drafts | None:
-    """What will guess the next tokens, if anything does, before its weights are read: it can only be checked."""
-    return _draft(args, is_read=False)
+def prepare_draft(args: argparse.Namespace) -> tuple[Drafts | None, Callable[[], Drafts | None]]:
+    """What guesses the next tokens, if anything does: as it can be checked now, and what reads its weights.
 
-
-def load_draft(args: argparse.Namespace) -> Drafts | None:
-    """What guesses the next tokens, if anything does."""
-    return _draft(args, is_read=True)
-
-
-def _draft(args: argparse.Namespace, is_read: bool) -> Drafts | None:
+    Of a draft model the first has no weights yet, so nothing may be computed with it.
+    """
     if not is_guessing(args):
-        return None
+        return None, lambda: None
     from ..decoding.drafts import DraftModel, PromptLookup
     from ..loading import prepare
     from .progress import byte_bar
 
     count = {} if args.num_draft_tokens is None else {"num_draft_tokens": args.num_draft_tokens}
     if args.prompt_lookup:
-        return PromptLookup(**count)
+        lookup = PromptLookup(**count)
+        return lookup, lambda: lookup
     progress = None if args.quiet else byte_bar(args.draft_model)
     prepared = prepare(args.draft_model, dtype=args.dtype, progress=progress)
-    model, tokenizer = prepared.read() if is_read else (prepared.model, prepared.tokenizer)
-    return DraftModel(model, tokenizer, **count)
+    unread = DraftModel(prepared.model, prepared.tokenizer, **count)
+    return unread, lambda: DraftModel(*prepared.read(), **count)
 
 
 def open_prompt_cache(name: str | None, model: Model, overwrite: bool = False) -> PrefixCache | None:

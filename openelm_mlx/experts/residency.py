@@ -120,16 +120,6 @@ class Streaming:
         self._embedding = _embedding_entry(contents, checkpoint) if embedding_on_disk else None
         self.on_disk = {*self._entries, *(() if self._embedding is None else (EMBEDDING,))}
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes in memory that one more slot in every layer takes."""
-        return sum(entry.nbytes // entry.shape[0] for entry in self._entries.values())
-
-    @property
-    def embedding_bytes(self) -> int:
-        """Bytes that are not in memory because the embedding stays on disk."""
-        return 0 if self._embedding is None else self._embedding.nbytes
-
     def attach(
         self,
         model: GptOss,

@@ -13,7 +13,7 @@ from unittest import mock
 import mlx.core as mx
 from mlx import nn
 
-from ..models import attention, openelm, precision, rope
+from openelm_mlx.models import attention, openelm, precision, rope
 
 # They move no data: a GPU launches nothing for them.
 VIEWS = frozenset(

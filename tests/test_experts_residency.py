@@ -222,6 +222,58 @@ def test_the_kernel_follows_from_routes_and_the_model_s_experts(
     assert kernels[0] == kernels[1] == {"tiles" if uses_tiles(4 * num_tokens, num_experts) else "rows"}
 
 
+@pytest.mark.parametrize("way", ["unsorted", "sorted", "grouped", "blocks_16", "blocks_32"])
+@pytest.mark.parametrize(("num_experts", "num_slots"), [(32, 5), (32, 32), (128, 40)])
+def test_the_way_through_the_experts_is_the_resident_model_s(
+    folders, residents, num_experts, num_slots, way, monkeypatch
+):
+    """Few rows whose routes go in groups: as many places in each as in memory, or it would be another kernel."""
+    chosen = KernelChoices(compiled_step=False, expert_ways=((1, way),))
+    monkeypatch.setattr(base, "default_choices", lambda: chosen)
+    known, _ = om.load(folders[num_experts], dtype="float32")
+    model, _ = om.load(folders[num_experts], dtype="float32", expert_slots=num_slots)
+    seen = []
+    for name in ("gather_qmm", "quantized_matmul"):
+
+        def spy(x, *args, name=name, product=getattr(mx, name), **kwargs):
+            if args[0].ndim == 3:  # the experts' weights, and no other ones
+                seen.append((name, x.shape[-2]))
+            return product(x, *args, **kwargs)
+
+        monkeypatch.setattr(mx, name, spy)
+    for num_rows in (1, 3, 20, 30, 60):
+        x = mx.random.normal((num_rows, 64), key=mx.random.key(num_rows))
+        kernels, outs = [], []
+        for each in (known, model):
+            seen.clear()
+            outs.append(each.layers[0].mlp(x, mx.float32))
+            mx.eval(outs[-1])
+            kernels.append(set(seen))
+        assert mx.array_equal(*outs)
+        assert mx.array_equal(outs[0], residents[num_experts].layers[0].mlp(x, mx.float32))
+        assert kernels[0] == kernels[1]
+        if num_rows == 60 and way.startswith("blocks"):
+            assert kernels[0] == {("gather_qmm", int(way[-2:]))}
+        if num_rows == 20 and way == "grouped":
+            assert kernels[0] == {
+                ("quantized_matmul" if num_experts == 32 else "gather_qmm", 32 if num_experts == 32 else 1)
+            }
+
+
+@pytest.mark.parametrize("way", ["grouped", "blocks_16"])
+def test_looking_ahead_takes_the_way_of_the_resident_model(folders, residents, way, monkeypatch):
+    monkeypatch.setattr(base, "default_choices", lambda: KernelChoices(compiled_step=False, expert_ways=((1, way),)))
+    model, _ = om.load(folders[32], dtype="float32", expert_slots=32)
+    layer = model.layers[0].mlp
+    x = mx.random.normal((24, 64), key=mx.random.key(3))
+    expert_indices, _ = layer.route(x)
+    known = layer.experts(x, expert_indices)
+    mx.eval(known)
+    again = layer.experts.compute_from_slots(x, expert_indices, layer.experts.bank.device_table())
+    assert mx.array_equal(again, known)
+    assert mx.array_equal(known, residents[32].layers[0].mlp.experts(x, expert_indices))
+
+
 def test_rows_are_added_where_a_bank_would_fall_below_the_tiles(folders, residents, monkeypatch):
     """40 tokens are 5 rows an expert; one block of 24 experts has fewer than 4 x 24 of its own at some point."""
     sizes = []

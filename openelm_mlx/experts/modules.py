@@ -11,7 +11,9 @@ import numpy as np
 
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.reader import TensorEntry
+from ..models.groups import groups_on_host, make_groups
 from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, uses_tiles
+from ..models.routing_ways import SORTED, UNSORTED
 from .bank import ExpertBank, Lock
 from .records import HostTarget, Record, RecordFile, RecordReader
 from .slots import rounds_of
@@ -35,10 +37,11 @@ class StreamedExperts:
             self.bank.statistics.read_backs += 1
             if self.on_choice is not None:
                 self.on_choice(chosen)
-            is_grouped = chosen.size >= SORT_FROM_ROUTES
+            way = self.experts.way_for(chosen.shape)
+            is_grouped = way != UNSORTED
             rounds = rounds_of(chosen.ravel().tolist(), self.bank.table, is_grouped)
             if is_grouped or len(rounds) > 1:
-                return self._by_blocks(x, chosen, rounds)
+                return self._by_blocks(x, chosen, rounds, way)
             self.bank.require(rounds[0])
             outputs = self.compute_from_slots(x, expert_indices, self.bank.device_table())
             mx.async_eval(outputs)
@@ -47,16 +50,20 @@ class StreamedExperts:
 
     def compute_from_slots(self, x: mx.array, expert_indices: mx.array, table: mx.array) -> mx.array:
         """The chosen experts' outputs from the slots that `table`, the bank's, gives: right if all are resident then."""
-        return self.experts.feed_forward(x[..., None, :], expert_indices, table[expert_indices])
+        way, slots = self.experts.way_for(expert_indices.shape), table[expert_indices]
+        if way in (UNSORTED, SORTED):  # without tiles, for which these are too few, they are one kernel
+            return self.experts.feed_forward(x[..., None, :], expert_indices, slots)
+        groups = make_groups(expert_indices, way, self.bank.num_slots, slots)
+        return self.experts.of_groups(x.reshape(-1, x.shape[-1]), groups).reshape(*expert_indices.shape, -1)
 
-    def _by_blocks(self, x: mx.array, chosen: np.ndarray, blocks: list[list[int]]) -> mx.array:
+    def _by_blocks(self, x: mx.array, chosen: np.ndarray, blocks: list[list[int]], way: str) -> mx.array:
         """Routes grouped by expert, experts taken in blocks that fit: each expert is read at most once.
 
         A row's result does not depend on which rows are computed with it, only on the kernel.
         """
         routes = chosen.ravel()
         rows = x.reshape(-1, x.shape[-1])
-        tiles = uses_tiles(routes.size, self.bank.num_experts)
+        tiles = way == SORTED and uses_tiles(routes.size, self.bank.num_experts)
         pieces: list[mx.array] = []
         positions: list[np.ndarray] = []
         try:
@@ -67,7 +74,10 @@ class StreamedExperts:
                 slots = self.bank.slots(routes[mine])
                 order = np.argsort(slots, kind="stable")
                 mine, slots = mine[order], slots[order]
-                pieces.append(self._block(rows, routes, mine, slots, tiles, chosen.shape[-1]))
+                if way in (UNSORTED, SORTED):
+                    pieces.append(self._block(rows, routes, mine, slots, tiles, chosen.shape[-1]))
+                else:
+                    pieces.append(self._groups(rows, routes, mine, slots, way, chosen.shape[-1]))
                 positions.append(mine)
                 if following is not None:
                     # Read while this block is computed: the slots that change are those of blocks before it, if possible.
@@ -91,6 +101,17 @@ class StreamedExperts:
         inputs = rows[mx.array((mine // k).astype(np.uint32))]
         experts = mx.array(routes[mine].astype(np.uint32))
         outputs = self.experts.feed_forward(inputs, experts, mx.array(slots), sorted_slots=tiles)[:count]
+        return self._started(outputs, slots)
+
+    def _groups(
+        self, rows: mx.array, routes: np.ndarray, mine: np.ndarray, slots: np.ndarray, way: str, k: int
+    ) -> mx.array:
+        """As `_block`, of routes that are multiplied in groups of one expert each."""
+        groups = groups_on_host(mine // k, routes[mine], slots, way, routes.size // k, self.bank.num_slots)
+        return self._started(self.experts.of_groups(rows, groups), slots)
+
+    def _started(self, outputs: mx.array, slots: np.ndarray) -> mx.array:
+        """`outputs`, being computed; the slots that they read stay as they are until then."""
         # One number that needs them all stands for them: what waits for a fence is kept in memory.
         mark = outputs[:1, :1] + 0
         mx.async_eval(outputs, mark)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.precision import KernelChoices, default_choices, runs_on_cpu
+from ..models.routing_ways import is_checked
 from .stored import load_stored, store
 
 SUBJECT = "choices"
@@ -22,13 +23,17 @@ def stored_choices() -> KernelChoices | None:
     if runs_on_cpu():
         return None
     found = load_stored(SUBJECT)
-    known = {
-        each.name: found[each.name]
-        for each in fields(KernelChoices)
-        if any(found.get(each.name) is value or found.get(each.name) == value for value in _ALLOWED[each.name])
-        and type(found.get(each.name)) is type(_ALLOWED[each.name][0])
-    }
+    known = {each.name: found[each.name] for each in fields(KernelChoices) if _is_allowed(each.name, found)}
+    if "expert_ways" in known:
+        known["expert_ways"] = tuple((first, way) for first, way in known["expert_ways"])
     return replace(default_choices(), **known) if known else None
+
+
+def _is_allowed(name: str, found: dict[str, Any]) -> bool:
+    if name == "expert_ways":
+        return is_checked(found.get(name))
+    value, allowed = found.get(name), _ALLOWED[name]
+    return value in allowed and type(value) is type(allowed[0])
 
 
 def store_choices(chosen: KernelChoices) -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..models.routing_ways import BY_SORTING, IN_BLOCKS, ExpertWays, most_places
 from ..specs import KV_STEP, LayerSpec, ModelSpec, kv_capacity
 
 FLOAT32 = 4
@@ -21,6 +22,8 @@ LOGITS_COPIES = 3
 # How many layers of a prompt's chunk may be in memory at the same time (decoding/prefill.py, `in_turn`). Where a layer takes
 # 0.2 ms, as on a fast GPU, memory comes back layers later than it could, and waiting for it would take as long as the work.
 LAYERS_IN_FLIGHT = {"metal": 2, "cuda": 4}
+# How a GPU's rows go through their experts unless `selfcheck` found another way faster (models/precision.py).
+_EXPERT_WAYS = {"metal": BY_SORTING, "cuda": IN_BLOCKS}
 # Tokens that may be checked at once behind a guess, with all of every layer; one token is fewer.
 GUESSED = 9
 
@@ -48,8 +51,9 @@ def layer_scratch(
     spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None = None
 ) -> LayerScratch:
     """What `L` tokens after `offset` cached ones take in one layer that computes with numbers of `itemsize` bytes."""
-    count = _OnCpu if backend == "cpu" else _OnGpu
-    return count(spec, layer, L, offset, itemsize, kv_bits).layer()
+    if backend == "cpu":
+        return _OnCpu(spec, layer, L, offset, itemsize, kv_bits).layer()
+    return _OnGpu(spec, layer, L, offset, itemsize, kv_bits, _EXPERT_WAYS[backend]).layer()
 
 
 class _Counting:
@@ -173,6 +177,21 @@ class _OnCpu(_Counting):
 class _OnGpu(_Counting):
     """A kernel each for a norm, a rotation, an attention and what is elementwise between them. Measured on CUDA."""
 
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layer: LayerSpec,
+        L: int,
+        offset: int,
+        itemsize: int,
+        kv_bits: int | None,
+        expert_ways: ExpertWays,
+    ) -> None:
+        super().__init__(spec, layer, L, offset, itemsize, kv_bits)
+        # With what they are padded with; a few tokens that are left over may take more than a whole chunk.
+        k = layer.experts_per_token
+        self.places = most_places(L, k, layer.num_experts, expert_ways) if k else 0
+
     def before(self) -> int:
         e, is_moe = self.itemsize, self.layer_spec.num_experts > 0
         norm = (FLOAT32 + e) * self.hidden + e * self.new_keys if is_moe else e * self.hidden
@@ -196,7 +215,7 @@ class _OnGpu(_Counting):
         e = self.itemsize
         if not self.layer_spec.num_experts:
             return e * (self.queries + 3 * self.hidden + 3 * self.L * self.layer_spec.intermediate_size)
-        routed, inner = self.routes * self.spec.hidden_size, self.routes * self.layer_spec.intermediate_size
+        routed, inner = self.places * self.spec.hidden_size, self.places * self.layer_spec.intermediate_size
         stream = (3 * e + 3 * FLOAT32 + e) * self.hidden
         routing = FLOAT32 * (3 * self.L * self.layer_spec.num_experts + 8 * self.routes)
         return stream + routing + e * (4 * routed + 5 * inner)

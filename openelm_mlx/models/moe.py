@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -15,10 +16,12 @@ import numpy as np
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
+from .groups import Groups, make_groups
 from .precision import linear, one_kernel, widen
+from .routing_ways import BY_SORTING, SORTED, UNSORTED, ExpertWays, way_for
 
-# From so many (token, expert) routes on, sorting them by expert pays: each expert's weights are then read once and used
-# for a block of rows. Only shapes decide, so that the same prompt always takes the same path.
+# So many (token, expert) routes are many: no constants are kept for their number, and tiles may be worth it. Which way they
+# go is a matter of the machine (models/routing_ways.py); only shapes decide, so that the same prompt always takes the same.
 SORT_FROM_ROUTES = 64
 # From so many sorted rows an expert of the array it is given, MLX multiplies by tiles instead of row by row, and rounds in
 # another order (metal/quantized.cpp, GatherQMM::eval_gpu, 0.32.4). Who has fewer experts in the array must not get there
@@ -49,12 +52,14 @@ class MoE(nn.Module):
 
     experts: RoutedExperts
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, bias_apart: bool = False) -> None:
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, bias_apart: bool = False, expert_ways: ExpertWays = BY_SORTING
+    ) -> None:
         super().__init__()
         self.experts_per_token = layer.experts_per_token
         self.bias_apart = bias_apart
         self.router = nn.Linear(spec.hidden_size, layer.num_experts)
-        self.experts = Experts(spec, layer)
+        self.experts = Experts(spec, layer, expert_ways)
 
     def __call__(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
         """x (B, L, hidden_size) in float32 -> the layer's output; the experts compute in `dtype`.
@@ -99,21 +104,31 @@ class Experts(nn.Module):
     more rows than hidden_size (whole tiles are several times faster on some GPUs); those beyond are ignored.
     """
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, ways: ExpertWays = BY_SORTING) -> None:
         super().__init__()
         self.num_experts = layer.num_experts
         self.swiglu_limit, self.swiglu_alpha = spec.swiglu_limit, spec.swiglu_alpha
         self.gate_up_proj = ExpertLinear(layer.num_experts, spec.hidden_size, 2 * layer.intermediate_size)
         self.down_proj = ExpertLinear(layer.num_experts, layer.intermediate_size, spec.hidden_size)
+        self._ways = ways
         self._bias_table: tuple[mx.array, mx.array, mx.array] | None = None
 
     def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
-        if expert_indices.size < SORT_FROM_ROUTES:
+        way = self.way_for(expert_indices.shape)
+        if way == UNSORTED:
             return self.feed_forward(x[..., None, :], expert_indices)
-        rows, experts, inverse = sort_routes(x, expert_indices)
-        tiles = uses_tiles(experts.size, self.num_experts)
-        outputs = self.feed_forward(rows, experts, sorted_slots=tiles)
-        return outputs[inverse].reshape(*expert_indices.shape, -1)
+        if way == SORTED:
+            rows, experts, inverse = sort_routes(x, expert_indices)
+            tiles = uses_tiles(experts.size, self.num_experts)
+            outputs = self.feed_forward(rows, experts, sorted_slots=tiles)
+            return outputs[inverse].reshape(*expert_indices.shape, -1)
+        groups = make_groups(expert_indices, way, self.num_experts)
+        return self.of_groups(x.reshape(-1, x.shape[-1]), groups).reshape(*expert_indices.shape, -1)
+
+    def way_for(self, shape: Sequence[int]) -> str:
+        """The way of experts that were chosen in this shape, (..., k): one of `routing_ways.WAYS`."""
+        k = shape[-1]
+        return way_for(math.prod(shape) // k, k, self.num_experts, self._ways)
 
     def feed_forward(
         self, x: mx.array, experts: mx.array, slots: mx.array | None = None, sorted_slots: bool = False
@@ -131,6 +146,17 @@ class Experts(nn.Module):
             self.swiglu_limit, self.swiglu_alpha,
         )  # fmt: skip
         return self.down_proj(hidden, slots, sorted_slots) + down_bias
+
+    def of_groups(self, rows: mx.array, groups: Groups) -> mx.array:
+        """`feed_forward` of routes that stand in groups. rows (N, hidden_size) -> each route's output (R, hidden_size)."""
+        gate_up_bias, down_bias = (each[:, None] for each in self._biases(groups.experts))
+        gate_up = self.gate_up_proj.of_groups(rows[groups.rows], groups.slots)
+        hidden = clamped_swiglu(
+            gate_up[..., ::2], gate_up[..., 1::2], gate_up_bias[..., ::2], gate_up_bias[..., 1::2],
+            self.swiglu_limit, self.swiglu_alpha,
+        )  # fmt: skip
+        outputs = self.down_proj.of_groups(hidden, groups.slots) + down_bias
+        return outputs.reshape(-1, outputs.shape[-1])[groups.places]
 
     def _biases(self, experts: mx.array) -> tuple[mx.array, mx.array]:
         """The biases of gate_up and down for each of `experts` (..., n): (..., n, rows), twice.
@@ -177,6 +203,18 @@ class ExpertLinear(nn.Module):
             sorted_indices=sorted_slots,
         )
         return y.squeeze(-2)[..., : self.bias.shape[-1]].astype(x.dtype)
+
+    def of_groups(self, x: mx.array, slots: mx.array | None) -> mx.array:
+        """weight[slots] x, without the bias, of groups x (G, M, columns): (G, M, rows of the bias).
+
+        slots (G,): where each group's weights are; None for all of them, one after the other.
+        """
+        weight = widen(self.weight).swapaxes(-1, -2)
+        if slots is None:
+            y = widen(x) @ weight
+        else:
+            y = mx.gather_mm(widen(x), weight, lhs_indices=numbers(slots.shape, slots.shape), rhs_indices=slots)
+        return y[..., : self.bias.shape[-1]].astype(x.dtype)
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **_: Any
@@ -226,6 +264,22 @@ class QuantizedExpertLinear(nn.Module):
             sorted_indices=sorted_slots,
         )
         return y.squeeze(-2)[..., : self.bias.shape[-1]].astype(x.dtype)
+
+    def of_groups(self, x: mx.array, slots: mx.array | None) -> mx.array:
+        """As `ExpertLinear`'s."""
+        weights = self.weight, self.scales, self.get("biases")
+        packing: dict[str, Any] = {
+            "transpose": True,
+            "group_size": self.group_size,
+            "bits": self.bits,
+            "mode": self.mode,
+        }
+        if slots is None:
+            y = mx.quantized_matmul(widen(x), *weights, **packing)
+        else:
+            own = numbers(slots.shape, slots.shape)
+            y = mx.gather_qmm(widen(x), *weights, lhs_indices=own, rhs_indices=slots, **packing)
+        return y[..., : self.bias.shape[-1]].astype(x.dtype)
 
 
 def numbers(shape: tuple[int, ...], broadcast_to: tuple[int, ...]) -> mx.array:

@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from .routing_ways import BY_SORTING, IN_BLOCKS, ExpertWays
+
 # Combinations of shapes for which an elementwise function stays traced.
 MOST_TRACES = 64
 
@@ -26,6 +28,7 @@ class KernelChoices:
     rows_in_a_tile: the number whose multiples an expert's rows are made in memory (1: as they are). spare_places: how many
     places more than needed a cache's buffer has. compiled_step: decode in compiled pieces. fuse_residual_add: the residual
     stream is added in the product's own kernel. bias_apart: the bias of a single row is added in a kernel of its own.
+    expert_ways: which way so many rows at once go through their experts (models/routing_ways.py).
     """
 
     rows_in_a_tile: int = 1
@@ -33,6 +36,7 @@ class KernelChoices:
     compiled_step: bool = True
     fuse_residual_add: bool = False
     bias_apart: bool = False
+    expert_ways: ExpertWays = BY_SORTING
 
 
 def default_choices() -> KernelChoices:
@@ -40,14 +44,17 @@ def default_choices() -> KernelChoices:
 
     CUDA, measured on an H200 (docs/LOG.md): a sorted product over 2,880 rows took ten times as long as over 2,944; for one
     token over a multiple of 256 places MLX takes cuDNN, which is four times as slow as its own kernel; and a product with a
-    bias goes through cublasLt, which takes longer than MLX's own kernel for one row and the sum. Metal: nothing is measured;
-    its product with one row is written so that a sum costs nothing. The CPU backend is slower compiled, and its BLAS would
-    add each product to the residual stream itself, which is larger: less exact.
+    bias goes through cublasLt, which takes longer than MLX's own kernel for one row and the sum. Few rows and their experts:
+    a route took as long as the 16 rows of a tile, sorted or not, and experts with all their rows side by side half of that
+    from 16 rows on; blocks of 16 are the same kernel for fewer tiles (`python -m benchmarks.experts_for_few_rows`).
+    Metal: nothing is measured; its product with one row is written so that a sum costs nothing. The CPU backend is slower
+    compiled, its BLAS would add each product to the residual stream itself, which is larger: less exact; and it computes
+    what a row is padded with as it does a row.
     """
     if runs_on_cpu():
         return KernelChoices(compiled_step=False)
     if mx.cuda.is_available():
-        return KernelChoices(rows_in_a_tile=128, spare_places=8, bias_apart=True)
+        return KernelChoices(rows_in_a_tile=128, spare_places=8, bias_apart=True, expert_ways=IN_BLOCKS)
     return KernelChoices(fuse_residual_add=True)
 
 

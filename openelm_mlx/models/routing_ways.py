@@ -1,0 +1,95 @@
+"""How rows meet the experts that they chose: the ways there are, and which one is taken. Without arrays.
+
+All give the same sums. What they cost depends on how often an expert's weights are read and unpacked:
+
+- unsorted: once for each route, a (row, expert) pair. The fewest steps: the best for one row.
+- sorted: the routes in the order of their experts; from some routes an expert on MLX multiplies them by tiles. For many.
+- grouped: the routes of each expert side by side, padded to as many as there are rows; all experts in one batch.
+- blocks_16, blocks_32: the same in blocks of so many routes, an expert having as many blocks as it needs.
+
+Shapes decide alone. Nothing is asked of the host: an expert has at most one route from each row, and however the routes
+fall, the blocks are no more than `num_groups` says.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+# (First number of rows, way), rising from 1 row on.
+ExpertWays = tuple[tuple[int, str], ...]
+
+UNSORTED, SORTED, GROUPED = "unsorted", "sorted", "grouped"
+ROWS_IN_A_BLOCK = {"blocks_16": 16, "blocks_32": 32}
+WAYS = (UNSORTED, SORTED, GROUPED, *ROWS_IN_A_BLOCK)
+
+# What holds where nobody has measured, and for MLX's CUDA backend (`precision.default_choices`).
+BY_SORTING: ExpertWays = ((1, UNSORTED), (16, SORTED))
+IN_BLOCKS: ExpertWays = ((1, UNSORTED), (16, "blocks_16"))
+
+# What a row of the table is: gpt-oss takes four experts a token. Fewer a token count as fewer rows.
+ROUTES_A_ROW = 4
+# As far as a table speaks, 128 rows. More routes are sorted whatever it says: that is a prompt, and places for padding
+# would be memory for nothing.
+MOST_ROUTES_OF_A_TABLE = 512
+# The most rows for which every expert gets as many places as there are rows.
+MOST_ROWS_GROUPED = 32
+# Groups have to be fewer than routes by this much: each is one reading of an expert, and making them costs some kernels.
+FEWER_GROUPS = 0.75
+
+
+def way_for(num_rows: int, experts_per_token: int, num_experts: int, ways: ExpertWays) -> str:
+    """The way that `ways` has for so many rows of a layer: one of WAYS.
+
+    ways: `KernelChoices.expert_ways`. The last entry counts that has begun by then and suits the layer: groups do not
+    where they would be nearly as many as the routes, as for few rows of very many experts.
+    """
+    routes = num_rows * experts_per_token
+    if routes > MOST_ROUTES_OF_A_TABLE:
+        return SORTED
+    for first, way in reversed(ways):
+        if routes >= first * ROUTES_A_ROW and _suits(way, num_rows, routes, num_experts):
+            return way
+    return UNSORTED
+
+
+def _suits(way: str, num_rows: int, routes: int, num_experts: int) -> bool:
+    if way in (UNSORTED, SORTED):
+        return True
+    if way == GROUPED and num_rows > MOST_ROWS_GROUPED:
+        return False
+    return num_groups(way, num_rows, routes, num_experts) <= FEWER_GROUPS * routes
+
+
+def most_places(num_rows: int, experts_per_token: int, num_experts: int, ways: ExpertWays) -> int:
+    """The most rows that so many rows, or fewer, become on their way through the experts, padding included."""
+    found = num_rows * experts_per_token
+    for n in range(1, min(num_rows, MOST_ROUTES_OF_A_TABLE // experts_per_token) + 1):
+        way = way_for(n, experts_per_token, num_experts, ways)
+        if way not in (UNSORTED, SORTED):
+            groups = num_groups(way, n, n * experts_per_token, num_experts)
+            found = max(found, groups * rows_in_a_group(way, n))
+    return found
+
+
+def is_checked(ways: object) -> bool:
+    """Whether `ways` is a table: pairs (first number of rows, way), the first from 1 row on, the numbers rising."""
+    if not isinstance(ways, list | tuple) or not ways:
+        return False
+    pairs = [each for each in ways if isinstance(each, list | tuple) and len(each) == 2]
+    if len(pairs) < len(ways) or not all(type(first) is int and way in WAYS for first, way in pairs):
+        return False
+    firsts = [first for first, _ in pairs]
+    return firsts[0] == 1 and all(a < b for a, b in itertools.pairwise(firsts))
+
+
+def rows_in_a_group(way: str, num_rows: int) -> int:
+    """How many places a group has."""
+    return ROWS_IN_A_BLOCK.get(way) or max(1, 1 << (num_rows - 1).bit_length())  # few shapes: a power of two
+
+
+def num_groups(way: str, num_rows: int, routes: int, num_experts: int) -> int:
+    """How many groups there are, whatever was chosen: each expert's last block is the only one that may be partly empty."""
+    if way == GROUPED:
+        return num_experts
+    used, places = min(num_experts, routes), rows_in_a_group(way, num_rows)
+    return min(used * -(-num_rows // places), used + (routes - used) // places)

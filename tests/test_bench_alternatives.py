@@ -9,6 +9,7 @@ import pytest
 import openelm_mlx as om
 from openelm_mlx.bench import alternatives
 from openelm_mlx.bench.alternatives import Sizes, Timing, time_alternatives, winners
+from openelm_mlx.bench.expert_ways import WaysTiming
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.compiled_step import CompiledStep, make_step
 from openelm_mlx.decoding.step import PlainStep
@@ -16,7 +17,9 @@ from openelm_mlx.memory import choices as kept
 from openelm_mlx.memory import stored
 from openelm_mlx.models import precision
 from openelm_mlx.models.precision import KernelChoices
+from openelm_mlx.models.routing_ways import BY_SORTING
 
+TABLE = ((1, "unsorted"), (12, "blocks_32"), (96, "sorted"))
 SMALL = Sizes(
     hidden=96, inner=64, experts=4, routes=64, heads=4, kv_heads=2, head_dim=32, places=256, layers=1, tokens=2
 )
@@ -76,11 +79,14 @@ def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monk
     monkeypatch.setattr(alternatives, "_ALTERNATIVES", {
         "spare_places": lambda _: {0: None, 8: None}, "fuse_residual_add": lambda _: {False: None, True: None},
     })  # fmt: skip
+    table = WaysTiming({}, BY_SORTING, ((1, "unsorted"),), {})
+    monkeypatch.setattr(alternatives, "time_expert_ways", lambda shape, rows: table)
     found = time_alternatives(SMALL)
     assert [(each.name, each.default, each.winner) for each in found] == [
         ("spare_places", 0, 8), ("fuse_residual_add", True, True), ("columns_in_a_tile", 1, 512),
+        ("expert_ways", BY_SORTING, ((1, "unsorted"),)),
     ]  # fmt: skip
-    assert winners(found) == replace(precision.default_choices(), spare_places=8)
+    assert winners(found) == replace(precision.default_choices(), spare_places=8, expert_ways=((1, "unsorted"),))
     assert "takes 8, instead of 0" in found[0].line()
     assert "as before" in found[1].line()
     assert "512 would be faster; only told, nothing goes by it" in found[2].line()
@@ -89,14 +95,17 @@ def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monk
 
 
 def test_every_choice_has_a_timing_and_a_set_of_values():
-    assert set(alternatives._ALTERNATIVES) == set(asdict(KernelChoices())) == set(kept._ALLOWED)
+    own = {"expert_ways"}  # a table: bench/expert_ways.py
+    assert set(alternatives._ALTERNATIVES) | own == set(asdict(KernelChoices())) == set(kept._ALLOWED) | own
 
 
 def test_what_is_stored_holds_from_the_next_model_on(on_a_gpu):
     assert kept.stored_choices() is None
-    kept.store_choices(KernelChoices(rows_in_a_tile=64, spare_places=8, compiled_step=False, bias_apart=True))
+    kept.store_choices(
+        KernelChoices(rows_in_a_tile=64, spare_places=8, compiled_step=False, bias_apart=True, expert_ways=TABLE)
+    )
     chosen = kept.stored_choices()
-    assert chosen == KernelChoices(64, 8, False, False, True)
+    assert chosen == KernelChoices(64, 8, False, False, True, TABLE)
     model, _ = om.load("demo-openelm", dtype="float32")
     assert model.choices == chosen
     cache = model.make_cache()
@@ -109,8 +118,12 @@ def test_what_is_stored_holds_from_the_next_model_on(on_a_gpu):
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"rows_in_a_tile": 7}, {"spare_places": True}, {"compiled_step": "no"}, {"bias_apart": 1}]
-)
+    "values",
+    [
+        {}, {"rows_in_a_tile": 7}, {"spare_places": True}, {"compiled_step": "no"}, {"bias_apart": 1},
+        {"expert_ways": [[1, "quickly"]]}, {"expert_ways": [[4, "sorted"]]}, {"expert_ways": "sorted"}, {"expert_ways": []},
+    ],
+)  # fmt: skip
 def test_values_that_nobody_stored_are_not_used(values, on_a_gpu):
     stored.store("choices", values)
     assert kept.stored_choices() is None
@@ -140,6 +153,24 @@ def test_the_self_check_times_and_stores_when_all_is_well(on_a_gpu, well, monkey
     assert main(["selfcheck", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["timings"][0]["winner"] == 8
+
+
+def test_the_table_of_ways_is_stored_and_told(on_a_gpu, well, monkeypatch, capsys):
+    timing = WaysTiming({(16, "unsorted"): 3e-4, (16, "blocks_32"): 1e-4}, BY_SORTING, TABLE, {"grouped": "it is off"})
+    monkeypatch.setattr(alternatives, "time_alternatives", lambda: [timing])
+    assert main(["selfcheck"]) == 0
+    out = capsys.readouterr().out
+    assert "us a layer of 16 rows: unsorted 300, blocks_32 100; grouped is left out, because it is off" in out
+    assert "takes unsorted from 1, blocks_32 from 12, sorted from 96, instead of unsorted from 1, sorted from 16" in out
+    assert kept.stored_choices().expert_ways == TABLE
+    model, _ = om.load("demo-gpt-oss", dtype="float32")
+    assert [model.layers[1].mlp.experts.way_for((n, 4)) for n in (1, 11, 12, 100)] == [
+        "unsorted", "unsorted", "blocks_32", "sorted",
+    ]  # fmt: skip
+    assert main(["selfcheck", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["timings"][0]["seconds"] == {"16 rows, unsorted": 3e-4, "16 rows, blocks_32": 1e-4}
+    assert report["timings"][0]["winner"] == [list(each) for each in TABLE]
 
 
 def test_a_self_check_that_failed_stores_nothing(on_a_gpu, well, monkeypatch, capsys):

@@ -233,14 +233,17 @@ def test_the_way_through_the_experts_is_the_resident_model_s(
     known, _ = om.load(folders[num_experts], dtype="float32")
     model, _ = om.load(folders[num_experts], dtype="float32", expert_slots=num_slots)
     seen = []
-    for name in ("gather_qmm", "quantized_matmul"):
 
-        def spy(x, *args, name=name, product=getattr(mx, name), **kwargs):
-            if args[0].ndim == 3:  # the experts' weights, and no other ones
+    def spied(name, product):
+        def spy(x, weight, *args, **kwargs):
+            if weight.ndim == 3:  # the experts' weights, and no other ones
                 seen.append((name, x.shape[-2]))
-            return product(x, *args, **kwargs)
+            return product(x, weight, *args, **kwargs)
 
-        monkeypatch.setattr(mx, name, spy)
+        return spy
+
+    for name in ("gather_qmm", "quantized_matmul"):
+        monkeypatch.setattr(mx, name, spied(name, getattr(mx, name)))
     for num_rows in (1, 3, 20, 30, 60):
         x = mx.random.normal((num_rows, 64), key=mx.random.key(num_rows))
         kernels, outs = [], []

@@ -109,7 +109,7 @@ def test_every_way_gives_what_a_loop_gives(made, form, kind):
             if way in GROUPING:
                 found = experts.of_groups(x, make_groups(mx.array(chosen), way, 16)).reshape(known.shape)
             else:
-                experts._ways = forced(way)
+                experts.ways = forced(way)
                 assert experts.way_for(chosen.shape) == way
                 found = experts(x, mx.array(chosen))
             assert found.dtype == mx.float32
@@ -122,7 +122,7 @@ def test_half_precision_in_groups(way):
     x = mx.random.normal((24, HIDDEN), key=mx.random.key(1)).astype(mx.bfloat16)
     chosen = choices_of("random", 24, 16)
     known = one_by_one(experts, x, chosen)
-    experts._ways = forced(way)
+    experts.ways = forced(way)
     assert experts.way_for(chosen.shape) == way
     found = experts(x, mx.array(chosen))
     assert found.dtype == mx.bfloat16
@@ -133,7 +133,7 @@ def test_half_precision_in_groups(way):
 def test_shapes_of_prompts_and_of_rows(made, way):
     """(B, L, hidden) as (N, hidden), and rows of down_proj beyond hidden_size are left out."""
     experts, _, _ = made_experts(8, FORMS["mxfp4"], seed=3)
-    experts._ways = forced(way)
+    experts.ways = forced(way)
     x = mx.random.normal((4, 6, HIDDEN), key=mx.random.key(2))
     chosen = mx.array(choices_of("random", 24, 8)).reshape(4, 6, K)
     plain = experts(x, chosen)

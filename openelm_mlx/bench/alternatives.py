@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from ..decoding.step import PlainStep
 from ..models import build_model
 from ..models.precision import KernelChoices, default_choices, runs_on_cpu
 from ..specs import spec_from_config
+from .expert_layer import LayerShape
+from .expert_ways import ROWS, WaysTiming, time_expert_ways
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -59,7 +61,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed: the widths of gpt-oss-20b and of OpenELM-1.1B unless a test asks for less."""
+    """What is timed: the widths of gpt-oss-20b and of OpenELM-1.1B unless a test asks for less.
+
+    expert_layer: None for gpt-oss-20b's, as far as there is memory for it.
+    """
 
     hidden: int = 2880
     inner: int = 2880
@@ -71,13 +76,16 @@ class Sizes:
     places: int = 8192
     layers: int = 4
     tokens: int = 32
+    expert_layer: LayerShape | None = None
+    rows: tuple[int, ...] = ROWS
 
 
-def time_alternatives(sizes: Sizes | None = None) -> list[Timing]:
+def time_alternatives(sizes: Sizes | None = None) -> list[Timing | WaysTiming]:
     """Every choice, timed; none on the CPU backend."""
     if runs_on_cpu():
         return []
-    sizes, defaults, found = Sizes() if sizes is None else sizes, default_choices(), []
+    sizes, defaults = Sizes() if sizes is None else sizes, default_choices()
+    found: list[Timing | WaysTiming] = []
     for name, make in _ALTERNATIVES.items():
         ways = make(sizes)
         seconds = _in_turns(ways)
@@ -90,12 +98,14 @@ def time_alternatives(sizes: Sizes | None = None) -> list[Timing]:
         fastest = min(seconds, key=lambda way: seconds[way])
         is_clear = seconds[fastest] < (1 - MARGIN) * seconds[default]
         found.append(Timing(name, seconds, default, fastest if is_clear else default, is_chosen=False))
+    found.append(time_expert_ways(sizes.expert_layer, sizes.rows))
     return found
 
 
-def winners(timings: list[Timing]) -> KernelChoices:
+def winners(timings: Sequence[Timing | WaysTiming]) -> KernelChoices:
     """The choices that they say."""
-    return replace(default_choices(), **{each.name: each.winner for each in timings if each.is_chosen})
+    found: dict[str, Any] = {each.name: each.winner for each in timings if each.is_chosen}
+    return replace(default_choices(), **found)
 
 
 def _in_turns(ways: Mapping[Any, Callable[[], None]]) -> dict[Any, float]:

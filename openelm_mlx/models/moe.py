@@ -102,6 +102,8 @@ class Experts(nn.Module):
 
     The rows of `gate_up_proj` alternate: gate 0, up 0, gate 1, up 1, ... as in OpenAI's files. `down_proj` may have
     more rows than hidden_size (whole tiles are several times faster on some GPUs); those beyond are ignored.
+
+    ways: which way so many rows go (`KernelChoices.expert_ways`).
     """
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, ways: ExpertWays = BY_SORTING) -> None:
@@ -110,7 +112,7 @@ class Experts(nn.Module):
         self.swiglu_limit, self.swiglu_alpha = spec.swiglu_limit, spec.swiglu_alpha
         self.gate_up_proj = ExpertLinear(layer.num_experts, spec.hidden_size, 2 * layer.intermediate_size)
         self.down_proj = ExpertLinear(layer.num_experts, layer.intermediate_size, spec.hidden_size)
-        self._ways = ways
+        self.ways = ways
         self._bias_table: tuple[mx.array, mx.array, mx.array] | None = None
 
     def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
@@ -128,7 +130,7 @@ class Experts(nn.Module):
     def way_for(self, shape: Sequence[int]) -> str:
         """The way of experts that were chosen in this shape, (..., k): one of `routing_ways.WAYS`."""
         k = shape[-1]
-        return way_for(math.prod(shape) // k, k, self.num_experts, self._ways)
+        return way_for(math.prod(shape) // k, k, self.num_experts, self.ways)
 
     def feed_forward(
         self, x: mx.array, experts: mx.array, slots: mx.array | None = None, sorted_slots: bool = False

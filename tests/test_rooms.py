@@ -1,6 +1,7 @@
 """Who may import whom: the order of the rooms, read from the syntax trees, and what importing must not cost."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,27 @@ def imported_files(name: str, file: Path) -> set[str]:
             inner = ".".join([*whole, alias.name])
             found.add(inner if inner in FILES else ".".join(whole))
     return {each for each in found if each in FILES and each != name}
+
+
+# Modules whose package has another name, or comes along with a listed one.
+PACKAGE_OF = {
+    "yaml": "pyyaml",
+    "pydantic_core": "pydantic", "filelock": "huggingface_hub", "anyio": "mcp", "mcp_types": "mcp",
+}  # fmt: skip
+# Extras for who works on the package: nothing that a user runs may need them.
+OF_DEVELOPERS = ("test", "dev", "docs", "train")
+
+
+def test_every_library_that_is_imported_is_asked_for():
+    """A library that only the tests' extra brings would be missing where the package is installed."""
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    begin = project.index("[project.optional-dependencies]")
+    extras = project[begin : project.index("\n[", begin + 1)]
+    own = project[project.index("\ndependencies = [") : begin]
+    for extra in OF_DEVELOPERS:
+        extras = re.sub(rf"^{extra} = \[.*?\]$", "", extras, flags=re.MULTILINE | re.DOTALL)
+    listed = {re.split(r"[\[>=<; ]", each)[0].replace("-", "_") for each in re.findall(r'"([^"]+)"', own + extras)}
+    for file in PACKAGE.rglob("*.py"):
+        for line in imports(file):
+            library = PACKAGE_OF.get(line[0], line[0])
+            assert library in {*sys.stdlib_module_names, "openelm_mlx", *listed}, f"{file}: {line[0]}"

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..memory.machine import read_fact
+
 # A program's standard output, or None when it does not exist or fails.
 Run = Callable[[list[str]], str | None]
 
@@ -51,12 +53,15 @@ def _on_macos(run: Run) -> Iterator[str]:
 
 def _on_linux(root: Path) -> Iterator[str]:
     supplies = sorted((root / "sys/class/power_supply").glob("*"))
-    if any(_read(supply / "status") == "Discharging" for supply in supplies):
+    if any(read_fact(supply / "status") == "Discharging" for supply in supplies):
         yield "the machine runs on battery"
-    governor = _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    if governor == "powersave" and _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_driver") != "intel_pstate":
+    governor = read_fact(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    if (
+        governor == "powersave"
+        and read_fact(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_driver") != "intel_pstate"
+    ):
         yield "the processor's governor is powersave"
-    pressure = re.search(r"some avg10=([\d.]+)", _read(root / "proc/pressure/memory"))
+    pressure = re.search(r"some avg10=([\d.]+)", read_fact(root / "proc/pressure/memory"))
     if pressure and float(pressure[1]) > 1:
         yield f"memory is under pressure ({pressure[1]} % of the last 10 s were spent waiting for it)"
 
@@ -66,13 +71,6 @@ def _load_per_core() -> float | None:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except OSError:
         return None
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except (OSError, ValueError):
-        return ""
 
 
 def _output(command: list[str]) -> str | None:

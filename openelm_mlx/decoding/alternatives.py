@@ -13,7 +13,8 @@ from typing import Any, final
 
 from .engine_schema import engine_refusal
 from .number_bounds import Bound, bounds_of, exact, first_and_last
-from .schema_parts import has_huge_number, kind_of, shown, target_of
+from .schema_parts import has_huge_number, kind_of, may_be, shown, target_of
+from .validation import Validator
 
 _TYPES = ("string", "number", "boolean", "null", "array", "object")
 _MOST_STEPS = 20_000
@@ -192,15 +193,17 @@ _EXAMPLES: tuple[Any, ...] = (0, 1, -1, 2, 10, 0.5, "", "a", "text", True, False
 
 
 def _fits_both(a: Any, b: Any) -> list[str]:
-    """A value that fits both, as JSON, where a simple one is found. Patterns are not tried: they may take for ever."""
-    from jsonschema import Draft202012Validator
+    """A value that fits both, as JSON, where a simple one is found.
 
+    No example is looked for beside references, which need the whole schema, nor beside patterns and formats, which the
+    validator may not know.
+    """
     text = json.dumps([a, b], default=str) if not has_huge_number([a, b]) else '"$ref"'
     if any(f'"{word}"' in text for word in ("$ref", "pattern", "patternProperties", "format")) or len(text) > 5000:
         return []
-    both = Draft202012Validator({"allOf": [a, b]})
+    both = Validator({"allOf": [a, b]})
     for example in (*_EXAMPLES, *_made(a), *_made(b)):
-        if both.is_valid(example):
+        if not both.faults(example):
             return [shown(example)]
     return []
 
@@ -271,11 +274,7 @@ def _may_be(schema: Mapping[str, Any], kind: str) -> bool:
     values = _values(schema)
     if values is not None and not any(kind_of(value) == kind for value in values):
         return False
-    kinds = schema.get("type")
-    if kinds is None:
-        return True
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    return kind in kinds or (kind == "number" and "integer" in kinds)
+    return may_be(schema, kind)
 
 
 def _beyond(a: Mapping[str, Any], b: Mapping[str, Any], low: str, high: str) -> bool:

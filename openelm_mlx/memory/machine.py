@@ -228,7 +228,7 @@ def _memory_of_the_system() -> int:
 
 def _linux_memory(root: Path) -> tuple[int, int]:
     """(memory, used by others): of the machine, or of the container where that has less."""
-    found: list[tuple[str, str]] = re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    found: list[tuple[str, str]] = re.findall(r"^(\w+):\s+(\d+) kB", read_fact(root / "proc/meminfo"), re.MULTILINE)
     fields = dict(found)
     total = int(fields.get("MemTotal", 0)) * 1024
     used = total - int(fields.get("MemAvailable", fields.get("MemFree", 0))) * 1024
@@ -237,9 +237,9 @@ def _linux_memory(root: Path) -> tuple[int, int]:
         ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
         ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
-        limit = _read(root / limit_file)
+        limit = read_fact(root / limit_file)
         if limit.isdigit() and int(limit) < total:
-            usage = _read(root / usage_file)
+            usage = read_fact(root / usage_file)
             return int(limit), int(usage) if usage.isdigit() else 0
     return total, used
 
@@ -259,7 +259,8 @@ def wired_limit_advice(machine: Machine, needed_bytes: int) -> str | None:
     )
 
 
-def _read(file: Path) -> str:
+def read_fact(file: Path) -> str:
+    """The text of one of the system's files; "" where it cannot be read."""
     try:
         return file.read_text().strip()
     except (OSError, ValueError):

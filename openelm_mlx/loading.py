@@ -24,12 +24,14 @@ from .experts.residency import Streaming, checked_slots
 from .files import hears_the_disk, shown
 from .finder import disk_trouble
 from .hub import Progress
+from .memory.admission import MOST_REQUESTS
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import allow_open_files, this_machine
-from .memory.plan import make_plan, parse_memory
+from .memory.plan import make_plan
 from .memory.plan_types import PlanRequest
 from .memory.presets import preset_bits
+from .memory.sizes import parse_memory
 from .models import build_model
 from .models.moe import Experts
 from .models.precision import KernelChoices, by_columns
@@ -61,6 +63,7 @@ def load(
     kv_bits: int | None = None,
     expert_slots: int | None = None,
     memory_limit: int | str | None = None,
+    batch_size: int = 1,
     wire: bool | None = None,
     tokenizer: SourceName | None = None,
     chat_template: str | None = None,
@@ -87,6 +90,8 @@ def load(
         memory_limit: Bytes or "10GB", for MLX's memory, its buffer cache and the process's own together;
             experts that do not fit stay on disk by themselves, and what fits not even so is refused before a
             tensor is read. None: what the machine has. `model.plan` says what was planned.
+        batch_size: How many requests will be at work at once: the prompt's chunk, the experts in memory and the
+            buffers that MLX keeps are chosen with room for each one's keys and values, as `plan` says with it.
         wire: Whether macOS is asked, from the first request until the model is gone, not to page any of it out;
             None: only where it takes most of what the GPU may have.
         tokenizer: A file, folder or repository; without it the search is: the source itself, then Llama
@@ -107,6 +112,7 @@ def load(
         kv_bits=kv_bits,
         expert_slots=expert_slots,
         memory_limit=memory_limit,
+        batch_size=batch_size,
         wire=wire,
         tokenizer=tokenizer,
         chat_template=chat_template,
@@ -147,6 +153,7 @@ def prepare(
     kv_bits: int | None = None,
     expert_slots: int | None = None,
     memory_limit: int | str | None = None,
+    batch_size: int = 1,
     wire: bool | None = None,
     tokenizer: SourceName | None = None,
     chat_template: str | None = None,
@@ -164,6 +171,7 @@ def prepare(
     request = PlanRequest(
         memory_limit=parse_memory(memory_limit),
         context_length=None if context_length is None else checked_context_length(context_length, spec),
+        batch_size=checked_batch_size(batch_size),
         kv_bits=checked_kv_bits(spec, kv_bits),
         dense_bits=dense_bits,
         expert_slots=None if expert_slots is None else checked_slots(spec, expert_slots),
@@ -308,6 +316,11 @@ def checked_context_length(asked: int | None, spec: ModelSpec) -> int:
     if asked is None:
         return spec.context_length
     return whole_number("context_length", asked, high=spec.context_length, whose="the model's ")
+
+
+def checked_batch_size(asked: int) -> int:
+    """How many requests to plan for. Raises SettingError for what is no whole number or more than a plan speaks of."""
+    return whole_number("batch_size", asked, high=MOST_REQUESTS)
 
 
 def checked_wire(asked: bool | None) -> bool | None:

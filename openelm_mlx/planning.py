@@ -18,11 +18,13 @@ from .checks import whole_number
 from .errors import CheckpointError, HubError, SettingError
 from .experts.residency import checked_slots
 from .files import hears_the_disk, shown
+from .memory.admission import MOST_REQUESTS
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
-from .memory.plan import make_plan, parse_memory
+from .memory.plan import make_plan
 from .memory.plan_types import MemoryPlan, PlanRequest
 from .memory.presets import PRESETS, preset_bits
+from .memory.sizes import parse_memory
 from .memory.variants import variants_of
 from .placement import Placement, dense_packing, dense_packings, packed_weights, parse_dtype
 from .sources import Source, SourceName, repository
@@ -58,6 +60,9 @@ def plan(
     Args:
         memory_limit: Bytes or "10GB", MLX's memory with its buffer cache and the process's own; what the
             machine has when it is None.
+        batch_size: So many requests at once, each with its own keys and values, by one pass over all of them for
+            every token. `requests` of the plan says how many of which length fit at once, how long each may be,
+            and how fast they would be, one by one and together.
         mac: A Mac such as "M4 Pro 24GB" instead of this machine.
 
     The other arguments are those of `load` and `stream_generate`. The plan's `variants` are the same source with
@@ -70,11 +75,11 @@ def plan(
         raise SettingError(f"machine is {shown(machine)}: give a Machine, or the name of a Mac as mac.")
     here = find_mac(mac) if mac is not None else machine or this_machine()
     looked_at, bits = Planned.look(source, revision, dtype), preset_bits(preset, dense_bits)
-    options = {
+    options: dict[str, Any] = {
         "memory_limit": memory_limit, "context_length": context_length, "batch_size": batch_size,
         "prefill_chunk": prefill_chunk, "kv_bits": kv_bits, "expert_slots": expert_slots,
     }  # fmt: skip
-    found = looked_at.plan(here, dense_bits=bits, **options)
+    found = looked_at.plan(here, dense_bits=bits, with_requests=True, **options)
     if not looked_at.has_plain_matrices:
         return found
     others = {each.dense_bits: each.dense_bits for each in PRESETS.values()} | {bits: bits}
@@ -128,7 +133,7 @@ class Planned:
         """Whether there is anything for `dense_bits` to pack."""
         return bool(dense_packings(self.contents, dense_packing(8)))
 
-    def plan(self, machine: Machine, dense_bits: int | None, **options: Any) -> MemoryPlan:
+    def plan(self, machine: Machine, dense_bits: int | None, with_requests: bool = False, **options: Any) -> MemoryPlan:
         """The plan on a machine."""
         contents, on_cpu = self.contents, machine.backend == "cpu"
         request, dense = checked_request(contents, dense_bits=dense_bits, **options), dense_packing(dense_bits)
@@ -136,8 +141,9 @@ class Planned:
         packed = partial(packed_weights, contents, self.dtype, on_cpu, self.folder) if dense is None else None
         noted = calibrated(replace(machine, notes=(*machine.notes, self.note)) if self.note else machine)
         made = make_plan(
-            self.source, contents.spec, placement.weights(self.folder), noted, request, placement.dtype.size, packed
-        )
+            self.source, contents.spec, placement.weights(self.folder), noted, request, placement.dtype.size, packed,
+            with_requests,
+        )  # fmt: skip
         return made if self.has_plain_matrices else replace(made, note=ALL_PACKED)
 
 
@@ -172,7 +178,8 @@ def released_contents(name: str) -> Contents | None:
 def checked_request(contents: Contents, memory_limit: int | str | None = None, **options: Any) -> PlanRequest:
     """The `PlanRequest` of these fields, with every number in its range. Raises SettingError."""
     spec, request = contents.spec, PlanRequest(**options)
-    for name, most in {"context_length": spec.context_length, "batch_size": 4096, "prefill_chunk": 2**20}.items():
+    bounds = {"context_length": spec.context_length, "batch_size": MOST_REQUESTS, "prefill_chunk": 2**20}
+    for name, most in bounds.items():
         value = getattr(request, name)
         if value is not None or name == "batch_size":
             whole_number(name, value, high=most)

@@ -26,7 +26,8 @@ NOT_ONE_OF_OURS = (5, 1.5, "x", b"x", [], {}, ODD, True)
 LOAD = {
     "source": NOT_TEXT, "context_length": NOT_A_NUMBER, "dtype": NOT_TEXT, "preset": NOT_TEXT, "dense_bits": NOT_A_NUMBER,
     "kv_bits": NOT_A_NUMBER, "expert_slots": NOT_A_NUMBER, "memory_limit": ("x", b"x", [5], {}, ODD, True, 5),
-    "wire": NOT_A_FLAG, "tokenizer": NOT_TEXT, "chat_template": NOT_TEXT, "revision": NOT_TEXT, "progress": NOT_A_FUNCTION,
+    "batch_size": (*NOT_A_NUMBER, None), "wire": NOT_A_FLAG, "tokenizer": NOT_TEXT, "chat_template": NOT_TEXT,
+    "revision": NOT_TEXT, "progress": NOT_A_FUNCTION,
 }  # fmt: skip
 SHARED = (
     "source",

@@ -45,7 +45,7 @@ def test_sizes_for_people():
 NUMBERS = {
     "generate": ("max_tokens", "prefill_chunk", "sliding_window"),
     "plan": ("context_length", "batch_size", "prefill_chunk", "expert_slots"),
-    "load": ("context_length", "expert_slots", "dense_bits", "kv_bits", "memory_limit"),
+    "load": ("context_length", "batch_size", "expert_slots", "dense_bits", "kv_bits", "memory_limit"),
     "SamplingParams": ("top_k", "seed"),
     "PrefixCache": ("max_bytes", "max_buffers"),
     "PromptLookup": ("num_draft_tokens", "ngram"),

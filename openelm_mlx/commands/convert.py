@@ -116,7 +116,7 @@ def interruption(args: argparse.Namespace) -> str:
 def max_file_bytes(text: str) -> int:
     """Bytes of --max-file-size; a number alone is one of gigabytes. Raises SettingError."""
     from ..errors import SettingError
-    from ..memory.plan import parse_size
+    from ..memory.sizes import parse_size
 
     found = parse_size(f"{text}GB" if text.strip(" .0123456789") == "" else text, "--max-file-size")
     if found < 10**6:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 from .options import DEFAULT_MODEL, add_overwrite, add_preset_argument, bits_asked_for
-from .output import report, report_json, say
+from .output import report, report_json, say, typed
 
 if TYPE_CHECKING:
     from ..memory.plan_types import MemoryPlan
@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context-length", type=int, metavar="N", help="tokens of prompt and answer (default: 8,192 at most)"
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
+    parser.add_argument(
+        "--requests", "--batch-size", dest="batch_size", type=int, metavar="N",
+        help="plan for N requests at once, and say how many of which length fit and how fast they are (default: 1)",
+    )  # fmt: skip
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="N", help="prompt tokens in flight at once (default: chosen)"
     )
@@ -89,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         )
     }  # fmt: skip
     options["dense_bits"] = bits_asked_for(args)
+    options["batch_size"] = 1 if args.batch_size is None else args.batch_size
     if args.all_macs or args.chart is not None:
         from .plan_macs import draw, table
 
@@ -107,40 +111,49 @@ def run(args: argparse.Namespace) -> int:
         dicts = [each.as_dict() for each in plans_here]
         report_json(dicts[0] if len(dicts) == 1 else dicts)
     else:
-        report("\n\n".join("\n".join(text(each)) for each in plans_here))
+        report("\n\n".join("\n".join(text(each, args.batch_size is not None)) for each in plans_here))
     return 0 if all(each.fits for each in plans_here) else 1
 
 
-def text(plan: MemoryPlan) -> list[str]:
-    """A plan for people: the verdict, the arithmetic, the settings, what else would do."""
+def text(plan: MemoryPlan, with_requests: bool = False) -> list[str]:
+    """A plan for people: the verdict, the arithmetic, the settings, what else would do.
+
+    with_requests: also what it says of several requests at once.
+    """
     from ..checks import size
+    from .plan_requests import request_lines
 
     machine = plan.machine
     assert machine is not None
     verdict = "fits" if plan.fits else "does not fit"
     if plan.fits and plan.expert_slots is not None:
         verdict = f"fits with {plan.expert_slots} of each layer's experts in memory and the others read from disk"
+    requests, each = (f"{plan.batch_size:,} requests of ", " each") if plan.batch_size > 1 else ("", "")
     lines = [
         f"{plan.source} on {machine.name}: {verdict}",
         f"  memory            {size(machine.memory_bytes)}, of which a model may use {size(machine.available_bytes)}; "
         f"allowed here: {size(plan.memory_limit)}",
         *others_lines(plan),
         f"  weights           {size(plan.weights_bytes)}",
-        f"  keys and values   {size(plan.kv_cache_bytes)} for {plan.context_length:,} tokens"
+        f"  keys and values   {size(plan.kv_cache_bytes)} for {requests}{plan.context_length:,} tokens"
         + (f", {plan.kv_bits} bits on full layers" if plan.kv_bits else ""),
-        f"  computing         {size(plan.scratch_bytes)} for {plan.prefill_chunk} prompt tokens at once",
+        f"  computing         {size(plan.scratch_bytes)} for {plan.prefill_chunk} prompt tokens at once"
+        + (", or for the next token of each request" if each else ""),
         f"  process           {size(plan.process_bytes - plan.total_bytes)} with MLX's buffer cache",
         f"  together          {size(plan.process_bytes)}",
-        f"  longest context   {plan.max_context_length:,} tokens with these settings",
+        f"  longest context   {plan.max_context_length:,} tokens{each} with these settings",
     ]
     lines += speed_lines(plan)
+    if with_requests:
+        lines += request_lines(plan)
     lines += variant_lines(plan)
     if machine.calibration is not None and machine.calibration.date:
         lines.append(f"  (what computing takes was measured on {machine.calibration.date})")
     elif machine.backend == "metal":
         lines.append("  (what Metal takes for computing was never measured: run plan --calibrate on a Mac)")
     lines += [
-        f"  would fit         {change.setting}: {size(change.total_bytes)}; {change.cost}" for change in plan.changes
+        f"  would fit         {typed(change.setting)}: {size(change.total_bytes)}; {change.cost}"
+        for change in plan.changes
     ]
     if not plan.fits:
         lines.append(f"  least             a memory limit of {size(plan.least_bytes)} with these settings")
@@ -174,7 +187,7 @@ def speed_lines(plan: MemoryPlan) -> list[str]:
         return []
     if plan.decode is None or plan.decode_at_start is None:
         return ["  (how fast is not known of this machine: run plan --calibrate)"]
-    each = "" if plan.batch_size == 1 else f" for each of {plan.batch_size} sequences"
+    each = "" if plan.batch_size == 1 else f" for each of {plan.batch_size} requests"
     lines = [
         f"  decode            {plan.decode_at_start} tokens/s at the start, {plan.decode} at {plan.decode.tokens:,} tokens"
         + each

@@ -37,8 +37,8 @@ from ..errors import (
 )
 from ..files import expanded, hears_the_disk, read_bytes, read_object
 from ..finder import files_of
-from ..memory.plan import parse_size
 from ..memory.presets import preset_bits
+from ..memory.sizes import parse_size
 from ..sources import Source
 from ..text.tokenizer import Tokenizer
 from ..text.unicode import whole_characters

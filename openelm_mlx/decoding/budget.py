@@ -14,6 +14,8 @@ import mlx.core as mx
 
 from ..checks import size
 from ..errors import MemoryLimitError
+from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, what_fits
+from ..memory.cache_bytes import growth_of, most_that
 from ..memory.limits import LimitsLease, generating
 from ..memory.plan import DEFAULT_CHUNK
 from ..models.cache import Cache
@@ -22,11 +24,6 @@ from .gpu_errors import empty_stream, is_out_of_memory
 
 if TYPE_CHECKING:
     from ..models import Model
-
-# Chunks are not made smaller than this: each reads all weights once more.
-LEAST_CHUNK = 16
-# So many tokens of an answer are made room for at once.
-TOKENS_AT_ONCE = 64
 
 
 class Budget:
@@ -57,14 +54,7 @@ class Budget:
         least = min(LEAST_CHUNK, num_prompt_tokens)
         if self._limit is None or self._needed(num_prompt_tokens + max_tokens, least) <= self._limit:
             return
-        most = self._most_tokens(least)
-        advice = (
-            f"with a prompt of {num_prompt_tokens:,} tokens, max_tokens={most - num_prompt_tokens} fits"
-            if most > num_prompt_tokens
-            else f"a prompt and an answer of {most:,} tokens together fit"
-            if most > 1
-            else "not one token fits"
-        )
+        advice = what_fits(num_prompt_tokens, self._most_tokens(least))
         self._refuse(
             f"A prompt of {num_prompt_tokens:,} tokens and an answer of up to {max_tokens:,} do not fit into the memory",
             num_prompt_tokens + max_tokens,
@@ -135,24 +125,18 @@ class Budget:
 
     def _growth(self, num_tokens: int) -> int:
         """Bytes that the keys and values grow by, and the one layer that is there twice meanwhile."""
-        more, copied = 0, 0
-        for spec, layer in zip(self._spec.layers, self._cache, strict=True):
-            there, wanted = layer.nbytes, layer.nbytes_for(num_tokens, spec, self._itemsize)
-            if wanted > there:
-                more, copied = more + wanted - there, max(copied, there)
-        return more + copied
+        layers = zip(self._spec.layers, self._cache, strict=True)
+        return sum(
+            growth_of((layer.nbytes, layer.nbytes_for(num_tokens, spec, self._itemsize)) for spec, layer in layers)
+        )
 
     def _scratch(self, chunk_length: int) -> int:
         return int(self._scratch_per_token * chunk_length)
 
     def _most_tokens(self, chunk_length: int) -> int:
         """The largest number of tokens in all that fits, 0 when none does."""
-        assert self._limit is not None
-        low, high = 0, self._spec.context_length + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._needed(middle, chunk_length) <= self._limit else (low, middle)
-        return low
+        limit = cast(int, self._limit)
+        return most_that(lambda n: self._needed(n, chunk_length) <= limit, self._spec.context_length)
 
     def _refuse(self, what: str, num_tokens: int, chunk_length: int, advice: str) -> NoReturn:
         raise MemoryLimitError(

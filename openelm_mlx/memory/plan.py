@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from ..checks import is_number
-from ..errors import SettingError
-from ..files import shown
-from ..specs import ModelSpec, kv_capacity
+from ..specs import ModelSpec
+from .admission import MOST_REQUESTS
+from .cache_bytes import CacheBytes, most_that
 from .machine import Machine, wired_limit_advice
 from .plan_types import Change, MemoryPlan, PlanRequest, Weights
 from .rates import SpeedRange, prefill_seconds, rates_of, streamed_seconds
-from .scratch import scratch_bytes
+from .scratch import logits_bytes, scratch_bytes
+from .together import LENGTHS, SHORT, ExpertReads, Fit, Mixture, Together
 
 # The interpreter, MLX and the library; a tokenizer takes some five times its file (measured on Linux, docs/memory.md).
 # With a GPU there are its libraries, too, of which nothing was measured on a Mac.
@@ -26,8 +25,11 @@ DEFAULT_CHUNK = 512
 # A chunk is as long as a prompt is fast with, unless computing would take more than this share of weights and cache; no
 # shorter than this for that alone. Where experts are read from disk another rule holds: `_Planner.usual_seconds`.
 CHUNK_SHARE, SHORT_CHUNK, SHORT_CHUNK_ON_CUDA = 0.07, 64, 32
-# A context that nobody asked for is not paid for in advance beyond this.
-USUAL_CONTEXT = 8192
+# A context that nobody asked for is not paid for in advance beyond this; where several requests at once have no room for
+# so much each, not beyond the next.
+USUAL_CONTEXT, SHORTER_CONTEXTS = 8192, (4096, 2048)
+# What a prefix cache keeps when nobody says (decoding/prefix_cache.py).
+KEPT_BYTES = 1_000_000_000
 # A request by which chunks are weighed against slots where experts are on disk; and what is assumed of a machine of which
 # it is not known: bytes and tokens a second.
 USUAL_PROMPT, USUAL_ANSWER = 2048, 256
@@ -37,6 +39,9 @@ ASSUMED_DISK, ASSUMED_PREFILL, ASSUMED_PREFILL_ON_CPU = 3e9, 300.0, 20.0
 SKEWED_READS = 0.6
 # What the system's file cache and macOS keep when experts are read through it and nobody set a limit.
 LEFT_TO_FILES = 6_000_000_000
+# Rows that have chosen the same expert may each read it. On an H200 unsorted products of 2 to 32 rows of the 20b took at
+# most 1.4 times what their different experts would, by the time of one row.
+READ_AGAIN = 1.5
 # From this share of the working set on a model is wired. One that took 89 % of it was 40 times slower unwired
 # (vmlx-swift#418); one that is far below has room, and wiring was reported to stop some Macs (mlx#3186).
 WIRED_FROM = 0.8
@@ -50,17 +55,20 @@ def make_plan(
     request: PlanRequest,
     itemsize: int = 2,
     packed: Callable[[], Weights] | None = None,
+    with_requests: bool = False,
 ) -> MemoryPlan:
-    """The plan for a model on a machine.
+    """The plan for a model on a machine. with_requests: also what it says of several requests at once.
 
     itemsize: bytes of a number that the model computes with. packed: gives the weights with dense_bits=8,
-    where no bits were asked for. What the request leaves open is chosen: the context (the
-    model's own, at most 8,192 unless more was asked for), the chunk (as long as a prompt is fast with, smaller where memory
-    is short), and, when the weights do not fit whole and can be read in place, how many experts stay in memory. Nothing
-    that was asked for is changed: a plan that cannot keep to it does not fit.
+    where no bits were asked for. What the request leaves open is chosen: the context (the model's own, at most 8,192 unless
+    more was asked for, and less where several requests at once have no room for so much each), the chunk (as long as a
+    prompt is fast with, smaller where memory is short), and, when the weights do not fit whole and can be read in place,
+    how many experts stay in memory. Nothing that was asked for is changed: a plan that cannot keep to it does not fit.
     """
     planner = _Planner(source, spec, weights, machine, request, itemsize, packed)
     plan = planner.best()
+    if with_requests:
+        plan = replace(plan, requests=planner.together(plan))
     return plan if plan.fits else replace(plan, changes=tuple(planner.changes(plan)), advice=planner.advice(plan))
 
 
@@ -81,7 +89,8 @@ class _Planner:
         self.limit = machine.available_bytes if request.memory_limit is None else request.memory_limit
         self.is_gpu = machine.backend != "cpu"
         self.short_chunk = SHORT_CHUNK_ON_CUDA if machine.backend == "cuda" else SHORT_CHUNK
-        self.cache_limit = CACHE_LIMIT_BYTES if self.is_gpu else 0
+        # A step's buffers serve the next one: many rows have large logits.
+        self.cache_limit = max(CACHE_LIMIT_BYTES, logits_bytes(spec, request.batch_size)) if self.is_gpu else 0
         process = PROCESS_BYTES if self.is_gpu else PROCESS_BYTES_ON_CPU
         calibration = machine.calibration
         self.scratch_factor = 1.0 if calibration is None else calibration.scratch.get(spec.family, 1.0)
@@ -94,16 +103,26 @@ class _Planner:
 
     def best(self) -> MemoryPlan:
         """The first plan that fits, from the one that costs nothing on; the last one when none does."""
-        request = self.request
-        context = request.context_length or min(self.spec.context_length, USUAL_CONTEXT)
-        if request.expert_slots is None:
-            for chunk in self._chunks(context):
-                plan = self.plan(context, chunk, None)
-                if plan.fits:
-                    return plan
+        contexts = self._contexts()
+        if self.request.expert_slots is None:
+            for context in contexts:
+                for chunk in self._chunks(context):
+                    plan = self.plan(context, chunk, None, with_limits=False)
+                    if plan.fits:
+                        return self.plan(context, chunk, None)
             if not (self.weights.can_stream and self.weights.slot):
-                return plan
-        return self._streamed(context)
+                return self.plan(contexts[0], self._chunks(contexts[0])[-1], None)
+        plans = (self._streamed(context) for context in contexts)
+        first = next(plans)
+        return first if first.fits else next((plan for plan in plans if plan.fits), first)
+
+    def _contexts(self) -> list[int]:
+        """The contexts to try: what was asked for alone, else what one request is given, and less for each of several."""
+        if self.request.context_length is not None:
+            return [self.request.context_length]
+        usual = min(self.spec.context_length, USUAL_CONTEXT)
+        shorter = [each for each in SHORTER_CONTEXTS if each < usual] if self.request.batch_size > 1 else []
+        return [usual, *shorter]
 
     def _streamed(self, context: int) -> MemoryPlan:
         """Of the plans that leave experts on disk and fit, the one by which a usual request takes least; or the smallest.
@@ -119,7 +138,8 @@ class _Planner:
         return self.plan(context, best.prefill_chunk, best.expert_slots)
 
     def usual_seconds(self, plan: MemoryPlan) -> float:
-        """Seconds of a request of usual lengths, as far as they depend on how memory is shared by chunks and slots.
+        """Seconds of requests of usual lengths, as many as are at work at once, as far as they depend on how memory is
+        shared by chunks and slots.
 
         A chunk is read and computed at the same time; every expert is equally likely. Rates that are not known are assumed:
         they only weigh a prompt against its answer.
@@ -130,7 +150,8 @@ class _Planner:
         disk = self.machine.ssd_bandwidth or ASSUMED_DISK
         rate = self._prefill_rate() or (ASSUMED_PREFILL if self.is_gpu else ASSUMED_PREFILL_ON_CPU)
         read = self._read_bytes(slots, chunk) / disk
-        return prompt / chunk * max(read, chunk / rate) + USUAL_ANSWER * self._read_bytes(slots) / disk
+        prompts = plan.batch_size * prompt / chunk * max(read, chunk / rate)
+        return prompts + USUAL_ANSWER * self._read_bytes(slots, plan.batch_size) / disk
 
     def _read_bytes(self, slots: int, chunk: int = 1) -> float:
         """Expert bytes that so many tokens at once read from disk, every expert being equally likely: more than a real
@@ -163,13 +184,18 @@ class _Planner:
         return min(self.num_experts - 1, max(self.per_token, room // max(1, self.weights.slot)))
 
     def plan(
-        self, context: int, chunk: int, slots: int | None, kv_bits: int | None = None, with_limits: bool = True
+        self,
+        context: int,
+        chunk: int,
+        slots: int | None,
+        kv_bits: int | None = None,
+        with_limits: bool = True,
+        batch_size: int | None = None,
     ) -> MemoryPlan:
         kv_bits = self.request.kv_bits if kv_bits is None else kv_bits
-        kv = kv_cache_bytes(self.spec, context, self.itemsize, self.request.batch_size, kv_bits)
-        scratch = scratch_bytes(
-            self.spec, chunk, context, self.itemsize, self.request.batch_size, self.machine.backend, kv_bits
-        )
+        batch_size = self.request.batch_size if batch_size is None else batch_size
+        kv = kv_cache_bytes(self.spec, context, self.itemsize, batch_size, kv_bits)
+        scratch = scratch_bytes(self.spec, chunk, context, self.itemsize, batch_size, self.machine.backend, kv_bits)
         scratch = int(scratch * self.scratch_factor)
         weights = self.weights_bytes(slots)
         total = weights + kv + scratch
@@ -177,7 +203,7 @@ class _Planner:
         plan = MemoryPlan(
             source=self.source, fits=process <= self.limit, weights_bytes=weights, kv_cache_bytes=kv, scratch_bytes=scratch,
             total_bytes=total, process_bytes=process, budget_bytes=max(0, self.limit - self.overhead),
-            context_length=context, max_context_length=0, batch_size=self.request.batch_size, prefill_chunk=chunk,
+            context_length=context, max_context_length=0, batch_size=batch_size, prefill_chunk=chunk,
             kv_bits=kv_bits, expert_slots=slots, dense_bits=self.request.dense_bits,
             wired_limit_bytes=self._wired(total), cache_limit_bytes=self.cache_limit if self.is_gpu else 0,
             memory_limit=self.limit, machine=self.machine, family=self.spec.family,
@@ -198,12 +224,13 @@ class _Planner:
         return self.weights.dense - self.weights.embedding + slots * self.weights.slot
 
     def _longest(self, plan: MemoryPlan) -> int:
-        low, high = 0, self.spec.context_length + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = self.plan(middle, plan.prefill_chunk, plan.expert_slots, plan.kv_bits, with_limits=False).fits
-            low, high = (middle, high) if fits else (low, middle)
-        return low
+        return most_that(lambda n: self._again(plan, context=n).fits, self.spec.context_length)
+
+    def _again(self, plan: MemoryPlan, context: int | None = None, batch_size: int | None = None) -> MemoryPlan:
+        """The same plan for other requests."""
+        context = plan.context_length if context is None else context
+        batch_size = plan.batch_size if batch_size is None else batch_size
+        return self.plan(context, plan.prefill_chunk, plan.expert_slots, plan.kv_bits, False, batch_size)
 
     def _least(self) -> int:
         slots = self.per_token if self.weights.can_stream and self.weights.slot else None
@@ -215,17 +242,7 @@ class _Planner:
         if rates is None:
             return plan
         basis = rates.basis if plan.expert_slots is None or rates.basis == "measured" else "no run"
-        slow_disk, fast_disk = self.machine.ssd or (ASSUMED_DISK, ASSUMED_DISK)
-        read = 0.0 if plan.expert_slots is None else self._read_bytes(plan.expert_slots, plan.batch_size)
-        wait = 0.0 if plan.expert_slots is None else streamed_seconds(len(self.spec.layers))
-
-        def decode(tokens: int) -> SpeedRange:
-            cached = kv_cache_bytes(self.spec, tokens, self.itemsize, plan.batch_size, plan.kv_bits)
-            seconds = rates.decode_seconds(len(self.spec.layers), self._touched_bytes(plan.batch_size), cached)
-            slow = seconds / rates.low + read / slow_disk + wait
-            fast = seconds / rates.high + SKEWED_READS * read / fast_disk
-            return SpeedRange.of(1 / slow, 1 / fast, tokens, basis)
-
+        slow_disk, fast_disk = self._disk()
         prompt, chunk = plan.context_length, min(plan.prefill_chunk, plan.context_length)
         found = prefill_seconds(self.spec, rates, prompt, chunk, self._touched_bytes(chunk))
         prefill = None
@@ -234,7 +251,81 @@ class _Planner:
             reads = prompt / chunk * (0.0 if plan.expert_slots is None else self._read_bytes(plan.expert_slots, chunk))
             slow, fast = max(found[0], reads / slow_disk), max(found[1], reads / fast_disk)
             prefill = SpeedRange.of(prompt / slow, prompt / fast, prompt, basis)
-        return replace(plan, decode=decode(plan.context_length), decode_at_start=decode(0), prefill=prefill)
+        decode, at_start = (self._decode(plan, tokens, plan.batch_size)[0] for tokens in (plan.context_length, 0))
+        return replace(plan, decode=decode, decode_at_start=at_start, prefill=prefill)
+
+    def _decode(self, plan: MemoryPlan, tokens: int, rows: int) -> tuple[SpeedRange | None, SpeedRange | None]:
+        """Tokens a second of each of so many requests with so many tokens each, and of all together; None: not known.
+
+        A step of all of them reads the weights once; of experts that several rows have chosen, some more often. Many rows
+        take as long as their products do.
+        """
+        rates = self.rates
+        if rates is None:
+            return None, None
+        layers, is_streamed = len(self.spec.layers), plan.expert_slots is not None
+        basis = rates.basis if not is_streamed or rates.basis == "measured" else "no run"
+        cached = kv_cache_bytes(self.spec, tokens, self.itemsize, rows, plan.kv_bits)
+        touched, experts = self._touched_bytes(rows), self._touched_experts(rows)
+        most = touched + (min(rows * self.per_token, READ_AGAIN * experts) - experts) * self.weights.slot
+        slow, fast = (
+            rates.decode_seconds(layers, each, cached) / factor
+            for each, factor in ((most, rates.low), (touched, rates.high))
+        )
+        if rows > 1 and rates.products is not None:
+            operations = 2 * rows * self.spec.num_active_parameters()
+            slow, fast = max(slow, operations / rates.products[0]), max(fast, operations / rates.products[1])
+        if is_streamed:
+            read = self._read_bytes(plan.expert_slots or 0, rows)
+            slow_disk, fast_disk = self._disk()
+            slow += read / slow_disk + streamed_seconds(layers)
+            fast += SKEWED_READS * read / fast_disk
+        return (
+            SpeedRange.of(1 / slow, 1 / fast, tokens, basis),
+            SpeedRange.of(rows / slow, rows / fast, tokens, basis),
+        )
+
+    def _disk(self) -> tuple[float, float]:
+        return self.machine.ssd or (ASSUMED_DISK, ASSUMED_DISK)
+
+    def together(self, plan: MemoryPlan) -> Together:
+        """What a plan says of several requests at once."""
+        num_requests = plan.batch_size
+        lengths = dict.fromkeys(min(each, self.spec.context_length) for each in LENGTHS)
+        others = min(SHORT, plan.max_context_length)
+        mixture = None
+        if num_requests > 1 and others:
+            longest = most_that(lambda n: self._fits_beside(plan, n, others), self.spec.context_length)
+            mixture = Mixture(longest, num_requests - 1, others)
+        each, in_all = self._decode(plan, plan.context_length, num_requests) if plan.fits else (None, None)
+        alone = self._decode(plan, plan.context_length, 1)[0] if plan.fits else None
+        is_streamed = plan.fits and plan.expert_slots is not None
+        return Together(
+            num_requests, plan.max_context_length, tuple(self._fit(plan, length) for length in lengths), mixture,
+            each, in_all, alone, self._reads(plan, num_requests) if is_streamed else None,
+            self._reads(plan, 1) if is_streamed else None, min(KEPT_BYTES, max(0, plan.memory_limit - plan.process_bytes)),
+        )  # fmt: skip
+
+    def _fit(self, plan: MemoryPlan, length: int) -> Fit:
+        most = most_that(lambda n: self._again(plan, length, n).fits, MOST_REQUESTS)
+        return Fit(length, most, *self._decode(plan, length, most)) if most else Fit(length, 0)
+
+    def _fits_beside(self, plan: MemoryPlan, longest: int, others: int) -> bool:
+        """Whether one request of so many tokens fits beside all others with so many each."""
+        long, short = (self._again(plan, each).kv_cache_bytes // plan.batch_size for each in (longest, others))
+        # Computing is planned for as if all were the long one.
+        most = self._again(plan, longest)
+        used = most.process_bytes - most.kv_cache_bytes + long + (plan.batch_size - 1) * short
+        return used <= self.limit
+
+    def _reads(self, plan: MemoryPlan, rows: int) -> ExpertReads:
+        """What a step reads of experts that are on disk."""
+        touched, slots = self._touched_experts(rows), plan.expert_slots or 0
+        read = self._read_bytes(slots, rows)
+        slow, fast = (None, None)
+        if self.machine.ssd is not None:
+            slow, fast = read / self.machine.ssd[0], SKEWED_READS * read / self.machine.ssd[1]
+        return ExpertReads(rows, touched, touched * (1 - slots / self.num_experts), int(read), slow, fast)
 
     def _touched_bytes(self, tokens: int) -> float:
         """Bytes of weights that so many tokens at once are computed with, every expert being equally likely."""
@@ -267,12 +358,16 @@ class _Planner:
             other = self.plan(plan.context_length, plan.prefill_chunk, plan.expert_slots, 8, with_limits=False)
             if other.fits:
                 yield Change("kv_bits=8", "keys and values are rounded to 8 bits", other.total_bytes)
-        longest = plan.max_context_length
+        longest, each = plan.max_context_length, " each" if plan.batch_size > 1 else ""
         if longest >= 256:
             other = self.plan(longest, plan.prefill_chunk, plan.expert_slots, with_limits=False)
             yield Change(
-                f"context_length={longest}", f"at most {longest:,} tokens of prompt and answer", other.total_bytes
+                f"context_length={longest}", f"at most {longest:,} tokens of prompt and answer{each}", other.total_bytes
             )
+        fewer = most_that(lambda n: self._again(plan, batch_size=n).fits, plan.batch_size - 1)
+        if fewer:
+            what = "one request at a time" if fewer == 1 else f"at most {fewer:,} requests at once"
+            yield Change(f"batch_size={fewer}", what, self._again(plan, batch_size=fewer).total_bytes)
         packed = None if self.packed is None else self.packed()
         if packed is not None and packed.dense < self.weights.dense:
             planner = _Planner(
@@ -295,44 +390,5 @@ def kv_cache_bytes(
     spec: ModelSpec, num_tokens: int, itemsize: int, batch_size: int = 1, kv_bits: int | None = None
 ) -> int:
     """Bytes allocated for keys and values once `num_tokens` are cached: places in steps, rings whole."""
-    places = kv_capacity(num_tokens, spec.context_length)
-    return batch_size * sum(
-        layer.kv_bytes_per_token(itemsize) * layer.window
-        if layer.window is not None
-        else layer.kv_bytes_per_token(itemsize, kv_bits) * places
-        for layer in spec.layers
-    )
-
-
-_LETTERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-# A number without a unit below this is not a number of bytes that anybody means.
-FEWEST_BARE_BYTES = 2**20
-
-
-def parse_size(value: int | float | str, name: str) -> int:
-    """Bytes from a number or text: "10GB", "10G" and "10g" are 10 times 10^9, "1.5 GiB" 1.5 times 2^30.
-
-    name: of the setting, for the SettingError that anything else raises; so does a number without a unit that is too small
-    to be meant in bytes.
-    """
-    number: float | None = None
-    unit = ""
-    if is_number(value) and not abs(value) >= 2**63:  # a number that is too large may be none that a float holds
-        number = float(value)
-    elif isinstance(value, str):
-        match = re.fullmatch(
-            r"\s*(\d+(?:\.\d*)?|\.\d+)\s*((?:([kmgt])(i?)b?)|b|bytes?)?\s*", value, re.IGNORECASE | re.ASCII
-        )
-        if match is not None:
-            unit, power = match[2] or "", _LETTERS[(match[3] or "").lower()]
-            number = float(match[1]) * (1024 if match[4] else 1000) ** power
-    if number is None or not 1 <= number < 2**63:
-        raise SettingError(f'{name} is {shown(value)}: give bytes above 0, or text such as "8GB" or "1.5GiB".')
-    if not unit and number < FEWEST_BARE_BYTES:
-        raise SettingError(f'{name} is {shown(value)}, which means {number:,g} bytes: did you mean "{number:g}GB"?')
-    return int(number)
-
-
-def parse_memory(value: int | str | None) -> int | None:
-    """Bytes of a memory limit, as `parse_size` reads them; None for None. Raises SettingError."""
-    return None if value is None else parse_size(value, "memory_limit")
+    caches = CacheBytes(spec, itemsize, kv_bits)
+    return batch_size * max(caches.rings, caches.total(num_tokens))

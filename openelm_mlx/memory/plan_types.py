@@ -9,6 +9,7 @@ from ..checks import size
 from ..errors import MemoryLimitError
 from .machine import Machine
 from .rates import SpeedRange
+from .together import Together
 from .variant import Variant
 
 
@@ -33,7 +34,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is wanted of a plan; None leaves it to the plan."""
+    """What is wanted of a plan; None leaves it to the plan. batch_size: how many requests are at work at once."""
 
     memory_limit: int | None = None
     context_length: int | None = None
@@ -65,7 +66,9 @@ class MemoryPlan:
     predicted speeds with the whole context in use, decode_at_start with an empty one; None where the machine's rates are
     not known. decode_tps, prefill_tps: their middles. changes: what would make it fit, where it does not. least_bytes: the
     smallest memory limit that can be kept with these dense_bits and kv_bits. variants: the same with each preset, where
-    there is something to choose. note: what has to be said of the source itself.
+    there is something to choose. note: what has to be said of the source itself. batch_size: how many requests may be at work
+    at once, each as long as context_length; max_context_length and decode are each one's then. requests: what `om.plan` says
+    of several at once.
     """
 
     source: str
@@ -96,6 +99,7 @@ class MemoryPlan:
     family: str = ""
     variants: tuple[Variant, ...] = ()
     note: str | None = None
+    requests: Together | None = None
 
     @property
     def decode_tps(self) -> float | None:
@@ -116,6 +120,7 @@ class MemoryPlan:
             "machine": None if self.machine is None else asdict(self.machine),
             "changes": [vars(change) for change in self.changes],
             "variants": [each.as_dict() for each in self.variants],
+            "requests": None if self.requests is None else self.requests.as_dict(),
         }
 
     def refusal(self) -> MemoryLimitError:
@@ -133,8 +138,9 @@ class MemoryPlan:
 
     def arithmetic(self) -> str:
         """The sum as a phrase."""
+        requests = f"{self.batch_size:,} requests of " if self.batch_size > 1 else ""
         return (
-            f"weights {size(self.weights_bytes)}, keys and values of {self.context_length:,} tokens "
+            f"weights {size(self.weights_bytes)}, keys and values of {requests}{self.context_length:,} tokens "
             f"{size(self.kv_cache_bytes)}, computing {size(self.scratch_bytes)}, the process and MLX's buffer cache "
             f"{size(self.process_bytes - self.total_bytes)}"
         )

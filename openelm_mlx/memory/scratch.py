@@ -11,6 +11,8 @@ CPU has several steps; what these take inside is measured on CUDA and taken over
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..models.routing_ways import BY_SORTING, IN_BLOCKS, ExpertWays, most_places
@@ -91,6 +93,11 @@ class _Counting:
         return window is not None and window < self.num_keys and 2 * window <= self.L
 
     @property
+    def joins(self) -> bool:
+        """Whether a ring's tokens and the new ones are laid side by side; one token is attended to in the ring itself."""
+        return self.layer_spec.window is not None and self.L > 1
+
+    @property
     def num_keys(self) -> int:
         """How many keys the queries are given: all, or in a sliding layer the new ones and up to a window before them."""
         window = self.layer_spec.window
@@ -127,7 +134,7 @@ class _OnCpu(_Counting):
     def attention(self) -> int:
         keys = self.num_keys
         total = 0
-        if self.layer_spec.window is not None:  # the ring's tokens and the new ones, side by side
+        if self.joins:
             total += self.itemsize * self.keys_and_values(keys)
         if self.in_blocks:
             total += self.blocks()
@@ -202,7 +209,8 @@ class _OnGpu(_Counting):
         total = e * self.queries
         if window is None:
             return total + (e * self.keys_and_values(self.num_keys) if self.is_packed else 0)
-        total += e * self.keys_and_values(self.num_keys)  # the ring's tokens and the new ones, side by side
+        if self.joins:
+            total += e * self.keys_and_values(self.num_keys)
         if self.in_blocks:
             n = -(-self.L // window)
             total += e * self.keys_and_values((n + 1) * window) + e * self.keys_and_values(2 * n * window)
@@ -226,7 +234,8 @@ def scratch_bytes(
 ) -> int:
     """Bytes that a pass over a chunk of a prompt, or over one token, takes beside weights and cache: the largest of all.
 
-    chunk, context: tokens at once, and in all, from an empty cache on: full chunks, and one that is left over.
+    chunk, context: tokens at once, and in all, from an empty cache on: full chunks, and one that is left over. batch_size:
+    how many requests are at work, each with so long a context: all decode, or one has a chunk of its prompt instead.
     """
     chunk = min(chunk, context)
     full = context // chunk * chunk
@@ -240,7 +249,66 @@ def scratch_bytes(
         (layer.kv_bytes_per_token(itemsize, kv_bits) for layer in spec.layers if layer.window is None), default=0
     )
     places = kv_capacity(context, spec.context_length)
-    return batch_size * max(largest, LOGITS_COPIES * FLOAT32 * spec.vocab_size, grown * (places - KV_STEP))
+    largest = max(largest, grown * (places - KV_STEP))
+    if batch_size > 1:
+        flat = [
+            ({context - 1: batch_size - 1}, length, offset)
+            for length, offset, is_prompt in passes
+            if is_prompt and length
+        ]
+        flat.append(({context - 1: batch_size}, 0, 0))
+        largest = max(largest, *(flat_pass_bytes(spec, *each, itemsize, backend, kv_bits) for each in flat))
+    return max(largest, logits_bytes(spec, batch_size))
+
+
+def logits_bytes(spec: ModelSpec, rows: int) -> int:
+    """Bytes of the logits of so many rows, and of what choosing from them takes."""
+    return LOGITS_COPIES * FLOAT32 * spec.vocab_size * rows
+
+
+def flat_pass_bytes(
+    spec: ModelSpec,
+    rows: Iterable[int] | Mapping[int, int],
+    chunk: int,
+    offset: int,
+    itemsize: int,
+    backend: str,
+    kv_bits: int | None = None,
+) -> int:
+    """Bytes that a pass over several requests takes: one token of each that decodes, `chunk` tokens of one prompt.
+
+    rows: how many tokens each of the former has in its cache, or how many of them have so many; offset: how many the latter
+    has. Products are over all of
+    these rows together; the attentions are each request's own, and their arrays may all be there at the same time.
+    """
+    requests = Counter(rows)
+    L = sum(requests.values()) + chunk
+    if not L:
+        return 0
+    count = _OnCpu if backend == "cpu" else _OnGpu
+    kinds = list(dict.fromkeys(spec.layers))
+
+    def layer_of(layer: LayerSpec) -> LayerScratch:
+        together = count(spec, layer, L, 0, itemsize, kv_bits)
+        attention = count(spec, layer, chunk, offset, itemsize, kv_bits).attention() if chunk else 0
+        attention += sum(
+            number * count(spec, layer, 1, cached, itemsize, kv_bits).attention() for cached, number in requests.items()
+        )
+        attention += itemsize * together.queries  # what each request's gives, side by side
+        kept = itemsize * (together.qkv + together.rotated)
+        return LayerScratch(together.before(), attention, together.after(), kept, itemsize * together.queries)
+
+    stream = L * spec.hidden_size * (FLOAT32 if spec.layers[0].num_experts else itemsize)
+    layers = [layer_of(layer) for layer in kinds]
+    if backend == "cpu":
+        tables = 4 * FLOAT32 * L * max(layer.head_dim for layer in spec.layers)
+        return stream + tables + max(_largest_part(each) for each in layers)
+    return stream + min(LAYERS_IN_FLIGHT[backend], len(spec.layers)) * max(each.all for each in layers)
+
+
+def _largest_part(layer: LayerScratch) -> int:
+    """Of a layer whose parts are computed one after the other."""
+    return max(layer.before, layer.projected + layer.attention, layer.attended + layer.after)
 
 
 def pass_bytes(
@@ -262,7 +330,6 @@ def pass_bytes(
     last = 0 if complete is layers else layers[-1].before
     if backend == "cpu":
         tables = 4 * FLOAT32 * L * head_dim  # cosines and sines, and what they are made from
-        parts = (max(each.before, each.projected + each.attention, each.attended + each.after) for each in complete)
-        return stream + tables + max((last, *parts))
+        return stream + tables + max((last, *map(_largest_part, complete)))
     largest, most = max((each.all for each in complete), default=0), LAYERS_IN_FLIGHT[backend]
     return stream + min(most, len(complete)) * largest + (last if len(complete) < most else 0)

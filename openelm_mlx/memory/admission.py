@@ -1,0 +1,191 @@
+"""Which requests may run beside each other in a plan's memory: the arithmetic of admission, without arrays.
+
+An engine asks before it admits a request and every so many tokens afterwards. What is counted is what is in use now
+(weights, caches, prompts that are kept for later ones), what the requests' caches will grow by, and the pass that computes
+their next tokens. Who goes on is decided by age: kept prompts give way first, then the youngest requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..checks import size
+from ..errors import MemoryLimitError
+from .cache_bytes import CacheBytes, most_that
+from .plan_types import MemoryPlan
+from .scratch import flat_pass_bytes, logits_bytes
+
+# Chunks of a prompt are not made smaller than this: each reads all weights once more.
+LEAST_CHUNK = 16
+# So many tokens of an answer are made room for at once.
+TOKENS_AT_ONCE = 64
+# No plan speaks of more requests at once.
+MOST_REQUESTS = 4096
+
+
+class Held(NamedTuple):
+    """A request as admission sees it.
+
+    num_tokens: in its cache now, 0 before its first chunk. reserved: how many tokens it may come to have before it is asked
+    for again, prompt and answer. places: what its full layers have room for, where that is not what a cache of `num_tokens`
+    has: one that was forked has fewer, one that was rewound more.
+    """
+
+    num_tokens: int
+    reserved: int
+    places: int | None = None
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The memory of several requests of one model. Bytes; a limit of None refuses nothing.
+
+    limit: what may be in use at once, as MLX counts it (`MemoryPlan.budget_bytes`). caches: of one request. chunk: of a
+    prompt, in the plan. weights: what is in use when no request is there. scratch_factor: of what a pass takes by its
+    shapes; `seen` gives another one where it was more.
+    """
+
+    limit: int | None
+    caches: CacheBytes
+    backend: str
+    chunk: int
+    weights: int = 0
+    scratch_factor: float = 1.0
+
+    @classmethod
+    def of(cls, plan: MemoryPlan | None, caches: CacheBytes, backend: str, chunk: int = 512) -> Admission:
+        """By the plan that a model was loaded with; None refuses nothing. backend, chunk: where no plan says them."""
+        if plan is None or plan.machine is None:
+            return cls(None if plan is None else plan.budget_bytes, caches, backend, chunk)
+        calibration = plan.machine.calibration
+        factor = 1.0 if calibration is None else calibration.scratch.get(plan.family, 1.0)
+        return cls(plan.budget_bytes, caches, plan.machine.backend, plan.prefill_chunk, plan.weights_bytes, factor)
+
+    # --- what something takes ---
+
+    def kv_bytes(self, num_tokens: int) -> int:
+        """Of the caches of one request that has grown to `num_tokens`."""
+        return self.caches.total(num_tokens)
+
+    def snapshot_bytes(self) -> int:
+        """Of a snapshot of the rings, which a prompt that is kept has several of; full layers need none."""
+        return self.caches.rings
+
+    def pass_bytes(self, rows: Sequence[int], chunk: int = 0, offset: int = 0) -> int:
+        """Of one pass: a token behind each of `rows` cached ones, `chunk` tokens of a prompt after `offset`."""
+        spec, itemsize = self.caches.spec, self.caches.itemsize
+        scratch = flat_pass_bytes(spec, rows, chunk, offset, itemsize, self.backend, self.caches.kv_bits)
+        return int(self.scratch_factor * max(scratch, logits_bytes(spec, max(1, len(rows)))))
+
+    def needed(self, in_use: int, requests: Sequence[Held], chunk: int = 0) -> int:
+        """The most that will be in use while the requests come to have what is reserved for them.
+
+        in_use: now, the caches of those that are at work included. chunk: of the longest one's prompt. Caches are expected
+        to be grown before a pass, one layer after the other (`reserve`).
+        """
+        more = copied = 0
+        for each in requests:
+            places = self.caches.places(each.num_tokens) if each.places is None else each.places
+            growth = self.caches.growth(places, max(each.reserved, each.num_tokens))
+            more, copied = more + growth.more, max(copied, growth.copied)
+        rows = sorted(max(each.reserved, each.num_tokens) for each in requests)
+        computing = self.pass_bytes(rows)
+        if chunk and rows:
+            chunk = min(chunk, rows[-1])
+            computing = max(computing, self.pass_bytes(rows[:-1], chunk, rows[-1] - chunk))
+        return in_use + more + max(copied, computing)
+
+    # --- what fits ---
+
+    def shortage(self, in_use: int, requests: Sequence[Held], chunk: int = 0) -> int:
+        """By how many bytes `needed` is above the limit; 0 when it fits."""
+        return 0 if self.limit is None else max(0, self.needed(in_use, requests, chunk) - self.limit)
+
+    def fits(
+        self, in_use: int, running: Sequence[Held], new: Held | None = None, kept: int = 0, chunk: int = LEAST_CHUNK
+    ) -> bool:
+        """Whether the requests fit beside each other, and `new` beside them, once kept prompts of `kept` bytes are gone.
+
+        chunk: the least that a prompt is read in, while memory is short.
+        """
+        requests = running if new is None else [*running, new]
+        return self.shortage(in_use - kept, requests, chunk) == 0
+
+    def longest_chunk(self, in_use: int, running: Sequence[Held], prompt: Held, wanted: int | None = None) -> int:
+        """How many tokens of a prompt to read at once: `wanted`, or half of it, or a quarter ...; 0 when not even 16 fit.
+
+        prompt: the request that reads it, `reserved` tokens of it in all.
+        """
+        chunk = self.chunk if wanted is None else wanted
+        while self.limit is not None and self.shortage(in_use, [*running, prompt], chunk):
+            if chunk <= LEAST_CHUNK:
+                return 0
+            chunk = max(LEAST_CHUNK, chunk // 2)
+        return chunk
+
+    def longest(self, in_use: int, running: Sequence[Held], request: Held, kept: int = 0) -> int:
+        """How many tokens, prompt and answer, a request may come to have beside those at work; 0 when it has no room."""
+        most = self.caches.spec.context_length
+        if self.limit is None:
+            return most
+        return most_that(lambda n: self.fits(in_use, running, request._replace(reserved=n), kept), most)
+
+    def most_requests(self, num_tokens: int, most: int = MOST_REQUESTS) -> int:
+        """How many requests of `num_tokens` tokens each fit at once beside the weights, at most `most`."""
+        if self.limit is None:
+            return most
+        new = Held(0, num_tokens)
+        return most_that(lambda n: self.shortage(self.weights, [new] * n, self.chunk) == 0, most)
+
+    def to_put_back(self, in_use: int, running: Sequence[Held], kept: int = 0, chunk: int = 0) -> int:
+        """How many of the youngest requests have to leave so that the others can go on; never the oldest one.
+
+        running: the oldest first. kept: bytes of kept prompts, all of which are gone before a request leaves.
+        """
+        in_use -= kept
+        for leaving in range(len(running)):
+            staying = running[: len(running) - leaving]
+            if leaving:
+                last = running[len(running) - leaving]
+                places = self.caches.places(last.num_tokens) if last.places is None else last.places
+                in_use -= self.caches.bytes_of(places)
+            if not self.shortage(in_use, staying, chunk):
+                return leaving
+        return max(0, len(running) - 1)
+
+    def seen(self, computed: int, rows: Sequence[int], chunk: int = 0, offset: int = 0) -> Admission:
+        """What to go on with after a pass that took `computed` bytes beside what was in use: itself, or a larger factor."""
+        planned = self.pass_bytes(rows, chunk, offset)
+        if computed <= planned:
+            return self
+        return Admission(
+            self.limit, self.caches, self.backend, self.chunk, self.weights, self.scratch_factor * computed / planned
+        )
+
+    def check(self, num_prompt_tokens: int, max_tokens: int, in_use: int | None = None) -> None:
+        """Raise MemoryLimitError for a request that can never fit, not even alone, with what would.
+
+        in_use: without any request and kept prompt; the weights when it is None.
+        """
+        in_use = self.weights if in_use is None else in_use
+        wanted = num_prompt_tokens + max_tokens
+        least = min(LEAST_CHUNK, num_prompt_tokens)
+        if self.limit is None or not self.shortage(in_use, [Held(0, wanted)], least):
+            return
+        kv = self.kv_bytes(wanted)
+        needed = self.needed(in_use, [Held(0, wanted)], least)
+        raise MemoryLimitError(
+            f"A prompt of {num_prompt_tokens:,} tokens and an answer of up to {max_tokens:,} can never fit into the memory, "
+            f"not even alone: {size(in_use)} are in use, the keys and values of {wanted:,} tokens take {size(kv)} and "
+            f"computing takes {size(needed - in_use - kv)}, together {size(needed)} of the {size(self.limit)} allowed; "
+            f"{what_fits(num_prompt_tokens, self.longest(in_use, [], Held(0, 0)))}, or raise memory_limit (--memory-limit)."
+        )
+
+
+def what_fits(num_prompt_tokens: int, most: int) -> str:
+    """Where `most` tokens of prompt and answer fit, that as advice: a clause."""
+    if most > num_prompt_tokens:
+        return f"with a prompt of {num_prompt_tokens:,} tokens, max_tokens={most - num_prompt_tokens} fits"
+    return f"a prompt and an answer of {most:,} tokens together fit" if most > 1 else "not one token fits"

@@ -60,11 +60,11 @@ class CacheBytes:
 
     def total(self, num_tokens: int) -> int:
         """Bytes allocated for `num_tokens` in all; rings are there whole from the first token on."""
-        return self.bytes_of(self.places(num_tokens)) if num_tokens else 0
+        return self.bytes_of(self.places(num_tokens))
 
     def bytes_of(self, places: int) -> int:
-        """Bytes of caches that keep everything in so many places."""
-        return self.rings + self._per_place * places
+        """Bytes of caches of which the layers that keep everything have so many places; 0: nothing is allocated yet."""
+        return self.rings + self._per_place * places if places else 0
 
     def growth(self, places: int, num_tokens: int) -> Growth:
         """What caches with so many places (0: nothing allocated yet) grow by until they hold `num_tokens`."""

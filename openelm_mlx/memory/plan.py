@@ -89,14 +89,12 @@ class _Planner:
         self.limit = machine.available_bytes if request.memory_limit is None else request.memory_limit
         self.is_gpu = machine.backend != "cpu"
         self.short_chunk = SHORT_CHUNK_ON_CUDA if machine.backend == "cuda" else SHORT_CHUNK
-        # A step's buffers serve the next one: many rows have large logits.
-        self.cache_limit = max(CACHE_LIMIT_BYTES, logits_bytes(spec, request.batch_size)) if self.is_gpu else 0
         process = PROCESS_BYTES if self.is_gpu else PROCESS_BYTES_ON_CPU
         calibration = machine.calibration
         self.scratch_factor = 1.0 if calibration is None else calibration.scratch.get(spec.family, 1.0)
         if calibration is not None and calibration.process_bytes is not None:
             process = calibration.process_bytes
-        self.overhead = process + TOKENIZER_FACTOR * weights.tokenizer + self.cache_limit
+        self.process = process + TOKENIZER_FACTOR * weights.tokenizer
         layer = spec.layers[0]
         self.num_experts, self.per_token = layer.num_experts, layer.experts_per_token
         self.rates = rates_of(machine, spec, self._dense_bits())
@@ -199,18 +197,24 @@ class _Planner:
         scratch = int(scratch * self.scratch_factor)
         weights = self.weights_bytes(slots)
         total = weights + kv + scratch
-        process = max(total, self.weights.loading if slots is None else 0) + self.overhead
+        cache_limit = self._cache_limit(batch_size)
+        overhead = self.process + cache_limit
+        process = max(total, self.weights.loading if slots is None else 0) + overhead
         plan = MemoryPlan(
             source=self.source, fits=process <= self.limit, weights_bytes=weights, kv_cache_bytes=kv, scratch_bytes=scratch,
-            total_bytes=total, process_bytes=process, budget_bytes=max(0, self.limit - self.overhead),
+            total_bytes=total, process_bytes=process, budget_bytes=max(0, self.limit - overhead),
             context_length=context, max_context_length=0, batch_size=batch_size, prefill_chunk=chunk,
             kv_bits=kv_bits, expert_slots=slots, dense_bits=self.request.dense_bits,
-            wired_limit_bytes=self._wired(total), cache_limit_bytes=self.cache_limit if self.is_gpu else 0,
+            wired_limit_bytes=self._wired(total), cache_limit_bytes=cache_limit,
             memory_limit=self.limit, machine=self.machine, family=self.spec.family,
         )  # fmt: skip
         if not with_limits:
             return plan
         return replace(self.with_speeds(plan), max_context_length=self._longest(plan), least_bytes=self._least())
+
+    def _cache_limit(self, batch_size: int) -> int:
+        """Of freed buffers that serve the next step: the logits of many rows are large."""
+        return max(CACHE_LIMIT_BYTES, logits_bytes(self.spec, batch_size)) if self.is_gpu else 0
 
     def _wired(self, total: int) -> int:
         """What of `total` macOS is not to page out: all or nothing."""

@@ -46,7 +46,6 @@ PLAN = {
     "--memory-limit": ("8G", "plan", "memory_limit", "8G"),
     "--context-length": ("99", "plan", "context_length", 99),
     "--requests": ("3", "plan", "batch_size", 3),
-    "--batch-size": ("3", "plan", "batch_size", 3),
     "--prefill-chunk": ("64", "plan", "prefill_chunk", 64),
     "--kv-bits": ("8", "plan", "kv_bits", 8),
     "--preset": ("balanced", "plan", "dense_bits", 8),

@@ -53,9 +53,15 @@ def layer_scratch(
     spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None = None
 ) -> LayerScratch:
     """What `L` tokens after `offset` cached ones take in one layer that computes with numbers of `itemsize` bytes."""
+    return _counting(spec, layer, L, offset, itemsize, backend, kv_bits).layer()
+
+
+def _counting(
+    spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None
+) -> _Counting:
     if backend == "cpu":
-        return _OnCpu(spec, layer, L, offset, itemsize, kv_bits).layer()
-    return _OnGpu(spec, layer, L, offset, itemsize, kv_bits, _EXPERT_WAYS[backend]).layer()
+        return _OnCpu(spec, layer, L, offset, itemsize, kv_bits)
+    return _OnGpu(spec, layer, L, offset, itemsize, kv_bits, _EXPERT_WAYS[backend])
 
 
 class _Counting:
@@ -277,24 +283,26 @@ def flat_pass_bytes(
 ) -> int:
     """Bytes that a pass over several requests takes: one token of each that decodes, `chunk` tokens of one prompt.
 
-    rows: how many tokens each of the former has in its cache, or how many of them have so many; offset: how many the latter
-    has. Products are over all of
-    these rows together; the attentions are each request's own, and their arrays may all be there at the same time.
+    rows: how many tokens each of the former has in its cache, or how many of them have so many; offset: how many the
+    latter has. Products are over all of these rows together; the attentions are each request's own, and their arrays may
+    all be there at the same time.
     """
     requests = Counter(rows)
     L = sum(requests.values()) + chunk
     if not L:
         return 0
-    count = _OnCpu if backend == "cpu" else _OnGpu
     kinds = list(dict.fromkeys(spec.layers))
+    alone = [(1, cached, number) for cached, number in requests.items()]
+    if chunk:
+        alone.append((chunk, offset, 1))
 
     def layer_of(layer: LayerSpec) -> LayerScratch:
-        together = count(spec, layer, L, 0, itemsize, kv_bits)
-        attention = count(spec, layer, chunk, offset, itemsize, kv_bits).attention() if chunk else 0
+        together = _counting(spec, layer, L, 0, itemsize, backend, kv_bits)
+        attention = itemsize * together.queries  # what each request's gives, side by side
         attention += sum(
-            number * count(spec, layer, 1, cached, itemsize, kv_bits).attention() for cached, number in requests.items()
+            number * _counting(spec, layer, length, cached, itemsize, backend, kv_bits).attention()
+            for length, cached, number in alone
         )
-        attention += itemsize * together.queries  # what each request's gives, side by side
         kept = itemsize * (together.qkv + together.rotated)
         return LayerScratch(together.before(), attention, together.after(), kept, itemsize * together.queries)
 

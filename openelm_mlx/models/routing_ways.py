@@ -19,8 +19,7 @@ import itertools
 ExpertWays = tuple[tuple[int, str], ...]
 
 UNSORTED, SORTED, GROUPED = "unsorted", "sorted", "grouped"
-ROWS_IN_A_BLOCK = {"blocks_16": 16, "blocks_32": 32}
-WAYS = (UNSORTED, SORTED, GROUPED, *ROWS_IN_A_BLOCK)
+WAYS = (UNSORTED, SORTED, GROUPED, "blocks_16", "blocks_32")
 
 # What holds where nobody has measured, and for MLX's CUDA backend (`precision.default_choices`).
 BY_SORTING: ExpertWays = ((1, UNSORTED), (16, SORTED))
@@ -84,7 +83,9 @@ def is_checked(ways: object) -> bool:
 
 def rows_in_a_group(way: str, num_rows: int) -> int:
     """How many places a group has."""
-    return ROWS_IN_A_BLOCK.get(way) or max(1, 1 << (num_rows - 1).bit_length())  # few shapes: a power of two
+    if way == GROUPED:
+        return 1 << (num_rows - 1).bit_length()  # a power of two: few shapes
+    return int(way.removeprefix("blocks_"))
 
 
 def num_groups(way: str, num_rows: int, routes: int, num_experts: int) -> int:

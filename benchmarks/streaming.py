@@ -276,20 +276,20 @@ def predict(size: str, trace: Trace | None, machines: Sequence[Machine] | None, 
     report(f"predicted, not measured: gpt-oss-{size} on Macs, routed as {like} routes / uniformly")
     wanted: list[tuple[Machine, tuple[int, ...]]]
     if machines is None:
-        planned = [(machine, planned_slots(size, machine)) for machine in macs()]
+        planned = zip(macs(), planned_slots(size, macs()), strict=True)
         wanted = [(machine, (each,)) for machine, each in planned if each is not None]
     else:
         wanted = [(machine, tuple(num_experts * eighths // 8 for eighths in range(2, 9))) for machine in machines]
     found["macs"] = []
-    for machine, slots in wanted:
-        rows = (mac_predictions(size, each, [machine], slots) for each in (skewed, even))
-        for row, other in zip(*rows, strict=True):
-            found["macs"].append({**row, "uniform": other["tokens_per_second"]})
-            disk = "" if machine.ssd_bandwidth is not None or row["slots"] == num_experts else "  (its disk assumed)"
-            report(
-                f"{row['mac']:14} {row['slots']:3} slots  hits {row['hit_rate']:.0%}  {row['tokens_per_second']:5.1f} / "
-                f"{other['tokens_per_second']:5.1f} tokens/s{disk}"
-            )
+    rows = (mac_predictions(size, each, wanted) for each in (skewed, even))
+    asked = [machine for machine, slots in wanted for _ in slots]
+    for machine, row, other in zip(asked, *rows, strict=True):
+        found["macs"].append({**row, "uniform": other["tokens_per_second"]})
+        disk = "" if machine.ssd_bandwidth is not None or row["slots"] == num_experts else "  (its disk assumed)"
+        report(
+            f"{row['mac']:14} {row['slots']:3} slots  hits {row['hit_rate']:.0%}  {row['tokens_per_second']:5.1f} / "
+            f"{other['tokens_per_second']:5.1f} tokens/s{disk}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

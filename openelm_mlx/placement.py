@@ -170,12 +170,14 @@ class Placement:
         """
         spec = self.contents.spec
         sizes: Counter[str] = Counter()
-        loading = 0
+        loaded = loading = 0
         for each in self.decisions:
-            is_expert = ".experts." in each.module and not each.parameter.name.endswith(".bias")
-            sizes["experts" if is_expert else each.module] += each.nbytes
+            module, nbytes = each.module, each.nbytes
+            is_expert = ".experts." in module and not each.parameter.name.endswith(".bias")
+            sizes["experts" if is_expert else module] += nbytes
+            loaded += nbytes
             if each.is_twice:
-                loading = max(loading, sum(sizes.values()) + each.stored_bytes)
+                loading = max(loading, loaded + each.stored_bytes)
         experts, embedding = sizes.pop("experts", 0), 0 if spec.tied_head else sizes["model.embed_tokens"]
         can_stream = bool(experts) and self._has_experts_in_place()
         return Weights(

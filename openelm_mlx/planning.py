@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .memory.admission import MOST_REQUESTS
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
 from .memory.plan import make_plan
-from .memory.plan_types import MemoryPlan, PlanRequest
+from .memory.plan_types import MemoryPlan, PlanRequest, Weights
 from .memory.presets import PRESETS, preset_bits
 from .memory.sizes import parse_memory
 from .memory.variants import variants_of
@@ -128,7 +128,7 @@ class Planned:
         contents, folder, note = _looked_at(source, revision) if released is None else (released, None, None)
         return cls(str(source), contents, wanted_type, folder, note)
 
-    @property
+    @cached_property
     def has_plain_matrices(self) -> bool:
         """Whether there is anything for `dense_bits` to pack."""
         return bool(dense_packings(self.contents, dense_packing(8)))
@@ -136,15 +136,24 @@ class Planned:
     def plan(self, machine: Machine, dense_bits: int | None, with_requests: bool = False, **options: Any) -> MemoryPlan:
         """The plan on a machine."""
         contents, on_cpu = self.contents, machine.backend == "cpu"
-        request, dense = checked_request(contents, dense_bits=dense_bits, **options), dense_packing(dense_bits)
-        placement = Placement.of(contents, self.dtype, dense, on_cpu)
-        packed = partial(packed_weights, contents, self.dtype, on_cpu, self.folder) if dense is None else None
+        request = checked_request(contents, dense_bits=dense_bits, **options)
+        weights, itemsize = self._weights(dense_bits, on_cpu)
+        packed = partial(packed_weights, contents, self.dtype, on_cpu, self.folder) if dense_bits is None else None
         noted = calibrated(replace(machine, notes=(*machine.notes, self.note)) if self.note else machine)
-        made = make_plan(
-            self.source, contents.spec, placement.weights(self.folder), noted, request, placement.dtype.size, packed,
-            with_requests,
-        )  # fmt: skip
+        made = make_plan(self.source, contents.spec, weights, noted, request, itemsize, packed, with_requests)
         return made if self.has_plain_matrices else replace(made, note=ALL_PACKED)
+
+    def _weights(self, dense_bits: int | None, on_cpu: bool) -> tuple[Weights, int]:
+        """What the weights take, and bytes of a number that is computed with: the same on every machine of a kind."""
+        known, key = self._known_weights, (dense_bits, on_cpu)
+        if key not in known:
+            placement = Placement.of(self.contents, self.dtype, dense_packing(dense_bits), on_cpu)
+            known[key] = placement.weights(self.folder), placement.dtype.size
+        return known[key]
+
+    @cached_property
+    def _known_weights(self) -> dict[tuple[int | None, bool], tuple[Weights, int]]:
+        return {}
 
 
 @hears_the_disk(CheckpointError)

@@ -927,7 +927,7 @@ def large_source(tmp_path_factory) -> Path:
     """223 MB in float32, the largest tensor 41 MB, the largest layer 50 MB."""
     config = {
         "model_name": "OpenELM-x", "num_transformer_layers": 6, "model_dim": 1024, "head_dim": 64, "vocab_size": 10000,
-        "max_context_length": 64, "ffn_multipliers": [0.5, 3.0],
+        "max_context_length": 8, "ffn_multipliers": [0.5, 3.0],
     }  # fmt: skip
     return write_random_checkpoint(tmp_path_factory.mktemp("large") / "source", config)
 

@@ -791,7 +791,7 @@ def interrupt(*_):
 
 signal.signal(signal.SIGALRM, interrupt)
 chance, longest = random.Random(7), 0.01
-while counts[0] <= 60:
+while counts[0] <= 30:
     try:
         is_armed = True
         signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0003, longest))

@@ -16,7 +16,7 @@ from openelm_mlx.memory.machine import Machine
 from openelm_mlx.memory.plan import ASSUMED_DISK
 from openelm_mlx.memory.rates import rates_of
 from openelm_mlx.models.gpt_oss import GptOss
-from openelm_mlx.planning import plan as plan_of
+from openelm_mlx.planning import plans_on
 from openelm_mlx.specs import spec_from_config
 
 from .routing import (
@@ -83,15 +83,19 @@ def middle_mean(values: Sequence[float]) -> float:
     return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
-def mac_predictions(size: str, trace: Trace, machines: Sequence[Machine], slots: Sequence[int]) -> list[dict[str, Any]]:
-    """What Macs should reach with a released model, by the simulator. Nobody has measured these."""
+def mac_predictions(size: str, trace: Trace, machines: Sequence[tuple[Machine, Sequence[int]]]) -> list[dict[str, Any]]:
+    """What Macs should reach with a released model, by the simulator. Nobody has measured these.
+
+    machines: each with the numbers of slots that are asked of it.
+    """
     spec = spec_from_config(released_gpt_oss_config(size))
     whole = after_a_prompt(trace)
     replays = {
-        each: replay(whole, each, read_back_cost=READ_BACK_COST, warm_up=len(whole.passes) // 2) for each in set(slots)
+        each: replay(whole, each, read_back_cost=READ_BACK_COST, warm_up=len(whole.passes) // 2)
+        for each in {num_slots for _, slots in machines for num_slots in slots}
     }
     rows = []
-    for machine in machines:
+    for machine, slots in machines:
         for num_slots in slots:
             rates = rates_of(machine, spec)
             assert rates is not None
@@ -109,9 +113,8 @@ def mac_predictions(size: str, trace: Trace, machines: Sequence[Machine], slots:
     return rows
 
 
-def planned_slots(size: str, machine: Machine) -> int | None:
-    """How many experts of a layer a plan keeps in memory there; None where the model does not fit."""
-    plan = plan_of(f"openai/gpt-oss-{size}", mac=machine.name)
-    if not plan.fits:
-        return None
-    return plan.expert_slots or spec_from_config(released_gpt_oss_config(size)).layers[0].num_experts
+def planned_slots(size: str, machines: Sequence[Machine]) -> list[int | None]:
+    """How many experts of a layer a plan keeps in memory on each; None where the model does not fit."""
+    plans = plans_on(machines, f"openai/gpt-oss-{size}", as_released=True)
+    num_experts = spec_from_config(released_gpt_oss_config(size)).layers[0].num_experts
+    return [plan.expert_slots or num_experts if plan.fits else None for plan in plans]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..models.routing_ways import BY_SORTING, IN_BLOCKS, ExpertWays, most_places
 from ..specs import KV_STEP, LayerSpec, ModelSpec, kv_capacity
@@ -235,6 +236,7 @@ class _OnGpu(_Counting):
         return stream + routing + e * (4 * routed + 5 * inner)
 
 
+@lru_cache(maxsize=4096)  # a plan tries many lengths, and a table of Macs the same ones for each of them
 def scratch_bytes(
     spec: ModelSpec, chunk: int, context: int, itemsize: int, batch_size: int, backend: str, kv_bits: int | None = None
 ) -> int:
@@ -333,11 +335,16 @@ def pass_bytes(
     """
     head_dim = max(layer.head_dim for layer in spec.layers)
     stream = L * spec.hidden_size * (FLOAT32 if spec.layers[0].num_experts else itemsize)
-    layers = [layer_scratch(spec, layer, L, offset, itemsize, backend, kv_bits) for layer in spec.layers]
-    complete = layers[:-1] if is_prompt and L > 1 else layers
-    last = 0 if complete is layers else layers[-1].before
+    # Many layers have the same shape, gpt-oss's two of them in turns: each is counted once.
+    of = {
+        layer: layer_scratch(spec, layer, L, offset, itemsize, backend, kv_bits) for layer in dict.fromkeys(spec.layers)
+    }
+    is_cut = is_prompt and L > 1
+    last = of[spec.layers[-1]].before if is_cut else 0
+    num_complete = len(spec.layers) - is_cut
+    complete = [of[layer] for layer in dict.fromkeys(spec.layers[:num_complete])]
     if backend == "cpu":
         tables = 4 * FLOAT32 * L * head_dim  # cosines and sines, and what they are made from
         return stream + tables + max((last, *map(_largest_part, complete)))
     largest, most = max((each.all for each in complete), default=0), LAYERS_IN_FLIGHT[backend]
-    return stream + min(most, len(complete)) * largest + (last if len(complete) < most else 0)
+    return stream + min(most, num_complete) * largest + (last if num_complete < most else 0)

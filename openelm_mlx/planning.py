@@ -145,9 +145,10 @@ class Planned:
 
     def _weights(self, dense_bits: int | None, on_cpu: bool) -> tuple[Weights, int]:
         """What the weights take, and bytes of a number that is computed with: the same on every machine of a kind."""
-        known, key = self._known_weights, (dense_bits, on_cpu)
+        dense, known = dense_packing(dense_bits), self._known_weights
+        key = dense_bits, on_cpu
         if key not in known:
-            placement = Placement.of(self.contents, self.dtype, dense_packing(dense_bits), on_cpu)
+            placement = Placement.of(self.contents, self.dtype, dense, on_cpu)
             known[key] = placement.weights(self.folder), placement.dtype.size
         return known[key]
 

@@ -276,7 +276,8 @@ def predict(size: str, trace: Trace | None, machines: Sequence[Machine] | None, 
     report(f"predicted, not measured: gpt-oss-{size} on Macs, routed as {like} routes / uniformly")
     wanted: list[tuple[Machine, tuple[int, ...]]]
     if machines is None:
-        planned = zip(macs(), planned_slots(size, macs()), strict=True)
+        every = list(macs())
+        planned = zip(every, planned_slots(size, every), strict=True)
         wanted = [(machine, (each,)) for machine, each in planned if each is not None]
     else:
         wanted = [(machine, tuple(num_experts * eighths // 8 for eighths in range(2, 9))) for machine in machines]

@@ -21,7 +21,7 @@ from .drafts import Draft, Guesser
 from .sampling import Sampler, log_probabilities, unpacked
 from .speculation_gain import DraftHistory, Gain
 from .step import Step
-from .tokens import Choice, constrained, one_by_one
+from .tokens import Choice, Forward, Source, constrained_source, drive, plain_source
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -61,13 +61,18 @@ class Speculative:
 
     def choices(self, logits: mx.array, max_tokens: int) -> Iterator[Choice]:
         """`max_tokens` tokens, the first of them chosen from `logits` (V,); the caller stops earlier where it wants to."""
+        return drive(self._step, self.source(logits, max_tokens))
+
+    def source(self, logits: mx.array, max_tokens: int) -> Source:
+        """`choices` for whoever computes the passes; the step is asked for its cache alone."""
         stop = len(self._tokens) + max_tokens
         yield from self._plain(logits, 1, is_measured=False)
         while len(self._tokens) < stop and not self._is_finished:
             left = stop - len(self._tokens)
             pause = self.gain.pause()
             if pause:
-                yield from self._plain(self._step(mx.array(self._tokens[-1])), min(pause, left), is_measured=True)
+                step = yield Forward(mx.array(self._tokens[-1]))
+                yield from self._plain(step, min(pause, left), is_measured=True)
             else:
                 yield from self._round(left)
 
@@ -75,21 +80,30 @@ class Speculative:
     def _is_finished(self) -> bool:
         return self._constraint is not None and self._constraint.is_finished
 
-    def _plain(self, logits: mx.array, count: int, is_measured: bool) -> Iterator[Choice]:
+    def _plain(self, logits: mx.array, count: int, is_measured: bool) -> Source:
         """`count` tokens without a guess; the last one is not in the cache, as after a round."""
         if self._constraint is None:
-            source = one_by_one(self._step, self._sampler, logits, count, self._num_logprobs)
+            source = plain_source(self._step, self._sampler, logits, count, self._num_logprobs)
         else:
-            source = constrained(self._step, self._sampler, logits, count, self._constraint, self._num_logprobs)
+            source = constrained_source(self._step, self._sampler, logits, count, self._constraint, self._num_logprobs)
         began = self._clock()
-        for i, choice in enumerate(source):
-            self._tokens.append(choice.item())
-            yield choice
+        num_given, reply = 0, None
+        while True:
+            try:
+                wanted = source.send(reply)
+            except StopIteration:
+                return
+            if not isinstance(wanted, Choice):
+                reply = yield wanted
+                continue
+            self._tokens.append(wanted.item())
+            reply = yield wanted
             began, seconds = self._clock(), self._clock() - began
-            if is_measured and (i or count < _WITHOUT_GUESS):  # the first has no step under way before it
+            if is_measured and (num_given or count < _WITHOUT_GUESS):  # the first has no step under way before it
                 self.gain.plain_token(seconds)
+            num_given += 1
 
-    def _round(self, left: int) -> Iterator[Choice]:
+    def _round(self, left: int) -> Source:
         """One guess and its verification, or a few plain tokens where there is nothing to go by."""
         began, before = self._clock(), len(self._tokens)
         guide = Guided(self._constraint, self._model.spec.vocab_size)
@@ -102,19 +116,19 @@ class Speculative:
         # The keys that were drawn stay drawn; the penalties are those before the guess again.
         self._sampler.state = (self._sampler.state[0], *state[1:])
         if draft is None:
-            yield from self._plain(self._step(mx.array(self._tokens[-1])), min(_WITHOUT_GUESS, left), is_measured=False)
+            logits = yield Forward(mx.array(self._tokens[-1]))
+            yield from self._plain(logits, min(_WITHOUT_GUESS, left), is_measured=False)
         else:
-            for choice in self._verified(draft, guide.masks):
+            fed = mx.concatenate([mx.array(self._tokens[-1:], mx.uint32), draft.tokens])
+            for choice in self._verified(draft, guide.masks, (yield Forward(fed))):
                 self._tokens.append(choice.item())
                 yield choice
         self.gain.round(self._clock() - began, len(self._tokens) - before)
 
-    def _verified(self, draft: Draft, masks: list[mx.array | None]) -> list[Choice]:
-        """The guesses that hold, and the token after them."""
+    def _verified(self, draft: Draft, masks: list[mx.array | None], logits: mx.array) -> list[Choice]:
+        """The guesses that hold, and the token after them. logits (k + 1, V): after the last token and each guess."""
         cache, num_drafts = self._step.cache, draft.tokens.size
-        start = cache[0].offset
-        fed = mx.concatenate([mx.array(self._tokens[-1:], mx.uint32), draft.tokens])
-        logits = self._step.many(fed)
+        start = cache[0].offset - num_drafts - 1
         guesses, others, num_held = self._compare(draft, logits, masks)
         tokens = [*guesses[:num_held], others[num_held]]
         self.gain.counts.rounds += 1

@@ -1,10 +1,16 @@
-"""The tokens of an answer, one after the other: how they are chosen and when the device starts on the next."""
+"""The tokens of an answer, one after the other: how they are chosen and when the device starts on the next.
+
+A source of tokens is a generator that computes nothing itself. It asks for logits (`Forward`) and for work on the host
+(`HostWork`), is sent what came of it, and hands over its tokens (`Choice`). `drive` answers with the step of one request;
+the engine (engine/runner.py) answers many sources with one pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -38,6 +44,51 @@ class Choice:
         return cast(float, self.logprob.item()), dict(zip(tokens, logprobs, strict=True))
 
 
+class Forward(NamedTuple):
+    """A source asks for logits: (V,) after one more token (a scalar), (L, V) after each of several tokens (L,).
+
+    sampler: with it, for one token, the source is sent the logits and the token that the sampler chooses from them.
+    """
+
+    tokens: mx.array
+    sampler: Sampler | None = None
+
+
+class HostWork(NamedTuple):
+    """A source asks for what `call` gives. It touches no array of MLX's, so that a thread beside MLX's may do it."""
+
+    call: Callable[[], Any]
+
+
+# What it asks for or hands over, and what it is sent: logits for a Forward, the result of a HostWork, None for a Choice.
+Source = Generator["Forward | HostWork | Choice", Any, None]
+
+
+def drive(step: Step, source: Source) -> Iterator[Choice]:
+    """The tokens of `source`, computed by the step of one request."""
+    try:
+        wanted = next(source)
+        while True:
+            if isinstance(wanted, Choice):
+                yield wanted
+                wanted = next(source)
+            elif isinstance(wanted, Forward):
+                wanted = source.send(computed(step, wanted))
+            else:
+                wanted = source.send(wanted.call())
+    except StopIteration:
+        return
+    finally:
+        source.close()
+
+
+def computed(step: Step, wanted: Forward) -> Any:
+    """What a source is sent for a `Forward`, by the step of one request."""
+    if wanted.sampler is not None:
+        return step.choose(wanted.tokens, wanted.sampler)
+    return step(wanted.tokens) if wanted.tokens.ndim == 0 else step.many(wanted.tokens)
+
+
 def one_by_one(
     step: Step, sampler: Sampler, logits: mx.array, max_tokens: int, num_logprobs: int | None = None
 ) -> Iterator[Choice]:
@@ -46,17 +97,25 @@ def one_by_one(
     The next step is dispatched before this token is handed over, so that the device works while the host makes text of
     it; after the caller has stopped, one token more than it took may be in the cache.
     """
+    return drive(step, plain_source(step, sampler, logits, max_tokens, num_logprobs))
+
+
+def plain_source(
+    step: Step, sampler: Sampler, logits: mx.array, max_tokens: int, num_logprobs: int | None = None
+) -> Source:
+    """The source of `one_by_one`; `step` is asked whether it runs ahead, and nothing else."""
     choice = choose(sampler, logits, num_logprobs)
-    for count in range(1, max_tokens + 1):
-        upcoming = None
-        if count < max_tokens and step.runs_ahead:
-            upcoming = started(*step.choose(choice.token, sampler), num_logprobs)
-        yield choice
-        if count == max_tokens:
-            return
-        if upcoming is None:
-            upcoming = started(*step.choose(choice.token, sampler), num_logprobs)
+    for _ in range(max_tokens - 1):
+        if step.runs_ahead:
+            logits, token = yield Forward(choice.token, sampler)
+            upcoming = started(logits, token, num_logprobs)
+            yield choice
+        else:
+            yield choice
+            logits, token = yield Forward(choice.token, sampler)
+            upcoming = started(logits, token, num_logprobs)
         choice = upcoming
+    yield choice
 
 
 def constrained(
@@ -67,7 +126,19 @@ def constrained(
     constraint: TokenConstraint,
     num_logprobs: int | None = None,
 ) -> Iterator[Choice]:
-    """As `one_by_one`, every token one that `constraint` accepts.
+    """As `one_by_one`, every token one that `constraint` accepts."""
+    return drive(step, constrained_source(step, sampler, logits, max_tokens, constraint, num_logprobs))
+
+
+def constrained_source(
+    step: Step,
+    sampler: Sampler,
+    logits: mx.array,
+    max_tokens: int,
+    constraint: TokenConstraint,
+    num_logprobs: int | None = None,
+) -> Source:
+    """`max_tokens` tokens, every one of them one that `constraint` accepts; `step` is asked for its cache alone.
 
     The next step is dispatched before this token is read, and its mask is worked out on the host while the device
     computes: only the choice waits for both. A token that is not accepted after all (the answer could not end any more)
@@ -75,33 +146,33 @@ def constrained(
     likely holds, and made again if it did not.
     """
     masks = _Masks()
-    words, state = constraint.mask(), sampler.state
+    words, state = (yield HostWork(constraint.mask)), sampler.state
     choice = choose(sampler, logits, num_logprobs, masks(words))
     for count in range(1, max_tokens + 1):
         next_logits, upcoming, next_state = None, None, sampler.state
         if count < max_tokens and step.runs_ahead:
-            next_logits = step(choice.token)
+            next_logits = yield Forward(choice.token)
             if constraint.is_free():
                 upcoming = choose(sampler, next_logits, num_logprobs, masks(words))
             else:
                 mx.async_eval(next_logits)
-        if not constraint.accept(choice.item()):
+        if not (yield HostWork(partial(constraint.accept, choice.item()))):
             if next_logits is not None:
                 next_logits = upcoming = None
                 for layer in step.cache:
                     layer.rewind(1)
             # The new mask has tokens that are accepted alone.
             sampler.state = state
-            choice = choose(sampler, logits, num_logprobs, masks(constraint.mask()))
+            choice = choose(sampler, logits, num_logprobs, masks((yield HostWork(constraint.mask))))
             is_accepted, next_state = constraint.accept(choice.item()), sampler.state
             assert is_accepted, f"token {choice.item()} is in the mask and not accepted"
         if count < max_tokens and next_logits is None and not constraint.is_finished:
-            next_logits = step(choice.token)
+            next_logits = yield Forward(choice.token)
             mx.async_eval(next_logits)
         yield choice
         if next_logits is None or constraint.is_finished:
             return
-        logits, state, expected, words = next_logits, next_state, words, constraint.mask()
+        logits, state, expected, words = next_logits, next_state, words, (yield HostWork(constraint.mask))
         if upcoming is not None and words is expected:
             choice = upcoming
         else:

@@ -31,6 +31,7 @@ _PUBLIC = {
     "load": "loading",
     "generate": "generate",
     "stream_generate": "generate",
+    "Engine": "engine.many",
     "Chunk": "engine.sequence",
     "Statistics": "engine.statistics",
     "SamplingParams": "decoding.sampling",
@@ -41,6 +42,7 @@ _PUBLIC = {
     "plan": "planning",
     "Chat": "conversation",
     "UserError": "errors",
+    "EngineFullError": "errors",
     "NoAnswerWarning": "errors",
 }
 
@@ -53,8 +55,10 @@ if TYPE_CHECKING:
     from .decoding.drafts import PromptLookup as PromptLookup
     from .decoding.prefix_cache import PrefixCache as PrefixCache
     from .decoding.sampling import SamplingParams as SamplingParams
+    from .engine.many import Engine as Engine
     from .engine.sequence import Chunk as Chunk
     from .engine.statistics import Statistics as Statistics
+    from .errors import EngineFullError as EngineFullError
     from .errors import NoAnswerWarning as NoAnswerWarning
     from .errors import UserError as UserError
     from .generate import generate as generate

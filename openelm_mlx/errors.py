@@ -50,6 +50,14 @@ class MemoryLimitError(UserError):
     """Something needs more memory than there is, or than the limit that was set; the message has the arithmetic."""
 
 
+class EngineFullError(UserError):
+    """An engine has as many requests waiting as it may have: ask again later."""
+
+
+class EngineClosedError(UserError):
+    """An engine was asked for something after it had been closed, or while it was being closed."""
+
+
 class ToolError(UserError):
     """A tool's definition, a schema, or the place a tool should run in is not usable."""
 

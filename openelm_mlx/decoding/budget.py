@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..checks import size
 from ..errors import MemoryLimitError
 from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, what_fits
-from ..memory.cache_bytes import growth_of, most_that
+from ..memory.cache_bytes import Growth, growth_of, most_that
 from ..memory.limits import LimitsLease, generating
 from ..memory.plan import DEFAULT_CHUNK
 from ..models.cache import Cache
@@ -42,7 +42,13 @@ class Budget:
         self._limit = None if plan is None else plan.budget_bytes
         self._scratch_per_token = 0.0 if plan is None else plan.scratch_bytes / max(1, plan.prefill_chunk)
         self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
+        self._chunk = DEFAULT_CHUNK if plan is None else plan.prefill_chunk
         self._before_chunk = 0
+
+    @property
+    def planned_chunk(self) -> int:
+        """How many tokens of a prompt the plan has in flight at once."""
+        return self._chunk
 
     @property
     def num_tokens(self) -> int:
@@ -121,16 +127,15 @@ class Budget:
 
     def _needed(self, num_tokens: int, chunk_length: int) -> int:
         """Bytes in use while a pass of `chunk_length` tokens fills the cache up to `num_tokens`."""
-        return self._active_memory() + self._growth(num_tokens) + self._scratch(chunk_length)
+        return self._active_memory() + sum(self.growth(num_tokens)) + self.scratch(chunk_length)
 
-    def _growth(self, num_tokens: int) -> int:
-        """Bytes that the keys and values grow by, and the one layer that is there twice meanwhile."""
+    def growth(self, num_tokens: int) -> Growth:
+        """Bytes that the keys and values grow by up to `num_tokens`, and of the one layer that is there twice meanwhile."""
         layers = zip(self._spec.layers, self._cache, strict=True)
-        return sum(
-            growth_of((layer.nbytes, layer.nbytes_for(num_tokens, spec, self._itemsize)) for spec, layer in layers)
-        )
+        return growth_of((layer.nbytes, layer.nbytes_for(num_tokens, spec, self._itemsize)) for spec, layer in layers)
 
-    def _scratch(self, chunk_length: int) -> int:
+    def scratch(self, chunk_length: int) -> int:
+        """Bytes that computing a pass of so many tokens takes, beside weights and caches."""
         return int(self._scratch_per_token * chunk_length)
 
     def _most_tokens(self, chunk_length: int) -> int:
@@ -141,7 +146,7 @@ class Budget:
     def _refuse(self, what: str, num_tokens: int, chunk_length: int, advice: str) -> NoReturn:
         raise MemoryLimitError(
             f"{what}: {size(self._active_memory())} are in use, the keys and values of {num_tokens:,} tokens take "
-            f"{size(self._growth(num_tokens))} more and computing takes {size(self._scratch(chunk_length))}, together "
+            f"{size(sum(self.growth(num_tokens)))} more and computing takes {size(self.scratch(chunk_length))}, together "
             f"{size(self._needed(num_tokens, chunk_length))} of the {size(cast(int, self._limit))} allowed; {advice}"
         )
 
@@ -172,19 +177,27 @@ def keeping_to_plan(model: Model, cache: Cache) -> Iterator[tuple[Budget, Limits
             raise
 
 
-def check_room(model: Model, cache: Cache, num_prompt_tokens: int, max_tokens: int) -> None:
+def check_room(
+    model: Model,
+    cache: Cache,
+    num_prompt_tokens: int,
+    max_tokens: int,
+    active_memory: Callable[[], int] | None = None,
+) -> None:
     """Raise MemoryLimitError when a request cannot fit, or when an earlier one ran out of memory while computing.
 
-    cache: empty, of the kind that the request will use.
+    cache: empty, of the kind that the request will use. active_memory: what is in use; as MLX says when it is None.
     """
     if (failure := runtime_of(model).failure) is not None:
         raise MemoryLimitError(failure)
-    Budget(model, cache).check_request(num_prompt_tokens, max_tokens)
+    Budget(model, cache, active_memory=active_memory).check_request(num_prompt_tokens, max_tokens)
 
 
-def room_in_memory(model: Model, cache: Cache, num_prompt_tokens: int, most: int) -> int:
-    """How many tokens of an answer the plan's memory holds behind a prompt, at most `most`. cache: as for `check_room`."""
-    return Budget(model, cache).room_for_answer(num_prompt_tokens, most)
+def room_in_memory(
+    model: Model, cache: Cache, num_prompt_tokens: int, most: int, active_memory: Callable[[], int] | None = None
+) -> int:
+    """How many tokens of an answer the plan's memory holds behind a prompt, at most `most`. The rest as for `check_room`."""
+    return Budget(model, cache, active_memory=active_memory).room_for_answer(num_prompt_tokens, most)
 
 
 def chunk_of_plan(model: Model) -> int:

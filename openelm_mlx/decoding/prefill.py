@@ -106,7 +106,7 @@ def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
     if len(tokens) == 1:
         return make_step(model, cache)(mx.array(tokens[0]))
     last_block, last_cache = model.layers[-1], cache[-1]
-    with _lock_of(model):
+    with lock_of(model):
         h, queries, keys, values = _through_the_layers(model, tokens, cache, in_turn(cache, len(cache)))
         if isinstance(last_cache, SlidingKVCache):  # in the order of positions: the last token sees the end
             keys, values = keys[..., -last_cache.window :, :], values[..., -last_cache.window :, :]
@@ -116,7 +116,7 @@ def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
 
 def only_cache(model: Model, tokens: Sequence[int], cache: Cache, throttle: LayerThrottle | None = None) -> None:
     """The keys and values of `tokens` into the cache, evaluated: of the last layer and the head nothing else is computed."""
-    with _lock_of(model):
+    with lock_of(model):
         _through_the_layers(model, tokens, cache, throttle)
         mx.eval([layer.buffers for layer in cache])
 
@@ -134,9 +134,14 @@ def _through_the_layers(
     return h, queries, keys, values
 
 
-def _lock_of(model: Model) -> Any:
+def lock_of(model: Model) -> Any:
     """What is held for a chunk of a prompt, where experts are on disk."""
     return nullcontext() if (residency := runtime_of(model).residency) is None else residency.lock
+
+
+def chunk_throttle(cache: Cache) -> LayerThrottle:
+    """`in_turn` for a chunk that goes through all layers."""
+    return in_turn(cache, len(cache))
 
 
 def in_turn(cache: Cache, num_layers: int) -> LayerThrottle:

@@ -179,6 +179,14 @@ class PrefixCache:
                     self._entries.pop(0)
                 mx.clear_cache()
 
+    def forget_oldest(self) -> bool:
+        """Forget the request that was used longest ago. False when nothing is kept."""
+        with self._lock:
+            if not self._entries:
+                return False
+            self._entries.pop(0)
+            return True
+
     @checked_call("prefix_cache.save", path=PATH, overwrite=FLAG)
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write everything into the file `path`, at once or not at all.
@@ -287,6 +295,13 @@ class Turn:
         if len(self._checkpoints) > MAX_CHECKPOINTS:
             self._thin_out()
 
+    def forked(self) -> Turn:
+        """Another request with the same prompt, which is in the cache: what is written to one is not seen by the other."""
+        cache = [layer.fork(layer.snapshot()) for layer in self.cache]
+        new = Turn(self._store, self.tokens[: self.num_prompt_tokens], self._kind, cache)
+        new._checkpoints = list(self._checkpoints)
+        return new
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep the request when the block ends, or is left because the caller wants no more; not after an error.
@@ -296,17 +311,18 @@ class Turn:
         try:
             yield
         except GeneratorExit:
-            self._keep()
+            self.keep()
             raise
         except KeyboardInterrupt:
             if self._last_border is not None:
                 for layer, snapshot in zip(self.cache, self._last_border.layers, strict=True):
                     layer.restore(snapshot)
-                self._keep()
+                self.keep()
             raise
-        self._keep()
+        self.keep()
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
+        """Keep the request as it is now, for prompts that begin alike."""
         if self._store is None:
             return
         # Drafts that were right and not wanted any more.

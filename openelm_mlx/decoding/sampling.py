@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -67,6 +68,10 @@ class SamplingParams:
                 _check(f"logit_bias of token {token}", bias, -1e9, 1e9)
         if self.seed is not None:
             whole_number("seed", self.seed, 0, 2**64 - 1)
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """The same with another seed."""
+        return replace(self, seed=seed)
 
     def check_tokens(self, usable_vocab_size: int) -> None:
         """Raise SettingError when a token is named that the model does not have."""
@@ -162,9 +167,9 @@ class Sampler:
         return logits if self._bias is None else logits + self._bias
 
     def filtered(self, logits: mx.array) -> mx.array:
-        """Logits (V,) to draw from: over temperature, with what top_k, top_p and min_p leave out at -inf."""
+        """Logits (..., V) to draw from: over temperature, with what top_k, top_p and min_p leave out at -inf."""
         logits = logits / self.params.temperature
-        if 0 < self.params.top_k < logits.size:
+        if 0 < self.params.top_k < logits.shape[-1]:
             logits = keep_top_k(logits, self.params.top_k)
         if self.params.top_p < 1.0:
             logits = keep_top_p(logits, self.params.top_p)
@@ -222,23 +227,24 @@ def _masked_choice(form: Sampler) -> Callable[..., Any]:
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
-    """The k largest logits (V,), the rest at -inf; ties at the border all stay."""
-    threshold = mx.min(mx.topk(logits, k))
+    """The k largest logits (..., V), the rest at -inf; ties at the border all stay."""
+    threshold = mx.min(mx.topk(logits, k, axis=-1), axis=-1, keepdims=True)
     return mx.where(logits >= threshold, logits, -mx.inf)
 
 
 def keep_top_p(logits: mx.array, p: float) -> mx.array:
-    """The smallest set of likeliest logits (V,) whose probability reaches p, the rest at -inf (arXiv 1904.09751)."""
-    order = mx.argsort(-logits)
-    probs = mx.softmax(logits[order], axis=-1)
+    """The smallest set of likeliest logits (..., V) whose probability reaches p, the rest at -inf (arXiv 1904.09751)."""
+    order = mx.argsort(-logits, axis=-1)
+    ordered = mx.take_along_axis(logits, order, axis=-1)
+    probs = mx.softmax(ordered, axis=-1)
     # A token stays while those before it have not reached p; the likeliest always does.
-    keep = (mx.cumsum(probs) - probs) < p
-    return mx.put_along_axis(mx.full(logits.shape, -mx.inf), order, mx.where(keep, logits[order], -mx.inf), axis=-1)
+    keep = (mx.cumsum(probs, axis=-1) - probs) < p
+    return mx.put_along_axis(mx.full(logits.shape, -mx.inf), order, mx.where(keep, ordered, -mx.inf), axis=-1)
 
 
 def keep_min_p(logits: mx.array, fraction: float) -> mx.array:
-    """The logits (V,) of tokens at least `fraction` as likely as the likeliest, the rest at -inf (arXiv 2407.01082)."""
-    return mx.where(logits >= mx.max(logits) + math.log(fraction), logits, -mx.inf)
+    """The logits (..., V) of tokens at least `fraction` as likely as the likeliest, the rest at -inf (arXiv 2407.01082)."""
+    return mx.where(logits >= mx.max(logits, axis=-1, keepdims=True) + math.log(fraction), logits, -mx.inf)
 
 
 def log_probabilities(logits: mx.array, token: mx.array, num_top: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -259,10 +265,18 @@ def _bias(logit_bias: Mapping[int, float], vocab_size: int, usable_vocab_size: i
     """What is added to the logits (V,), or None when nothing is."""
     if not logit_bias and usable_vocab_size >= vocab_size:
         return None
-    bias = mx.where(mx.arange(vocab_size) < usable_vocab_size, 0.0, -math.inf)
+    bias = _without_padding(vocab_size, usable_vocab_size)
     if not logit_bias:
         return bias
     return bias.at[mx.array(list(logit_bias))].add(mx.array([float(value) for value in logit_bias.values()]))
+
+
+@functools.lru_cache(maxsize=8)
+def _without_padding(vocab_size: int, usable_vocab_size: int) -> mx.array:
+    """0 for tokens and -inf for the rows of padding behind them, (V,): one array for all samplers of a model."""
+    bias = mx.where(mx.arange(vocab_size) < usable_vocab_size, 0.0, -math.inf)
+    mx.eval(bias)  # by whichever thread asks first: others may not evaluate what it has begun
+    return bias
 
 
 def _occurrences(tokens: Sequence[int], vocab_size: int) -> mx.array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -50,8 +50,13 @@ class Request:
     limit: int = 0  # of tokens, and by what: set when the rest is checked
     limited_by: Literal["max_tokens", "context", "memory"] = "max_tokens"
 
-    def checked(self, model: Model, tokenizer: Tokenizer | None) -> Request:
-        """The request with its limit of tokens. Raises SettingError, PromptError or MemoryLimitError."""
+    def checked(
+        self, model: Model, tokenizer: Tokenizer | None, active_memory: Callable[[], int] | None = None
+    ) -> Request:
+        """The request with its limit of tokens. Raises SettingError, PromptError or MemoryLimitError.
+
+        active_memory: the bytes in use that it will find; as MLX says when it is None.
+        """
         if self.max_tokens is not None:
             whole_number("max_tokens", self.max_tokens)
         if self.prefill_chunk is not None:
@@ -76,45 +81,45 @@ class Request:
         if limit < wanted or (self.max_tokens is None and self.ends_by_itself):
             limited_by = "context"
         if self.max_tokens is None:
-            in_memory = self._limit_in_memory(model, limit)
+            in_memory = self._limit_in_memory(model, limit, active_memory)
             limit, limited_by = in_memory, limited_by if in_memory == limit else "memory"
         else:
-            self._check_room(model, limit)
+            self._check_room(model, limit, active_memory)
         return replace(self, limit=limit, limited_by=cast(Any, limited_by))
 
-    def _limit_in_memory(self, model: Model, most: int) -> int:
+    def _limit_in_memory(self, model: Model, most: int, active: Callable[[], int] | None) -> int:
         """`most`, or what of it the memory holds. Kept requests go for the sake of an answer of usual length only."""
-        self._check_room(model, min(most, DEFAULT_MAX_TOKENS))
-        room = self._room_in_memory(model, most)
+        self._check_room(model, min(most, DEFAULT_MAX_TOKENS), active)
+        room = self._room_in_memory(model, most, active)
         if room < min(most, _LONG_ANSWER):
             with suppress(MemoryLimitError):
-                self._check_room(model, min(most, _LONG_ANSWER))
-            room = self._room_in_memory(model, most)
+                self._check_room(model, min(most, _LONG_ANSWER), active)
+            room = self._room_in_memory(model, most, active)
         return max(1, room)
 
-    def _room_in_memory(self, model: Model, most: int) -> int:
-        return room_in_memory(model, self.make_cache(model), len(self.prompt_tokens), most)
+    def _room_in_memory(self, model: Model, most: int, active: Callable[[], int] | None) -> int:
+        return room_in_memory(model, self.make_cache(model), len(self.prompt_tokens), most, active)
 
-    def _check_room(self, model: Model, max_tokens: int) -> None:
+    def _check_room(self, model: Model, max_tokens: int, active: Callable[[], int] | None) -> None:
         def check() -> None:
-            check_room(model, self.make_cache(model), len(self.prompt_tokens), max_tokens)
+            check_room(model, self.make_cache(model), len(self.prompt_tokens), max_tokens, active)
 
         # Kept requests never stand in the way of a new one.
         check() if self.prefix_cache is None else self.prefix_cache.make_room(check)
 
     def make_cache(self, model: Model) -> Cache:
         """An empty cache of the kind that was asked for. Raises SettingError where the model cannot have it."""
-        return model.make_cache(window=self.sliding_window, kv_bits=self.kv_bits, room=self._room)
+        return model.make_cache(window=self.sliding_window, kv_bits=self.kv_bits, room=self.room)
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
         """How many tokens rings must be able to take back."""
         return 0 if self.draft is None else self.draft.num_draft_tokens
 
     def begin_turn(self, model: Model) -> Turn:
         """The cache to begin with: with what the prefix cache has of the prompt, or empty."""
         kv_bits = self.kv_bits or (None if self.sliding_window else model.kv_bits) or 16
-        kind = (self.sliding_window, kv_bits, self._room)
+        kind = (self.sliding_window, kv_bits, self.room)
         return begin_turn(
             self.prefix_cache, model, self.prompt_tokens, kind, lambda: self.make_cache(model), self.borders
         )

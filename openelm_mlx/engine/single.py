@@ -19,7 +19,7 @@ from ..decoding.prefix_cache import PrefixCache, Turn
 from ..decoding.sampling import Sampler, SamplingParams
 from ..decoding.speculative import Speculative
 from ..decoding.step import Step
-from ..decoding.tokens import Choice, constrained, one_by_one
+from ..decoding.tokens import Choice, Source, constrained_source, drive, plain_source
 from ..errors import CheckpointError, PromptError, SettingError, TokenizerError
 from ..memory.limits import LimitsLease
 from ..runtime import runtime_of
@@ -59,8 +59,12 @@ def new_sequence(
     tool_schemas: Mapping[str, Any] | None = None,
     prefix_cache: PrefixCache | None = None,
     draft: Drafts | None = None,
+    active_memory: abc.Callable[[], int] | None = None,
 ) -> Sequence:
-    """The sequence of a request, before any token. Options and errors are those of `stream_generate`."""
+    """The sequence of a request, before any token. Options and errors are those of `stream_generate`.
+
+    active_memory: see `Request.checked`.
+    """
     check_model(model, tokenizer)
     check_prefix_cache(prefix_cache)
     stops = checked_stops(stop)
@@ -87,7 +91,7 @@ def new_sequence(
         borders=message_borders(tokenizer, encoded),
         notes=() if answer is None else answer.notes,
         ends_by_itself=encoded.template == HARMONY,
-    ).checked(model, tokenizer)
+    ).checked(model, tokenizer, active_memory)
     constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.limit)
     request = replace(request, constraint=constraint)
     end_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
@@ -124,7 +128,7 @@ def _answer(
     at_border = None if request.prefix_cache is None else turn.at_border
     logits = prefill(model, turn.new_tokens, turn.cache, chunk_length, budget, stops=turn.stops, at_border=at_border)
     _check_finite(logits)
-    choices = _choices(model, request, make_step(model, turn.cache), sampler, logits, sequence.clock)
+    choices = _choices(sequence, model, make_step(model, turn.cache), sampler, logits)
     for count, choice in enumerate(choices, 1):
         token = choice.item()
         turn.tokens.append(token)
@@ -137,27 +141,37 @@ def _answer(
         budget.before_tokens(count, request.limit)
 
 
-def _choices(
-    model: Model, request: Request, step: Step, sampler: Sampler, logits: mx.array, clock: Clock
-) -> Iterator[Choice]:
+def _choices(sequence: Sequence, model: Model, step: Step, sampler: Sampler, logits: mx.array) -> Iterator[Choice]:
     """The tokens of the answer, in the way that was asked for."""
+    return drive(step, source_of(model, sequence, step, sampler, logits))
+
+
+def source_of(model: Model, sequence: Sequence, step: Step, sampler: Sampler, logits: mx.array) -> Source:
+    """Where the answer's tokens come from, the first of them chosen from `logits` (V,)."""
+    request, clock = sequence.request, sequence.clock
     max_tokens, num_logprobs, constraint = request.limit, request.logprobs, request.constraint
     if request.draft is not None:
         draft, prompt = request.draft, request.prompt_tokens
-        source = Speculative(
+        guessing = Speculative(
             model, step, sampler, prompt, draft.begin(model), draft.num_draft_tokens, num_logprobs, constraint,
             history=draft.history,
         )  # fmt: skip
-        clock.speculation = source.gain.counts
-        return source.choices(logits, max_tokens)
+        if clock is not None:
+            clock.speculation = guessing.gain.counts
+        return guessing.source(logits, max_tokens)
     if constraint is not None:
-        return constrained(step, sampler, logits, max_tokens, constraint, num_logprobs)
-    return one_by_one(step, sampler, logits, max_tokens, num_logprobs)
+        return constrained_source(step, sampler, logits, max_tokens, constraint, num_logprobs)
+    return plain_source(step, sampler, logits, max_tokens, num_logprobs)
 
 
 def _check_finite(logits: mx.array) -> None:
     if not mx.all(mx.isfinite(logits)).item():
-        raise CheckpointError(
-            "The model's logits are not finite numbers: its weights are damaged, or their type has too small a range "
-            '(OpenELM-3B overflows in float16): load it with dtype="bfloat16".'
-        )
+        raise not_finite()
+
+
+def not_finite() -> CheckpointError:
+    """The error of a model whose logits are not numbers."""
+    return CheckpointError(
+        "The model's logits are not finite numbers: its weights are damaged, or their type has too small a range "
+        '(OpenELM-3B overflows in float16): load it with dtype="bfloat16".'
+    )

@@ -29,6 +29,7 @@ class Statistics:
         no_answer: None, or a sentence that says why gpt-oss came to no answer and what to change.
         notes: Sentences about what of the answer's format is not held, and about settings of the process that were
             left as they are.
+        time_queued: How long it waited in an engine's queue; time_to_first_token is counted from its end.
         cached_tokens: How many of the prompt's tokens came from a prefix cache; prefill_tps counts the others.
         drafted_tokens: What guessing did; times as fast as plain steps, None where it was not measured.
         accepted_tokens: See drafted_tokens.
@@ -48,6 +49,7 @@ class Statistics:
     reasoning_tokens: int = 0
     no_answer: str | None = None
     notes: tuple[str, ...] = ()
+    time_queued: float = 0.0
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
@@ -63,8 +65,14 @@ class Clock:
     """
 
     def __init__(
-        self, request: Request, num_cached_tokens: int, lease: LimitsLease, residency: Residency | None = None
+        self,
+        request: Request,
+        num_cached_tokens: int,
+        lease: LimitsLease,
+        residency: Residency | None = None,
+        time_queued: float = 0.0,
     ) -> None:
+        self._time_queued = time_queued
         self._request, self._lease = request, lease
         self._num_cached_tokens = num_cached_tokens
         self._num_answer_tokens = 0
@@ -106,6 +114,7 @@ class Clock:
             reasoning_tokens=self._num_tokens - self._num_answer_tokens,
             no_answer=no_answer(request, ended_in, finish_reason, self._num_tokens),
             notes=(*request.notes, *self._lease.notes),
+            time_queued=self._time_queued,
             cached_tokens=self._num_cached_tokens,
             drafted_tokens=self.speculation.drafted,
             accepted_tokens=self.speculation.accepted,

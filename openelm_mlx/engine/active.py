@@ -1,0 +1,194 @@
+"""A request in an engine, from the queue to its end: what is computed of it, and where its tokens come from."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as ManyOf
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import mlx.core as mx
+
+from ..decoding.budget import Budget, chunk_of_plan
+from ..decoding.compiled_step import make_step
+from ..decoding.prefix_cache import Turn
+from ..decoding.sampling import Sampler
+from ..decoding.step import Step
+from ..decoding.tokens import Choice, Forward, Source
+from ..memory.limits import LimitsLease, generating
+from ..models.cache import Cache
+from ..runtime import runtime_of
+from ..text.tokenizer import Tokenizer
+from .handle import Channel
+from .request import usable_vocab_size
+from .scheduler import HasJob, Job
+from .sequence import Sequence
+from .single import source_of
+from .statistics import Clock
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A token that has been chosen, is perhaps still being computed, and has not been handed over.
+
+    tokens: a scalar, or those of several requests (n,), of which this one's stands at `at`. choice: its log-probabilities,
+    where they were asked for. is_finite: whether the logits that it came from were numbers; for the first token.
+    """
+
+    tokens: mx.array
+    at: int = 0
+    choice: Choice | None = None
+    is_finite: mx.array | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        choice = self.choice
+        scores = () if choice is None else (choice.logprob, choice.top, choice.top_logprobs)
+        return [each for each in (self.tokens, self.is_finite, *scores) if each is not None]
+
+
+@final
+class ActiveRequest(HasJob):
+    """See the module.
+
+    A plain request has a `pending` token, which the next pass is given. One with a constraint or a draft has a `source`,
+    and is given what that asks for (`forward`), once its work on the host (`work`) is done.
+    """
+
+    def __init__(self, number: int, sequence: Sequence, channel: Channel) -> None:
+        self.job = Job(number)
+        self.sequence, self.channel = sequence, channel
+        self.submitted = time.perf_counter()
+        self.pending: Pending | None = None
+        self.source: Source | None = None
+        self.forward: Forward | None = None
+        self.work: Future[Any] | None = None
+        # Tokens of the answer that are to be computed again, since the cache was given up for others.
+        self.replay: deque[int] = deque()
+        # Those who wait for this one's prompt, which is theirs too.
+        self.followers: list[ActiveRequest] = []
+        self.turn: Turn | None = None
+        self._stack = ExitStack()
+        self._has_begun = False
+
+    # --- what it is made of once it has been admitted ---
+
+    sampler: Sampler
+    step: Step
+    budget: Budget
+    lease: LimitsLease
+
+    @property
+    def cache(self) -> Cache:
+        assert self.turn is not None
+        return self.turn.cache
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may still write, those chosen and not yet handed over included."""
+        return self.sequence.request.limit - len(self.sequence.tokens)
+
+    @property
+    def is_plain(self) -> bool:
+        request = self.sequence.request
+        return request.constraint is None and request.draft is None
+
+    @property
+    def prompt_key(self) -> tuple[object, ...]:
+        """What two requests have in common whose prompts leave the same cache."""
+        request = self.sequence.request
+        return (
+            tuple(request.prompt_tokens), request.kv_bits, request.sliding_window, request.prefill_chunk, request.room,
+            None if request.prefix_cache is None else id(request.prefix_cache),
+        )  # fmt: skip
+
+    def begin(self, model: Model, tokenizer: Tokenizer | None) -> None:
+        """Admitted: the cache with what is known of the prompt, and the chunks of the rest."""
+        self.begin_with(model, tokenizer, self.sequence.request.begin_turn(model))
+
+    def begin_with(self, model: Model, tokenizer: Tokenizer | None, turn: Turn) -> None:
+        """Admitted, with a cache that is there already."""
+        request = self.sequence.request
+        plan = runtime_of(model).plan
+        self.turn = turn
+        self.lease = self._stack.enter_context(generating(plan))
+        self.budget = Budget(model, turn.cache, self.lease)
+        queued = time.perf_counter() - self.submitted
+        self.sequence.clock = Clock(
+            request, turn.num_reused, self.lease, runtime_of(model).residency, time_queued=queued
+        )
+        usable = usable_vocab_size(model, tokenizer)
+        self.sampler = Sampler(request.sampling, model.spec.vocab_size, usable, request.prompt_tokens)
+        self.step = make_step(model, turn.cache)
+        self._has_begun = True
+        self._plan_chunks(model)
+
+    @property
+    def has_begun(self) -> bool:
+        return self._has_begun
+
+    def begin_again(self, model: Model) -> None:
+        """Admitted again after it gave way: everything is computed once more, and then it goes on where it was."""
+        self._plan_chunks(model)
+
+    def give_way(self) -> None:
+        """Give the cache up; what was computed of it can be computed again."""
+        assert self.turn is not None
+        offset = self.cache[0].offset
+        fed = self.turn.tokens[self.turn.num_prompt_tokens : offset]
+        if self.replay:  # it was being computed again, and had not come to the end
+            fed = [*fed, *self.replay]
+        self.replay = deque(fed)
+        for layer in self.cache:
+            layer.clear()
+
+    def prompt_piece(self, length: int) -> list[int]:
+        """The next tokens of the prompt."""
+        assert self.turn is not None
+        start = self.cache[0].offset
+        return self.turn.tokens[start : start + length]
+
+    def start_answer(self, model: Model, logits: mx.array) -> None:
+        """The prompt is in the cache, and these are the logits (V,) after its last token."""
+        if not self.is_plain:
+            self.source = source_of(model, self.sequence, self.step, self.sampler, logits)
+
+    def end(self, is_kept: bool) -> None:
+        """Give everything back. is_kept: into the prefix cache, where there is one."""
+        if self.source is not None:
+            self.source.close()
+        try:
+            if is_kept and self.turn is not None and not self.replay:
+                self.turn.keep()
+        finally:
+            self._stack.close()
+            self.source = self.forward = self.pending = self.turn = None
+
+    def _plan_chunks(self, model: Model) -> None:
+        request, turn = self.sequence.request, self.turn
+        assert turn is not None
+        length = request.prefill_chunk or chunk_of_plan(model)
+        has_borders = request.prefix_cache is not None
+        self.job.chunks = deque(
+            prompt_chunks(turn.cache[0].offset, turn.num_prompt_tokens, length, turn.stops, has_borders)
+        )
+
+
+def prompt_chunks(start: int, stop: int, length: int, borders: ManyOf[int], last_apart: bool) -> list[int]:
+    """The lengths of the chunks in which a request alone computes prompt tokens start ... stop - 1 (decoding/prefill.py).
+
+    borders: offsets at which a chunk ends. last_apart: whether the last token has a pass of its own.
+    """
+    chunks = []
+    end = stop - 1 if last_apart else stop
+    while start < end:
+        border = min((each for each in borders if each > start), default=end)
+        chunks.append(min(length, border - start, end - start))
+        start += chunks[-1]
+    return [*chunks, 1] if last_apart else chunks

@@ -1,0 +1,144 @@
+"""What the caller of an engine holds of a request: its chunks as they come, in a thread or in asyncio, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import NoReturn, final
+
+from .sequence import Chunk
+from .statistics import Statistics
+
+
+@final
+class Channel:
+    """From the engine's thread to whoever reads. The engine never waits for a reader: a request's chunks are at most as
+    many as its tokens, and all of them have a place.
+    """
+
+    def __init__(self, wake_engine: Callable[[], None]) -> None:
+        self.items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
+        self.is_cancelled = False
+        self.is_done = False
+        self.statistics: Statistics | None = None
+        self.waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._wake_engine = wake_engine
+        self._lock = threading.Lock()
+
+    def put(self, chunk: Chunk) -> None:
+        """One more chunk; the last one has a finish_reason."""
+        self.items.put(chunk)
+        if chunk.finish_reason is not None:
+            self.end(chunk.statistics)
+
+    def end(self, statistics: Statistics | None = None, error: BaseException | None = None) -> None:
+        """Nothing more comes. error: raised where the next chunk is asked for."""
+        with self._lock:
+            if self.is_done:
+                return
+            self.is_done = True
+        self.statistics = statistics
+        self.items.put(error)  # None: the end
+
+    def cancel(self) -> None:
+        """Ask the engine to give the request up."""
+        if not self.is_done and not self.is_cancelled:
+            self.is_cancelled = True
+            self._wake_engine()
+
+
+def wake_readers(channels: Iterable[Channel]) -> None:
+    """Wake the tasks that wait for these, with one call into each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for channel in channels:
+        waiter, channel.waiter = channel.waiter, None
+        if waiter is not None:
+            by_loop.setdefault(waiter[0], []).append(waiter[1])
+    for loop, futures in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, futures)
+        except RuntimeError:
+            continue  # the loop has been closed: nobody waits any more
+
+
+def _resolve(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
+@final
+class Handle:
+    """A request that an engine answers: iterate it, with `for` or `async for`, for its chunks.
+
+    Each chunk comes once; who stops reading early calls `cancel`. A handle that is dropped before its end cancels the
+    request. An error of the request (MemoryLimitError and others) is raised where its next chunk would have come.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self._is_over = False
+        self._error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._is_over:
+            self._raise_end(StopIteration)
+        return self._taken(self.channel.items.get(), StopIteration)
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self._is_over:
+            self._raise_end(StopAsyncIteration)
+        channel = self.channel
+        while True:
+            try:
+                item = channel.items.get_nowait()
+            except queue.Empty:
+                loop = asyncio.get_running_loop()
+                future: asyncio.Future[None] = loop.create_future()
+                channel.waiter = loop, future
+                if channel.items.empty():  # else it came between the two looks
+                    await future
+            else:
+                return self._taken(item, StopAsyncIteration)
+
+    def text(self) -> str:
+        """The rest of the answer, waited for, without reasoning."""
+        return "".join(chunk.text for chunk in self)
+
+    def cancel(self) -> None:
+        """Give the request up: its memory is free within one step of the engine. No chunk comes any more."""
+        self.channel.cancel()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the engine has nothing more to do for it; chunks may still wait to be read."""
+        return self.channel.is_done
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What the request took, `time_queued` included; None before its end, and where it came to no end."""
+        return self.channel.statistics
+
+    def __del__(self) -> None:
+        channel: Channel | None = getattr(self, "channel", None)
+        if channel is not None:
+            channel.cancel()
+
+    def _taken(self, item: Chunk | BaseException | None, end: type[Exception]) -> Chunk:
+        if isinstance(item, Chunk):
+            return item
+        self._is_over, self._error = True, item
+        self._raise_end(end)
+
+    def _raise_end(self, end: type[Exception]) -> NoReturn:
+        if self._error is not None:
+            raise self._error
+        raise end

@@ -1,0 +1,218 @@
+"""Many requests at once: continuous batching, in which every request gets the answer that it would get alone."""
+
+from __future__ import annotations
+
+import collections
+import threading
+import weakref
+from collections.abc import Sequence as ManyOf
+from typing import TYPE_CHECKING, Any, final
+
+import mlx.core as mx
+
+from ..arguments import checked_call, refuse_unknown
+from ..checks import whole_number
+from ..decoding.arguments import check_model
+from ..errors import EngineClosedError
+from ..text.tokenizer import Tokenizer
+from .active import ActiveRequest
+from .handle import Channel, Handle, wake_readers
+from .prompt import Prompt
+from .runner import Runner
+from .scheduler import Scheduler
+from .single import new_sequence
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+# Requests at once where nobody says and no plan has an opinion; and in the queue.
+MAX_RUNNING, MAX_WAITING = 32, 1024
+
+
+class _Shared:
+    """What the engine's thread and its callers share."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.wake = threading.Event()
+        self.incoming: collections.deque[ActiveRequest] = collections.deque()
+        self.is_closing = False
+        self.is_closed = False
+        self.num_submitted = 0
+        self.failure: BaseException | None = None
+
+
+@final
+@checked_call("om.Engine")
+class Engine:
+    """Answers any number of requests together; each may come and go when it likes.
+
+        with om.Engine(model, tokenizer) as engine:
+            handles = [engine.submit(prompt, max_tokens=100) for prompt in prompts]
+            for handle in handles:
+                print(handle.text())
+
+    While it is open the model is the engine's: whoever else wants to use it submits a request. Requests are admitted
+    first come first served, as many as the plan's memory holds; when it gets tight the youngest waits again, and goes
+    on where it was. Safe to use from several threads, and from asyncio (`async for chunk in handle`).
+
+    Args:
+        max_running: Requests that are computed at once; 32 when it is None.
+        max_waiting: Requests in the queue; 1,024 when it is None. One more is refused with EngineFullError.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None = None,
+        max_running: int | None = None,
+        max_waiting: int | None = None,
+    ) -> None:
+        check_model(model, tokenizer)
+        max_running = MAX_RUNNING if max_running is None else whole_number("max_running", max_running, high=4096)
+        max_waiting = MAX_WAITING if max_waiting is None else whole_number("max_waiting", max_waiting, low=0)
+        self.model, self.tokenizer = model, tokenizer
+        self._scheduler: Scheduler[ActiveRequest] = Scheduler(max_running, max_waiting)
+        self._shared = _Shared()
+        # What the thread must not evaluate for the first time while others look at it.
+        mx.eval([layer.prepare_constants() for layer in model.layers])
+        self._runner = Runner(model, tokenizer, self._scheduler)
+        self._thread = threading.Thread(
+            target=_run, args=(self._runner, self._scheduler, self._shared), name="openelm_mlx engine", daemon=True
+        )
+        self._thread.start()
+        self._stop = weakref.finalize(self, _stop, self._shared, self._thread)
+
+    def submit(self, prompt: Prompt | None = None, **options: Any) -> Handle:
+        """One more request; its handle gives the chunks as they come. Takes the options of `om.stream_generate`.
+
+        What is wrong with the request is raised here (PromptError, SettingError, TokenizerError, MemoryLimitError where
+        it could never fit), and EngineFullError when the queue is full.
+        """
+        from ..generate import option_names, unknown_options
+
+        refuse_unknown("engine.submit", unknown_options(options), option_names())
+        return self._submit(prompt, options)
+
+    def submit_several(self, prompt: Prompt | None, count: int, **options: Any) -> list[Handle]:
+        """`count` requests of one prompt, which is computed once. With a seed, the answers have seed, seed + 1, ..."""
+        whole_number("count", count)
+        sampling = options.get("sampling")
+        handles = []
+        for i in range(count):
+            if sampling is not None and sampling.seed is not None:
+                options["sampling"] = sampling.with_seed(sampling.seed + i)
+            handles.append(self.submit(prompt, **options))
+        return handles
+
+    def close(self) -> None:
+        """Give up what is running and waiting, and end the engine's thread. May be called again."""
+        self._stop()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being computed."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._shared.incoming) + len(self._scheduler.waiting)
+
+    def place_in_queue(self, handle: Handle) -> int | None:
+        """How many requests are before this one in the queue; None once it has been admitted."""
+        for place, request in enumerate([*self._scheduler.waiting, *self._shared.incoming]):
+            if request.channel is handle.channel:
+                return place
+        return None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(self, prompt: Prompt | None, options: dict[str, Any]) -> Handle:
+        shared = self._shared
+        self._check_open()
+        sequence = new_sequence(
+            self.model, self.tokenizer, prompt, active_memory=self._runner.memory.without_requests, **options
+        )
+        channel = Channel(shared.wake.set)
+        with shared.lock:
+            self._check_open()
+            self._scheduler.check_room(len(shared.incoming))
+            shared.incoming.append(ActiveRequest(shared.num_submitted, sequence, channel))
+            shared.num_submitted += 1
+        shared.wake.set()
+        return Handle(channel)
+
+    def _check_open(self) -> None:
+        shared = self._shared
+        if shared.failure is not None:
+            raise EngineClosedError(
+                f"The engine has ended because of an error ({type(shared.failure).__name__}: {shared.failure}): make a "
+                "new om.Engine."
+            )
+        if shared.is_closing:
+            raise EngineClosedError("The engine has been closed: make a new om.Engine.")
+
+
+def _run(runner: Runner, scheduler: Scheduler[ActiveRequest], shared: _Shared) -> None:
+    """The engine's thread. It knows nothing of the `Engine`, so that one that is forgotten can be closed."""
+    failure: BaseException | None = None
+    try:
+        while not shared.is_closing:
+            shared.wake.clear()
+            while shared.incoming:
+                scheduler.waiting.append(shared.incoming.popleft())
+            if shared.is_closing:
+                break
+            if runner.has_work:
+                runner.step()
+                wake_readers([request.channel for request in runner.touched()])
+            else:
+                shared.wake.wait()
+    except BaseException as error:  # of ours: nobody may wait for ever
+        failure = error
+    finally:
+        _end(runner, shared, failure)
+
+
+def _end(runner: Runner, shared: _Shared, failure: BaseException | None) -> None:
+    with shared.lock:
+        shared.is_closing, shared.failure = True, failure
+        left = list(shared.incoming)
+        shared.incoming.clear()
+    told = failure
+    if told is None:
+        told = EngineClosedError("The engine was closed before the request had been answered.")
+    try:
+        runner.close(told)
+    finally:
+        for request in left:
+            request.channel.end(error=told)
+        wake_readers([*(request.channel for request in left), *(request.channel for request in runner.touched())])
+        shared.is_closed = True
+
+
+def _stop(shared: _Shared, thread: threading.Thread) -> None:
+    shared.is_closing = True
+    shared.wake.set()
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+def answers(
+    model: Model, tokenizer: Tokenizer | None, prompts: ManyOf[Prompt], **options: Any
+) -> list[tuple[str, Any]]:
+    """The text and the last chunk of an answer to each prompt, computed together."""
+    with Engine(model, tokenizer, max_waiting=max(MAX_WAITING, len(prompts))) as engine:
+        handles = [engine._submit(prompt, dict(options)) for prompt in prompts]
+        found = []
+        for handle in handles:
+            text, last = "", None
+            for last in handle:
+                text += last.text
+            found.append((text, last))
+        return found

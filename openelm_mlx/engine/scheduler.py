@@ -1,0 +1,224 @@
+"""Who is computed in the engine's next step. No arrays: requests are known by their sizes, and time is handed in.
+
+Requests wait in a queue, first come first served, and are admitted while fewer than `max_running` run and their memory
+fits. An admitted request's prompt is computed in chunks, one chunk of one prompt a step, beside one token of every
+request that decodes. A chunk is as long as decoding requests can bear (`ChunkPace`), and as the prompt's own chunks when
+nobody decodes. A very long prompt takes turns with shorter ones that came after it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar, final
+
+from ..errors import EngineFullError
+
+# A step with a chunk takes at most so many times the usual step of those who decode (checked by `bench --requests`).
+LONGEST_GAP = 4.0
+# What the chunk's length aims at: below the bound, since a chunk's cost is known only afterwards.
+_AIM = 2.5
+# Shorter chunks cost nearly as much as this one: each reads all weights.
+LEAST_CHUNK = 16
+# A prompt lets another go first every other step, if that one has this many times less to compute.
+_SHORTER = 4
+
+
+@final
+class Job:
+    """A request as the scheduler sees it.
+
+    number: in the order of arrival. chunks: lengths of the prompt's chunks as a request alone has them; a chunk may be
+    computed in several pieces, but never across such a border.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.chunks: deque[int] = deque()
+
+    @property
+    def num_left(self) -> int:
+        """Prompt tokens still to be computed."""
+        return sum(self.chunks)
+
+    def piece(self, most: int) -> int:
+        """The length of its next piece, at most `most` (at least 2) tokens.
+
+        Never one token, nor one token left: a single token's attention adds in another order than several tokens', and
+        the answer would differ in its last bits. A chunk that is one token by itself stays so.
+        """
+        chunk = self.chunks[0]
+        most = max(2, most)
+        if chunk <= max(most, 3):
+            return chunk
+        return most - 1 if chunk - most == 1 else most
+
+    def take(self, length: int) -> None:
+        """A piece of so many tokens has been computed."""
+        self.chunks[0] -= length
+        if self.chunks[0] == 0:
+            self.chunks.popleft()
+
+
+@final
+class ChunkPace:
+    """How long a chunk of a prompt may be while others decode, learned from the steps' times (seconds)."""
+
+    def __init__(self, first: int = 64) -> None:
+        self.longest = 2**20  # whatever the times say
+        self.last = first
+        self._length = float(first)
+        self._usual: float | None = None  # of a step without a chunk
+
+    @property
+    def usual_step(self) -> float | None:
+        """Seconds that a step without a chunk takes now; None before the first."""
+        return self._usual
+
+    def length(self, most: int) -> int:
+        """The chunk's length now, at most `most`: a multiple of 16, so that shapes are few."""
+        return max(LEAST_CHUNK, min(most, int(self._length) // LEAST_CHUNK * LEAST_CHUNK))
+
+    def halve(self) -> None:
+        """The last chunk was too long for the device: from now on, none is longer than half of it."""
+        self.longest = max(LEAST_CHUNK, self.last // 2)
+
+    def step_took(self, seconds: float, chunk_length: int) -> None:
+        """Learn from a step in which somebody decoded. chunk_length: 0 for a step without a prompt."""
+        if chunk_length == 0:
+            self._usual = seconds if self._usual is None else self._usual + 0.25 * (seconds - self._usual)
+            return
+        if self._usual is None or seconds <= 0:
+            return
+        wanted = _AIM * self._usual
+        # Less at once when it was too long, more by steps: one step that was short by chance means little.
+        if seconds > wanted:
+            self._length = max(LEAST_CHUNK, min(self._length, chunk_length) * max(0.25, wanted / seconds))
+        elif chunk_length >= self._length * 0.75:
+            self._length = min(2.0**20, self._length * min(1.5, wanted / seconds))
+
+
+J = TypeVar("J", bound="HasJob")
+
+
+class HasJob:
+    """Whoever the scheduler is to decide about."""
+
+    job: Job
+
+
+@final
+class Scheduler(Generic[J]):
+    """The queue, the prompts that are being computed, and those who decode; each in the order of arrival.
+
+    max_running: requests admitted at once. max_waiting: requests in the queue.
+    """
+
+    def __init__(self, max_running: int, max_waiting: int, pace: ChunkPace | None = None) -> None:
+        self.max_running, self.max_waiting = max_running, max_waiting
+        self.pace = ChunkPace() if pace is None else pace
+        self.waiting: list[J] = []
+        self.prompts: list[J] = []
+        self.following: list[J] = []  # admitted, and waiting for another's prompt that is theirs too
+        self.decoding: list[J] = []
+        self._num_chunks = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self.prompts) + len(self.following) + len(self.decoding)
+
+    def running(self) -> Iterator[J]:
+        """All that have been admitted."""
+        yield from self.prompts
+        yield from self.following
+        yield from self.decoding
+
+    def check_room(self, num_arriving: int = 0) -> None:
+        """Raise EngineFullError when one more would have to wait, and the queue is full.
+
+        num_arriving: requests on their way into the queue.
+        """
+        num_waiting = len(self.waiting) + num_arriving
+        if self.num_running + num_waiting >= self.max_running + self.max_waiting:
+            raise EngineFullError(
+                f"{self.num_running:,} requests are running and {num_waiting:,} are waiting, as many as the engine takes "
+                f"(max_running={self.max_running}, max_waiting={self.max_waiting}): ask again later, or give it a larger "
+                "max_waiting."
+            )
+
+    def admit(self, fits: Callable[[J], bool]) -> J | None:
+        """The next request to begin with, its prompt to be computed; None when there is none, or no room.
+
+        fits: whether its memory does. Whoever is first in the queue is not overtaken.
+        """
+        if not self.waiting or self.num_running >= self.max_running:
+            return None
+        first = self.waiting[0]
+        if not fits(first):
+            return None
+        del self.waiting[0]
+        _insert(self.prompts, first)
+        return first
+
+    def next_prompt(self) -> J | None:
+        """Whose prompt gets the next chunk: the oldest's, or every other time one that is far shorter."""
+        with_chunks = [each for each in self.prompts if each.job.chunks]
+        if not with_chunks:
+            return None
+        first = with_chunks[0]
+        self._num_chunks += 1
+        if self._num_chunks % 2 == 0:
+            for each in with_chunks[1:]:
+                if each.job.num_left * _SHORTER <= first.job.num_left:
+                    return each
+        return first
+
+    def chunk_length(self, request: J, most: int) -> int:
+        """How much of its prompt is computed now. most: what memory and device allow at once."""
+        most = min(most, self.pace.longest)
+        if self.decoding:
+            most = self.pace.length(most)
+        self.pace.last = request.job.piece(most)
+        return self.pace.last
+
+    def prompt_is_done(self, request: J) -> None:
+        """It decodes from now on."""
+        self.forget(request)
+        _insert(self.decoding, request)
+
+    def follow(self, request: J) -> None:
+        """Its prompt is another's, who is computing it: nothing is computed for it until that is done."""
+        self.forget(request)
+        _insert(self.following, request)
+
+    def compute_prompt(self, request: J) -> None:
+        """Its prompt is computed from now on, or again."""
+        self.forget(request)
+        _insert(self.prompts, request)
+
+    def put_back(self, request: J) -> None:
+        """Out of those running and into the queue again, before all that came after it."""
+        self.forget(request)
+        _insert(self.waiting, request)
+
+    def youngest(self) -> J | None:
+        """Who gives way when memory is short; None while fewer than two are running."""
+        running = list(self.running())
+        return max(running, key=_number) if len(running) > 1 else None
+
+    def forget(self, request: J) -> None:
+        """It has ended, or has been cancelled, wherever it is."""
+        for place in (self.waiting, self.prompts, self.following, self.decoding):
+            if request in place:
+                place.remove(request)
+
+
+def _number(request: HasJob) -> int:
+    return request.job.number
+
+
+def _insert(place: list[J], request: J) -> None:
+    at = len(place)
+    while at and place[at - 1].job.number > request.job.number:
+        at -= 1
+    place.insert(at, request)

@@ -1,0 +1,154 @@
+"""One flat pass for several requests: every product over all their tokens, attention for each over its own cache.
+
+Decoding requests bring one token each, a draft several, a prompt a chunk. A product over N rows gives each row what it
+would get alone (bit for bit on the CPU backend), so that only attention has to know who is who. This form, with the
+caches apart, fits every kind of cache and is the reference for any other one (models/slots.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from .attention import Mask
+from .base import LanguageModel, LayerWalk
+from .block import LayerThrottle, Projected
+from .cache import Cache, SlidingKVCache
+
+
+@dataclass
+class Rows:
+    """The new tokens of one request in a flat pass.
+
+    cache: the request's own, extended by `length` tokens. is_prompt: a chunk of a prompt, of which nothing but keys and
+    values is wanted, and with `wants_logits` the logits of its last token. Of other tokens all logits are wanted.
+    """
+
+    cache: Cache
+    length: int = 1
+    is_prompt: bool = False
+    wants_logits: bool = True
+
+    @property
+    def num_logits(self) -> int:
+        """How many rows of logits come of it."""
+        if self.is_prompt and self.length > 1:
+            return 1 if self.wants_logits else 0
+        return self.length
+
+
+def flat_logits(
+    model: LanguageModel, tokens: mx.array, rows: Sequence[Rows], throttle: LayerThrottle | None = None
+) -> mx.array | None:
+    """The logits (R, V) of those of the flat `tokens` (M,) that want any, in their order; None where none does.
+
+    tokens: of each of `rows` its own, one after the other. throttle: see `LanguageModel.run_layers`. Lazy, but for what
+    the throttle waits for.
+    """
+    walk = RowsWalk(model, rows, model.embed(tokens), throttle)
+    h = walk.through_all()
+    return None if h is None else model.head(h)
+
+
+def positions_of(rows: Sequence[Rows]) -> mx.array:
+    """The position of every flat row, (M,)."""
+    starts = [each.cache[0].offset for each in rows]
+    if all(each.length == 1 for each in rows):
+        return mx.array(starts)
+    spans = [np.arange(start, start + each.length) for start, each in zip(starts, rows, strict=True)]
+    return mx.array(np.concatenate(spans))
+
+
+class RowsWalk(LayerWalk):
+    """The walk of M flat rows through the layers. h (M, hidden_size): the residual stream as far as it has come."""
+
+    def __init__(
+        self, model: LanguageModel, rows: Sequence[Rows], h: mx.array, throttle: LayerThrottle | None = None
+    ) -> None:
+        super().__init__(model, None, 1)
+        self.h = h
+        self._rows, self._throttle = rows, throttle
+        self._positions = positions_of(rows)
+        self._masks_of: list[dict[int | None, Mask]] = [{} for _ in rows]
+        self._buffers_of_prompts = [each.cache for each in rows if each.is_prompt]
+
+    def through_all(self) -> mx.array | None:
+        """The residual stream (R, hidden_size) of the rows whose logits are wanted, after the last layer."""
+        last = len(self.layers) - 1
+        self.run(0, last)
+        x, queries, keys, values = self.enter(last)
+        wanted: list[mx.array] = []
+        outs: list[mx.array] = []
+        start = 0
+        for at, rows in enumerate(self._rows):
+            stop = start + rows.length
+            if rows.is_prompt and rows.length > 1:
+                end = self._end_of_prompt(last, rows, queries[start:stop], keys[start:stop], values[start:stop])
+                if end is not None:
+                    wanted.append(x[stop - 1 : stop])
+                    outs.append(end)
+            else:
+                wanted.append(x[start:stop])
+                outs.append(self._attend_rows(last, at, queries[start:stop], keys[start:stop], values[start:stop]))
+            start = stop
+        if not wanted:
+            return None
+        if sum(each.shape[0] for each in wanted) < x.shape[0]:
+            x = mx.concatenate(wanted)
+        return self.layers[last].after_attention(x, _joined(outs))
+
+    def enter(self, i: int) -> Projected:
+        queries, keys, values = self.layers[i].before_attention(self.h, self._positions)
+        if self._throttle is not None:
+            self._throttle([queries, keys, values], False)
+        return self.h, queries, keys, values
+
+    def attend(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        outs, start = [], 0
+        for at, rows in enumerate(self._rows):
+            stop = start + rows.length
+            outs.append(self._attend_rows(i, at, queries[start:stop], keys[start:stop], values[start:stop]))
+            start = stop
+        return _joined(outs)
+
+    def leave(self, i: int, x: mx.array, out: mx.array) -> None:
+        if self._throttle is not None:
+            self._throttle([out, *(buffer for cache in self._buffers_of_prompts for buffer in cache[i].buffers)], False)
+        self.h = self.layers[i].after_attention(x, out)
+        if self._throttle is not None:
+            self._throttle([self.h], True)
+
+    def _attend_rows(self, i: int, at: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """The attention of one request's tokens, (n, H, 1, D), over its own cache."""
+        rows = self._rows[at]
+        cache, window = rows.cache[i], self._specs[i].window
+        masks = self._masks_of[at]
+        if window not in masks:
+            masks[window] = cache.make_mask(rows.length, return_array=False, window_size=window)
+        attention = self.layers[i].attention
+        if rows.length == 1:
+            return attention.attend(queries, keys, values, masks[window], cache)
+        queries, keys, values = (each.swapaxes(0, 2) for each in (queries, keys, values))
+        return attention.attend(queries, keys, values, masks[window], cache).swapaxes(0, 2)
+
+    def _end_of_prompt(
+        self, i: int, rows: Rows, queries: mx.array, keys: mx.array, values: mx.array
+    ) -> mx.array | None:
+        """The last layer of a chunk of a prompt: keys and values, and the attention (1, H, 1, D) of its last token."""
+        cache = rows.cache[i]
+        seen_keys, seen_values = cast(
+            "tuple[mx.array, mx.array]", cache.update_and_fetch(keys.swapaxes(0, 2), values.swapaxes(0, 2))
+        )
+        if not rows.wants_logits:
+            return None
+        if isinstance(cache, SlidingKVCache):  # in the order of positions: the last token sees the end
+            seen_keys, seen_values = seen_keys[..., -cache.window :, :], seen_values[..., -cache.window :, :]
+        return self.layers[i].attention.attend_over(queries[-1:], seen_keys, seen_values, None)
+
+
+def _joined(outs: Sequence[mx.array]) -> mx.array:
+    return outs[0] if len(outs) == 1 else mx.concatenate(list(outs))

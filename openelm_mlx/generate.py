@@ -18,7 +18,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import arguments
 from .arguments import FLAG, NAME, checked_call, refuse_unknown
@@ -26,6 +26,7 @@ from .decoding.drafts import Drafts
 from .decoding.prefill import prefill as prefill
 from .decoding.prefix_cache import PrefixCache
 from .decoding.sampling import SamplingParams
+from .engine.many import answers
 from .engine.prompt import Prompt
 from .engine.sequence import Chunk
 from .engine.single import new_sequence, run
@@ -37,19 +38,37 @@ if TYPE_CHECKING:
 
 
 @checked_call("om.generate")
-def generate(model: Model, tokenizer: Tokenizer | None, prompt: Prompt | None = None, **options: Any) -> str:
+def generate(
+    model: Model, tokenizer: Tokenizer | None, prompt: Prompt | Sequence[Prompt] | None = None, **options: Any
+) -> Any:
     """The model's answer to `prompt`, as one string, without its reasoning. Takes the options of `stream_generate`.
+
+    A list of prompts (texts, or lists of token ids or of chat messages) gives a list of answers: they are computed
+    together by an `om.Engine`, and each is the one that its prompt gets alone.
 
     Where gpt-oss came to no answer, because its reasoning used up the tokens or it called a tool, the string is empty and a
     `NoAnswerWarning` says so, with what to change.
     """
     refuse_unknown("om.generate", unknown_options(options), option_names())
+    if is_list_of_prompts(prompt):
+        found = answers(model, tokenizer, cast("Sequence[Prompt]", prompt), **options)
+        for at, (_, statistics) in enumerate(found):
+            if statistics is not None and statistics.no_answer is not None:
+                told = f"Prompt {at + 1} of {len(found)}: {statistics.no_answer}"
+                warnings.warn(told, NoAnswerWarning, stacklevel=_depth_of_caller())
+        return [text for text, _ in found]
+    prompt = cast("Prompt | None", prompt)
     text, last = "", None
     for last in stream_generate(model, tokenizer, prompt, **options):
         text += last.text
     if last is not None and last.statistics is not None and last.statistics.no_answer is not None:
         warnings.warn(last.statistics.no_answer, NoAnswerWarning, stacklevel=_depth_of_caller())
     return text
+
+
+def is_list_of_prompts(prompt: Any) -> bool:
+    """Whether it is several prompts: texts, or lists. Token ids and chat messages in a list are one."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(each, (str, list)) for each in prompt)
 
 
 def _depth_of_caller() -> int:
@@ -145,7 +164,7 @@ class _CallableModule(types.ModuleType):
 
     __signature__ = inspect.signature(generate)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> str:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return generate(*args, **kwargs)
 
 

@@ -36,7 +36,8 @@ _WITHOUT_GUESS = 3
 class Speculative:
     """The tokens of an answer, as `one_by_one` gives them. gain: what it measures and decides by; history: of earlier requests.
 
-    prompt: the tokens in the step's cache, whose rings have room for `num_draft_tokens`.
+    prompt: the tokens in the step's cache, whose rings have room for `num_draft_tokens`. may_guess: asked before each
+    guess; where it says no, plain steps are made.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class Speculative:
         gain: Gain | None = None,
         history: DraftHistory | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        may_guess: Callable[[], bool] | None = None,
     ) -> None:
         self._model, self._step, self._sampler, self._guesser = model, step, sampler, guesser
         self._num_logprobs, self._constraint = num_logprobs, constraint
         self._tokens = list(prompt)
         self.gain = Gain(num_draft_tokens, history) if gain is None else gain
-        self._clock = clock
+        self._clock, self._may_guess = clock, may_guess
 
     def choices(self, logits: mx.array, max_tokens: int) -> Iterator[Choice]:
         """`max_tokens` tokens, the first of them chosen from `logits` (V,); the caller stops earlier where it wants to."""
@@ -70,9 +72,10 @@ class Speculative:
         while len(self._tokens) < stop and not self._is_finished:
             left = stop - len(self._tokens)
             pause = self.gain.pause()
-            if pause:
-                step = yield Forward(mx.array(self._tokens[-1]))
-                yield from self._plain(step, min(pause, left), is_measured=True)
+            is_alone = self._may_guess is None or self._may_guess()
+            if pause or not is_alone:
+                logits = yield Forward(mx.array(self._tokens[-1]))
+                yield from self._plain(logits, min(pause or _WITHOUT_GUESS, left), is_measured=is_alone)
             else:
                 yield from self._round(left)
 

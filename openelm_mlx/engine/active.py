@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as ManyOf
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -15,11 +16,13 @@ import mlx.core as mx
 from ..decoding.budget import Budget, chunk_of_plan
 from ..decoding.compiled_step import make_step
 from ..decoding.prefix_cache import Turn
-from ..decoding.sampling import Sampler
+from ..decoding.sampling import Sampler, log_probabilities
 from ..decoding.step import Step
 from ..decoding.tokens import Choice, Forward, Source
 from ..memory.limits import LimitsLease, generating
 from ..models.cache import Cache
+from ..models.packed import UNPACK_FROM
+from ..models.quantized_cache import QuantizedKVCache
 from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
 from .handle import Channel
@@ -47,7 +50,13 @@ class Pending:
     is_finite: mx.array | None = None
 
     @property
+    def token(self) -> mx.array:
+        """The token by itself, a scalar."""
+        return self.tokens if self.tokens.ndim == 0 else self.tokens[self.at]
+
+    @property
     def arrays(self) -> list[mx.array]:
+        """All that has to be evaluated before it can be handed over."""
         choice = self.choice
         scores = () if choice is None else (choice.logprob, choice.top, choice.top_logprobs)
         return [each for each in (self.tokens, self.is_finite, *scores) if each is not None]
@@ -74,12 +83,14 @@ class ActiveRequest(HasJob):
         # Those who wait for this one's prompt, which is theirs too.
         self.followers: list[ActiveRequest] = []
         self.turn: Turn | None = None
+        self.wants_scores = sequence.request.logprobs is not None
         self._stack = ExitStack()
         self._has_begun = False
 
     # --- what it is made of once it has been admitted ---
 
     sampler: Sampler
+    sampler_form: tuple[object, ...]
     step: Step
     budget: Budget
     lease: LimitsLease
@@ -125,6 +136,7 @@ class ActiveRequest(HasJob):
         )
         usable = usable_vocab_size(model, tokenizer)
         self.sampler = Sampler(request.sampling, model.spec.vocab_size, usable, request.prompt_tokens)
+        self.sampler_form = self.sampler.form
         self.step = make_step(model, turn.cache)
         self._has_begun = True
         self._plan_chunks(model)
@@ -154,10 +166,22 @@ class ActiveRequest(HasJob):
         start = self.cache[0].offset
         return self.turn.tokens[start : start + length]
 
-    def start_answer(self, model: Model, logits: mx.array) -> None:
-        """The prompt is in the cache, and these are the logits (V,) after its last token."""
-        if not self.is_plain:
-            self.source = source_of(model, self.sequence, self.step, self.sampler, logits)
+    def start_answer(self, model: Model, logits: mx.array, may_guess: Callable[[], bool]) -> None:
+        """The prompt is in the cache, and these are the logits (V,) after its last token.
+
+        may_guess: whether a draft is worth its while now, beside those who run.
+        """
+        self.source = source_of(model, self.sequence, self.step, self.sampler, logits, may_guess)
+
+    def chosen(self, logits: mx.array, token: mx.array) -> Pending:
+        """A token that was chosen from the logits (V,) for this request alone."""
+        count = self.sequence.request.logprobs
+        choice = None if count is None else Choice(token, *log_probabilities(logits, token, count))
+        return Pending(token, 0, choice)
+
+    def scored(self, logits: mx.array, at: int, tokens: mx.array) -> Choice | None:
+        """The log-probabilities of the token at `at` of several requests' (n,); logits (n, V)."""
+        return self.chosen(logits[at], tokens[at]).choice
 
     def end(self, is_kept: bool) -> None:
         """Give everything back. is_kept: into the prefix cache, where there is one."""
@@ -175,6 +199,8 @@ class ActiveRequest(HasJob):
         assert turn is not None
         length = request.prefill_chunk or chunk_of_plan(model)
         has_borders = request.prefix_cache is not None
+        # Of keys and values in 8 bits, few queries read them as they are, and many unpack them first.
+        self.job.least = max(UNPACK_FROM, 2) if any(isinstance(each, QuantizedKVCache) for each in turn.cache) else 2
         self.job.chunks = deque(
             prompt_chunks(turn.cache[0].offset, turn.num_prompt_tokens, length, turn.stops, has_borders)
         )

@@ -28,18 +28,18 @@ class Channel:
         self._lock = threading.Lock()
 
     def put(self, chunk: Chunk) -> None:
-        """One more chunk; the last one has a finish_reason."""
+        """One more chunk, which is not the last."""
         self.items.put(chunk)
-        if chunk.finish_reason is not None:
-            self.end(chunk.statistics)
 
-    def end(self, statistics: Statistics | None = None, error: BaseException | None = None) -> None:
-        """Nothing more comes. error: raised where the next chunk is asked for."""
+    def end(self, last: Chunk | None = None, error: BaseException | None = None) -> None:
+        """Nothing comes after `last`. error: raised where the next chunk is asked for."""
         with self._lock:
             if self.is_done:
                 return
             self.is_done = True
-        self.statistics = statistics
+        if last is not None:
+            self.statistics = last.statistics
+            self.items.put(last)
         self.items.put(error)  # None: the end
 
     def cancel(self) -> None:
@@ -136,9 +136,7 @@ class Handle:
         if isinstance(item, Chunk):
             return item
         self._is_over, self._error = True, item
-        self._raise_end(end)
+        raise item or end
 
     def _raise_end(self, end: type[Exception]) -> NoReturn:
-        if self._error is not None:
-            raise self._error
-        raise end
+        raise self._error or end

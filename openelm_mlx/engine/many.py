@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import threading
 import weakref
 from collections.abc import Sequence as ManyOf
@@ -21,6 +22,7 @@ from .prompt import Prompt
 from .runner import Runner
 from .scheduler import Scheduler
 from .single import new_sequence
+from .statistics import Statistics
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -89,10 +91,21 @@ class Engine:
         What is wrong with the request is raised here (PromptError, SettingError, TokenizerError, MemoryLimitError where
         it could never fit), and EngineFullError when the queue is full.
         """
-        from ..generate import option_names, unknown_options
-
-        refuse_unknown("engine.submit", unknown_options(options), option_names())
-        return self._submit(prompt, options)
+        known = option_names()
+        refuse_unknown("engine.submit", {name: each for name, each in options.items() if name not in known}, known)
+        shared = self._shared
+        self._check_open()
+        sequence = new_sequence(
+            self.model, self.tokenizer, prompt, active_memory=self._runner.memory.without_requests, **options
+        )
+        channel = Channel(shared.wake.set)
+        with shared.lock:
+            self._check_open()
+            self._scheduler.check_room(len(shared.incoming))
+            shared.incoming.append(ActiveRequest(shared.num_submitted, sequence, channel))
+            shared.num_submitted += 1
+        shared.wake.set()
+        return Handle(channel)
 
     def submit_several(self, prompt: Prompt | None, count: int, **options: Any) -> list[Handle]:
         """`count` requests of one prompt, which is computed once. With a seed, the answers have seed, seed + 1, ..."""
@@ -132,21 +145,6 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, prompt: Prompt | None, options: dict[str, Any]) -> Handle:
-        shared = self._shared
-        self._check_open()
-        sequence = new_sequence(
-            self.model, self.tokenizer, prompt, active_memory=self._runner.memory.without_requests, **options
-        )
-        channel = Channel(shared.wake.set)
-        with shared.lock:
-            self._check_open()
-            self._scheduler.check_room(len(shared.incoming))
-            shared.incoming.append(ActiveRequest(shared.num_submitted, sequence, channel))
-            shared.num_submitted += 1
-        shared.wake.set()
-        return Handle(channel)
-
     def _check_open(self) -> None:
         shared = self._shared
         if shared.failure is not None:
@@ -156,6 +154,12 @@ class Engine:
             )
         if shared.is_closing:
             raise EngineClosedError("The engine has been closed: make a new om.Engine.")
+
+
+def option_names() -> list[str]:
+    """The keywords of a request."""
+    parameters = inspect.signature(new_sequence).parameters.values()
+    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "active_memory"]
 
 
 def _run(runner: Runner, scheduler: Scheduler[ActiveRequest], shared: _Shared) -> None:
@@ -205,14 +209,8 @@ def _stop(shared: _Shared, thread: threading.Thread) -> None:
 
 def answers(
     model: Model, tokenizer: Tokenizer | None, prompts: ManyOf[Prompt], **options: Any
-) -> list[tuple[str, Any]]:
-    """The text and the last chunk of an answer to each prompt, computed together."""
+) -> list[tuple[str, Statistics | None]]:
+    """The text of an answer to each prompt, computed together, and what it took."""
     with Engine(model, tokenizer, max_waiting=max(MAX_WAITING, len(prompts))) as engine:
-        handles = [engine._submit(prompt, dict(options)) for prompt in prompts]
-        found = []
-        for handle in handles:
-            text, last = "", None
-            for last in handle:
-                text += last.text
-            found.append((text, last))
-        return found
+        handles = [engine.submit(prompt, **options) for prompt in prompts]
+        return [(handle.text(), handle.statistics) for handle in handles]

@@ -8,23 +8,20 @@ becomes, by the request's `Sequence`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, final
 
 import mlx.core as mx
 
-from ..decoding.batch_sampling import SamplerGroup
-from ..decoding.budget import TOKENS_AT_ONCE
 from ..decoding.gpu_errors import empty_stream, is_out_of_memory, is_watchdog
-from ..decoding.prefill import chunk_throttle, lock_of
-from ..decoding.sampling import log_probabilities
 from ..decoding.tokens import Choice, Forward, HostWork, computed
 from ..errors import MemoryLimitError, SettingError
-from ..models.rows import Rows, flat_logits
+from ..models.rows import Rows
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest, Pending
+from .flat_pass import Part, SamplerGroups, compute, decoding_part, prompt_part
+from .lifecycle import Lifecycle
 from .memory import BatchMemory
 from .scheduler import Scheduler
 from .single import CLEAR_CACHE_EVERY, not_finite
@@ -38,20 +35,6 @@ LONGEST_WAIT = 2e-3
 MOST_BESIDE_DRAFTS = 4
 
 
-@dataclass
-class _Part:
-    """One request's share of a pass. tokens: a scalar or (n,); rows: where it stands among the flat rows."""
-
-    request: ActiveRequest
-    tokens: mx.array
-    rows: Rows
-    offset: int
-
-    @property
-    def is_prompt(self) -> bool:
-        return self.rows.is_prompt
-
-
 @final
 class Runner:
     """See the module. Every method is called from the engine's thread."""
@@ -60,9 +43,9 @@ class Runner:
         self.model, self.tokenizer, self.scheduler = model, tokenizer, scheduler
         self.memory = BatchMemory(model)
         self.num_steps = 0
-        self._groups: list[SamplerGroup] = []
+        self._groups = SamplerGroups()
+        self.life = Lifecycle(model, tokenizer, scheduler, self.memory, self._groups)
         self._pool: ThreadPoolExecutor | None = None
-        self._touched: dict[ActiveRequest, None] = {}  # whose readers are to be woken
         self._has_failed_before = False
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -70,22 +53,21 @@ class Runner:
     def step(self) -> None:
         """One pass, if there is anything to compute, and all that follows from it."""
         began = time.perf_counter()
-        self._drop_cancelled()
-        self._admit()
+        self.life.drop_cancelled()
+        self.life.admit()
         self._finish_host_work()
-        self._make_room()
+        self.life.make_room(self._finish_host_work)
         prompt = self._next_prompt()
-        singles = self._single(prompt)
-        if singles is not None:
-            self._step_alone(singles)
+        single = self._single(prompt)
+        if single is not None:
+            self._step_alone(single)
             self._note_time(began, 0)
             return
         parts = self._parts(prompt)
         before = [(each, each.pending) for each in self.scheduler.decoding if each.pending and not each.replay]
         chunk_length = 0 if prompt is None else prompt[1]
-        if parts:
-            if not self._pass(parts):
-                return
+        if parts and not self._pass(parts):
+            return
         self._hand_over(before)
         if chunk_length and self.scheduler.decoding:
             self._evaluated([each.pending for each in self.scheduler.decoding if each.pending is not None])
@@ -93,8 +75,8 @@ class Runner:
 
     def touched(self) -> list[ActiveRequest]:
         """Those for whom something has come since the last call."""
-        found = list(self._touched)
-        self._touched.clear()
+        found = list(self.life.touched)
+        self.life.touched.clear()
         return found
 
     @property
@@ -104,119 +86,10 @@ class Runner:
 
     def close(self, error: BaseException) -> None:
         """Every request ends here, its caller is told `error`, and nothing is left behind."""
-        for each in [*self.scheduler.waiting, *self.scheduler.running()]:
-            each.followers = []
-            self._end(each, error=error)
+        self.life.end_all([*self.scheduler.waiting, *self.scheduler.running()], lambda: error)
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         mx.clear_cache()
-
-    # --- who comes and who goes ---------------------------------------------------------------------------------------
-
-    def _drop_cancelled(self) -> None:
-        for each in [*self.scheduler.waiting, *self.scheduler.running()]:
-            if each.channel.is_cancelled:
-                self._end(each)
-
-    def _admit(self) -> None:
-        while (request := self.scheduler.admit(self._fits)) is not None:
-            try:
-                self._begin(request)
-            except Exception as error:
-                self._end(request, error=error)
-
-    def _fits(self, request: ActiveRequest) -> bool:
-        running = list(self.scheduler.running())
-        return not running or self.memory.has_room_for(request, running)
-
-    def _begin(self, request: ActiveRequest) -> None:
-        if request.has_begun:
-            request.begin_again(self.model)
-            return
-        key = request.prompt_key
-        for other in self.scheduler.prompts:
-            if other is not request and other.has_begun and not other.replay and other.prompt_key == key:
-                other.followers.append(request)
-                self.scheduler.follow(request)
-                return
-        request.begin(self.model, self.tokenizer)
-        self.memory.changed(self.scheduler.running())
-
-    def _end(self, request: ActiveRequest, *, error: BaseException | None = None, is_kept: bool = True) -> None:
-        """It has ended, was cancelled, or failed."""
-        heirs, request.followers = request.followers, []
-        self._unfollow(request)
-        self.scheduler.forget(request)
-        self._leave_groups(request)
-        if request.work is not None:
-            wait([request.work])  # it is at work on what the request's end takes away
-        is_finished = request.sequence.finish_reason is not None
-        cache = None if request.turn is None else request.cache
-        try:
-            if heirs and not is_finished:
-                self._inherit(request, heirs)
-                is_kept, cache = False, None
-            request.end(is_kept and error is None)
-        except Exception as failure:  # what could not be kept is lost, and nothing else
-            error = error or failure
-        if cache is not None and (error is not None or request.sequence.request.prefix_cache is None):
-            for layer in cache:
-                layer.clear()
-        request.channel.end(error=error)
-        self._touched[request] = None
-        self.memory.changed(self.scheduler.running())
-
-    def _inherit(self, request: ActiveRequest, heirs: list[ActiveRequest]) -> None:
-        """The first of those who waited for a prompt goes on with it."""
-        heir, *others = heirs
-        heir.followers = others
-        if request.turn is None:
-            for each in heirs:
-                self.scheduler.put_back(each)
-            return
-        heir.begin_with(self.model, self.tokenizer, request.turn)
-        heir.job.chunks = request.job.chunks
-        self.scheduler.compute_prompt(heir)
-
-    def _unfollow(self, request: ActiveRequest) -> None:
-        """It does not wait for another's prompt any more."""
-        for each in self.scheduler.prompts:
-            if request in each.followers:
-                each.followers.remove(request)
-
-    def _make_room(self) -> None:
-        """Let the caches of those grow who need it; who came last gives way where there is no room."""
-        growing = [each for each in self.scheduler.decoding if len(each.sequence.tokens) % TOKENS_AT_ONCE == 0]
-        if not growing:
-            return
-        while not self.memory.can_grow(growing, list(self.scheduler.running())):
-            youngest = self.scheduler.youngest()
-            if youngest is None:
-                break
-            self._give_way(youngest)
-            growing = [each for each in growing if each is not youngest]
-        for each in growing:
-            try:
-                each.budget.before_tokens(len(each.sequence.tokens), each.sequence.request.limit)
-            except MemoryLimitError as error:
-                self._end(each, error=error)
-        self.memory.changed(self.scheduler.running())
-
-    def _give_way(self, request: ActiveRequest) -> None:
-        """Back into the queue, with its cache given up."""
-        if request.work is not None:
-            wait([request.work])
-            self._finish_host_work()
-        self._leave_groups(request)
-        self._unfollow(request)
-        if request.turn is not None:
-            request.give_way()
-        followers, request.followers = request.followers, []
-        self.scheduler.put_back(request)
-        for each in followers:
-            self.scheduler.put_back(each)
-        mx.clear_cache()
-        self.memory.changed(self.scheduler.running())
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
@@ -229,14 +102,9 @@ class Runner:
             length = self.scheduler.chunk_length(request, request.job.chunks[0])
             fitting = request.budget.chunk_of_prompt(length, length)
         except MemoryLimitError as error:
-            if (youngest := self.scheduler.youngest()) is not None and self.memory.forget_kept(
-                list(self.scheduler.running())
-            ):
-                return self._next_prompt()
-            if youngest is not None:
-                self._give_way(youngest)
-                return self._next_prompt()
-            self._end(request, error=error)
+            has_room = self.memory.forget_kept(list(self.scheduler.running()))
+            if not has_room and not self.life.let_youngest_give_way(self._finish_host_work):
+                self.life.end(request, error=error)
             return self._next_prompt()
         return request, request.job.piece(fitting)
 
@@ -251,7 +119,7 @@ class Runner:
         return request if request.forward is not None else None
 
     def _step_alone(self, request: ActiveRequest) -> None:
-        self._release_groups()
+        self._groups.release()
         if request.forward is not None:
             forward, request.forward = request.forward, None
             try:
@@ -263,106 +131,60 @@ class Runner:
             return
         pending = request.pending
         assert pending is not None
-        token = pending.tokens if pending.tokens.ndim == 0 else pending.tokens[pending.at]
         try:
             if request.step.runs_ahead:
-                request.pending = self._chosen(request, *request.step.choose(token, request.sampler))
+                request.pending = request.chosen(*request.step.choose(pending.token, request.sampler))
                 mx.async_eval(request.pending.arrays)
                 self._hand_over([(request, pending)])
                 return
             self._hand_over([(request, pending)])
             if request.turn is not None:
-                request.pending = self._chosen(request, *request.step.choose(token, request.sampler))
+                request.pending = request.chosen(*request.step.choose(pending.token, request.sampler))
                 mx.async_eval(request.pending.arrays)
         except Exception as error:
             self._failed([request], error)
 
-    def _parts(self, prompt: tuple[ActiveRequest, int] | None) -> list[_Part]:
-        """What everybody brings to the next pass: plain requests first, by the form of their samplers."""
-        plain = [each for each in self.scheduler.decoding if each.pending is not None and not each.replay]
-        feeding = [each for each in plain if each.num_left > 1]
-        feeding.sort(key=lambda each: (repr(each.sampler.form), each.job.number))
-        self._group(feeding)
-        parts = [self._part(each, self._token_of(each)) for each in feeding]
-        for each in self.scheduler.decoding:
+    def _parts(self, prompt: tuple[ActiveRequest, int] | None) -> list[Part]:
+        """What everybody brings to the next pass, plain requests first."""
+        decoding = self.scheduler.decoding
+        feeding = [each for each in decoding if each.pending is not None and not each.replay and each.num_left > 1]
+        self._groups.arrange(feeding)
+        parts = [decoding_part(each) for each in feeding]
+        for each in decoding:
             if each.replay:
-                parts.append(self._part(each, mx.array(each.replay[0])))
+                parts.append(decoding_part(each, mx.array(each.replay[0])))
             elif each.forward is not None:
-                parts.append(self._part(each, each.forward.tokens))
+                parts.append(decoding_part(each, each.forward.tokens))
         if prompt is not None:
-            request, length = prompt
-            is_last = len(request.job.chunks) == 1 and request.job.chunks[0] == length
-            tokens = mx.array(request.prompt_piece(length))
-            parts.append(_Part(request, tokens, Rows(request.cache, length, True, is_last), request.cache[0].offset))
+            parts.append(prompt_part(*prompt))
         return parts
 
-    def _part(self, request: ActiveRequest, tokens: mx.array) -> _Part:
-        length = 1 if tokens.ndim == 0 else tokens.size
-        return _Part(request, tokens, Rows(request.cache, length), request.cache[0].offset)
-
-    def _pass(self, parts: Sequence[_Part]) -> bool:
+    def _pass(self, parts: Sequence[Part]) -> bool:
         """Compute the flat pass of `parts`, and let each go on with its logits. False where it failed."""
         try:
-            logits = self._computed(parts)
+            logits = compute(self.model, parts)
         except Exception as error:
-            self._take_back(parts)
+            self.life.take_back(parts)
             self._pass_failed(parts, error)
             return False
         self._distribute(parts, logits)
         try:
-            mx.async_eval([array for part in parts for array in self._arrays_of(part.request)])
+            mx.async_eval([array for part in parts for array in _arrays_of(part.request)])
         except RuntimeError as error:
             self._failed([part.request for part in parts], error)
             return False
         return True
 
-    def _computed(self, parts: Sequence[_Part]) -> mx.array | None:
-        prompts = [each for each in parts if each.is_prompt]
-        throttle = None
-        if prompts and prompts[0].rows.length > 1:
-            throttle = chunk_throttle(prompts[0].rows.cache)
-        with lock_of(self.model):
-            logits = flat_logits(self.model, self._tokens(parts), [each.rows for each in parts], throttle)
-            for each in prompts:
-                mx.eval([layer.buffers for layer in each.rows.cache])
-        for each in prompts:
-            each.request.budget.chunk_is_done(each.rows.length)
-            mx.clear_cache()
-        return logits
-
-    def _tokens(self, parts: Sequence[_Part]) -> mx.array:
-        """All the tokens (M,), joined with as few operations as there are sources of them."""
-        found: list[mx.array] = []
-        at = 0
-        while at < len(parts):
-            pending = parts[at].request.pending
-            if not parts[at].is_prompt and pending is not None and pending.tokens.ndim == 1:
-                stop = at
-                while stop < len(parts) and _stands_at(parts[stop], pending.tokens, stop - at + pending.at):
-                    stop += 1
-                if stop > at:
-                    whole = pending.at == 0 and stop - at == pending.tokens.size
-                    found.append(pending.tokens if whole else pending.tokens[pending.at : pending.at + stop - at])
-                    at = stop
-                    continue
-            tokens = parts[at].tokens
-            found.append((tokens if tokens.ndim else tokens[None]).astype(mx.uint32))
-            at += 1
-        return found[0] if len(found) == 1 else mx.concatenate(found)
-
-    def _distribute(self, parts: Sequence[_Part], logits: mx.array | None) -> None:
+    def _distribute(self, parts: Sequence[Part], logits: mx.array | None) -> None:
         """Everybody's own rows of the logits (R, V)."""
         row = 0
-        grouped = sum(len(group.samplers) for group in self._groups)
-        for group in self._groups:
-            members = [part.request for part in parts[row : row + len(group.samplers)]]
+        while row < len(parts) and parts[row].tokens is None:
+            row += 1
+        if row:
             assert logits is not None
-            mine = logits if len(members) == logits.shape[0] else logits[row : row + len(members)]
-            tokens = group(mine)
-            for at, request in enumerate(members):
-                request.pending = self._pending(request, tokens, at, mine)
-            row += len(members)
-        for part in parts[grouped:]:
+            for request, pending in self._groups.choose(logits if logits.shape[0] == row else logits[:row]):
+                request.pending = pending
+        for part in parts[row:]:
             request, count = part.request, part.rows.num_logits
             own = None if logits is None or count == 0 else logits[row : row + count]
             row += count
@@ -400,57 +222,32 @@ class Runner:
         self._start_answer(request, logits[0])
         for each in followers:
             try:
-                self._fork(request, each, logits[0])
+                self.life.fork(request, each)
             except Exception as error:
-                self._end(each, error=error)
-
-    def _fork(self, leader: ActiveRequest, request: ActiveRequest, logits: mx.array) -> None:
-        """One more answer to a prompt that has just been computed."""
-        assert leader.turn is not None
-        turn = leader.turn.forked()
-        request.begin_with(self.model, self.tokenizer, turn)
-        request.job.chunks.clear()
-        self.scheduler.prompt_is_done(request)
-        self._start_answer(request, logits)
+                self.life.end(each, error=error)
+            else:
+                self._start_answer(each, logits[0])
 
     def _start_answer(self, request: ActiveRequest, logits: mx.array) -> None:
         """The first token, from the logits (V,) after the prompt."""
         is_finite = mx.all(mx.isfinite(logits))
         if request.is_plain:
-            pending = self._chosen(request, logits, request.sampler(logits))
+            pending = request.chosen(logits, request.sampler(logits))
             request.pending = Pending(pending.tokens, 0, pending.choice, is_finite)
             return
         try:
             if not is_finite.item():
                 raise not_finite()
-            request.start_answer(self.model, logits)
+            request.start_answer(self.model, logits, self._may_guess)
         except Exception as error:
-            self._end(request, error=error)
+            self.life.end(request, error=error)
             return
         self._go_on(request, None)
 
+    def _may_guess(self) -> bool:
+        return self.scheduler.num_running <= 1 + MOST_BESIDE_DRAFTS
+
     # --- tokens -------------------------------------------------------------------------------------------------------
-
-    def _chosen(self, request: ActiveRequest, logits: mx.array, token: mx.array) -> Pending:
-        num_logprobs = request.sequence.request.logprobs
-        if num_logprobs is None:
-            return Pending(token)
-        return Pending(token, 0, Choice(token, *log_probabilities(logits, token, num_logprobs)))
-
-    def _pending(self, request: ActiveRequest, tokens: mx.array, at: int, logits: mx.array) -> Pending:
-        num_logprobs = request.sequence.request.logprobs
-        if num_logprobs is None:
-            return Pending(tokens, at)
-        token = tokens[at]
-        return Pending(tokens, at, Choice(token, *log_probabilities(logits[at], token, num_logprobs)))
-
-    def _token_of(self, request: ActiveRequest) -> mx.array:
-        pending = request.pending
-        assert pending is not None
-        return pending.tokens if pending.tokens.ndim == 0 else pending.tokens[pending.at]
-
-    def _arrays_of(self, request: ActiveRequest) -> list[mx.array]:
-        return [] if request.pending is None else request.pending.arrays
 
     def _hand_over(self, chosen: Iterable[tuple[ActiveRequest, Pending | None]]) -> None:
         """Tokens that have been computed meanwhile, to their requests."""
@@ -471,7 +268,7 @@ class Runner:
                 self._failed(list(self.scheduler.running()), error)
                 return
             except Exception as error:
-                self._end(request, error=error)
+                self.life.end(request, error=error)
                 continue
             self._accept(request, token, *scores)
 
@@ -482,44 +279,36 @@ class Runner:
             request.turn.tokens.append(token)
             chunk = request.sequence.accept(token, logprob, top)
         except Exception as error:
-            self._end(request, error=error)
+            self.life.end(request, error=error)
             return False
-        self._touched[request] = None
+        self.life.touched[request] = None
         if chunk.finish_reason is None:
             request.channel.put(chunk)
             return True
-        # What it took is given back before its caller hears of the end.
-        self._end_with(request, chunk)
+        self.life.end(request, last=chunk)
         return False
-
-    def _end_with(self, request: ActiveRequest, chunk: Any) -> None:
-        channel = request.channel
-        channel.items.put(chunk)
-        channel.statistics = chunk.statistics
-        self._end(request)
 
     # --- sources: requests with a constraint or a draft ---------------------------------------------------------------
 
     def _go_on(self, request: ActiveRequest, reply: Any) -> None:
         """Let a source go on, up to where it needs the next pass or longer work of the host."""
-        source = request.source
-        assert source is not None
+        assert request.source is not None
         try:
-            wanted = source.send(reply)
+            wanted = request.source.send(reply)
             while not isinstance(wanted, Forward):
                 if isinstance(wanted, Choice):
                     if not self._accept(request, wanted.item(), *wanted.logprob_values()):
                         return
-                    wanted = source.send(None)
+                    wanted = request.source.send(None)
                 elif isinstance(wanted, HostWork):
                     if self.scheduler.num_running > 1:
                         request.work = self._workers().submit(wanted.call)
                         return
-                    wanted = source.send(wanted.call())
+                    wanted = request.source.send(wanted.call())
         except StopIteration:
-            self._end(request)
+            self.life.end(request)
         except Exception as error:
-            self._end(request, error=error)
+            self.life.end(request, error=error)
         else:
             request.forward = wanted
 
@@ -544,7 +333,7 @@ class Runner:
         try:
             result = future.result()
         except Exception as error:
-            self._end(request, error=error)
+            self.life.end(request, error=error)
             return
         self._go_on(request, result)
 
@@ -557,106 +346,57 @@ class Runner:
             self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="openelm_mlx constraints")
         return self._pool
 
-    # --- groups of samplers -------------------------------------------------------------------------------------------
-
-    def _group(self, requests: Sequence[ActiveRequest]) -> None:
-        """Sampler groups for these requests, in this order; those of the last step where nothing has changed."""
-        by_form: list[list[ActiveRequest]] = []
-        for each in requests:
-            if by_form and by_form[-1][0].sampler.form == each.sampler.form:
-                by_form[-1].append(each)
-            else:
-                by_form.append([each])
-        wanted = [[each.sampler for each in group] for group in by_form]
-        if len(wanted) == len(self._groups) and all(
-            group.holds(samplers) for group, samplers in zip(self._groups, wanted, strict=True)
-        ):
-            return
-        self._release_groups()
-        self._groups = [SamplerGroup(samplers) for samplers in wanted]
-
-    def _release_groups(self) -> None:
-        for group in self._groups:
-            group.release()
-        self._groups = []
-
-    def _leave_groups(self, request: ActiveRequest) -> None:
-        if request.has_begun and any(request.sampler in group.samplers for group in self._groups):
-            self._release_groups()
-
     # --- failures -----------------------------------------------------------------------------------------------------
 
-    def _take_back(self, parts: Sequence[_Part]) -> None:
-        """Bring the caches back to where they were before a pass that failed; recompute what cannot be brought back."""
-        for part in parts:
-            try:
-                for layer in part.rows.cache:
-                    if layer.offset > part.offset:
-                        layer.rewind(layer.offset - part.offset)
-            except ValueError:
-                self._recompute(part.request)
-
-    def _recompute(self, request: ActiveRequest) -> None:
-        request.give_way()
-        self.scheduler.compute_prompt(request)
-        request.begin_again(self.model)
-
-    def _pass_failed(self, parts: Sequence[_Part], error: Exception) -> None:
+    def _pass_failed(self, parts: Sequence[Part], error: Exception) -> None:
         """A pass of several has raised: find out whose fault it was, by computing each by itself."""
         if isinstance(error, RuntimeError | MemoryError) or len(parts) == 1:
-            self._failed([part.request for part in parts], error)
+            self._failed([part.request for part in parts], error, can_recompute=True)
             return
-        self._release_groups()
+        self._groups.release()
         for part in parts:
             request = part.request
             if request.turn is None or (request.job.chunks and not part.is_prompt):
                 continue
             try:
-                logits = self._computed([part])
+                logits = compute(self.model, [part])
             except Exception as own:
-                self._take_back([part])
-                self._end(request, error=own)
+                self.life.take_back([part])
+                self.life.end(request, error=own)
                 continue
             if part.is_prompt or request.replay or request.forward is not None:
                 self._distribute([part], logits)
                 continue
             before = request.pending
             assert logits is not None
-            request.pending = self._chosen(request, logits[0], request.sampler(logits[0]))
+            request.pending = request.chosen(logits[0], request.sampler(logits[0]))
             self._hand_over([(request, before)])
 
-    def _failed(self, requests: Sequence[ActiveRequest], error: Exception) -> None:
-        """A pass has failed for all of them together."""
+    def _failed(self, requests: Sequence[ActiveRequest], error: Exception, can_recompute: bool = False) -> None:
+        """A pass has failed for all of them together. can_recompute: before any token was chosen from it."""
         errors = (error, *empty_stream())
         found = next((each for each in errors if is_out_of_memory(each)), error)
-        self._groups = []  # their arrays may be part of what failed
+        self._groups.forget()  # their arrays may be part of what failed
         if is_out_of_memory(found):
             text = (str(found).strip().splitlines() or [type(found).__name__])[0]
-            self._end_those(requests, lambda: MemoryLimitError(
+            self.life.end_all(requests, lambda: MemoryLimitError(
                 "The memory ran out while several requests were being computed, and they were ended: ask again, with fewer "
                 f"requests at once (max_running), shorter ones, or a smaller memory_limit. (MLX says: {text})"
             ))  # fmt: skip
-        elif is_watchdog(found) and not self._has_failed_before:
+        elif is_watchdog(found) and can_recompute and not self._has_failed_before:
             self._has_failed_before = True
             self.scheduler.pace.halve()
             for each in requests:
                 if each.turn is not None:
-                    self._recompute(each)
+                    self.life.recompute(each)
         elif is_watchdog(found):
-            self._end_those(requests, lambda: SettingError(
+            self.life.end_all(requests, lambda: SettingError(
                 "The GPU was stopped because a pass took longer than macOS allows: ask for a shorter prefill_chunk "
                 "(--prefill-chunk), or fewer requests at once (max_running)."
             ))  # fmt: skip
         else:
-            self._end_those(requests, lambda: found)
+            self.life.end_all(requests, lambda: found)
         mx.clear_cache()
-
-    def _end_those(self, requests: Iterable[ActiveRequest], make_error: Callable[[], BaseException]) -> None:
-        for each in requests:
-            for follower in each.followers:
-                self._end(follower, error=make_error())
-            each.followers = []
-            self._end(each, error=make_error(), is_kept=False)
 
     def _evaluated(self, pending: Sequence[Pending]) -> None:
         try:
@@ -672,7 +412,5 @@ class Runner:
             self.scheduler.pace.step_took(time.perf_counter() - began, chunk_length)
 
 
-def _stands_at(part: _Part, tokens: mx.array, at: int) -> bool:
-    """Whether a part's token is the one at `at` of `tokens`, so that it need not be cut out."""
-    pending = part.request.pending
-    return not part.is_prompt and pending is not None and pending.tokens is tokens and pending.at == at
+def _arrays_of(request: ActiveRequest) -> list[mx.array]:
+    return [] if request.pending is None else request.pending.arrays

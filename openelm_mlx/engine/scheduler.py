@@ -28,12 +28,12 @@ _SHORTER = 4
 class Job:
     """A request as the scheduler sees it.
 
-    number: in the order of arrival. chunks: lengths of the prompt's chunks as a request alone has them; a chunk may be
+    number: in the order of arrival. least: tokens in the shortest piece of a chunk. chunks: lengths of the prompt's chunks as a request alone has them; a chunk may be
     computed in several pieces, but never across such a border.
     """
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, least: int = 2) -> None:
+        self.number, self.least = number, least
         self.chunks: deque[int] = deque()
 
     @property
@@ -42,16 +42,15 @@ class Job:
         return sum(self.chunks)
 
     def piece(self, most: int) -> int:
-        """The length of its next piece, at most `most` (at least 2) tokens.
+        """The length of its next piece: at most `most` tokens, but at least `least`, and as many are left of the chunk.
 
-        Never one token, nor one token left: a single token's attention adds in another order than several tokens', and
-        the answer would differ in its last bits. A chunk that is one token by itself stays so.
+        Attention over few tokens may add in another order than over many, and the answer would differ in its last bits.
+        A chunk that is shorter by itself stays as it is.
         """
-        chunk = self.chunks[0]
-        most = max(2, most)
-        if chunk <= max(most, 3):
+        chunk, most = self.chunks[0], max(self.least, most)
+        if chunk <= max(most, 2 * self.least - 1):
             return chunk
-        return most - 1 if chunk - most == 1 else most
+        return min(most, chunk - self.least)
 
     def take(self, length: int) -> None:
         """A piece of so many tokens has been computed."""

@@ -146,15 +146,22 @@ def _choices(sequence: Sequence, model: Model, step: Step, sampler: Sampler, log
     return drive(step, source_of(model, sequence, step, sampler, logits))
 
 
-def source_of(model: Model, sequence: Sequence, step: Step, sampler: Sampler, logits: mx.array) -> Source:
-    """Where the answer's tokens come from, the first of them chosen from `logits` (V,)."""
+def source_of(
+    model: Model,
+    sequence: Sequence,
+    step: Step,
+    sampler: Sampler,
+    logits: mx.array,
+    may_guess: abc.Callable[[], bool] | None = None,
+) -> Source:
+    """Where the answer's tokens come from, the first of them chosen from `logits` (V,). may_guess: see `Speculative`."""
     request, clock = sequence.request, sequence.clock
     max_tokens, num_logprobs, constraint = request.limit, request.logprobs, request.constraint
     if request.draft is not None:
         draft, prompt = request.draft, request.prompt_tokens
         guessing = Speculative(
             model, step, sampler, prompt, draft.begin(model), draft.num_draft_tokens, num_logprobs, constraint,
-            history=draft.history,
+            history=draft.history, may_guess=may_guess,
         )  # fmt: skip
         if clock is not None:
             clock.speculation = guessing.gain.counts

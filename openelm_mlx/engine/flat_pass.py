@@ -1,0 +1,136 @@
+"""What a step's pass is made of: everybody's tokens, in the order of the flat rows, and who chooses the next ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import mlx.core as mx
+
+from ..decoding.batch_sampling import SamplerGroup
+from ..decoding.prefill import chunk_throttle, lock_of
+from ..models.rows import Rows, flat_logits
+from .active import ActiveRequest, Pending
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+
+@dataclass
+class Part:
+    """One request's share of a pass.
+
+    tokens: a scalar or (n,); None where they are its pending one. offset: how many tokens its cache held before.
+    """
+
+    request: ActiveRequest
+    rows: Rows
+    offset: int
+    tokens: mx.array | None = None
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.rows.is_prompt
+
+
+def decoding_part(request: ActiveRequest, tokens: mx.array | None = None) -> Part:
+    """One or a few tokens of a request that decodes."""
+    length = 1 if tokens is None or tokens.ndim == 0 else tokens.size
+    return Part(request, Rows(request.cache, length), request.cache[0].offset, tokens)
+
+
+def prompt_part(request: ActiveRequest, length: int) -> Part:
+    """The next piece of a request's prompt."""
+    is_last = len(request.job.chunks) == 1 and request.job.chunks[0] == length
+    rows = Rows(request.cache, length, True, is_last)
+    return Part(request, rows, request.cache[0].offset, mx.array(request.prompt_piece(length)))
+
+
+def compute(model: Model, parts: Sequence[Part]) -> mx.array | None:
+    """The logits (R, V) of the rows that want any; None where none does. A prompt's keys and values are evaluated."""
+    prompts = [each for each in parts if each.is_prompt]
+    throttle = None
+    if prompts and prompts[0].rows.length > 1:
+        throttle = chunk_throttle(prompts[0].rows.cache)
+    with lock_of(model):
+        logits = flat_logits(model, joined_tokens(parts), [each.rows for each in parts], throttle)
+        for each in prompts:
+            mx.eval([layer.buffers for layer in each.rows.cache])
+    for each in prompts:
+        each.request.budget.chunk_is_done(each.rows.length)
+        mx.clear_cache()
+    return logits
+
+
+def joined_tokens(parts: Sequence[Part]) -> mx.array:
+    """All the tokens (M,), in the order of the parts.
+
+    Those that were chosen together stay together: where nobody came or went, they are the last choice as it is.
+    """
+    vectors: list[mx.array] = []
+    starts: dict[int, int] = {}
+    places: list[int] = []
+    end = 0
+    for part in parts:
+        pending = part.request.pending
+        if part.tokens is not None:
+            vector, at, count = part.tokens, 0, part.rows.length
+        else:
+            assert pending is not None
+            vector, at, count = pending.tokens, pending.at, 1
+        if id(vector) not in starts:
+            starts[id(vector)] = end
+            vectors.append(vector if vector.ndim else vector[None])
+            end += vector.size
+        places.extend(range(starts[id(vector)] + at, starts[id(vector)] + at + count))
+    if len({vector.dtype for vector in vectors}) > 1:
+        vectors = [vector.astype(mx.uint32) for vector in vectors]
+    tokens = vectors[0] if len(vectors) == 1 else mx.concatenate(vectors)
+    return tokens if places == list(range(end)) else tokens[mx.array(places)]
+
+
+@final
+class SamplerGroups:
+    """The samplers of plain requests, by form, for as long as the same requests stand in the same order."""
+
+    def __init__(self) -> None:
+        self._requests: list[ActiveRequest] = []
+        self._groups: list[tuple[SamplerGroup, list[int]]] = []
+
+    def arrange(self, requests: Sequence[ActiveRequest]) -> None:
+        """For these requests, in the order of their rows."""
+        mine = self._requests
+        if len(mine) == len(requests) and all(a is b for a, b in zip(mine, requests, strict=True)):
+            return
+        self.release()
+        by_form: dict[object, list[int]] = {}
+        for row, each in enumerate(requests):
+            by_form.setdefault(each.sampler_form, []).append(row)
+        self._requests = list(requests)
+        self._groups = [(SamplerGroup([requests[row].sampler for row in rows]), rows) for rows in by_form.values()]
+
+    def choose(self, logits: mx.array) -> Iterator[tuple[ActiveRequest, Pending]]:
+        """The next token of each, from its own row of the logits (n, V)."""
+        for group, rows in self._groups:
+            mine = logits if len(rows) == logits.shape[0] else logits[mx.array(rows)]
+            tokens = group(mine)
+            for at, row in enumerate(rows):
+                request = self._requests[row]
+                scores = request.scored(mine, at, tokens) if request.wants_scores else None
+                yield request, Pending(tokens, at, scores)
+
+    def release(self) -> None:
+        """Give the samplers their own state back."""
+        for group, _ in self._groups:
+            group.release()
+        self.forget()
+
+    def forget(self) -> None:
+        """As `release`, for samplers that are not used any more."""
+        self._requests, self._groups = [], []
+
+    def leave(self, request: ActiveRequest) -> None:
+        """One of them goes."""
+        if request in self._requests:
+            self.release()

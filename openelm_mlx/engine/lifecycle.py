@@ -1,0 +1,183 @@
+"""How requests come, share a prompt, give way when memory is short, and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, final
+
+import mlx.core as mx
+
+from ..decoding.budget import TOKENS_AT_ONCE
+from ..errors import MemoryLimitError
+from ..text.tokenizer import Tokenizer
+from .active import ActiveRequest
+from .flat_pass import Part, SamplerGroups
+from .memory import BatchMemory
+from .scheduler import Scheduler
+from .sequence import Chunk
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+
+@final
+class Lifecycle:
+    """What becomes of requests between their steps. touched: those for whose readers something has come."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        scheduler: Scheduler[ActiveRequest],
+        memory: BatchMemory,
+        groups: SamplerGroups,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._scheduler, self._memory, self._groups = scheduler, memory, groups
+        self.touched: dict[ActiveRequest, None] = {}
+
+    # --- coming -------------------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Begin with those who wait, as far as there is room."""
+        while (request := self._scheduler.admit(self._fits)) is not None:
+            try:
+                self._begin(request)
+            except Exception as error:
+                self.end(request, error=error)
+
+    def fork(self, leader: ActiveRequest, request: ActiveRequest) -> None:
+        """One more answer to the leader's prompt, which has just been computed."""
+        assert leader.turn is not None
+        request.begin_with(self._model, self._tokenizer, leader.turn.forked())
+        request.job.chunks.clear()
+        self._scheduler.prompt_is_done(request)
+
+    def _fits(self, request: ActiveRequest) -> bool:
+        running = list(self._scheduler.running())
+        return not running or self._memory.has_room_for(request, running)
+
+    def _begin(self, request: ActiveRequest) -> None:
+        if request.has_begun:
+            request.begin_again(self._model)
+            return
+        key = request.prompt_key
+        for other in self._scheduler.prompts:
+            if other is not request and other.has_begun and not other.replay and other.prompt_key == key:
+                other.followers.append(request)
+                self._scheduler.follow(request)
+                return
+        request.begin(self._model, self._tokenizer)
+        self._memory.changed(self._scheduler.running())
+
+    # --- going --------------------------------------------------------------------------------------------------------
+
+    def drop_cancelled(self) -> None:
+        """End those whose callers want no more."""
+        for each in [*self._scheduler.waiting, *self._scheduler.running()]:
+            if each.channel.is_cancelled:
+                self.end(each)
+
+    def end(self, request: ActiveRequest, *, last: Chunk | None = None, error: BaseException | None = None) -> None:
+        """It has ended with its `last` chunk, was cancelled, or failed. What it held is free before its caller hears of it."""
+        heirs, request.followers = request.followers, []
+        self._unfollow(request)
+        self._scheduler.forget(request)
+        self._groups.leave(request)
+        if request.work is not None:
+            wait([request.work])  # it is at work on what the request's end takes away
+        cache = None if request.turn is None else request.cache
+        is_kept = error is None and request.sequence.request.prefix_cache is not None
+        try:
+            if heirs:
+                self._inherit(request, heirs)
+                is_kept, cache = False, None
+            request.end(is_kept)
+        except Exception as failure:  # what could not be kept is lost, and nothing else
+            error, is_kept = error or failure, False
+        if cache is not None and not is_kept:
+            for layer in cache:
+                layer.clear()
+        request.channel.end(last, error)
+        self.touched[request] = None
+        self._memory.changed(self._scheduler.running())
+
+    def end_all(self, requests: Sequence[ActiveRequest], make_error: Callable[[], BaseException]) -> None:
+        """All of these end, and whoever waits for their prompts, each with an error of its own."""
+        for each in requests:
+            followers, each.followers = each.followers, []
+            for one in (each, *followers):
+                self.end(one, error=make_error())
+
+    def _inherit(self, request: ActiveRequest, heirs: list[ActiveRequest]) -> None:
+        """The first of those who waited for a prompt goes on with it."""
+        if request.turn is None:
+            for each in heirs:
+                self._scheduler.put_back(each)
+            return
+        heir, *others = heirs
+        heir.followers = others
+        heir.begin_with(self._model, self._tokenizer, request.turn)
+        heir.job.chunks = request.job.chunks
+        self._scheduler.compute_prompt(heir)
+
+    def _unfollow(self, request: ActiveRequest) -> None:
+        """It does not wait for another's prompt any more."""
+        for each in self._scheduler.prompts:
+            if request in each.followers:
+                each.followers.remove(request)
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def make_room(self, finish_host_work: Callable[[], None]) -> None:
+        """Let the caches of those grow who need it; who came last gives way where there is no room."""
+        growing = [each for each in self._scheduler.decoding if len(each.sequence.tokens) % TOKENS_AT_ONCE == 0]
+        if not growing:
+            return
+        while not self._memory.can_grow(growing, list(self._scheduler.running())):
+            if not self.let_youngest_give_way(finish_host_work):
+                break
+            growing = [each for each in growing if each in self._scheduler.decoding]
+        for each in growing:
+            try:
+                each.budget.before_tokens(len(each.sequence.tokens), each.sequence.request.limit)
+            except MemoryLimitError as error:
+                self.end(each, error=error)
+        self._memory.changed(self._scheduler.running())
+
+    def let_youngest_give_way(self, finish_host_work: Callable[[], None]) -> bool:
+        """Who came last waits again, with its cache given up. False where only one is running."""
+        request = self._scheduler.youngest()
+        if request is not None and request.work is not None:
+            wait([request.work])
+            finish_host_work()  # its source stands where it asks for logits then, or it has ended
+            request = self._scheduler.youngest()
+        if request is None:
+            return False
+        self._groups.leave(request)
+        self._unfollow(request)
+        if request.turn is not None:
+            request.give_way()
+        followers, request.followers = request.followers, []
+        for each in (request, *followers):
+            self._scheduler.put_back(each)
+        mx.clear_cache()
+        self._memory.changed(self._scheduler.running())
+        return True
+
+    def recompute(self, request: ActiveRequest) -> None:
+        """Its cache is not to be trusted: everything is computed once more, and then it goes on where it was."""
+        request.give_way()
+        self._scheduler.compute_prompt(request)
+        request.begin_again(self._model)
+
+    def take_back(self, parts: Sequence[Part]) -> None:
+        """Bring caches back to where they were before a pass that failed; recompute what cannot be brought back."""
+        for part in parts:
+            try:
+                for layer in part.rows.cache:
+                    if layer.offset > part.offset:
+                        layer.rewind(layer.offset - part.offset)
+            except ValueError:
+                self.recompute(part.request)

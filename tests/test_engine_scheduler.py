@@ -1,0 +1,129 @@
+"""Who is computed next, in simulated time."""
+
+import random
+from collections import deque
+
+import pytest
+
+from openelm_mlx.engine.active import prompt_chunks
+from openelm_mlx.engine.scheduler import LONGEST_GAP, ChunkPace, Job, Scheduler
+from openelm_mlx.errors import EngineFullError
+
+
+class Request:
+    def __init__(self, number, chunks=()):
+        self.job = Job(number)
+        self.job.chunks = deque(chunks)
+
+
+def scheduler_with(waiting, max_running=4, max_waiting=100):
+    scheduler = Scheduler(max_running, max_waiting)
+    scheduler.waiting.extend(waiting)
+    return scheduler
+
+
+def test_requests_are_admitted_in_their_order_and_as_many_as_may_run():
+    requests = [Request(i, [8]) for i in range(6)]
+    scheduler = scheduler_with(requests)
+    admitted = []
+    while (request := scheduler.admit(lambda _: True)) is not None:
+        admitted.append(request)
+    assert admitted == requests[:4]
+    scheduler.prompt_is_done(requests[1])
+    assert scheduler.decoding == [requests[1]]
+    scheduler.forget(requests[1])
+    assert scheduler.admit(lambda _: True) is requests[4]
+
+
+def test_who_does_not_fit_is_not_overtaken():
+    requests = [Request(i, [8]) for i in range(3)]
+    scheduler = scheduler_with(requests)
+    assert scheduler.admit(lambda each: each is not requests[0]) is None
+    assert scheduler.waiting == requests
+
+
+def test_who_gives_way_goes_before_all_that_came_after_it():
+    requests = [Request(i, [8]) for i in range(5)]
+    scheduler = scheduler_with(requests, max_running=3)
+    for _ in range(3):
+        scheduler.admit(lambda _: True)
+    assert scheduler.youngest() is requests[2]
+    scheduler.put_back(requests[2])
+    assert scheduler.waiting == requests[2:]
+    scheduler.put_back(requests[1])
+    assert scheduler.youngest() is None  # the last one never gives way
+    assert scheduler.waiting == requests[1:]
+
+
+def test_a_full_queue_says_its_length():
+    scheduler = scheduler_with([Request(i) for i in range(3)], max_running=2, max_waiting=2)
+    scheduler.check_room()
+    with pytest.raises(EngineFullError, match="0 requests are running and 4 are waiting"):
+        scheduler.check_room(num_arriving=1)
+
+
+def test_a_long_prompt_takes_turns_with_shorter_ones():
+    long, short, other = Request(0, [512] * 100), Request(1, [512, 88]), Request(2, [512] * 90)
+    scheduler = scheduler_with([long, short, other])
+    for _ in range(3):
+        scheduler.admit(lambda _: True)
+    turns = [scheduler.next_prompt() for _ in range(4)]
+    assert turns.count(short) == turns.count(long) == 2  # and the one that is as long waits
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 16, 512])
+@pytest.mark.parametrize("least", [2, 8])
+def test_pieces_are_never_shorter_than_the_least(most, least):
+    for length in range(1, 60):
+        job = Job(0, least)
+        job.chunks = deque([length, 1, 7])
+        sizes = []
+        while len(job.chunks) == 3:
+            sizes.append(job.piece(most))
+            job.take(sizes[-1])
+        assert sum(sizes) == length
+        assert min(sizes) >= min(length, least)
+        assert max(sizes) <= max(2 * least - 1, most)
+
+
+def test_chunks_of_a_prompt_are_those_of_a_request_alone():
+    assert prompt_chunks(0, 20, 8, (), False) == [8, 8, 4]
+    assert prompt_chunks(0, 20, 8, (), True) == [8, 8, 3, 1]
+    assert prompt_chunks(3, 20, 8, (5, 12), False) == [2, 7, 8]
+    assert prompt_chunks(19, 20, 8, (), True) == [1]
+
+
+@pytest.mark.parametrize("token_seconds", [1e-5, 1e-4, 2e-3])
+@pytest.mark.parametrize("fixed", [0.0, 0.004])
+def test_decoders_wait_at_most_so_long_for_a_prompt(token_seconds, fixed):
+    """A prompt of 8,192 tokens comes in: no step takes more than LONGEST_GAP times the usual one."""
+    draw = random.Random(3)
+    usual = 0.02
+    scheduler = scheduler_with([])
+    decoder = Request(0)
+    scheduler.decoding.append(decoder)
+    for _ in range(20):
+        scheduler.pace.step_took(usual * draw.uniform(0.9, 1.1), 0)
+    scheduler.waiting.append(Request(1, [2048] * 4))
+    prompt = scheduler.admit(lambda _: True)
+    gaps, lengths = [], []
+    while scheduler.next_prompt() is prompt:
+        length = scheduler.chunk_length(prompt, prompt.job.chunks[0])
+        seconds = (usual + fixed + token_seconds * length) * draw.uniform(0.9, 1.1)
+        scheduler.pace.step_took(seconds, length)
+        prompt.job.take(length)
+        gaps.append(seconds / usual)
+        lengths.append(length)
+    affordable = (LONGEST_GAP * usual - usual - fixed) / token_seconds
+    if affordable > 64:  # the first chunk, of which nothing is known yet
+        assert max(gaps) <= LONGEST_GAP
+    assert max(gaps[3:]) <= max(LONGEST_GAP, (usual + fixed + 16 * token_seconds) * 1.1 / usual)
+    assert max(lengths) <= 2048
+    assert max(lengths) >= min(2048, affordable) / 4  # and it uses the time there is
+
+
+def test_a_chunk_the_device_stopped_is_halved():
+    pace = ChunkPace()
+    pace.last = 512
+    pace.halve()
+    assert pace.longest == 256

@@ -21,12 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from . import arguments
-from .arguments import FLAG, NAME, checked_call, refuse_unknown
+from .arguments import checked_call, refuse_unknown
 from .decoding.drafts import Drafts
 from .decoding.prefill import prefill as prefill
 from .decoding.prefix_cache import PrefixCache
 from .decoding.sampling import SamplingParams
-from .engine.many import answers
+from .engine.many import answers, option_names
 from .engine.prompt import Prompt
 from .engine.sequence import Chunk
 from .engine.single import new_sequence, run
@@ -79,7 +79,7 @@ def _depth_of_caller() -> int:
     return depth
 
 
-@checked_call("om.stream_generate", raw=FLAG, chat_template=NAME, reasoning_effort=NAME)
+@checked_call("om.stream_generate")
 def stream_generate(
     model: Model,
     tokenizer: Tokenizer | None,
@@ -145,12 +145,6 @@ def stream_generate(
         tool_schemas=tool_schemas, prefix_cache=prefix_cache, draft=draft,
     )  # fmt: skip
     return run(model, tokenizer, sequence)
-
-
-def option_names() -> list[str]:
-    """The keywords of `stream_generate`."""
-    parameters = inspect.signature(stream_generate).parameters.values()
-    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
 
 
 def unknown_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,12 @@ TABLE = {
     "om.convert": (om.convert, {"source": "demo-openelm", "destination": None, "dry_run": True}, CONVERT),
     "om.generate": (om.generate, {"model": "MODEL", "tokenizer": "TOKENIZER", "prompt": "Hi", "max_tokens": 1}, GENERATE),
     "om.stream_generate": (om.stream_generate, {"model": "MODEL", "tokenizer": "TOKENIZER", "prompt": "Hi"}, GENERATE),
+    "om.Engine": (
+        om.Engine, {"model": "MODEL", "tokenizer": "TOKENIZER"},
+        {
+            "model": NOT_A_MODEL, "tokenizer": NOT_ONE_OF_OURS, "max_running": NOT_A_NUMBER, "max_waiting": NOT_A_NUMBER,
+        },
+    ),
     "om.SamplingParams": (
         om.SamplingParams, {}, {**NUMBERS, "logit_bias": (5, "x", [5], None, {"x": 1}, {5: "x"}), "seed": NOT_A_NUMBER},
     ),
@@ -111,7 +117,7 @@ TABLE = {
 }  # fmt: skip
 # What comes back and is not made by who uses the library, and a description.
 RESULTS = {
-    "Chunk", "Statistics", "UserError", "NoAnswerWarning", "Tool", "FunctionTool", "__version__",
+    "Chunk", "Statistics", "UserError", "EngineFullError", "NoAnswerWarning", "Tool", "FunctionTool", "__version__",
 }  # fmt: skip
 CASES = [(name, parameter) for name, (_, _, wrong) in TABLE.items() for parameter in wrong]
 

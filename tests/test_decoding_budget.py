@@ -86,10 +86,10 @@ def test_scratch_is_learned_where_the_plan_had_too_little(model):
     runtime_of(model).plan = plan_with(model, 10**9)
     cache = model.make_cache()
     with keeping_to_plan(model, cache) as (budget, _):
-        assert budget._scratch(100) == 0
+        assert budget.scratch(100) == 0
         prefill(model, PROMPT[:201], cache, 100, budget)
         scores = 4 * 100 * 100 * 4
-        assert budget._scratch(100) > scores
+        assert budget.scratch(100) > scores
 
 
 # --- refused, shrunk, stopped -----------------------------------------------------------------------------------------

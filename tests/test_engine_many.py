@@ -235,7 +235,7 @@ def test_bad_requests_are_refused_before_they_wait(models):
             engine.submit([])
         with pytest.raises(SettingError, match="max_tokens"):
             engine.submit([5], max_tokens=0)
-        with pytest.raises(SettingError, match="engine.submit"):
+        with pytest.raises(SettingError, match=r"engine\.submit"):
             engine.submit([5], max_token=3)
         handles = [engine.submit([5, 6], max_tokens=100) for _ in range(2)]
         with pytest.raises(EngineFullError, match="max_running=1, max_waiting=1"):

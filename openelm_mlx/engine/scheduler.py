@@ -28,8 +28,8 @@ _SHORTER = 4
 class Job:
     """A request as the scheduler sees it.
 
-    number: in the order of arrival. least: tokens in the shortest piece of a chunk. chunks: lengths of the prompt's chunks as a request alone has them; a chunk may be
-    computed in several pieces, but never across such a border.
+    number: in the order of arrival. chunks: lengths of the prompt's chunks as a request alone has them; a chunk may be
+    computed in several pieces, but never across such a border. least: tokens in the shortest piece.
     """
 
     def __init__(self, number: int, least: int = 2) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from ..arguments import FLAG, NAME, check_kind
 from ..decoding.arguments import check_model, check_prefix_cache
 from ..decoding.budget import Budget, chunk_of_plan, keeping_to_plan
 from ..decoding.compiled_step import make_step
@@ -67,6 +68,9 @@ def new_sequence(
     """
     check_model(model, tokenizer)
     check_prefix_cache(prefix_cache)
+    check_kind("raw", raw, FLAG)
+    check_kind("chat_template", chat_template, NAME, may_be_none=True)
+    check_kind("reasoning_effort", reasoning_effort, NAME, may_be_none=True)
     stops = checked_stops(stop)
     if prompt is None:
         raise PromptError("There is no prompt: give text, a list of token ids, or chat messages.")

@@ -19,7 +19,6 @@ from ..arguments import FLAG, NAME, PATH, checked_call
 from ..decoding.grammar import engine_of
 from ..decoding.prefix_cache import PrefixCache
 from ..decoding.sampling import SamplingParams
-from ..engine.many import option_names
 from ..errors import NoAnswerWarning, PromptError, SettingError
 from ..files import expanded, one_line, read_text
 from ..outputs import json_with, write_output

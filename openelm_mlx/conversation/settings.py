@@ -12,8 +12,8 @@ from ..arguments import refuse_unknown
 from ..checks import whole_number
 from ..decoding.arguments import check_model, check_prefix_cache
 from ..decoding.sampling import SamplingParams
+from ..engine.many import option_names
 from ..errors import SettingError, TokenizerError
-from ..generate import option_names
 from ..text.conversation import check_conversation
 from ..tokenizers import missing_tokenizer_message
 

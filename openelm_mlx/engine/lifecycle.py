@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, final
 
 import mlx.core as mx
 
-from ..decoding.budget import TOKENS_AT_ONCE
 from ..errors import MemoryLimitError
+from ..memory.admission import TOKENS_AT_ONCE
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
 from .flat_pass import Part, SamplerGroups

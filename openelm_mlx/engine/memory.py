@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, final
 
 import mlx.core as mx
 
-from ..decoding.budget import TOKENS_AT_ONCE, Budget
+from ..decoding.budget import Budget
 from ..decoding.prefix_cache import PrefixCache
+from ..memory.admission import TOKENS_AT_ONCE
 from ..runtime import runtime_of
 from .active import ActiveRequest
 

@@ -131,6 +131,11 @@ def locate(source: SourceName, revision: str | None = None, progress: Progress |
     if path is not None:
         if path.exists() and not path.is_dir() and (kind := kind_of(path.stat())) is not None:
             raise CheckpointError(f"{source} is {kind}: give a folder, a weight file, or a repository.")
+        if path.suffix.lower() == ".gguf" and not path.is_dir():
+            raise CheckpointError(
+                f"{source} is a GGUF file, which is not run as it is: `openelm_mlx convert {source} FOLDER` makes a folder of "
+                "it that is."
+            )
         return path
     found = repository(source, revision)
     if found is not None:

@@ -251,6 +251,26 @@ def damaged_zip(data: bytes, random: random.Random) -> bytes:
     return stream.getvalue()
 
 
+def damaged_gguf(data: bytes, random: random.Random) -> bytes:
+    """Mostly in its header: what lies there says where everything else does."""
+    if random.random() < 0.2:
+        return random.choice(BYTES)(data, random)
+    changed = bytearray(data)
+    header = data.find(b"\0" * 64) if random.random() < 0.5 else 20_000
+    for _ in range(random.choice((1, 1, 2, 5))):
+        place = random.randrange(max(1, min(header, len(data))))
+        match random.randrange(4):
+            case 0:
+                changed[place] ^= 1 << random.randrange(8)
+            case 1:
+                changed[place : place + 8] = random.choice((b"\xff" * 8, bytes(8), struct.pack("<Q", 2**40), b"\1" * 8))
+            case 2:
+                changed[place] = random.randrange(256)
+            case _:
+                del changed[place : place + random.choice((1, 4, 8))]
+    return bytes(changed)
+
+
 def damaged_bytes(data: bytes, random: random.Random) -> bytes:
     return random.choice(BYTES)(data, random)
 
@@ -368,6 +388,28 @@ def _converted(folder: Path) -> None:
         raise
     finally:
         shutil.rmtree(target.parent)
+
+
+def _gguf(folder: Path) -> None:
+    """OpenELM with a tokenizer, and gpt-oss, each in a GGUF file."""
+    save_folder(folder / "m", random_model(), "llama")
+    (folder / "m" / "LICENSE").write_text("A licence.")
+    convert(folder / "m", folder / "openelm.gguf", gguf_type="q8_0")
+    convert(FIXTURES / "gpt_oss_tiny", folder / "gpt_oss.gguf", tokenizer=None)
+
+
+def _from_gguf(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        target = Path(tempfile.mkdtemp(dir=ROOT)) / "out"
+        try:
+            convert(folder / name, target)
+        except UserError:
+            assert not target.exists(), "a half-written output is left"
+            raise
+        finally:
+            shutil.rmtree(target.parent)
+
+    return read
 
 
 def _encoded(folder: Path) -> None:
@@ -561,6 +603,8 @@ READERS = {
         },
         _converted,
     ),
+    "gguf": Reader(_gguf, {"openelm.gguf": damaged_gguf}, _from_gguf("openelm.gguf")),
+    "gguf, gpt-oss": Reader(_gguf, {"gpt_oss.gguf": damaged_gguf}, _from_gguf("gpt_oss.gguf")),
     "corenet": Reader(
         _copied(FIXTURES / "openelm_tiny" / "corenet"),
         {"corenet.json": damaged_json, "corenet.safetensors": damaged_safetensors},

@@ -49,6 +49,7 @@ CONVERT = {
     "destination": NOT_A_PATH, "quantize": (-1, 1.5, b"x", [5], ODD, True, "x"), "group_size": NOT_A_NUMBER,
     "max_file_bytes": (5, -1, 20_000, "x", "", b"x", [], {}, ODD, True, None, float("nan")),
     "verify": NOT_A_FLAG, "dry_run": NOT_A_FLAG, "private": NOT_A_FLAG, "upload": NOT_TEXT, "target": NOT_TEXT,
+    "gguf_type": NOT_TEXT, "gguf_experts": NOT_TEXT,
 }  # fmt: skip
 GENERATE = {
     "model": NOT_A_MODEL, "tokenizer": NOT_ONE_OF_OURS, "prompt": (5, 1.5, b"x", [], {}, ODD, True, None, ""),

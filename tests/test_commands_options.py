@@ -58,6 +58,8 @@ CONVERT = {
     "--preset": ("balanced", "convert", "quantize", 8),
     "--group-size": ("32", "convert", "group_size", 32),
     "--for": ("swift", "convert", "target", "swift"),
+    "--gguf-type": ("q8_0", "convert", "gguf_type", "q8_0"),
+    "--gguf-experts": ("f16", "convert", "gguf_experts", "f16"),
     "--dtype": ("float16", "convert", "dtype", "float16"),
     "--revision": ("v1", "convert", "revision", "v1"),
     "--max-file-size": ("500MB", "convert", "max_file_bytes", 500_000_000),

@@ -160,7 +160,9 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has its weights only as {pickles[0]}, which is not read because a pickle can run any code: "
             "look for the model's safetensors files."
         )
-    raise CheckpointError(f"{folder} holds no weights: there is no safetensors or PyTorch file in it.")
+    others = files_in(folder, "*.gguf", CheckpointError)
+    advice = f"; `openelm_mlx convert {others[0]} FOLDER` makes a folder of its GGUF file" if others else ""
+    raise CheckpointError(f"{folder} holds no weights: there is no safetensors or PyTorch file in it{advice}.")
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -214,6 +216,10 @@ def read_config(path: Path) -> dict[str, Any]:
     named = [file for name in ("config.json", "corenet.json") if os.path.lexists(file := folder / name)]
     for file in named or files_in(folder, "*.y*ml", ConfigError):
         return _read_object(file)
+    if others := files_in(folder, "*.gguf", ConfigError):
+        raise ConfigError(
+            f"{folder} has no config.json, and a GGUF file: `openelm_mlx convert {others[0]} FOLDER` makes a folder of it."
+        )
     raise ConfigError(
         f"{folder} has no config.json (nor CoreNet's YAML file): a model's folder holds one beside its weights."
     )

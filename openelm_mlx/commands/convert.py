@@ -7,23 +7,29 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from . import INTERRUPTED
 from .options import add_preset_argument, bits_asked_for
-from .output import can_draw_bars, report, report_json, say
+from .output import can_draw_bars, report, report_json, say, typed
 from .progress import StageBars
 
 if TYPE_CHECKING:
-    from ..conversion import ConversionReport, StageProgress, Verification
+    from ..conversion import ConversionReport, GgufVerification, StageProgress, Verification
 
 HELP = "convert a checkpoint: rename, cast and quantize it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("source", help="a folder, a weight file, or a Hugging Face repository as owner/name")
-    parser.add_argument("destination", nargs="?", help="the folder to write, which must not exist yet")
+    parser.add_argument(
+        "source", help="a folder, a weight file, a GGUF file, or a Hugging Face repository as owner/name"
+    )
+    parser.add_argument(
+        "destination",
+        nargs="?",
+        help="the folder to write, or the file where the name ends in .gguf; neither may exist yet",
+    )
 
     weights = parser.add_argument_group("weights")
     weights.add_argument(
@@ -51,6 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="target",
         choices=["swift"],
         help="swift: a folder for apps with mlx-swift-lm; a model that it cannot run is refused",
+    )
+
+    gguf = parser.add_argument_group("GGUF, for llama.cpp, Ollama, LM Studio and phones")
+    gguf.add_argument(
+        "--gguf-type",
+        metavar="TYPE",
+        help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or mxfp4 (default: the source's own numbers)",
+    )
+    gguf.add_argument(
+        "--gguf-experts", metavar="TYPE", help="the same for gpt-oss's experts (default: mxfp4 where they are in it)"
     )
 
     text = parser.add_argument_group("text")
@@ -82,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
                 dtype=args.dtype,
                 group_size=args.group_size,
                 target=args.target,
+                gguf_type=args.gguf_type,
+                gguf_experts=args.gguf_experts,
                 tokenizer=args.tokenizer,
                 chat_template=args.chat_template,
                 revision=args.revision,
@@ -148,9 +166,16 @@ def print_report(result: ConversionReport) -> None:
     )
     if result.num_resumed:
         report(f"{result.num_resumed} of the tensors were there from an interrupted conversion.")
+    if result.gguf_types is not None:
+        report(f"types: {', '.join(f'{count} {name}' for name, count in result.gguf_types.items())}")
     report(f"tokenizer: {', '.join(result.tokenizer) or 'none found; add one with --tokenizer'}")
+    for note in result.notes:
+        say(typed(note))
     if result.verification is not None:
-        print_verification(result.verification)
+        if result.gguf_types is None:
+            print_verification(cast("Verification", result.verification))
+        else:
+            print_gguf_verification(cast("GgufVerification", result.verification))
     if result.upload_url is not None:
         report(f"uploaded to {result.upload_url}")
 
@@ -168,6 +193,16 @@ def print_verification(verification: Verification) -> None:
         f"{verification.max_kl_divergence:.3e} at most; the likeliest token is the same at "
         f"{verification.same_top_token:.1%} of {verification.num_tokens} positions ({verification.sample})"
     )
+
+
+def print_gguf_verification(verification: GgufVerification) -> None:
+    """The checksum, how many tensors are exact, and how far the others were moved."""
+    report("\nverified, SHA-256 as written:")
+    for name, checksum in verification.checksums.items():
+        report(f"  {checksum}  {name}")
+    report(f"{verification.num_exact} of {verification.num_tensors} tensors hold the source's own numbers")
+    for kind, error in verification.errors.items():
+        report(f"rounded to {kind}: relative rms error of a tensor {error:.1e} at most")
 
 
 @contextmanager

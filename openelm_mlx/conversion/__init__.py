@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from .. import __version__, hub
 from ..arguments import FLAG, FUNCTION, NAME, PATH, Kind, checked_call
@@ -39,17 +36,23 @@ from ..files import expanded, hears_the_disk, read_bytes, read_object
 from ..finder import files_of
 from ..memory.presets import preset_bits
 from ..memory.sizes import parse_size
+from ..outputs import checked_output
 from ..sources import Source
 from ..text.tokenizer import Tokenizer
 from ..text.unicode import whole_characters
 from ..tokenizers import find_tokenizer, resolve_chat_template
 from .card import CardFacts, licence_files, model_card
+from .from_gguf import open_source
+from .gguf_verify import GgufVerification
 from .plan import TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
+from .report import ByteCount, ConversionReport, StageProgress, bytes_of, no_buffer_cache, stage
+from .to_gguf import GgufOptions, convert_to_gguf, is_gguf, refuse_folder_options
 from .verify import LayerError, Verification
 from .verify import verify as verify_files
 
 __all__ = [
     "ConversionReport",
+    "GgufVerification",
     "LayerError",
     "PlannedTensor",
     "StageProgress",
@@ -58,9 +61,6 @@ __all__ = [
     "plan_conversion",
 ]
 
-# Stage ("download", "convert" or "verify"), what is done, and of how much.
-StageProgress = Callable[[str, int, int], None]
-
 # Nothing, where nothing is written, is told in a sentence of its own.
 DESTINATION = Kind(lambda value: value in (None, "") or PATH.accepts(value), PATH.wanted)
 _PROGRAM = f"openelm_mlx {__version__}"
@@ -68,33 +68,6 @@ _PROGRAM = f"openelm_mlx {__version__}"
 # Small files that belong to the model and are copied as they are.
 _COPIED = ("generation_config.json",)
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion did, or after a dry run what it would do.
-
-    destination: None after a dry run. tensors, nbytes: the output's, without headers. dtype: the floating type, of what
-    is not packed when some is. quantization: as config.json has it. files: name -> bytes of all that was written;
-    checksums: SHA-256 of the files of weights. tokenizer: the files that were stored, () when none was found.
-    num_resumed: tensors that an interrupted conversion had already written.
-    """
-
-    source: str
-    destination: Path | None
-    layout: str
-    tensors: tuple[PlannedTensor, ...]
-    nbytes: int
-    source_nbytes: int
-    dtype: str
-    quantization: Mapping[str, Any] | None
-    chat_template: str | None = None
-    tokenizer: tuple[str, ...] = ()
-    files: Mapping[str, int] = field(default_factory=dict)
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    num_resumed: int = 0
-    verification: Verification | None = None
-    upload_url: str | None = None
 
 
 @hears_the_disk(CheckpointError)
@@ -111,6 +84,8 @@ def convert(
     preset: str | None = None,
     group_size: int | None = None,
     target: str | None = None,
+    gguf_type: str | None = None,
+    gguf_experts: str | None = None,
     tokenizer: str | Path | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
@@ -121,13 +96,14 @@ def convert(
     private: bool = False,
     progress: StageProgress | None = None,
 ) -> ConversionReport:
-    """Convert a checkpoint to a folder that this library and, for OpenELM, mlx-lm load.
+    """Convert a checkpoint to a folder that this library and, for OpenELM, mlx-lm load, or to a GGUF file.
 
     Args:
         source: A folder, a file, a Hub repository as owner/name (at `revision`), or a demo, in any layout that
-            is read.
-        destination: A folder that does not exist yet; it appears when it is whole. After Ctrl-C or a crash the
-            same call goes on where it stopped, from DESTINATION.partial; after an error nothing is left.
+            is read; or a GGUF file of one of the two families.
+        destination: A folder that does not exist yet, or a file whose name ends in .gguf; it appears when it is
+            whole. After Ctrl-C or a crash the same call goes on where it stopped, from DESTINATION.partial; after
+            an error nothing is left.
         quantize: 2, 3, 4, 5, 6 or 8 (bits, with `group_size` 32, 64 or 128), "mxfp4", "mxfp8", "nvfp4", or
             "mixed": 4 bits, and 8 for the embedding and the outer layers.
         preset: "exact" (nothing is quantized), "balanced" (8 bits) or "smallest" (4 bits) instead.
@@ -135,6 +111,9 @@ def convert(
             `plan_conversion` for the exceptions). On a quantized source it unpacks the weights.
         target: "swift": a folder for apps with mlx-swift-lm, q, k and v and gate and up apart; a model that it cannot
             run is refused.
+        gguf_type: Of a GGUF file's matrices: "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0" or "mxfp4";
+            None keeps the source's numbers, packed ones too where ggml has a type with the same.
+        gguf_experts: The same for gpt-oss's experts; None leaves them in MXFP4 where they are.
         tokenizer: As in `load`; both are stored with the weights.
         chat_template: See tokenizer.
         max_file_bytes: Larger files are divided; bytes or text such as "500MB".
@@ -147,17 +126,45 @@ def convert(
     """
     quantize = preset_bits(preset, quantize, ('preset="{}"', "quantize"))
     most_bytes = parse_size(max_file_bytes, "max_file_bytes")
-    place = _checked_request(destination, dry_run, upload, private)
-    opened = Source.open(source, revision, _stage("download", progress), headers_only=True)
-    plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, most_bytes, target)
-    found = find_tokenizer(opened.folder, plan.spec, tokenizer)
-    template = _chat_template(opened, plan, chat_template)
-    report = _report(opened, plan, found, template)
-    if place is None:
-        return report
-    opened = opened.fetch(place, plan.nbytes, _stage("download", progress))
+    to_gguf = is_gguf(destination)
+    if to_gguf:
+        refuse_folder_options(
+            quantize=quantize, dtype=dtype, group_size=group_size, target=target, upload=upload, private=private
+        )
+        place = None if dry_run else checked_output(str(destination), "The GGUF file", overwrite=None)
+    else:
+        _refuse_gguf_options(gguf_type, gguf_experts)
+        place = _checked_request(destination, dry_run, upload, private)
+    with open_source(source, revision, stage("download", progress), tokenizer is None) as opened:
+        if to_gguf:
+            found = find_tokenizer(opened.folder, opened.spec, tokenizer)
+            template = _chat_template(opened, chat_template)
+            options = GgufOptions(gguf_type, gguf_experts, verify, dry_run)
+            return convert_to_gguf(opened, found, template, place, options, progress)
+        plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, most_bytes, target)
+        found = find_tokenizer(opened.folder, plan.spec, tokenizer)
+        template = _chat_template(opened, chat_template)
+        report = _report(opened, plan, found, template)
+        if place is None:
+            return report
+        opened = opened.fetch(place, plan.nbytes, stage("download", progress))
+        report = _write_folder(opened, plan, found, report, place, verify, progress)
+    url = None if upload is None else hub.upload(place, upload, private, f"Convert {opened.name} with {_PROGRAM}")
+    return replace(report, upload_url=url)
+
+
+def _write_folder(
+    opened: Source,
+    plan: ConversionPlan,
+    found: Tokenizer | None,
+    report: ConversionReport,
+    place: Path,
+    verify: bool,
+    progress: StageProgress | None,
+) -> ConversionReport:
+    """Write what was planned, and say in the report what was."""
     fingerprint = plan.fingerprint(opened.checkpoint.files, opened.config)
-    with _no_buffer_cache(), CheckpointWriter(place, plan.files, fingerprint) as writer:
+    with no_buffer_cache(), CheckpointWriter(place, plan.files, fingerprint) as writer:
         num_resumed = writer.num_finished
         _write_weights(plan, opened, writer, progress)
         if plan.fingerprint(opened.checkpoint.files, opened.config) != fingerprint:
@@ -165,14 +172,13 @@ def convert(
                 f"The files of {opened.name} changed while they were converted, and nothing was kept: let them be, and convert "
                 "again."
             )
-        folder = writer.assemble(_other_files(opened, plan, found, template))
+        folder = writer.assemble(_other_files(opened, plan, found, report.chat_template))
         verification = None
         if verify:
             original = (opened.contents, opened.checkpoint)
-            verification = verify_files(folder, writer.checksums, original, found, _stage("verify", progress))
+            verification = verify_files(folder, writer.checksums, original, found, stage("verify", progress))
         sizes = {path.name: path.stat().st_size for path in sorted(files_of(folder))}
         writer.publish()
-    url = None if upload is None else hub.upload(place, upload, private, f"Convert {opened.name} with {_PROGRAM}")
     return replace(
         report,
         destination=writer.destination,
@@ -180,8 +186,13 @@ def convert(
         checksums=dict(writer.checksums),
         num_resumed=num_resumed,
         verification=verification,
-        upload_url=url,
     )
+
+
+def _refuse_gguf_options(gguf_type: str | None, gguf_experts: str | None) -> None:
+    for name, value in (("gguf_type", gguf_type), ("gguf_experts", gguf_experts)):
+        if value is not None:
+            raise SettingError(f"{name} is for a GGUF file: name a destination that ends in .gguf, or leave it out.")
 
 
 def _checked_request(destination: str | Path | None, dry_run: bool, upload: str | None, private: bool) -> Path | None:
@@ -204,9 +215,9 @@ def _checked_request(destination: str | Path | None, dry_run: bool, upload: str 
     return target
 
 
-def _chat_template(source: Source, plan: ConversionPlan, asked: str | None) -> str | None:
+def _chat_template(source: Source, asked: str | None) -> str | None:
     # gpt-oss has one format, which needs no name.
-    if plan.spec.family != "openelm":
+    if source.spec.family != "openelm":
         return None
     return resolve_chat_template(source.config, asked, source.template_name).template
 
@@ -235,61 +246,29 @@ def _write_weights(
     plan: ConversionPlan, source: Source, writer: CheckpointWriter, progress: StageProgress | None
 ) -> None:
     remaining = writer.remaining
-    report = _Bytes(plan.nbytes, plan.nbytes - sum(tensor.nbytes for tensor in remaining), progress)
+    report = ByteCount(plan.nbytes, plan.nbytes - sum(tensor.nbytes for tensor in remaining), progress)
     for _, tensors in groupby(remaining, key=lambda tensor: plan.weight_of[tensor.name].tensors):
         names = [tensor.name for tensor in tensors]
         _write_weight(plan.weight_of[names[0]], names, source.checkpoint, writer, report)
 
 
 def _write_weight(
-    weight: PlannedWeight, names: list[str], checkpoint: Checkpoint, writer: CheckpointWriter, report: _Bytes
+    weight: PlannedWeight, names: list[str], checkpoint: Checkpoint, writer: CheckpointWriter, report: ByteCount
 ) -> None:
     """Write tensors of one weight: the first slice by slice, the others (scales and biases, which are small) after it."""
     order = [tensor.name for tensor in weight.tensors]
     first, *others = (order.index(name) for name in names)
     held: list[list[memoryview]] = [[] for _ in others]
 
-    def pieces() -> Iterator[memoryview]:
+    def pieces() -> Iterator[memoryview | bytes]:
         for arrays in weight.slices(checkpoint):
             for place, kept in zip(others, held, strict=True):
-                kept.append(_bytes_of(arrays[place]))
-            yield report.add(_bytes_of(arrays[first]))
+                kept.append(bytes_of(arrays[place]))
+            yield report.add(bytes_of(arrays[first]))
 
     writer.write(names[0], pieces())
     for name, kept in zip(names[1:], held, strict=True):
         writer.write(name, map(report.add, kept))
-
-
-def _bytes_of(array: mx.array) -> memoryview:
-    """The array's own memory, as it goes to the file."""
-    return np.array(mx.contiguous(array).view(mx.uint8), copy=False).reshape(-1).data
-
-
-class _Bytes:
-    """Counts what goes to the disk."""
-
-    def __init__(self, total: int, done: int, progress: StageProgress | None) -> None:
-        self._total, self._done, self._progress = total, done, progress
-
-    def add(self, piece: memoryview) -> memoryview:
-        self._done += len(piece)
-        if self._progress is not None:
-            self._progress("convert", self._done, self._total)
-        return piece
-
-
-@contextmanager
-def _no_buffer_cache() -> Iterator[None]:
-    """MLX keeps freed buffers for the next array of that size; here every tensor has another one."""
-    limit = mx.set_cache_limit(0)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(limit)
-
-
-def _stage(name: str, progress: StageProgress | None) -> hub.Progress | None:
-    return None if progress is None else partial(progress, name)
 
 
 # --- the files beside them --------------------------------------------------------------------------------------------

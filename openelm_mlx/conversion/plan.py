@@ -87,7 +87,7 @@ class PlannedWeight:
         Raises CheckpointError for NaN or infinity, in scales of one byte too, ConversionError for numbers too large for
         the new type.
         """
-        sources = self._read(checkpoint)
+        sources = self.read(checkpoint)
         num_rows = self.shape[0]
         step = rows_in_a_slice(self.shape)
         for start in range(0, num_rows, step):
@@ -101,7 +101,8 @@ class PlannedWeight:
                 raise self._not_finite(plain, checkpoint)
             yield arrays
 
-    def _read(self, checkpoint: Checkpoint) -> list[mx.array]:
+    def read(self, checkpoint: Checkpoint) -> list[mx.array]:
+        """The parts, whole and evaluated. Raises CheckpointError where the file cannot be read to its end."""
         arrays = [source.read(checkpoint) for source in self.sources]
         try:
             mx.eval(arrays)
@@ -315,8 +316,11 @@ class _Choices:
         return None if self._recipe is None else quantization_of(self._recipe, self._spec, name, shape)
 
     def plain_type(self, weights: list[PlannedWeight]) -> str:
-        """The most frequent floating type of the output's tensors, in words."""
-        types = Counter(tensor.dtype for weight in weights for tensor in weight.tensors if tensor.dtype in FLOAT_TYPES)
+        """The most frequent floating type of the output's tensors, by their sizes, in words."""
+        types: Counter[str] = Counter()
+        for tensor in (tensor for weight in weights for tensor in weight.tensors):
+            if tensor.dtype in FLOAT_TYPES:
+                types[tensor.dtype] += math.prod(tensor.shape)
         return TYPE_WORDS[types.most_common(1)[0][0]]
 
     def _is_unpacked(self, module: str) -> bool:

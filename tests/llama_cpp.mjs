@@ -1,0 +1,32 @@
+// What llama.cpp (by the npm package node-llama-cpp) makes of a GGUF file: tests/test_llama_cpp.py asks, in one JSON object
+// on standard input, and reads one JSON object from standard output.
+//
+// {model, tokenize: [text], greedy: [{tokens, count}]} -> {tokenized: [[token]], greedy: [[token]]}
+import {createRequire} from "node:module";
+import {pathToFileURL} from "node:url";
+
+const folder = process.argv[2];
+const entry = createRequire(folder + "/").resolve("node-llama-cpp");
+const {getLlama} = await import(pathToFileURL(entry));
+
+let text = "";
+for await (const piece of process.stdin) text += piece;
+const request = JSON.parse(text);
+
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
+const model = await llama.loadModel({modelPath: request.model});
+const tokenized = (request.tokenize ?? []).map((each) => Array.from(model.tokenize(each)));
+const greedy = [];
+for (const {tokens, count} of request.greedy ?? []) {
+    const context = await model.createContext({
+        contextSize: tokens.length + count + 8, batchSize: 512, threads: 1, flashAttention: false,
+    });
+    const found = [];
+    for await (const token of context.getSequence().evaluate(tokens, {temperature: 0, yieldEogToken: true})) {
+        found.push(token);
+        if (found.length === count) break;
+    }
+    greedy.push(found);
+    await context.dispose();
+}
+process.stdout.write(JSON.stringify({tokenized, greedy}) + "\n", () => process.exit(0));

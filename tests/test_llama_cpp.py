@@ -1,0 +1,132 @@
+"""What real llama.cpp makes of our GGUF files: the same tokens of texts, and the same tokens in answer.
+
+It comes prebuilt in the npm package node-llama-cpp: `npm install --prefix FOLDER --ignore-scripts node-llama-cpp@3.22.1`,
+then OPENELM_MLX_LLAMA_CPP=FOLDER. Greedy, float32, on the CPU: it is the arithmetic that is compared, not its speed.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import config_of
+from test_conversion_gguf import TEXTS
+
+import openelm_mlx as om
+from openelm_mlx.conversion import convert
+from openelm_mlx.sources import DEMOS
+
+FOLDER = os.environ.get("OPENELM_MLX_LLAMA_CPP")
+PROGRAM = Path(__file__).with_name("llama_cpp.mjs")
+pytestmark = pytest.mark.skipif(not FOLDER, reason="needs node-llama-cpp: set OPENELM_MLX_LLAMA_CPP to where it is")
+
+NOUNS = (
+    "banjo", "river", "candle", "bridge", "violin", "market", "teacher", "mountain", "window", "letter", "garden", "kitchen",
+    "hammer", "island", "ladder", "mirror", "needle", "orange", "pencil", "rabbit", "saddle", "temple", "umbrella", "village",
+    "whistle", "yard", "zebra", "apple", "basket", "camel", "desert", "engine", "forest", "guitar", "harbour", "insect",
+    "jacket", "king", "lemon", "museum",
+)  # fmt: skip
+FORMS = (
+    "What is a {}?",
+    "A {} is",
+    "Tell me about the {}, please: 1 or 2 words.",
+    "the {}'s",
+    "{}\n\n  {} — “{}” 漢字",
+)
+PROMPTS = [form.replace("{}", noun) for noun in NOUNS for form in FORMS]
+assert len(PROMPTS) == 200
+
+
+def llama_cpp(model: Path, **request: object) -> dict:
+    """What tests/llama_cpp.mjs answers for this model."""
+    asked = json.dumps({"model": str(model), **request})
+    command = ["node", str(PROGRAM), os.path.abspath(FOLDER or "")]
+    ended = subprocess.run(command, input=asked, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def greedy(model, tokens: list[int], count: int) -> list[int]:
+    """The likeliest token, again and again, whatever it is."""
+    cache, found, new = model.make_cache(), [], tokens
+    while len(found) < count:
+        new = [int(mx.argmax(model(mx.array([new]), cache=cache)[0, -1]))]
+        found += new
+    return found
+
+
+def answers(model, path: Path, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Ours and llama.cpp's."""
+    theirs = llama_cpp(path, greedy=[{"tokens": tokens, "count": count} for tokens in prompts])["greedy"]
+    return [greedy(model, tokens, count) for tokens in prompts], theirs
+
+
+@pytest.fixture(scope="module")
+def openelm(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("openelm") / "demo.gguf"
+    convert("demo-openelm", path, gguf_type="f32", verify=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory) -> Path:
+    """demo-gpt-oss with its experts in float32."""
+    path = tmp_path_factory.mktemp("gpt_oss") / "demo.gguf"
+    convert("demo-gpt-oss", path, gguf_type="f32", gguf_experts="f32", verify=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rounded_bounds(tmp_path_factory) -> Path:
+    """demo-gpt-oss with YaRN's bounds rounded, as llama.cpp rounds them."""
+    folder = tmp_path_factory.mktemp("rounded")
+    for file in DEMOS["demo-gpt-oss"].iterdir():
+        (folder / file.name).symlink_to(file)
+    config = config_of(folder)
+    config["rope_scaling"]["truncate"] = True
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("demo", ["openelm", "gpt_oss"])
+def test_llama_cpp_splits_200_prompts_as_we_do(demo, request):
+    path = request.getfixturevalue(demo)
+    _, tokenizer = om.load(f"demo-{demo.replace('_', '-')}")
+    texts = [*PROMPTS, *filter(None, TEXTS)]
+    found = llama_cpp(path, tokenize=texts)["tokenized"]
+    assert [(text, tokens) for text, tokens in zip(texts, found, strict=True)] == [
+        (text, tokenizer.encode(text)) for text in texts
+    ]
+
+
+def test_demo_openelm_answers_64_of_64_tokens_on_20_prompts(openelm):
+    model, tokenizer = om.load("demo-openelm", dtype="float32")
+    prompts = [tokenizer.encode_prompt(f"What is a {noun}?") for noun in NOUNS[:19]]
+    prompts.append(tokenizer.encode_prompt(" ".join(NOUNS) * 3))
+    ours, theirs = answers(model, openelm, prompts, 64)
+    assert ours == theirs
+
+
+def test_demo_gpt_oss_answers_as_ours_does_with_rounded_bounds(gpt_oss, rounded_bounds):
+    model, tokenizer = om.load(rounded_bounds, dtype="float32")
+    texts = [
+        *(f"What is a {noun}?" for noun in NOUNS[:6]),
+        "The weather in London was fine, and the " * 12,
+        " ".join(NOUNS) * 3,
+    ]
+    prompts = [tokenizer.encode_prompt(text) for text in texts]
+    assert max(map(len, prompts)) > 128  # beyond the sliding window
+    ours, theirs = answers(model, gpt_oss, prompts, 48)
+    assert ours == theirs
+    exact, _ = om.load("demo-gpt-oss", dtype="float32")
+    assert [greedy(exact, tokens, 48) for tokens in prompts] != theirs  # what the report warns of
+
+
+def test_a_converted_file_answers_as_its_folder_does(openelm, tmp_path):
+    """GGUF -> MLX, and what comes back out of it."""
+    convert(openelm, tmp_path / "back")
+    convert(tmp_path / "back", tmp_path / "again.gguf", gguf_type="q8_0")
+    assert len(llama_cpp(tmp_path / "again.gguf", tokenize=["What is a banjo?"])["tokenized"][0]) == 8

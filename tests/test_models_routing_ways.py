@@ -317,3 +317,17 @@ def test_on_the_cpu_every_kind_of_weights_has_the_bits_of_one_row(form):
         together = moe(x, mx.float32)
         for n in (0, num_rows // 2, num_rows - 1):
             assert mx.array_equal(together[n], moe(x[n : n + 1], mx.float32)[0]), num_rows
+
+
+@pytest.mark.parametrize("num_rows", [2, 16, 33, 128])
+def test_on_the_cpu_half_precision_depends_on_no_other_row_either(num_rows):
+    """The experts' sum is in float32 for as many rows as requests may run together."""
+    experts, spec, layer = made_experts(16, FORMS["mxfp4"], mx.bfloat16, seed=6)
+    moe = MoE(spec, layer)
+    moe.router.weight = mx.random.normal(moe.router.weight.shape, key=mx.random.key(9))
+    moe.experts = experts
+    moe.eval()
+    x = mx.random.normal((num_rows, HIDDEN), key=mx.random.key(num_rows))
+    together = moe(x, mx.bfloat16)
+    for n in (0, num_rows // 2, num_rows - 1):
+        assert mx.array_equal(together[n], moe(x[n : n + 1], mx.bfloat16)[0])

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..models.routing_ways import BY_SORTING, IN_BLOCKS, ExpertWays, most_places
+from ..models.routing_ways import BY_SORTING, IN_BLOCKS, MOST_ROUTES_OF_A_TABLE, ExpertWays, most_places
 from ..specs import KV_STEP, LayerSpec, ModelSpec, kv_capacity
 
 FLOAT32 = 4
@@ -92,6 +92,11 @@ class _Counting:
 
     def after(self) -> int:
         raise NotImplementedError
+
+    def outputs_in_float32(self) -> int:
+        """What experts gave, in float32 to be summed, which that of many is not (models/moe.py, `weighted_sum`)."""
+        is_copied = self.itemsize < FLOAT32 and self.routes <= MOST_ROUTES_OF_A_TABLE
+        return FLOAT32 * self.routes * self.spec.hidden_size if is_copied else 0
 
     @property
     def in_blocks(self) -> bool:
@@ -184,7 +189,7 @@ class _OnCpu(_Counting):
         gate_up = self.cast(routed) + FLOAT32 * 2 * inner + self.rounded(2 * inner) + e * 2 * inner
         swiglu = 3 * FLOAT32 * inner + (2 * self.cast(inner) + self.rounded(inner) if e < FLOAT32 else 0)
         down = self.cast(inner) + FLOAT32 * routed + self.rounded(routed) + 3 * e * routed
-        summed = 2 * (e + FLOAT32) * self.hidden
+        summed = 2 * (e + FLOAT32) * self.hidden + self.outputs_in_float32()
         return merged + 2 * add + norm + router + e * routed + gate_up + swiglu + down + summed
 
 
@@ -233,7 +238,7 @@ class _OnGpu(_Counting):
         routed, inner = self.places * self.spec.hidden_size, self.places * self.layer_spec.intermediate_size
         stream = (3 * e + 3 * FLOAT32 + e) * self.hidden
         routing = FLOAT32 * (3 * self.L * self.layer_spec.num_experts + 8 * self.routes)
-        return stream + routing + e * (4 * routed + 5 * inner)
+        return stream + routing + e * (4 * routed + 5 * inner) + self.outputs_in_float32()
 
 
 @lru_cache(maxsize=4096)  # a plan tries many lengths, and a table of Macs the same ones for each of them

@@ -18,7 +18,7 @@ from mlx import nn
 from ..specs import LayerSpec, ModelSpec
 from .groups import Groups, make_groups
 from .precision import linear, one_kernel, widen
-from .routing_ways import BY_SORTING, SORTED, UNSORTED, ExpertWays, way_for
+from .routing_ways import BY_SORTING, MOST_ROUTES_OF_A_TABLE, SORTED, UNSORTED, ExpertWays, way_for
 
 # So many (token, expert) routes are many: no constants are kept for their number, and tiles may be worth it. Which way they
 # go is a matter of the machine (models/routing_ways.py); only shapes decide, so that the same prompt always takes the same.
@@ -64,7 +64,7 @@ class MoE(nn.Module):
     def __call__(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
         """x (B, L, hidden_size) in float32 -> the layer's output; the experts compute in `dtype`.
 
-        The output is float32 for few tokens and `dtype` for many, where float32 would take twice the memory.
+        The output is float32 for up to 128 tokens and `dtype` for more, where float32 would take twice the memory.
         """
         expert_indices, expert_weights = self.route(x)
         return weighted_sum(self.experts(x.astype(dtype), expert_indices), expert_weights, dtype)
@@ -89,7 +89,8 @@ def weighted_sum(outputs: mx.array, expert_weights: mx.array, dtype: mx.Dtype) -
 
     Or (B, hidden_size), one token a row. See `MoE.__call__` for the type.
     """
-    sum_dtype = mx.float32 if expert_weights.size < SORT_FROM_ROUTES else dtype
+    # As far as rows of other requests may be beside a row: it is to have the sum that it has alone.
+    sum_dtype = mx.float32 if expert_weights.size <= MOST_ROUTES_OF_A_TABLE else dtype
     expert_weights, outputs = expert_weights.astype(sum_dtype), outputs.astype(sum_dtype)
     if expert_weights.ndim == 2 and expert_weights.shape[0] == 1:  # (1, k) @ (k, hidden_size), in the fewest steps
         return expert_weights @ outputs.reshape(-1, outputs.shape[-1])

@@ -8,9 +8,10 @@ import pytest
 from mlx import nn
 
 import openelm_mlx as om
+from openelm_mlx.models import moe as moe_module
 from openelm_mlx.models import precision
 from openelm_mlx.models.groups import groups_on_host, make_groups
-from openelm_mlx.models.moe import Experts, MoE
+from openelm_mlx.models.moe import Experts, MoE, weighted_sum
 from openelm_mlx.models.routing_ways import (
     BY_SORTING,
     MOST_ROUTES_OF_A_TABLE,
@@ -331,3 +332,26 @@ def test_on_the_cpu_half_precision_depends_on_no_other_row_either(num_rows):
     together = moe(x, mx.bfloat16)
     for n in (0, num_rows // 2, num_rows - 1):
         assert mx.array_equal(together[n], moe(x[n : n + 1], mx.bfloat16)[0])
+
+
+@pytest.mark.parametrize("num_rows", [16, 64])
+def test_rows_that_ride_in_a_prompt_s_chunk_have_the_bits_that_they_have_alone(demo_layer, num_rows):
+    moe, spec = demo_layer
+    x = mx.random.normal((200 + num_rows, spec.hidden_size), key=mx.random.key(num_rows))
+    assert moe.experts.way_for((len(x), 4)) == "sorted"
+    together = moe(x, mx.float32)
+    for n in (0, 199, 200, len(x) - 1):
+        assert mx.array_equal(together[n], moe(x[n : n + 1], mx.float32)[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (6, 4), (2, 3, 2), (1, 300, 4), (5, 1), (1, 1, 3)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_sum_on_a_gpu_is_in_float32_whatever_is_beside_a_row(shape, dtype, monkeypatch):
+    """Computed here without being compiled: a row's sum is elementwise, so it has nothing to do with other rows."""
+    outputs = mx.random.normal((*shape, 32), key=mx.random.key(0)).astype(dtype)
+    weights = mx.softmax(mx.random.normal(shape, key=mx.random.key(1)), axis=-1)
+    known = (np.array(outputs.astype(mx.float32), np.float64) * np.array(weights, np.float64)[..., None]).sum(-2)
+    monkeypatch.setattr(moe_module, "runs_on_cpu", lambda: False)
+    found = weighted_sum(outputs, weights, dtype)
+    assert found.dtype == mx.float32
+    assert np.abs(np.array(found) - known).max() < 1e-6

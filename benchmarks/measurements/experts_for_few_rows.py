@@ -261,13 +261,18 @@ def _around(moe: MoE, experts: Experts, rows: Rows, outputs: mx.array) -> dict[s
         weights = rows.weights + h[:, :1] * 0
         return add_rounded(h, weighted_sum(outputs, weights, mx.bfloat16), mx.bfloat16)
 
+    def by_a_product(h: mx.array, chosen: mx.array) -> mx.array:
+        total = (rows.weights[:, None] @ outputs.astype(mx.float32)).squeeze(1)
+        return add_rounded(h, total, mx.bfloat16)
+
     def in_one_kernel(h: mx.array, chosen: mx.array) -> mx.array:
         return sum_in_one_kernel(h, outputs, rows.weights)
 
     return {
         "one sum, for comparison": nothing, "router's scores": scores, "router, choice and weights": router,
         "places in blocks_16": places("blocks_16"), "places in grouped": places(GROUPED), "biases of each route": biases,
-        "weighted sum and residual": as_models_do, "weighted sum and residual, one kernel": in_one_kernel,
+        "weighted sum and residual": as_models_do, "the same by a product": by_a_product,
+        "weighted sum and residual, one kernel": in_one_kernel,
     }  # fmt: skip
 
 

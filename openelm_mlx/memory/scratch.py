@@ -93,11 +93,6 @@ class _Counting:
     def after(self) -> int:
         raise NotImplementedError
 
-    def outputs_in_float32(self) -> int:
-        """What experts gave, in float32 to be summed, which that of many is not (models/moe.py, `weighted_sum`)."""
-        is_copied = self.itemsize < FLOAT32 and self.routes <= MOST_ROUTES_OF_A_TABLE
-        return FLOAT32 * self.routes * self.spec.hidden_size if is_copied else 0
-
     @property
     def in_blocks(self) -> bool:
         """Whether a short window is attended to in blocks (models/attention.py, `causal_mask`)."""
@@ -189,7 +184,9 @@ class _OnCpu(_Counting):
         gate_up = self.cast(routed) + FLOAT32 * 2 * inner + self.rounded(2 * inner) + e * 2 * inner
         swiglu = 3 * FLOAT32 * inner + (2 * self.cast(inner) + self.rounded(inner) if e < FLOAT32 else 0)
         down = self.cast(inner) + FLOAT32 * routed + self.rounded(routed) + 3 * e * routed
-        summed = 2 * (e + FLOAT32) * self.hidden + self.outputs_in_float32()
+        # To be summed (models/moe.py, `weighted_sum`).
+        is_copied = e < FLOAT32 and self.routes <= MOST_ROUTES_OF_A_TABLE
+        summed = 2 * (e + FLOAT32) * self.hidden + (FLOAT32 * routed if is_copied else 0)
         return merged + 2 * add + norm + router + e * routed + gate_up + swiglu + down + summed
 
 
@@ -236,9 +233,9 @@ class _OnGpu(_Counting):
         if not self.layer_spec.num_experts:
             return e * (self.queries + 3 * self.hidden + 3 * self.L * self.layer_spec.intermediate_size)
         routed, inner = self.places * self.spec.hidden_size, self.places * self.layer_spec.intermediate_size
-        stream = (3 * e + 3 * FLOAT32 + e) * self.hidden
+        stream = (3 * e + 4 * FLOAT32) * self.hidden
         routing = FLOAT32 * (3 * self.L * self.layer_spec.num_experts + 8 * self.routes)
-        return stream + routing + e * (4 * routed + 5 * inner) + self.outputs_in_float32()
+        return stream + routing + e * (4 * routed + 5 * inner)
 
 
 @lru_cache(maxsize=4096)  # a plan tries many lengths, and a table of Macs the same ones for each of them

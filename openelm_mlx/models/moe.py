@@ -17,7 +17,7 @@ from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
 from .groups import Groups, make_groups
-from .precision import linear, one_kernel, widen
+from .precision import linear, one_kernel, runs_on_cpu, widen
 from .routing_ways import BY_SORTING, MOST_ROUTES_OF_A_TABLE, SORTED, UNSORTED, ExpertWays, way_for
 
 # So many (token, expert) routes are many: no constants are kept for their number, and tiles may be worth it. Which way they
@@ -64,7 +64,7 @@ class MoE(nn.Module):
     def __call__(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
         """x (B, L, hidden_size) in float32 -> the layer's output; the experts compute in `dtype`.
 
-        The output is float32 for up to 128 tokens and `dtype` for more, where float32 would take twice the memory.
+        The output is float32; on the CPU for up to 128 tokens, and `dtype` for more, whose outputs would be there twice.
         """
         expert_indices, expert_weights = self.route(x)
         return weighted_sum(self.experts(x.astype(dtype), expert_indices), expert_weights, dtype)
@@ -89,6 +89,10 @@ def weighted_sum(outputs: mx.array, expert_weights: mx.array, dtype: mx.Dtype) -
 
     Or (B, hidden_size), one token a row. See `MoE.__call__` for the type.
     """
+    if not runs_on_cpu():  # one kernel, which keeps nothing in float32 but its result
+        k = expert_weights.shape[-1]
+        weights = expert_weights[..., None, :]
+        return _sum_of_products(*(outputs[..., i, :] for i in range(k)), *(weights[..., i] for i in range(k)))
     # As far as rows of other requests may be beside a row: it is to have the sum that it has alone.
     sum_dtype = mx.float32 if expert_weights.size <= MOST_ROUTES_OF_A_TABLE else dtype
     expert_weights, outputs = expert_weights.astype(sum_dtype), outputs.astype(sum_dtype)
@@ -96,6 +100,16 @@ def weighted_sum(outputs: mx.array, expert_weights: mx.array, dtype: mx.Dtype) -
         return expert_weights @ outputs.reshape(-1, outputs.shape[-1])
     # (B, L, 1, k) @ (B, L, k, hidden_size): the sum is rounded once, where k products and a sum round k times more.
     return (expert_weights[..., None, :] @ outputs).squeeze(-2)
+
+
+@one_kernel
+def _sum_of_products(*outputs_and_weights: mx.array) -> mx.array:
+    """In float32: k outputs (..., hidden_size), then their k weights (..., 1)."""
+    k = len(outputs_and_weights) // 2
+    total = outputs_and_weights[0].astype(mx.float32) * outputs_and_weights[k]
+    for i in range(1, k):
+        total = total + outputs_and_weights[i].astype(mx.float32) * outputs_and_weights[k + i]
+    return total
 
 
 class Experts(nn.Module):

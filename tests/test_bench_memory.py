@@ -15,7 +15,7 @@ from openelm_mlx.checkpoint.released import released_gpt_oss_config
 def shapes(monkeypatch):
     tiny = {
         "tiny gpt-oss": {**released_gpt_oss_config("20b"), **SMALL},
-        "thin OpenELM": shape_config("openelm-270m", 1),
+        "thin OpenELM": {**shape_config("openelm-270m", 1), "vocab_size": 4000},
     }
     monkeypatch.setattr(memory, "SHAPES", tiny)
 

@@ -37,7 +37,9 @@ def test_fewer_bits_move_a_demo_further(monkeypatch):
 
 @pytest.mark.parametrize("shape", ["gpt-oss-20b", "openelm-270m"])
 def test_random_models_of_a_shape(shape, monkeypatch):
-    made = {**released_gpt_oss_config("20b"), **SMALL} if "gpt" in shape else shape_config(shape, 1)
+    made = (
+        {**released_gpt_oss_config("20b"), **SMALL} if "gpt" in shape else {**shape_config(shape, 1), "vocab_size": 640}
+    )
     monkeypatch.setattr(quality, "shape_config", lambda *_: made)
     monkeypatch.setattr(quality, "PROMPT_TOKENS", 12)
     monkeypatch.setattr(quality, "FEW_ROWS", 320)

@@ -420,7 +420,8 @@ def test_a_bias_cannot_make_an_answer_invalid():
 @pytest.mark.parametrize("name", ["demo-openelm", "demo-gpt-oss"])
 def test_a_tokenizer_is_let_go_after_an_answer_in_a_format(name):
     model, tokenizer = om.load(name)
-    assert om.generate(model, tokenizer, "Hi", schema=SCHEMAS["word"], max_tokens=400)
+    options = {"reasoning_effort": "low"} if name == "demo-gpt-oss" else {}
+    assert om.generate(model, tokenizer, "Hi", regex="(yes|no)", max_tokens=400, **options)
     gone = weakref.ref(tokenizer)
     del model, tokenizer
     gc.collect()

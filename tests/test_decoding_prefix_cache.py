@@ -92,7 +92,7 @@ def test_the_same_prompt_again_feeds_its_last_token_only(models, kind):
     for length in (1, 2, WINDOW, WINDOW + 1, LENGTH):
         cache, prompt = PrefixCache(), prompt_of(length)
         cold_run = run(model, prompt, None, **options)
-        for _ in range(3):
+        for _ in range(2 if length > 1 else 3):
             statistics = assert_as_cold(model, prompt, cache, cold_run=cold_run, **options)
         assert statistics.cached_tokens == length - 1
         assert (statistics.prompt_tokens, len(cache)) == (length, 1 if length > 1 else 3)
@@ -378,7 +378,7 @@ def demo():
 def test_the_second_turn_of_a_long_chat_prefills_what_is_new_only(demo):
     """Finished turns lose their reasoning, so the last answer's own words are computed again, and nothing before them."""
     model, tokenizer = demo
-    cache, words = PrefixCache(), " ".join(f"word {i}" for i in range(60))
+    cache, words = PrefixCache(), " ".join(f"word {i}" for i in range(40))
     chat = [{"role": "system", "content": f"Use these: {words}"}, {"role": "user", "content": "What is a violin?"}]
     for turn, question in enumerate(("What is a cello?", "And what is a sparrow?", None)):
         chunks = list(stream_generate(model, tokenizer, chat, max_tokens=120, prefix_cache=cache))
@@ -390,7 +390,7 @@ def test_the_second_turn_of_a_long_chat_prefills_what_is_new_only(demo):
             assert (
                 least < num_new <= least + 16
             )  # the markup of the two messages, and the last token of the prompt before
-            assert statistics.prompt_tokens > 250
+            assert statistics.prompt_tokens > 160
         answer = "".join(chunk.text for chunk in chunks)
         assert answer
         if question is None:
@@ -400,13 +400,13 @@ def test_the_second_turn_of_a_long_chat_prefills_what_is_new_only(demo):
 
 def test_another_question_after_the_same_system_prompt(demo):
     model, tokenizer = demo
-    cache, words = PrefixCache(), " ".join(f"word {i}" for i in range(70))
+    cache, words = PrefixCache(), " ".join(f"word {i}" for i in range(40))
     counts = []
     for question in ("What is a violin?", "Do you know a sparrow?", "Tell me what a poodle is."):
         chat = [{"role": "system", "content": words}, {"role": "user", "content": question}]
         (*_, last) = stream_generate(model, tokenizer, chat, max_tokens=4, prefix_cache=cache)
         counts.append(last.statistics.prompt_tokens - last.statistics.cached_tokens)
-    assert counts[0] > 200
+    assert counts[0] > 120
     assert max(counts[1:]) < 20
 
 

@@ -17,12 +17,12 @@ from openelm_mlx.memory.scratch import layer_scratch, scratch_bytes
 from openelm_mlx.specs import spec_from_config
 
 GPT_OSS = {
-    **released_gpt_oss_config("20b"), "num_hidden_layers": 6, "hidden_size": 192, "num_local_experts": 8,
+    **released_gpt_oss_config("20b"), "num_hidden_layers": 4, "hidden_size": 192, "num_local_experts": 8,
     "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 512, "eos_token_id": 2,
     "sliding_window": 32,
 }  # fmt: skip
 OPENELM = {
-    "model_type": "openelm", "num_transformer_layers": 6, "model_dim": 256, "head_dim": 64, "num_gqa_groups": 2,
+    "model_type": "openelm", "num_transformer_layers": 4, "model_dim": 256, "head_dim": 64, "num_gqa_groups": 2,
     "ffn_dim_divisor": 64, "qkv_multipliers": [0.5, 1.0], "ffn_multipliers": [0.5, 4.0], "vocab_size": 512,
     "normalize_qk_projections": True, "share_input_output_layers": True, "rope_freq_constant": 10000,
     "max_context_length": 2048, "bos_token_id": 1, "eos_token_id": 2,
@@ -101,7 +101,7 @@ def test_every_part_takes_what_its_sum_says(folders, name, length, offset):
             assert was - 0.1 * largest <= said <= was + 0.35 * largest, (layer.window, planned, measured)
 
 
-@pytest.mark.parametrize("prompt", [40, 300, 700])
+@pytest.mark.parametrize("prompt", [40, 300, 560])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_takes_what_was_planned(folders, name, prompt):
     gc.collect()
@@ -149,8 +149,8 @@ def test_on_a_gpu_one_layer_is_computed_while_the_next_one_is_dispatched(folders
     monkeypatch.setattr(prefill_module, "mx", Watched())
     logits = prefill(model, tokens, model.make_cache(), 512)
     assert (logits == expected).all()
-    # Six layers: five whole ones, each waited for when the next one is on its way, and the last one for the prompt's end.
-    assert told[:9] == [("dispatched", 1), *[("dispatched", 1), ("waited", 1)] * 4]
+    # Four layers: three whole ones, each waited for when the next one is on its way, and the last one for the prompt's end.
+    assert told[:5] == [("dispatched", 1), *[("dispatched", 1), ("waited", 1)] * 2]
 
 
 def test_of_a_pass_the_last_layer_is_not_waited_for(monkeypatch):

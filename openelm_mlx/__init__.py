@@ -39,6 +39,7 @@ _PUBLIC = {
     "DraftModel": "decoding.drafts",
     "PrefixCache": "decoding.prefix_cache",
     "convert": "conversion",
+    "export": "exporting",
     "plan": "planning",
     "Chat": "conversation",
     "UserError": "errors",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .errors import EngineFullError as EngineFullError
     from .errors import NoAnswerWarning as NoAnswerWarning
     from .errors import UserError as UserError
+    from .exporting import export as export
     from .generate import generate as generate
     from .generate import stream_generate as stream_generate
     from .loading import load as load

@@ -51,6 +51,14 @@ CONVERT = {
     "verify": NOT_A_FLAG, "dry_run": NOT_A_FLAG, "private": NOT_A_FLAG, "upload": NOT_TEXT, "target": NOT_TEXT,
     "gguf_type": NOT_TEXT, "gguf_experts": NOT_TEXT,
 }  # fmt: skip
+EXPORT = {
+    **{
+        name: LOAD[name]
+        for name in ("source", "dtype", "preset", "memory_limit", "tokenizer", "chat_template", "revision", "progress")
+    },
+    "destination": (*NOT_A_PATH, None, ""), "places": (5, "x", b"x", [], {}, ODD, True, None, [0], ["x"], [1.5], [True]),
+    "chunk": (*NOT_A_NUMBER, None),
+}  # fmt: skip
 GENERATE = {
     "model": NOT_A_MODEL, "tokenizer": NOT_ONE_OF_OURS, "prompt": (5, 1.5, b"x", [], {}, ODD, True, None, ""),
     "max_tokens": NOT_A_NUMBER, "sampling": NOT_ONE_OF_OURS, "stop": (5, b"x", {}, [5], ODD, True, None),
@@ -71,6 +79,7 @@ TABLE = {
     "om.load": (om.load, {"source": "demo-openelm"}, LOAD),
     "om.plan": (om.plan, {"source": "demo-openelm"}, PLAN),
     "om.convert": (om.convert, {"source": "demo-openelm", "destination": None, "dry_run": True}, CONVERT),
+    "om.export": (om.export, {"source": "demo-openelm", "destination": "o"}, EXPORT),
     "om.generate": (om.generate, {"model": "MODEL", "tokenizer": "TOKENIZER", "prompt": "Hi", "max_tokens": 1}, GENERATE),
     "om.stream_generate": (om.stream_generate, {"model": "MODEL", "tokenizer": "TOKENIZER", "prompt": "Hi"}, GENERATE),
     "om.Engine": (

@@ -80,9 +80,13 @@ def test_advice_is_in_the_command_line_s_spelling(sentence, typed):
     assert in_flags(sentence, FLAGS) == typed
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "plan", "convert", "bench"])
+@pytest.mark.parametrize("name", ["generate", "chat", "plan", "convert", "export", "bench"])
 def test_every_option_with_a_name_of_its_own_is_spelled_as_the_command_has_it(name):
-    parser = build_parser("openelm_mlx", [name]).parse_args([name, *(["x", "y"] if name == "convert" else [])]).command
+    parser = (
+        build_parser("openelm_mlx", [name])
+        .parse_args([name, *(["x", "y"] if name in ("convert", "export") else [])])
+        .command
+    )
     flags = flags_of(parser)
     for action in parser._actions:
         if action.option_strings and "_" in action.dest and action.help != "==SUPPRESS==":

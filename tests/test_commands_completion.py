@@ -40,7 +40,7 @@ def test_bash_completes_commands_options_choices_and_demos(bash_script):
     assert completed(bash_script, "generate", "--json-s") == {"--json-schema"}
     assert {"--model", "--memory-limit", "--kv-bits"} <= completed(bash_script, "chat", "--")
     assert completed(bash_script, "generate", "--reasoning-effort", "") == {"low", "medium", "high"}
-    for words in (["generate", "--model"], ["chat", "--model"], ["plan"], ["info"], ["convert"]):
+    for words in (["generate", "--model"], ["chat", "--model"], ["plan"], ["info"], ["convert"], ["export"]):
         assert completed(bash_script, *words, "demo-") == set(DEMOS)
     assert bash_script.name in completed(bash_script, "generate", "--prompt-file", "open")
 

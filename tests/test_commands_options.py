@@ -70,6 +70,16 @@ CONVERT = {
     "--upload": ("me/it", "convert", "upload", "me/it"),
     "--private": (None, "convert", "private", True),
 }
+EXPORT = {
+    "--places": ("64,128", "export", "places", (64, 128)),
+    "--chunk": ("32", "export", "chunk", 32),
+    "--dtype": ("float16", "export", "dtype", "float16"),
+    "--preset": ("balanced", "export", "preset", "balanced"),
+    "--memory-limit": ("8G", "export", "memory_limit", "8G"),
+    "--revision": ("v1", "export", "revision", "v1"),
+    "--tokenizer": ("demo-openelm", "export", "tokenizer", "demo-openelm"),
+    "--chat-template": ("plain", "export", "chat_template", "plain"),
+}
 GENERATE = {
     "--system": (
         "Be brief.",
@@ -172,6 +182,7 @@ ELSEWHERE = {
         "--calibrate": "test_memory_calibration.py",
     },
     "convert": {"--json": "test_commands_convert.py", "--quiet": "test_commands_convert.py"},
+    "export": {"--json": "test_exporting.py", "--quiet": "test_exporting.py"},
     "bench": {"--chart": "test_bench_benchmark.py", "--json": "test_bench_benchmark.py"},
     "info": {"--layers": "test_commands.py", "--json": "test_commands.py"},
     "selfcheck": {
@@ -185,9 +196,9 @@ ELSEWHERE = {
     },
     "benchmarks.memory": {"--json": "test_bench_memory.py"},
 }  # fmt: skip
-TABLE = {"generate": {**LOAD, **GENERATE}, "chat": {**LOAD, **CHAT}, "plan": PLAN, "convert": CONVERT}
+TABLE = {"generate": {**LOAD, **GENERATE}, "chat": {**LOAD, **CHAT}, "plan": PLAN, "convert": CONVERT, "export": EXPORT}
 CASES = [("generate", *row) for row in [*LOAD.items(), *GENERATE.items()]]
-CASES += [(command, *row) for command in ("chat", "plan", "convert") for row in TABLE[command].items()]
+CASES += [(command, *row) for command in ("chat", "plan", "convert", "export") for row in TABLE[command].items()]
 
 
 def test_every_command_is_in_the_table():
@@ -289,8 +300,12 @@ def test_an_option_reaches_what_it_names(command, option, entry, monkeypatch):
     monkeypatch.setattr("openelm_mlx.conversation.Chat", recorder("Chat"))
     monkeypatch.setattr("openelm_mlx.planning.plan", recorder("plan"))
     monkeypatch.setattr("openelm_mlx.conversion.convert", recorder("convert"))
+    monkeypatch.setattr("openelm_mlx.exporting.export", recorder("export"))
     prompt = [] if option == "--prompt" else ["Hi"]
-    words = {"generate": prompt, "chat": [], "plan": ["demo-openelm"], "convert": ["demo-openelm", "nowhere"]}[command]
+    words = {
+        "generate": prompt, "chat": [], "plan": ["demo-openelm"], "convert": ["demo-openelm", "nowhere"],
+        "export": ["demo-openelm", "nowhere"],
+    }[command]  # fmt: skip
     given = [option] if value is None else [f"{option}={value}"]
     parser = commands.build_parser("openelm_mlx", [command])
     args = parser.parse_args([command, *words, *given])

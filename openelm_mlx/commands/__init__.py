@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": "chat",
     "plan": "plan",
     "convert": "convert",
+    "export": "export",
     "info": "info",
     "bench": "bench",
     "selfcheck": "selfcheck",

@@ -17,7 +17,10 @@ from conftest import FIXTURES, config_of, random_model, save_folder
 
 import openelm_mlx as om
 from openelm_mlx import hub as hub_module
+from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint import writer as writer_module
+from openelm_mlx.checkpoint.released import released_gpt_oss_config, released_openelm_config
+from openelm_mlx.checkpoint.safetensors_plan import OutputTensor, plan_files, write_sparse
 from openelm_mlx.commands import main
 from openelm_mlx.conversion import convert
 from openelm_mlx.conversion import gguf_plan as gguf_plan_module
@@ -30,6 +33,7 @@ from openelm_mlx.errors import (
     TokenizerError,
 )
 from openelm_mlx.sources import DEMOS
+from openelm_mlx.specs import openelm_config, spec_from_config
 from openelm_mlx.text import jinja
 from openelm_mlx.text.chat import render_chat
 from openelm_mlx.text.conversation import SystemContent
@@ -611,6 +615,37 @@ def test_without_the_package_a_file_is_still_read(tmp_path, demo_gguf):
     script = "import sys; sys.modules['gguf'] = None\nimport openelm_mlx as om; om.convert(sys.argv[1], sys.argv[2])"
     subprocess.run([sys.executable, "-c", script, demo_gguf, tmp_path / "out"], check=True, cwd=FIXTURES.parent.parent)
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import pathlib, sys
+from openelm_mlx import hub
+from openelm_mlx.conversion import convert
+hub.cached_file = lambda *_: None
+convert(sys.argv[1], sys.argv[2])
+lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("OPENELM_MLX_LARGE"), reason="writes 14 GB: set OPENELM_MLX_LARGE=1")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak there")
+@pytest.mark.parametrize(("size", "gigabytes"), [("3B", 1.5), ("20b", 2.0)])
+def test_the_process_s_peak_in_the_real_size(tmp_path, size, gigabytes):
+    """From files whose tensors are holes: as many bytes go through memory as of real ones."""
+    folder = tmp_path / "m"
+    if size == "20b":
+        write_random_gpt_oss(folder, released_gpt_oss_config(size), "openai-hf", sparse=True)
+    else:
+        spec = spec_from_config(released_openelm_config(size))
+        tensors = [OutputTensor(name, "F32", shape) for name, shape in spec.parameter_shapes().items()]
+        write_sparse(folder, plan_files(tensors), {"config.json": json.dumps(openelm_config(spec)).encode()})
+    command = [sys.executable, "-c", MEASURE, folder, tmp_path / "m.gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=FIXTURES.parent.parent)
+    (tmp_path / "m.gguf").unlink()
+    assert int(done.stdout) < gigabytes * 1e9
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

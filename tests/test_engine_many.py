@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -211,11 +212,11 @@ def test_a_failed_allocation_ends_who_runs_and_the_next_request_works(models, mo
 
     compute, fails = runner.compute, threading.Event()
 
-    def no_memory(model, parts):
+    def no_memory(model, step, bank, in_slots, parts):
         if fails.is_set() and len(parts) > 1:
             fails.clear()
             raise RuntimeError("[malloc_or_wait] Unable to allocate 123 bytes.")
-        return compute(model, parts)
+        return compute(model, step, bank, in_slots, parts)
 
     monkeypatch.setattr(runner, "compute", no_memory)
     with om.Engine(model) as engine:
@@ -287,3 +288,55 @@ def test_a_handle_that_is_dropped_cancels_its_request(models):
         del handle
         assert len(list(engine.submit([7], max_tokens=2))) == 2
         assert engine.num_running == 0
+
+
+@pytest.fixture
+def with_slots(models, monkeypatch):
+    """The models as on a GPU, where decoding requests share buffers."""
+    for model in models.values():
+        monkeypatch.setattr(model, "choices", replace(model.choices, slots=True))
+    return models
+
+
+@pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
+@pytest.mark.parametrize("seed", range(3))
+def test_slots_give_the_tokens_of_caches_apart(with_slots, family, seed):
+    """The two forms of attention in a batch: what differs is the order in which a row's keys are summed."""
+    model, draw = with_slots[family], random.Random(seed + 100)
+    requests = [random_request(draw, family) for _ in range(14)]
+    alone = [seen(om.stream_generate(model, None, prompt, **options)) for prompt, options in requests]
+    store = om.PrefixCache()
+    used = 0
+    with om.Engine(model, max_running=draw.choice([5, 32])) as engine:
+        engine._scheduler.pace.longest = draw.choice([5, 2**20])
+        handles = [engine.submit(prompt, prefix_cache=store, **options) for prompt, options in requests]
+        for at, handle in enumerate(handles):
+            found = []
+            for chunk in handle:
+                found.append(chunk)
+                used = max(used, len(engine._runner.bank))
+            assert [each[0] for each in seen(found)] == [each[0] for each in alone[at]]
+            for mine, theirs in zip(seen(found), alone[at], strict=True):
+                assert mine[2] == pytest.approx(theirs[2], abs=2e-4)
+        assert len(engine._runner.bank) == 0
+        assert engine._runner.memory.held_bytes == 0
+    assert used >= 2
+    # What was kept can be gone on with.
+    prompt, options = requests[0]
+    again = seen(om.stream_generate(model, None, prompt, prefix_cache=store, **options))
+    assert [each[0] for each in again] == [each[0] for each in alone[0]]
+
+
+def test_a_prompt_comes_in_beside_slots(with_slots):
+    model = with_slots["gpt_oss"]
+    prompts = [prompt_of(9, 1), prompt_of(30, 2), prompt_of(200, 3)]
+    alone = [seen(om.stream_generate(model, None, prompt, max_tokens=40)) for prompt in prompts]
+    with om.Engine(model) as engine:
+        engine._scheduler.pace.longest = 16
+        first, second = (engine.submit(prompt, max_tokens=40) for prompt in prompts[:2])
+        next(first), next(second)
+        third = engine.submit(prompts[2], max_tokens=40)
+        rest = [seen(handle) for handle in (first, second, third)]
+    assert [[each[0] for each in found] for found in rest] == [
+        [each[0] for each in found][skip:] for found, skip in zip(alone, (1, 1, 0), strict=True)
+    ]

@@ -87,6 +87,8 @@ class ResidentPieces(Pieces):
 
         self.first = self.compiled(first)
         self.between = [self.compiled(between(i)) for i in range(len(layers) - 1)]
+        # The logits (M, V) of many rows.
+        self.head_of_rows = self.compiled(lambda x, out: model.head(layers[-1].after_attention(x, out)))
 
     def last_layer(self, *state: mx.array) -> mx.array:
         x, out = state

@@ -23,6 +23,7 @@ from ..memory.limits import LimitsLease, generating
 from ..models.cache import Cache
 from ..models.packed import UNPACK_FROM
 from ..models.quantized_cache import QuantizedKVCache
+from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
 from .handle import Channel
@@ -83,6 +84,8 @@ class ActiveRequest(HasJob):
         # Those who wait for this one's prompt, which is theirs too.
         self.followers: list[ActiveRequest] = []
         self.turn: Turn | None = None
+        # Where its keys and values are while they are not in its own cache.
+        self.bank: SlotBank | None = None
         self.wants_scores = sequence.request.logprobs is not None
         self._stack = ExitStack()
         self._has_begun = False
@@ -99,6 +102,24 @@ class ActiveRequest(HasJob):
     def cache(self) -> Cache:
         assert self.turn is not None
         return self.turn.cache
+
+    @property
+    def position(self) -> int:
+        """How many of its tokens have been computed."""
+        slot = None if self.bank is None else self.bank.slot_of(self)
+        return self.cache[0].offset if self.bank is None or slot is None else self.bank.lengths[slot]
+
+    def join(self, bank: SlotBank) -> None:
+        """Into a slot, beside others."""
+        bank.join(self, self.cache)
+        self.bank = bank
+
+    def leave_slot(self, is_wanted: bool = True) -> None:
+        """Out of its slot, if it is in one. is_wanted: into its own cache; else what was computed is given up."""
+        bank, self.bank = self.bank, None
+        slot = None if bank is None else bank.slot_of(self)
+        if bank is not None and slot is not None:
+            bank.leave(slot, self.cache if is_wanted else None)
 
     @property
     def num_left(self) -> int:
@@ -152,7 +173,8 @@ class ActiveRequest(HasJob):
     def give_way(self) -> None:
         """Give the cache up; what was computed of it can be computed again."""
         assert self.turn is not None
-        offset = self.cache[0].offset
+        offset = self.position
+        self.leave_slot(is_wanted=False)
         fed = self.turn.tokens[self.turn.num_prompt_tokens : offset]
         if self.replay:  # it was being computed again, and had not come to the end
             fed = [*fed, *self.replay]
@@ -188,6 +210,7 @@ class ActiveRequest(HasJob):
         if self.source is not None:
             self.source.close()
         try:
+            self.leave_slot(is_kept)
             if is_kept and self.turn is not None and not self.replay:
                 self.turn.keep()
         finally:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, final
 import mlx.core as mx
 
 from ..decoding.batch_sampling import SamplerGroup
+from ..decoding.batch_step import BatchStep
 from ..decoding.prefill import chunk_throttle, lock_of
 from ..models.rows import Rows, flat_logits
+from ..models.slots import SlotBank
 from .active import ActiveRequest, Pending
 
 if TYPE_CHECKING:
@@ -47,14 +49,29 @@ def prompt_part(request: ActiveRequest, length: int) -> Part:
     return Part(request, rows, request.cache[0].offset, mx.array(request.prompt_piece(length)))
 
 
-def compute(model: Model, parts: Sequence[Part]) -> mx.array | None:
-    """The logits (R, V) of the rows that want any; None where none does. A prompt's keys and values are evaluated."""
+def compute(
+    model: Model,
+    step: BatchStep,
+    bank: SlotBank,
+    in_slots: Sequence[ActiveRequest | None],
+    parts: Sequence[Part],
+) -> mx.array | None:
+    """The logits (R, V) of the rows that want any; None where none does. A prompt's keys and values are evaluated.
+
+    in_slots: who has a token for its slot of `bank`; their rows stand before those of `parts`.
+    """
     prompts = [each for each in parts if each.is_prompt]
-    throttle = None
-    if prompts and prompts[0].rows.length > 1:
-        throttle = chunk_throttle(prompts[0].rows.cache)
+    used = bank if in_slots else None
+    tokens, rows = joined_tokens(in_slots, parts), [each.rows for each in parts]
     with lock_of(model):
-        logits = flat_logits(model, joined_tokens(parts), [each.rows for each in parts], throttle)
+        if used is not None:
+            used.begin()
+        if any(each.rows.length > 1 for each in prompts):
+            logits = flat_logits(model, tokens, rows, chunk_throttle(prompts[0].rows.cache), used)
+        else:
+            logits = step(tokens, rows, used)
+        if used is not None:
+            used.end()
         for each in prompts:
             mx.eval([layer.buffers for layer in each.rows.cache])
     for each in prompts:
@@ -63,31 +80,39 @@ def compute(model: Model, parts: Sequence[Part]) -> mx.array | None:
     return logits
 
 
-def joined_tokens(parts: Sequence[Part]) -> mx.array:
-    """All the tokens (M,), in the order of the parts.
+def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> mx.array:
+    """All the tokens (M,), in the order of slots and parts; any token for a slot that nobody has.
 
     Those that were chosen together stay together: where nobody came or went, they are the last choice as it is.
     """
     vectors: list[mx.array] = []
     starts: dict[int, int] = {}
     places: list[int] = []
-    end = 0
+
+    def place(vector: mx.array, at: int, count: int) -> None:
+        if id(vector) not in starts:
+            starts[id(vector)] = sum(each.size for each in vectors)
+            vectors.append(vector)
+        places.extend(range(starts[id(vector)] + at, starts[id(vector)] + at + count))
+
+    for request in in_slots:
+        if request is None:
+            places.append(0)
+        else:
+            assert request.pending is not None
+            place(request.pending.tokens, request.pending.at, 1)
     for part in parts:
         pending = part.request.pending
         if part.tokens is not None:
-            vector, at, count = part.tokens, 0, part.rows.length
+            place(part.tokens, 0, part.rows.length)
         else:
             assert pending is not None
-            vector, at, count = pending.tokens, pending.at, 1
-        if id(vector) not in starts:
-            starts[id(vector)] = end
-            vectors.append(vector if vector.ndim else vector[None])
-            end += vector.size
-        places.extend(range(starts[id(vector)] + at, starts[id(vector)] + at + count))
+            place(pending.tokens, pending.at, 1)
+    vectors = [vector if vector.ndim else vector[None] for vector in vectors]
     if len({vector.dtype for vector in vectors}) > 1:
         vectors = [vector.astype(mx.uint32) for vector in vectors]
     tokens = vectors[0] if len(vectors) == 1 else mx.concatenate(vectors)
-    return tokens if places == list(range(end)) else tokens[mx.array(places)]
+    return tokens if places == list(range(tokens.size)) else tokens[mx.array(places)]
 
 
 @final
@@ -95,34 +120,36 @@ class SamplerGroups:
     """The samplers of plain requests, by form, for as long as the same requests stand in the same order."""
 
     def __init__(self) -> None:
-        self._requests: list[ActiveRequest] = []
-        self._groups: list[tuple[SamplerGroup, list[int]]] = []
+        self._requests: list[ActiveRequest | None] = []
+        self._groups: list[tuple[SamplerGroup, list[ActiveRequest], list[int]]] = []
 
-    def arrange(self, requests: Sequence[ActiveRequest]) -> None:
-        """For these requests, in the order of their rows."""
+    def arrange(self, requests: Sequence[ActiveRequest | None]) -> None:
+        """For these requests, in the order of their rows; None for a row that is nobody's."""
         mine = self._requests
         if len(mine) == len(requests) and all(a is b for a, b in zip(mine, requests, strict=True)):
             return
         self.release()
         by_form: dict[object, list[int]] = {}
         for row, each in enumerate(requests):
-            by_form.setdefault(each.sampler_form, []).append(row)
+            if each is not None:
+                by_form.setdefault(each.sampler_form, []).append(row)
         self._requests = list(requests)
-        self._groups = [(SamplerGroup([requests[row].sampler for row in rows]), rows) for rows in by_form.values()]
+        for rows in by_form.values():
+            members = [each for row in rows if (each := requests[row]) is not None]
+            self._groups.append((SamplerGroup([each.sampler for each in members]), members, rows))
 
     def choose(self, logits: mx.array) -> Iterator[tuple[ActiveRequest, Pending]]:
         """The next token of each, from its own row of the logits (n, V)."""
-        for group, rows in self._groups:
+        for group, members, rows in self._groups:
             mine = logits if len(rows) == logits.shape[0] else logits[mx.array(rows)]
             tokens = group(mine)
-            for at, row in enumerate(rows):
-                request = self._requests[row]
+            for at, request in enumerate(members):
                 scores = request.scored(mine, at, tokens) if request.wants_scores else None
                 yield request, Pending(tokens, at, scores)
 
     def release(self) -> None:
         """Give the samplers their own state back."""
-        for group, _ in self._groups:
+        for group, *_ in self._groups:
             group.release()
         self.forget()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import NoReturn, final
+from typing import TYPE_CHECKING, NoReturn, final
 
 from .sequence import Chunk
 from .statistics import Statistics
+
+if TYPE_CHECKING:
+    import asyncio  # half a second where nobody asks for it
 
 
 @final
@@ -101,6 +103,8 @@ class Handle:
             try:
                 item = channel.items.get_nowait()
             except queue.Empty:
+                import asyncio
+
                 loop = asyncio.get_running_loop()
                 future: asyncio.Future[None] = loop.create_future()
                 channel.waiter = loop, future

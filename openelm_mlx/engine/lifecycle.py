@@ -140,6 +140,8 @@ class Lifecycle:
                 break
             growing = [each for each in growing if each in self._scheduler.decoding]
         for each in growing:
+            if each.bank is not None:
+                continue
             try:
                 each.budget.before_tokens(len(each.sequence.tokens), each.sequence.request.limit)
             except MemoryLimitError as error:

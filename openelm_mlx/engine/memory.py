@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..decoding.budget import Budget
 from ..decoding.prefix_cache import PrefixCache
 from ..memory.admission import TOKENS_AT_ONCE
+from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from .active import ActiveRequest
 
@@ -28,8 +29,9 @@ class BatchMemory:
     held_bytes: keys and values of those that run. `active_memory` can be injected.
     """
 
-    def __init__(self, model: Model, active_memory: Callable[[], int] | None = None) -> None:
-        self._model = model
+    def __init__(self, model: Model, bank: SlotBank, active_memory: Callable[[], int] | None = None) -> None:
+        self._model, self._bank = model, bank
+        self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
         self._active_memory = mx.get_active_memory if active_memory is None else active_memory
         self.held_bytes = 0
 
@@ -44,7 +46,9 @@ class BatchMemory:
 
     def changed(self, running: Iterable[ActiveRequest]) -> None:
         """Somebody's keys and values have grown, or are gone."""
-        self.held_bytes = sum(layer.nbytes for each in running if each.turn is not None for layer in each.cache)
+        self.held_bytes = self._bank.nbytes + sum(
+            layer.nbytes for each in running if each.turn is not None for layer in each.cache
+        )
 
     def has_room_for(self, request: ActiveRequest, running: Sequence[ActiveRequest]) -> bool:
         """Whether one more fits beside those that run. Kept prefixes give way first."""
@@ -60,6 +64,17 @@ class BatchMemory:
     def can_grow(self, growing: Sequence[ActiveRequest], running: Sequence[ActiveRequest]) -> bool:
         """Whether the next tokens of these have room. Kept prefixes give way first."""
         return self.limit is None or self._fits(self._growing(growing), len(running), running)
+
+    def has_slot_for(self, request: ActiveRequest) -> bool:
+        """Whether the bank of slots has room for one more, its own cache being there until it has joined."""
+        limit = self.limit
+        if limit is None:
+            return True
+        length = request.position + min(request.num_left, TOKENS_AT_ONCE + 1)
+        more = self._bank.nbytes_with(1, length, self._itemsize) - self._bank.nbytes
+        # A buffer that grows is there twice, one layer at a time.
+        copied = 2 * self._bank.nbytes // max(1, len(self._model.spec.layers))
+        return self._active_memory() + max(0, more) + copied <= limit
 
     def forget_kept(self, requests: Iterable[ActiveRequest]) -> bool:
         """Forget the oldest of the kept prefixes. False when none is left."""
@@ -77,7 +92,7 @@ class BatchMemory:
         """Those that have a cache, and how many tokens each is to have room for."""
         found = []
         for each in requests:
-            if each.turn is None:
+            if each.turn is None or each.bank is not None:
                 continue
             total = each.turn.num_prompt_tokens + len(each.sequence.tokens)
             found.append((each.budget, total + min(each.num_left, TOKENS_AT_ONCE + 1)))
@@ -86,7 +101,11 @@ class BatchMemory:
     def _fits(self, growing: Sequence[tuple[Budget, int]], num_rows: int, requests: Sequence[ActiveRequest]) -> bool:
         limit = self.limit
         assert limit is not None
-        more = copied = scratch = 0
+        longest = self._bank.longest + TOKENS_AT_ONCE + 1
+        more = (
+            max(0, self._bank.nbytes_with(0, longest, self._itemsize) - self._bank.nbytes) if self._bank.longest else 0
+        )
+        copied = scratch = 0
         for budget, total in growing:
             grown, twice = budget.growth(total)
             more, copied = more + grown, max(copied, twice)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 import mlx.core as mx
 
+from ..decoding.batch_step import BatchStep
 from ..decoding.gpu_errors import empty_stream, is_out_of_memory, is_watchdog
 from ..decoding.tokens import Choice, Forward, HostWork, computed
 from ..errors import MemoryLimitError, SettingError
 from ..models.rows import Rows
+from ..models.slots import LONGEST_IN_SLOTS, SlotBank, fits_in_slots
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest, Pending
 from .flat_pass import Part, SamplerGroups, compute, decoding_part, prompt_part
@@ -41,7 +43,9 @@ class Runner:
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None, scheduler: Scheduler[ActiveRequest]) -> None:
         self.model, self.tokenizer, self.scheduler = model, tokenizer, scheduler
-        self.memory = BatchMemory(model)
+        self.bank = SlotBank(model.spec, model.choices.spare_places, mx.eval)
+        self.memory = BatchMemory(model, self.bank)
+        self._batch_step = BatchStep(model)
         self.num_steps = 0
         self._groups = SamplerGroups()
         self.life = Lifecycle(model, tokenizer, scheduler, self.memory, self._groups)
@@ -63,10 +67,11 @@ class Runner:
             self._step_alone(single)
             self._note_time(began, 0)
             return
+        in_slots = self._arrange_slots()
         parts = self._parts(prompt)
         before = [(each, each.pending) for each in self.scheduler.decoding if each.pending and not each.replay]
         chunk_length = 0 if prompt is None else prompt[1]
-        if parts and not self._pass(parts):
+        if (parts or any(in_slots)) and not self._pass(in_slots, parts):
             return
         self._hand_over(before)
         if chunk_length and self.scheduler.decoding:
@@ -120,6 +125,7 @@ class Runner:
 
     def _step_alone(self, request: ActiveRequest) -> None:
         self._groups.release()
+        request.leave_slot()
         if request.forward is not None:
             forward, request.forward = request.forward, None
             try:
@@ -144,13 +150,35 @@ class Runner:
         except Exception as error:
             self._failed([request], error)
 
+    def _arrange_slots(self) -> list[ActiveRequest | None]:
+        """Who has a token for its slot in the next pass, by slot; those join who can. Empty where slots are not used."""
+        if not self.model.choices.slots:
+            return []
+        bank = self.bank
+        for each in self.scheduler.decoding:
+            if each.bank is not None and (each.pending is None or each.replay or bank.longest > LONGEST_IN_SLOTS):
+                each.leave_slot()
+        new = [each for each in self.scheduler.decoding if self._can_join(each)]
+        if bank.num_owners + len(new) > 1:
+            for each in sorted(new, key=lambda one: -one.position):  # the longest first: nobody is moved for it
+                if self.memory.has_slot_for(each):
+                    each.join(bank)
+        if not bank.num_owners:
+            return []
+        return [cast("ActiveRequest | None", owner) for owner in bank.owners]
+
+    def _can_join(self, request: ActiveRequest) -> bool:
+        if request.bank is not None or request.pending is None or request.replay or request.num_left < 2:
+            return False
+        return fits_in_slots(request.cache, self.model.spec)
+
     def _parts(self, prompt: tuple[ActiveRequest, int] | None) -> list[Part]:
-        """What everybody brings to the next pass, plain requests first."""
+        """What everybody who is in no slot brings to the next pass, plain requests first."""
         decoding = self.scheduler.decoding
-        feeding = [each for each in decoding if each.pending is not None and not each.replay and each.num_left > 1]
-        self._groups.arrange(feeding)
+        apart = [each for each in decoding if each.bank is None]
+        feeding = [each for each in apart if each.pending is not None and not each.replay and each.num_left > 1]
         parts = [decoding_part(each) for each in feeding]
-        for each in decoding:
+        for each in apart:
             if each.replay:
                 parts.append(decoding_part(each, mx.array(each.replay[0])))
             elif each.forward is not None:
@@ -159,32 +187,35 @@ class Runner:
             parts.append(prompt_part(*prompt))
         return parts
 
-    def _pass(self, parts: Sequence[Part]) -> bool:
-        """Compute the flat pass of `parts`, and let each go on with its logits. False where it failed."""
+    def _pass(self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> bool:
+        """Compute the flat pass, and let each go on with its logits. False where it failed."""
         try:
-            logits = compute(self.model, parts)
+            logits = compute(self.model, self._batch_step, self.bank, in_slots, parts)
         except Exception as error:
             self.life.take_back(parts)
-            self._pass_failed(parts, error)
+            self._pass_failed(in_slots, parts, error)
             return False
-        self._distribute(parts, logits)
+        self._distribute(in_slots, parts, logits)
         try:
-            mx.async_eval([array for part in parts for array in _arrays_of(part.request)])
+            requests = [*(each for each in in_slots if each is not None), *(part.request for part in parts)]
+            mx.async_eval([array for each in requests for array in _arrays_of(each)])
         except RuntimeError as error:
-            self._failed([part.request for part in parts], error)
+            self._failed(list(self.scheduler.running()), error)
             return False
         return True
 
-    def _distribute(self, parts: Sequence[Part], logits: mx.array | None) -> None:
+    def _distribute(
+        self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part], logits: mx.array | None
+    ) -> None:
         """Everybody's own rows of the logits (R, V)."""
-        row = 0
-        while row < len(parts) and parts[row].tokens is None:
-            row += 1
+        plain = [part.request for part in parts if part.tokens is None]
+        row = len(in_slots) + len(plain)
         if row:
             assert logits is not None
+            self._groups.arrange([*in_slots, *plain])
             for request, pending in self._groups.choose(logits if logits.shape[0] == row else logits[:row]):
                 request.pending = pending
-        for part in parts[row:]:
+        for part in parts[len(plain) :]:
             request, count = part.request, part.rows.num_logits
             own = None if logits is None or count == 0 else logits[row : row + count]
             row += count
@@ -348,29 +379,30 @@ class Runner:
 
     # --- failures -----------------------------------------------------------------------------------------------------
 
-    def _pass_failed(self, parts: Sequence[Part], error: Exception) -> None:
+    def _pass_failed(self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part], error: Exception) -> None:
         """A pass of several has raised: find out whose fault it was, by computing each by itself."""
-        if isinstance(error, RuntimeError | MemoryError) or len(parts) == 1:
-            self._failed([part.request for part in parts], error, can_recompute=True)
+        together = [each for each in in_slots if each is not None]
+        everybody = [*together, *(part.request for part in parts)]
+        if isinstance(error, RuntimeError | MemoryError) or len(everybody) == 1:
+            self._failed(everybody, error, can_recompute=True)
             return
         self._groups.release()
-        for part in parts:
+        for request in together:
+            request.leave_slot()
+        for part in [*(decoding_part(each) for each in together), *parts]:
             request = part.request
             if request.turn is None or (request.job.chunks and not part.is_prompt):
                 continue
+            before = request.pending
             try:
-                logits = compute(self.model, [part])
+                logits = compute(self.model, self._batch_step, self.bank, (), [part])
             except Exception as own:
                 self.life.take_back([part])
                 self.life.end(request, error=own)
                 continue
-            if part.is_prompt or request.replay or request.forward is not None:
-                self._distribute([part], logits)
-                continue
-            before = request.pending
-            assert logits is not None
-            request.pending = request.chosen(logits[0], request.sampler(logits[0]))
-            self._hand_over([(request, before)])
+            self._distribute((), [part], logits)
+            if part.tokens is None:
+                self._hand_over([(request, before)])
 
     def _failed(self, requests: Sequence[ActiveRequest], error: Exception, can_recompute: bool = False) -> None:
         """A pass has failed for all of them together. can_recompute: before any token was chosen from it."""

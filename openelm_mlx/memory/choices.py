@@ -14,7 +14,7 @@ SUBJECT = "choices"
 # What a value may be: a file that says otherwise was not written by this program.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rows_in_a_tile": (1, 32, 64, 128), "spare_places": (0, 8), "compiled_step": (False, True),
-    "fuse_residual_add": (False, True), "bias_apart": (False, True),
+    "fuse_residual_add": (False, True), "bias_apart": (False, True), "slots": (False, True),
 }  # fmt: skip
 
 

@@ -123,6 +123,17 @@ class KVCache:
             new.state = self.keys[..., : snapshot.offset, :], self.values[..., : snapshot.offset, :]
         return new
 
+    def in_order(self) -> tuple[mx.array, mx.array]:
+        """Keys and values of all tokens, in the order of positions."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def put_in_order(self, keys: mx.array, values: mx.array, offset: int) -> None:
+        """Hold these of all `offset` tokens, where nothing was held."""
+        assert keys.shape[2] == offset
+        self.state = keys, values
+
     @property
     def state(self) -> tuple[mx.array, mx.array] | tuple[()]:
         """The arrays that hold it, cut to what is used; what `mx.eval` and mlx-lm's prompt files take."""
@@ -256,6 +267,21 @@ class SlidingKVCache:
         new = SlidingKVCache(self.window, self.capacity - self.window, self.left_padding)
         new.restore(snapshot)
         return new
+
+    def in_order(self) -> tuple[mx.array, mx.array]:
+        """Keys and values of the last `window` tokens, in the order of positions."""
+        assert self.keys is not None
+        assert self.values is not None
+        positions = range(max(0, self.offset - self.window), self.offset)
+        keys, values = (mx.concatenate(self._read(each, positions), axis=2) for each in (self.keys, self.values))
+        return keys, values
+
+    def put_in_order(self, keys: mx.array, values: mx.array, offset: int) -> None:
+        """Hold these of the last of `offset` tokens, where nothing was held."""
+        shape = (*keys.shape[:2], self.capacity, keys.shape[3])
+        self.keys, self.values = mx.zeros(shape, keys.dtype), mx.zeros(shape, values.dtype)
+        self.offset = self.end = offset - keys.shape[2]
+        self._write(keys, values)
 
     @property
     def state(self) -> tuple[mx.array, mx.array] | tuple[()]:

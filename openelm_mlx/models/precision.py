@@ -28,6 +28,7 @@ class KernelChoices:
     rows_in_a_tile: the number whose multiples an expert's rows are made in memory (1: as they are). spare_places: how many
     places more than needed a cache's buffer has. compiled_step: decode in compiled pieces. fuse_residual_add: the residual
     stream is added in the product's own kernel. bias_apart: the bias of a single row is added in a kernel of its own.
+    slots: decoding requests keep their keys and values side by side, and their attention is one call (models/slots.py).
     expert_ways: which way so many rows at once go through their experts (models/routing_ways.py).
     """
 
@@ -36,6 +37,7 @@ class KernelChoices:
     compiled_step: bool = True
     fuse_residual_add: bool = False
     bias_apart: bool = False
+    slots: bool = True
     expert_ways: ExpertWays = BY_SORTING
 
 
@@ -47,12 +49,13 @@ def default_choices() -> KernelChoices:
     bias goes through cublasLt, which takes longer than MLX's own kernel for one row and the sum. Few rows and their experts:
     a route took as long as the 16 rows of a tile, sorted or not, and experts with all their rows side by side half of that
     from 16 rows on; blocks of 16 are the same kernel for fewer tiles (`python -m benchmarks.experts_for_few_rows`).
-    Metal: nothing is measured; its product with one row is written so that a sum costs nothing. The CPU backend is slower
+    Attention over caches apart costs a GPU some calls a layer for each request (docs/benchmarks.md). Metal: nothing is
+    measured; its product with one row is written so that a sum costs nothing. The CPU backend is slower
     compiled, its BLAS would add each product to the residual stream itself, which is larger: less exact; and it computes
     what a row is padded with as it does a row.
     """
     if runs_on_cpu():
-        return KernelChoices(compiled_step=False)
+        return KernelChoices(compiled_step=False, slots=False)
     if mx.cuda.is_available():
         return KernelChoices(rows_in_a_tile=128, spare_places=8, bias_apart=True, expert_ways=IN_BLOCKS)
     return KernelChoices(fuse_residual_add=True)

@@ -18,6 +18,7 @@ from .attention import Mask
 from .base import LanguageModel, LayerWalk
 from .block import LayerThrottle, Projected
 from .cache import Cache, SlidingKVCache
+from .slots import SlotBank
 
 
 @dataclass
@@ -42,37 +43,48 @@ class Rows:
 
 
 def flat_logits(
-    model: LanguageModel, tokens: mx.array, rows: Sequence[Rows], throttle: LayerThrottle | None = None
+    model: LanguageModel,
+    tokens: mx.array,
+    rows: Sequence[Rows],
+    throttle: LayerThrottle | None = None,
+    bank: SlotBank | None = None,
 ) -> mx.array | None:
     """The logits (R, V) of those of the flat `tokens` (M,) that want any, in their order; None where none does.
 
-    tokens: of each of `rows` its own, one after the other. throttle: see `LanguageModel.run_layers`. Lazy, but for what
-    the throttle waits for.
+    tokens: one for each slot of `bank`, and then of each of `rows` its own. throttle: see `LanguageModel.run_layers`. Lazy,
+    but for what the throttle waits for.
     """
-    walk = RowsWalk(model, rows, model.embed(tokens), throttle)
+    walk = RowsWalk(model, rows, model.embed(tokens), throttle, bank)
     h = walk.through_all()
     return None if h is None else model.head(h)
 
 
-def positions_of(rows: Sequence[Rows]) -> mx.array:
+def positions_of(rows: Sequence[Rows], bank: SlotBank | None = None) -> mx.array:
     """The position of every flat row, (M,)."""
     starts = [each.cache[0].offset for each in rows]
+    in_slots = [] if bank is None else bank.lengths
     if all(each.length == 1 for each in rows):
-        return mx.array(starts)
+        return mx.array([*in_slots, *starts])
     spans = [np.arange(start, start + each.length) for start, each in zip(starts, rows, strict=True)]
-    return mx.array(np.concatenate(spans))
+    return mx.array(np.concatenate([np.array(in_slots, np.int64), *spans]))
 
 
 class RowsWalk(LayerWalk):
     """The walk of M flat rows through the layers. h (M, hidden_size): the residual stream as far as it has come."""
 
     def __init__(
-        self, model: LanguageModel, rows: Sequence[Rows], h: mx.array, throttle: LayerThrottle | None = None
+        self,
+        model: LanguageModel,
+        rows: Sequence[Rows],
+        h: mx.array | None,
+        throttle: LayerThrottle | None = None,
+        bank: SlotBank | None = None,
     ) -> None:
         super().__init__(model, None, 1)
-        self.h = h
-        self._rows, self._throttle = rows, throttle
-        self._positions = positions_of(rows)
+        self.h: mx.array = cast(mx.array, h)
+        self.positions = positions_of(rows, bank)
+        self._rows, self._throttle, self._bank = rows, throttle, bank
+        self._num_slots = 0 if bank is None else len(bank)
         self._masks_of: list[dict[int | None, Mask]] = [{} for _ in rows]
         self._buffers_of_prompts = [each.cache for each in rows if each.is_prompt]
 
@@ -83,7 +95,10 @@ class RowsWalk(LayerWalk):
         x, queries, keys, values = self.enter(last)
         wanted: list[mx.array] = []
         outs: list[mx.array] = []
-        start = 0
+        start = self._num_slots
+        if start:
+            wanted.append(x[:start])
+            outs.append(self._attend_slots(last, queries, keys, values))
         for at, rows in enumerate(self._rows):
             stop = start + rows.length
             if rows.is_prompt and rows.length > 1:
@@ -102,13 +117,15 @@ class RowsWalk(LayerWalk):
         return self.layers[last].after_attention(x, _joined(outs))
 
     def enter(self, i: int) -> Projected:
-        queries, keys, values = self.layers[i].before_attention(self.h, self._positions)
+        queries, keys, values = self.layers[i].before_attention(self.h, self.positions)
         if self._throttle is not None:
             self._throttle([queries, keys, values], False)
         return self.h, queries, keys, values
 
     def attend(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        outs, start = [], 0
+        outs, start = [], self._num_slots
+        if start:
+            outs.append(self._attend_slots(i, queries, keys, values))
         for at, rows in enumerate(self._rows):
             stop = start + rows.length
             outs.append(self._attend_rows(i, at, queries[start:stop], keys[start:stop], values[start:stop]))
@@ -121,6 +138,14 @@ class RowsWalk(LayerWalk):
         self.h = self.layers[i].after_attention(x, out)
         if self._throttle is not None:
             self._throttle([self.h], True)
+
+    def _attend_slots(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """The attention of all that are in slots, (S, H, 1, D), which stand first."""
+        assert self._bank is not None
+        count = self._num_slots
+        if queries.shape[0] > count:
+            queries, keys, values = queries[:count], keys[:count], values[:count]
+        return self.layers[i].attention.attend_over(*self._bank.attend(i, queries, keys, values))
 
     def _attend_rows(self, i: int, at: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """The attention of one request's tokens, (n, H, 1, D), over its own cache."""

@@ -1,5 +1,6 @@
 """Each example is short and runs as it stands. (examples/train/ has its own smoke test.)"""
 
+import functools
 import os
 import subprocess
 import sys
@@ -27,26 +28,30 @@ SAYS = {
 ARGUMENTS = {"kv_quality.py": ["float32", "1"]}
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What an example says, run once however many tests ask; the test fails with its last words when it fails."""
+
+    @functools.cache
+    def run(name: str) -> str:
+        command = [sys.executable, str(ROOT / "examples" / name), *ARGUMENTS.get(name, ())]
+        environment, folder = {**os.environ, "PYTHONPATH": str(ROOT)}, tmp_path_factory.mktemp("example")
+        finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    return run
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_example(example, tmp_path):
+def test_example(example, run):
     assert len(example.read_text().splitlines()) < 40
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(
-        [sys.executable, str(example), *ARGUMENTS.get(example.name, ())],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    assert SAYS[example.name] in finished.stdout
+    assert SAYS[example.name] in run(example.name)
 
 
-def test_what_is_likely_is_found_likely(tmp_path):
+def test_what_is_likely_is_found_likely(run):
     """The banjo is no soup, and words in disorder are the least likely."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = str(ROOT / "examples" / "batch.py")
-    said = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    ).stdout
-    answers = [line.split("a token")[1].strip() for line in said.splitlines()[1:]]
+    answers = [line.split("a token")[1].strip() for line in run("batch.py").splitlines()[1:]]
     assert answers == ["a stringed instrument", "a keyboard instrument", "a kind of soup", "instrument stringed a"]
 
 

@@ -102,7 +102,8 @@ def tokens_of(chunks):
 def test_logits_are_the_resident_model_s(folders, residents, num_experts, num_slots, chunk_length):
     expected = logits_of(residents[num_experts], chunk_length)
     model, _ = om.load(folders[num_experts], dtype="float32", expert_slots=num_slots)
-    for layers_at_once in (None, 1, 2, 3):
+    # How many layers go at once matters where experts are exchanged: with few slots and with many.
+    for layers_at_once in (None, 1, 2, 3) if num_slots in (4, 33) else (None, 1):
         assert mx.array_equal(logits_of(model, chunk_length, layers_at_once=layers_at_once), expected)
 
 
@@ -791,7 +792,7 @@ def interrupt(*_):
 
 signal.signal(signal.SIGALRM, interrupt)
 chance, longest = random.Random(7), 0.01
-while counts[0] <= 30:
+while counts[0] <= 22:
     try:
         is_armed = True
         signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0003, longest))

@@ -1,4 +1,4 @@
-"""How many processes the tests run in: one a core for a folder, this one alone for files named one by one."""
+"""How many processes the tests run in: one more than cores for a folder, this one alone for files named one by one."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ HERE = Path(__file__)
 @pytest.mark.parametrize(
     ("arguments", "cores", "expected"),
     [
-        ([HERE.parent], 2, 2),
+        ([HERE.parent], 2, 3),
         ([HERE.parent], 10, conftest.MOST_WORKERS),
         ([HERE.parent], 1, 0),
         ([HERE], 10, 0),

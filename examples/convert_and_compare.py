@@ -15,7 +15,7 @@ def main(source: str = "demo-openelm", question: str = "What is a banjo?") -> No
         print(f"KL divergence of the next token: {small.verification.kl_divergence:.4f} nats")
         for name in ("bf16", "4bit"):
             model, tokenizer = om.load(Path(folder) / name)
-            print(f"{name:>5}: {om.generate(model, tokenizer, question, max_tokens=64)}")
+            print(f"{name:>5}: {om.generate(model, tokenizer, question, max_tokens=32)}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,6 @@ if len(sys.argv) > 1:
         print(f"{person['name']}, {person['city']}, born {person['born']}")
     sys.exit()
 for question in QUESTIONS:
-    for event in om.Chat(model, tokenizer, tools=[calculator]).stream(question):
+    for event in om.Chat(model, tokenizer, tools=[calculator], reasoning_effort="low").stream(question):
         if isinstance(event, ToolCall) and event.is_done:  # its arguments are held to the schema of the tool
             print(f"{question:24} {json.loads(event.arguments)['expression']}")

@@ -22,6 +22,7 @@ from openelm_mlx.memory.plan import kv_cache_bytes, make_plan
 from openelm_mlx.memory.plan_types import PlanRequest, Weights
 from openelm_mlx.memory.rates import rounded
 from openelm_mlx.memory.sizes import parse_memory
+from openelm_mlx.planning import Planned, plans_on
 from openelm_mlx.sources import DEMOS
 from openelm_mlx.specs import spec_from_config
 
@@ -96,9 +97,9 @@ def test_a_20b_on_a_16_gb_mac_keeps_some_experts_on_disk(sparse):
 
 def test_more_memory_never_gives_less(sparse):
     for size, folder in sparse.items():
-        slots = []
+        looked_at, machine, slots = Planned.look(folder, None, None), find_mac("M3 Max 128GB"), []
         for limit in range(6, 80, 4):
-            plan = om.plan(folder, memory_limit=f"{limit}GB", mac="M3 Max 128GB")
+            plan = looked_at.plan(machine, None, memory_limit=f"{limit}GB")
             slots.append(-1 if not plan.fits else 1000 if plan.expert_slots is None else plan.expert_slots)
             if plan.fits:
                 assert plan.process_bytes <= limit * 10**9, (size, limit)
@@ -107,8 +108,8 @@ def test_more_memory_never_gives_less(sparse):
 
 
 def test_every_mac_has_a_plan(sparse):
-    for machine in macs():
-        plan = om.plan(sparse["20b"], machine=machine)
+    machines = list(macs())
+    for machine, plan in zip(machines, plans_on(machines, sparse["20b"]), strict=True):
         assert plan.fits == (plan.process_bytes <= machine.available_bytes)
         assert plan.decode_tps is None or 0.5 < plan.decode_tps < 200
 

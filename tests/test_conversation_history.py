@@ -63,9 +63,9 @@ def test_a_long_chat_goes_on_when_the_context_is_full(effort):
     assert chat.num_forgotten + roles(chat).count("user") == 5
 
 
-def test_openelm_says_it_once_too(openelm):  # noqa: F811
-    model, tokenizer = openelm
-    chat = om.Chat(model, tokenizer, max_tokens=200)
+def test_openelm_says_it_once_too():
+    model, tokenizer = om.load("demo-openelm", context_length=640)
+    chat = om.Chat(model, tokenizer, max_tokens=60)
     chat.messages = [
         Message(role, "word " * 90, channel="final" if role == "assistant" else None)
         for _ in range(20)

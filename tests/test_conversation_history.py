@@ -64,7 +64,7 @@ def test_a_long_chat_goes_on_when_the_context_is_full(effort):
 
 
 def test_openelm_says_it_once_too():
-    model, tokenizer = om.load("demo-openelm", context_length=640)
+    model, tokenizer = om.load("demo-openelm", context_length=320)
     chat = om.Chat(model, tokenizer, max_tokens=60)
     chat.messages = [
         Message(role, "word " * 90, channel="final" if role == "assistant" else None)

@@ -17,6 +17,8 @@ from test_conversion_gguf import TEXTS
 import openelm_mlx as om
 from openelm_mlx.conversion import convert
 from openelm_mlx.sources import DEMOS
+from openelm_mlx.text.harmony import HarmonyFormat
+from openelm_mlx.text.openai_chat import conversation
 
 FOLDER = os.environ.get("OPENELM_MLX_LLAMA_CPP")
 PROGRAM = Path(__file__).with_name("llama_cpp.mjs")
@@ -95,7 +97,8 @@ def rounded_bounds(tmp_path_factory) -> Path:
 def test_llama_cpp_splits_200_prompts_as_we_do(demo, request):
     path = request.getfixturevalue(demo)
     _, tokenizer = om.load(f"demo-{demo.replace('_', '-')}")
-    texts = [*PROMPTS, *filter(None, TEXTS)]
+    # llama.cpp takes the names of Harmony's control tokens for the tokens also in text; this library does not.
+    texts = [*PROMPTS, *(text for text in TEXTS if text and "<|" not in text)]
     found = llama_cpp(path, tokenize=texts)["tokenized"]
     assert [(text, tokens) for text, tokens in zip(texts, found, strict=True)] == [
         (text, tokenizer.encode(text)) for text in texts
@@ -112,12 +115,14 @@ def test_demo_openelm_answers_64_of_64_tokens_on_20_prompts(openelm):
 
 def test_demo_gpt_oss_answers_as_ours_does_with_rounded_bounds(gpt_oss, rounded_bounds):
     model, tokenizer = om.load(rounded_bounds, dtype="float32")
-    texts = [
-        *(f"What is a {noun}?" for noun in NOUNS[:6]),
-        "The weather in London was fine, and the " * 12,
-        " ".join(NOUNS) * 3,
-    ]
-    prompts = [tokenizer.encode_prompt(text) for text in texts]
+    # What it was taught: without its format it is unsure of every word, and two programs' last digits decide.
+    chats: list = [f"What is a {noun}?" for noun in NOUNS[:6]]
+    answered = {"role": "assistant", "content": "It is a word. " * 30}
+    for noun, other in (("river", "banjo"), ("banjo", "candle")):
+        asked = [{"role": "user", "content": f"What is a {each}?"} for each in (noun, other)]
+        chats.append([asked[0], answered, asked[1]])
+    harmony = HarmonyFormat(tokenizer)
+    prompts = [harmony.render_for_completion(conversation(chat)) for chat in chats]
     assert max(map(len, prompts)) > 128  # beyond the sliding window
     ours, theirs = answers(model, gpt_oss, prompts, 48)
     assert ours == theirs

@@ -152,14 +152,15 @@ endif()
 
 _BUILD_TOKENIZER = {
     SENTENCEPIECE: """
+option(WITH_TOKENIZER "text in and out, where sentencepiece is found; without it token numbers" ON)
 find_path(SENTENCEPIECE_INCLUDE sentencepiece_processor.h)
 find_library(SENTENCEPIECE_LIBRARY sentencepiece)
-if(SENTENCEPIECE_INCLUDE AND SENTENCEPIECE_LIBRARY)
+if(WITH_TOKENIZER AND SENTENCEPIECE_INCLUDE AND SENTENCEPIECE_LIBRARY)
   target_compile_definitions(generate PRIVATE WITH_TOKENIZER)
   target_include_directories(generate PRIVATE ${SENTENCEPIECE_INCLUDE})
   target_link_libraries(generate PRIVATE ${SENTENCEPIECE_LIBRARY})
 else()
-  message(STATUS "no sentencepiece: the program takes and gives token numbers")
+  message(STATUS "without sentencepiece: the program takes and gives token numbers")
 endif()
 """,
     TOKENIZERS: """

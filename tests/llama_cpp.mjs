@@ -1,7 +1,8 @@
 // What llama.cpp (by the npm package node-llama-cpp) makes of a GGUF file: tests/test_llama_cpp.py asks, in one JSON object
 // on standard input, and reads one JSON object from standard output.
 //
-// {model, tokenize: [text], greedy: [{tokens, count}]} -> {tokenized: [[token]], greedy: [[token]]}
+// {model, tokenize: [text], markup: [text], greedy: [{tokens, count}]} -> {tokenized: [[token]], markup: ..., greedy: ...}
+// markup: control tokens are meant by their names, as in what a chat template makes.
 import {createRequire} from "node:module";
 import {pathToFileURL} from "node:url";
 
@@ -16,6 +17,7 @@ const request = JSON.parse(text);
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 const model = await llama.loadModel({modelPath: request.model});
 const tokenized = (request.tokenize ?? []).map((each) => Array.from(model.tokenize(each)));
+const markup = (request.markup ?? []).map((each) => Array.from(model.tokenize(each, true)));
 const greedy = [];
 for (const {tokens, count} of request.greedy ?? []) {
     const context = await model.createContext({
@@ -29,4 +31,4 @@ for (const {tokens, count} of request.greedy ?? []) {
     greedy.push(found);
     await context.dispose();
 }
-process.stdout.write(JSON.stringify({tokenized, greedy}) + "\n", () => process.exit(0));
+process.stdout.write(JSON.stringify({tokenized, markup, greedy}) + "\n", () => process.exit(0));

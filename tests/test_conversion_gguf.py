@@ -134,6 +134,12 @@ def test_the_fields_that_llama_cpp_wants(tmp_path, demo_gguf):
     assert (openelm["tokenizer.ggml.bos_token_id"], openelm["tokenizer.ggml.eos_token_id"]) == (1, 2)
     assert openelm["tokenizer.ggml.add_bos_token"] is True
     assert openelm["tokenizer.chat_template"] == jinja.OPENELM_INSTRUCT
+    # The template has the space that llama.cpp would put behind every control token too.
+    assert openelm["tokenizer.ggml.add_space_prefix"] is False
+    convert("demo-openelm", tmp_path / "plain.gguf", chat_template="plain")
+    plain = fields_of(tmp_path / "plain.gguf")
+    assert "tokenizer.chat_template" not in plain
+    assert plain["tokenizer.ggml.add_space_prefix"] is True
     assert openelm["openelm_mlx.licences"][0] == "NOTICE"
     spec = om.load("demo-gpt-oss")[0].spec
     assert gpt_oss["general.architecture"] == "gpt-oss"
@@ -316,7 +322,8 @@ TEXTS = (
 @pytest.mark.parametrize(
     "name", ["llama", "llama_json", "llama_metaspace", "byte_level", "demo-openelm", "demo-gpt-oss"]
 )
-def test_a_tokenizer_comes_back_with_the_same_tokens(tmp_path, name):
+@pytest.mark.parametrize("for_chat", [False, True])
+def test_a_tokenizer_comes_back_with_the_same_tokens(tmp_path, name, for_chat):
     before = load_tokenizer(DEMOS.get(name) or TOKENIZERS / name)
     vocabulary = vocabulary_of(before).padded(before.vocab_size + 5)
     assert len(vocabulary.tokens) == before.vocab_size + 5
@@ -324,7 +331,7 @@ def test_a_tokenizer_comes_back_with_the_same_tokens(tmp_path, name):
         key: [each.decode("utf-8", "surrogateescape") if isinstance(each, bytes) else each for each in value]
         if isinstance(value, list)
         else value
-        for key, value in vocabulary.fields().items()
+        for key, value in vocabulary.fields(for_chat).items()
     }
     for file, content in tokenizer_files(metadata, "m.gguf").items():
         (tmp_path / file).write_bytes(content)
@@ -408,7 +415,8 @@ def test_openelm_s_template_is_our_own_rendering(chat):
     ends = [i for i, token in enumerate(ours) if token == 2]
     starts = [1, *(i + 1 for i in ends)]
     spoken = [tokenizer.decode(ours[a:b], continuation=a != 1) for a, b in zip(starts, [*ends, None], strict=True)]
-    assert "<s>" + "</s>".join(spoken) == text
+    # The space before the first text is the tokenizer's own here, and the template's there.
+    assert "<s> " + "</s>".join(spoken) == text
 
 
 # --- resuming, and what is never left behind --------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import gguf
+import jinja2
 import mlx.core as mx
 import pytest
 from conftest import config_of
@@ -17,6 +19,7 @@ from test_conversion_gguf import TEXTS
 import openelm_mlx as om
 from openelm_mlx.conversion import convert
 from openelm_mlx.sources import DEMOS
+from openelm_mlx.text.chat import render_chat
 from openelm_mlx.text.harmony import HarmonyFormat
 from openelm_mlx.text.openai_chat import conversation
 
@@ -67,8 +70,9 @@ def answers(model, path: Path, prompts: list[list[int]], count: int) -> tuple[li
 
 @pytest.fixture(scope="module")
 def openelm(tmp_path_factory) -> Path:
+    """demo-openelm for texts as they are."""
     path = tmp_path_factory.mktemp("openelm") / "demo.gguf"
-    convert("demo-openelm", path, gguf_type="f32", verify=True)
+    convert("demo-openelm", path, gguf_type="f32", chat_template="plain", verify=True)
     return path
 
 
@@ -103,6 +107,38 @@ def test_llama_cpp_splits_200_prompts_as_we_do(demo, request):
     assert [(text, tokens) for text, tokens in zip(texts, found, strict=True)] == [
         (text, tokenizer.encode(text)) for text in texts
     ]
+
+
+@pytest.mark.parametrize("demo", ["openelm", "gpt_oss"])
+def test_conversations_are_the_tokens_that_we_send(demo, gpt_oss, tmp_path):
+    """Through the file's own template, as Ollama and LM Studio go by it: 200 questions."""
+    model, tokenizer = om.load(f"demo-{demo.replace('_', '-')}", dtype="float32")
+    if demo == "openelm":
+        path = tmp_path / "chat.gguf"
+        convert("demo-openelm", path, gguf_type="f32")
+    else:
+        path = gpt_oss
+    chats = [
+        [*system, {"role": "user", "content": f"What is a {noun}?"}, *more]
+        for noun in NOUNS
+        for system in ([], [{"role": "system", "content": "Be brief."}])
+        for more in ([], [{"role": "assistant", "content": "A word."}, {"role": "user", "content": "And then?"}])
+    ]
+    text = str(gguf.GGUFReader(path).fields["tokenizer.chat_template"].contents())
+    template = jinja2.Template(text)
+    # llama.cpp puts BOS before a text by itself, and takes the template's own away.
+    texts = [template.render(messages=c, bos_token="", eos_token="</s>", add_generation_prompt=True) for c in chats]
+    harmony = None if demo == "openelm" else HarmonyFormat(tokenizer)
+    ours = [
+        render_chat(chat, tokenizer, "openelm-instruct")[1:]
+        if harmony is None
+        else harmony.render_for_completion(conversation(chat))
+        for chat in chats
+    ]
+    assert llama_cpp(path, markup=texts)["markup"] == ours
+    if demo == "openelm":
+        found, theirs = answers(model, path, [[1, *tokens] for tokens in ours[:8]], 16)
+        assert found == theirs
 
 
 def test_demo_openelm_answers_64_of_64_tokens_on_20_prompts(openelm):

@@ -48,8 +48,9 @@ def gguf_fields(
     shape = _openelm(spec) if spec.family == "openelm" else _gpt_oss(spec)
     fields |= {f"{ARCHITECTURES[spec.family]}.{key}": value for key, value in shape.items()}
     if tokenizer is not None:
-        fields |= vocabulary_of(tokenizer).padded(spec.usable_vocab_size).fields()
         text = _template(spec, tokenizer, template)
+        vocabulary = vocabulary_of(tokenizer).padded(spec.usable_vocab_size)
+        fields |= vocabulary.fields(for_chat=text is not None)
         if text is not None:
             fields[CHAT_TEMPLATE] = text
     if template is not None:

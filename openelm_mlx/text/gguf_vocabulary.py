@@ -22,6 +22,8 @@ from openelm_mlx.text.tokenizer_files import LARGEST_VOCABULARY, SENTENCEPIECE_F
 
 PREFIX = "tokenizer.ggml."
 CHAT_TEMPLATE = "tokenizer.chat_template"
+# Our own key, which says what the tokenizer itself does.
+_ADDS_SPACE = "openelm_mlx.add_space_prefix"
 # The splitting rule of OpenAI's o200k vocabularies, as tokenizer.json files have it; llama.cpp calls it gpt-4o.
 _O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -60,8 +62,12 @@ class Vocabulary:
             scores=[*self.scores, *(-1e9 for _ in missing)] if self.scores else (),
         )
 
-    def fields(self) -> dict[str, Any]:
-        """Key -> value, as GGUF has them."""
+    def fields(self, for_chat: bool = False) -> dict[str, Any]:
+        """Key -> value, as GGUF has them.
+
+        for_chat: texts come through a chat template, which has the space before the first one. llama.cpp would put one
+        behind every control token too, where OpenELM was trained with none: demo-openelm then says other things.
+        """
         fields: dict[str, Any] = {"model": self.kind, "pre": _RULE if self.kind == "gpt2" else "default"}
         fields |= {"tokens": list(self.tokens), "token_type": list(self.types)}
         if self.scores:
@@ -74,8 +80,9 @@ class Vocabulary:
                 fields[f"{name}_token_id"] = token
         fields["add_bos_token"] = self.adds_bos
         if self.kind == "llama":
-            fields |= {"add_eos_token": False, "add_space_prefix": self.adds_space}
-        return {PREFIX + name: value for name, value in fields.items()}
+            fields |= {"add_eos_token": False, "add_space_prefix": self.adds_space and not for_chat}
+        named = {PREFIX + name: value for name, value in fields.items()}
+        return named if self.kind != "llama" else named | {_ADDS_SPACE: self.adds_space}
 
 
 # --- a tokenizer's files -> GGUF --------------------------------------------------------------------------------------
@@ -228,7 +235,7 @@ def _stored(metadata: Mapping[str, Any], origin: str) -> Vocabulary:
         bos,
         eos,
         adds_bos=bool(metadata.get(PREFIX + "add_bos_token", kind == "llama")),
-        adds_space=bool(metadata.get(PREFIX + "add_space_prefix", True)),
+        adds_space=bool(metadata.get(_ADDS_SPACE, metadata.get(PREFIX + "add_space_prefix", True))),
     )
 
 

@@ -5,9 +5,9 @@ This library renders conversations itself (chat.py, harmony.py) and runs no temp
 
 from __future__ import annotations
 
-# llama.cpp puts a space before the first text by itself, as Llama's tokenizer does.
+# The space is the one that Llama's tokenizer puts before a text; gguf_vocabulary.py says why it stands here.
 OPENELM_INSTRUCT = (
-    "{{- bos_token -}}"
+    "{{- bos_token + ' ' -}}"
     "{%- for message in messages -%}"
     "{{- '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' -}}"
     "{%- endfor -%}"

@@ -113,10 +113,11 @@ def test_a_message_that_is_too_long_by_itself_costs_no_turn(name):
     assert chat.ask("What is a banjo?").strip()
 
 
-def test_what_was_forgotten_for_a_turn_without_an_answer_comes_back(scripted):  # noqa: F811
+def test_what_was_forgotten_for_a_turn_without_an_answer_comes_back(scripted, monkeypatch):  # noqa: F811
     chat = scripted(THOUGHT, THOUGHT + answer("Yes."))
+    monkeypatch.setattr(chat.model, "context_length", 13_000)
     chat.messages = [
-        Message(role, f"{number} " + "word " * 9_000, channel="final" if role == "assistant" else None)
+        Message(role, f"{number} " + "word " * 900, channel="final" if role == "assistant" else None)
         for number in range(8)
         for role in ("user", "assistant")
     ]

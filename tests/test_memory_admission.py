@@ -163,6 +163,21 @@ def test_rings_do_not_grow_and_8_bits_take_less():
     assert admission(None, "OpenELM", kv_bits=8).kv_bytes(2000) < 0.4 * kv("OpenELM", 2000)
 
 
+def test_snapshots_of_rings_count_while_a_request_is_to_be_kept():
+    found = admission(None)
+    running = [Held(100, 200)] * 2
+    kept = [each._replace(snapshots=3) for each in running]
+    assert found.needed(0, kept) == found.needed(0, running) + 6 * found.snapshot_bytes()
+    assert admission(None, "OpenELM").snapshot_bytes() == 0
+
+
+def test_a_window_that_was_asked_for_is_attended_to_as_one():
+    """Four rows with long caches see sixteen keys each, in a model that would keep everything."""
+    full, ring = admission(None, "OpenELM"), admission(None, "OpenELM", window=16)
+    assert ring.pass_bytes([1900] * 40) < full.pass_bytes([1900] * 40)
+    assert ring.pass_bytes([1900] * 40) == ring.pass_bytes([100] * 40)
+
+
 def test_a_chunk_is_halved_until_it_fits():
     free = admission(None)
     assert free.longest_chunk(0, [], Held(0, 900)) == 64

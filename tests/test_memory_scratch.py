@@ -101,6 +101,17 @@ def test_every_part_takes_what_its_sum_says(folders, name, length, offset):
             assert was - 0.1 * largest <= said <= was + 0.35 * largest, (layer.window, planned, measured)
 
 
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("name", ["OpenELM", "gpt-oss"])
+def test_a_few_tokens_go_over_packed_keys_as_they_are(folders, name, length):
+    """Nothing is unpacked for them: the packed keys without gaps, and scores."""
+    (model, _), kv_bits = loaded(folders, name, kv_bits=8), 8
+    for layer, (_, measured, _) in list(zip(model.spec.layers, measured_parts(model, length, 1000), strict=True))[1:]:
+        if layer.window is None:
+            planned = layer_scratch(model.spec, layer, length, 1000, itemsize(model), "cpu", kv_bits)
+            assert planned.attention == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize("prompt", [40, 300, 560])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_takes_what_was_planned(folders, name, prompt):

@@ -8,11 +8,13 @@ their next tokens. Who goes on is decided by age: kept prompts give way first, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from ..checks import size
 from ..errors import MemoryLimitError
+from ..specs import ModelSpec
 from .cache_bytes import CacheBytes, most_that
 from .plan_types import MemoryPlan
 from .scratch import flat_pass_bytes, logits_bytes
@@ -30,12 +32,14 @@ class Held(NamedTuple):
 
     num_tokens: in its cache now, 0 before its first chunk. reserved: how many tokens it may come to have before it is asked
     for again, prompt and answer. places: what its full layers have room for, where that is not what a cache of `num_tokens`
-    has: one that was forked has fewer, one that was rewound more.
+    has: one that was forked has fewer, one that was rewound more. snapshots: how many of its rings it may still take, where
+    it is to be kept for prompts that begin alike (decoding/prefix_cache.py).
     """
 
     num_tokens: int
     reserved: int
     places: int | None = None
+    snapshots: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Admission:
 
     def pass_bytes(self, rows: Sequence[int], chunk: int = 0, offset: int = 0) -> int:
         """Of one pass: a token behind each of `rows` cached ones, `chunk` tokens of a prompt after `offset`."""
-        spec, itemsize = self.caches.spec, self.caches.itemsize
+        spec, itemsize = self._spec, self.caches.itemsize
         scratch = flat_pass_bytes(spec, rows, chunk, offset, itemsize, self.backend, self.caches.kv_bits)
         return int(self.scratch_factor * max(scratch, logits_bytes(spec, max(1, len(rows)))))
 
@@ -90,12 +94,17 @@ class Admission:
             places = self.caches.places(each.num_tokens) if each.places is None else each.places
             growth = self.caches.growth(places, max(each.reserved, each.num_tokens))
             more, copied = more + growth.more, max(copied, growth.copied)
+            more += each.snapshots * self.snapshot_bytes()
         rows = sorted(max(each.reserved, each.num_tokens) for each in requests)
         computing = self.pass_bytes(rows)
         if chunk and rows:
             chunk = min(chunk, rows[-1])
             computing = max(computing, self.pass_bytes(rows[:-1], chunk, rows[-1] - chunk))
         return in_use + more + max(copied, computing)
+
+    @cached_property
+    def _spec(self) -> ModelSpec:
+        return replace(self.caches.spec, layers=self.caches.layers)
 
     # --- what fits ---
 
@@ -160,9 +169,7 @@ class Admission:
         planned = self.pass_bytes(rows, chunk, offset)
         if computed <= planned:
             return self
-        return Admission(
-            self.limit, self.caches, self.backend, self.chunk, self.weights, self.scratch_factor * computed / planned
-        )
+        return replace(self, scratch_factor=self.scratch_factor * computed / planned)
 
     def check(self, num_prompt_tokens: int, max_tokens: int, in_use: int | None = None) -> None:
         """Raise MemoryLimitError for a request that can never fit, not even alone, with what would.

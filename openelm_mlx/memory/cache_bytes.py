@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -78,23 +78,24 @@ class CacheBytes:
         return Growth(self._per_place * more, max(self._full) * places)
 
     @cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The model's layers, with the windows that these caches give them."""
+        return tuple(replace(layer, window=layer.window or self.window) for layer in self.spec.layers)
+
+    @cached_property
     def rings(self) -> int:
         """Bytes of all rings: of a snapshot of them, too."""
         return sum(
-            layer.kv_bytes_per_token(self.itemsize) * (window + self.room)
-            for layer in self.spec.layers
-            if (window := self._window(layer)) is not None
+            layer.kv_bytes_per_token(self.itemsize) * (layer.window + self.room)
+            for layer in self.layers
+            if layer.window is not None
         )
 
     @cached_property
     def _full(self) -> list[int]:
         """Bytes of a place in each layer that keeps everything."""
-        layers = [layer for layer in self.spec.layers if self._window(layer) is None]
-        return [layer.kv_bytes_per_token(self.itemsize, self.kv_bits) for layer in layers]
+        return [layer.kv_bytes_per_token(self.itemsize, self.kv_bits) for layer in self.layers if layer.window is None]
 
     @cached_property
     def _per_place(self) -> int:
         return sum(self._full)
-
-    def _window(self, layer: LayerSpec) -> int | None:
-        return layer.window or self.window

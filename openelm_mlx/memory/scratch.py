@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..models.routing_ways import BY_SORTING, IN_BLOCKS, MOST_ROUTES_OF_A_TABLE, ExpertWays, most_places
-from ..specs import KV_STEP, LayerSpec, ModelSpec, kv_capacity
+from ..specs import KV_SCORES_BYTES, KV_STEP, KV_UNPACK_FROM, LayerSpec, ModelSpec, kv_capacity
 
 FLOAT32 = 4
 # How many arrays of the size of the logits sampling takes.
@@ -110,6 +110,19 @@ class _Counting:
         window = self.layer_spec.window
         return self.L + (self.offset if window is None else min(self.offset, window - 1))
 
+    @property
+    def stays_packed(self) -> bool:
+        """Whether so few queries go over packed keys as they are (models/packed.py)."""
+        return self.is_packed and self.L < KV_UNPACK_FROM
+
+    def over_packed(self) -> int:
+        """Of an attention over packed keys: the new ones before they are packed, queries and results, scores, a mask."""
+        heads, keys = self.layer_spec.num_heads, self.num_keys
+        scores = FLOAT32 * heads * keys
+        at_once = min(self.L, max(1, KV_SCORES_BYTES // scores))
+        mask = self.L * keys if self.L > 1 else 0
+        return 2 * FLOAT32 * self.keys_and_values(self.L) + 3 * FLOAT32 * self.queries + 2 * at_once * scores + mask
+
     def keys_and_values(self, num_keys: int) -> int:
         """How many numbers the keys and values of so many tokens are."""
         return 2 * num_keys * self.layer_spec.num_kv_heads * self.layer_spec.head_dim
@@ -146,6 +159,10 @@ class _OnCpu(_Counting):
         if self.in_blocks:
             total += self.blocks()
         else:
+            if self.is_packed:  # a copy without gaps between heads
+                total += keys * self.layer_spec.kv_bytes_per_token(self.itemsize, 8)
+            if self.stays_packed:
+                return total + self.over_packed()
             total += self.scores(self.L, keys) + self.L * keys
             total += self.cast(self.keys_and_values(keys))
             if self.is_packed:  # the new ones packed, and all of them unpacked
@@ -217,6 +234,8 @@ class _OnGpu(_Counting):
         e, window = self.itemsize, self.layer_spec.window
         total = e * self.queries
         if window is None:
+            if self.stays_packed:
+                return total + self.over_packed()
             return total + (e * self.keys_and_values(self.num_keys) if self.is_packed else 0)
         if self.joins:
             total += e * self.keys_and_values(self.num_keys)

@@ -6,13 +6,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..specs import KV_SCORES_BYTES, kv_group_size
+from ..specs import KV_SCORES_BYTES, KV_UNPACK_FROM, kv_group_size
 
 BITS = 8
 
-# From so many queries at once on, keys and values are unpacked first: that is then less work than reading them packed for
-# each, and MLX's own attention keeps no scores in memory on a GPU.
-UNPACK_FROM = 16
+UNPACK_FROM = KV_UNPACK_FROM
 
 # The scores of fewer queries are computed for so many queries at a time that they take about this much.
 SCORES_BYTES = KV_SCORES_BYTES

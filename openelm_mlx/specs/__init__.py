@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..files import shown
 from .cache_bytes import KV_SCORES_BYTES as KV_SCORES_BYTES
 from .cache_bytes import KV_STEP as KV_STEP
+from .cache_bytes import KV_UNPACK_FROM as KV_UNPACK_FROM
 from .cache_bytes import kv_capacity as kv_capacity
 from .cache_bytes import kv_group_size as kv_group_size
 from .gpt_oss import GptOss

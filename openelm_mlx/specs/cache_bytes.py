@@ -10,6 +10,9 @@ KV_STEP = 256
 
 # A few queries over quantized keys have their scores in memory, so many bytes of them at a time.
 KV_SCORES_BYTES = 64 * 2**20
+# From so many queries at once on, quantized keys and values are unpacked first: that is then less work than reading them
+# packed for each, and MLX's own attention keeps no scores in memory on a GPU.
+KV_UNPACK_FROM = 16
 
 
 def kv_capacity(num_tokens: int, context_length: int | None = None) -> int:

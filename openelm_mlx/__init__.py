@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Apple's own Python is 3.9. pip refuses it in words of its own; a copy of the repository would fail somewhere in the middle.
+# Apple's own Python is 3.9. pip refuses it by itself; a clone of the repository would fail somewhere in the middle.
 if sys.version_info < (3, 10):  # noqa: UP036
     _told = (
         f"openelm_mlx needs Python 3.10 or later, and this is Python {sys.version_info[0]}.{sys.version_info[1]} "
         f"({sys.executable}): install a newer one, for example with `brew install python`, and make a new virtual "
         "environment with it."
     )
-    if sys.argv[:1] == ["-m"]:  # python -m openelm_mlx: the command line has sentences, and no tracebacks
+    if sys.argv[:1] == ["-m"]:  # python -m openelm_mlx: the command line prints a sentence, never a traceback
         sys.stderr.write("openelm_mlx: " + _told + "\n")
         raise SystemExit(2)
     raise ImportError(_told)
@@ -76,9 +76,11 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f".{_PUBLIC[name]}", __name__)
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "mlx":
-            importlib.import_module(".platforms", __name__).require_mlx()  # says what is the matter with this computer
+            importlib.import_module(
+                ".platforms", __name__
+            ).require_mlx()  # raises PlatformError, which says what is wrong with this computer
         raise
-    # The module `generate` is callable: the one object is both what `om.generate` and `import openelm_mlx.generate` name.
+    # The module `generate` is callable, so `om.generate` and `import openelm_mlx.generate` are the same object.
     value = module if name == "generate" else getattr(module, name)
     globals()[name] = value
     return value

@@ -1,6 +1,6 @@
-"""What a call from Python can get wrong before anything is looked at: names of arguments, how many, and of which kind.
+"""Checks of a call from Python before it does anything: names, number and types of the arguments.
 
-Python's own TypeError names a function's insides. `checked_call` says instead what was given and what to write.
+Python's own TypeError talks about a function's internals. `checked_call` says instead what was given and what to write.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .files import shown
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 
-# The fields of SamplingParams, for who writes them beside it.
+# The fields of SamplingParams, for callers that pass them as plain keywords.
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
     "seed",
 )  # fmt: skip
-# What other libraries call the same.
+# Names that other libraries use for the same.
 _OTHER_NAMES = {
     "max_new_tokens": "max_tokens", "num_predict": "max_tokens", "n_predict": "max_tokens",
     "stop_strings": "stop", "stop_sequences": "stop", "json_schema": "schema", "draft_model": "draft",
@@ -32,7 +32,7 @@ _OTHER_NAMES = {
 
 
 class Kind(NamedTuple):
-    """What an argument may be, and how that is said."""
+    """Which values an argument accepts, and how an error says so."""
 
     accepts: Callable[[object], bool]
     wanted: str
@@ -67,14 +67,15 @@ VARIABLES = Kind(
 
 
 def of_type(kind: type, example: str) -> Kind:
-    """An object of `kind`. example: how one is made."""
+    """Accepts objects of `kind`. example: how to make one."""
     return Kind(lambda value: isinstance(value, kind), f"give {example}")
 
 
 def checked_call(what: str, error: type[UserError] = SettingError, /, **kinds: Kind) -> Callable[[_T], _T]:
-    """A decorator for public functions and classes: a call that Python would refuse raises `error`, in a sentence.
+    """A decorator for public functions and classes: a call that Python would refuse raises `error`, with a sentence.
 
-    what: how a program writes the name. kinds: of arguments that nothing else checks; None is taken where it is the default.
+    what: the name as a program writes it. kinds: of arguments that nothing else checks; None is accepted where it is the
+    default.
     """
 
     def decorate(target: _T) -> _T:
@@ -145,7 +146,7 @@ def _check_call(
 
 
 def _written(parameters: list[inspect.Parameter]) -> str:
-    """The arguments that a call has to have."""
+    """The required arguments of a call."""
     needed = [each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
     return ", ".join([*needed, "..."])
 

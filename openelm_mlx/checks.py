@@ -1,4 +1,4 @@
-"""What every room checks and prints in one way: whole numbers that somebody gave, and sizes in bytes."""
+"""Checks and texts shared by the whole library: whole numbers from a caller, and sizes in bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .files import ErrorClass, shown
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether it is a whole number; True and False, which Python counts among them, are none."""
+    """Whether it is a whole number. True and False are not, although Python counts them as integers."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -27,7 +27,7 @@ def whole_number(
     whose: str = "",
     error: ErrorClass = SettingError,
 ) -> int:
-    """`value`, if it is a whole number from `low` to `high` (None: as large as it likes). Raises `error` otherwise.
+    """`value`, if it is a whole number from `low` to `high` (None: no upper limit). Raises `error` otherwise.
 
     name: what the error calls it. whose: said before the largest, as in "at most the model's 2,048".
     """

@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A model's config.json (or YAML) is missing, unreadable, or describes no model of a family known here."""
+    """A model's config.json (or YAML) is missing, unreadable, or describes a model of an unknown family."""
 
 
 class CheckpointError(UserError):
@@ -31,7 +31,7 @@ class SettingError(UserError):
 
 
 class HubError(UserError):
-    """A Hugging Face repository is missing, gated, out of reach, or a transfer failed."""
+    """A Hugging Face repository is missing, gated or unreachable, or a transfer failed."""
 
 
 class DestinationError(UserError):

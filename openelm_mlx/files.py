@@ -1,8 +1,8 @@
-"""The one door for files and texts that others wrote: regular, of bounded size, and every fault in our own errors.
+"""Reading files that others wrote: only regular files of bounded size, and every problem is one of our own errors.
 
-A path may name a pipe, a socket, a device, a folder or a link to nothing; a file may be huge, no text, or nested so deep
-that a parser gives up. Whoever reads a file goes through here and says which error class its user expects. What the
-content means is for the reader of it to check.
+A path may name a pipe, a socket, a device, a folder or a dangling link; a file may be huge, not text, or nested so deep
+that a parser gives up. All readers use these functions and say which error class their users expect. They check the
+meaning of the content themselves.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ErrorClass = type[UserError]
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# Configs, indexes and tokenizer settings of the largest releases have some 100 kB.
+# Configs, indexes and tokenizer settings of the largest releases have about 100 kB.
 LARGEST_JSON = 8 * 2**20
 # CoreNet's have 5 kB, and a YAML parser in Python takes a second for 100 kB.
 LARGEST_YAML = 2**18
-# More values than this, aliases followed, is no config: a few lines of YAML can stand for billions.
+# A config has fewer values than this. With aliases a few lines of YAML can expand to billions.
 MOST_VALUES = 1_000_000
-# Files that are copied along: licences, cards, tokenizers.
+# Files that are copied with a model: licences, model cards, tokenizers.
 LARGEST_COPY = 2**29
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -41,7 +41,7 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-# What a shell hands over in place of a file: <(command), or standard input by its name.
+# Where a shell puts the output of <(command), or standard input by its name.
 _HANDED_OVER = re.compile(r"/dev/(stdin|fd/\d+)|/proc/self/fd/\d+")
 
 _short = reprlib.Repr()
@@ -51,7 +51,7 @@ _short.maxlevel, _short.maxlong = 3, 40
 
 
 def shown(value: Any) -> str:
-    """`value` as an error message quotes it: short whatever it is, with escapes for what is not printable."""
+    """`value` as an error message quotes it: always short, with escapes for unprintable characters."""
     try:
         return _short.repr(value)
     except ValueError:  # Python does not write out numbers of thousands of digits
@@ -59,13 +59,13 @@ def shown(value: Any) -> str:
 
 
 def one_line(problem: BaseException | str) -> str:
-    """What another program says, as a message quotes it: one line, not long, and nothing that a terminal would obey."""
+    """Another program's message as ours quotes it: one short line without control characters."""
     text = " ".join(str(problem).split())[:200] or type(problem).__name__
     return text if text.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
 def expanded(path: str | os.PathLike[str], error: ErrorClass) -> Path:
-    """The path with "~" written out. Raises `error` for the home folder of a user that there is not."""
+    """The path with "~" expanded. Raises `error` for the home folder of an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -76,10 +76,10 @@ def expanded(path: str | os.PathLike[str], error: ErrorClass) -> Path:
 
 
 def open_regular(path: str | os.PathLike[str], error: ErrorClass, *, may_be_pipe: bool = False) -> BinaryIO:
-    """The file at `path`, open for reading. Raises `error` when there is none, or something else than a file.
+    """The file at `path`, open for reading. Raises `error` when there is none, or it is not a regular file.
 
-    Never waits: a pipe that nobody writes to would hold its reader for ever. may_be_pipe: the user named the input, and
-    a shell may have put a running command's output in its place.
+    Never blocks: reading a pipe that nobody writes to would wait for ever. may_be_pipe: the user named the input, and a shell
+    may have put a running command's output in its place.
     """
     name = os.fspath(path)
     if may_be_pipe and _HANDED_OVER.fullmatch(name):
@@ -95,7 +95,7 @@ def open_regular(path: str | os.PathLike[str], error: ErrorClass, *, may_be_pipe
 def read_bytes(
     path: str | os.PathLike[str], error: ErrorClass, most: int = LARGEST_JSON, *, may_be_pipe: bool = False
 ) -> bytes:
-    """All bytes of a file, at most `most`. Raises `error`, also for a file that only stands for one in Git LFS."""
+    """All bytes of a file, at most `most`. Raises `error`, also for a Git LFS pointer."""
     try:
         with open_regular(path, error, may_be_pipe=may_be_pipe) as stream:
             data = stream.read(most + 1)
@@ -104,8 +104,8 @@ def read_bytes(
         raise unreadable(path, problem, error) from problem
     if len(data) > most:
         raise error(
-            f"{_name(path)} has {max(size, len(data)):,} bytes and at most {most:,} are read there: it is something else "
-            "than its name says, or damaged; copy it again or remove it."
+            f"{_name(path)} has {max(size, len(data)):,} bytes and at most {most:,} are read there: it is not what its "
+            "name says, or damaged; copy it again or remove it."
         )
     refuse_pointer(path, data, error)
     return data
@@ -126,7 +126,7 @@ def read_text(
 
 
 def read_json(path: str | os.PathLike[str], error: ErrorClass, most: int = LARGEST_JSON) -> Any:
-    """What a JSON file holds. Raises `error`."""
+    """The value of a JSON file. Raises `error`."""
     return parse_json(read_bytes(path, error, most), _name(path), error)
 
 
@@ -134,22 +134,22 @@ def read_object(path: str | os.PathLike[str], error: ErrorClass, most: int = LAR
     """The object that a JSON file holds. Raises `error`, also for other values."""
     value = read_json(path, error, most)
     if not isinstance(value, dict):
-        raise error(f"{_name(path)} holds a {type(value).__name__}, no object with named fields: copy it again.")
+        raise error(f"{_name(path)} holds a {type(value).__name__}, not an object with named fields: copy it again.")
     return value
 
 
 def parse_json(text: str | bytes, origin: str, error: ErrorClass, advice: str = "download or copy it again") -> Any:
-    """What a JSON text means. Raises `error` for whatever is not valid JSON or nested too deep. advice: the next step."""
+    """The value of a JSON text. Raises `error` when it is not valid JSON or nested too deep. advice: the next step."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise error(f"{origin} is nested too deep to be what its name says: {advice}.") from None
-    except ValueError as problem:  # no JSON, no UTF-8, or a number of thousands of digits
+        raise error(f"{origin} is nested too deep: {advice}.") from None
+    except ValueError as problem:  # not JSON, not UTF-8, or a number with thousands of digits
         raise error(f"{origin} is not JSON ({one_line(problem)}): {advice}.") from None
 
 
 def read_yaml(path: str | os.PathLike[str], error: ErrorClass, most: int = LARGEST_YAML) -> Any:
-    """What a YAML file holds, in JSON's types: aliases are followed, dates are text. Raises `error`."""
+    """The value of a YAML file, in JSON's types: aliases are followed, dates are text. Raises `error`."""
     import yaml
 
     data = read_bytes(path, error, most)
@@ -169,9 +169,9 @@ def read_yaml(path: str | os.PathLike[str], error: ErrorClass, most: int = LARGE
 
 
 def files_in(folder: Path, pattern: str, error: ErrorClass) -> list[Path]:
-    """The files of a folder whose names fit, sorted; hidden ones and folders are left out. Raises `error`.
+    """The files of a folder whose names match, sorted, without hidden ones and folders. Raises `error`.
 
-    What is neither file nor folder stays in the list, so that whoever reads it says so.
+    What is neither file nor folder stays in the list, so that reading it raises the error.
     """
     try:
         found = sorted(path for path in folder.glob(pattern) if not is_ignored(path.name))
@@ -181,19 +181,19 @@ def files_in(folder: Path, pattern: str, error: ErrorClass) -> list[Path]:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file is left out wherever a folder is listed: hidden ones are other programs' notes."""
+    """Whether listings of a folder skip this file: hidden ones belong to other programs."""
     return name.startswith(".") or is_macos_own(name)
 
 
 def kind_of(status: os.stat_result) -> str | None:
-    """What something is that is not a file, in words; None for a file."""
+    """What it is, in words, if it is not a regular file; None for a file."""
     if stat.S_ISREG(status.st_mode):
         return None
     return next((words for is_kind, words in _KINDS if is_kind(status.st_mode)), "something else")
 
 
 def refuse_pointer(path: str | os.PathLike[str], data: bytes, error: ErrorClass) -> None:
-    """Raise `error` when these first bytes of a file are Git LFS's note of where the file is."""
+    """Raise `error` when these first bytes of a file are a Git LFS pointer."""
     if data.startswith(_LFS_POINTER):
         raise error(f"{_name(path)} is only a pointer to a file in Git LFS: run `git lfs pull` in its repository.")
 
@@ -216,7 +216,7 @@ def _opened(name: str, flags: int, error: ErrorClass) -> BinaryIO:
     except UserError:
         raise
     except ValueError as problem:  # a null byte, or half a character
-        raise error(f"{shown(name)} is not a name of a file ({one_line(problem)}): check the path.") from None
+        raise error(f"{shown(name)} is not a valid file name ({one_line(problem)}): check the path.") from None
 
 
 def _not_a_file(name: str, kind: str, error: ErrorClass) -> UserError:
@@ -224,7 +224,7 @@ def _not_a_file(name: str, kind: str, error: ErrorClass) -> UserError:
 
 
 def unreadable(path: str | os.PathLike[str], problem: OSError, error: ErrorClass) -> UserError:
-    """The error for a file that the system does not let be read: it is not there, not ours to read, or its disk is gone."""
+    """The error for a file that cannot be read: it is missing, forbidden, or its disk was disconnected."""
     if isinstance(problem, FileNotFoundError) and os.path.islink(path):
         return error(
             f"{_name(path)} is a link to a file that is not there: copy the file itself, or download it again."
@@ -236,9 +236,9 @@ def unreadable(path: str | os.PathLike[str], problem: OSError, error: ErrorClass
 
 
 def hears_the_disk(error: ErrorClass) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """For functions whose first argument names what they read: what the system says of a disk is raised as `error`.
+    """A decorator: an OSError is raised as `error`, with the path in the function's first argument.
 
-    A disk can be pulled out at any call. What a function makes of the errors that it expects is its own business.
+    A disk can be disconnected at any call. Errors that a function handles itself never get here.
     """
 
     def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -1,7 +1,7 @@
-"""What macOS leaves in folders by itself, and how a file gets onto a disk that a Mac may have.
+"""Files that macOS puts into folders, and the peculiarities of a Mac's disks: names, syncing, disconnection.
 
 Finder writes .DS_Store into every folder that it shows. On disks without extended attributes (exFAT, many network ones)
-each file NAME gets a second one, ._NAME (AppleDouble), which ends as NAME does and is something else.
+each file NAME gets a second one, ._NAME (AppleDouble), with the same ending but other content.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ _NAMES = {
     ".DS_Store", ".localized", "Icon\r", ".apdisk", ".VolumeIcon.icns", ".metadata_never_index", ".Spotlight-V100",
     ".fseventsd", ".Trashes", ".TemporaryItems", ".DocumentRevisions-V100",
 }  # fmt: skip
-# The same for who takes patterns.
+# The same as glob patterns.
 MACOS_PATTERNS = [*sorted(_NAMES), "._*"]
-# What a read says of a disk that was pulled out, or of a server that went away.
+# Error numbers of a read from a disk that was disconnected, or a server that went away.
 DISK_IS_GONE = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN}
-# What a disk says that has no such call: SMB, NFS, exFAT, FUSE.
+# Error numbers of file systems without such a call: SMB, NFS, exFAT, FUSE.
 _NO_SUCH_CALL = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS}
 
 
 def is_macos_own(name: str) -> bool:
-    """Whether macOS puts files of that name into folders, whatever they are for."""
+    """Whether macOS puts files of that name into any folder."""
     return name in _NAMES or name.startswith("._")
 
 
 def files_of(folder: Path) -> Iterator[Path]:
-    """What is in a folder but for what macOS has put there."""
+    """The entries of a folder, without what macOS has put there."""
     return (path for path in folder.iterdir() if not is_macos_own(path.name))
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder but what macOS has put there."""
+    """Whether a folder is empty, apart from what macOS has put there."""
     return next(files_of(folder), None) is None
 
 
 def is_same_name(one: str, other: str) -> bool:
-    """Whether a Mac's usual volume takes two names for one: neither case nor the form of accents counts there."""
+    """Whether two names are the same on a Mac's usual volume, which ignores case and the form of accents."""
     return folded(one) == folded(other)
 
 
 def folded(name: str) -> str:
-    """What names that are one on a Mac's usual volume have in common."""
+    """A name without case and forms of accents: equal for names that are the same on a Mac's usual volume."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file or folder, however the volume compares names; False where one is not there."""
+    """Whether two paths lead to the same file or folder, however the volume compares names; False where one is missing."""
     try:
         return os.path.samefile(one, other)
     except (OSError, ValueError):
@@ -61,14 +61,14 @@ def same_file(one: Path, other: Path) -> bool:
 
 
 def is_named(folder: Path, name: str, names: Iterable[str]) -> bool:
-    """Whether the folder's volume means one of `names`, which are there, by `name`, in other letters or accents."""
+    """Whether `name` is one of the existing `names` on the folder's volume, perhaps with other case or accents."""
     return any(is_same_name(name, each) and same_file(folder / name, folder / each) for each in list(names))
 
 
 def disk_trouble(files: Iterable[Path]) -> str | None:
-    """What is the matter with the disk of one of these files, and what to do about it; None when they can be read.
+    """What is wrong with the disk of one of these files, and what to do about it; None when they can be read.
 
-    MLX says of a read that failed only that it did.
+    MLX's own error says only that a read failed.
     """
     for file in files:
         try:
@@ -87,7 +87,7 @@ def disk_trouble(files: Iterable[Path]) -> str | None:
 
 
 def sync(stream: IO[bytes]) -> None:
-    """Have the disk itself keep what was written to a stream, as far as the disk can be told."""
+    """Flush what was written to a stream to the disk itself, as far as the file system allows."""
     stream.flush()
     descriptor = stream.fileno()
     if sys.platform == "darwin":
@@ -101,7 +101,7 @@ def sync(stream: IO[bytes]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk keep the names in a folder; some network disks cannot be told."""
+    """Flush the names in a folder to the disk; some network disks have no such call."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

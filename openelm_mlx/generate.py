@@ -1,7 +1,7 @@
-"""From a prompt to text: generate and stream_generate. How it comes about is in the engine room (engine/single.py).
+"""From a prompt to text: generate and stream_generate. The decoding loop is in engine/single.py.
 
-Also a command, `python -m openelm_mlx.generate`, and itself callable: `openelm_mlx.generate(model, tokenizer, prompt)` is
-`openelm_mlx.generate.generate(...)`, whichever of the two a program imported first.
+This module is also a command, `python -m openelm_mlx.generate`, and callable: `openelm_mlx.generate(model, tokenizer,
+prompt)` is `openelm_mlx.generate.generate(...)`, whichever of the two a program imported first.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def generate(
     A list of prompts (texts, or lists of token ids or of chat messages) gives a list of answers: they are computed
     together by an `om.Engine`, and each is the one that its prompt gets alone.
 
-    Where gpt-oss came to no answer, because its reasoning used up the tokens or it called a tool, the string is empty and a
-    `NoAnswerWarning` says so, with what to change.
+    When gpt-oss gives no answer, because its reasoning used up the tokens or it called a tool, the string is empty and a
+    `NoAnswerWarning` says why and what to change.
     """
     refuse_unknown("om.generate", unknown_options(options), option_names())
     if is_list_of_prompts(prompt):
@@ -72,7 +72,7 @@ def is_list_of_prompts(prompt: Any) -> bool:
 
 
 def _depth_of_caller() -> int:
-    """How far above `generate` stands who called it: it is reached through a check, and through the module itself."""
+    """The stack level of the caller of `generate`, which is reached through a check and through the module itself."""
     depth = 2
     while sys._getframe(depth).f_code.co_filename in (__file__, arguments.__file__):
         depth += 1
@@ -111,13 +111,13 @@ def stream_generate(
     Args:
         prompt: A string (through the chat template where the model has one; raw=True takes it as it is), token
             ids, or chat messages like {"role": "user", "content": "..."}.
-        max_tokens: Of reasoning and answer together, clipped to the room the context leaves; None: gpt-oss,
-            which comes to its end by itself, may use all of that room as far as the memory goes, other models
-            256.
+        max_tokens: Limit for reasoning and answer together, clipped to the room that the context leaves. None:
+            gpt-oss, which ends by itself, may use all of that room as far as memory allows; other models stop
+            at 256.
         stop: Strings that end the answer and are not part of it.
         logprobs: Report each token's log-probability and this many of the likeliest alternatives.
         reasoning_effort: "low", "medium" or "high", how long gpt-oss thinks.
-        sliding_window: Keep only this many tokens of context, and so go on past its end.
+        sliding_window: Keep only this many tokens of context, so that generation can go on past its end.
         prefill_chunk: Tokens of the prompt in flight at once; the plan's (512 without one), and fewer where
             memory is short, when it is None.
         kv_bits: 8 keeps keys and values in half the memory, 16 as they are computed; the model's own setting

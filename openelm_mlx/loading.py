@@ -1,7 +1,7 @@
-"""From a source - a demo's name, a folder, a file, a Hugging Face repository - to a model and its tokenizer.
+"""From a source (a demo's name, a folder, a file, a Hugging Face repository) to a model and its tokenizer.
 
-Read `prepare` first: the source is opened (sources.py), what becomes of each parameter is decided (placement.py), what that
-takes is planned (memory/plan.py), a tokenizer is found (tokenizers.py), and then the tensors are read.
+Read `prepare` first: it opens the source (sources.py), decides how each parameter is kept (placement.py), plans the memory
+(memory/plan.py) and finds a tokenizer (tokenizers.py). `Prepared.read` then reads the tensors.
 """
 
 from __future__ import annotations
@@ -81,25 +81,25 @@ def load(
         preset: "exact" (as released, which is the default), "balanced" (dense parts in 8 bits) or "smallest"
             (in 4), see memory/presets.py; `plan` shows what each takes and does.
         dense_bits: Instead, the number of bits itself: matrices that are not packed (attention, embedding and
-            head of gpt-oss; all of OpenELM's) are quantized to so many as they are read.
+            head of gpt-oss; all of OpenELM's) are quantized to this many bits as they are read.
         kv_bits: 8 halves the memory of keys and values in the layers that keep them all; 16 leaves them as they
             are, which is the default.
-        expert_slots: Keep only so many of each layer's experts in memory and read the others from the
+        expert_slots: Keep only this many of each layer's experts in memory and read the others from the
             checkpoint's files when they are chosen, with the same answers bit for bit (experts/residency.py);
             the embedding stays on disk too where the head has a matrix of its own.
         memory_limit: Bytes or "10GB", for MLX's memory, its buffer cache and the process's own together;
-            experts that do not fit stay on disk by themselves, and what fits not even so is refused before a
+            experts that do not fit are left on disk, and a model that still does not fit is refused before a
             tensor is read. None: what the machine has. `model.plan` says what was planned.
         batch_size: How many requests will be at work at once: the prompt's chunk, the experts in memory and the
             buffers that MLX keeps are chosen with room for each one's keys and values, as `plan` says with it.
-        wire: Whether macOS is asked, from the first request until the model is gone, not to page any of it out;
-            None: only where it takes most of what the GPU may have.
+        wire: Whether macOS is asked to keep the model in memory (wired, never paged out) from the first request
+            until the model is deleted; None: only where it takes most of what the GPU may use.
         tokenizer: A file, folder or repository; without it the search is: the source itself, then Llama
             tokenizers in the Hugging Face cache; when there is none, the second result is None and prompts must
             be token ids.
         chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else what conversion stored, else
             what the source's name says.
-        progress: Called with (bytes here, bytes in all) while something is downloaded.
+        progress: Called with (bytes so far, total bytes) while something is downloaded.
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
@@ -123,10 +123,10 @@ def load(
 
 @dataclass
 class Prepared:
-    """What is known of a source before a tensor is read, which takes half a minute for a large model.
+    """What is known about a source before its tensors are read, which takes half a minute for a large model.
 
-    model: of the same shape, plan, context and settings as the one that `read` returns, for checking requests against;
-    its weights are none, and nothing may be computed with it.
+    model: has the same shape, plan, context and settings as the one that `read` returns, so requests can be checked
+    against it. It has no weights, and nothing may be computed with it.
     """
 
     model: Model
@@ -160,7 +160,7 @@ def prepare(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """All that `load` does, with the same arguments and errors, but reading the tensors."""
+    """Everything that `load` does except reading the tensors, with the same arguments and errors."""
     dense_bits = preset_bits(preset, dense_bits)
     wanted_type = parse_dtype(dtype)
     allow_open_files()
@@ -185,10 +185,10 @@ def prepare(
         raise plan.refusal()
     slots = plan.expert_slots
     streaming = None if slots is None else Streaming(contents, opened.checkpoint, slots)
-    # Before the tensors: a tokenizer that does not fit costs no waiting.
+    # Before the tensors are read: a tokenizer that does not fit is reported at once.
     template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
     found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
-    shape = build_model(spec)  # lazily: no number of it is ever made
+    shape = build_model(spec)  # lazy: its arrays are never evaluated
     runtime_of(shape).plan = plan
     shape.context_length = checked_context_length(context_length, spec)
     shape.kv_bits = kv_bits
@@ -221,9 +221,9 @@ def read_model(
     streaming: Streaming | None = None,
     choices: KernelChoices | None = None,
 ) -> Model:
-    """The module with the checkpoint's parameters in it, evaluated; at no time in memory twice.
+    """The module with the checkpoint's parameters, evaluated; they are never in memory twice.
 
-    streaming: what stays on disk; None has all in memory. choices: which of equal ways its kernels take; None: the
+    streaming: what stays on disk; None keeps everything in memory. choices: which of equivalent kernels it uses; None: the
     backend's defaults.
     """
     model = build_model(placement.contents.spec, choices)
@@ -250,7 +250,7 @@ def read_model(
 
 
 def _read_arrays(placement: Placement, checkpoint: Checkpoint) -> list[tuple[str, mx.array]]:
-    """Name -> array of all that is read, evaluated some 64 MiB at a time."""
+    """Name -> array of everything that is read, evaluated about 64 MiB at a time."""
     weights: list[tuple[str, mx.array]] = []
     pending: list[mx.array] = []
     pending_bytes = 0
@@ -259,7 +259,7 @@ def _read_arrays(placement: Placement, checkpoint: Checkpoint) -> list[tuple[str
             continue
         parts = decision.read(checkpoint)
         if decision.is_by_columns:
-            _evaluate(list(parts.values()), checkpoint)  # one after the other: each has a copy only for a moment
+            _evaluate(list(parts.values()), checkpoint)  # one at a time: only one has a second copy at any moment
         weights += parts.items()
         pending += parts.values()
         pending_bytes += max(decision.cast_bytes, sum(each.nbytes for each in parts.values()))
@@ -271,7 +271,7 @@ def _read_arrays(placement: Placement, checkpoint: Checkpoint) -> list[tuple[str
 
 
 def _unpack(weights: list[tuple[str, mx.array]], packings: Mapping[str, Quantization]) -> list[tuple[str, mx.array]]:
-    """`weights` with those modules' matrices in float32. The list is emptied: the packed ones go one after the other."""
+    """`weights` with those modules' matrices in float32. The list is emptied, so packed matrices are freed one by one."""
     found = dict(weights)
     weights.clear()
     for module in sorted(
@@ -297,22 +297,22 @@ def _pad_experts(model: GptOss) -> None:
 def pad_expert_rows(weights: Mapping[str, mx.array], tile: int) -> dict[str, mx.array]:
     """The weights with rows added to the experts' down projections where that makes prefill faster, a matrix at a time.
 
-    Their 2,880 rows are no whole number of tiles, and a sorted product over them took 24.4 ms on a GPU with MLX's CUDA
-    backend, where one over 2,944 rows took 2.3 ms (docs/LOG.md). What the rows hold is never read.
+    2,880 rows are not a whole number of tiles: a sorted product over them took 24.4 ms on a GPU with MLX's CUDA backend,
+    and one over 2,944 rows 2.3 ms (docs/LOG.md). The content of the added rows is never read.
 
-    tile: the number whose multiples the rows are made.
+    tile: the number of rows is padded to a multiple of it.
     """
     padded = dict(weights)
     for name in [name for name in padded if ".experts.down_proj." in name and not name.endswith(".bias")]:
         missing = -padded[name].shape[1] % tile
         if missing:
             padded[name] = mx.pad(padded[name], [(0, 0), (0, missing), (0, 0)])
-            mx.eval(padded[name])  # one after the other: each has a copy only for a moment
+            mx.eval(padded[name])  # one at a time: only one has a second copy at any moment
     return padded
 
 
 def checked_context_length(asked: int | None, spec: ModelSpec) -> int:
-    """The context length to work with. Raises SettingError when it is none or longer than the model's."""
+    """The context length to work with. Raises SettingError when it is not one, or is longer than the model's."""
     if asked is None:
         return spec.context_length
     return whole_number("context_length", asked, high=spec.context_length, whose="the model's ")
@@ -324,14 +324,14 @@ def checked_batch_size(asked: int) -> int:
 
 
 def checked_wire(asked: bool | None) -> bool | None:
-    """Whether to wire. Raises SettingError for what is neither True, False nor None."""
+    """Whether to wire the model's memory. Raises SettingError for anything but True, False and None."""
     if asked is not None and not isinstance(asked, bool):
         raise SettingError(f"wire is {shown(asked)}: it must be True, False, or None, which leaves it to the plan.")
     return asked
 
 
 def _check_scales(weights: list[tuple[str, mx.array]], packings: Mapping[str, Quantization]) -> None:
-    """Raise CheckpointError for a scale that stands for no number: 255 in the shared exponents of MX formats (E8M0)."""
+    """Raise CheckpointError for a scale that is NaN: 255 in the shared exponents of MX formats (E8M0)."""
     scales = [
         (name, array)
         for name, array in weights
@@ -343,7 +343,7 @@ def _check_scales(weights: list[tuple[str, mx.array]], packings: Mapping[str, Qu
     for (name, _), value in zip(scales, largest, strict=True):
         if value == NOT_A_SCALE:
             raise CheckpointError(
-                f"The scales of {name.removesuffix('.scales')} have a byte of 255, which stands for no number (NaN): the "
+                f"The scales of {name.removesuffix('.scales')} have a byte of 255, which means NaN: the "
                 "file is damaged; download or copy it again."
             )
 

@@ -1,8 +1,8 @@
-"""Files that a user names for us to write: whether they may be, and writing them whole or not at all.
+"""Output files that a user names: whether they may be written, and writing them atomically.
 
-A file that is there already is replaced only where this library wrote it (it looks at what is in it), or where it was told
-to. Folders are not made in silence. What stays in the user's cache folder (memory/stored.py) and the folder of a converted
-model (checkpoint/writer.py) have rules of their own.
+An existing file is replaced only when this library wrote it (its content tells), or with overwrite. Folders are not made.
+Files in the user's cache folder (memory/stored.py) and the folder of a converted model (checkpoint/writer.py) have rules
+of their own.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .errors import DestinationError
 from .files import expanded, kind_of
 from .finder import sync
 
-# Whether an existing file is one that this library wrote, and of the kind that is to be written. Given the open file.
+# Given an open file: whether this library wrote it, and it is of the kind that is to be written.
 Recognizer = Callable[[BinaryIO], bool]
 
-# What is looked at of a file to recognize it: more is not a header of ours.
+# At most this much of a file is read to recognize it: none of our headers is larger.
 _MOST_HEADER_BYTES = 64 * 2**20
 
-# In pictures, where their formats say what program made them.
+# Written into pictures, in the field for the program that made them.
 PROGRAM = "openelm_mlx"
 
 
@@ -36,8 +36,8 @@ def checked_output(
 ) -> Path:
     """The file of that name, if it may be written now. Nothing is made or changed.
 
-    what: what it will hold, for errors ("The chart"). is_ours: says of a file that is there whether it may be replaced;
-    None: none may. overwrite: any regular file may be replaced; None: as False, where there is no way to ask for it.
+    what: what it will hold, for errors ("The chart"). is_ours: says whether an existing file may be replaced; None: never.
+    overwrite: any regular file may be replaced; None: like False, in places without an option for it.
 
     Raises DestinationError with the next step.
     """
@@ -65,7 +65,7 @@ def checked_output(
             raise DestinationError(
                 f"{what} cannot be written to {text!r}: the file is write-protected; name another one."
             )
-        # Of an empty file nothing can be lost: who makes one first means it to be filled.
+        # An empty file has nothing to lose; whoever made it (mktemp) wants it filled.
         if overwrite or not found.st_size or (is_ours is not None and _is_recognized(path, is_ours)):
             return path
     except (OSError, ValueError, RuntimeError) as error:
@@ -85,7 +85,7 @@ def output_file(
     overwrite: bool | None = False,
     mode: int = 0o666,
 ) -> Iterator[BinaryIO]:
-    """A stream for the file of that name, which is there whole when the block has ended, and untouched when it failed.
+    """A stream for the file of that name. It appears, complete, when the block ends; when the block fails nothing changes.
 
     The arguments are those of `checked_output`. mode: of a new file, less the process's umask; one that is there keeps
     its own. Raises DestinationError.
@@ -104,9 +104,9 @@ def output_file(
             stream.flush()
             sync(stream)
         if not was_there and path.exists():
-            left, partial = partial, None  # hours may be in it
+            left, partial = partial, None  # not deleted: hours of work may be in it
             raise DestinationError(
-                f"{what} is in {left!r}: while it was made, another file came to be at {os.fspath(name)!r}."
+                f"{what} is in {left!r}: while it was written, another file appeared at {os.fspath(name)!r}."
             )
         os.replace(partial, path)
         partial = None
@@ -160,7 +160,7 @@ def safetensors_of(format_name: str) -> Recognizer:
 
 
 def picture_of_ours(file: BinaryIO) -> bool:
-    """Recognizes a PNG or SVG that names this program as what made it."""
+    """Recognizes a PNG or SVG that names this program as its creator."""
     begin, name = file.read(16384), PROGRAM.encode()
     is_png = begin.startswith(b"\x89PNG\r\n\x1a\n") and b"Software\0" + name in begin
     return is_png or (b"<svg" in begin and b"<dc:title>" + name + b"</dc:title>" in begin)
@@ -175,7 +175,7 @@ def _is_recognized(path: Path, is_ours: Recognizer) -> bool:
 
 
 def _found(path: Path) -> os.stat_result | None:
-    """What is at `path`; None where nothing is. Raises OSError or ValueError for a path that cannot be."""
+    """The status of what is at `path`; None where nothing is. Raises OSError or ValueError for an impossible path."""
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):

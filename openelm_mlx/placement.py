@@ -1,7 +1,7 @@
-"""What becomes of each parameter of a checkpoint in memory: its type, its packing, where it lives. Decided once.
+"""One decision for each parameter of a checkpoint: its type in memory, its packing, and whether it stays on disk.
 
-By one `Placement` a plan counts bytes (`weights`) and a loader makes arrays (`Decision.read`), so that a model takes what
-was planned.
+A plan counts bytes (`weights`) and a loader makes arrays (`Decision.read`) from the same `Placement`, so a model takes
+what was planned.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .text.tokenizer_files import TOKENIZER_FILES
 # On the CPU backend float32 is faster beside packed experts, but not worth twice the memory of a large model's rest.
 LARGEST_WIDENED_BYTES = 10**9
 
-# The CPU backend multiplies by 8-bit matrices at 0.4 times the speed that it has for float32 ones (docs/LOG.md). Up to so
-# many bytes unpacked, four times the memory is no matter.
+# The CPU backend multiplies by 8-bit matrices at 0.4 times the speed that it has for float32 ones (docs/LOG.md). Up to this
+# many bytes unpacked, four times the memory does not matter.
 LARGEST_UNPACKED_BYTES = 2**28
-# Larger matrices stay as they lie: a second copy of one, for a moment, would show in the peak of loading.
+# Larger matrices keep their layout: even a short-lived second copy of one would raise the peak of loading.
 LARGEST_TURNED_BYTES = 2**24
 
 DENSE_BITS = (8, 6, 5, 4)
@@ -44,7 +44,7 @@ _LAYOUTS_IN_PLACE = ("openai-hf", "openai-original", "openelm-mlx")
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one parameter.
+    """How one parameter is kept in memory.
 
     dtype: what its numbers are cast to; None for packed ones, which
     stay as they are stored. packing: how its matrix is packed as it is read. unpacked: of a part of a packed matrix that the
@@ -61,7 +61,7 @@ class Decision:
 
     @property
     def module(self) -> str:
-        """The path of the module that it is a part of."""
+        """The path of the module that has this parameter."""
         return self.parameter.module
 
     @property
@@ -87,11 +87,11 @@ class Decision:
 
     @property
     def is_twice(self) -> bool:
-        """Whether it is in memory as stored and as kept, for a moment."""
+        """Whether it is briefly in memory twice: as stored, and as kept."""
         return self.unpacked is None and (self.packing is not None or self.nbytes != self.stored_bytes)
 
     def read(self, checkpoint: Checkpoint) -> dict[str, mx.array]:
-        """Name -> array of what the model gets in its place, lazy: nothing is read before it is evaluated."""
+        """Name -> array of what the model gets for this parameter. Lazy: nothing is read before it is evaluated."""
         array = self.parameter.read(checkpoint)
         if self.dtype is not None:
             array = array.astype(self.dtype)
@@ -102,7 +102,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Placement:
-    """What becomes of a checkpoint's parameters.
+    """How a checkpoint's parameters are kept in memory.
 
     dtype: what the model computes in. packings: module -> packing of each that is packed in the files, or as it is read.
     unpacked: those of them that the model has unpacked. decisions: one a parameter, in the order in which they are read.
@@ -164,7 +164,7 @@ class Placement:
         return replace(self, decisions=tuple(decisions))
 
     def weights(self, folder: Path | None = None) -> Weights:
-        """What a plan has to know: the bytes in memory with all of it there, and what may stay on disk.
+        """What a plan has to know: the bytes with everything in memory, and what may stay on disk.
 
         folder: where a tokenizer may be.
         """
@@ -276,8 +276,8 @@ def _modules_to_unpack(contents: Contents, dtype: mx.Dtype, dense: Quantization 
 
 
 def _in_reading_order(contents: Contents) -> list[Parameter]:
-    """What is packed or cast as it is read comes first: it is in memory twice for a moment, and there is most room at the
-    beginning. So do larger ones, for the same reason.
+    """Parameters that are packed or cast as they are read come first, because they are briefly in memory twice and most room
+    is free at the beginning. Among them the larger ones come first, for the same reason.
     """
     return sorted(
         contents.parameters.values(),
@@ -295,7 +295,7 @@ def _stored_type(contents: Contents) -> mx.Dtype:
 
 
 def _plain_bytes(contents: Contents, packings: Collection[str]) -> int:
-    """Bytes in 16 bits of the parameters that are not a part of a packed module."""
+    """Bytes, at 16 bits a number, of the parameters that are not part of a packed module."""
     return sum(
         2 * math.prod(parameter.shape) for parameter in contents.parameters.values() if parameter.module not in packings
     )

@@ -1,4 +1,4 @@
-"""Where MLX runs, and what it is told before it starts. Nothing here imports it."""
+"""Which computers MLX runs on, and settings made before it starts. Nothing here imports it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def keep_float32(environment: MutableMapping[str, str] | None = None) -> None:
     """Have MLX compute float32 in float32, unless the user has set MLX_ENABLE_TF32.
 
     MLX lets matrix units round float32 to TF32's 10 bits (CUDA; M5 with macOS 26.2). gpt-oss's router decides near-ties
-    in float32, and so is all of a model compared that is compared with Apple's and OpenAI's code. MLX looks at the
-    variable at its first product: a program that has made one before keeps what it had.
+    in float32, and comparisons with Apple's and OpenAI's code are made in float32. MLX reads the variable at its first
+    matrix product: a program that has made one before keeps its setting.
     """
     (os.environ if environment is None else environment).setdefault("MLX_ENABLE_TF32", "0")
 
@@ -42,7 +42,7 @@ def require_mlx(
             "`pip install 'mlx[cpu]'`."
         )
     if system == "Darwin":
-        # A Python that was built for an old macOS is told 10.16 or 16 by the system; the kernel says what it is.
+        # The system tells a Python that was built for an old macOS 10.16 or 16; the kernel tells the real version.
         release = release or _sysctl("kern.osproductversion") or platform.mac_ver()[0]
         number = release.partition(".")[0]
         if number.isdecimal() and int(number) < OLDEST_MACOS:
@@ -61,9 +61,9 @@ def require_mlx(
 
 
 def use_device(environment: MutableMapping[str, str] | None = None) -> None:
-    """Compute on the device that OPENELM_MLX_DEVICE names, "cpu" or "gpu"; MLX's own choice where it is not set.
+    """Compute on the device in OPENELM_MLX_DEVICE, "cpu" or "gpu"; MLX's own choice where it is not set.
 
-    Raises PlatformError for another name, and for a GPU that is not there.
+    Raises PlatformError for another name, and for "gpu" where there is none.
     """
     name = (os.environ if environment is None else environment).get("OPENELM_MLX_DEVICE")
     if not name:
@@ -79,7 +79,7 @@ def use_device(environment: MutableMapping[str, str] | None = None) -> None:
 
 
 def _sysctl(name: str) -> str:
-    import subprocess  # --help needs none
+    import subprocess  # here, because --help does not need it
 
     try:
         answer = subprocess.run(

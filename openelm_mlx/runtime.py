@@ -1,4 +1,4 @@
-"""What a model has beyond its weights while it runs: its plan, what reads its experts, what was traced for it."""
+"""What belongs to a running model besides its weights: its memory plan, expert residency and compiled pieces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Traced:
     """Compiled pieces of a model's step, by kind and form, and what they were traced with.
 
-    weights: the model's modules and their arrays then. version: another number once one of them has been replaced.
+    weights: the model's modules and their arrays at that time. version: changes once one of them has been replaced.
     """
 
     pieces: dict[tuple[type, bool], Any] = field(default_factory=dict)
@@ -29,9 +29,9 @@ class Traced:
 class Runtime:
     """One for each model; `runtime_of` finds it.
 
-    plan: the memory plan that loading followed; None where nothing was planned, and nothing is refused. residency: what
-    reads experts that are not in memory; None when all are. failure: why the model must be loaded again, once it must.
-    tokenizer: what the model's tokens mean, where it was loaded with one; for comparing two models.
+    plan: the memory plan that loading followed; None where nothing was planned, so no request is refused for memory.
+    residency: reads experts that are not in memory; None when all are. failure: why the model has to be loaded again, if it
+    has. tokenizer: the one it was loaded with, for comparing two models.
     """
 
     plan: MemoryPlan | None = None
@@ -42,7 +42,7 @@ class Runtime:
 
 
 def runtime_of(model: Model) -> Runtime:
-    """The runtime of a model; an empty one for a model that nobody loaded, when it is first asked for."""
+    """The runtime of a model; made empty on first use for a model that was not loaded from a source."""
     if model.runtime is None:
         model.runtime = Runtime()
     runtime: Runtime = model.runtime

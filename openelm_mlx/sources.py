@@ -1,6 +1,6 @@
-"""A source - a demo's name, a folder, a file, a Hugging Face repository - found and opened once, from its headers.
+"""A source (a demo's name, a folder, a file, a Hugging Face repository), found and opened once, from its headers.
 
-Whoever loads, plans or converts reads path, config, spec and contents off one `Source`.
+Loading, planning and converting take path, config, spec and contents from the same `Source`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .hub import Progress, RepoFile, known_name, repo_of
 from .specs import ModelSpec, spec_from_config
 from .text.tokenizer_files import TOKENIZER_FILES
 
-# What a user names a source by.
+# How a user names a source.
 SourceName = str | Path
 
 _DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -34,9 +34,9 @@ DEMOS = {"demo-openelm": _DEMO_FOLDER / "openelm", "demo-gpt-oss": _DEMO_FOLDER 
 
 @dataclass(frozen=True)
 class Source:
-    """What is loaded, planned or converted, as its headers have it.
+    """What is loaded, planned or converted, as far as its config and headers tell.
 
-    name: for people: the repository, the demo, or the folder's name. template_name: what a chat template is chosen by.
+    name: for messages: the repository, the demo, or the folder's name. template_name: decides the chat template.
     path: the file or folder of the weights. folder: where its config and other small files are. repo: where it came from.
     is_here: whether its tensors can be read; those of a repository that was opened by its headers cannot before `fetch`.
     """
@@ -79,9 +79,9 @@ class Source:
         return _understood(path, name, str(source) if path.is_dir() and Path(source).name else str(folder))
 
     def fetch(self, destination: Path, needed: int, progress: Progress | None = None) -> Source:
-        """The same with tensors that can be read: a repository's weights are downloaded now, if they are not here yet.
+        """The same source with readable tensors: a repository's weights are downloaded now, if they are not here yet.
 
-        needed: bytes that `destination` will take; on the cache's disk they are not free for the download.
+        needed: bytes reserved for `destination`; if it is on the cache's disk, the download cannot use them.
         """
         if self.is_here or self.repo is None:
             return self
@@ -100,7 +100,7 @@ def _open_repo(repo: str, revision: str | None, progress: Progress | None) -> So
     files = hub.list_files(repo, revision)
     chosen = set(choose_model_files(files))
     weights = [file for file in files if file.name in chosen and file.name.endswith(".safetensors")]
-    if not weights:  # PyTorch's files have no header to look at
+    if not weights:  # PyTorch files have no header to read alone
         folder = hub.download(repo, choose_model_files, revision=revision, progress=progress)
         return _understood(folder, repo, repo, repo)
     others = sorted(chosen - {file.name for file in weights})
@@ -115,7 +115,7 @@ def _open_repo(repo: str, revision: str | None, progress: Progress | None) -> So
 def _understood(
     path: Path, name: str, template_name: str, repo: str | None = None, remote: RemoteCheckpoint | None = None
 ) -> Source:
-    """What is at a path. remote: where its tensors are instead, of which only the headers were fetched."""
+    """The source at a path. remote: the repository whose tensors were not fetched, only their headers."""
     config = read_config(path)
     spec = spec_from_config(config)
     checkpoint = open_checkpoint(path) if remote is None else remote
@@ -145,7 +145,7 @@ def locate(source: SourceName, revision: str | None = None, progress: Progress |
             raise HubError(f"There is no folder {source} here, and as a repository: {error}") from error
     known = known_name(str(source))
     if known is not None:
-        raise CheckpointError(f"{source} is another program's name for {known}: give {known}.")
+        raise CheckpointError(f"{source} is what another program calls {known}: give {known}.")
     raise CheckpointError(
         f"There is no file or folder {source}: check the path, or give a Hugging Face repository as owner/name, "
         f"or one of {', '.join(DEMOS)}."
@@ -169,14 +169,14 @@ def repository(source: SourceName, revision: str | None = None) -> tuple[str, st
 
 
 def path_here(source: SourceName) -> Path | None:
-    """The demo, file or folder of that name, if there is one. Raises CheckpointError for what can be no name."""
+    """The demo, file or folder of that name, if there is one. Raises CheckpointError for an impossible name."""
     is_demo = isinstance(source, (str, Path)) and str(source) in DEMOS
     return DEMOS[str(source)] if is_demo else existing_path(source)
 
 
 def existing_path(source: SourceName) -> Path | None:
-    """The file or folder of that name, if there is one. Raises CheckpointError for what can be no name."""
-    # An empty name, as an unset variable of the shell gives it, would mean the current folder.
+    """The file or folder of that name, if there is one. Raises CheckpointError for an impossible name."""
+    # An empty name, for example of an unset shell variable, would mean the current folder.
     if not isinstance(source, (str, Path)) or (isinstance(source, str) and not source.strip()):
         raise CheckpointError(
             f"The source is {shown(source)}: give a folder, a file, or a Hugging Face repository, as text."
@@ -207,7 +207,7 @@ def choose_model_files(files: list[RepoFile]) -> list[str]:
 
 
 def _free_bytes(cache: Path, destination: Path, needed: int) -> int | None:
-    """What the cache's disk has left for a download when the destination's bytes are on it too; None: all that is free."""
+    """Free bytes for a download when the destination is on the cache's disk too; None: all free bytes."""
     parent = next(folder for folder in destination.absolute().parents if folder.exists())
     if cache.stat().st_dev != parent.stat().st_dev:
         return None

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: found, checked, made with its chat template; and what to say when there is none."""
+"""Finding the tokenizer of a model and checking that it belongs to it; its chat template; messages when there is none."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def find_tokenizer(
 ) -> Tokenizer | None:
     """The tokenizer to use with the model in `folder`, by the search order of `load`; None when there is none.
 
-    chat_template: the one that it is made with, from `resolve_chat_template`. Raises TokenizerError for one that belongs to
-    another model, and where none is at the place that was asked for.
+    chat_template: from `resolve_chat_template`. Raises TokenizerError for a tokenizer of another model, and when there is none
+    at the place that the user named.
     """
     if asked is not None:
         return _checked(load_tokenizer(_tokenizer_path(asked, progress), chat_template), spec, str(asked))
@@ -81,12 +81,12 @@ def find_tokenizer(
 def resolve_chat_template(
     config: Mapping[str, Any], asked: str | None, name: str, family: str = "openelm"
 ) -> TemplateChoice:
-    """The chat template to use and why: asked for, else stored by conversion, else by the name of its source.
+    """The chat template to use, and why: the user's choice, else the one stored by conversion, else by the source's name.
 
     gpt-oss has Harmony and no other. Raises SettingError for a template that does not exist.
     """
     if family == "gpt_oss" and asked in (None, HARMONY):
-        return TemplateChoice(HARMONY, "because gpt-oss was trained with nothing else")
+        return TemplateChoice(HARMONY, "because gpt-oss was trained with no other format")
     ours = config.get("openelm_mlx")
     stored = ours.get("chat_template") if isinstance(ours, Mapping) else None
     return choose_template(asked, stored, name)
@@ -105,7 +105,7 @@ def _tokenizer_path(asked: SourceName, progress: Progress | None) -> Path:
 
 
 def _checked(tokenizer: Tokenizer, spec: ModelSpec, origin: str) -> Tokenizer:
-    # Fewer tokens than rows are padding, a hundred or so; more tokens than rows, or far fewer, are another vocabulary.
+    # About a hundred rows without a token are padding; more tokens than rows, or far fewer, mean another vocabulary.
     if not 0 <= spec.vocab_size - tokenizer.vocab_size <= max(_MOST_PADDING_ROWS, spec.vocab_size // 50):
         raise TokenizerError(
             f"The tokenizer at {origin} has {tokenizer.vocab_size:,} tokens and the model {spec.vocab_size:,}: it belongs "
@@ -113,7 +113,7 @@ def _checked(tokenizer: Tokenizer, spec: ModelSpec, origin: str) -> Tokenizer:
         )
     if spec.bos_token is not None and tokenizer.bos_token != spec.bos_token:
         raise TokenizerError(
-            f"The tokenizer at {origin} begins texts with token {tokenizer.bos_token} and the model with {spec.bos_token}: "
+            f"The tokenizer at {origin} begins texts with token {tokenizer.bos_token} and the model expects {spec.bos_token}: "
             "it belongs to another model; give the right one with --tokenizer."
         )
     return tokenizer

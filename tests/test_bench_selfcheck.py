@@ -133,7 +133,7 @@ def test_a_product_that_depends_on_its_neighbours_is_found(monkeypatch):
         return real(x, *words, **options) + mx.mean(x) * 0.1
 
     monkeypatch.setattr(selfcheck_kernels.mx, "gather_qmm", leaky)
-    with pytest.raises(CheckFailed, match="with the rows beside it"):
+    with pytest.raises(CheckFailed, match="with the other rows"):
         selfcheck_kernels.check_expert_products(Clock(PLENTY))
 
 
@@ -351,7 +351,7 @@ def test_the_report_has_each_check_with_what_should_be_and_what_is(monkeypatch, 
     assert "pass                 1. check 1 (0.5 s)" in out
     assert "expected: that all is well" in out
     assert "reason:   the wired limit is Metal's" in out
-    assert "1 of 15 checks passed, 0 failed, 14 did not run or have no meaning here" in out
+    assert "1 of 15 checks passed, 0 failed, 14 did not run or do not apply here" in out
     (file,) = own_folder.iterdir()
     assert file.name == f"selfcheck-{time.strftime('%Y-%m-%d')}.json"
     kept = json.loads(file.read_text())
@@ -459,7 +459,7 @@ def test_without_a_terminal_nobody_is_asked(monkeypatch, capsys):
     monkeypatch.setattr(speeds, "measured_speeds", lambda machine, **_: speeds.Speeds(RATES, {}, []))
     monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail("asked"))
     assert main(["selfcheck"]) == 0
-    assert "They are not kept: --keep" in capsys.readouterr().out
+    assert "They are not kept: use --keep" in capsys.readouterr().out
 
 
 # --- nothing personal -------------------------------------------------------------------------------------------------

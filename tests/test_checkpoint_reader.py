@@ -218,16 +218,16 @@ def test_what_torch_saves_of_tensors_is_harmless(name):
     ("name", "said"),
     [
         ("bytearray", r"__builtin__ bytearray"),  # two billion bytes, made by a call that the safe loader makes
-        ("module", "which is no tensor"),
-        ("old", "no archive of torch.save"),
+        ("module", "which is neither a tensor"),
+        ("old", "not an archive of torch.save"),
         ("p4", "STACK_GLOBAL"),
         ("packed", "compressed"),
         ("overlapping", "compressed or overlap"),
         ("twice", "twice"),
         ("long pickle", "data.pkl"),
         ("no pickle", "data.pkl"),
-        ("cut", "no archive"),
-        ("text", "no archive"),
+        ("cut", "not an archive"),
+        ("text", "not an archive"),
     ],
 )
 def test_harmful_torch_files_are_refused_before_torch_sees_them(tmp_path, name, said):

@@ -138,7 +138,7 @@ def test_a_conversation_with_gpt_oss(terminal, tmp_path):
     assert saved["reasoning_effort"] == "high"
     assert [message["role"] for message in saved["messages"]] == ["user", "assistant", "assistant"]
     chat.type("/reset\r")
-    chat.wait_for("begins anew")
+    chat.wait_for("starts again")
     chat.type("What is 12 + 30?\r")
     chat.wait_for('[functions.calculator {"expression":"12 + 30"}]')
     chat.wait_for("[= 42]")
@@ -251,7 +251,7 @@ def test_tab_completes_commands_their_words_and_files(terminal, tmp_path):
     chat.type("/load hol\t")
     chat.wait_for("iday.json")
     chat.type("\r")
-    chat.wait_for("holds no saved chat")
+    chat.wait_for("is not a saved chat")
     chat.type("/exit\r")
     assert chat.ends_with() == 0
 
@@ -333,7 +333,7 @@ def test_no_answer_is_said_with_the_option_to_raise(piped):
     assert "raise --max-tokens above 12" in finished.stderr
     finished = piped("What is a piano?\n", "--model", "demo-gpt-oss", "--max-tokens", "60", "--no-show-reasoning")
     assert finished.returncode == 0
-    assert finished.stderr == "[ended: the limit of tokens was reached; raise --max-tokens (60)]\n"
+    assert finished.stderr == "[ended: the token limit was reached; raise --max-tokens (60)]\n"
 
 
 def test_the_options_of_an_answer_reach_it(piped):

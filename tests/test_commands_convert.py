@@ -161,7 +161,7 @@ def test_interrupted_and_taken_up(convert, tmp_path, monkeypatch):
         patch.setattr(command, "StageBars", Interrupting)
         code, out, err = convert(TINY, tmp_path / "out")
         assert (code, out) == (130, "")
-        assert err.endswith(f"{tmp_path / 'out'} was not written; the same command goes on where this one stopped.\n")
+        assert err.endswith(f"{tmp_path / 'out'} was not written; the same command resumes where this one stopped.\n")
     code, out, _ = convert(TINY, tmp_path / "out")
     assert code == 0
     assert "were there from an interrupted conversion" in out

@@ -12,7 +12,7 @@ import pytest
 from conftest import random_model, save_folder
 
 from openelm_mlx.commands import main
-from openelm_mlx.commands.answering import guessing
+from openelm_mlx.commands.answering import acceptance_clause
 from openelm_mlx.engine.statistics import Statistics
 from openelm_mlx.errors import PlatformError
 from openelm_mlx.platforms import require_mlx
@@ -98,7 +98,7 @@ def test_a_damaged_prompt_cache_is_told_before_the_weights_are_read(generate, fo
     code, out, err = generate(*command, "--prompt-cache", file)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "has version 99" in err if damage == "another version" else "is damaged" in err
-    assert "it will be made anew" in err
+    assert "it will be made again" in err
 
 
 @pytest.mark.parametrize("option", ["--prompt-file", "--json-schema", "--grammar", "--prompt-cache"])
@@ -115,8 +115,8 @@ def test_guessing_changes_nothing_but_the_time(generate, folder, tmp_path):
     for options in (("--prompt-lookup",), ("--draft-model", other), ("--draft-model", other, "--num-draft-tokens", 2)):
         code, out, err = generate(*command, *options)
         assert (code, out) == (0, expected), err
-        assert ("guesses right, " in err) == ("--draft-model" in options)  # random text repeats nothing
-        assert ("no guess was tried" in err) == ("--prompt-lookup" in options)
+        assert ("drafted tokens accepted" in err) == ("--draft-model" in options)  # random text repeats nothing
+        assert ("no draft was tried" in err) == ("--prompt-lookup" in options)
     for wrong, sentence in (
         (("--prompt-lookup", "--draft-model", other), "give one of them"),
         (("--num-draft-tokens", 3), "add one of them"),
@@ -265,7 +265,7 @@ def test_a_broken_model_is_one_sentence(generate, folder, tmp_path, name, said):
         (["--logit-bias", "x"], "TOKEN=NUMBER"), (["--logit-bias", "9999=1"], "9999"),
         (["--sliding-window", "0"], "--sliding-window is 0"), (["--prefill-chunk", "0"], "--prefill-chunk is 0"),
         (["--context-length", "100"], "100"), (["--dtype", "int4"], "int4"), (["--chat-template", "chatml"], "chatml"),
-        (["--tokenizer", "/no/tokenizer"], "/no/tokenizer"), (["--prompt-file", "/no/file"], "two prompts"),
+        (["--tokenizer", "/no/tokenizer"], "/no/tokenizer"), (["--prompt-file", "/no/file"], "more than one prompt"),
         (["--system", "Be brief."], "--chat-template"), (["--stop", ""], "stop"), (["--no-such-option"], "--no-such-option"),
     ],
 )  # fmt: skip
@@ -403,11 +403,11 @@ def test_no_answer_is_said_with_the_option_to_raise(generate):
 def test_whether_guessing_paid_is_said():
     statistics = Statistics(1, 9, 0.1, 1.0, 1.0, 0, 9)
     for drafted, speedup, words in (
-        (0, None, "no guess was tried, so nothing was gained; "),
-        (8, None, "6 of 8 guesses right, too few to say whether it paid; "),
-        (8, 1.5, "6 of 8 guesses right, which paid: 1.50 times as fast as without; "),
-        (8, 0.9, "6 of 8 guesses right, which did not pay: 0.90 times as fast as without; "),
+        (0, None, "no draft was tried, so nothing was gained; "),
+        (8, None, "6 of 8 drafted tokens accepted, too few to measure a gain; "),
+        (8, 1.5, "6 of 8 drafted tokens accepted: 1.50 times as fast as without; "),
+        (8, 0.9, "6 of 8 drafted tokens accepted, no gain: 0.90 times as fast as without; "),
     ):
         found = replace(statistics, drafted_tokens=drafted, accepted_tokens=6, speculation_speedup=speedup)
-        assert guessing(found, True) == words
-        assert guessing(found, False) == ""
+        assert acceptance_clause(found, True) == words
+        assert acceptance_clause(found, False) == ""

@@ -290,7 +290,7 @@ def test_a_tool_cannot_ask_the_chat_that_called_it(scripted):  # noqa: F811
 
     chat = scripted(call("functions.again", "{}"), answer("No."), tools=[again])
     (told,) = results(chat.stream("?"))
-    assert "in the midst of an answer" in told
+    assert "in the middle of an answer" in told
     assert roles(chat) == ["user", "assistant:commentary", "tool", "assistant:final"]
 
 
@@ -417,7 +417,7 @@ def test_a_tool_that_returns_nothing_or_something_else(scripted):  # noqa: F811
     assert results(chat.stream("?")) == ["7"]
     plain.gives = object()
     chat = scripted(call("functions.plain", "{}"), answer("Ok."), tools=[plain])
-    assert "JSON cannot say" in results(chat.stream("?"))[0]
+    assert "JSON cannot express" in results(chat.stream("?"))[0]
 
 
 def test_stop_strings_end_an_answer_in_a_chat_too(gpt_oss, openelm):  # noqa: F811
@@ -473,7 +473,7 @@ def test_settings_that_cannot_be_are_one_sentence(gpt_oss, options, said):  # no
 def test_what_is_no_model(gpt_oss):  # noqa: F811
     with pytest.raises(SettingError, match="load it first"):
         om.Chat("demo-gpt-oss", None)
-    with pytest.raises(SettingError, match="take it apart"):
+    with pytest.raises(SettingError, match="unpack it first"):
         om.Chat(gpt_oss, None)
     with pytest.raises(PromptError, match="Message 1 is a dict"):
         om.Chat(*gpt_oss, messages=[{"role": "user", "content": "Hi"}])

@@ -522,7 +522,7 @@ def test_a_full_disk(tmp_path, source, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer_module, "_append", full)
-    with pytest.raises(DestinationError, match="got full"):
+    with pytest.raises(DestinationError, match="is full"):
         convert(source, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
 

@@ -118,4 +118,4 @@ def test_names_of_properties_are_told_apart_by_the_same_classes(tokenizer):
     assert matcher.is_completed_by(engine.spell(b'{"a": 1}'))
     assert not matcher.is_completed_by(engine.spell(b'{"a\\"b": 1}'))
     assert not matcher.is_completed_by(engine.spell(b'{"a\\u0000": "text"}'))
-    assert "only names are written that are listed or match" in answer.notes[0]
+    assert "only names that are listed or match" in answer.notes[0]

@@ -330,7 +330,7 @@ def test_a_damaged_file_is_one_sentence(models, tmp_path):
     }  # fmt: skip
     for name, data in damages.items():
         file.write_bytes(data)
-        with pytest.raises(CheckpointError, match=r"damaged \(.*delete it, and it will be made anew") as error:
+        with pytest.raises(CheckpointError, match=r"damaged \(.*delete it, and it will be made again") as error:
             PrefixCache().load(file, model)
         assert str(error.value).count("\n") == 0, name
     header["__metadata__"]["version"] = "99"

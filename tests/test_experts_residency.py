@@ -875,7 +875,7 @@ def test_a_file_that_is_cut_and_put_back(own_copy, answer):
     seen, message = broken_off(model, lambda: os.truncate(file, 2000), 3)
     assert seen == answer[: len(seen)]
     assert "has changed since the model was loaded (2,000 bytes now" in message
-    with pytest.raises(CheckpointError, match="put the file back as it was"):
+    with pytest.raises(CheckpointError, match="restore the file"):
         list(stream_generate(model, None, PROMPT, max_tokens=3))
     file.write_bytes(data)
     os.utime(file, ns=times)

@@ -104,7 +104,7 @@ def test_pieces_that_are_no_text(tmp_path, fixtures):
     data = (fixtures / "tokenizers" / "llama" / "tokenizer.model").read_bytes()
     place = data.index("▁".encode(), 200)
     (tmp_path / "tokenizer.model").write_bytes(data[:place] + b"\xe2\xe2\xe2" + data[place + 3 :])
-    with pytest.raises(TokenizerError, match="is damaged, cut short or no SentencePiece model"):
+    with pytest.raises(TokenizerError, match="is damaged, cut short or not a SentencePiece model"):
         load_tokenizer(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_pieces_that_are_no_text(tmp_path, fixtures):
 def test_what_a_tokenizer_s_library_says_is_one_short_line(tmp_path, fixtures, value):
     data = json.loads((fixtures / "tokenizers" / "byte_level" / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"version": value}))
-    with pytest.raises(TokenizerError, match="is damaged, cut short or no tokenizer") as error:
+    with pytest.raises(TokenizerError, match="is damaged, cut short or not a tokenizer") as error:
         load_tokenizer(tmp_path)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 600
@@ -131,7 +131,7 @@ def test_a_byte_s_piece_that_names_no_byte(tmp_path, fixtures):
 
 def test_a_saved_chat_of_another_format(tmp_path):
     (tmp_path / "x").write_text(json.dumps({"openelm_mlx_chat": "\x1b[2J" * 1000}))
-    with pytest.raises(PromptError, match="holds no saved chat") as error:
+    with pytest.raises(PromptError, match="is not a saved chat") as error:
         Chat(*load("demo-gpt-oss")).load(tmp_path / "x")
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 600

@@ -363,8 +363,8 @@ def test_a_plan_that_lacks_memory_says_what_other_programs_have(monkeypatch, cap
 
 def test_a_chip_that_is_not_in_the_table_is_told_how_its_speed_is_learned(monkeypatch, capsys):
     text = planned_on(Mac("M9", 36, 30), monkeypatch, capsys)
-    assert "how fast is not known of this machine: run plan --calibrate" in text
-    assert "how fast is not known" not in planned_on(Mac("M3 Max", 36, 30), monkeypatch, capsys)
+    assert "the speed of this machine is not known: run plan --calibrate" in text
+    assert "the speed of this machine is not known" not in planned_on(Mac("M3 Max", 36, 30), monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name", ["memory.macos.output", "bench.conditions._output"])

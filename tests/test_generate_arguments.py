@@ -155,7 +155,7 @@ def test_what_is_no_model_is_told_how_to_be_one(gpt_oss):
     for call in (om.generate, om.stream_generate):
         with pytest.raises(SettingError, match=r"load it first, model, tokenizer = om\.load\('demo-openelm'\)"):
             call("demo-openelm", "What is a banjo?")
-        with pytest.raises(SettingError, match="take it apart first"):
+        with pytest.raises(SettingError, match="unpack it first"):
             call(gpt_oss, "What is a banjo?")
         with pytest.raises(SettingError, match="The model is a JsonTokenizer"):
             call(tokenizer, model, "What is a banjo?")

@@ -78,7 +78,7 @@ def test_another_model_s_tokenizer(tmp_path, tokenizer, vocab_size):
 
 def test_a_tokenizer_that_begins_texts_with_another_token(model, tmp_path):
     folder = save_folder(tmp_path / "m", model, "llama", {"bos_token_id": 7})
-    with pytest.raises(TokenizerError, match="begins texts with token 1 and the model with 7"):
+    with pytest.raises(TokenizerError, match="begins texts with token 1 and the model expects 7"):
         load(folder)
 
 

@@ -31,7 +31,7 @@ from openelm_mlx.memory.rates import rates_of
 from openelm_mlx.specs import spec_from_config
 
 MB = 10**6
-NOTHING = speeds.Speeds({}, {"gpt_oss": "rounds of one run lay 40 % apart: other work runs on this machine"}, [])
+NOTHING = speeds.Speeds({}, {"gpt_oss": "rounds of one run differ by 40 %: other work runs on this machine"}, [])
 
 
 @pytest.fixture(autouse=True)
@@ -124,10 +124,10 @@ def test_the_command_s_words_for_people(monkeypatch, capsys):
     assert main(["plan", "--calibrate"]) == 0
     out = capsys.readouterr().out
     assert "gpt_oss: 178 us a layer, weights at 288 GB/s, keys and values at 84 GB/s; prompts at 4 TFLOPS" in out
-    assert "gpt_oss: not kept, plans go on as before: rounds of one run lay 40 % apart" in out
+    assert "gpt_oss: not kept, plans stay as before: rounds of one run differ by 40 %" in out
     assert calibrated(this_machine()).calibration.rates == KNOWN
     assert "Computing with openelm takes 1.50 times what its shapes say." in out
-    assert "The process takes 60 MB beside." in out
+    assert "The process itself takes 60 MB." in out
     assert stored.load_stored("memory")["scratch"] == {"openelm": 1.5, "gpt_oss": 1.0}
 
 
@@ -196,7 +196,7 @@ def test_rounds_that_lie_far_apart_are_refused():
     works = stand_ins("gpt_oss", clock, lambda: random.uniform(1, 3))
     rates, reasons = checked_rates([*speeds.timed(works, clock), *speeds.timed(stand_ins("openelm", clock), clock)])
     assert set(rates) == {"openelm"}
-    assert "apart: other work runs" in reasons["gpt_oss"]
+    assert " %: other work runs" in reasons["gpt_oss"]
 
 
 def test_what_cannot_be_is_refused():

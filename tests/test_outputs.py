@@ -137,7 +137,7 @@ def test_a_file_that_comes_meanwhile_is_kept_and_so_is_the_work(tmp_path):
             stream.write(b"hours of work")
             file.write_text("theirs")
 
-    with pytest.raises(DestinationError, match="another file came to be") as raised:
+    with pytest.raises(DestinationError, match="another file appeared") as raised:
         write()
     assert file.read_text() == "theirs"
     [kept] = files_in(tmp_path) - {"a"}

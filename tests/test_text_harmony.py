@@ -462,7 +462,7 @@ USER = {"role": "user", "content": "Hi"}
         ([USER, {"role": "assistant"}], "no content, no thinking and no tool_calls"),
         ([USER, {"role": "assistant", "tool_calls": [{"function": {}}]}], "it needs function.name"),
         ([USER, {"role": "assistant", "tool_calls": ["f"]}], "it needs function.name"),
-        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1}}}]}], "JSON cannot say"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1}}}]}], "JSON cannot express"),
         ([USER, {"role": "tool", "content": "20"}], "Message 2 is the result of a tool"),
         ([USER, {"role": "tool", "content": "20", "tool_call_id": "x"}], "tool_call_id 'x'"),
         ([USER, {"role": "tool", "content": "20", "name": "f"}], "tool 'f'"),

@@ -33,8 +33,8 @@ from openelm_mlx.text.schema_check import check_schema
         ({"nullable": "yes"}, "nullable is 'yes'"),
         ({"description": ["a"]}, "description is ['a']"),
         ({"dependentRequired": {"a": "b"}}, "dependentRequired is"),
-        ({"default": {1, 2}}, "default is {1, 2}, which JSON cannot say"),
-        ({"default": float("inf")}, "default is inf, which JSON cannot say"),
+        ({"default": {1, 2}}, "default is {1, 2}, which JSON cannot express"),
+        ({"default": float("inf")}, "default is inf, which JSON cannot express"),
     ],
 )
 def test_invalid_schema(schema, words):
@@ -53,7 +53,7 @@ def test_schema_that_contains_itself():
         check_schema(schema, "The schema")
     loop = []
     loop.append(loop)
-    with pytest.raises(SettingError, match="JSON cannot say"):
+    with pytest.raises(SettingError, match="JSON cannot express"):
         check_schema({"default": loop}, "The schema")
 
 

@@ -509,7 +509,7 @@ def test_damaged_vocabularies_are_one_sentence(file, tmp_path):
             load_tokenizer(tmp_path)
         message = str(caught.value)
         assert message.startswith(str(copy))
-        assert message.endswith("fetch it again.")
+        assert message.endswith("download it again.")
         assert "\n" not in message
     copy.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n")
     with pytest.raises(TokenizerError, match="git lfs pull"):
@@ -520,7 +520,7 @@ def test_damaged_vocabularies_are_one_sentence(file, tmp_path):
     ("file", "content", "message"),
     [
         ("tokenizer_config.json", "{", "is not JSON"),
-        ("tokenizer_config.json", "[]", "no object"),
+        ("tokenizer_config.json", "[]", "not an object"),
         ("tokenizer_config.json", '{"eos_token": 5}', "eos_token"),
         ("tokenizer_config.json", '{"eos_token": "<nowhere>"}', "'<nowhere>'.*not in its vocabulary"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "added tokens"),

@@ -124,7 +124,7 @@ def test_one_sloppy_tool_costs_no_other(serve):
     notes = "\n".join(server.notes)
     assert "the tool 'half �' is left out: its name has half a character" in notes
     assert "a second tool 'two_words' is left out" in notes
-    assert "the schema of t0 has faults, which are not held (required is null)" in notes
+    assert "the schema of t0 has faults, which are ignored (required is null)" in notes
     assert notes.count("a tool without a name is left out") == 5
     assert "good" not in notes
     notes.encode()
@@ -173,7 +173,7 @@ def test_errors_are_told_to_the_model(serve):
         tool(server, "a")("{}")
     with pytest.raises(ToolError, match=r"^b failed and did not say why\.$"):
         tool(server, "b")("{}")
-    with pytest.raises(ToolError, match="what it sent is not of the form that MCP has"):
+    with pytest.raises(ToolError, match="what it sent does not follow the MCP format"):
         tool(server, "c")("{}")
 
 
@@ -243,7 +243,7 @@ def test_a_server_s_tool_whose_calls_cannot_end_is_not_held():
         parameters, is_lenient = {"type": "object"}, True
 
     def refuse():
-        raise SettingError("The answer's format is too much for the engine.")
+        raise SettingError("The answer's format is too large for the engine.")
 
     for completion in (lambda: None, refuse):
         engine = SimpleNamespace(matcher=lambda call, completion=completion: SimpleNamespace(completion=completion))

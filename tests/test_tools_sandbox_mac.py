@@ -202,7 +202,7 @@ def test_a_script_over_its_footprint_is_stopped(monkeypatch):
         grown.unlink()
         assert tool("2") == "2"
         footprints["now"] = None
-        assert "does not say how much memory" in tool(grow)
+        assert "does not report its memory" in tool(grow)
 
 
 @pytest.mark.skipif(sandbox_usage.IS_MAC, reason="has its own footprint")

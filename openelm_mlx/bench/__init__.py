@@ -1,1 +1,1 @@
-"""How fast and how large: measured on this machine, beside mlx-lm in the same run."""
+"""Measurements of speed and memory on this machine, and of mlx-lm's in the same run."""

@@ -26,7 +26,7 @@ from .random_pair import random_pair, shape_config
 if TYPE_CHECKING:
     from ..models import Model
 
-# The first tokens of a run pay for what is compiled and allocated once.
+# The first tokens of a run include one-time compilation and allocation.
 LEFT_OUT = 8
 
 
@@ -34,9 +34,9 @@ LEFT_OUT = 8
 class Comparison:
     """Samples of one shape: name of the measure -> whose ("ours", "mlx-lm") -> values, rates in tokens a second.
 
-    first_token: measure -> whose -> seconds from a prompt to the first token. peaks: measure -> whose -> the most bytes in
-    use beside both models' weights. limits: of the machine, measured in the same run; token_bytes, token_operations: what
-    a token reads and multiplies at least. is_apart: every run had a process of its own.
+    first_token: measure -> whose -> seconds from a prompt to the first token. peaks: measure -> whose -> peak bytes in
+    addition to both models' weights. limits: of the machine, measured in the same run; token_bytes, token_operations: the
+    bytes and operations that a token needs at least. is_apart: every run had a process of its own.
     """
 
     shape: str
@@ -61,7 +61,7 @@ class Comparison:
         peaks[whose] = max(peaks.get(whose, 0), run.peak_bytes)
 
     def part_of_limit(self, measure: str) -> float | None:
-        """What part of the machine's bandwidth (decode) or arithmetic (prefill) our median uses."""
+        """The share of the machine's bandwidth (decode) or arithmetic (prefill) that our median uses."""
         ours = self.samples.get(measure, {}).get("ours")
         if self.limits is None or not ours:
             return None
@@ -98,7 +98,7 @@ class Comparison:
                 both_times = self.first_token[measure].items()
                 times = ", ".join(f"{whose} {1e3 * statistics.median(each):,.4g} ms" for whose, each in both_times)
                 peaks = ", ".join(f"{whose} {size(each)}" for whose, each in self.peaks[measure].items())
-                yield f"{name}: {measure}: first token after {times}; memory beside the weights {peaks}"
+                yield f"{name}: {measure}: first token after {times}; memory in addition to the weights {peaks}"
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison for machines."""
@@ -112,7 +112,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one side: rates in tokens a second, seconds to the first token, the most bytes in use beside weights."""
+    """One run of one side: rates in tokens a second, seconds to the first token, peak bytes in addition to the weights."""
 
     prefill: float
     decode: float
@@ -127,9 +127,9 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Measure one shape: prefill of `prompt_tokens`, decode after a short prompt, and after `long_context` tokens (0: not).
 
-    Prompts are cut to what the model's context has room for. At least one round counts after one that warms up; no
-    round begins after `seconds`, and a measure that has samples of both is left out after them. sample: called with a
-    sentence for each sample as it comes, those of the round that warms up included: what a run that is cut off leaves.
+    Prompts are cut to the model's context. After a warm-up round at least one round counts; no round begins after
+    `seconds`, and then a measure with samples of both sides is skipped. sample: called with a sentence for each sample as it
+    comes, warm-up included, so that an interrupted run leaves some.
     ours, theirs: whether a side is measured. apart: each run in a process of its own; None: when both models do not fit.
     """
     comparison = Comparison(shape, bits)
@@ -172,7 +172,7 @@ def _compare_apart(
     comparison: Comparison, bits: int | None, num_layers: int | None, rounds: int, seconds: float, prompt_tokens: int,
     completion_tokens: int, long_context: int, sample: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
-    """The sides in turns, each round of each in a fresh process that has one model alone."""
+    """Measure the sides in turns, each round of each in a fresh process with only one model."""
     comparison.is_apart = True
     started = time.perf_counter()
     for number in range(rounds):
@@ -209,7 +209,7 @@ def _model_bytes(config: Mapping[str, Any], bits: int | None) -> float:
 
 
 def of_a_token(model: Model) -> tuple[int, int]:
-    """Bytes that decoding a token reads, and operations that a prompt's token takes: active weights, each once."""
+    """Bytes that decoding one token reads, and operations for one prompt token: each active weight once."""
     spec, total, experts = model.spec, 0, 0
     for name, array in tree_flatten(model.parameters()):
         if ".experts." in name:
@@ -230,7 +230,7 @@ def _beside_weights(run: Callable[..., Run], prompt: list[int], num_tokens: int)
 
 
 def usable_tokens(model: Model) -> int:
-    """Ids below this can stand in a random prompt."""
+    """Ids below this can be used in a random prompt."""
     return min(model.spec.usable_vocab_size, 30_000)
 
 
@@ -251,7 +251,7 @@ def _measures(
 
 
 def random_prompt(model: Model, length: int) -> list[int]:
-    """So many tokens, the same ones each time, without a pattern that a model could know."""
+    """`length` tokens, the same ones each time, without a pattern that a model could know."""
     vocab_size = usable_tokens(model)
     return [(7919 * i + 13) % vocab_size for i in range(length)]
 
@@ -259,7 +259,7 @@ def random_prompt(model: Model, length: int) -> list[int]:
 def our_runner(model: Model, prefill_chunk: int | None = None, left_out: int = LEFT_OUT) -> Callable[..., Run]:
     """Runs of our loop on (prompt, number of new tokens); the end-of-text token does not end them.
 
-    left_out: tokens behind the first one that the rate of decoding does not count.
+    left_out: tokens after the first one that the decode rate does not count.
     """
     never = SamplingParams(logit_bias=dict.fromkeys(model.spec.eos_tokens, float("-inf")))
 
@@ -270,14 +270,14 @@ def our_runner(model: Model, prefill_chunk: int | None = None, left_out: int = L
         ):
             arrivals.append(time.perf_counter())
             peak = peak if chunk.statistics is None else chunk.statistics.peak_memory_bytes
-        # The loop has counted laps of its own: what MLX says now is the last one's.
+        # The loop resets MLX's peak several times, so its own maximum is used.
         return replace(_rates(arrivals, len(prompt), left_out), peak_bytes=peak)
 
     return run
 
 
 def mlx_lm_runner(model: Any, left_out: int = LEFT_OUT) -> Callable[..., Run]:
-    """The same of mlx-lm's loop, without its peak."""
+    """The same for mlx-lm's loop, without its peak."""
     from mlx_lm.generate import generate_step
 
     def run(prompt: list[int], num_tokens: int) -> Run:

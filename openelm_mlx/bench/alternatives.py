@@ -1,7 +1,7 @@
-"""Equal ways to the same numbers, timed against each other on this machine, so that it takes the faster ones.
+"""Equivalent kernels, timed against each other on this machine, so that models use the faster ones.
 
-Each was chosen by measurement on one machine and need not be right on another. Both ways of a pair run in turns; the one
-that is the default stays unless the other one is clearly faster. On the CPU backend there is nothing to choose.
+The defaults were chosen by measurements on one machine and need not be the best on another. Both kernels of a pair run in
+turns; the default stays unless the other one is clearly faster. On the CPU backend there is nothing to choose.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # A way that is not the default has to be faster by this much.
 MARGIN = 0.05
 _ROUNDS = 7
-# So many products in one graph: one alone is over before the host is.
+# How many products are put into one graph: a single one ends before the host has built the next.
 _IN_A_ROW = 32
 
 
@@ -103,7 +103,7 @@ def time_alternatives(sizes: Sizes | None = None) -> list[Timing | WaysTiming]:
 
 
 def winners(timings: Sequence[Timing | WaysTiming]) -> KernelChoices:
-    """The choices that they say."""
+    """The kernel choices that won."""
     found: dict[str, Any] = {each.name: each.winner for each in timings if each.is_chosen}
     return replace(default_choices(), **found)
 
@@ -121,7 +121,7 @@ def _in_turns(ways: Mapping[Any, Callable[[], None]]) -> dict[Any, float]:
 
 
 def _rows(sizes: Sizes) -> dict[Any, Callable[[], None]]:
-    """A prompt's sorted product with experts whose rows are as they are, or whole tiles."""
+    """A prompt's sorted product with experts' rows as stored, or padded to whole tiles."""
     x = mx.random.normal((sizes.routes, 1, sizes.inner)).astype(mx.bfloat16)
     experts = mx.sort(mx.random.randint(0, sizes.experts, (sizes.routes,))).astype(mx.uint32)
 
@@ -141,9 +141,9 @@ def _rows(sizes: Sizes) -> dict[Any, Callable[[], None]]:
 
 
 def _columns(sizes: Sizes) -> dict[Any, Callable[[], None]]:
-    """A token's products with its experts whose columns are as they are, or a multiple of 512 by zeros behind them.
+    """A token's products with its experts' columns as stored, or padded with zeros to a multiple of 512.
 
-    Metal's faster kernel for one row of 4 bits wants such a multiple: gpt-oss's 2,880 columns are none, 3,072 are.
+    Metal's faster kernel for one row of 4 bits needs such a multiple: 3,072 is one, gpt-oss's 2,880 is not.
     """
     experts = mx.array([0, 1, 2, 3], mx.uint32) % sizes.experts
     plain = mx.random.normal((sizes.experts, sizes.hidden, sizes.inner)).astype(mx.bfloat16) * sizes.inner**-0.5
@@ -178,7 +178,7 @@ def _columns(sizes: Sizes) -> dict[Any, Callable[[], None]]:
 
 
 def _places(sizes: Sizes) -> dict[Any, Callable[[], None]]:
-    """One token's attention over a long cache whose buffer has just the places, or some more."""
+    """One token's attention over a long cache whose buffer has the exact capacity, or more."""
     queries = mx.random.normal((1, sizes.heads, 1, sizes.head_dim)).astype(mx.bfloat16)
     sinks = mx.zeros((sizes.heads,), mx.bfloat16)
 
@@ -260,5 +260,5 @@ _ALTERNATIVES: dict[str, Callable[[Sizes], dict[Any, Callable[[], None]]]] = {
     "fuse_residual_add": _sums,
     "bias_apart": _biases,
 }
-# Timed for whoever decides whether models should be able to: name -> (its ways, the one that models have).
+# Timed only for information, since models cannot switch yet: name -> (kernels, the one in use).
 _TOLD: dict[str, tuple[Callable[[Sizes], dict[Any, Callable[[], None]]], Any]] = {"columns_in_a_tile": (_columns, 1)}

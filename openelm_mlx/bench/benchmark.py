@@ -1,7 +1,7 @@
 """The benchmark: rates of prefill and decode against mlx-lm on the same weights, start-up times, and the peak of loading.
 
 Both libraries run in one process, turn by turn, so that what disturbs the machine disturbs both; medians are compared.
-What is about a process (start-up, the peak of loading) is measured in fresh processes.
+Start-up times and the peak of loading are measured in fresh processes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure: the median of `samples`, beside mlx-lm's where there is one, and the limit that it keeps to.
+    """One measured figure: the median of `samples`, mlx-lm's samples if there are any, and a limit for it.
 
     ratio: ours over mlx-lm's, for rates (larger is better). limit: "<= 0.3" or ">= 1.0", of the ratio when there is one.
     """
@@ -74,8 +74,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. prompt_tokens and completion_tokens a run; rounds: how many times each side runs; preset: as `load`'s,
-    and mlx-lm's model is packed alike.
+    """What to measure. prompt_tokens, completion_tokens: of each run; rounds: how many times each side runs; preset: as for
+    `load`; mlx-lm's model is quantized in the same way.
     """
 
     source: SourceName = "demo-openelm"
@@ -110,7 +110,7 @@ def run_benchmark(settings: Settings) -> Iterator[Figure]:
 
 
 def machine_description() -> str:
-    """Where the figures were taken: machine, system, MLX's device and version."""
+    """The machine, system, MLX device and version that figures were measured with."""
     info = mx.device_info()
     device = info.get("device_name") or platform.processor() or platform.machine()
     return (
@@ -148,7 +148,7 @@ def load_peak_figure(settings: Settings) -> Figure:
     )
     if finished.returncode:
         raise CheckpointError(f"Loading {settings.source} failed: {finished.stderr.strip().splitlines()[-1]}")
-    # A matrix that is packed as it is read is there twice for a moment.
+    # A matrix that is quantized as it is read is briefly in memory twice.
     limit = "<= 1.02" if preset_bits(settings.preset) is None else None
     return Figure("load peak / tensor bytes", "", [float(finished.stdout)], limit=limit)
 
@@ -173,8 +173,8 @@ def _seconds_to_first_output(command: Sequence[str]) -> float:
 
 
 def rate_figures(settings: Settings) -> list[Figure]:
-    """Tokens a second of prefill and decode, ours and mlx-lm's in turns, on the same random prompt; what part of the machine's
-    limits ours are; seconds to the first token; and the most memory in use.
+    """Tokens a second of prefill and decode, ours and mlx-lm's in turns, on the same random prompt; the share of the machine's
+    limits that ours reach; seconds to the first token; and peak memory.
 
     In one process, unless both models do not fit: then each run has a process of its own.
     """
@@ -194,7 +194,7 @@ def rate_figures(settings: Settings) -> list[Figure]:
             other = _mlx_lm_model(settings.source, settings.preset)
             runs["mlx-lm"] = _mlx_lm_runs(other, prompt, settings.completion_tokens)
     for round_number in range(settings.rounds + 1):
-        # Who goes first alternates; round 0 warms up and does not count, as a fresh process does by itself.
+        # The order alternates; round 0 is the warm-up and does not count. A fresh process warms up by itself.
         if is_apart and not round_number:
             continue
         for name in sorted(runs, reverse=bool(round_number % 2)):
@@ -239,7 +239,7 @@ def _mlx_lm_runs(model: object, prompt: list[int], num_tokens: int) -> Callable[
 
 
 def _in_a_fresh_process(settings: Settings, side: str) -> Run:
-    """One run of one side that counts, behind one that warms up."""
+    """One run of one side after a warm-up run, in a fresh process."""
     words = (
         str(settings.source),
         side,
@@ -251,7 +251,7 @@ def _in_a_fresh_process(settings: Settings, side: str) -> Run:
 
 
 def _alone(source: str, side: str, prompt_tokens: int, completion_tokens: int, preset: str | None) -> Run:
-    """What such a process does."""
+    """The work of such a process."""
     prompt = _prompt(spec_from_config(read_config(locate(source))), prompt_tokens)
     run = (
         _our_runs(load(source, preset=preset)[0], prompt, completion_tokens)
@@ -263,7 +263,7 @@ def _alone(source: str, side: str, prompt_tokens: int, completion_tokens: int, p
 
 
 def _mlx_lm_model(source: SourceName, preset: str | None) -> object:
-    """mlx-lm's model of a source, its matrices that are not packed yet packed as a preset packs ours."""
+    """mlx-lm's model of a source, with the matrices quantized that a preset quantizes in ours."""
     try:
         from mlx_lm.utils import load_model
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A comparison as a picture: a bar for each side of a measure, its median with the spread of the samples."""
+"""A comparison as a chart: a bar for each side of a measure, its median with the spread of the samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Samples = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def check_chart(file: str | None, overwrite: bool = False) -> Path | None:
-    """The file of a chart, before anything is measured. Raises SettingError for a type that is none, DestinationError."""
+    """Check the file of a chart before anything is measured. Raises SettingError for an unknown type, and DestinationError."""
     if file is None:
         return None
     path = Path(file)
@@ -33,13 +33,11 @@ def check_chart(file: str | None, overwrite: bool = False) -> Path | None:
 
 
 def save_chart(figure: Any, file: Path, overwrite: bool = False, is_tight: bool = True) -> None:
-    """Write a figure of matplotlib's and forget it; is_tight: its parts are moved until none overlaps. Raises
-    DestinationError.
-    """
+    """Write a matplotlib figure and close it; is_tight: its parts are moved until none overlaps. Raises DestinationError."""
     from matplotlib import pyplot as plt
 
     kind = file.suffix.removeprefix(".")
-    # By this the next chart knows that it may take the file's place.
+    # Marks the file as ours, so that the next chart may replace it.
     metadata = {"Software": PROGRAM} if kind == "png" else {"Title": PROGRAM}
     if is_tight:
         figure.tight_layout()

@@ -1,6 +1,6 @@
-"""What disturbs a measurement on a laptop: battery, low-power mode, heat, other work. Told beside every figure.
+"""What disturbs a measurement on a laptop: battery, low-power mode, heat, other work. Reported with every figure.
 
-Each fact comes from a command or file of the system; where that is missing the fact is left out, never guessed.
+Each fact comes from a command or file of the system; if that is missing, the fact is left out, never guessed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ..memory.machine import read_fact
 # A program's standard output, or None when it does not exist or fails.
 Run = Callable[[list[str]], str | None]
 
-# More work than this per core, other than ours, and the figures scatter.
+# With more load per core than this from other programs, figures scatter.
 BUSY_LOAD = 0.5
 
 
 def disturbances(
     system: str = sys.platform, run: Run | None = None, root: Path = Path("/"), load: float | None = None
 ) -> list[str]:
-    """Sentences about what may spoil the figures; empty when nothing known does. Every source can be injected.
+    """Sentences about what may distort the figures; empty if nothing is known to. Every source can be injected.
 
     load: the system's load average over a minute for each core.
     """

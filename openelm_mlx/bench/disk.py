@@ -20,13 +20,13 @@ from ..memory.macos import forget_file
 THREADS = (1, 2, 4, 8, 16)
 # Read at once by each thread: about what an expert of gpt-oss-20b has in one of its two files' tensors.
 PIECE_BYTES = 4 * 2**20
-# A cold read that is not slower than this part of a warm one came out of the cache all the same.
+# A cold read faster than this share of a warm one came from the cache after all.
 CLEARLY_SLOWER = 0.8
 
 
 @dataclass(frozen=True)
 class DiskRate:
-    """Bytes a second with so many threads: from the disk, and from the system's cache."""
+    """Bytes a second with this number of threads: from the disk, and from the system's cache."""
 
     threads: int
     cold: float
@@ -41,7 +41,7 @@ def disk_rates(
 ) -> list[DiskRate]:
     """A rate for each number of threads, with a file in `folder` (the system's temporary one), as long as `has_time`.
 
-    Raises OSError where the disk cannot be written or read, ValueError where it gives back other bytes.
+    Raises OSError if the disk cannot be written or read, ValueError if it returns other bytes.
     """
     found: list[DiskRate] = []
     with random_file(num_bytes, folder) as (path, total):
@@ -55,16 +55,16 @@ def disk_rates(
 
 
 def cold_rate(rates: Sequence[DiskRate]) -> float | None:
-    """The fastest read from the disk; None where the system's cache seems to have answered."""
+    """The fastest read from the disk; None if the reads seem to have come from the system's cache."""
     cold, warm = max(each.cold for each in rates), max(each.warm for each in rates)
     return cold if cold < CLEARLY_SLOWER * warm else None
 
 
 @contextmanager
 def random_file(num_bytes: int, folder: Path | None = None) -> Iterator[tuple[Path, int]]:
-    """A file of so many random bytes, on the disk, and a digest of them; gone when the block is left.
+    """A file of `num_bytes` random bytes and their digest; deleted when the block ends.
 
-    No more than an eighth of what is free there, and no less than one piece.
+    It has at most an eighth of the free space, but at least one piece.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix="openelm_mlx-disk-") as place:
         pieces = max(1, min(num_bytes, shutil.disk_usage(place).free // 8) // PIECE_BYTES)
@@ -79,7 +79,7 @@ def random_file(num_bytes: int, folder: Path | None = None) -> Iterator[tuple[Pa
 
 
 def drop_from_cache(path: Path) -> None:
-    """Have the system forget what it keeps of a file in memory, where it can be asked."""
+    """Drop a file from the system's file cache, if the system can."""
     if not hasattr(os, "posix_fadvise"):
         forget_file(path)
         return
@@ -103,7 +103,7 @@ def _read(path: Path, threads: int, expected: int) -> float:
     for piece in buffers:
         found ^= _digest(piece)
     if any(each != PIECE_BYTES for each in done) or found != expected:
-        raise ValueError("other bytes were read than had been written")
+        raise ValueError("the bytes read differ from those written")
     return seconds
 
 

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 
 
 def run_fresh(module: str, *words: str, what: str, environment: Mapping[str, str] | None = None) -> Any:
-    """What `python -m MODULE WORDS` prints as JSON. Raises CheckpointError with `what` and its last words when it fails."""
+    """The JSON that `python -m MODULE WORDS` prints. Raises CheckpointError with `what` and its last line when it fails."""
     command = [sys.executable, "-m", module, *words]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if finished.returncode:

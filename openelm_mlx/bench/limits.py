@@ -1,7 +1,7 @@
-"""What this machine can do at most, measured in the same run: bytes moved and multiplications a second.
+"""The machine's limits, measured in the same run: memory bandwidth, and operations a second.
 
-A rate of a model is a part of these: decode reads every active weight once a token, prefill multiplies by each once. On a
-GPU both are measured with MLX itself. MLX's CPU backend has reference kernels, so there NumPy's stand for the machine.
+A model's rate is a share of these: decode reads every active weight once a token, prefill multiplies by each once. On a
+GPU both are measured with MLX itself. MLX's CPU backend has reference kernels, so there NumPy's are measured instead.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Limits:
         return asdict(self)
 
     def of_bandwidth(self, bytes_per_token: float, tokens_per_second: float) -> float:
-        """The part of the bandwidth that decoding at this rate uses."""
+        """The share of the bandwidth that decoding at this rate uses."""
         return bytes_per_token * tokens_per_second / self.bandwidth
 
     def of_flops(self, operations_per_token: float, tokens_per_second: float) -> float:
-        """The part of the arithmetic that a prompt at this rate uses."""
+        """The share of the arithmetic that prefill at this rate uses."""
         return operations_per_token * tokens_per_second / self.flops
 
 

@@ -1,7 +1,7 @@
-"""What the planner predicts beside what is used: random models of many shapes, each run in a process of its own.
+"""The planner's predictions compared with real use: random models of many shapes, each run in a process of its own.
 
-A peak is only known once: of a process, and of MLX in it. So every pair of a shape and a prompt is loaded, filled and
-decoded from in a fresh process, as a user would do it.
+A process, and MLX in it, has only one peak. So every pair of a shape and a prompt is loaded and run in a fresh process, as
+a user would do it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .random_checkpoint import write_random_checkpoint
 from .random_gpt_oss import write_random_gpt_oss
 from .random_pair import shape_config
 
-# What `plan --calibrate` measures: shapes of both families, each large enough that its sums are no roundings.
+# What `plan --calibrate` measures: shapes of both families, large enough that rounding does not matter.
 CALIBRATION_SHAPES = (
     "OpenELM-270M, 4 layers",
     "OpenELM-1.1B, 3 layers",
@@ -35,7 +35,7 @@ CALIBRATION_PROMPTS = 512, 64
 
 # How many tokens are decoded after a prompt.
 NEW_TOKENS = 8
-# On the CPU backend, what one run may multiply: active parameters times tokens. It does some 10^9 a second.
+# On the CPU backend, the limit for one run of active parameters times tokens. It computes about 10^9 a second.
 MOST_MACS_ON_CPU = 45e9
 
 
@@ -66,9 +66,9 @@ SHAPES: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Bytes; prompt: tokens. planned and peak as MLX counts, the other two of the whole process.
+    """One run. All in bytes, prompt in tokens. planned and peak: MLX's memory; the other two: the whole process's.
 
-    peak_process: 0 where a GPU has a memory of its own, which the process's does not show.
+    peak_process: 0 on a GPU with its own memory, which the process's peak does not include.
     """
 
     shape: str
@@ -83,12 +83,12 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """What was planned over what was used, of MLX's memory."""
+        """MLX's planned memory divided by its peak."""
         return self.planned / self.peak
 
     @property
     def process_ratio(self) -> float:
-        """The same of the process's; 0 where that is not known."""
+        """The same for the process; 0 if its peak is not known."""
         return self.planned_process / self.peak_process if self.peak_process else 0.0
 
     def line(self) -> str:
@@ -132,7 +132,7 @@ def rows(
 
 
 def _in_a_fresh_process(path: Path, prompt_tokens: int, calibrated: bool) -> dict[str, int]:
-    # Where nothing is stored no correction is applied.
+    # With an empty cache folder no correction is applied.
     environment = None if calibrated else {**os.environ, "OPENELM_MLX_CACHE": str(path.parent / "nothing")}
     found: dict[str, int] = run_fresh(
         "openelm_mlx.bench.memory", str(path), str(prompt_tokens), what=f"A run with {prompt_tokens} tokens",

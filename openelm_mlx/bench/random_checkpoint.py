@@ -1,4 +1,4 @@
-"""Random weights in the shape of a real model: to measure memory and speed where no download is wanted."""
+"""Random weights in the shape of a real model, to measure memory and speed without a download."""
 
 from __future__ import annotations
 

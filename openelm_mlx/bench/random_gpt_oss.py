@@ -1,7 +1,7 @@
-"""Random gpt-oss checkpoints of any size in OpenAI's own layouts, real or sparse: to measure what cannot be downloaded.
+"""Random gpt-oss checkpoints of any size in OpenAI's own layouts, real or sparse, to measure without a download.
 
-The bytes are random where OpenAI's are, and sized so that activations stay ordinary numbers: a matrix has the standard
-deviation columns^-0.5, MXFP4 ones too (by the choice of their scales).
+The weights are scaled so that activations stay in the usual range: a matrix has the standard deviation columns^-0.5,
+MXFP4 ones too (by the choice of their scales).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def write_random_gpt_oss(
 ) -> Path:
     """Write a random gpt-oss of this config as OpenAI lays its files out, in the memory of one slice of a tensor.
 
-    layout: "openai-hf" (the repository's own files) or "openai-original" (its folder original/). sparse: the headers are
-    real and the tensors holes that read as zeros, so that 65 GB take no room on most file systems. The same seed gives
+    layout: "openai-hf" (the repository's own files) or "openai-original" (its folder original/). sparse: real headers, but
+    tensors that read as zeros and take no space on most file systems, even 65 GB of them. The same seed gives
     the same bytes. Raises ConfigError, SettingError and DestinationError.
     """
     spec = spec_from_config(config)
@@ -56,7 +56,7 @@ def write_random_gpt_oss(
     fingerprint = f"random gpt-oss, seed {seed}, {json.dumps(dict(config), sort_keys=True)}, {layout}"
     with CheckpointWriter(destination, files, fingerprint) as writer:
         numbers = {tensor.name: number for number, tensor in enumerate(tensors)}
-        for tensor in writer.remaining:  # in the writer's order, which puts what is badly aligned last
+        for tensor in writer.remaining:  # in the writer's order, with unaligned tensors last
             random = np.random.Generator(np.random.SFC64([seed, numbers[tensor.name]]))
             writer.write(tensor.name, _random_bytes(tensor, random))
         writer.assemble(others)
@@ -78,7 +78,7 @@ def _random_bytes(tensor: OutputTensor, random: np.random.Generator) -> Iterator
 
 
 def _values(tensor: OutputTensor, count: int, random: np.random.Generator) -> np.ndarray:
-    """float32 numbers of the size that such a tensor has."""
+    """`count` random float32 numbers on the scale of such a tensor."""
     if tensor.name.endswith(("norm.weight", "norm.scale")):
         return 1 + 0.1 * random.standard_normal(count, np.float32)
     if len(tensor.shape) == 2 and not tensor.name.endswith("bias"):

@@ -27,7 +27,7 @@ SHAPES = ("gpt-oss-20b", "openelm-270m", "openelm-450m", "openelm-1.1b", "openel
 
 
 def shape_config(shape: str, num_layers: int | None = None) -> dict[str, Any]:
-    """The config of a released shape, with fewer layers when asked. Raises SettingError for a name that is none."""
+    """The config of a released shape, perhaps with fewer layers. Raises SettingError for an unknown name."""
     if shape not in SHAPES:
         raise SettingError(f"There is no shape {shape!r}: choose among {', '.join(SHAPES)}.")
     is_gpt_oss = shape.startswith("gpt-oss")
@@ -40,7 +40,7 @@ def shape_config(shape: str, num_layers: int | None = None) -> dict[str, Any]:
     num_layers = len(spec.layers) if num_layers is None else num_layers
     if not 1 <= num_layers <= len(spec.layers):
         raise SettingError(
-            f"{shape} has {len(spec.layers)} layers: give --layers from 1 to {len(spec.layers)}, and not {num_layers}."
+            f"{shape} has {len(spec.layers)} layers: give --layers from 1 to {len(spec.layers)}, not {num_layers}."
         )
     if is_gpt_oss:
         return {**config, "num_hidden_layers": num_layers}
@@ -50,9 +50,9 @@ def shape_config(shape: str, num_layers: int | None = None) -> dict[str, Any]:
 def random_pair(
     config: Mapping[str, Any], bits: int | None = None, theirs: bool = True, ours: bool = True
 ) -> tuple[Model, Any]:
-    """Our model and mlx-lm's (None when not asked for) with the same random weights, in bfloat16, or packed to `bits`.
+    """Our model and mlx-lm's (None unless `theirs`) with the same random weights, in bfloat16, or quantized to `bits`.
 
-    ours: False leaves our model without numbers, and nothing in memory but mlx-lm's.
+    ours: False leaves our model without weights, so that only mlx-lm's are in memory.
     """
     spec = spec_from_config(config)
     model = build_model(spec)
@@ -60,7 +60,7 @@ def random_pair(
     weights = {}
     for name, array in tree_flatten(model.parameters()):
         weights[name] = _random_like(name, array, spec.keeps_float32(name))
-        mx.eval(weights[name])  # one at a time: what it is drawn from is twice its size
+        mx.eval(weights[name])  # one at a time: drawing needs twice its size
     other = _mlx_lm_model(config, spec, weights, packings, ours) if theirs else None
     if not ours:
         return model, other
@@ -72,7 +72,7 @@ def random_pair(
 
 
 def _pack(model: Model, bits: int | None) -> dict[str, Quantization]:
-    """Pack gpt-oss's experts as released, and with `bits` every other matrix but routers; which modules, and how."""
+    """Quantize gpt-oss's experts as released, and with `bits` all other matrices but routers; return module -> packing."""
     packings: dict[str, Quantization] = {}
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -110,7 +110,7 @@ def _mlx_lm_model(
     packings: Mapping[str, Quantization],
     keeps: bool,
 ) -> Any:
-    """mlx-lm's model with these weights; unless `keeps`, they are taken out of the dictionary one after the other."""
+    """mlx-lm's model with these weights; unless `keeps`, they are removed from the dictionary one by one."""
     try:
         from mlx_lm.utils import _get_classes
     except ImportError as error:
@@ -133,7 +133,7 @@ def _mlx_lm_model(
 
 
 def _their_parts(name: str, array: mx.array, spec: Any) -> Iterator[tuple[str, mx.array]]:
-    """mlx-lm keeps q, k and v apart, and gate and up."""
+    """mlx-lm stores q, k and v separately, and gate and up."""
     if spec.family == "gpt_oss" and ".qkv_proj." in name:
         layer = spec.layers[0]
         ends = [layer.num_heads * layer.head_dim, (layer.num_heads + layer.num_kv_heads) * layer.head_dim]

@@ -1,7 +1,7 @@
-"""What may stand in a report that people put into a public issue: nothing that says whose machine it is.
+"""Removing personal data from a report that users attach to a public issue.
 
-Paths keep what comes behind the home folder; names of users, machines and disks are left out, wherever they come from: an
-error's message has paths, and a path has them all.
+Paths keep only the part after the home folder; names of users, machines and disks are removed wherever they appear: error
+messages have paths, and a path may have all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Names that say nothing of anybody, and stand in reports for other reasons.
+# Names that identify nobody and occur in reports for other reasons.
 _ANYBODY = {
     "root",
     "user",
@@ -33,7 +33,7 @@ _ANYBODY = {
 }
 # Somebody's folder on macOS and Linux; a disk; each user's own temporary folder on macOS.
 _HOMES = re.compile(r"/(?:Users|home)/(?!Shared\b)[^/\s'\":,)]+")
-# A disk is called as people like ("Eve O'Brien (old)"): up to the next slash, or to what ends a path in a sentence.
+# A disk may have any name ("Eve O'Brien (old)"): it ends at the next slash, or where a path ends in a sentence.
 _DISKS = re.compile(r"/Volumes/(?:(?:[^/'\":\n]|'(?=\w))+(?=/)|(?:[^/'\":,)\n]|'(?=\w))+)")
 _TEMPORARY = re.compile(r"(?:/private)?/var/folders/[^/\s]+/[^/\s]+")
 
@@ -41,9 +41,9 @@ _TEMPORARY = re.compile(r"(?:/private)?/var/folders/[^/\s]+/[^/\s]+")
 def cleaner(
     home: Path | None = None, names: Sequence[str] | None = None, temporary: str | None = None
 ) -> Callable[[Any], Any]:
-    """A function that takes whose machine this is out of a text, or out of all texts in a value of JSON's types.
+    """A function that removes personal names and paths from a text, or from all texts in a JSON value.
 
-    home, names, temporary: of this user and machine where they are None.
+    home, names, temporary: None: those of this user and machine.
     """
     home = Path.home() if home is None else home
     names = personal_names() if names is None else names
@@ -70,7 +70,7 @@ def cleaner(
 
 
 def personal_names() -> list[str]:
-    """What this machine and its user are called, as far as the system says so."""
+    """The names of this machine and its user, as far as the system reports them."""
     hosts = [platform.node()]
     users = [os.environ.get("USER", ""), os.environ.get("LOGNAME", ""), Path.home().name]
     with contextlib.suppress(OSError):

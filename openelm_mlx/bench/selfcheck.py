@@ -1,8 +1,8 @@
-"""Whether this machine computes what it should: fifteen checks for a machine that nobody here has, and their outcomes.
+"""Whether this machine computes correctly: fifteen checks for machines that the developers do not have.
 
-Each check is a function that returns what it saw, or raises `CheckFailed` or `NotHere`; what should come out stands beside
-it. They run in a process of their own: a kernel that never ends, or that takes the process with it, costs its own check
-and no other one. The cheap ones come first.
+Each check is a function that returns what it saw, or raises `CheckFailed` or `NotHere`; the expected result is listed with
+it. Checks run in a process of their own: a kernel that never ends, or crashes, fails only its own check. The cheap checks
+come first.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Seconds for all checks and for what is timed after them, on the slowest Mac.
+# Seconds for all checks and the timings after them, on the slowest Mac.
 MOST_SECONDS = 280.0
-# Of these, what is left to timings.
+# The part of these that is reserved for timings.
 TIMING_SECONDS = 80.0
-# What a worker prints before an outcome: whatever else is printed there is none.
+# What a worker prints before an outcome; any other output is ignored.
 _MARK = "selfcheck-outcome:"
-# Python and MLX, imported.
+# Seconds for starting Python and importing MLX.
 _START_SECONDS = 30.0
-# Past all the time there is, the last check may take so many seconds more; and how long a killed process is waited for.
+# How many seconds the last check may exceed the total, and how long a killed process is waited for.
 _LATE_SECONDS, _KILL_SECONDS = 10.0, 5.0
 
 
 class CheckFailed(Exception):
-    """A check saw something else than it should; the message says what."""
+    """A check found something wrong; the message says what."""
 
 
 class NotHere(Exception):
-    """A check has no meaning on this machine; the message says why."""
+    """A check does not apply to this machine; the message says why."""
 
 
 class Clock:
-    """How many seconds are left to one check: a heavy one does as much as there is time for."""
+    """How many seconds are left for one check: a long one does as much as there is time for."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._end = clock, clock() + seconds
@@ -53,13 +53,13 @@ class Clock:
         return self._end - self._clock()
 
     def has(self, seconds: float) -> bool:
-        """Whether so many seconds are left."""
+        """Whether `seconds` seconds are left."""
         return self.left() >= seconds
 
 
 @dataclass(frozen=True)
 class Check:
-    """number: as in docs/first_mac.md. expected: what should come out, for people. seconds: the most it may take."""
+    """One check. number: fixed, for reports. expected: the expected result, for people. seconds: the most it may take."""
 
     number: int
     name: str
@@ -70,7 +70,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check's result. passed is None where it has no meaning on this machine, or had no time."""
+    """One check's result. passed is None if it does not apply to this machine, or had no time."""
 
     number: int
     name: str
@@ -110,7 +110,7 @@ def all_checks() -> dict[int, Check]:
         ),
         Check(9, "compiled step", "as the plain step; no piece has too many inputs", 40, models.check_compiled_step),
         Check(
-            6, "experts' products", "equal bits within a kernel, whoever else is in the batch", 40,
+            6, "experts' products", "equal bits within a kernel, whatever other rows are in the batch", 40,
             kernels.check_expert_products,
         ),
         Check(
@@ -129,7 +129,7 @@ def all_checks() -> dict[int, Check]:
             13, "a prompt of 2,048 at once", "the GPU's watchdog lets it through", 60, models.check_prompt_chunk,
         ),
         Check(
-            15, "used memory", "within 1 GB of memory_pressure; a file that was read is none", 40, machine.check_used_memory,
+            15, "used memory", "within 1 GB of memory_pressure; cached files do not count", 40, machine.check_used_memory,
         ),
     ]  # fmt: skip
     return {check.number: check for check in found}
@@ -160,8 +160,8 @@ def run_checks(
 ) -> Iterator[Outcome]:
     """Run checks in another process, an outcome at a time, all within `seconds`.
 
-    A check that takes longer than its own seconds is ended and has failed; so has one whose process ends. One that has no
-    time left is not run. Who stops listening ends the process.
+    A check that exceeds its own seconds is killed and has failed; so has one whose process ends. A check without time left is
+    not run. Closing the iterator ends the process.
     """
     started, waiting, worker = clock(), list(checks), None
     try:
@@ -182,7 +182,7 @@ def run_checks(
                 took = clock() - began
                 reason = worker.end()
                 worker = None
-                # All the time there was, and less than it may have.
+                # It had all of the remaining time, but less than its own limit.
                 if reason is None and (limit < check.seconds or left + _LATE_SECONDS < usual):
                     outcome = _not_run(check, seconds)
                 else:
@@ -201,7 +201,7 @@ def _not_run(check: Check, seconds: float) -> Outcome:
 
 
 class Worker:
-    """A process that runs checks one after the other, and what it says of each."""
+    """A process that runs checks one after the other and reports each outcome."""
 
     def __init__(self, numbers: Sequence[int], seconds: float, environment: Mapping[str, str] | None = None) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `end`
@@ -221,7 +221,7 @@ class Worker:
         self._lines.put(None)
 
     def next(self, seconds: float) -> Outcome | None:
-        """The next outcome; None where none comes within so many seconds, or the process has ended."""
+        """The next outcome; None if none arrives within `seconds`, or the process has ended."""
         end = time.perf_counter() + seconds
         while True:
             try:
@@ -256,7 +256,7 @@ class Worker:
 
 
 def _worked(seconds: float, numbers: Sequence[int]) -> Iterator[str]:
-    """What a worker says, a line an outcome."""
+    """A worker's output, a line for each outcome."""
     clock, checks = Clock(seconds), all_checks()
     for number in numbers:
         outcome = run_check(checks[number], min(checks[number].seconds, clock.left()))

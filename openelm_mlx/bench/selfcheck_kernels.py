@@ -126,7 +126,7 @@ def check_expert_products(clock: Clock) -> str:
             if not mx.array_equal(results[0], results[1]):
                 off = mx.abs(results[0].astype(mx.float32) - results[1].astype(mx.float32)).max().item()
                 raise CheckFailed(
-                    f"{rows:,} x {columns:,}, {name}: a row's result moves by {off:.1e} with the rows beside it"
+                    f"{rows:,} x {columns:,}, {name}: a row's result changes by {off:.1e} with the other rows"
                 )
             exact = np.einsum("nk,nrk->nr", _wide(own[:, 0]), dequantized[np.array(chosen)])
             off = float(np.abs(_wide(results[0][:, 0]) - exact).max())

@@ -42,9 +42,9 @@ def facts(
     is_mac: bool | None = None,
     backend: str | None = None,
 ) -> dict[str, Any]:
-    """What the machine is, as far as kernels, memory and limits go; None for what it does not have. All can be injected.
+    """Facts about the machine that matter for kernels, memory and limits; None for missing ones. All can be injected.
 
-    Nothing in it says whose it is: no name of a user or a machine, no folder, no serial number.
+    They identify nobody: no name of a user or a machine, no folder, no serial number.
     """
     info = mx.device_info() if info is None else info
     run = output if run is None else run
@@ -108,7 +108,7 @@ def check_facts(clock: Clock, found: Mapping[str, Any] | None = None) -> str:
     return (
         "all known"
         + ("" if not unknown else f"; {chip_name(found['chip'])} is not in the table of chips")
-        + (f"; what may spoil timings: {', '.join(told)}" if told else "")
+        + (f"; timings may be distorted: {', '.join(told)}" if told else "")
     )
 
 
@@ -154,14 +154,14 @@ def _build() -> str:
 def check_wired_limit(
     clock: Clock, module: Any = mx, answers: Callable[[int], int] | None = None, charged: Callable[[], Any] = footprint
 ) -> str:
-    """The wired limit set once to what a model takes, 200 short answers, and back: memory is what it was. Metal only.
+    """Set the wired limit to a model's size, give 200 short answers, and restore it: memory must be as before. Metal only.
 
-    answers: gives so many and says how many there was time for; charged: the process's footprint.
+    answers: gives this many answers and returns how many there was time for; charged: the process's footprint.
     """
     if not module.metal.is_available():
         raise NotHere("the wired limit is Metal's")
     answers = _demo_answers(clock) if answers is None else answers
-    answers(2)  # what is made once is made before
+    answers(2)  # one-time allocations happen here
     module.clear_cache()
     active, before_footprint = module.get_active_memory(), charged()
     wanted = 256 * 2**20
@@ -207,7 +207,7 @@ def _demo_answers(clock: Clock) -> Callable[[int], int]:
 def check_peaks(clock: Clock) -> str:
     """After one request in a process of its own: MLX's peak, `ru_maxrss`, and what the system charges the process with."""
     if this_machine().backend == "cuda":
-        raise NotHere("the GPU has a memory of its own, which no peak of the process shows")
+        raise NotHere("the GPU has its own memory, which the process's peak does not include")
     found = run_fresh("openelm_mlx.bench.selfcheck_machine", "peaks", what="A process that measured its peaks")
     seen = ", ".join(f"{name} {each / 1e6:,.0f} MB" for name, each in found.items() if name != "plan")
     if found["the process's"] < found["MLX's"]:

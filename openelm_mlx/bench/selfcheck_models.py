@@ -89,17 +89,17 @@ def check_parity(clock: Clock) -> str:
     for name, (whole, cached) in parity().items():
         if not max(whole, cached) <= TOLERANCES[name]:
             raise CheckFailed(
-                f"{name}: logits are off by {whole:.1e} at one go and {cached:.1e} in pieces ({TOLERANCES[name]:g})"
+                f"{name}: logits are off by {whole:.1e} in one pass and {cached:.1e} in chunks ({TOLERANCES[name]:g})"
             )
         seen.append(f"{name} {whole:.1e} and {cached:.1e}")
     seen.append(_tf32())
     seen.append(_half_precision())
     seen.append(_answers())
-    return "at one go and in pieces: " + "; ".join(seen)
+    return "in one pass and in chunks: " + "; ".join(seen)
 
 
 def parity() -> dict[str, tuple[float, float]]:
-    """Fixture -> the largest difference of its logits, at one go and through a cache in pieces."""
+    """Fixture -> the largest difference of its logits, in one pass and in chunks through a cache."""
     found = {}
     for name in TOLERANCES:
         model, tokens, expected = _fixture(name)
@@ -112,7 +112,7 @@ def parity() -> dict[str, tuple[float, float]]:
 
 
 def _tf32() -> str:
-    """How far matrix units that round float32 would be off: told, and no failure."""
+    """The error with matrix units that round float32, for information only."""
     if runs_on_cpu():
         return "TF32 is a GPU's"
     environment = {**os.environ, "MLX_ENABLE_TF32": "1"}
@@ -142,7 +142,7 @@ def _answers() -> str:
         text = "".join(chunk.text for chunk in stream_generate(model, tokenizer, question, max_tokens=128))
         if word not in text:
             raise CheckFailed(f"{source} answers {question!r} with {text[:80]!r}, in which {word!r} is missing")
-    return "both demos answer as everywhere"
+    return "both demos answer as expected"
 
 
 # --- 8: experts on disk -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""What this machine decodes and reads prompts with: the terms of speed that plans go by (memory/rates.py), measured here.
+"""Measuring this machine's speed: the terms of decoding and prefill that plans use (memory/rates.py).
 
-Small random models of the released widths, a few layers each, so that each of them is slow for another reason: many narrow
-layers (the fixed time of a layer), few wide ones (weights), a long context (keys and values). They are written, loaded and
-decoded from as a user's are, in turns, so that what disturbs the machine disturbs all; medians count.
+Small random models of the released widths with a few layers are slow for different reasons: many narrow layers (the fixed
+time of a layer), few wide ones (weights), a long context (keys and values). They are written, loaded and run like a user's,
+in turns, so that a disturbance affects all; medians are used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Clock = Callable[[], float]
 
 FAMILIES = ("gpt_oss", "openelm")
-# Rounds that count, behind one that warms up; no round begins after so many seconds but the first three.
+# Rounds after the warm-up; after this many seconds no round begins, except the first three.
 ROUNDS, FEWEST_ROUNDS, SECONDS = 9, 3, 12.0
 # Of the file that the disk is asked for.
 DISK_BYTES, DISK_BYTES_ON_CPU = 2**30, 2**28
@@ -58,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed: `run` decodes `tokens` tokens, or reads as many of a prompt where is_prompt."""
+    """One timed task: `run` decodes `tokens` tokens, or with is_prompt reads a prompt of that many."""
 
     name: str
     spec: ModelSpec
@@ -70,7 +70,7 @@ class Work:
 
 
 def shapes(family: str, on_cpu: bool) -> tuple[Shape, ...]:
-    """What is measured of a family: of the widths that were released, fewer and narrower on MLX's CPU backend."""
+    """The measured shapes of a family: with released widths; fewer and narrower on MLX's CPU backend."""
     return _gpt_oss_shapes(on_cpu) if family == "gpt_oss" else _openelm_shapes(on_cpu)
 
 
@@ -125,9 +125,9 @@ def _openelm_shapes(on_cpu: bool) -> tuple[Shape, ...]:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was found. rates: of the families whose runs can be believed; reasons: why those of the others cannot.
+    """The measured speeds. rates: of families with credible runs; reasons: why the others have none.
 
-    disk: bytes a second; None where it was not measured, or the system's cache answered.
+    disk: bytes a second; None if it was not measured, or the reads came from the system's cache.
     """
 
     rates: Mapping[str, MeasuredRates]
@@ -144,7 +144,7 @@ class Speeds:
                 f"values at {each.keys_values / 1e9:.3g} GB/s{prompt}"
             )
         for family, reason in self.reasons.items():
-            yield f"{family}: not kept, plans go on as before: {reason}"
+            yield f"{family}: not kept, plans stay as before: {reason}"
         if self.disk is not None:
             yield f"disk: {self.disk / 1e9:.2g} GB/s"
 
@@ -163,9 +163,9 @@ def measured_speeds(
     with_disk: bool = True,
     left: Callable[[], float] | None = None,
 ) -> Speeds:
-    """What this machine reaches, in well under a minute; nothing is stored. Raises OSError where the disk is full.
+    """Measure this machine's speeds, in well under a minute; nothing is stored. Raises OSError if the disk is full.
 
-    left: how many seconds there are; a family that may take longer, by what the one before took, is left out.
+    left: returns the remaining seconds; a family that would take longer, judging by the previous one, is skipped.
     """
     rows: list[Timed] = []
     took = 0.0

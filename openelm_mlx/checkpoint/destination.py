@@ -13,14 +13,14 @@ from ..finder import DISK_IS_GONE, is_empty
 
 
 def check_destination(destination: Path) -> None:
-    """Raise DestinationError when there is something at `destination` already; an empty folder is nothing."""
+    """Raise DestinationError when something exists at `destination` already; an empty folder is accepted."""
     try:
         if destination.is_dir() and is_empty(destination):
             return
         if os.path.lexists(destination):
-            kind = "folder with files in it" if destination.is_dir() else "file"
+            kind = "a folder with files in it" if destination.is_dir() else "a file"
             raise DestinationError(
-                f"{destination} is a {kind} already, and nothing is overwritten: choose another destination, or move it away."
+                f"{destination} exists already ({kind}); nothing is overwritten: choose another destination, or move it away."
             )
     except OSError as error:
         raise destination_error(error, destination) from error
@@ -44,7 +44,7 @@ def destination_error(error: OSError, destination: Path) -> DestinationError:
     """What an error of the disk means for this destination, and what to do about it, in a sentence."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DestinationError(
-            f"The disk of {destination.parent} got full while {destination.name} was written, and nothing of it was kept: "
+            f"The disk of {destination.parent} is full; what was written of {destination.name} has been removed: "
             "make room, or choose a destination on another disk."
         )
     reason = error.strerror or str(error)
@@ -54,5 +54,5 @@ def destination_error(error: OSError, destination: Path) -> DestinationError:
         )
     return DestinationError(
         f"{destination} cannot be written ({reason}: {error.filename or destination.parent}): choose another destination, "
-        "or give yourself the right to write there."
+        "or make that folder writable for you."
     )

@@ -1,4 +1,4 @@
-"""Which tensors of a gpt-oss checkpoint make which parameter, in every layout in circulation.
+"""Which tensors of a gpt-oss checkpoint each parameter is made from, in every layout in circulation.
 
 The canonical names are those of the Hugging Face files, with two exceptions: q, k and v are one `qkv_proj`, as in
 OpenAI's original files, and expert matrices are modules with a `weight` (and `scales` where packed), gate and up
@@ -63,7 +63,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Assembly:
-    """How one parameter comes out of the checkpoint.
+    """How one parameter is made from the checkpoint's tensors.
 
     make: the arrays of `sources`, in order -> the parameter; None when the one source is it. dtype: the parameter's, by
     safetensors' name; None when it is that of its sources.
@@ -78,7 +78,7 @@ class Assembly:
 
 @dataclass(frozen=True)
 class GptOssContents:
-    """A gpt-oss checkpoint understood: its layout, its parameters by canonical name, how packed modules are packed."""
+    """What a gpt-oss checkpoint holds: its layout, its parameters by canonical name, the packing of packed modules."""
 
     layout: str
     assemblies: dict[str, Assembly]
@@ -88,8 +88,8 @@ class GptOssContents:
 def gpt_oss_contents(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], spec: ModelSpec) -> GptOssContents:
     """What each parameter is made of in a checkpoint with these tensors.
 
-    Whether every source is there, with its shape and type, is for the caller to check. Raises CheckpointError for names
-    of no known layout, ConfigError for packed weights without a description.
+    The caller checks that every source is there, with its shape and type. Raises CheckpointError for names of an unknown
+    layout, ConfigError for packed weights without a description.
     """
     layout = gpt_oss_layout(entries)
     assemblies: list[Assembly] = []
@@ -171,7 +171,7 @@ def _dense_expert(name: str, shape: tuple[int, ...], entries: Mapping[str, Tenso
 def _is_rows_first(name: str, stored: str, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]) -> bool:
     """Whether a layer's experts are stored as (E, out, in): what its gate_up says, or its down when that is square.
 
-    The down projection of both releases is square and says nothing of itself.
+    The down projection of both releases is square, so its shape does not tell.
     """
     is_down = ".down_proj." in name
     hidden, intermediate = shape[1:] if is_down else (shape[2], shape[1] // 2)
@@ -240,9 +240,9 @@ def _from_modules(
 
 @dataclass(frozen=True)
 class _Piece:
-    """A module whose rows are some of a parameter's: its path, the shape of its weight, how that is packed if it is.
+    """A module that holds some of a parameter's rows: its path, the shape of its weight, and its packing, if any.
 
-    scale_type: of its scales; of the weight itself where that is plain.
+    scale_type: the type of its scales; of the weight itself where it is not packed.
     """
 
     path: str
@@ -260,7 +260,7 @@ class _Piece:
 
     @property
     def parts(self) -> dict[str, tuple[str | None, tuple[int, ...]]]:
-        """Part -> (safetensors type where only one will do, shape)."""
+        """Part -> (safetensors type if only one is accepted, shape)."""
         if self.packing is None:
             return {"weight": (None, self.shape)}
         kinds: dict[str, tuple[str | None, tuple[int, ...]]] = {
@@ -274,7 +274,7 @@ _NOTHING = TensorEntry("", "BF16", (), Path(), 0, 0)
 
 
 def _widest(packings: list[Quantization]) -> Quantization:
-    """The affine packing that has all the numbers that these have."""
+    """The affine packing that can represent every number of these."""
     return Quantization(max(each.bits for each in packings), min(each.group_size for each in packings))
 
 
@@ -287,7 +287,7 @@ def _widened_and_joined(
     scale_type: str,
     spec: ModelSpec,
 ) -> Assembly:
-    """A part of pieces with different bits or groups (a mixed recipe gives v more than q and k): all as the widest."""
+    """A part of pieces with different bits or groups (a mixed recipe gives v more than q and k), all in the widest packing."""
     target = _widest(packings)
     pieces = zip(paths, packings, _piece_shapes(shape, len(paths), spec), strict=True)
     stored = [(path, packing.parts(piece, scale_type)[part]) for path, packing, piece in pieces]
@@ -312,14 +312,14 @@ def _joined(
 
 
 def _unpacked_and_joined(name: str, shape: tuple[int, ...], pieces: list[_Piece]) -> Assembly:
-    """Pieces that no one packing has the numbers of (some plain, or of two modes), unpacked to be one matrix."""
+    """Pieces that no single packing can represent (some not packed, or in two modes), unpacked into one matrix."""
     part_names = [list(piece.parts) for piece in pieces]
     sources = [
         StoredTensor(f"{piece.path}.{part}", part_shape, kind)
         for piece in pieces
         for part, (kind, part_shape) in piece.parts.items()
     ]
-    # float32 where anything is, so that nothing is rounded; else 16 bits, with bfloat16's range.
+    # float32 if any piece is float32, so that nothing is rounded; else 16 bits, with bfloat16's range.
     kind = "F32" if any(piece.scale_type == "F32" for piece in pieces) else "BF16"
     dtype = mx.float32 if kind == "F32" else mx.bfloat16
 
@@ -346,7 +346,7 @@ def unpacked(packing: Quantization, parts: Mapping[str, mx.array]) -> mx.array:
     weight = packing.dequantize(wide, mx.float32)
     if factor is None:
         return weight
-    # (E,): the largest number of each expert, for which 448 (E4M3) times 6 (E2M1) stands.
+    # (E,): the largest number of each expert, which is stored as 448 (E4M3) times 6 (E2M1).
     return weight * (factor / (448 * 6)).reshape(-1, *[1] * (weight.ndim - 1))
 
 

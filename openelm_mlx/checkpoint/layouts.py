@@ -1,4 +1,4 @@
-"""Who names which tensor how: the one table, and the way from a checkpoint's tensors to a model's parameters.
+"""Checkpoint layouts: which names each of them gives to tensors, and how a model's parameters are made from these tensors.
 
 The canonical names are those of Apple's Hugging Face files; mlx-lm, mlx-community and this library use them too.
 
@@ -51,7 +51,7 @@ OPENELM_UNUSED = ("transformer.classifier.weight",)
 
 @dataclass(frozen=True)
 class Parameter:
-    """How one parameter of the model comes out of the checkpoint: from which tensors, and what is done to them.
+    """How one parameter of the model is made: from which of the checkpoint's tensors, and by which function.
 
     name: canonical, e.g. "transformer.norm.weight". make: the arrays of `sources`, in order -> the parameter;
     None when the one source is it. dtype: safetensors' name of the stored type.
@@ -65,7 +65,7 @@ class Parameter:
 
     @property
     def module(self) -> str:
-        """The path of the module that it is a part of."""
+        """The path of the module that has this parameter."""
         return self.name.rpartition(".")[0]
 
     def read(self, checkpoint: Checkpoint) -> mx.array:
@@ -76,7 +76,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint understood: the model it holds, its layout's name, and its parameters by canonical name.
+    """What a checkpoint holds: the model's spec, the layout's name, and the parameters by canonical name.
 
     quantized: module path -> how its weight is packed, for modules that are.
     """
@@ -90,7 +90,7 @@ class Contents:
 def understand(checkpoint: Checkpoint, config: Mapping[str, Any], spec: ModelSpec) -> Contents:
     """Match the checkpoint's tensors with the parameters that `spec` has, by headers alone.
 
-    Raises CheckpointError for a tensor that is missing, left over, or of another shape or type than the config says.
+    Raises CheckpointError for a tensor that is missing, unknown, or has another shape or type than the config says.
     """
     if spec.family == "gpt_oss":
         return _understand_gpt_oss(checkpoint, config, spec)
@@ -199,7 +199,7 @@ def _merged_parameter(
         sources.append(_checked(entries[magnitude], magnitude, (rows,), None, checkpoint).name)
         return Parameter(name, shape, entry.dtype, tuple(sources), lambda w, a, b, m: merge_dora(w, a, b, m, scale))
     if embedding:
-        # Stored the other way round: A (r, vocab), B (D, r).
+        # Stored transposed: A (r, vocab), B (D, r).
         return Parameter(name, shape, entry.dtype, tuple(sources), lambda w, a, b: merge_lora(w, b.T, a.T, scale))
     return Parameter(name, shape, entry.dtype, tuple(sources), lambda w, a, b: merge_lora(w, a, b, scale))
 
@@ -244,9 +244,9 @@ def _adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _begins_with(pattern: str, module: str) -> bool:
-    """Whether a module's path begins with what a config's pattern means, in time that grows with their lengths alone.
+    """Whether a config's pattern matches the beginning of a module's path, in linear time.
 
-    Python's own engine would try a hostile pattern for years; pydantic's is linear, and has no look-around.
+    A hostile pattern would keep Python's own engine busy for years; pydantic's engine is linear, without look-around.
     """
     from pydantic import StringConstraints, TypeAdapter, ValidationError
     from pydantic_core import SchemaError
@@ -258,7 +258,7 @@ def _begins_with(pattern: str, module: str) -> bool:
         return False
     except SchemaError as error:
         raise ConfigError(
-            f"The config's adapter pattern {shown(pattern)} is not a regular expression that can be followed: correct it."
+            f"The config's adapter pattern {shown(pattern)} is not a supported regular expression: correct it."
         ) from error
     return True
 
@@ -282,12 +282,12 @@ def _checked(
     files = ", ".join(file.name for file in checkpoint.files[:3])
     if entry is None:
         raise CheckpointError(
-            f"The checkpoint ({files}) has no tensor {name}, which the config asks for: the two do not belong together, "
+            f"The checkpoint ({files}) has no tensor {name}, which the config requires: the two do not belong together, "
             "or a file is missing."
         )
     if entry.shape != shape:
         raise CheckpointError(
-            f"Tensor {name} in {entry.file.name} has shape {list(entry.shape)} and the config asks for {list(shape)}: "
+            f"Tensor {name} in {entry.file.name} has shape {list(entry.shape)} and the config requires {list(shape)}: "
             "the two do not belong together."
         )
     if entry.dtype != dtype if dtype is not None else entry.dtype not in FLOAT_TYPES:
@@ -297,7 +297,7 @@ def _checked(
 
 
 def _refuse_leftovers(entries: Mapping[str, TensorEntry], checkpoint: Checkpoint) -> None:
-    # Of a type that weights do not have: masks and the like, which other programs keep beside them.
+    # Not of a weight's type: masks and the like, which other programs store too.
     names = sorted(name for name, entry in entries.items() if entry.is_usable)
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -1,4 +1,4 @@
-"""Which tensors are quantized and how: the formats MLX has, the config that names them, and recipes for a whole model."""
+"""Quantization: MLX's formats, the config that describes them, and recipes for a whole model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 _GROUP_SIZES: dict[str, tuple[int, ...]] = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 _BITS: dict[str, tuple[int, ...]] = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 
-# Nobody asks for 1 bit, and MLX reads it.
+# 1 bit is not offered for quantizing, but MLX can read it.
 _STORED_BITS = {mode: (*bits, 1) if mode == "affine" else bits for mode, bits in _BITS.items()}
 
-# A scale byte of 255 stands for no number (OCP Microscaling Formats 1.0, section 5.4.1, E8M0; in nvfp4's E4M3 too).
+# A scale byte of 255 is NaN (OCP Microscaling Formats 1.0, section 5.4.1, E8M0; in nvfp4's E4M3 too).
 NOT_A_SCALE = 255
 
 RECIPES = ("2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4", "mixed")
@@ -71,9 +71,9 @@ def stored_quantization(
 ) -> Quantization:
     """How `module` (a path without `.weight`), whose weight is `shape` unpacked, was packed: as mlx-lm reads it.
 
-    `quantization` in the config has settings for the model and may have others by module path. Of those, a mode that is
-    missing is affine, whatever the model's is. A module that is not named, or by false, is what its tensors' types and
-    shapes say. Raises ConfigError when the config has nothing of the kind, or settings that MLX does not have.
+    `quantization` in the config has settings for the model and may have others by module path. In those, a missing mode
+    means affine, whatever the model's is. For a module that is not named, or set to false, the types and shapes of its
+    tensors decide. Raises ConfigError when the config has no such settings, or settings that MLX does not support.
     """
     whole = config.get("quantization") or config.get("quantization_config")
     if not isinstance(whole, Mapping):
@@ -89,7 +89,7 @@ def stored_quantization(
 
 
 def _checked(settings: Mapping[str, Any], module: str) -> Quantization:
-    """A config's settings, what they leave out filled in as MLX does. Raises ConfigError for what MLX does not have."""
+    """A config's settings, with MLX's defaults for missing ones. Raises ConfigError for what MLX does not support."""
     mode = "affine" if settings.get("mode") is None else settings["mode"]
     if not isinstance(mode, str) or mode not in _BITS:
         raise ConfigError(f"The config's quantization mode {shown(mode)} is not one of {', '.join(_BITS)}.")
@@ -102,7 +102,7 @@ def _checked(settings: Mapping[str, Any], module: str) -> Quantization:
 
 
 def _inferred(shape: tuple[int, ...], weight: TensorEntry | None, scales: TensorEntry | None) -> Quantization | None:
-    """The packing of tensors of these types and shapes; None when there is none. There is never more than one."""
+    """The packing that these types and shapes belong to, of which there is at most one; None when there is none."""
     if weight is None or scales is None or not weight.shape or not scales.shape:
         return None
     columns = shape[-1]
@@ -153,7 +153,7 @@ def parse_recipe(recipe: str | int, group_size: int | None = None) -> tuple[str,
     bits = int(name) if name.isdigit() else _BITS[mode][0]
     if group_size is not None and group_size not in _GROUP_SIZES[mode]:
         allowed = ", ".join(str(size) for size in sorted(_GROUP_SIZES[mode]))
-        raise SettingError(f"Group size {group_size} is not one that {name} quantization has: choose {allowed}.")
+        raise SettingError(f"Group size {group_size} does not exist for {name} quantization: choose {allowed}.")
     return name, Quantization(bits, group_size or _GROUP_SIZES[mode][0], cast(Mode, mode))
 
 
@@ -162,8 +162,8 @@ def quantization_of(
 ) -> Quantization | None:
     """What a recipe does to the parameter `name` of `shape`; None keeps it as it is.
 
-    Norms and other vectors stay, and so do gpt-oss's routers: a rounded router sends tokens to other experts, and all of
-    them together are 0.1 % of the model's bytes. "mixed" gives 8 bits to what hurts most when rounded: the embedding
+    Norms and other vectors stay, and so do gpt-oss's routers: a rounded router sends tokens to other experts, and all
+    routers together are 0.1 % of the model's bytes. "mixed" gives 8 bits to the most sensitive matrices: the embedding
     (which is the head too) and the first and the last eighth of the layers; in OpenELM the first are the narrowest, so
     that costs little.
     """

@@ -1,4 +1,4 @@
-"""What is in a checkpoint's files, known from headers alone, and one tensor at a time when it is wanted.
+"""Reading a checkpoint: its tensors are known from the headers alone, and read one at a time when needed.
 
 Two formats are read: safetensors (one file, or shards with an index) and CoreNet's PyTorch files (torch_file.py).
 `read` gives a lazy array: no byte of a tensor is touched before it is evaluated, and then exactly that tensor's bytes.
@@ -41,7 +41,7 @@ _MLX_TYPES = {
     "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "I64": mx.int64, "I32": mx.int32, "U32": mx.uint32,
     "I16": mx.int16, "U16": mx.uint16, "I8": mx.int8, "U8": mx.uint8,
 }  # fmt: skip
-# The format allows 100 MB; the largest header of a model read here has some 100 kB.
+# The format allows 100 MB; the largest header of a model read here has about 100 kB.
 MAX_HEADER_BYTES = 2**24
 _MAX_DIMENSIONS = 32
 
@@ -70,14 +70,14 @@ class Checkpoint(Protocol):
     files: tuple[Path, ...]
 
     def read(self, name: str) -> mx.array:
-        """The tensor of that name, not evaluated yet; each call reads anew, so that nothing is kept alive here."""
+        """The tensor of that name, not evaluated yet. Each call makes a new array, so nothing is kept alive here."""
 
 
 class SafetensorsCheckpoint:
     """Tensors of one or several safetensors files, every header checked before any tensor is read.
 
-    To be read by one thread. A file is open once, however many of its arrays are not evaluated yet: on macOS a program
-    that was started in a Terminal may have no more than 256 files open, and a model has hundreds of tensors.
+    Only one thread may read. A file is opened once, however many of its arrays are not evaluated yet: on macOS a program
+    started in a Terminal may have at most 256 files open, and a model has hundreds of tensors.
     """
 
     entries: Mapping[str, TensorEntry]
@@ -85,14 +85,14 @@ class SafetensorsCheckpoint:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = tuple(files)
-        # Lazy arrays that nobody has asked for yet. They share their file's descriptor and hold no bytes.
+        # Lazy arrays that were not read yet. They share their file's descriptor and hold no bytes.
         self._unread: dict[Path, dict[str, mx.array]] = {}
         entries: dict[str, TensorEntry] = {}
         for file in self.files:
             for entry in read_header(file).values():
                 if entry.name in entries:
                     other = entries[entry.name].file.name
-                    raise CheckpointError(f"Tensor {entry.name} stands both in {other} and in {file.name}: keep one.")
+                    raise CheckpointError(f"Tensor {entry.name} is in both {other} and {file.name}: keep one.")
                 entries[entry.name] = entry
         self.entries = entries
         self._odd_files = {entry.file for entry in entries.values() if not entry.is_usable}
@@ -103,14 +103,14 @@ class SafetensorsCheckpoint:
             return _read_now(entry)
         if name not in self._unread.get(entry.file, {}):  # the first of its file, or one that was read before
             self._unread[entry.file] = _lazy_arrays(entry.file)
-        array = self._unread[entry.file].pop(name, None)  # given away: what is evaluated does not stay here
+        array = self._unread[entry.file].pop(name, None)  # handed over: an evaluated array is not kept here
         if array is None or array.shape != entry.shape or array.dtype != _MLX_TYPES[entry.dtype]:
-            raise CheckpointError(f"{entry.file} has changed since its header was read: put it back, or load it again.")
+            raise CheckpointError(f"{entry.file} has changed since its header was read: restore it, or load it again.")
         return array
 
 
 def _read_now(entry: TensorEntry) -> mx.array:
-    """One tensor out of a file that MLX does not open, because others in it have types that MLX does not know."""
+    """One tensor from a file that MLX refuses, because other tensors in it have types that MLX does not know."""
     try:
         with open_regular(entry.file, CheckpointError) as stream:
             stream.seek(entry.start)
@@ -118,12 +118,12 @@ def _read_now(entry: TensorEntry) -> mx.array:
     except OSError as error:
         raise unreadable(entry.file, error, CheckpointError) from error
     if len(data) != entry.nbytes:
-        raise CheckpointError(f"{entry.file} ends inside of {entry.name}: download or copy it again.")
+        raise CheckpointError(f"{entry.file} ends within {entry.name}: download or copy it again.")
     return mx.array(data).view(_MLX_TYPES[entry.dtype]).reshape(entry.shape)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, or in one file of it. Raises CheckpointError when there is none that can be read."""
+    """The checkpoint in a folder, or in one file. Raises CheckpointError when there is none that can be read."""
     files = weight_files(path) if path.is_dir() or not os.path.lexists(path) else [path]
     if files[0].suffix in (".pt", ".pth"):
         from .torch_file import TorchCheckpoint  # few have one
@@ -135,7 +135,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the folder's weights: an index's shards, or one safetensors file, or one PyTorch file.
 
-    An index that names files which are not there is passed over where the whole model lies beside it in one file.
+    An index that names missing files is ignored if the whole model is beside it in one file.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -230,7 +230,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         return read_object(file, ConfigError)
     value = read_yaml(file, ConfigError)
     if not isinstance(value, dict):
-        raise ConfigError(f"{file} holds a {type(value).__name__}, no object with named fields.")
+        raise ConfigError(f"{file} holds a {type(value).__name__}, not an object with named fields.")
     return value
 
 
@@ -247,7 +247,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 class _Volume(frozenset[str]):
-    """The names in a folder; a name is among them too when the volume takes it for one of them in other letters or accents."""
+    """The names in a folder, compared as its volume compares them: perhaps ignoring case and the form of accents."""
 
     folder: Path
 
@@ -261,7 +261,7 @@ class _Volume(frozenset[str]):
 
 
 def _apart(files: Iterable[Path]) -> list[Path]:
-    """The files, each once: what an index spells in two ways may be one on this volume."""
+    """The files, each once: two spellings in an index may be the same file on this volume."""
     found: list[Path] = []
     for file in files:
         if not any(same_file(file, other) for other in found if is_same_name(file.name, other.name)):
@@ -270,9 +270,9 @@ def _apart(files: Iterable[Path]) -> list[Path]:
 
 
 def indexed_names(index: Mapping[str, Any], origin: str, there: Collection[str]) -> list[str]:
-    """The files of the folder of an index that hold its tensors; `there` are those that the folder has.
+    """The files that an index names for its tensors; `there` are the names of the files in its folder.
 
-    Raises CheckpointError when the index names none, names others than its folder's own, or when some are missing.
+    Raises CheckpointError when the index names no files, names files outside its folder, or some are missing.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -296,7 +296,7 @@ def indexed_names(index: Mapping[str, Any], origin: str, there: Collection[str])
 def _check_numbering(folder: Path, files: list[Path]) -> None:
     """Raise CheckpointError when shards without an index are numbered and one is missing.
 
-    They are counted from 1 to the number behind "of", or from 0 to it, as OpenAI does.
+    They are numbered from 1 to the number after "of", or from 0 as OpenAI does.
     """
     found = [re.search(r"-(\d+)-of-(\d+)\.", file.name) for file in files]
     numbers = {int(match[1]) for match in found if match}

@@ -1,4 +1,4 @@
-"""The shapes that Apple and OpenAI released, as configs and as files that have headers and nothing behind them."""
+"""The shapes that Apple and OpenAI released, as configs and as files with headers but without data."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def gpt_oss_config_file(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_released_headers(destination: Path, repo: str) -> bool:
-    """Files of a released repository's shape whose tensors are holes: what a plan looks at. False for other names."""
+    """Write files with the headers of a released repository and no data, enough for a plan. False for other names."""
     openelm = re.fullmatch(r"apple/OpenELM-(270M|450M|1_1B|3B)(-Instruct)?", repo, re.IGNORECASE)
     gpt_oss = re.fullmatch(r"openai/gpt-oss-(20b|120b)", repo, re.IGNORECASE)
     if openelm:

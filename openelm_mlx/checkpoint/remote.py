@@ -1,4 +1,4 @@
-"""A repository's checkpoint, known from its headers: what it holds is read from the Hub without downloading it."""
+"""A repository's checkpoint, known from its headers, which are read from the Hub without downloading the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FIRST_BYTES = 1 << 16
 
 
 class RemoteCheckpoint:
-    """The tensors of safetensors files in a repository; they can be listed and not read.
+    """The tensors of safetensors files in a repository; they can be listed but not read.
 
     files: paths in the repository. Raises HubError, and CheckpointError for a file whose header is damaged.
     """
@@ -44,7 +44,7 @@ def _header(repo: str, file: RepoFile, revision: str | None) -> bytes:
     refuse_pointer(f"{repo}/{file.name}", start, CheckpointError)
     if len(start) < 8 or length > min(file.size - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
-            f"{file.name} of {repo} is damaged or not a safetensors file: its repository has to mend it."
+            f"{file.name} of {repo} is damaged or not a safetensors file: its owner has to replace it."
         )
     missing = 8 + length - len(start)
     if missing > 0:
@@ -53,9 +53,9 @@ def _header(repo: str, file: RepoFile, revision: str | None) -> bytes:
 
 
 def indexed_files(index: Mapping[str, Any], origin: str, files: Sequence[RepoFile]) -> list[RepoFile]:
-    """Those of `files` that hold a model's weights, by its model.safetensors.index.json; all beside each other.
+    """Those of `files` that hold a model's weights, by its model.safetensors.index.json; all in the same folder.
 
-    Where the index names files that are not there, the whole model in one file will do. Raises CheckpointError.
+    If the index names missing files, the whole model in one file is taken instead. Raises CheckpointError.
     """
     there = {Path(file.name).name: file for file in files}
     try:

@@ -12,7 +12,7 @@ from typing import Any
 from .destination import check_destination
 from .reader import ITEM_SIZES
 
-# Loaders of 5 GB files are everywhere, and the Hub sends no larger ones at one go.
+# 5 GB is the usual size of shards, and the largest file that the Hub sends in one piece.
 MAX_FILE_BYTES = 5_000_000_000
 _ALIGNMENT = 8
 
@@ -42,7 +42,7 @@ class OutputFile:
 
     @cached_property
     def header(self) -> bytes:
-        """What stands before the tensors: the length of the JSON (8 bytes), and the JSON, filled up with spaces."""
+        """The bytes before the tensors: the length of the JSON (8 bytes), and the JSON, padded with spaces."""
         table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
         position = 0
         for tensor in self.tensors:
@@ -59,7 +59,7 @@ class OutputFile:
 
 
 def plan_files(tensors: Iterable[OutputTensor], max_file_bytes: int = MAX_FILE_BYTES) -> tuple[OutputFile, ...]:
-    """Divide tensors, in their order, into files of at most `max_file_bytes` (a larger tensor has a file to itself).
+    """Divide tensors, in their order, into files of at most `max_file_bytes` (a larger tensor gets a file of its own).
 
     The names are those of Hugging Face: model.safetensors, or model-00001-of-00003.safetensors and so on.
     """
@@ -81,7 +81,7 @@ def plan_files(tensors: Iterable[OutputTensor], max_file_bytes: int = MAX_FILE_B
 
 
 def index_of(files: Sequence[OutputFile]) -> bytes:
-    """The model.safetensors.index.json of several files: which tensor is in which."""
+    """The model.safetensors.index.json of several files: which file each tensor is in."""
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -100,7 +100,7 @@ def _aligned(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
 
 
 def write_sparse(destination: Path, files: Sequence[OutputFile], others: Mapping[str, bytes]) -> Path:
-    """Files with real headers whose tensors are holes that read as zeros: they take no room on most file systems."""
+    """Write sparse files with real headers: the tensors read as zeros and take no space on most file systems."""
     check_destination(destination)
     destination.mkdir(parents=True, exist_ok=True)
     for file in files:

@@ -1,8 +1,8 @@
-"""CoreNet's training checkpoints: PyTorch files, read by PyTorch's own weights-only loader once they are known to be harmless.
+"""CoreNet's training checkpoints: PyTorch files, checked first and then read by PyTorch's own weights-only loader.
 
-That loader runs no code, but it does what the file says: unpack a record of any size, build any storage. So the archive
-and its pickle are looked through first, without PyTorch: records lie in it as they are, none is larger than the file,
-and the pickle names nothing but tensors and plain containers.
+That loader runs no code, but it would unpack a record of any size and build any storage that the file describes. So the
+archive and its pickle are checked first, without PyTorch: records are stored uncompressed, none is larger than the file,
+and the pickle names only tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..errors import CheckpointError
 from ..files import open_regular, shown, unreadable
 from .reader import TensorEntry
 
-# The pickle of OpenELM-3B's training state, optimizer and averages included, has some 200 kB.
+# The pickle of OpenELM-3B's training state, optimizer and averages included, has about 200 kB.
 LARGEST_PICKLE = 2 * 2**20
 MOST_RECORDS = 100_000
 
-# All that a state_dict and the counters beside it are made of.
+# Everything that a state_dict, and the counters beside it, consist of.
 _HARMLESS = re.compile(
     r"collections (OrderedDict|Counter)|__builtin__ (set|complex)|torch\._utils _rebuild_(tensor_v2|parameter)"
     r"|torch (\w+Storage|Size|device|(b?float|u?int)\d+)|torch\.nn\.parameter Parameter"
@@ -32,7 +32,7 @@ _HARMLESS = re.compile(
 
 
 class TorchCheckpoint:
-    """Tensors of a PyTorch file. Mapped, so that only what is read is in memory."""
+    """Tensors of a PyTorch file, memory-mapped so that only what is read is in memory."""
 
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
@@ -49,7 +49,7 @@ class TorchCheckpoint:
             # weights_only refuses everything but tensors and plain containers: no code in the file runs.
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # RuntimeError, UnpicklingError, EOFError, ... by what is wrong
-            # In its own words PyTorch advises to read it unsafely.
+            # Not PyTorch's own message, which advises to load the file unsafely.
             raise _unreadable(file, f"PyTorch's safe loader refuses it, {type(error).__name__}") from error
         self.files = (file,)
         self._tensors = _state_dict(loaded, file)
@@ -73,7 +73,7 @@ class TorchCheckpoint:
 
 
 def refuse_harmful(file: Path) -> None:
-    """Raise CheckpointError for a PyTorch file that is none, or that would take more than its own size to read."""
+    """Raise CheckpointError for what is not a PyTorch file, or would take more memory than its own size to read."""
     with open_regular(file, CheckpointError) as stream:
         try:
             pickle = _pickle_of(file, stream)
@@ -82,8 +82,8 @@ def refuse_harmful(file: Path) -> None:
             raise
         except OSError as error:
             raise unreadable(file, error, CheckpointError) from error
-        except Exception as error:  # zipfile and pickletools raise what the damage makes of their reading
-            raise _unreadable(file, f"it is damaged or no archive of torch.save, {type(error).__name__}") from error
+        except Exception as error:  # zipfile and pickletools raise various classes for damaged data
+            raise _unreadable(file, f"it is damaged or not an archive of torch.save, {type(error).__name__}") from error
 
 
 def _pickle_of(file: Path, stream: BinaryIO) -> bytes:
@@ -106,18 +106,20 @@ def _refuse_names(file: Path, pickle: bytes) -> None:
         if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
             raise _unreadable(file, f"its pickle uses {opcode.name}, which torch.save does not")
         if opcode.name == "GLOBAL" and not _HARMLESS.fullmatch(str(argument)):
-            raise _unreadable(file, f"its pickle names {shown(str(argument))}, which is no tensor or plain container")
+            raise _unreadable(
+                file, f"its pickle names {shown(str(argument))}, which is neither a tensor nor a plain container"
+            )
 
 
 def _unreadable(file: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{file} is no PyTorch checkpoint that can be read safely ({reason}): use a state_dict saved by torch.save, or a "
+        f"{file} is not a PyTorch checkpoint that can be read safely ({reason}): use a state_dict saved by torch.save, or a "
         "safetensors file."
     )
 
 
 def _state_dict(loaded: Any, file: Path) -> dict[str, Any]:
-    """The name -> tensor part of what torch.load gave: itself, or what a training checkpoint keeps as its model."""
+    """The name -> tensor dictionary in what torch.load returned: itself, or the model's part of a training checkpoint."""
     import torch
 
     nested = (

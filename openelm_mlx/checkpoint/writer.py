@@ -1,16 +1,16 @@
-"""Writing a checkpoint: safetensors files in bounded memory, resumable, and shown only when they are whole.
+"""Writing a checkpoint: safetensors files in bounded memory, resumable, visible at the destination only when complete.
 
-While it is written, everything lies beside its destination:
+While it is written, everything is in a folder beside the destination:
 
     DESTINATION.partial/journal.jsonl   the plan's fingerprint, then each finished tensor with its checksum
     DESTINATION.partial/output/         the files; the names of weights end in .part until all of them are there
 
-A header needs only names, types and shapes, so it is written first, and then tensor after tensor in the order of the
-file. The last step is a rename of `output` to the destination. After an interruption (Ctrl-C, a crash, a power cut) a
-writer with the same fingerprint reads back what is there, compares it with the journal, and goes on after the last
-tensor that is as it was written. After an error nothing is left.
+A header needs only names, types and shapes, so it is written first, and then one tensor after the other in the order of
+the file. The last step renames `output` to the destination. To resume after an interruption (Ctrl-C, a crash, a power
+cut), a writer with the same fingerprint reads the files back, compares them with the journal, and goes on after the last
+intact tensor. After an error nothing is left.
 
-What arrives here are bytes: this file knows the format, not the arrays.
+The writer is given bytes: it knows the format, not the arrays.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _LARGEST_JOURNAL = 1 << 26
 class CheckpointWriter:
     """Writes the planned files beside `destination`, and renames them to it at the end.
 
-    Use it as a context manager: when an error leaves the block, nothing stays behind; when Ctrl-C does, what is
-    finished stays, for the next writer with the same `fingerprint` (of everything that the bytes depend on).
+    Use it as a context manager. After an error in the block nothing is left; after Ctrl-C the finished tensors stay, so that
+    the next writer with the same `fingerprint` (of everything that the bytes depend on) can resume.
 
         with CheckpointWriter(destination, files, fingerprint) as writer:
             for tensor in writer.remaining:
                 writer.write(tensor.name, pieces_of(tensor))   # in this order
-            folder = writer.assemble({"config.json": b"..."})  # whole, and not yet at its place
+            folder = writer.assemble({"config.json": b"..."})  # complete, but not yet at the destination
             writer.publish()
 
-    Raises DestinationError when the destination exists, cannot be written, or its disk is too small or gets full.
+    Raises DestinationError when the destination exists or cannot be written, or its disk is too small or becomes full.
     """
 
     def __init__(self, destination: Path, files: Sequence[OutputFile], fingerprint: str) -> None:
@@ -113,11 +113,11 @@ class CheckpointWriter:
 
     @property
     def num_finished(self) -> int:
-        """How many tensors are written; after entering, those that an interrupted writer left."""
+        """How many tensors are written; when resuming, including those of the interrupted writer."""
         return self._position
 
     def write(self, name: str, pieces: Iterable[memoryview | bytes]) -> None:
-        """Write the next tensor; its bytes come in pieces, of which one at a time is in memory."""
+        """Write the next tensor. Its bytes come in pieces, so that only one piece is in memory at a time."""
         file, tensor = self._tensors[self._position]
         assert name == tensor.name, f"{tensor.name} comes before {name}"
         with self._explained():
@@ -138,9 +138,9 @@ class CheckpointWriter:
                 self._end(file)
 
     def assemble(self, others: Mapping[str, bytes | Path]) -> Path:
-        """Put the other files (bytes, or files to copy) beside the finished weights; return the folder, now whole.
+        """Put the other files (bytes, or files to copy) beside the finished weights; return the folder, now complete.
 
-        config.json comes last: no loader takes a folder without it.
+        config.json comes last: no loader accepts a folder without it.
         """
         assert not self.remaining
         with self._explained():
@@ -156,11 +156,13 @@ class CheckpointWriter:
         return self._output
 
     def publish(self) -> None:
-        """Rename the assembled folder to the destination: from one moment to the next it is there, and whole."""
+        """Rename the assembled folder to the destination, so that it appears complete in one step."""
         with self._explained():
             try:
                 if self.destination.is_dir() and is_empty(self.destination):
-                    for path in list(self.destination.iterdir()):  # Finder's: it goes along, or the folder is not empty
+                    for path in list(
+                        self.destination.iterdir()
+                    ):  # Finder's files, moved because only an empty folder is replaced
                         os.replace(path, self._output / path.name)
                 os.rename(self._output, self.destination)
             except OSError as error:
@@ -176,7 +178,7 @@ class CheckpointWriter:
     # --- resuming ---
 
     def _resume(self) -> None:
-        """Find out which tensors are already written as they should be; forget everything after the first that is not."""
+        """Find the tensors that an interrupted writer finished; discard everything after the first damaged one."""
         known = self._journalled()
         if known is None:
             shutil.rmtree(self._output, ignore_errors=True)
@@ -189,13 +191,13 @@ class CheckpointWriter:
         self._rewrite_journal({name: (known or {})[name] for name in kept})
 
     def _resume_file(self, file: OutputFile, known: Mapping[str, str]) -> bool:
-        """Read one file back as far as the journal confirms it and cut off the rest; whether it is whole."""
+        """Read one file back as far as the journal confirms it and cut off the rest; return whether it is complete."""
         path = self._unfinished(file)
         if not path.exists():
             return False
         with path.open("r+b") as stream:
             if stream.read(len(file.header)) != file.header:
-                return False  # its first tensor will begin it anew
+                return False  # writing its first tensor starts the file again
             self._checksum = hashlib.sha256(file.header)
             for tensor in file.tensors:
                 start, so_far = stream.tell(), self._checksum.copy()
@@ -213,7 +215,7 @@ class CheckpointWriter:
         return False
 
     def _journalled(self) -> dict[str, str] | None:
-        """Tensor -> checksum as the journal of an interrupted writer says; None when it was of another plan."""
+        """Tensor -> checksum from the journal of an interrupted writer; None when that writer had another plan."""
         path = self.partial / _JOURNAL
         if not path.exists():
             return None
@@ -221,7 +223,7 @@ class CheckpointWriter:
         for line in read_bytes(path, DestinationError, _LARGEST_JOURNAL).splitlines():
             try:
                 entries.append(json.loads(line))
-            except (ValueError, RecursionError):  # a line that the interruption cut, or a block that the disk lost
+            except (ValueError, RecursionError):  # a line cut by the interruption, or a block lost by the disk
                 break
         if not entries or entries[0] != self._first_entry:
             return None
@@ -292,7 +294,7 @@ class CheckpointWriter:
             )
 
     def _check_kind(self, path: Path) -> None:
-        """Raise DestinationError for what is not a file: a pipe would hold whoever opens it, and a link leads elsewhere."""
+        """Raise DestinationError for what is not a file: opening a pipe would block, and a link leads elsewhere."""
         if not os.path.lexists(path):
             return
         kind = "a link" if path.is_symlink() else kind_of(path.stat())
@@ -310,10 +312,10 @@ class CheckpointWriter:
                 self._check_kind(path)
 
     def _locked(self) -> BinaryIO:
-        """Hold the partial folder for this process; the lock goes with the process, however that ends."""
+        """Lock the partial folder for this process; the system releases the lock however the process ends."""
         path = self.partial / _LOCK
         self._check_kind(path)
-        # Should it have become something else since, nothing is waited for and no link is followed.
+        # If it has been replaced since, opening neither blocks nor follows a link.
         flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.fdopen(os.open(path, flags, 0o666), "wb")
         try:
@@ -334,13 +336,13 @@ class CheckpointWriter:
     def _close(self) -> None:
         for stream in (self._stream, self._journal, self._lock):
             if stream is not None:
-                # What a full disk kept in the buffer goes with it: the journal knows of no such bytes.
+                # Bytes left in the buffer by a full disk are lost; the journal does not list them.
                 with suppress(OSError):
                     stream.close()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn what the disk says into a sentence."""
+        """Raise errors of the disk as DestinationError."""
         try:
             yield
         except OSError as error:
@@ -348,7 +350,7 @@ class CheckpointWriter:
 
 
 def file_checksum(path: Path) -> str:
-    """The SHA-256 of a file that was written, in hexadecimal; the Hub calls large files by it. Raises DestinationError."""
+    """The SHA-256 of a written file, in hexadecimal; the Hub identifies large files by it. Raises DestinationError."""
     try:
         with path.open("rb") as stream:
             return _read_checksum(stream, sys.maxsize)
@@ -379,7 +381,7 @@ def _pieces(content: bytes | Path) -> Iterator[bytes]:
 
 
 def _read_checksum(stream: BinaryIO, nbytes: int, *whole: hashlib._Hash) -> str:
-    """The checksum of the next `nbytes` of a stream (or of what is left of it), which `whole` are updated with too."""
+    """The checksum of the next `nbytes` of a stream (or of the rest of it); the checksums `whole` are updated too."""
     checksum = hashlib.sha256()
     while nbytes and (block := stream.read(min(nbytes, _BLOCK_BYTES))):
         for each in (checksum, *whole):

@@ -1,7 +1,7 @@
 """The command line: one file a command, and the only place that prints or reads argv.
 
-Answers go to stdout and everything else to stderr. The exit code is 0, or 2 with one sentence when something that the
-user gave is wrong, or 130 after Ctrl-C.
+Answers go to stdout and everything else to stderr. The exit code is 0, or 2 with one sentence for a user's mistake, or 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..platforms import keep_float32, require_mlx, use_device
 from . import completion, output
 
 # Name -> module, in the order of the help. Each has HELP, add_arguments(parser) and run(args) -> exit code, and imports
-# what is slow only in run, so that --help is instant.
+# slow modules only in run, so that --help is instant.
 COMMANDS = {
     "generate": "generate",
     "chat": "chat",
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but what nobody knows is told by the command that was to run, not by the program."""
+        """As argparse's, but unknown arguments are reported by the command itself, not by the program."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             getattr(found, "command", self).refuse(unknown)
@@ -55,15 +55,15 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Say of the first of these arguments that it is none."""
+        """Exit with an error about the first of these unknown arguments."""
         first = unknown[0]
         if not first.startswith("-"):
-            self.error(f"{first!r} is one argument too many: a text of several words stands in quotes")
+            self.error(f"{first!r} is one argument too many: put a text of several words in quotes")
         name = first.partition("=")[0]
         self.error(f"there is no option {name}{_did_you_mean(name, self._option_string_actions)}")
 
     def _advised(self, message: str) -> str:
-        """argparse's own sentence, with what to do about it."""
+        """argparse's own message, with the next step."""
         if wrong := re.search(r"^argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message):
             name, value, choices = wrong.groups()
             known = [each.strip(" '") for each in choices.split(",")]
@@ -94,16 +94,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "openelm_mlx") -> int:
 
 
 def run_program(prog: str, arguments: Sequence[str], make_parser: Callable[[], Parser]) -> int:
-    """Run what these arguments say, told of as `prog` where it goes wrong, and return its exit code.
+    """Run the command in `arguments` and return its exit code. prog: the program's name in errors.
 
-    make_parser: its parser sets `run`, args -> exit code, and `command`, the parser whose options advice names.
+    make_parser: its parser sets `run`, args -> exit code, and `command`, the parser whose options errors refer to.
     """
     if not output.open_streams():
         output.error(prog, "Standard output is closed, and the answer would go there.")
         return 2
     try:
         code = _run(prog, arguments, make_parser)
-        output.flush()  # what cannot be written is told here, and not by Python at its end
+        output.flush()  # so that a failed write is reported here, not by Python at exit
         return code
     except SystemExit:  # help, the version, or a mistake in the arguments
         with contextlib.suppress(OSError):
@@ -111,7 +111,7 @@ def run_program(prog: str, arguments: Sequence[str], make_parser: Callable[[], P
         output.discard()
         raise
     except BrokenPipeError:
-        # The reader of our output has gone (`... | head`): nobody is left to tell. Python would complain at exit.
+        # The reader of our output has ended (`... | head`), so nothing is reported. Python would complain at exit.
         output.discard()
         return 1
     except OSError as error:
@@ -121,7 +121,7 @@ def run_program(prog: str, arguments: Sequence[str], make_parser: Callable[[], P
         return 2
     except Exception:  # noqa: BLE001  (whatever it is, it holds text that others wrote, and it is our mistake)
         output.say(traceback.format_exc().rstrip())
-        output.error(prog, f"This is a mistake in {prog}, and not yours: please open an issue with all of the above.")
+        output.error(prog, f"This is a bug in {prog}, not your mistake: please open an issue with all of the above.")
         return 70
 
 
@@ -142,7 +142,7 @@ def _run(prog: str, arguments: Sequence[str], make_parser: Callable[[], Parser])
 
 
 def build_parser(prog: str, arguments: Sequence[str] = ()) -> Parser:
-    """The parser of all commands; of only the one named first, when there is one, to import no more than that."""
+    """The parser of all commands; only of the one named first, if there is one, to import only that."""
     parser = Parser(prog=prog, description="Run Apple OpenELM and OpenAI gpt-oss models on Apple MLX.")
     parser.add_argument("--version", action="version", version=f"openelm_mlx {__version__}", help="print the version")
     parser.add_argument(

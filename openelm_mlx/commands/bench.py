@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--completion-tokens", type=int, default=64, metavar="N", help="tokens to decode (default: 64)")
     parser.add_argument(
-        "--rounds", type=int, default=7, metavar="N", help="runs of each side, whose median counts (default: 7)"
+        "--rounds", type=int, default=7, metavar="N", help="runs of each side; the median is reported (default: 7)"
     )
     parser.add_argument(
         "--random",
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bits",
         type=int,
         metavar="N",
-        help="with --random, instead of a preset: pack what is not packed yet to N bits",
+        help="with --random, instead of a preset: quantize to N bits the matrices that are not quantized as released",
     )
     parser.add_argument("--layers", type=int, metavar="N", help="with --random: only the first N layers")
     parser.add_argument(
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--apart",
         action="store_true",
-        help="with --random: each run in a process of its own (as is done anyway when both models do not fit)",
+        help="with --random: each run in a process of its own (always done when both models do not fit)",
     )
     parser.add_argument("--chart", metavar="FILE", help="draw the rates of both sides into a .png or .svg file")
     add_overwrite(parser)
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_combination(args: argparse.Namespace) -> None:
-    """Raise SettingError for numbers that measure nothing, and for options that another one makes meaningless."""
+    """Raise SettingError for numbers that are too small to measure, and for options that do not go together."""
     least = {"rounds": 1, "prompt_tokens": 2, "completion_tokens": 2}
     for name, number in least.items():
         if getattr(args, name) < number:
@@ -105,13 +105,13 @@ def _check_combination(args: argparse.Namespace) -> None:
     if args.layers is not None and args.layers < 1:
         raise SettingError(f"--layers is {args.layers}: it must be at least 1.")
     if not 0 <= args.seconds < float("inf"):
-        raise SettingError(f"--seconds is {args.seconds}: give seconds from 0 on.")
+        raise SettingError(f"--seconds is {args.seconds}: give 0 or more seconds.")
     bits_asked_for(args, "--bits")
     if args.random is None:
         given = [each for each in ("bits", "layers", "long_context", "apart") if getattr(args, each)]
         if given:
             words = ", ".join(f"--{each.replace('_', '-')}" for each in given)
-            raise SettingError(f"{words}: that is for --random; add it, or leave it out.")
+            raise SettingError(f"{words}: only for --random; add it, or leave it out.")
 
 
 def _check_lengths(model: Model, args: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def run_random(args: argparse.Namespace, chart: Path | None) -> int:
     from ..bench.conditions import disturbances
     from ..bench.random_pair import shape_config
 
-    shape_config(args.random, args.layers)  # a wrong name is a sentence, before anything is drawn
+    shape_config(args.random, args.layers)  # raises for a wrong name before any weights are drawn
     found = compare(
         args.random,
         bits_asked_for(args, "--bits"),

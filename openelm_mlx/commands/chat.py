@@ -1,7 +1,7 @@
 """`python -m openelm_mlx chat`: a conversation in the terminal, with either family of models.
 
-What is typed is read by prompt_toolkit (history, editing, several lines) where standard input is a terminal, else line
-by line. Answers go to stdout; the prompt, reasoning and everything else to stderr.
+Input is read by prompt_toolkit (history, editing, several lines) if standard input is a terminal, else line by line.
+Answers go to stdout; the prompt, reasoning and everything else to stderr.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from ..errors import PromptError, SettingError, UserError
 from . import INTERRUPTED, output
 from .answering import (
+    acceptance_clause,
     add_answer_arguments,
+    add_draft_arguments,
     add_form_arguments,
-    add_guess_arguments,
     add_reasoning_arguments,
     answer_options,
-    guessing,
 )
 from .generate import check_draft_options, experts_read, prepare_draft, read_form
 from .interrupts import Interrupts
@@ -36,10 +36,10 @@ HELP = "talk with a model in the terminal"
 
 COMMANDS = (
     Command("/help", "", "this list"),
-    Command("/reset", "", "forget what was said"),
+    Command("/reset", "", "start the conversation again"),
     Command("/save", "FILE", "save the conversation"),
-    Command("/save!", "FILE", "save it, whatever FILE held"),
-    Command("/load", "FILE", "go on with a saved one"),
+    Command("/save!", "FILE", "save it, replacing any FILE"),
+    Command("/load", "FILE", "continue a saved one"),
     Command("/system", "TEXT", "instructions for the model (nothing: none)"),
     Command("/effort", "low|medium|high", "how long gpt-oss thinks"),
     Command("/stats", "", "tokens and times of the last answer"),
@@ -49,7 +49,7 @@ COMMANDS = (
 COMMANDS_HELP = "\n".join(
     [
         *(f"{f'{each.name} {each.argument}':<24}{each.help}" for each in COMMANDS),
-        "Tab completes them. Alt-Enter or a \\ at the end of a line begins another line; Ctrl-C stops an answer.",
+        "Tab completes them. Alt-Enter or a \\ at the end of a line starts a new line; Ctrl-C stops an answer.",
     ]
 )
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_arguments(parser.add_argument_group("model"))
     chat = parser.add_argument_group("chat")
-    chat.add_argument("--system", metavar="TEXT", help="instructions that stand before the conversation")
+    chat.add_argument("--system", metavar="TEXT", help="instructions for the model (system prompt)")
     chat.add_argument(
         "--reasoning-effort", choices=["low", "medium", "high"], help="how long gpt-oss thinks (default: medium)"
     )
@@ -66,25 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tools",
         default="",
         metavar="NAMES",
-        help="tools that gpt-oss may call, with commas: calculator, python, files=DIR, patch=DIR, mcp=SERVER",
+        help="tools that gpt-oss may call, comma-separated: calculator, python, files=DIR, patch=DIR, mcp=SERVER",
     )
     chat.add_argument(
-        "--allow-unsandboxed", action="store_true", help="let python run where this machine has no sandbox for it"
+        "--allow-unsandboxed", action="store_true", help="run python without a sandbox if this machine has none"
     )
     chat.add_argument(
         "--max-rounds", type=int, default=16, metavar="N", help="let it call tools N times a turn (default: 16)"
     )
-    chat.add_argument("--time-limit", type=float, metavar="SECONDS", help="end a turn after so long")
-    chat.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
-    chat.add_argument("--no-history", action="store_true", help="do not keep what is typed for the next time")
+    chat.add_argument("--time-limit", type=float, metavar="SECONDS", help="end a turn after SECONDS")
+    chat.add_argument("--load", metavar="FILE", help="continue a saved conversation")
+    chat.add_argument("--no-history", action="store_true", help="do not save what is typed for the next session")
     sampling = parser.add_argument_group("sampling")
     add_sampling_arguments(sampling, "what the context has room for")
     add_answer_arguments(sampling)
-    add_guess_arguments(parser)
+    add_draft_arguments(parser)
     add_form_arguments(parser, "every answer")
     shown = parser.add_argument_group("output")
     add_reasoning_arguments(shown, "shown")
-    shown.add_argument("--quiet", "-q", action="store_true", help="nothing but answers")
+    shown.add_argument("--quiet", "-q", action="store_true", help="print only answers")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     check_draft_options(args)
     bits_asked_for(args)
     form = read_form(args)
-    sampling = SamplingParams(**sampling_options(args))  # before the weights are read: a bad option costs no waiting
+    sampling = SamplingParams(
+        **sampling_options(args)
+    )  # before the weights are read, so that a bad option is reported at once
     parse_names(args.tools)
     from ..conversation import Chat
     from ..generate import stream_generate
@@ -125,10 +127,10 @@ def run(args: argparse.Namespace) -> int:
                 chat.load(args.load)
             return chat
 
-        # Whatever is wrong is said before the weights are read: of a large model that takes half a minute.
+        # Errors are reported before the weights are read, which takes half a minute for a large model.
         draft, load_draft = prepare_draft(args)
         checked = begun(prepared.model, draft)
-        with suppress(PromptError):  # what will be asked nobody knows
+        with suppress(PromptError):  # only the options are checked; the prompt is not known yet
             stream_generate(
                 prepared.model, tokenizer, "Hello", max_tokens=args.max_tokens, sampling=sampling, **checked.options
             )
@@ -144,13 +146,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def talk(chat: Chat, reader: Reader, screen: Screen) -> int:
-    """Read, answer, and so on. A mistake is a sentence and the chat goes on; without a terminal it ends with code 2."""
+    """Read and answer until the input ends. After an error message the chat goes on; without a terminal it returns 2."""
     exit_code = 0
     with Interrupts() as interrupts:
         texts = iter(reader)
         while True:
             try:
-                # At a terminal, Ctrl-C at the prompt is the prompt's business.
+                # At a terminal, the prompt itself handles Ctrl-C.
                 with nullcontext() if reader.is_interactive else interrupts.armed():
                     text = next(texts, None)
                 if text is None:
@@ -174,7 +176,7 @@ def talk(chat: Chat, reader: Reader, screen: Screen) -> int:
 
 
 def respond(chat: Chat, screen: Screen, text: str) -> bool | None:
-    """Do what `text` says, or answer it. Whether all went well; None: the chat is to end."""
+    """Run a command, or answer a message; return whether it succeeded, or None to end the chat."""
     if text.startswith("/"):
         return True if command(chat, screen, text) else None
     return screen.answer(text) if text.strip() else True
@@ -187,7 +189,7 @@ def _unquoted(name: str) -> str:
 
 
 def command(chat: Chat, screen: Screen, text: str) -> bool:
-    """Do what a line with a slash says; whether the chat goes on."""
+    """Run a command with a slash; return whether the chat goes on."""
     name, _, rest = text.strip().partition(" ")
     rest = rest.strip()
     if name in ("/exit", "/quit", "/bye"):
@@ -196,7 +198,7 @@ def command(chat: Chat, screen: Screen, text: str) -> bool:
         screen.say(COMMANDS_HELP, always=True)
     elif name == "/reset":
         chat.reset()
-        screen.say("The conversation begins anew.")
+        screen.say("The conversation starts again.")
     elif name in ("/save", "/save!"):
         overwrite = name == "/save!" or rest.endswith(" --overwrite")
         rest = _unquoted(rest.removesuffix(" --overwrite").rstrip())
@@ -226,25 +228,25 @@ def command(chat: Chat, screen: Screen, text: str) -> bool:
 def set_effort(chat: Chat, effort: str) -> None:
     """Change how long gpt-oss thinks. Raises SettingError for another effort or another model."""
     if not chat.is_harmony:
-        raise SettingError("Only gpt-oss has a reasoning effort, and this is an OpenELM model.")
+        raise SettingError("Only gpt-oss has a reasoning effort; this is an OpenELM model.")
     if effort not in ("low", "medium", "high"):
-        raise SettingError(f"/effort is followed by low, medium or high, and not by {effort!r}.")
+        raise SettingError(f"/effort needs low, medium or high, not {effort!r}.")
     chat.reasoning_effort = effort
 
 
 class Screen:
-    """What is shown of a turn: the answer on stdout, everything else on stderr."""
+    """Shows a turn: the answer on stdout, everything else on stderr."""
 
     def __init__(self, chat: Chat, quiet: bool = False, show_reasoning: bool = True) -> None:
         self.chat, self.quiet, self.show_reasoning = chat, quiet, show_reasoning
         self.last: Done | None = None
 
     def answer(self, text: str) -> bool:
-        """Say `text` to the model and show what comes; whether an answer did. Ctrl-C ends it and is passed on."""
+        """Send `text` to the model and show the turn; return whether there was an answer. Ctrl-C ends it and is raised."""
         from ..conversation import Done
 
         kind, wrote_answer = "", False
-        # Closed at once when it is left early, so that what was said until then is in the history.
+        # Closed at once when left early, so that the answer so far is in the history.
         with closing(self.chat.stream(text)) as events:  # type: ignore[type-var]
             try:
                 for event in events:
@@ -259,7 +261,7 @@ class Screen:
                 self._end_of(kind)
         done = self.last
         assert done is not None
-        if done.no_answer is not None:  # also when nothing but answers is to be shown
+        if done.no_answer is not None:  # shown even with --quiet
             self.say(f"[no answer: {typed(done.no_answer)}]", always=True)
             return False
         if done.finish_reason != "stop":
@@ -269,16 +271,16 @@ class Screen:
         return True
 
     def _ending(self, done: Done) -> str:
-        """Why an answer is not whole, and what to change."""
+        """Why an answer is incomplete, and what to change."""
         limit, chat = done.finish_reason, self.chat
         if limit == "length" and chat.max_tokens is not None and done.num_tokens >= chat.max_tokens:
-            return f"the limit of tokens was reached; raise --max-tokens ({chat.max_tokens})"
+            return f"the token limit was reached; raise --max-tokens ({chat.max_tokens})"
         if limit == "length":
             return f"the context of {chat.model.context_length:,} tokens is full; ask it to go on"
-        return f"the limit of time was reached; raise --time-limit ({chat.time_limit:g})"
+        return f"the time limit was reached; raise --time-limit ({chat.time_limit:g})"
 
     def _show(self, event: Event) -> bool:
-        """Show one event; whether it was a part of the answer."""
+        """Show one event; return whether it was part of the answer."""
         from ..conversation import Answer, Notice, Reasoning, ToolCall, ToolResult
 
         if isinstance(event, Answer):
@@ -321,7 +323,7 @@ class Screen:
             f"{s.prompt_tokens} prompt tokens, {s.time_to_first_token:.2f} s to the first token; "
             f"{self.last.num_tokens} tokens at {s.decode_tps:.1f} tokens/s, "
             f"{_count(self.last.num_calls, 'tool call')}; "
-            f"{guessing(s, chat.options.get('draft') is not None)}{experts_read(s)}{forgotten}"
+            f"{acceptance_clause(s, chat.options.get('draft') is not None)}{experts_read(s)}{forgotten}"
             f"peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; "
             f"{s.prompt_tokens + s.completion_tokens:,} of {chat.model.context_length:,} tokens of context used."
         )

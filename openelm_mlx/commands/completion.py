@@ -1,4 +1,4 @@
-"""`openelm_mlx --print-completion bash`: what a shell needs for Tab to complete commands, options and their values."""
+"""`openelm_mlx --print-completion bash`: a script for the shell's Tab completion of commands, options and values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import output
 
 SHELLS = ("bash", "zsh")
 DEMOS = "demo-openelm demo-gpt-oss"
-HELP = 'print what Tab needs: eval "$(openelm_mlx --print-completion zsh)" in ~/.zshrc, behind compinit'
+HELP = 'print a script for Tab completion: eval "$(openelm_mlx --print-completion zsh)" in ~/.zshrc, after compinit'
 
 _MODELS = "_openelm_mlx_models"
 # A model is a demo's name, or a folder or file.
@@ -23,7 +23,7 @@ _MODEL_NAMES = ("model", "source", "draft_model", "tokenizer")
 
 
 class PrintCompletion(argparse.Action):
-    """Print the script for a shell and end. Raises SettingError where the library that writes it is missing."""
+    """Print the script for a shell and exit. Raises SettingError if the library that writes it is missing."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         output.report(script(parser, values))

@@ -35,17 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--quantize",
         metavar="RECIPE",
-        help="2, 3, 4, 5, 6 or 8 (bits), mxfp4, mxfp8, nvfp4, or mixed (4 bits, and 8 where rounding hurts most)",
+        help="2, 3, 4, 5, 6 or 8 (bits), mxfp4, mxfp8, nvfp4, or mixed (4 bits, and 8 for the most sensitive matrices)",
     )
     add_preset_argument(weights)
     weights.add_argument(
-        "--group-size", type=int, metavar="N", help="so many numbers share a scale: 32, 64 (default), 128"
+        "--group-size", type=int, metavar="N", help="how many numbers share a scale: 32, 64 (default), 128"
     )
     weights.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="type of what is not quantized (default: as stored, but bfloat16 for OpenELM-3B, and 16 bits beside quantized "
-        "weights); unpacks the weights of a quantized source",
+        help="type of the weights that are not quantized (default: as stored, but bfloat16 for OpenELM-3B, and 16 bits beside "
+        "quantized weights); unpacks the weights of a quantized source",
     )
     weights.add_argument("--revision", help="branch, tag or commit of the repository")
     weights.add_argument(
@@ -123,16 +123,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def interruption(args: argparse.Namespace) -> str:
-    """What Ctrl-C leaves, and what to do about it."""
+    """The message after Ctrl-C: what is left, and how to resume."""
     if args.dry_run:
         return "Interrupted: a dry run leaves nothing."
     if args.upload and os.path.exists(os.path.join(os.path.expanduser(args.destination), "config.json")):
-        return f"Interrupted: {args.destination} is whole; `hf upload {args.upload} {args.destination}` sends it."
-    return f"Interrupted: {args.destination} was not written; the same command goes on where this one stopped."
+        return f"Interrupted: {args.destination} is complete; `hf upload {args.upload} {args.destination}` sends it."
+    return f"Interrupted: {args.destination} was not written; the same command resumes where this one stopped."
 
 
 def max_file_bytes(text: str) -> int:
-    """Bytes of --max-file-size; a number alone is one of gigabytes. Raises SettingError."""
+    """Bytes of --max-file-size; a number without a unit means gigabytes. Raises SettingError."""
     from ..errors import SettingError
     from ..memory.sizes import parse_size
 
@@ -165,7 +165,7 @@ def print_report(result: ConversionReport) -> None:
         f"{result.destination}: {len(result.tensors)} tensors, {result.nbytes:,} bytes ({_of_source(result)}), {kind}"
     )
     if result.num_resumed:
-        report(f"{result.num_resumed} of the tensors were there from an interrupted conversion.")
+        report(f"Resumed: {result.num_resumed} of the tensors were there from an interrupted conversion.")
     if result.gguf_types is not None:
         report(f"types: {', '.join(f'{count} {name}' for name, count in result.gguf_types.items())}")
     report(f"tokenizer: {', '.join(result.tokenizer) or 'none found; add one with --tokenizer'}")
@@ -207,7 +207,7 @@ def print_gguf_verification(verification: GgufVerification) -> None:
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[StageProgress | None]:
-    """A bar on stderr for each stage, in a terminal; None where nobody looks."""
+    """A bar on stderr for each stage, in a terminal; None if stderr is not a terminal."""
     if quiet or not can_draw_bars():
         yield None
         return

@@ -12,12 +12,12 @@ from ..errors import CheckpointError, PromptError, SettingError
 from ..files import expanded, parse_json, read_text
 from . import INTERRUPTED
 from .answering import (
+    acceptance_clause,
     add_answer_arguments,
+    add_draft_arguments,
     add_form_arguments,
-    add_guess_arguments,
     add_reasoning_arguments,
     answer_options,
-    guessing,
 )
 from .options import (
     add_model_arguments,
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
 HELP = "generate text from a prompt"
-NO_ANSWER = 2  # an option has to be changed
+NO_ANSWER = 2  # as for other mistakes: an option has to be changed
 
-# Far more text than any model here reads.
+# Far more text than any model's context.
 LARGEST_PROMPT = 2**26
 
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
 
     sampling = parser.add_argument_group("sampling")
-    add_sampling_arguments(sampling, "256; gpt-oss ends by itself, and has what the context has room for")
+    add_sampling_arguments(sampling, "256; gpt-oss, which ends by itself: what the context has room for")
     add_answer_arguments(sampling)
     sampling.add_argument(
         "--sliding-window", type=int, metavar="N", help="keep the last N tokens only, and go past the context"
@@ -68,11 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--prompt-cache",
         metavar="FILE",
-        help="take what was computed of prompts that begin alike from FILE if it is there, and keep this one's in it",
+        help="reuse what FILE has of prompts with the same beginning, if it exists, and save this prompt in it",
     )
     add_overwrite(sampling)
 
-    add_guess_arguments(parser)
+    add_draft_arguments(parser)
     add_form_arguments(parser)
 
     output = parser.add_argument_group("output")
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     prepared = prepare(args.model, **load_options(args))
-    # Whatever is wrong is said before the weights are read: of a large model that takes half a minute.
+    # Errors are reported before the weights are read, which takes half a minute for a large model.
     draft, load_draft = prepare_draft(args)
     answer_of(prepared.model, prepared.tokenizer, None if args.prompt_cache is None else PrefixCache(), draft)
     model, tokenizer = prepared.read()
@@ -135,30 +135,30 @@ def run(args: argparse.Namespace) -> int:
     chunks = answer_of(model, tokenizer, cache, load_draft())
     exit_code = print_json(chunks, args) if args.json else print_text(chunks, args)
     if cache is not None:
-        cast("Generator[Chunk, None, None]", chunks).close()  # an answer that was cut short is kept now
+        cast("Generator[Chunk, None, None]", chunks).close()  # puts an interrupted answer into the prompt cache
         cache.save(args.prompt_cache, args.overwrite)
     return exit_code
 
 
 def check_draft_options(args: argparse.Namespace) -> None:
-    """Raise SettingError where the options for guessing do not go together."""
+    """Raise SettingError if the options for speculative decoding do not go together."""
     if args.draft_model is not None and args.prompt_lookup:
-        raise SettingError("--draft-model and --prompt-lookup both guess: give one of them.")
+        raise SettingError("--draft-model and --prompt-lookup both draft tokens: give one of them.")
     if args.num_draft_tokens is not None and args.draft_model is None and not args.prompt_lookup:
         raise SettingError("--num-draft-tokens is for --draft-model or --prompt-lookup: add one of them.")
 
 
-def is_guessing(args: argparse.Namespace) -> bool:
-    """Whether guessing ahead was asked for."""
+def uses_draft(args: argparse.Namespace) -> bool:
+    """Whether speculative decoding was requested."""
     return args.draft_model is not None or args.prompt_lookup
 
 
 def prepare_draft(args: argparse.Namespace) -> tuple[Drafts | None, Callable[[], Drafts | None]]:
-    """What guesses the next tokens, if anything does: as it can be checked now, and what reads its weights.
+    """The draft of speculative decoding, if requested: one for checking the options now, and a function that loads it.
 
-    Of a draft model the first has no weights yet, so nothing may be computed with it.
+    A draft model of the first has no weights yet, so nothing may be computed with it.
     """
-    if not is_guessing(args):
+    if not uses_draft(args):
         return None, lambda: None
     from ..decoding.drafts import DraftModel, PromptLookup
     from ..loading import prepare
@@ -175,7 +175,7 @@ def prepare_draft(args: argparse.Namespace) -> tuple[Drafts | None, Callable[[],
 
 
 def open_prompt_cache(name: str | None, model: Model, overwrite: bool = False) -> PrefixCache | None:
-    """The prefix cache of a file, an empty one when there is no such file yet, or it is to be replaced."""
+    """The prefix cache in a file; an empty one if there is no such file yet, or it is to be replaced."""
     if name is None:
         return None
     from ..decoding.prefix_cache import PrefixCache
@@ -187,7 +187,7 @@ def open_prompt_cache(name: str | None, model: Model, overwrite: bool = False) -
 
 
 def is_kept(path: Path, overwrite: bool) -> bool:
-    """Whether there is a prompt cache to go on with."""
+    """Whether there is a prompt cache to load and extend."""
     return not overwrite and path.exists() and path.stat().st_size > 0
 
 
@@ -195,7 +195,7 @@ def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
     """The answer on stdout as it comes, one line of statistics on stderr."""
     last, count, exit_code, is_reasoning = None, 0, 0, False
     show_reasoning = args.show_reasoning
-    if show_reasoning is None:  # who says how long it is to think wants to see it
+    if show_reasoning is None:  # a user who sets the effort probably wants to see the reasoning
         show_reasoning = args.reasoning_effort is not None and not args.quiet
     try:
         for last in chunks:
@@ -215,7 +215,7 @@ def print_text(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
         say(f"[no answer: {typed(last.statistics.no_answer)}]")
         exit_code = NO_ANSWER
     if not args.quiet:
-        say(summary(last, count, args.max_tokens, is_guessing(args)))
+        say(summary(last, count, args.max_tokens, uses_draft(args)))
         for note in last.statistics.notes if last and last.statistics else ():
             say(f"[{note}]")
     return exit_code
@@ -250,12 +250,12 @@ def print_json(chunks: Iterator[Chunk], args: argparse.Namespace) -> int:
 
 
 def _called(chunks: list[Chunk]) -> str | None:
-    """The tool that a completion calls: its end is one call, or none."""
+    """The tool that a completion calls at its end, or None."""
     return next((chunk.recipient for chunk in reversed(chunks) if chunk.recipient is not None), None)
 
 
 def statistics_as_json(statistics: Statistics) -> dict[str, Any]:
-    """Their names and numbers; of experts on disk the sums."""
+    """Statistics as JSON; for experts on disk only the sums."""
     found = dict(vars(statistics))
     for name in ("prompt_experts", "answer_experts"):
         experts: ExpertStatistics | None = found.pop(name)
@@ -266,7 +266,7 @@ def statistics_as_json(statistics: Statistics) -> dict[str, Any]:
 
 
 def experts_read(statistics: Statistics) -> str:
-    """What was read from disk, in words and with a semicolon; nothing where all is in memory."""
+    """What was read from disk, as a clause with a semicolon; empty if all experts are in memory."""
     prompt, answer = statistics.prompt_experts, statistics.answer_experts
     if prompt is None or answer is None:
         return ""
@@ -277,8 +277,8 @@ def experts_read(statistics: Statistics) -> str:
     )
 
 
-def summary(last: Chunk | None, count: int, max_tokens: int | None, is_guessing: bool = False) -> str:
-    """One line for people: what it took and why it ended."""
+def summary(last: Chunk | None, count: int, max_tokens: int | None, uses_draft: bool = False) -> str:
+    """One line for people: tokens, times, and why the answer ended."""
     from ..engine.request import DEFAULT_MAX_TOKENS
 
     if last is None or last.statistics is None:
@@ -286,14 +286,14 @@ def summary(last: Chunk | None, count: int, max_tokens: int | None, is_guessing:
     s = last.statistics
     end = "end of answer" if last.finish_reason == "stop" else f"stopped at {s.completion_tokens} tokens"
     if last.finish_reason == "length" and max_tokens is None:
-        end += ", the limit where none is given: --max-tokens N" if s.max_tokens == DEFAULT_MAX_TOKENS else ""
+        end += ", the default limit: change it with --max-tokens N" if s.max_tokens == DEFAULT_MAX_TOKENS else ""
     elif last.finish_reason == "length" and s.completion_tokens < (max_tokens or 0):
         end += f": the context is full, so --max-tokens {max_tokens} was clipped"
     cached = f" ({s.cached_tokens} from the prompt cache)" if s.cached_tokens else ""
     thought = f" ({s.reasoning_tokens} of them reasoning)" if s.reasoning_tokens else ""
     return (
         f"[{s.prompt_tokens} prompt tokens{cached}, {s.time_to_first_token:.2f} s to the first token; "
-        f"{s.completion_tokens} tokens{thought} at {s.decode_tps:.1f} tokens/s; {guessing(s, is_guessing)}"
+        f"{s.completion_tokens} tokens{thought} at {s.decode_tps:.1f} tokens/s; {acceptance_clause(s, uses_draft)}"
         f"{experts_read(s)}peak memory {s.peak_memory_bytes / 1e6:,.0f} MB; {end}]"
     )
 
@@ -301,7 +301,7 @@ def summary(last: Chunk | None, count: int, max_tokens: int | None, is_guessing:
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt from the argument, a file, or standard input."""
     if sum(each is not None for each in (args.text, args.prompt, args.prompt_file)) > 1:
-        raise PromptError("There are two prompts, of the argument, --prompt and --prompt-file: give one.")
+        raise PromptError("There is more than one prompt: give only one of the argument, --prompt and --prompt-file.")
     if args.prompt_file is not None:
         return read_text(expanded(args.prompt_file, PromptError), PromptError, LARGEST_PROMPT, may_be_pipe=True)
     prompt = args.prompt if args.text is None else args.text
@@ -311,14 +311,12 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise PromptError('There is no prompt: give --prompt "What is a banjo?", --prompt-file FILE, or pipe text in.')
     data = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
     if len(data) > LARGEST_PROMPT:
-        raise PromptError(
-            f"Standard input has more than {LARGEST_PROMPT:,} bytes, which is no prompt: give less of it."
-        )
+        raise PromptError(f"Standard input has more than {LARGEST_PROMPT:,} bytes, too much for a prompt: give less.")
     return _decoded(data, "standard input")
 
 
 def read_form(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `stream_generate` for the answer's form, from files where they are given so."""
+    """The options of `stream_generate` for the answer's format, read from files where necessary."""
     form: dict[str, Any] = {}
     if args.json_schema is not None:
         text = read_text(expanded(args.json_schema, SettingError), SettingError, may_be_pipe=True)
@@ -330,7 +328,7 @@ def read_form(args: argparse.Namespace) -> dict[str, Any]:
     if form:
         from ..decoding.grammar import answer_format
 
-        answer_format(**form)  # what is wrong with it is said before the weights are read
+        answer_format(**form)  # raises for an invalid format before the model is opened
     return form
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .output import report, report_json
 
-HELP = "say what a checkpoint holds, without reading its tensors"
+HELP = "show what a checkpoint holds, without reading its tensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C as a conversation wants it: it ends what is going on, and never the session by coming late."""
+"""Ctrl-C in a chat: it ends the current answer, and never the session because it came a moment too late."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-# After an interruption things are put in order, which takes no time; who insists after so many seconds is heard again.
+# Further interruptions are ignored while the chat cleans up, but at most for this many seconds.
 PATIENCE_SECONDS = 3.0
 
 
 class Interrupts:
-    """While it is entered, KeyboardInterrupt is raised within `armed` blocks alone, and in each of them once.
+    """While it is entered, KeyboardInterrupt is raised only within `armed` blocks, once in each.
 
-    One that comes a moment later, while what was said is put in order or the next prompt is made, means the same answer:
-    nothing happens. It could otherwise strike in the midst of that, and end the program.
+    An interruption a moment later, while the history is updated or the next prompt is shown, is meant for the same answer and
+    is ignored. Otherwise it could end the program.
     """
 
     def __init__(self) -> None:

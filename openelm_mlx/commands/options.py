@@ -31,7 +31,7 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--dense-bits",
         type=int,
         choices=[8, 6, 5, 4],
-        help="instead of a preset: quantize to N bits, as they are read, the matrices that are not",
+        help="instead of a preset: quantize matrices that are not quantized yet to N bits as they are read",
     )
     group.add_argument(
         "--expert-slots",
@@ -42,13 +42,13 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--memory-limit",
         metavar="SIZE",
-        help="keep to so much memory, for example 8GB; experts that do not fit stay on disk (default: what there is)",
+        help="memory limit, for example 8GB; experts that do not fit stay on disk (default: what the machine has)",
     )
     group.add_argument(
         "--wire",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="ask macOS not to page the model out (default: only where it takes most of what the GPU may have)",
+        help="wire the model's memory, so that macOS never pages it out (default: only if it needs most of the GPU's memory)",
     )
     group.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
     group.add_argument(
@@ -58,31 +58,29 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_overwrite(group: argparse._ActionsContainer) -> None:
     """For commands that write a file which the user names."""
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace a file that is there already, whatever wrote it"
-    )
+    group.add_argument("--overwrite", action="store_true", help="replace an existing file, whatever wrote it")
 
 
 def add_preset_argument(group: argparse._ActionsContainer) -> None:
-    """How much of the quality is given for memory and speed."""
-    explained = PRESET_HELP.replace("%", "%%")  # argparse has a meaning of its own for it
+    """How much quality is traded for memory and speed."""
+    explained = PRESET_HELP.replace("%", "%%")  # argparse formats help with %
     group.add_argument("--preset", choices=list(PRESETS), help=f"{explained} (default: exact)")
 
 
 def bits_asked_for(args: argparse.Namespace, option: str = "--dense-bits") -> Any:
-    """What --preset or the option of the bits themselves says. Raises SettingError for both."""
+    """The bits from --preset or from the option for bits. Raises SettingError for both."""
     return preset_bits(args.preset, getattr(args, option[2:].replace("-", "_")), ("--preset {}", option))
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `openelm_mlx.load` that those options mean."""
+    """The keyword arguments of `openelm_mlx.load` for those options."""
     from .progress import byte_bar
 
     return {
         "context_length": args.context_length,
         "dtype": args.dtype,
         "dense_bits": bits_asked_for(args),
-        "kv_bits": args.kv_bits,  # a plan makes room for them
+        "kv_bits": args.kv_bits,  # so that the plan counts them
         "expert_slots": args.expert_slots,
         "memory_limit": args.memory_limit,
         "wire": args.wire,
@@ -94,7 +92,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_sampling_arguments(group: argparse._ArgumentGroup, max_tokens: str) -> None:
-    """How tokens are chosen, and how many; max_tokens: what holds where nothing is said, in words."""
+    """How tokens are chosen, and how many; max_tokens: the default limit, in words."""
     group.add_argument("--max-tokens", type=int, metavar="N", help=f"stop after N tokens (default: {max_tokens})")
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token"
@@ -122,7 +120,7 @@ def add_sampling_arguments(group: argparse._ArgumentGroup, max_tokens: str) -> N
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `SamplingParams` that those options mean."""
+    """The fields of `SamplingParams` for those options."""
     return {
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
         "repetition_penalty": args.repetition_penalty, "presence_penalty": args.presence_penalty,

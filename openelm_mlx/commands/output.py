@@ -1,8 +1,8 @@
-"""Everything that a command shows goes through here: answers and reports on stdout, words about them on stderr.
+"""All output of commands: answers and reports on stdout, everything else on stderr.
 
-What is shown in a terminal is made harmless on the way (text/terminal.py). An answer that goes into a pipe or a file is the
-answer as the model gave it, since it is data there; only half characters, which no encoding can write, are replaced. JSON is
-the same everywhere: control characters are escaped in it.
+Text for a terminal is made safe (text/terminal.py). An answer into a pipe or a file is data and stays as the model gave it;
+only lone surrogates, which no encoding can write, are replaced. JSON is the same everywhere, with control characters
+escaped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _answer, _dimmed = TerminalStream(), TerminalStream()
 
 
 def answer(text: str) -> None:
-    """A piece of the model's answer, on stdout, at once."""
+    """Print a piece of the model's answer on stdout, at once."""
     sys.stdout.write(_answer.add(text) if sys.stdout.isatty() else whole_characters(text))
     sys.stdout.flush()
 
@@ -38,7 +38,7 @@ def end_answer() -> None:
 
 
 def dimmed(text: str) -> None:
-    """A piece of text that is not the answer, on stderr, at once; grey where that is a terminal with colours."""
+    """Print text that is not the answer on stderr, at once; grey if that is a terminal with colours."""
     piece = _dimmed.add(text)
     sys.stderr.write(f"\033[2m{piece}\033[0m" if piece and has_colours(sys.stderr) else piece)
     sys.stderr.flush()
@@ -51,45 +51,45 @@ def end_dimmed() -> None:
 
 
 def say(text: str = "") -> None:
-    """Lines for the person, on stderr."""
+    """Print lines for the user on stderr."""
     print(visible(text), file=sys.stderr, flush=True)
 
 
 def ask(text: str) -> None:
-    """What stands before a line that the person types, on stderr, without a line break."""
+    """Print a prompt for input on stderr, without a line break."""
     print(visible(text), end="", file=sys.stderr, flush=True)
 
 
 def report(text: str = "") -> None:
-    """Lines of a report that was asked for, on stdout."""
+    """Print lines of a report on stdout."""
     print(visible(text), flush=True)
 
 
 def report_json(value: Any) -> None:
-    """One JSON object, on stdout, in a line."""
+    """Print one JSON object on stdout, in one line."""
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
     print(to_json(value, ascii_only=not encoding.startswith("utf")), flush=True)
 
 
 def error(prog: str, sentence: str) -> None:
-    """What went wrong, in one line on stderr, with options as they are typed."""
+    """Print an error in one line on stderr, with options as they are typed."""
     print(f"{prog}: {visible_line(typed(sentence))}", file=sys.stderr, flush=True)
 
 
 def speak_for(command: argparse.ArgumentParser) -> None:
-    """From now on advice names the options of this command."""
+    """From now on errors name the options of this command."""
     global _flags
     _flags = flags_of(command)
 
 
 def also_named(flags: Flags) -> None:
-    """What the running command has another name for than an option: a line of a chat's, such as `/save!`."""
+    """Other names that errors use for the running command's options, such as a chat's `/save!`."""
     global _flags
     _flags = {**_flags, **flags}
 
 
 def typed(sentence: str) -> str:
-    """A sentence of the library's with the names of options as the running command has them: `--dense-bits 8`."""
+    """A message of the library with options as they are typed in the running command: `--dense-bits 8`."""
     return in_flags(sentence, _flags)
 
 
@@ -97,27 +97,29 @@ def typed(sentence: str) -> str:
 
 
 def open_streams() -> bool:
-    """Give closed standard input and error (`<&-`, `2>&-`) an end that is nowhere; whether there is an output."""
+    """Open /dev/null for a closed standard input or error (`<&-`, `2>&-`); return whether there is an output."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115  (for as long as the process is there)
     if sys.stdout is None:
-        # Its number is free: the next file that is opened must not get what others print.
+        # The descriptor is free: the next opened file must not get it, and with it what others print.
         sys.__stdout__ = open(os.devnull, "w")  # type: ignore[misc]  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that a terminal's encoding does not have is no error
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # so that a character missing from a terminal's encoding is not an error
             stream.reconfigure(errors="replace")
     return sys.stdout is not None
 
 
 def flush() -> None:
-    """Write what is still in stdout's buffer. Raises OSError."""
+    """Write out stdout's buffer. Raises OSError."""
     sys.stdout.flush()
 
 
 def discard() -> None:
-    """Send what is left in the buffers nowhere: Python would try to write it again at exit."""
+    """Discard what is left in the buffers: Python would try to write it again at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -133,7 +135,7 @@ def can_draw_bars() -> bool:
 def bar(label: str, total: int, unit: str, done: int = 0, leave: bool = True) -> tqdm[Any]:
     """A progress bar on stderr.
 
-    done: what an interrupted run left is there from the start, and no part of the rate.
+    done: already done by an interrupted run; it is shown from the start and not counted in the rate.
     """
     from tqdm import tqdm
 
@@ -144,12 +146,12 @@ def bar(label: str, total: int, unit: str, done: int = 0, leave: bool = True) ->
 
 
 def terminal() -> TextIO:
-    """The stream on which a prompt is edited: stdout has the answers and nothing else, wherever it goes."""
+    """The stream on which a prompt is edited: not stdout, which is only for answers."""
     return sys.stderr
 
 
 def has_colours(stream: TextIO, environment: Mapping[str, str] | None = None) -> bool:
-    """Whether a stream is a terminal that may be sent colours: not with NO_COLOR, and not where TERM is dumb."""
+    """Whether a stream is a terminal with colours: not with NO_COLOR, and not if TERM is dumb."""
     environment = os.environ if environment is None else environment
     return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
 

@@ -1,4 +1,4 @@
-"""`python -m openelm_mlx plan`: whether a model fits, with which settings, how long a context, how fast; nothing is read."""
+"""`python -m openelm_mlx plan`: whether a model fits, with which settings and context, and how fast; reads only headers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .output import report, report_json, say, typed
 if TYPE_CHECKING:
     from ..memory.plan_types import MemoryPlan
 
-# What a table of all Macs has where no source is given.
+# The models in a table of all Macs if no source is given.
 RELEASED = (
     "openai/gpt-oss-20b", "openai/gpt-oss-120b", "apple/OpenELM-270M", "apple/OpenELM-450M", "apple/OpenELM-1_1B",
     "apple/OpenELM-3B",
 )  # fmt: skip
 
-HELP = "say whether a model fits into a machine's memory, before anything of it is read"
+HELP = "show whether a model fits into a machine's memory and how fast it will be, without reading it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--calibrate", action="store_true",
-        help="measure here, with small random models, what decoding and prompts reach (half a minute) and what computing "
-        "takes (some minutes); later plans go by it",
+        help="measure on this machine, with small random models, the speed of decoding and prefill (half a minute) and the "
+        "memory for computing (some minutes); later plans use it",
     )  # fmt: skip
 
 
@@ -76,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
     chart = check_chart(args.chart, args.overwrite)
     if args.calibrate:
         if args.mac is not None or args.all_macs or args.chart is not None:
-            raise SettingError(
-                "--calibrate measures this machine and plans nothing: leave --mac, --all-macs and --chart out."
-            )
+            raise SettingError("--calibrate only measures this machine: leave --mac, --all-macs and --chart out.")
         return calibrate(as_json=args.json)
     if args.mac is not None and (args.all_macs or args.chart is not None):
         raise SettingError(f"--mac {args.mac}: --all-macs and --chart have every Mac; leave one of them out.")
@@ -163,7 +161,7 @@ def text(plan: MemoryPlan, with_requests: bool = False) -> list[str]:
 
 
 def others_lines(plan: MemoryPlan) -> list[str]:
-    """What other programs have of the memory, where the model lacks it."""
+    """The memory used by other programs, if the model lacks it."""
     from ..checks import size
 
     machine = plan.machine
@@ -182,11 +180,11 @@ def others_lines(plan: MemoryPlan) -> list[str]:
 
 
 def speed_lines(plan: MemoryPlan) -> list[str]:
-    """What speeds are expected, at which length, and what they rest on."""
+    """The expected speeds, at which context length, and what they are based on."""
     if not plan.fits:
         return []
     if plan.decode is None or plan.decode_at_start is None:
-        return ["  (how fast is not known of this machine: run plan --calibrate)"]
+        return ["  (the speed of this machine is not known: run plan --calibrate)"]
     each = "" if plan.batch_size == 1 else f" for each of {plan.batch_size} requests"
     lines = [
         f"  decode            {plan.decode_at_start} tokens/s at the start, {plan.decode} at {plan.decode.tokens:,} tokens"
@@ -198,7 +196,7 @@ def speed_lines(plan: MemoryPlan) -> list[str]:
 
 
 def variant_lines(plan: MemoryPlan) -> list[str]:
-    """The presets beside each other, and which is advised."""
+    """The presets in a table, and which one is recommended."""
     from ..checks import size
 
     if not plan.variants:
@@ -236,12 +234,12 @@ def _about(plan: MemoryPlan) -> list[str]:
     )
     lines = [f"balanced: {meanings}; --preset NAME chooses, exact is the default"]
     if advised.name == "balanced":
-        lines.append("* advised; exact is for who wants every bit, smallest only where its figure is good enough")
+        lines.append("* recommended; exact keeps every bit, smallest only if its quality is good enough for you")
     return lines
 
 
 def basis_of(plan: MemoryPlan) -> str:
-    """What a plan's speeds rest on, as a clause."""
+    """What a plan's speeds are based on, as a clause."""
     machine, decode = plan.machine, plan.decode
     assert machine is not None
     assert decode is not None
@@ -267,7 +265,7 @@ def basis_of(plan: MemoryPlan) -> str:
 
 
 def calibrate(as_json: bool) -> int:
-    """Measure runs of small random models, and keep what later plans are made and corrected by. Returns 0."""
+    """Measure small random models, and store speeds and memory corrections for later plans. Returns 0."""
     from ..bench.benchmark import machine_description
     from ..bench.memory import CALIBRATION_PROMPTS, CALIBRATION_SHAPES, HEADING, rows
     from ..bench.speeds import measured_speeds
@@ -299,8 +297,8 @@ def calibrate(as_json: bool) -> int:
         report_json({"file": str(file), **measured, "speed": speeds.as_dict()})
         return 0
     for family, factor in calibration.scratch.items():
-        report(f"Computing with {family} takes {factor:.2f} times what its shapes say.")
+        report(f"Computing with {family} takes {factor:.2f} times the memory that its shapes predict.")
     if calibration.process_bytes is not None:
-        report(f"The process takes {calibration.process_bytes / 1e6:.0f} MB beside.")
-    report(f"Later plans go by it; it is kept in {file}, and forgotten when that is deleted.")
+        report(f"The process itself takes {calibration.process_bytes / 1e6:.0f} MB.")
+    report(f"Later plans use this; it is kept in {file} until that file is deleted.")
     return 0

@@ -1,4 +1,4 @@
-"""`plan --all-macs` and `plan --chart`: every Mac that is known, and how fast each model should decode there."""
+"""`plan --all-macs` and `plan --chart`: every known Mac, and how fast each model should decode on it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _KINDS = {
 
 
 def table(plans: Sequence[Row], columns: int = 80) -> list[str]:
-    """Macs down, models across, in as many columns of text as there are.
+    """A table with a row for each Mac and a column for each model, at most `columns` characters wide.
 
-    plans: of each model on every Mac. A cell is the least and the most tokens/s, "d" behind it with experts on disk, "?"
-    where no run of such a model on that chip was published, "-" where it does not fit.
+    plans: of each model on every Mac. A cell is the least and the most tokens/s, followed by "d" with experts on disk, and by
+    "?" if no run of such a model on that chip was published; "-" if it does not fit.
     """
     from ..memory.machine import GIB, working_set_of
     from ..memory.rates import number
@@ -79,19 +79,19 @@ def table(plans: Sequence[Row], columns: int = 80) -> list[str]:
 
 
 def _rests_on_fewer_bits(row: Row) -> bool:
-    """Whether these are speeds of a model as released, of which only runs with rounded dense parts were published."""
+    """Whether these speeds are for a model as released, while published runs had rounded dense parts."""
     bases = {plan.decode.basis for plan in row if plan.decode is not None}
     return row[0].family == "gpt_oss" and row[0].dense_bits is None and "related" in bases and "published" not in bases
 
 
 def _notes_of(row: Row) -> list[str]:
-    """What has to be said of a source: of its presets, and what every machine's plan notes, so that it is no machine's."""
+    """Notes about a source: about its presets, and notes that all machines' plans have in common."""
     told = [] if row[0].note is None else [row[0].note]
     return [*told, *(note for note in machine_of(row[0]).notes if all(note in machine_of(each).notes for each in row))]
 
 
 def about(plans: Sequence[Row]) -> str:
-    """What the speeds are of: contexts and bits."""
+    """What the speeds are for: context lengths and bits."""
     from ..memory.presets import PRESETS
 
     bits = plans[0][0].dense_bits
@@ -109,13 +109,13 @@ def about(plans: Sequence[Row]) -> str:
 
 
 def _family(names: Sequence[str]) -> str:
-    """What names have in common, where that says it: OpenELM of OpenELM-270M and OpenELM-3B."""
+    """The common part of several names: OpenELM for OpenELM-270M and OpenELM-3B."""
     first = {name.rpartition("-")[0] for name in names}
     return first.pop() if len(first) == 1 and "" not in first else ", ".join(names)
 
 
 def short_name(source: str) -> str:
-    """A repository without its owner, a folder without its place."""
+    """A repository's name without its owner, or a folder's without its path."""
     return Path(source).name or source
 
 
@@ -147,7 +147,7 @@ def speeds(plan: MemoryPlan, between: str = "-") -> str:
 
 
 def machine_of(plan: MemoryPlan) -> Machine:
-    """A plan is of some machine."""
+    """The machine of a plan, which is never None here."""
     assert plan.machine is not None
     return plan.machine
 

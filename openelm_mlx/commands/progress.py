@@ -1,4 +1,4 @@
-"""Progress bars on stderr, for what takes long: made when the first bytes move."""
+"""Progress bars on stderr, shown when the first bytes arrive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def byte_bar(label: str) -> Progress | None:
-    """A callback that takes (bytes done, bytes in all) and draws a bar, gone when all have come; None where none can be."""
+    """A callback for (bytes so far, total bytes) that draws a bar, removed at the end; None if none can be drawn."""
     if not output.can_draw_bars():
         return None
     bar: tqdm[Any] | None = None
@@ -31,7 +31,7 @@ def byte_bar(label: str) -> Progress | None:
 
 
 class StageBars:
-    """One bar at a time, for the stages of a conversion; each stays as it ended."""
+    """One bar at a time, for the stages of a conversion; finished bars stay visible."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -46,7 +46,7 @@ class StageBars:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

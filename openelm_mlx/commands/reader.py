@@ -1,4 +1,4 @@
-"""What a person says in a chat: from a terminal, with history, editing and completion, or line by line from a pipe."""
+"""Reading a chat's input: from a terminal, with history, editing and completion, or line by line from a pipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .output import ask, can_redraw, say, terminal
 
 
 class Command(NamedTuple):
-    """A line with a slash. argument: what follows it, "FILE" or the choices, for help and completion."""
+    """A chat command with a slash. argument: "FILE" or the choices, for help and completion."""
 
     name: str
     argument: str
@@ -27,7 +27,7 @@ class Command(NamedTuple):
 
 
 class Reader(Protocol):
-    """What the person says, one message after the other. is_interactive: a person who can try again."""
+    """The user's messages, one after the other. is_interactive: the user can correct a mistake and go on."""
 
     is_interactive: bool
 
@@ -55,7 +55,7 @@ class LineReader:
 
 
 class PlainTerminalReader:
-    """A terminal that obeys no control sequences (TERM=dumb, as in Emacs): a message a line, as in a pipe."""
+    """A terminal without control sequences (TERM=dumb, as in Emacs): a message a line, as in a pipe."""
 
     is_interactive = True
 
@@ -81,7 +81,7 @@ class PlainTerminalReader:
 
 
 def reader_for_terminal(no_history: bool, commands: Sequence[Command]) -> Reader:
-    """The one that the terminal has the means for."""
+    """The reader that the terminal supports."""
     return TerminalReader(no_history, commands) if can_redraw(terminal()) else PlainTerminalReader()
 
 
@@ -96,7 +96,7 @@ class TerminalReader:
         from prompt_toolkit.output import create_output
 
         class WholeHistory(FileHistory):
-            """A terminal gives bytes that are not text as halves of characters, which no file takes."""
+            """History without lone surrogates, which a terminal gives for invalid bytes and a file cannot store."""
 
             def store_string(self, string: str) -> None:
                 super().store_string(whole_characters(string))
@@ -170,7 +170,7 @@ def _key_bindings() -> Any:
 
 
 def history_file() -> Path | None:
-    """Where what was typed is kept, for this user's eyes only; None where nothing can be kept."""
+    """The file for the input history, readable only by this user; None if it cannot be kept."""
     from ..memory.stored import cache_folder
 
     file = cache_folder() / "chat_history"

@@ -20,20 +20,18 @@ if TYPE_CHECKING:
     from ..memory.machine import Machine
 
 FORMAT, WHAT = "openelm_mlx selfcheck 1", "The report"
-HELP = "check on this machine what nobody could check on it, and leave a report without personal data"
+HELP = "check that this machine computes correctly, and write a report without personal data"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "--only", metavar="TEXT", help="only the checks with this number, or with this in their name; nothing is timed"
+        "--only", metavar="TEXT", help="only the checks with this number or with TEXT in their name; nothing is timed"
     )
     parser.add_argument("--no-timings", action="store_true", help="check only: time nothing and store nothing")
+    parser.add_argument("--keep", action="store_true", help="keep the measured speeds for later plans, without asking")
     parser.add_argument(
-        "--keep", action="store_true", help="keep the speeds that are measured for later plans, without asking"
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", help="where the report goes (default: selfcheck-DATE.json in this folder)"
+        "--output", metavar="FILE", help="file for the report (default: selfcheck-DATE.json in this folder)"
     )
     parser.add_argument("--json", action="store_true", help="print the report itself, one JSON object")
 
@@ -75,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
             report["checks"].append(outcome.as_dict())
             for line in lines(outcome):
                 tell(line)
-        # What is wrong must not be made fast; and whoever asks for one check wants no others.
+        # No timing after a failed check, or when only some checks were requested.
         if with_timings and not any(each.passed is False for each in outcomes):
-            keep_report()  # timing runs in this process: what takes that with it must not take the report
+            keep_report()  # timing runs in this process: if it crashes, the report must survive
             report["timing_failed"] = failure_of(
                 lambda: time_machine(report, tell, args, date, lambda: MOST_SECONDS - (time.perf_counter() - started))
             )
@@ -93,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
     passed = sum(each.passed is True for each in outcomes)
     tell(
         f"{'Interrupted. ' if is_interrupted else ''}{passed} of {len(checks)} checks passed, {failed} failed, "
-        f"{len(checks) - passed - failed} did not run or have no meaning here ({report['seconds']:.0f} s)."
+        f"{len(checks) - passed - failed} did not run or do not apply here ({report['seconds']:.0f} s)."
     )
     tell(
         f"The report is in {output.name if output.parent == Path() else output}; it has no personal data in it. "
-        "Please attach it to an issue, most of all when a check failed."
+        "Please attach it to an issue, especially if a check failed."
     )
     if is_interrupted:
         return INTERRUPTED
@@ -105,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def failure_of(work: Callable[[], None]) -> str | None:
-    """Do it; the error that it ended with, whatever it is, for a report from a machine that nobody has seen."""
+    """Run `work`; return its error, of any class, for the report, or None."""
     from ..errors import UserError
 
     try:
@@ -134,7 +132,7 @@ def chosen_checks(only: str | None) -> list[Check]:
 
 
 def lines(outcome: Outcome) -> Sequence[str]:
-    """An outcome for people: what it is, what should be, what is."""
+    """An outcome for people: the check, the expected result, the actual one."""
     return (
         f"{outcome.word:20}{outcome.number:2}. {outcome.name} ({outcome.seconds:.1f} s)",
         f"{'':24}expected: {outcome.expected}",
@@ -149,7 +147,7 @@ def lines(outcome: Outcome) -> Sequence[str]:
 def time_machine(
     report: dict[str, Any], tell: Callable[[str], None], args: argparse.Namespace, date: str, left: Callable[[], float]
 ) -> None:
-    """Time equal ways, keep the faster ones, and measure speeds, as far as there is time; into `report` as it comes."""
+    """Time equivalent kernels, keep the faster ones, and measure speeds as far as there is time; results go into `report`."""
     from ..bench.alternatives import time_alternatives, winners
     from ..bench.selfcheck import TIMING_SECONDS
     from ..bench.speeds import measured_speeds
@@ -157,7 +155,7 @@ def time_machine(
     from ..memory.machine import this_machine
 
     if left() < TIMING_SECONDS / 2:
-        tell("Nothing is timed: the checks took the time of it; plan --calibrate measures speeds alone.")
+        tell("Nothing is timed: the checks took too long; plan --calibrate measures only speeds.")
         return
     timings = time_alternatives()
     report["timings"] = [each.as_dict() for each in timings]
@@ -165,7 +163,7 @@ def time_machine(
         tell(f"timed  {timing.line()}")
     if timings:
         store_choices(winners(timings))
-        tell("These choices hold from now on; they are kept in the cache folder, and end with a new release of MLX.")
+        tell("These choices are used from now on; they are kept in the cache folder until MLX is updated.")
     if left() < TIMING_SECONDS / 2:
         return
     machine = this_machine()
@@ -176,20 +174,20 @@ def time_machine(
         tell(f"  {line}")
     if speeds.rates and (args.keep or (not args.json and wants_to_keep(tell))):
         keep(machine, speeds.rates, date)
-        tell("They are kept: plan goes by them from now on.")
+        tell("They are kept: plan uses them from now on.")
 
 
 def keep(machine: Machine, rates: Any, date: str) -> None:
-    """Have later plans go by what was measured."""
+    """Store the measured speeds for later plans."""
     from ..memory.calibration import store_speed
 
     store_speed(rates, None, machine, date)
 
 
 def wants_to_keep(tell: Callable[[str], None]) -> bool:
-    """Ask, where somebody is there to answer; else say how."""
+    """Ask the user if there is a terminal; else say how to keep the speeds."""
     if not (sys.stdin is not None and sys.stdin.isatty() and terminal().isatty()):
-        tell("They are not kept: --keep, or plan --calibrate, has later plans go by them.")
+        tell("They are not kept: use --keep, or plan --calibrate, to have later plans use them.")
         return False
     try:
         say("Keep these speeds for later plans? [y/N]")

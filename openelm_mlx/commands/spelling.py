@@ -1,9 +1,9 @@
-"""Advice in the command line's own spelling.
+"""Option names in errors as they are typed on the command line.
 
-Errors and plans name options as a program does: `dense_bits=8`, `memory_limit="8GB"`, `context_length is 0`. What the running
-command can be given under that name is said here as it is typed: `--dense-bits 8`, `--memory-limit 8GB`, `--context-length
-is 0`. Which names these are comes from the command's own parser. A name in quotes, in a path or in a longer word is left
-alone, and so is one that the command does not have.
+Errors and plans name options as a program does: `dense_bits=8`, `memory_limit="8GB"`, `context_length is 0`. Here they are
+rewritten to the running command's options: `--dense-bits 8`, `--memory-limit 8GB`, `--context-length is 0`. The names come
+from the command's own parser. A name in quotes, in a path or in a longer word is left alone, and so is one that the command
+does not have.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping
 
-# Names in Python of what a command calls otherwise.
+# Python names whose option has another name.
 _OTHER_NAMES = {
     "schema": "--json-schema",
     "prefix_cache": "--prompt-cache",
@@ -22,21 +22,21 @@ _OTHER_NAMES = {
     "allow_unsandboxed": "--allow-unsandboxed",
 }
 
-# An apostrophe inside of a word opens and closes nothing.
+# An apostrophe inside a word is not a quote.
 _QUOTED = r"(?<!\w)'[^'\n]*'(?!\w)" + r'|"[^"\n]*"'
 _VALUE = r"'[^'\n]*'" + r'|"[^"\n]*"'
-# name=value, name= alone, or a name that no word of English is.
+# name=value, name= alone, or a name that is not an English word.
 _NAME = (
     rf"""(?<![\w./\\'"=-])(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>{_VALUE}|[\w.+-]*[\w%]|(?=\W|$))|(?![\w./\\'"=-]))"""
 )
-# A sentence that begins with a name is about the option, even where the name is a word of English.
+# A sentence that begins with a name is about the option, even if the name is an English word.
 _FOUND = re.compile(rf"^(?P<first>[a-z]+)(?= (?:is|has|must)\b)|(?:{_QUOTED})|{_NAME}")
 
 Flags = Mapping[str, str]
 
 
 def flags_of(parser: argparse.ArgumentParser) -> Flags:
-    """Name in Python -> the option as it is typed, of those that a command has."""
+    """Python name -> option as it is typed, for a command's options."""
     flags: dict[str, str] = {}
     for action in parser._actions:
         long = [each for each in action.option_strings if each.startswith("--")]

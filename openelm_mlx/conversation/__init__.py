@@ -1,4 +1,4 @@
-"""A conversation that goes on: `Chat`, and the events of its turns."""
+"""Conversations of several turns: `Chat`, and the events of its turns."""
 
 from __future__ import annotations
 

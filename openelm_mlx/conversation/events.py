@@ -1,4 +1,4 @@
-"""What happens in a turn, as a caller sees it: thoughts, calls, results, the answer, its end."""
+"""The events of a turn, as a caller sees them: reasoning, tool calls, results, the answer, the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..engine.statistics import Statistics
 
 @dataclass(frozen=True)
 class Reasoning:
-    """A piece of what the model thinks; not for the user unless asked for."""
+    """A piece of the model's reasoning, which a user is shown only on request."""
 
     text: str
 
@@ -25,7 +25,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a tool said, as the model is told it."""
+    """A tool's result, as the model gets it."""
 
     name: str
     text: str

@@ -1,6 +1,6 @@
-"""What stays of a conversation's messages: oldest turns that are forgotten, and turns that did not come to their end.
+"""Which messages a conversation keeps: dropping the oldest turns, and what remains of an interrupted turn.
 
-A turn begins with a user's message and has everything until the next one, so a call and its result are never parted.
+A turn begins with a user's message and ends before the next one, so a call and its result are never separated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def turn_starts(messages: Sequence[Message]) -> list[int]:
 
 
 def without_oldest(messages: Sequence[Message], num_turns: int) -> list[Message]:
-    """`messages` without the first turns. What instructs the model, and what stands before the first turn, stays."""
+    """`messages` without the first turns. Instructions, and messages before the first turn, are kept."""
     starts = turn_starts(messages)
     if not num_turns or not starts:
         return list(messages)
@@ -33,7 +33,7 @@ def without_oldest(messages: Sequence[Message], num_turns: int) -> list[Message]
 
 
 def fewest_to_forget(messages: Sequence[Message], most_tokens: int, count: Callable[[Sequence[Message]], int]) -> int:
-    """How many of the oldest turns have to go until `count` of the others is at most `most_tokens`; never the last one."""
+    """How many of the oldest turns to drop until `count` of the rest is at most `most_tokens`; never the last turn."""
     low, high = 0, max(0, len(turn_starts(messages)) - 1)
     while low < high:
         middle = (low + high) // 2
@@ -45,11 +45,11 @@ def fewest_to_forget(messages: Sequence[Message], most_tokens: int, count: Calla
 
 
 def settled(turn: Sequence[Message], num_begun: int) -> list[Message]:
-    """What stays of a turn, its question first, however it ended.
+    """The messages of a turn that are kept, its question first, however it ended.
 
-    num_begun: how many of its calls, which are run in their order, have begun. A tool may have changed something, so the
-    model has to know of it: the calls stay, and those without a result get one that says that they were interrupted.
-    Otherwise calls go, and so does the question where no answer came: it would be answered along with the next one.
+    num_begun: how many of its calls, which run in order, have begun. A tool may have changed something, so the model has to
+    know: if any has begun, all calls are kept, and those without a result get one that says that they were interrupted.
+    Otherwise calls are dropped, and so is a question without an answer: it would be answered along with the next one.
     """
     calls = [message for message in turn if message.is_call]
     num_results = sum(message.role == "tool" for message in turn)
@@ -64,25 +64,25 @@ def settled(turn: Sequence[Message], num_begun: int) -> list[Message]:
     kept = [*turn, *results]
     if is_answered and is_answer(kept[-1]):
         return kept
-    # Thoughts without an answer would be taken for a turn that is still going on.
+    # The model would take reasoning without an answer for a turn that is still going on.
     return [message for message in kept if message.channel != "analysis" or message.is_call or message.role == "tool"]
 
 
 def cut_off(messages: Sequence[Message]) -> list[Message]:
-    """What stays of a completion that did not come to its end: what the user has seen of the answer."""
+    """The messages kept of an interrupted completion: the part of the answer that the user has seen."""
     return [
         m for m in messages if m.role == "assistant" and m.channel != "analysis" and not m.is_call and m.text.strip()
     ]
 
 
 def result_of(call: Message, text: str) -> Message:
-    """What a call gave, as a message."""
+    """The result of a call, as a message."""
     assert call.recipient is not None
     return Message("tool", text, call.recipient, call.channel, "assistant")
 
 
 def without_old_results(turn: Sequence[Message]) -> list[Message]:
-    """A turn with its tools' results left out but for the last one, shorter ones excepted."""
+    """A turn with all tool results but the last replaced by a short notice, unless they are shorter."""
     last = max((i for i, message in enumerate(turn) if message.role == "tool"), default=0)
     return [
         replace(message, content=LEFT_OUT)
@@ -93,5 +93,5 @@ def without_old_results(turn: Sequence[Message]) -> list[Message]:
 
 
 def is_answer(message: Message) -> bool:
-    """Whether the user was given an answer with it."""
+    """Whether the message is an answer to the user."""
     return message.role == "assistant" and message.channel == "final" and bool(message.text.strip())

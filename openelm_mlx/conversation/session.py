@@ -1,7 +1,7 @@
-"""A conversation that goes on: questions, answers, and for gpt-oss reasoning and tool calls in between.
+"""A conversation of several turns: questions, answers, and for gpt-oss reasoning and tool calls in between.
 
-`Chat` keeps the messages and decides what a turn does; what a prompt looks like is the text room's business, and tokens
-come from `stream_generate`. Whatever ends a turn early (Ctrl-C, a limit, an error) leaves a chat that can go on.
+`Chat` keeps the messages and runs the turns; the text package builds prompts, and tokens come from the decoding loop of
+`stream_generate`. Whatever ends a turn early (Ctrl-C, a limit, an error), the chat can go on.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from .settings import check_settings, refuse_stream_options
 from .turn import Turn
 
 _FORMAT = 1
-_LARGEST_CHAT = 2**26  # bytes of a saved one
+_LARGEST_CHAT = 2**26  # bytes of a saved chat
 _is_chat = json_with("openelm_mlx_chat")
 
-# Room for an answer is kept free: a quarter of the context, and of short ones as much as reasoning often takes.
+# Room that is kept free for an answer: a quarter of the context, but in short contexts as much as reasoning often needs.
 _SHARE_FOR_ANSWER, _USUAL_ANSWER = 4, 1024
-# Of the rest, what is left when turns are forgotten: then it goes on for a while without computing all of it anew.
+# When turns are dropped, the others fill this share of the rest, so that the whole prompt is not recomputed every turn.
 _SHARE_KEPT = 0.75
 
 
@@ -60,19 +60,19 @@ _SHARE_KEPT = 0.75
 class Chat:
     """A conversation with a model.
 
-    When the context is full, the oldest turns are forgotten, each whole. A turn that came to no answer leaves
-    nothing behind, unless tools were run in it; what was forgotten for it comes back.
+    When the context is full, the oldest turns are dropped, each as a whole. A turn without an answer is removed
+    again unless tools ran in it, and turns that were dropped for it are restored.
 
     Attributes:
-        instructions: What other models call the system prompt.
+        instructions: The system prompt.
         tools: Functions or `Tool`s, for gpt-oss only.
         reasoning_effort: "low", "medium" or "high".
-        max_tokens: Of one turn, all its completions together; None: what the context has room for.
+        max_tokens: Limit for one turn, all its completions together; None: what the context has room for.
         max_rounds: How many times in a turn the model may call tools.
-        time_limit: Seconds of a turn.
+        time_limit: Limit for one turn, in seconds.
         options: More keyword arguments of `stream_generate`.
-        messages: What was said, without instructions; Harmony messages, or for OpenELM the same with roles user
-            and assistant.
+        messages: The conversation so far, without instructions: Harmony messages; for OpenELM only with the roles
+            user and assistant.
 
     Raises SettingError, ToolError, PromptError, and TokenizerError when the model has no tokenizer.
     """
@@ -87,7 +87,9 @@ class Chat:
     max_rounds: int = 16
     time_limit: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    prefix_cache: PrefixCache | None = field(default_factory=PrefixCache)  # a turn computes what is new of the prompt
+    prefix_cache: PrefixCache | None = field(
+        default_factory=PrefixCache
+    )  # so that a turn computes only the new part of the prompt
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -106,8 +108,8 @@ class Chat:
             raise SettingError(
                 f"reasoning_effort is {self.reasoning_effort!r}, and only gpt-oss's chat format has one: leave it out."
             )
-        self._system()  # a wrong effort is found here
-        if self.tool_set.formats:  # only gpt-oss has come so far with any
+        self._system()  # raises for an unknown reasoning effort
+        if self.tool_set.formats:  # a gpt-oss model: others were refused above
             self.tool_set.check_ends(engine_of(self.tokenizer))
         self.tool_schemas = self.tool_set.schemas
         self._unfollowed = self.tool_set.unfollowed
@@ -116,7 +118,7 @@ class Chat:
 
     @checked_call("chat.ask", PromptError)
     def ask(self, text: str) -> str:
-        """Say `text` and return the whole answer. A NoAnswerWarning says why where none came."""
+        """Say `text` and return the whole answer. If there is none, a NoAnswerWarning says why."""
         answer, no_answer = "", None
         for event in self.stream(text):
             if isinstance(event, Answer) and not event.is_preamble:
@@ -124,15 +126,14 @@ class Chat:
             elif isinstance(event, Done):
                 no_answer = event.no_answer
         if no_answer is not None and not answer.strip():
-            warnings.warn(no_answer, NoAnswerWarning, stacklevel=3)  # past the check of the call
+            warnings.warn(no_answer, NoAnswerWarning, stacklevel=3)  # the caller is above the check of the call
         return answer
 
     @checked_call("chat.stream", PromptError)
     def stream(self, text: str) -> Iterator[Event]:
-        """Say `text`; what happens comes as events, the last of them `Done`.
+        """Say `text` and yield the events of the turn, the last of them `Done`.
 
-        Closing the iterator (or Ctrl-C) ends the turn; what the model had answered until then stays in the history. So
-        does another question, or `save`.
+        Closing the iterator, Ctrl-C, another question or `save` ends the turn; the answer so far stays in the history.
         """
         if not isinstance(text, str) or not text.strip():
             raise PromptError("The message is empty: write something.")
@@ -154,13 +155,13 @@ class Chat:
             turn.settle()
 
     def _end_turn(self) -> None:
-        """End the turn that nobody read to its end. An interruption may have struck while it settled: it does so again."""
+        """End a turn that was not read to its end. `settle` is repeated in case an interruption broke it off."""
         if self._events is not None:
             try:
                 cast(Any, self._events).close()
             except ValueError:
                 raise SettingError(
-                    "The chat is in the midst of an answer: a tool cannot ask it another question."
+                    "The chat is in the middle of an answer: a tool cannot ask it another question."
                 ) from None
         if self.turn is not None:
             self.turn.settle()
@@ -170,7 +171,7 @@ class Chat:
         if self._unfollowed:  # said once
             names, self._unfollowed = ", ".join(self._unfollowed), []
             yield Notice(
-                f"The schema of {names} cannot be followed while a call is written; its calls are checked when complete"
+                f"The schema of {names} cannot be enforced while a call is written; its calls are checked when complete"
             )
         while True:
             yield from self._make_room(turn)
@@ -190,7 +191,7 @@ class Chat:
                 return
 
     def _call(self, turn: Turn, call: Message) -> Iterator[Event]:
-        """Call the tool that a message means, tell the model what came of it, and tell the user both."""
+        """Run the tool that a message calls, give the model its result, and show the user both."""
         assert call.recipient is not None
         found = self.tool_set.find(call.recipient)
         name = call.recipient if found is None else found[0]
@@ -219,7 +220,7 @@ class Chat:
     # --- the context ---
 
     def _make_room(self, turn: Turn) -> Iterator[Event]:
-        """Forget the oldest turns, each whole, where the context has too little room for an answer."""
+        """Drop the oldest turns, each as a whole, when the context has too little room for an answer."""
         if self.options.get("sliding_window") is not None:
             return
         context, limit = self.model.context_length, turn.num_left
@@ -237,7 +238,7 @@ class Chat:
             turn.replace(without_old_results(turn.messages))
 
     def _check_question(self) -> None:
-        """Refuse a question that is too long even by itself, before anything is forgotten for it."""
+        """Refuse a question that is too long by itself, before any turn is dropped for it."""
         alone = without_oldest(self.messages, len(turn_starts(self.messages)) - 1)
         context, needed = self.model.context_length, len(self._prompt(alone))
         if needed >= context:
@@ -247,7 +248,7 @@ class Chat:
             )
 
     def _forget(self, turn: Turn, most_tokens: int | None) -> bool:
-        """Forget all turns before this one, or as many as leave less than `most_tokens`; whether there were any."""
+        """Drop all turns before this one, or enough to leave less than `most_tokens`; return whether there were any."""
         before, told = turn.others, (self.num_forgotten, self._has_told)
 
         def bring_back() -> None:
@@ -266,7 +267,7 @@ class Chat:
         return number > 0
 
     def _told_of_forgetting(self) -> Iterator[Event]:
-        """Said once: a long conversation forgets again and again."""
+        """The notice about dropped turns, given only once: a long conversation drops turns again and again."""
         if self._has_told:
             return
         self._has_told = True
@@ -286,7 +287,7 @@ class Chat:
         return self.harmony_prompt(messages) if self.is_harmony else self._plain_prompt(messages)
 
     def harmony_prompt(self, messages: abc.Sequence[Message]) -> list[int]:
-        """The tokens that gpt-oss goes on from after these messages."""
+        """The prompt for gpt-oss's next completion after these messages."""
         head = [Message("system", self._system())]
         developer = DeveloperContent(self.instructions, self.tool_set.functions, self.tool_set.namespaces)
         if developer != DeveloperContent():
@@ -318,16 +319,16 @@ class Chat:
     # --- the whole conversation ---
 
     def reset(self) -> None:
-        """Forget what was said; instructions and settings stay."""
+        """Start the conversation again; instructions and settings stay."""
         self._end_turn()
         self.messages.clear()
         self.num_forgotten, self._has_told = 0, False
 
     @checked_call("chat.save", path=PATH, overwrite=FLAG)
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write what was said, the instructions and the effort to a JSON file, whole or not at all.
+        """Save messages, instructions and reasoning effort to a JSON file, completely or not at all.
 
-        A file that is there is replaced when it holds a saved chat, or with overwrite. Folders are not made. Raises
+        An existing file is replaced if it holds a saved chat, or with overwrite. Folders are not made. Raises
         DestinationError.
         """
         self._end_turn()
@@ -338,12 +339,12 @@ class Chat:
             "messages": [{**vars(message), "content": message.text} for message in self.messages],
         }
         text = whole_characters(json.dumps(content, ensure_ascii=False, indent=2))
-        # What was said is nobody else's business.
+        # A conversation is private.
         return write_output(path, text, "The chat", _is_chat, overwrite, mode=0o600)
 
     @checked_call("chat.load", path=PATH)
     def load(self, path: str | Path) -> None:
-        """Go on with a saved conversation in place of this one. Raises PromptError when the file holds none."""
+        """Replace this conversation with a saved one. Raises PromptError when the file does not hold one."""
         path = expanded(path, PromptError)
         text = read_text(path, PromptError, _LARGEST_CHAT)
         try:
@@ -360,7 +361,7 @@ class Chat:
                 reasoning_effort=content["reasoning_effort"] if self.is_harmony else None,
             )  # fmt: skip
         except PromptError as error:
-            raise PromptError(f"The chat in {path} cannot go on. {error}") from None
+            raise PromptError(f"The chat in {path} cannot be continued. {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = {
                 "JSONDecodeError": "it is not valid JSON",
@@ -368,9 +369,9 @@ class Chat:
                 "UnicodeDecodeError": "it is not text",
                 "ValueError": one_line(error),
                 "KeyError": f"{one_line(error)} is missing",
-            }.get(type(error).__name__, "its parts have other names or kinds")
+            }.get(type(error).__name__, "it is not in the format of a saved chat")
             raise PromptError(
-                f"{path} holds no saved chat ({reason}): give a file that /save or Chat.save wrote."
+                f"{path} is not a saved chat ({reason}): give a file that /save or Chat.save wrote."
             ) from None
         self._end_turn()
         self.messages, self.instructions = settings.messages, settings.instructions
@@ -379,7 +380,7 @@ class Chat:
 
 
 class _WholeText:
-    """A tokenizer that takes halves of characters as U+FFFD: no tool, file name or saved chat may end a conversation."""
+    """A tokenizer that encodes lone surrogates as U+FFFD, so that text of tools, files and saved chats never raises."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

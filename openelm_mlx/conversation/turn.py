@@ -1,4 +1,4 @@
-"""One turn of a conversation: its limits, what is said in it, and what of that stays, whatever ends it."""
+"""One turn of a conversation: its limits, its messages, and which of them are kept, however it ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .events import Answer, Done, Event, Reasoning, ToolCall
 
 
 class Conversation(Protocol):
-    """What a turn needs of the chat that it belongs to."""
+    """What a turn needs from its chat."""
 
     model: Model
     sampling: SamplingParams | None
@@ -49,10 +49,10 @@ class Conversation(Protocol):
 
 
 class Turn:
-    """The turn that is going on: its limits, what was said in it, and what of that stays in the chat's history.
+    """The current turn: its limits, its messages, and which of them are kept in the chat's history.
 
-    An interruption may strike between any two steps. So what was said is one value, replaced at once, and `settle` makes
-    the history of it, as often as it is called.
+    An interruption may come between any two steps. So the messages are one value, replaced at once, and `settle` makes the
+    history from it, however often it is called.
     """
 
     def __init__(self, chat: Conversation, question: Message) -> None:
@@ -62,22 +62,24 @@ class Turn:
         self.filled_context = False
         self.statistics: Statistics | None = None
         self.num_tokens = self.num_rounds = self.num_begun = 0
-        self.said = ""  # OpenELM's answer as far as it is written
-        # What was said, and the completion that is being written.
+        self.said = ""  # OpenELM's answer so far
+        # The messages, and the completion that is being written.
         self._state: tuple[list[Message], Sequence | None] = ([question], None)
-        self._own: dict[int, Message] = {}  # all that ever was in the chat's history, by identity
+        self._own: dict[
+            int, Message
+        ] = {}  # every message of this turn that was ever in the chat's history, by identity
         self._is_settled = self._is_answered = False
-        # Where older turns were forgotten for this one: puts them back, for when nothing of this one stays.
+        # Restores older turns that were dropped for this one, in case nothing of this one is kept.
         self.bring_back: Callable[[], None] | None = None
 
     @property
     def messages(self) -> list[Message]:
-        """What was said, the question first, without what is being written."""
+        """The messages of the turn, the question first, without the unfinished one."""
         return self._state[0]
 
     @property
     def others(self) -> list[Message]:
-        """What stands in the chat's history besides this turn."""
+        """The messages of the chat's history that are not of this turn."""
         return [message for message in self.chat.messages if id(message) not in self._own]
 
     @property
@@ -86,7 +88,7 @@ class Turn:
 
     @property
     def num_left(self) -> int | None:
-        """How many tokens the turn may still take; None: any number."""
+        """How many tokens the turn may still generate; None: no limit."""
         return None if self.chat.max_tokens is None else self.chat.max_tokens - self.num_tokens
 
     def add(self, messages: list[Message]) -> None:
@@ -97,7 +99,7 @@ class Turn:
         self.publish()
 
     def take_back(self, num_messages: int) -> None:
-        """Go on from where the turn had only so many messages."""
+        """Return to the state with the first `num_messages` messages."""
         self.ended_by, self.filled_context = None, False
         self.replace(self.messages[:num_messages])
 
@@ -106,17 +108,17 @@ class Turn:
         return bool(cut_off(self.messages[num_messages:]))
 
     def publish(self, messages: list[Message] | None = None) -> None:
-        """Show what was said in the chat's history."""
+        """Put the turn's messages into the chat's history."""
         messages = self.messages if messages is None else messages
         self._own.update({id(message): message for message in messages})
         self.chat.messages[:] = self.others + messages
 
     def settle(self) -> None:
-        """Leave in the history what stays of the turn."""
+        """Leave in the history only the messages that are kept."""
         if self._is_settled or not self._own or self.chat.turn is not self:
             return
         messages, sequence = self._state
-        if sequence is not None:  # the iterator was closed, or an error came: nobody goes on with this completion
+        if sequence is not None:  # the iterator was closed, or an error occurred: this completion ends here
             sequence.close()
             messages = [*messages, *cut_off(sequence.messages)]
         if self.said.strip():
@@ -129,7 +131,7 @@ class Turn:
         self._is_settled = True
 
     def completion(self) -> Iterator[Event]:
-        """One completion of gpt-oss, as events; its messages are the turn's last ones then."""
+        """Run one completion of gpt-oss and yield its events; its messages are added to the turn."""
         sequence = self.begin(self.chat.harmony_prompt(self.chat.messages))
         if sequence is None:
             return
@@ -138,12 +140,12 @@ class Turn:
         for chunk in self.chunks(sequence):
             yield from shown_as_events(chunk)
         sequence.close()
-        # What others say in it, the model has invented.
+        # Messages of other roles were invented by the model.
         messages = [message for message in sequence.messages if message.role == "assistant"]
         self.add(messages if self.ended_by is None else cut_off(messages))
 
     def begin(self, prompt: list[int]) -> Sequence | None:
-        """The next completion of the turn; None where the turn may take no more tokens."""
+        """Start the next completion of the turn; None if the turn may not generate more tokens."""
         chat, room = self.chat, self.num_left
         if room is not None and room < 1:
             self.ended_by = "length"
@@ -171,7 +173,7 @@ class Turn:
                 return
 
     def done(self) -> Done:
-        """What the turn came to, when it is over."""
+        """The `Done` event of the finished turn."""
         reason = self.ended_by or "stop"
         return Done(reason, self.statistics, self.num_tokens, self.num_begun, self._no_answer())
 
@@ -180,10 +182,10 @@ class Turn:
         if self._is_answered or not chat.is_harmony:
             return None
         if self.ended_by == "time":
-            return f"The turn's {chat.time_limit:g} seconds went by before an answer came: raise time_limit."
+            return f"The turn's {chat.time_limit:g} seconds passed before an answer came: raise time_limit."
         if self.ended_by == "rounds":
             return (
-                f"The model called tools {chat.max_rounds} times one after the other and came to no answer: ask it to go "
+                f"The model called tools {chat.max_rounds} times in a row and gave no answer: ask it to go "
                 "on, or raise max_rounds."
             )
         if self.ended_by == "length" and chat.max_tokens is not None and not self.filled_context:

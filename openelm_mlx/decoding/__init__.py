@@ -1,1 +1,1 @@
-"""One token after the other: how the next one is chosen."""
+"""Decoding: steps, sampling, constraints, speculative decoding, and the prefix cache."""

@@ -1,7 +1,7 @@
-"""Whether the alternatives of a `oneOf` exclude each other, as far as that can be shown.
+"""Whether the alternatives of a `oneOf` exclude each other, as far as that can be proved.
 
-An engine that chooses tokens can follow "one or another of these", not "exactly one": it does not look back. Where no value
-can fit two alternatives the two are the same.
+An engine that chooses tokens can enforce "one of these" but not "exactly one of these". If no value fits two alternatives,
+both mean the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Alternatives:
         return prepared, ""
 
     def _marked(self, own: Any, written: Any, other: Any, path: str) -> Any:
-        """`written` with a member required that tells it from `other` (a tag with a default, say); None if there is none."""
+        """`written` with a required member that distinguishes it from `other` (such as a tag); None if there is none."""
         if isinstance(own, Mapping) and set(own) == {"$ref"}:
             own = target_of(self._root, own["$ref"])
             if id(own) in self._marking:
@@ -76,7 +76,7 @@ class Alternatives:
         return f"its alternatives {i + 1} and {j + 1} may both fit one value, which oneOf forbids. {advice}"
 
     def _are_apart(self, a: Any, b: Any, seen: frozenset[tuple[int, int]]) -> bool:
-        """Whether no value fits both. Shown for some conjunct of each; False where it cannot be shown."""
+        """Whether no value fits both, proved for some conjunct of each; False if that cannot be proved."""
         self._steps += 1
         if self._steps > _MOST_STEPS or (id(a), id(b)) in seen:
             return False
@@ -171,7 +171,7 @@ def _may_be_fraction(schema: Mapping[str, Any]) -> bool:
 
 
 def strings_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether no string has the patterns and lengths of both, as the engine finds it."""
+    """Whether, according to the engine, no string matches the patterns and lengths of both."""
     sides = []
     for schema in (a, b):
         kept = {key: schema[key] for key in _OF_STRINGS if key in schema}
@@ -181,7 +181,7 @@ def strings_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
         sides.append({"type": "string", **kept})
     if not all({"pattern", "enum", "format"} & side.keys() for side in sides):
         return False
-    # Each alone is sound: what is refused together has nothing in common.
+    # Each alone is accepted, so if both together are refused, they have nothing in common.
     if any(engine_refusal(json.dumps(side)) for side in sides):
         return False
     reason = engine_refusal(json.dumps({"allOf": sides}))
@@ -264,7 +264,7 @@ def _values(schema: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _text(value: Any) -> str:
-    """Equal for values that JSON Schema holds for equal: 1 and 1.0 are."""
+    """A text that is the same for values that JSON Schema considers equal, such as 1 and 1.0."""
     if isinstance(value, float) and value == int(value):
         value = int(value)
     return json.dumps(value, sort_keys=True)

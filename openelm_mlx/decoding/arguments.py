@@ -1,4 +1,4 @@
-"""What is given in place of a model, a tokenizer or a prefix cache."""
+"""Checks of the arguments model, tokenizer and prefix_cache."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .prefix_cache import PrefixCache
 
 
 def check_model(model: object, tokenizer: object = None) -> None:
-    """Raise SettingError when something else was given where the two results of `om.load` belong."""
+    """Raise SettingError unless the arguments are the two results of `om.load`."""
     if isinstance(model, (str, os.PathLike)):
         raise SettingError(
-            f"The model is {os.fspath(model)!r}, which only names one: load it first, "
+            f"The model is {os.fspath(model)!r}, only its name: load it first, "
             f"model, tokenizer = om.load({os.fspath(model)!r})."
         )
     if isinstance(model, (tuple, list)):
         raise SettingError(
-            "The model is all that om.load returned: take it apart first, model, tokenizer = om.load(...)."
+            "The model is the whole result of om.load: unpack it first, model, tokenizer = om.load(...)."
         )
-    # Whatever says of what shape it is can be one: programs wrap models.
+    # Anything with a spec is accepted: programs wrap models.
     if isinstance(model, type) or getattr(model, "spec", None) is None:
         raise SettingError(f"The model is a {type(model).__name__}: give the first of the two that om.load returns.")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):

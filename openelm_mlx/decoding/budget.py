@@ -1,7 +1,7 @@
-"""What a request may take: asked before it begins, before each chunk of its prompt, and every few tokens of its answer.
+"""The memory limit of a request, checked before it begins, before each chunk of its prompt, and every few tokens.
 
-A plan (`Runtime.plan`) has the budget; without one nothing is refused. What is counted: what is in use now, the growth of
-the keys and values, and the scratch of the next pass, which is the plan's figure or, where it was larger, what was seen.
+The limit comes from the plan (`Runtime.plan`); without a plan nothing is refused. Counted are the memory in use now, the
+growth of keys and values, and the scratch memory of the next pass: the plan's figure, or the measured one if it was larger.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Budget:
         return self._cache[0].offset
 
     def check_request(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        """Raise MemoryLimitError when prompt and answer cannot fit, with what could."""
+        """Raise MemoryLimitError when prompt and answer cannot fit, and say what would fit."""
         least = min(LEAST_CHUNK, num_prompt_tokens)
         if self._limit is None or self._needed(num_prompt_tokens + max_tokens, least) <= self._limit:
             return
@@ -69,16 +69,16 @@ class Budget:
         )
 
     def room_for_answer(self, num_prompt_tokens: int, most: int) -> int:
-        """How many tokens of an answer fit into the memory behind a prompt, at most `most`; 0 when none does."""
+        """How many tokens of an answer fit into memory after the prompt, at most `most`; 0 if none does."""
         least = min(LEAST_CHUNK, num_prompt_tokens)
         if self._limit is None or self._needed(num_prompt_tokens + most, least) <= self._limit:
             return most
         return max(0, min(most, self._most_tokens(least) - num_prompt_tokens))
 
     def chunk_of_prompt(self, chunk_length: int, num_left: int) -> int:
-        """Make room for the next chunk of a prompt with `num_left` tokens to go; gives its length.
+        """Make room for the next chunk of a prompt with `num_left` tokens to go; return its length.
 
-        That is `chunk_length`, or half of it, or a quarter ... where memory is short. Raises MemoryLimitError.
+        That is `chunk_length`, or half of it, a quarter and so on if memory is short. Raises MemoryLimitError.
         """
         length = min(chunk_length, num_left)
         while self._limit is not None and self._needed(self.num_tokens + length, length) > self._limit:
@@ -98,15 +98,15 @@ class Budget:
         return length
 
     def chunk_is_done(self, length: int) -> None:
-        """Learn from a chunk that has been computed how much scratch a token of it took."""
+        """Learn from a computed chunk how much scratch memory each of its tokens took."""
         if self._lease is not None:
             seen = self._lease.lap() - max(self._before_chunk, self._active_memory())
             self._scratch_per_token = max(self._scratch_per_token, seen / length)
 
     def before_tokens(self, count: int, max_tokens: int) -> None:
-        """Make room for the next tokens of an answer of which `count` are there. Raises MemoryLimitError.
+        """Make room for the next tokens of an answer that has `count` tokens so far. Raises MemoryLimitError.
 
-        Called for every token; does something for one in 64.
+        Called for every token, but does something only for one in 64.
         """
         if count % TOKENS_AT_ONCE or count >= max_tokens:
             return
@@ -121,7 +121,7 @@ class Budget:
         self._make_room(total)
 
     def _make_room(self, num_tokens: int) -> None:
-        """Let the caches grow, one layer after the other: only one is held twice while it is copied."""
+        """Grow the caches one layer after the other, so that only one is in memory twice while it is copied."""
         for layer in self._cache:
             mx.eval(layer.reserve(num_tokens))  # before the next layer's copy is made
 
@@ -153,17 +153,17 @@ class Budget:
 
 @contextmanager
 def keeping_to_plan(model: Model, cache: Cache) -> Iterator[tuple[Budget, LimitsLease]]:
-    """The memory of a request from its first chunk to its last token, however it ends.
+    """The memory limit of a request from its first chunk to its last token, however it ends.
 
-    After an error nothing of the cache is left in memory. When the backend itself had no memory left, the model's state
-    is not to be trusted: it keeps a sentence that says so, and every later request raises that.
+    After an error nothing of the cache stays in memory. When the backend itself ran out of memory, the model's state cannot be
+    trusted: the model keeps an error message, which every later request raises.
     """
     with generating(runtime_of(model).plan) as lease:
         try:
             yield Budget(model, cache, lease), lease
         except (RuntimeError, MemoryError) as error:
             drop(cache)
-            # Nothing of this request is left for the next one to hear of.
+            # So that the next request does not get errors of this one.
             error = next((each for each in (error, *empty_stream()) if is_out_of_memory(each)), error)
             if not is_out_of_memory(error):
                 raise
@@ -201,13 +201,13 @@ def room_in_memory(
 
 
 def chunk_of_plan(model: Model) -> int:
-    """How many tokens of a prompt to have in flight at once when nobody says."""
+    """The default number of prompt tokens that are computed at once."""
     plan = runtime_of(model).plan
     return DEFAULT_CHUNK if plan is None else plan.prefill_chunk
 
 
 def drop(cache: Cache) -> None:
-    """Give the memory of a cache back, also while a traceback still holds the cache."""
+    """Free the memory of a cache, even if a traceback still refers to the cache."""
     for layer in cache:
         layer.clear()
     mx.clear_cache()

@@ -1,4 +1,4 @@
-"""The decode step in compiled pieces: all that lies between one layer's attention and the next one's is one graph."""
+"""The decode step in compiled pieces: everything between one layer's attention and the next one's is one graph."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CompiledStep(Step):
-    """`PlainStep` in `mx.compile`d pieces: the same arithmetic in fewer kernels, and far less work for the host.
+    """`PlainStep` in `mx.compile`d pieces: the same arithmetic with fewer kernels and far less work on the host.
 
     model, compile: see `Pieces`. When the model's parameters change, the next token is computed with the new ones.
     """
@@ -45,7 +45,7 @@ class CompiledStep(Step):
         return logits, chosen
 
     def run_layers(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """What the last layer began with, (B, hidden_size), and what its attention gave, (B, H, 1, D); tokens (B,).
+        """The last layer's input, (B, hidden_size), and its attention's output, (B, H, 1, D); tokens (B,).
 
         For several tokens a row, (B, L), they are (B, L, hidden_size) and (B, H, L, D).
         """
@@ -61,7 +61,7 @@ class CompiledStep(Step):
 class _CompiledWalk(LayerWalk):
     """The walk in pieces from one layer's attention to the next one's.
 
-    state: what the layer that was walked last began with, and what its attention gave.
+    state: the last walked layer's input, and its attention's output.
     """
 
     state: tuple[mx.array, mx.array]

@@ -1,8 +1,8 @@
-"""The search for tokens that end an answer soon, from any place in it.
+"""Searching for a short completion: tokens that end an answer soon, from any position in it.
 
-The engine says what may follow. Where that shows the way (brackets, members, enums) a walk takes the most promising
-character each time; inside strings with a pattern the pattern's automaton has the shortest rest (patterns.py). Whatever is
-proposed counts only if the engine takes it.
+The engine tells which tokens may follow. For brackets, members and enums a walk takes the most promising character each
+time; inside strings with a pattern, the pattern's automaton has the shortest rest (patterns.py). A proposal counts only if
+the engine accepts it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .vocabulary import Vocabulary
 if TYPE_CHECKING:
     import llguidance
 
-# A completion with more bytes is not looked for. A walk that passes one place so often goes in a circle, or writes a long
-# string of a given length.
+# The longest completion in bytes. A walk that passes one position this often is in a circle, or writes a long string of a
+# given length.
 LONGEST_COMPLETION = 4096
 _CIRCLE = 48
-# Walks, and passes of one place in a walk. The first is enough nearly always; one long walk, for a list of hundreds of
+# (walks, passes of one position in a walk). The first pair is nearly always enough; one long walk, for a list of hundreds of
 # items, comes before many short ones.
 EFFORTS = (4, _CIRCLE), (1, LONGEST_COMPLETION), (32, _CIRCLE)
 
-# A completion known from before is joined after at most so many steps, and without so many tokens of its own.
+# A completion from an earlier position is reused after at most this many steps, without at most this many of its tokens.
 _MOST_STEPS_TO_KNOWN = 12
 MOST_DROPPED = 8
 
@@ -47,7 +47,7 @@ def completion(
 ) -> bytes | None:
     """The bytes that end the answer after `text` (not provably the fewest); None if none were found with this effort.
 
-    known: tokens that ended it in a place before. A few steps away they may do so again, without their beginning.
+    known: the completion of an earlier position; without its beginning it may complete this one too.
     """
     num_walks, most_passes = effort
     for _ in range(num_walks):
@@ -65,7 +65,7 @@ def completion(
 
 @final
 class _JsonStrings:
-    """Reads JSON byte by byte, only to know whether a string is open, and what it holds up to here."""
+    """Reads JSON byte by byte, to know whether a string is open, and its content so far."""
 
     def __init__(self) -> None:
         self.is_open = self._is_escaped = False
@@ -84,9 +84,9 @@ class _JsonStrings:
                 self._is_escaped = self.is_open and byte == 0x5C
 
     def contents(self) -> Iterator[tuple[str, str]]:
-        """The open string's characters; in the midst of an escape several, each with what ends the escape so.
+        """The open string's characters; within an escape there are several, each with the text that ends the escape.
 
-        None in the midst of a character.
+        None within a character.
         """
         for ending in _escape_endings(bytes(self._content)):
             try:
@@ -101,7 +101,7 @@ _OPEN_ESCAPE = re.compile(rb"(?:\\\\|\\[^\\u]|\\u[0-9a-fA-F]{4}|[^\\])*(\\(?:u[0
 
 
 def _escape_endings(content: bytes) -> list[str]:
-    """What can end the escape that is open at the end of a JSON string's content; nothing has to if none is."""
+    """The texts that can end the escape that is open at the end of a JSON string's content; [""] if none is."""
     match = _OPEN_ESCAPE.fullmatch(content)
     start = match[1] if match else None
     if not start:
@@ -111,8 +111,8 @@ def _escape_endings(content: bytes) -> list[str]:
     return [code[len(start) - 2 :] for code in ("0061", "0041", "0030", "0022", "005c", "000a", "0020", "002e", "00e9")]
 
 
-# What leads soonest to an end, most promising first; other characters come between the two lists. In JSON the quote that
-# ends a string, and the brackets, always lead nearer to it.
+# Characters that lead to an end soonest, most promising first; other characters come between the two lists. In JSON the
+# quote that ends a string, and the closing brackets, always lead nearer to it.
 _IN_STRING = "@-:/.,;_+0aA", "\\ "
 _OUTSIDE = ',0123456789ntf":', "-+.eE[{"
 _ANY = ")}]\"';>.,:!?-_/0aA", "\\<([{ \n"
@@ -120,11 +120,11 @@ _ANY = ")}]\"';>.,:!?-_/0aA", "\\<([{ \n"
 
 @final
 class _Walk:
-    """One way from a place in an answer to its end.
+    """One path from a position in an answer to its end.
 
-    It takes what the forms of the answer's strings propose, and else goes on character by character. The places of
-    `answer.preferred`, known by the characters that may follow, say which of these to take; elsewhere the most promising
-    one is taken. A walk that finds no end has gone in circles: `learn` makes the next one leave where it went round.
+    It takes proposals of the string formats, or else goes on character by character. `answer.preferred` says which character
+    to take at some positions, which are identified by the characters that may follow; elsewhere the most promising one is
+    taken. A walk without an end has gone in circles: `learn` makes the next one leave the circle.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class _Walk:
         self._passed: Counter[str] = Counter()
 
     def to_end(self) -> bytes | None:
-        """The bytes up to the end; None if there is none within the longest completion's length."""
+        """The bytes up to the end; None if there is no end within the longest completion's length."""
         start, num_steps = len(self._text), 0
         while not self._matcher.is_accepting():
             if self._known and num_steps < _MOST_STEPS_TO_KNOWN and (rest := self._known_rest()) is not None:
@@ -171,7 +171,7 @@ class _Walk:
         return None
 
     def learn(self) -> bool:
-        """Prefer another character in the place that was passed most often; False if there is none left to try."""
+        """Prefer another character at the position that was passed most often; False if there is none left to try."""
         for place, _ in self._passed.most_common():
             tried = self._preferred.get(place, 0)
             if tried + 1 < len(place):
@@ -235,7 +235,7 @@ class _Walk:
         return [(rest.encode(), b"") for rest in sorted(found, key=lambda text: (len(text), text)) if rest]
 
     def _taken(self, proposal: bytes, end: bytes) -> bytes | None:
-        """The proposal, if the text can go on with it and then end, or change its ways."""
+        """The proposal, if the text can continue with it and then end, or continue in another way."""
         tokens = [*self._vocabulary.spell(proposal), *self._vocabulary.spell(end)]
         ahead = self._matcher.deep_copy()
         if ahead.try_consume_tokens(tokens) != len(tokens):

@@ -1,7 +1,7 @@
-"""Which tokens may be chosen next, so that an answer or a tool's arguments have the form they must have.
+"""Constrained decoding: which tokens may be chosen next, so that an answer or a tool's arguments have their format.
 
-A constraint follows the tokens of one completion. In plain text it holds from the first token on; in Harmony inside a
-final message or the arguments of a tool call, and never for the reasoning. The arithmetic on logits is in sampling.py.
+A constraint follows the tokens of one completion. In plain text it applies from the first token on; in Harmony to a final
+message or the arguments of a tool call, and never to the reasoning. The arithmetic on logits is in sampling.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .grammar import AnswerFormat, Engine, Matcher
 
 
 class TokenConstraint(Protocol):
-    """What a decode loop asks. A loop that guesses ahead accepts token by token and rewinds what it throws away."""
+    """What a decode loop needs. Speculative decoding accepts drafted tokens one by one and rewinds rejected ones."""
 
     @property
     def is_finished(self) -> bool:
@@ -30,20 +30,20 @@ class TokenConstraint(Protocol):
     def mask(self) -> np.ndarray | None:
         """The tokens that may come next, one bit a token in uint32 words, lowest first; None: any may.
 
-        Where the text is free, the same object is returned again and again.
+        In free text the same object is returned again and again.
         """
 
     def is_free(self) -> bool:
-        """Whether the next token stands in free text: its mask is most likely that of the token after it, too."""
+        """Whether the next token is free text: its mask is most likely valid for the token after it, too."""
 
     def accept(self, token: int) -> bool:
-        """Go on by one token. False, and no change, if it may not come here: the next `mask` leaves it out.
+        """Take one token. Returns False, without a change, if it is not allowed: the next `mask` excludes it.
 
-        That is so for a token outside the mask, and for one that would leave no room to end the answer.
+        That happens for a token outside the mask, and for one that would leave no room to end the answer.
         """
 
     def rewind(self, count: int) -> None:
-        """Take back the last `count` accepted tokens, and forget what was refused since."""
+        """Take back the last `count` accepted tokens, and the tokens refused since."""
 
 
 @final
@@ -83,36 +83,36 @@ def check_room(span: Span, max_tokens: int) -> None:
     completion = span.matcher.completion()
     if completion is None:
         raise SettingError(
-            f"The answer's format has no end that was found within {LONGEST_COMPLETION:,} bytes: it may ask for itself "
+            f"No answer in this format was found within {LONGEST_COMPLETION:,} bytes: the format may contain itself "
             "without an alternative, or its counts are too large. Make it smaller."
         )
     if len(completion) + 1 > max_tokens:
         raise SettingError(
             f"max_tokens is {max_tokens}, and even a short answer in the format takes {len(completion) + 1} tokens: "
-            f"allow at least so many, or make the format smaller."
+            f"allow at least that many, or make the format smaller."
         )
 
 
-# With less room than this beyond a completion, one is looked for after each token.
+# With fewer spare tokens than this beyond a completion, a new one is searched after each token.
 _LEAST_SPARE = 64
 
 
 class Span:
     """A stretch of tokens in one format, from its first token to the end token after it.
 
-    It is kept so that it can always be finished: a completion that fits into the tokens left is known, and a token after
-    which none would fit is not accepted; the next mask has the completion's first token alone then. A completion is
-    looked for now and then while there is room in plenty, and after each token when there is not.
+    It can always be finished: a completion that fits into the remaining tokens is known, and a token after which none would
+    fit is refused; then the next mask has only the completion's first token. While there is plenty of room, a completion is
+    searched now and then; otherwise after each token.
     """
 
     def __init__(self, matcher: Matcher, end_tokens: Collection[int]) -> None:
         self.matcher = matcher
         self.is_ended = False
         self._end_tokens = frozenset(end_tokens)
-        self._completion: list[int] | None = None  # of the present place, if one is known
-        self._last_found: list[int] | None = None  # of some place before
+        self._completion: list[int] | None = None  # of the current position, if known
+        self._last_found: list[int] | None = None  # of an earlier position
         self._forced: int | None = None
-        self._check_below: float = float("inf")  # look for a completion when fewer tokens than this are left
+        self._check_below: float = float("inf")  # search for a completion when fewer tokens than this are left
         self._last_length, self._largest_growth = 0, 0  # of completions found
 
     def mask(self) -> np.ndarray:
@@ -126,7 +126,7 @@ class Span:
         return words
 
     def accept(self, token: int, num_left: int) -> bool:
-        """Go on by `token`, the first of `num_left` that may still come. False, and no change, if it may not come."""
+        """Take `token`, the first of `num_left` remaining ones. Returns False, without a change, if it is not allowed."""
         if self.is_ended or (self._forced is not None and token != self._forced):
             return False
         if token in self._end_tokens:
@@ -147,7 +147,7 @@ class Span:
         self._completion, self._forced, self._check_below = None, None, float("inf")
 
     def _leaves_room(self, token: int, num_left: int) -> bool:
-        """After `token` was taken: whether the answer can still end. Takes it back, and forces another, if it cannot."""
+        """Whether the answer can still end after `token`, which was taken. If not, takes it back and forces another."""
         known = self._completion
         if known and known[0] == token:
             self._completion = known[1:]
@@ -162,7 +162,7 @@ class Span:
             return True
         self.matcher.rewind(1)
         known = self.matcher.completion() if known is None else known
-        if known is None or len(known) > num_left:  # it never fitted: let the model write on
+        if known is None or len(known) > num_left:  # it never fitted: let the model go on
             self.matcher.accept(token)
             self._completion = None
             return True
@@ -170,23 +170,23 @@ class Span:
         return False
 
     def _completion_within(self, num_left: int) -> list[int] | None:
-        """A completion of the present place. The last one found still is one inside a string, or without its beginning.
+        """A completion of the current position. Inside a string the last one is still valid, perhaps without its beginning.
 
-        That is where most tokens are, and in a long list a new search would go through all that is to come.
+        Most tokens are inside strings, and in a long list a new search would go through all remaining items.
         """
         return self.matcher.completion(self._last_found or ())
 
     def _schedule(self, length: int, num_left: int) -> None:
-        """When to look again: a completion of `length` was found, with `num_left` tokens to come."""
+        """Decide when to search again, after a completion of `length` tokens was found with `num_left` tokens remaining."""
         self._largest_growth = max(self._largest_growth, length - self._last_length)
         self._last_length = length
-        # One token can oblige the answer to many more (an object with its required members), and it may come next.
+        # One token can require many more (an object with its required members), and it may come next.
         spare = num_left - length - max(_LEAST_SPARE, 2 * self._largest_growth)
         self._check_below = num_left - max(0, spare) // 8
 
 
 class _Spot(NamedTuple):
-    """A place in a Harmony completion, and the format that its text has to have there, if any."""
+    """A position in a Harmony completion, and the format that its text must have there, if any."""
 
     place: Place = Place()
     span: Span | None = None
@@ -196,10 +196,10 @@ class _Spot(NamedTuple):
 class HarmonyConstraint:
     """A Harmony completion: its final message in the format `answer`, the arguments of a call in that of its tool.
 
-    calls: the formats of arguments by recipient, "functions.f" for example. With `answer`, the completion ends with a
-    final message or a call: `<|return|>` elsewhere, and a header that no message follows, would end it with nothing.
-    So a header is ended before it is so long that a parser takes it for an answer.
-    Of headers and reasoning nothing else is decided here.
+    calls: the formats of arguments by recipient, "functions.f" for example. With `answer`, the completion ends with a final
+    message or a call: `<|return|>` elsewhere, or a header without a message, would end it without an answer. A header is
+    ended before it is so long that the parser would take it for an answer.
+    Headers and reasoning are otherwise unconstrained.
     """
 
     def __init__(
@@ -212,7 +212,9 @@ class HarmonyConstraint:
     ) -> None:
         self.is_finished = False
         self._harmony, self._engine, self._answer, self._calls = harmony, engine, answer, calls
-        self._spots = [_Spot()]  # the last one is the present; one is added a token, so that tokens can be taken back
+        self._spots = [
+            _Spot()
+        ]  # the last one is the current one; one is added per token, so that tokens can be taken back
         self._max_tokens = max_tokens
         if answer is not None:
             check_room(Span(engine.matcher(answer), ()), max_tokens)
@@ -253,7 +255,7 @@ class HarmonyConstraint:
             self._spots.append(spot)
             return True
         place = follow(spot.place, token, self._harmony)
-        # A message without `<|message|>` has begun in the place of its header, where no format held.
+        # A message without `<|message|>` began in its header, where no format applied.
         begins = token == self._harmony.message and place.message is not spot.place.message
         self._spots.append(_Spot(place, self._span(place.message) if begins else None))
         return True
@@ -268,7 +270,7 @@ class HarmonyConstraint:
         self.is_finished = False
 
     def _span(self, message: Message | None) -> Span | None:
-        """What holds the text of a message to its format."""
+        """The span that enforces a message's format, if it has one."""
         harmony = self._harmony
         if message is None or message.role != "assistant":
             return None

@@ -1,7 +1,7 @@
-"""Who guesses the next tokens: a smaller model, or the text itself, looked up.
+"""Drafts for speculative decoding: from a smaller model, or looked up in the text itself.
 
-`DraftModel` and `PromptLookup` are what a caller gives, best the same one for all requests: it remembers whether guessing
-paid. `begin` makes of it what guesses for one request.
+A caller passes `DraftModel` or `PromptLookup`, best the same object for all requests, because it remembers whether drafts
+gained time. `begin` makes the guesser for one request.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _MOST_DRAFTS = 64
 
 
 class Draft(NamedTuple):
-    """Guessed tokens (k,), and of each the probabilities (V,) that it was drawn from; None: it was certain."""
+    """Drafted tokens (k,), and for each the probabilities (V,) that it was drawn from; None: it was not drawn at random."""
 
     tokens: mx.array
     probs: list[mx.array] | None = None
 
 
 class Guide(Protocol):
-    """What may be guessed: a constraint that is followed along the draft."""
+    """Which tokens may be drafted: a constraint that is followed along the draft."""
 
     @property
     def is_open(self) -> bool:
@@ -48,26 +48,26 @@ class Guide(Protocol):
         """(V,) of bool: the tokens that may come next; None: any."""
 
     def follow(self, token: mx.array | int) -> None:
-        """Go on by one guessed token."""
+        """Take one drafted token."""
 
 
 class Guesser(Protocol):
-    """Guesses in one request."""
+    """Drafts tokens for one request."""
 
     def guess(self, tokens: Sequence[int], count: int, sampler: Sampler, guide: Guide) -> Draft | None:
-        """Up to `count` tokens after `tokens`, the prompt and the answer so far; None when there is nothing to go by.
+        """Up to `count` tokens after `tokens`, the prompt and the answer so far; None if there is no draft.
 
-        The sampler's penalties are those after the last of `tokens`; its state is put back by the caller.
+        The sampler's penalties are those after the last of `tokens`; the caller restores its state.
         """
 
 
 @checked_call("om.PromptLookup")
 @dataclass(frozen=True)
 class PromptLookup:
-    """Guess that what followed the same last words before, in the prompt or the answer, follows again.
+    """Draft the tokens that followed the same last tokens before, in the prompt or the answer.
 
-    ngram: how many tokens have to be the same; the latest place with the longest match counts, down to 2 tokens.
-    num_draft_tokens: at most so many at once; fewer while that is faster.
+    ngram: how many tokens have to match; the longest match counts, down to 2 tokens, and of equal ones the latest.
+    num_draft_tokens: at most this many at once; fewer while that is faster.
     """
 
     num_draft_tokens: int = 8
@@ -79,7 +79,7 @@ class PromptLookup:
         whole_number("ngram", self.ngram, high=_MOST_DRAFTS)
 
     def check(self, model: Model, tokenizer: Tokenizer | None) -> None:
-        """Nothing: every model can use it."""
+        """Nothing to check: every model can use it."""
 
     def begin(self, model: Model) -> Guesser:
         return _Lookup(self.ngram)
@@ -88,10 +88,10 @@ class PromptLookup:
 @checked_call("om.DraftModel")
 @dataclass(frozen=True)
 class DraftModel:
-    """Guess with a smaller model of the same vocabulary. tokenizer: its own, to be compared with the large one's; where it
-    is None, the one that the model was loaded with.
+    """Draft with a smaller model of the same vocabulary. tokenizer: its own, to be compared with the large model's; None: the
+    one that the model was loaded with.
 
-    num_draft_tokens: at most so many at once; fewer while that is faster.
+    num_draft_tokens: at most this many at once; fewer while that is faster.
     """
 
     model: Model
@@ -104,7 +104,7 @@ class DraftModel:
         whole_number("num_draft_tokens", self.num_draft_tokens, high=_MOST_DRAFTS)
 
     def check(self, model: Model, tokenizer: Tokenizer | None) -> None:
-        """Raise SettingError when the two models do not mean the same by their tokens."""
+        """Raise SettingError when the two models have different tokenizers."""
         if self.model is model:
             raise SettingError("The draft model is the model itself: give a smaller one.")
         sizes = [each.spec.usable_vocab_size for each in (self.model, model)]
@@ -112,7 +112,7 @@ class DraftModel:
             raise SettingError(
                 f"The draft model has {sizes[0]:,} tokens and the model {sizes[1]:,}: a draft model must share the tokenizer."
             )
-        # Whoever gives a tokenizer here says no more than `load` knew; a model made otherwise may have none.
+        # A tokenizer argument takes precedence; a model that was not loaded from a source may have none.
         own, other = self.tokenizer or runtime_of(self.model).tokenizer, tokenizer or runtime_of(model).tokenizer
         if own is None or other is None:
             families = [each.spec.family for each in (self.model, model)]
@@ -140,7 +140,7 @@ Drafts = PromptLookup | DraftModel
 
 
 class _Lookup:
-    """`PromptLookup` in one request: for each n-gram, where it was followed by something last."""
+    """`PromptLookup` in one request: for each n-gram, its last position with a following token."""
 
     def __init__(self, ngram: int) -> None:
         self._lengths = range(ngram, min(ngram, 2) - 1, -1)
@@ -161,7 +161,7 @@ class _Lookup:
             return None
         guesses: list[int] = []
         while len(guesses) < count and guide.is_open:
-            # Past the end of what is known, the guess repeats itself.
+            # Past the end of the known tokens, the draft repeats itself.
             at = place + len(guesses)
             guesses.append(tokens[at] if at < len(tokens) else guesses[at - len(tokens)])
             guide.follow(guesses[-1])
@@ -169,7 +169,7 @@ class _Lookup:
 
 
 class _Drafter:
-    """`DraftModel` in one request. Its cache is brought to the text's state when it is asked the next time."""
+    """`DraftModel` in one request. Its cache catches up with the text at the next draft."""
 
     def __init__(self, model: Model, vocab_size: int, num_draft_tokens: int) -> None:
         self._model, self._vocab_size = model, vocab_size
@@ -202,7 +202,7 @@ class _Drafter:
         return Draft(mx.stack(guesses), probs or None) if guesses else None
 
     def _catch_up(self, tokens: Sequence[int]) -> mx.array:
-        """Take wrong guesses back and feed what is missing; the last token, which is to be fed next."""
+        """Rewind rejected drafts and feed missing tokens; return the last token, which is to be fed next."""
         self._fed += [cast(int, each.item()) for each in self._guessed]
         self._guessed = []
         shared = next(

@@ -1,4 +1,4 @@
-"""What the engine itself says of a schema: whether it takes it."""
+"""Asking the engine (llguidance) whether it accepts a schema."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HALF_A_CHARACTER = "half of a surrogate pair is not a character"
 
 @lru_cache(maxsize=512)
 def engine_refusal(definition: str) -> str | None:
-    """Why the engine refuses a JSON Schema, given as text; None if it does not."""
+    """Why the engine refuses a JSON Schema, given as text; None if it accepts it."""
     from llguidance import LLMatcher
 
     try:

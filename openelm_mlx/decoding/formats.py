@@ -1,4 +1,4 @@
-"""What an answer's text must be, in the engine's form, and what its strings must be with it."""
+"""The format of an answer for the engine, and the patterns and lengths of its strings."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _TERMINAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/((?:\\.|[^/\\\n])+)/')
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """What the text of an answer has to be. `grammar.answer_format` makes one.
+    """The format that an answer must have. `grammar.answer_format` makes one.
 
-    text: what was given, a schema as JSON in the form that can be followed. definition: the same as llguidance reads it.
-    schema: the JSON Schema itself, None for the other kinds.
+    text: as given, a schema as JSON after rewriting. definition: the same in llguidance's form. schema: the JSON Schema itself,
+    None for the other kinds.
     """
 
     kind: str  # "json", "regex" or "grammar"
     text: str
     definition: str
     schema: Mapping[str, Any] | None = None
-    notes: tuple[str, ...] = ()  # what of the schema is not held, each in a sentence
+    notes: tuple[str, ...] = ()  # parts of the schema that are not enforced, each in a sentence
     preferred: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
-    """What searches for an end of such an answer have learned, see completion.py."""
+    """What searches for a completion of such an answer have learned, see completion.py."""
 
     @cached_property
     def forms(self) -> list[StringForm]:
-        """What strings of the answer may have to be."""
+        """The patterns and lengths that strings of the answer may have to match."""
         return string_forms(self)
 
 
 def string_forms(answer: AnswerFormat) -> list[StringForm]:
-    """The forms that strings of the answer may have to be in: of the whole text for a regex, of terminals for a grammar."""
+    """The forms that strings may have to match: of the whole text for a regex, of terminals for a grammar."""
     if answer.kind == "regex":
         return _forms([((answer.text,), 0, None)], matches_whole=True)
     if answer.kind == "grammar":

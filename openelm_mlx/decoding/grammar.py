@@ -1,4 +1,4 @@
-"""What an answer's text must be (JSON Schema, a regular expression, a grammar), and which tokens may come next in it.
+"""The format of an answer (JSON Schema, a regular expression, a grammar), and which tokens may come next in it.
 
 The engine is llguidance: one wheel of 3 MB for each platform, without dependencies, that reads all three kinds of formats
 and can take tokens back. (xgrammar 0.2.8 requires torch, transformers and, on Linux, triton.) No arrays of mlx here.
@@ -23,13 +23,13 @@ from .formats import AnswerFormat as AnswerFormat
 from .json_schema import prepared
 from .vocabulary import Vocabulary
 
-# JSON is written in one line, with a space between its tokens or none, as models write calls. White space as JSON allows it
-# has no meaning and no end: a small model writes it until its tokens are spent.
+# JSON is written in one line, with at most one space between its tokens, as models write calls. With all the white space
+# that JSON allows, a small model may write nothing else until its tokens are used up.
 _WHITESPACE = " ?"
 
 
 def answer_format(schema: Any = None, regex: str | None = None, grammar: str | None = None) -> AnswerFormat | None:
-    """The format that was asked for, None if none was.
+    """The requested format, None if there is none.
 
     schema: a JSON Schema (a dictionary) or a Pydantic model class. regex: a regular expression in Rust's syntax that the
     whole answer matches. grammar: in Lark's syntax, as llguidance reads it, beginning at `start`. Raises SettingError
@@ -84,23 +84,23 @@ def _checked(answer: AnswerFormat, what: str) -> AnswerFormat:
         reason = " ".join(messages[0].split())
         if outside := _OUTSIDE.match(reason):
             raise SettingError(
-                f"{what} refers to {outside[1]!r}, which is not a part of it: put that under $defs, for nothing "
+                f"{what} refers to {outside[1]!r}, which is not a part of it: put that under $defs, since nothing "
                 "is fetched or read."
             )
         advice = next((f" {advice}" for sign, advice in _ADVICE.items() if sign in reason), "")
-        raise SettingError(f"{what} cannot be followed while tokens are chosen: {reason[:300]}.{advice}")
+        raise SettingError(f"{what} cannot be enforced while tokens are chosen: {reason[:300]}.{advice}")
     return answer
 
 
-# References that lead out of a schema, or nowhere. The engine fetches nothing either.
+# References that lead out of a schema, or nowhere. The engine does not fetch anything either.
 _OUTSIDE = re.compile(r"(?:Resource|Pointer|Anchor) '(.*?)' (?:is not present in a registry|does not exist)")
-# What a user can do about the engine's refusals, by a part of its words.
+# What a user can do about the engine's refusals, by a part of their text.
 _ADVICE = {
     "Unimplemented keys": "Leave these keywords out, and check the answer for them afterwards.",
     "min/maxProperties only supported": "Make every listed property required, or leave minProperties and maxProperties out.",
     "not disjoint": "Change the patterns so that no name matches two of them.",
     "Unsatisfiable schema": "No value fits it: loosen one of its conditions.",
-    "circular references with sibling keys": "Move what stands beside the $ref into the definition.",
+    "circular references with sibling keys": "Move the keywords beside the $ref into the definition.",
     "look-ahead": "Write the pattern without (?=, (?!, (?<= and (?<!.",
     "too many digits": "Give multipleOf with fewer digits.",
 }
@@ -112,7 +112,7 @@ _engines: WeakKeyDictionary[Tokenizer, Engine] = WeakKeyDictionary()
 
 
 def engine_of(tokenizer: Tokenizer) -> Engine:
-    """The engine over a tokenizer, made once for each: for gpt-oss's 200,000 tokens that takes half a second."""
+    """The engine for a tokenizer, made once for each: for gpt-oss's 200,000 tokens that takes half a second."""
     engine = _engines.get(tokenizer)
     if engine is None:
         engine = _engines[tokenizer] = Engine(tokenizer)
@@ -121,7 +121,7 @@ def engine_of(tokenizer: Tokenizer) -> Engine:
 
 @final
 class Engine:
-    """llguidance over one tokenizer. Control tokens, role tags and the unknown token are never text to it."""
+    """llguidance with one tokenizer. Control tokens, role tags and the unknown token never count as text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         import llguidance
@@ -141,7 +141,7 @@ class Engine:
 
 @final
 class Matcher:
-    """The place reached in one answer: what may follow, and one way to the end of it."""
+    """The current position in one answer: which tokens may follow, and a completion."""
 
     def __init__(self, engine: Engine, answer: AnswerFormat) -> None:
         import llguidance
@@ -156,7 +156,7 @@ class Matcher:
         """Raise SettingError if the engine has given up: the format is too large for its limits."""
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().split())
-            raise SettingError(f"The answer's format is too much for the engine: {reason[:300]}; make it smaller.")
+            raise SettingError(f"The answer's format is too large for the engine: {reason[:300]}; make it smaller.")
 
     @property
     def is_complete(self) -> bool:
@@ -170,11 +170,11 @@ class Matcher:
         self.check()
         words[: data.size] = data[: self._words]
         eos = self.engine.eos_token
-        words[eos >> 5] &= ~np.uint32(1 << (eos & 31))  # who ends the answer, and how, is decided outside
+        words[eos >> 5] &= ~np.uint32(1 << (eos & 31))  # the caller decides how the answer ends
         return words
 
     def accept(self, token: int) -> bool:
-        """Go on by one token; False, and no change, if it may not follow."""
+        """Take one token; returns False, without a change, if it may not follow."""
         if token == self.engine.eos_token or self._matcher.try_consume_tokens([token]) != 1:
             return False
         self.tokens.append(token)
@@ -187,14 +187,14 @@ class Matcher:
             del self.tokens[-count:]
 
     def is_completed_by(self, tokens: list[int]) -> bool:
-        """Whether the answer may end after these tokens. Much faster than to look for such tokens."""
+        """Whether the answer may end after these tokens. Much faster than searching for such tokens."""
         ahead = self._matcher.deep_copy()
         return ahead.try_consume_tokens(tokens) == len(tokens) and ahead.is_accepting()
 
     def completion(self, known: Sequence[int] = ()) -> list[int] | None:
         """Tokens that end the answer soon (not provably soonest); None if none were found.
 
-        known: those of a place shortly before, which make the search short.
+        known: a completion of a position shortly before, which shortens the search.
         """
         text = b"".join(map(self.engine.token_bytes.__getitem__, self.tokens))
         while self._effort < len(EFFORTS):
@@ -202,6 +202,6 @@ class Matcher:
             if data is not None:
                 return self.engine.encode(data)
             self.answer.preferred.clear()
-            self._effort += 1  # for good: what did not help here will not help in the next place
+            self._effort += 1  # permanently: a smaller effort will not help at the next position either
         self._effort = 0
         return None

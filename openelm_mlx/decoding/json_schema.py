@@ -1,9 +1,9 @@
-"""A user's JSON Schema as the engine can follow it.
+"""Rewriting a user's JSON Schema into one that the engine can enforce.
 
-The engine (llguidance) does less than the standard, and some of what it cannot do ends the process or an answer that has
-begun. So a schema is rewritten first, always to one that allows the same or less: objects are closed, dates exist, counts
-and bounds are numbers that the engine can write, parts without an end are left out. What cannot be rewritten is refused
-with its place. Reading and checking its form is the job of text/schema_check.py.
+The engine (llguidance) supports less than the standard, and some unsupported schemas crash the process or break off an
+answer. So a schema is rewritten first, always to one that allows the same or less: objects are closed, dates exist, counts
+and bounds are numbers that the engine can write, infinite parts are left out. What cannot be rewritten is refused with its
+place. text/schema_check.py checks a schema's form.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ from .schema_parts import (
 )
 from .string_formats import FORMATS
 
-# The engine combines each part anew wherever a reference leads to it.
+# The engine combines a part again for each reference to it.
 _MOST_COMBINED = 5_000
-# No answer has so many characters or items: more are never reached, or cannot be asked for.
+# The largest count of characters or items: a larger maximum is never reached, a larger minimum is refused.
 _MOST_COUNT = 65_536
 
 _DRAFT = re.compile(r"https?://json-schema\.org/(draft-0[4-7]|draft/2019-09|draft/2020-12)/schema#?")
 
 
 class Prepared(NamedTuple):
-    """A schema for the engine, and what of the user's it does not hold, in sentences."""
+    """A schema for the engine, and sentences about parts of the user's schema that it does not enforce."""
 
     schema: Any
     notes: tuple[str, ...]
 
 
 def prepared(schema: Any) -> Prepared:
-    """The schema that the engine is given. Raises SettingError for what cannot be followed, with the place."""
+    """The schema that the engine is given. Raises SettingError for what cannot be enforced, with the place."""
     return _Preparation(schema).result()
 
 
@@ -75,9 +75,9 @@ class _Preparation:
     def __init__(self, schema: Any) -> None:
         self._root = schema
         parts = list(nodes(schema))
-        # Where parts are combined, closing one would forbid what another asks for.
+        # If parts are combined, closing one would forbid members that another requires.
         self._may_close = not any("allOf" in part or "unevaluatedProperties" in part for part in parts)
-        # Numbers beyond 64 bits must never meet `integer` in the engine, which combines what holds for one value.
+        # Numbers beyond 64 bits must never be combined with `integer` in the engine.
         self._is_combined = any(map(combines_conditions, parts))
         self._has_references = any("$ref" in part for part in parts)
         self._identifiers = [part["$id"] for part in parts if isinstance(part.get("$id"), str)]
@@ -88,18 +88,18 @@ class _Preparation:
         schema = self._walk(self._root, "")
         if num_combined(schema) > _MOST_COMBINED:
             raise SettingError(
-                f"The schema combines more than {_MOST_COMBINED:,} parts, each reference counted as often as it is used: let "
-                f"fewer allOf and $ref lead to one another."
+                f"The schema combines more than {_MOST_COMBINED:,} parts, each reference counted as often as it is used: use "
+                f"fewer allOf and $ref that lead to one another."
             )
         schema = SchemaEnds(schema).pruned()
         if schema is False and self._root is not False:
             raise SettingError(
-                "The schema is unsatisfiable: nothing fits it, or a required part of it needs itself without an end. Make a "
-                "member of the circle optional, or give it another type to choose."
+                "The schema is unsatisfiable: no value fits it, or a required part of it contains itself endlessly. Make a "
+                "member of the circle optional, or allow another type for it."
             )
         if common_multiple_is_too_large(schema):
             raise SettingError(
-                "The schema combines several multipleOf whose common multiple is too large to be followed: use one of them."
+                "The schema combines several multipleOf whose common multiple is too large: use one of them."
             )
         return Prepared(schema, tuple(self._notes))
 
@@ -129,7 +129,7 @@ class _Preparation:
         return self._walk(value, path)
 
     def _may_hold_schemas(self, key: str, value: Any) -> bool:
-        """Whether an unknown member may be where references lead, as `components` of OpenAPI is."""
+        """Whether references may lead to an unknown member, such as OpenAPI's `components`."""
         if key in ANNOTATIONS or not self._has_references or not isinstance(value, Mapping):
             return False
         try:
@@ -142,13 +142,13 @@ class _Preparation:
         self._notes[sentence] = None
 
     def _refuse(self, walked: dict[str, Any], sentence: str) -> None:
-        """This part cannot be followed. Said if it is needed: see `_followed` and `SchemaEnds`."""
+        """Mark a part that cannot be enforced. It is an error only if the part is needed: see `_followed` and `SchemaEnds`."""
         walked.setdefault(REFUSED, sentence)
 
     def _names(self, walked: dict[str, Any], schema: Mapping[str, Any], here: str) -> None:
-        """What a schema is called, and what it refers to."""
+        """Names of schemas, and references."""
         if "$schema" in walked and not _DRAFT.fullmatch(walked["$schema"]):
-            del walked["$schema"]  # some other description of schemas, which nobody fetches
+            del walked["$schema"]  # an unknown dialect
         if not self._has_references:
             walked.pop("$id", None)
         reference = walked.get("$ref")
@@ -169,7 +169,7 @@ class _Preparation:
     def _unheld(self, walked: dict[str, Any], schema: Mapping[str, Any], here: str) -> None:
         if "if" not in schema or not {"then", "else"} & schema.keys():
             for key in ("if", "then", "else"):
-                walked.pop(key, None)  # alone they say nothing
+                walked.pop(key, None)  # without effect alone
         if "contains" not in schema:
             walked.pop("minContains", None)
             walked.pop("maxContains", None)
@@ -181,7 +181,7 @@ class _Preparation:
             names = " and ".join(odd)
             self._refuse(
                 walked,
-                f"{names} at {here} cannot be held while tokens are chosen: leave {'it' if len(odd) == 1 else 'them'} out, "
+                f"{names} at {here} cannot be enforced while tokens are chosen: leave {'it' if len(odd) == 1 else 'them'} out, "
                 f"and check the answer afterwards.",
             )
 
@@ -192,7 +192,7 @@ class _Preparation:
         if "const" in walked:
             if not is_writable(walked["const"], may_be_far):
                 sentence = (
-                    f"The const at {here} has a number that cannot be followed ({shown(walked['const'])}): {_WHICH}"
+                    f"The const at {here} has a number that cannot be enforced ({shown(walked['const'])}): {_WHICH}"
                 )
                 self._refuse(walked, f"{sentence} Use a string.")
                 walked["const"] = None
@@ -206,12 +206,12 @@ class _Preparation:
                         f"The value {shown(odd)} of the enum at {here} is left out: it cannot be written exactly."
                     )
                 else:
-                    sentence = f"The enum at {here} has only numbers that cannot be followed ({shown(odd)}): {_WHICH}"
+                    sentence = f"The enum at {here} has only numbers that cannot be enforced ({shown(odd)}): {_WHICH}"
                     self._refuse(walked, f"{sentence} Use strings.")
             walked["enum"] = values
 
     def _without_type(self, walked: dict[str, Any]) -> bool:
-        """Drop a `type` that all values have anyway, so that the engine has nothing to combine; whether it is so."""
+        """Drop a `type` that all values have anyway, so that the engine has nothing to combine; return whether it did."""
         if (
             self._is_combined
             or not set(walked) <= {"const", "enum", "type"}
@@ -230,7 +230,7 @@ class _Preparation:
             if low is not None and low > _MOST_COUNT:
                 self._refuse(
                     walked,
-                    f"min{kind} at {here} is {shown(low)}, and no answer is so long: at most {_MOST_COUNT:,} are followed.",
+                    f"min{kind} at {here} is {shown(low)}, and no answer is that long: the limit is {_MOST_COUNT:,}.",
                 )
                 low = 0
             if low is not None:
@@ -246,17 +246,17 @@ class _Preparation:
         name = walked.get("format")
         if isinstance(name, str):
             if not may_be(walked, "string"):
-                del walked["format"]  # int32, double, ...: of numbers it says nothing more
+                del walked["format"]  # int32, double, ...: without effect for numbers
             elif name in FORMATS:
                 del walked["format"]
                 self._add_pattern(walked, f"^{FORMATS[name]}$")
             elif engine_refusal(json.dumps({"type": "string", "format": name})) is not None:
                 del walked["format"]
-                self._note(f"The format {name!r} at {here} is not held: any string is taken there.")
+                self._note(f"The format {name!r} at {here} is not enforced: any string is accepted there.")
 
     def _add_pattern(self, walked: dict[str, Any], pattern: str) -> None:
         if "pattern" in walked:
-            # The engine holds a string to all of them.
+            # The engine enforces all of them.
             walked["allOf"] = [*walked.get("allOf", ()), {"type": "string", "pattern": pattern}]
             if walked.get("type") != "string":
                 walked["allOf"][-1] = {"anyOf": [walked["allOf"][-1], {"type": OTHER_TYPES}]}
@@ -268,7 +268,7 @@ class _Preparation:
         if multiple is not None and engine_multiple(multiple) is None:
             self._refuse(
                 walked,
-                f"multipleOf at {here} is {shown(multiple)}, which cannot be followed: give a whole number up to "
+                f"multipleOf at {here} is {shown(multiple)}, which cannot be enforced: give a whole number up to "
                 f"{LARGEST_MULTIPLE:,}, or one with few decimals such as 0.01 or 0.5.",
             )
             walked.pop("multipleOf", None)
@@ -289,7 +289,7 @@ class _Preparation:
                 if not values:
                     new = None
                 elif not may_be_other(walked) and "enum" not in walked and "const" not in walked:
-                    del walked["multipleOf"]  # the engine's own sum is one of floats
+                    del walked["multipleOf"]  # the engine computes multiples with floats
                     new = {"enum": [writable(value, False) for value in values]}
         if new is None and multiple is None and not self._is_combined and (values := far_values(low, high)):
             self._note(f"Of the numbers beyond 64 bits at {here} only powers of ten are written.")
@@ -326,7 +326,7 @@ class _Preparation:
         if isinstance(walked.get("oneOf"), list) and isinstance(schema.get("oneOf"), (list, tuple)):
             branches, one = self._alternatives.apart(list(schema["oneOf"]), walked["oneOf"], here)
             if branches is None:
-                self._refuse(walked, f"The oneOf at {here} cannot be followed: {one}")
+                self._refuse(walked, f"The oneOf at {here} cannot be enforced: {one}")
                 branches = walked["oneOf"]
             del walked["oneOf"]
             if "anyOf" in walked:
@@ -339,17 +339,17 @@ class _Preparation:
             walked["pattern"] = self._held(walked, walked["pattern"], here)
 
     def _held(self, walked: dict[str, Any], pattern: str, here: str) -> str:
-        """The pattern in the form that the engine holds; refused, and as it is, if there is none."""
+        """The pattern in the form that the engine can enforce; refused and unchanged if there is none."""
         reason = engine_refusal(json.dumps({"type": "string", "pattern": pattern}))
         held = None if reason else held_pattern(pattern)
         if held is None:
             reason = reason or "it has every control character, and quotes or backslashes are not told from them"
-            self._refuse(walked, f"The pattern {shown(pattern)} at {here} cannot be followed: {reason[:200]}.")
+            self._refuse(walked, f"The pattern {shown(pattern)} at {here} cannot be enforced: {reason[:200]}.")
             return pattern
         return held
 
     def _followed(self, branches: list[Any], here: str) -> list[Any]:
-        """The alternatives that can be followed, where some can."""
+        """The alternatives that can be enforced, or all if none can."""
         kept = [each for each in branches if not (isinstance(each, dict) and REFUSED in each)]
         if not kept:
             return branches
@@ -378,7 +378,7 @@ class _Preparation:
             )
 
     def _separate(self, walked: dict[str, Any], here: str) -> None:
-        """A name that both a property and a pattern mean is a dead end to the engine: patterns give way to properties."""
+        """The engine cannot write a name that matches both a property and a pattern, so such patterns are removed."""
         patterns: dict[str, Any] = walked["patternProperties"]
         held = {pattern: self._held(walked, pattern, here) for pattern in patterns}
         if REFUSED in walked:
@@ -403,8 +403,10 @@ class _Preparation:
         if not overlapping:
             walked["patternProperties"] = {held[pattern]: each for pattern, each in patterns.items()}
             if held.keys() != set(held.values()) and walked.get("additionalProperties") is not False:
-                walked["additionalProperties"] = False  # names that a pattern misses now would be taken for others
-                self._note(f"At {here} only names are written that are listed or match patternProperties.")
+                walked["additionalProperties"] = (
+                    False  # names that a pattern does not match any more would count as additional
+                )
+                self._note(f"At {here} only names that are listed or match patternProperties are written.")
             return
         kept = {held[pattern]: each for pattern, each in patterns.items() if pattern not in overlapping}
         walked["properties"], walked["patternProperties"] = properties, kept
@@ -419,8 +421,8 @@ class _Preparation:
 
 
 _WHICH = (
-    "whole numbers are followed up to 9,223,372,036,854,774,784 (either sign) where a 64-bit float holds them, as it holds "
-    "all up to 2^53, and fractions with 15 digits."
+    "whole numbers are possible up to 9,223,372,036,854,774,784 (either sign) if a 64-bit float represents them exactly, as it "
+    "does all up to 2^53, and fractions with 15 digits."
 )
 
 

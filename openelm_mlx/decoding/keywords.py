@@ -1,4 +1,4 @@
-"""The keywords of JSON Schema: what each says of a value. How often they are asked is validation.py's business."""
+"""Validating a value: one function for each keyword of JSON Schema. validation.py applies them and limits the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Fault = tuple[tuple[Any, ...], str]  # where in the value, and what is wrong the
 
 
 class Check(Protocol):
-    """What a keyword asks of the check that it is a part of (validation.py)."""
+    """What a keyword's function needs from the running check (validation.py)."""
 
     def check(self, value: Any, schema: Any, resolver: Any) -> list[Fault]:
         """The first faults of `value` under `schema`, with their places in it."""
@@ -26,10 +26,10 @@ class Check(Protocol):
         """Whether `value` has no fault under `schema`."""
 
     def matches(self, pattern: str, text: str) -> bool | None:
-        """Whether a pattern is found in a text; None where the pattern cannot be followed."""
+        """Whether a pattern is found in a text; None if the pattern cannot be read."""
 
     def identity(self, value: Any) -> str:
-        """The same for equal values alone: 1 and 1.0 are one number, and true is none."""
+        """A text that is the same only for equal values: 1 and 1.0 are the same number, true is not a number."""
 
     def values_of(self, values: Sequence[Any]) -> frozenset[str]:
         """The identities of the values of a list."""
@@ -46,7 +46,7 @@ class Check(Protocol):
 
 Keyword = Callable[["Check", Any, Any, Mapping[str, Any], Any], "Sequence[Fault]"]
 
-MOST_FAULTS = 3  # of one value: more say nothing new, and definitions that double would double them
+MOST_FAULTS = 3  # for one value: more are not helpful, and doubling definitions would double them
 
 KEYWORDS: dict[str, Keyword] = {}
 
@@ -327,25 +327,25 @@ def _any_of(check: Check, rule: Any, value: Any, schema: Any, resolver: Any) -> 
         found = check.check(value, part, resolver)
         if not found:
             return ()
-        # The alternative that was followed the farthest is the one that was meant.
+        # Report the faults of the alternative that matched the farthest.
         if not nearest or len(found[0][0]) > len(nearest[0][0]):
             nearest = found
     if nearest and (nearest[0][0] or len(rule) == 1):
         return nearest
-    return [((), f"{shown(value)} is none of the {len(rule)} forms that it may have")]
+    return [((), f"{shown(value)} matches none of the {len(rule)} alternatives")]
 
 
 @_keyword("oneOf")
 def _one_of(check: Check, rule: Any, value: Any, schema: Any, resolver: Any) -> Any:
     if sum(check.follows(value, part, resolver) for part in rule) > 1:
-        return [((), f"{shown(value)} has more than one of the forms of which it must have one")]
+        return [((), f"{shown(value)} matches more than one of the alternatives of oneOf")]
     return _any_of(check, rule, value, schema, resolver)
 
 
 @_keyword("not")
 def _not(check: Check, rule: Any, value: Any, schema: Any, resolver: Any) -> Any:
     if isinstance(rule, (Mapping, bool)) and check.follows(value, rule, resolver):
-        return [((), f"{shown(value)} is what must not stand here")]
+        return [((), f"{shown(value)} is not allowed here")]
     return ()
 
 

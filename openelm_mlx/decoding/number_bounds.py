@@ -1,4 +1,4 @@
-"""Bounds of numbers as the engine can hold them.
+"""Bounds of numbers that the engine can enforce.
 
 The engine (llguidance 1.9) reads every bound as a float and computes with 64-bit integers: the smallest of those has no
 positive counterpart, and a range that holds it never returns. Digits beyond a float's are filled with zeros there, a lone
@@ -18,7 +18,7 @@ from .schema_parts import nodes
 
 # The last whole numbers that are both floats and, with either sign, 64-bit integers.
 LARGEST = 2**63 - 1024
-# Numbers with fractions are held to so many digits in all, and so many after the point.
+# Numbers with fractions have at most this many digits in total, and after the point.
 _DIGITS = 15
 _LARGEST_NUMBER = LARGEST - LARGEST % 10 ** (19 - _DIGITS)
 # The engine walks through the remainders of a multiple, for minutes where there are more, and computes them in 32 bits.

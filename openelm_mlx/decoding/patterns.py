@@ -1,10 +1,10 @@
 """Regular expressions as automata, to find the shortest text that completes a match.
 
 The engine tells which characters may follow, not which of them leads to an end: after `.+` and before `\\.txt` nearly all
-may. Here a pattern becomes a nondeterministic automaton (Thompson's), and the shortest way to its end is looked up.
+may. Here a pattern becomes a nondeterministic automaton (Thompson's), in which the shortest path to an end is found.
 
-What is found is a proposal, and the engine has the last word. So where the two could differ the automaton takes more
-(`\\w` has all letters outside ASCII, `\\p{...}` too), and a construct that it does not know makes no automaton at all.
+The result is a proposal that the engine has to accept. So where the two could differ the automaton accepts more (`\\w` and
+`\\p{...}` have all letters outside ASCII), and a pattern with an unknown construct gets no automaton.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Pattern:
 
 @final
 class StringForm:
-    """What one string has to be: all of these patterns, and a length in characters."""
+    """The patterns that one string must match, and its length in characters."""
 
     def __init__(self, patterns: Sequence[Pattern] = (), min_length: int = 0, max_length: int | None = None) -> None:
         self.patterns, self.min_length, self.max_length = tuple(patterns), min_length, max_length
@@ -181,7 +181,7 @@ class StringForm:
         return self._searched(places, missing)
 
     def _searched(self, start: tuple[frozenset[int], ...], missing: int) -> str | None:
-        """Breadth first over the places of all patterns together, with the length so far."""
+        """A breadth-first search over the states of all patterns together, and the missing length."""
         first = (start, max(0, missing))
         came: dict[tuple[tuple[frozenset[int], ...], int], tuple[object, str] | None] = {first: None}
         waiting = deque([first])

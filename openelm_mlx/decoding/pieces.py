@@ -1,8 +1,8 @@
 """A model cut into functions that can be compiled: each has the same shapes for every token, whatever the cache holds.
 
-Attention and the writes into the cache stay outside: they depend on how many tokens there are, and MLX's attention is
-fastest with exactly the keys that exist and no mask. What is left is traced once for a model and never again, whatever the
-cache is: growing, a ring, in 8 bits, a row a request.
+Attention and the writes into the cache stay outside: they depend on the number of tokens, and MLX's attention is fastest
+with exactly the existing keys and no mask. The rest is traced only once for a model, whatever the cache is: growing, a
+ring, in 8 bits, a row a request.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from ..experts.residency import Residency
     from ..models import Model
 
-# Last pieces kept for a model, one for each way of choosing a token; the others are few.
+# How many last pieces are kept for a model, one for each form of sampler; the others are few.
 MOST_CHOICES = 32
 
 
 class Pieces:
-    """What both ways to cut have: a `head` for each way of choosing a token, after all layers.
+    """The base of both kinds of pieces: a `head` after all layers, for each form of sampler.
 
     The model's parameters are part of the pieces, so `pieces_of` makes new ones when a parameter has been replaced.
-    compile: False leaves them as they are, which is what the tests compare.
+    compile: False leaves them uncompiled, for comparisons in tests.
     """
 
     def __init__(self, model: Model, compile: bool) -> None:
@@ -40,7 +40,7 @@ class Pieces:
         mx.eval([layer.prepare_constants() for layer in model.layers])
 
     def last_layer(self, *state: mx.array) -> mx.array:
-        """The residual stream after the last layer, from what is known before its last piece."""
+        """The residual stream after the last layer, from the state before the last piece."""
         raise NotImplementedError
 
     def head(self, state: Sequence[mx.array], sampler: Sampler | None) -> tuple[Any, ...]:
@@ -96,7 +96,7 @@ class ResidentPieces(Pieces):
 
 
 class StreamedPieces(Pieces):
-    """Each piece of `ResidentPieces` in two, with the host between: `to_experts` and `from_experts` of every layer."""
+    """Each piece of `ResidentPieces` in two, with host work in between: `to_experts` and `from_experts` of every layer."""
 
     def __init__(self, model: Model, compile: bool) -> None:
         super().__init__(model, compile)
@@ -131,7 +131,7 @@ class StreamedPieces(Pieces):
 
 
 def _traced(model: Model) -> Traced:
-    """What is traced for a model. Pieces of replaced parameters are not among it any more."""
+    """The pieces traced for a model, without those whose parameters have been replaced."""
     found = runtime_of(model).traced
     weights = _weights_of(model)
     if len(weights) != len(found.weights) or any(a is not b for a, b in zip(weights, found.weights, strict=True)):
@@ -142,7 +142,7 @@ def _traced(model: Model) -> Traced:
 
 
 def _weights_of(model: Model) -> list[Any]:
-    """Every module and every array in it. They are compared by identity: an update puts others in their places."""
+    """Every module and every array in it. They are compared by identity: an update replaces them."""
     for layer in model.layers:
         layer.prepare_constants()  # which may put views of one array in the places of two
     found: list[Any] = []
@@ -167,15 +167,15 @@ def _collect(value: Any, found: list[Any]) -> None:
 
 
 def weights_version(model: Model) -> int:
-    """A number that is another one once a parameter of the model has been replaced, in whatever way.
+    """A number that changes once a parameter of the model has been replaced, in whatever way.
 
-    What was computed with the old ones, keys and values in a prefix cache for instance, is then of no use.
+    Results computed with the old parameters, such as keys and values in a prefix cache, are then invalid.
     """
     return _traced(model).version
 
 
 def forget_pieces(model: Model) -> None:
-    """Trace anew from now on: something that the pieces took from the model, and no parameter, has been replaced."""
+    """Discard the traced pieces, after something other than a parameter that they use has been replaced."""
     _traced(model).pieces.clear()
 
 
@@ -183,7 +183,7 @@ P = TypeVar("P", bound=Pieces)
 
 
 def pieces_of(model: Model, kind: type[P], compile: bool) -> P:
-    """The pieces that were traced for a model already, whichever request it was for, if its parameters are the same."""
+    """The pieces of a model: those traced for an earlier request if the parameters are the same, else new ones."""
     made = _traced(model).pieces
     if (kind, compile) not in made:
         made[kind, compile] = kind(model, compile)

@@ -1,7 +1,7 @@
-"""Keys and values of earlier requests, so that a prompt that begins as one of them does costs its new tokens only.
+"""Keys and values of earlier requests, so that only the new tokens are computed of a prompt with the same beginning.
 
 A `PrefixCache` holds finished requests: their tokens, their caches, and snapshots of the rings at borders of turns and
-chunks (full layers are append-only and can be cut anywhere). A `Turn` is one request: what of its prompt is there already,
+chunks (full layers are append-only and can be cut anywhere). A `Turn` is one request: which part of its prompt is cached,
 where its own snapshots are taken, and how it is kept when it ends. A cache belongs to one request at a time.
 """
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 MAX_BYTES = 1_000_000_000
 # MLX refuses more than 499,000 buffers in a process.
 MAX_BUFFERS = 20_000
-# Snapshots of the rings kept for one request; where there are more, those nearest to each other go.
+# Snapshots of the rings kept for one request; if there are more, those nearest to each other are dropped.
 MAX_CHECKPOINTS = 16
 
 
 class TurnCheckpoint(NamedTuple):
-    """All layers at one place of a conversation."""
+    """A snapshot of all layers at one position of a conversation."""
 
     layers: tuple[Snapshot, ...]
 
@@ -49,17 +49,17 @@ class TurnCheckpoint(NamedTuple):
 
 
 def checkpoint_of(cache: Cache) -> TurnCheckpoint:
-    """The place where `cache` is; a few megabytes for the rings of a large model, nothing without rings."""
+    """A snapshot of `cache`; a few megabytes for the rings of a large model, nothing without rings."""
     checkpoint = TurnCheckpoint(tuple(layer.snapshot() for layer in cache))
-    mx.eval(checkpoint.arrays)  # a lazy slice would keep more alive than it shows
+    mx.eval(checkpoint.arrays)  # a lazy slice would keep the whole array alive
     return checkpoint
 
 
 class Entry(NamedTuple):
-    """A finished request. tokens (T,): those in the cache. num_prompt_tokens: what stands before its own answer.
+    """A finished request. tokens (T,): those in the cache. num_prompt_tokens: those before its own answer.
 
-    kind: the settings that the cache was made with. checkpoints: in the order of their offsets, the last one being where
-    the cache is now.
+    kind: the settings that the cache was made with. checkpoints: in the order of their offsets; the last one is the cache's
+    current state.
     """
 
     tokens: np.ndarray
@@ -91,10 +91,10 @@ class Entry(NamedTuple):
 @final
 @checked_call("om.PrefixCache")
 class PrefixCache:
-    """Finished requests, the least recently used forgotten first. For one model; any number of conversations.
+    """Finished requests of one model, for any number of conversations; the least recently used are evicted first.
 
-    max_bytes, max_buffers: what all of it may take. A request longer than that is not kept. When the model's
-    parameters have been replaced, all of it is forgotten. Safe to use from several threads.
+    max_bytes, max_buffers: limits for all requests together. A request larger than that is not kept. When the model's
+    parameters have been replaced, everything is dropped. Safe to use from several threads.
 
         cache = om.PrefixCache()
         om.generate(model, tokenizer, messages, prefix_cache=cache)
@@ -106,24 +106,24 @@ class PrefixCache:
         self.max_bytes, self.max_buffers = max_bytes, max_buffers
         self._entries: list[Entry] = []  # the least recently used first
         self._model: Model | None = None
-        self._weights_version: int | None = None  # by which everything kept was computed
+        self._weights_version: int | None = None  # that everything kept was computed with
         self._lock = threading.RLock()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all kept requests."""
         return sum(entry.nbytes for entry in self._entries)
 
     @property
     def num_buffers(self) -> int:
-        """How many of MLX's buffers are kept."""
+        """How many MLX buffers the kept requests have."""
         return sum(len(entry.arrays) for entry in self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def clear(self) -> None:
-        """Forget everything and give the memory back."""
+        """Drop everything and free the memory."""
         with self._lock:
             self._entries.clear()
         mx.clear_cache()
@@ -131,7 +131,7 @@ class PrefixCache:
     def begin(
         self, model: Model, tokens: Sequence[int], kind: tuple[object, ...], borders: Sequence[int] = ()
     ) -> Turn | None:
-        """A request whose prompt `tokens` begins as an earlier one did; None when none did.
+        """Start a request whose prompt `tokens` has the same beginning as an earlier one; None if there is none.
 
         At least the prompt's last token is left to be computed: its logits are not kept. kind: the settings of the
         request's cache. borders: offsets in the prompt where a message begins.
@@ -150,25 +150,25 @@ class PrefixCache:
             return Turn(self, tokens, kind, cache, (*borders, num_shared), kept)
 
     def borders_for(self, tokens: Sequence[int], kind: tuple[object, ...]) -> tuple[int, ...]:
-        """Where earlier prompts part from this one: a place to come back to for the next that begins alike."""
+        """Where earlier prompts start to differ from this one: good positions for snapshots, as the next may differ there."""
         with self._lock:
             num_shared, _ = self._longest(np.array(tokens, np.int64), kind)
         return (num_shared,) if 0 < num_shared < len(tokens) else ()
 
     def keep(self, entry: Entry) -> None:
-        """Add a finished request, and forget others until all of it fits."""
+        """Add a finished request, and evict others until everything fits."""
         with self._lock:
             if self._model is not None:
                 before = self._weights_version
                 self._check_model(self._model)
                 if before != self._weights_version:
-                    return  # the weights have changed under it
+                    return  # the weights have changed meanwhile
             self._entries.append(entry)
             while self._entries and (self.nbytes > self.max_bytes or self.num_buffers > self.max_buffers):
                 self._entries.pop(0)
 
     def make_room(self, check: Callable[[], None]) -> None:
-        """Call `check`, and forget a request each time that it raises MemoryLimitError, as long as there is one."""
+        """Call `check`, and evict a request each time that it raises MemoryLimitError, until none is left."""
         while True:
             try:
                 return check()
@@ -189,9 +189,9 @@ class PrefixCache:
 
     @checked_call("prefix_cache.save", path=PATH, overwrite=FLAG)
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write everything into the file `path`, at once or not at all.
+        """Write everything into the file `path`, completely or not at all.
 
-        overwrite: also in the place of a file that is not a prompt cache. Raises DestinationError.
+        overwrite: replace even a file that is not a prompt cache. Raises DestinationError.
         """
         from .prefix_file import save_entries
 
@@ -200,7 +200,7 @@ class PrefixCache:
 
     @checked_call("prefix_cache.load", path=PATH)
     def load(self, path: str | os.PathLike[str], model: Model) -> None:
-        """Take the requests of a file that `save` wrote, in place of what is here.
+        """Replace the kept requests with those of a file that `save` wrote.
 
         Raises CheckpointError when the file is damaged, of another version, or of another model.
         """
@@ -212,7 +212,7 @@ class PrefixCache:
             self._check_model(model)
             found = list(
                 load_entries(expanded(path, CheckpointError), model)
-            )  # a file that cannot be read costs nothing
+            )  # if the file cannot be read, nothing is lost
             self._entries.clear()
             for entry in found:
                 self.keep(entry)
@@ -232,15 +232,15 @@ class PrefixCache:
             if entry.kind == kind:
                 num_shared = shared(entry.tokens, prompt)
                 num_reused, _ = entry.best_cut(min(num_shared, len(prompt) - 1))
-                if (num_reused, num_shared) >= best[:2]:  # of equals, the one used last
+                if (num_reused, num_shared) >= best[:2]:  # of equal ones, the last used
                     best = num_reused, num_shared, entry
         return best[1], best[2]
 
     def _cache_for(self, entry: Entry, checkpoint: TurnCheckpoint, num_reused: int) -> Cache:
-        """The entry's cache cut to `num_reused` tokens: itself where only its own answer is given up, else a copy."""
+        """The entry's cache cut to `num_reused` tokens: the cache itself if only its own answer is lost, else a copy."""
         at = next(i for i, each in enumerate(self._entries) if each is entry)
         del self._entries[at]
-        # No copy either where there is no room for two.
+        # No copy either if there is no memory for two.
         is_continued = num_reused >= entry.num_prompt_tokens - 1 or 2 * entry.nbytes > self.max_bytes
         if is_continued:
             cache = entry.cache
@@ -256,9 +256,9 @@ class PrefixCache:
 
 @final
 class Turn:
-    """One request on its way: `cache` has the first `num_reused` of its prompt's tokens already.
+    """One running request: `cache` has the first `num_reused` of its prompt's tokens already.
 
-    tokens: prompt and answer so far; the loop appends. stops: offsets at which the prompt's chunks end.
+    tokens: prompt and answer so far; the loop appends to it. stops: offsets at which the prompt's chunks end.
     """
 
     def __init__(
@@ -280,16 +280,16 @@ class Turn:
 
     @property
     def new_tokens(self) -> list[int]:
-        """What of the prompt is left to be computed; one token at least."""
+        """The part of the prompt that is left to be computed; at least one token."""
         return self.tokens[self.num_reused : self.num_prompt_tokens]
 
     def at_border(self) -> None:
-        """Take a snapshot here, where the prompt is taken up or after a chunk of it."""
+        """Take a snapshot here: where the cached part of the prompt ends, or after a chunk of it."""
         if self._store is None or self.cache[0].offset == 0:
             return
         self._last_border = checkpoint = checkpoint_of(self.cache)
         if not checkpoint.arrays:
-            return  # without rings, the end serves for every place before it
+            return  # without rings, the final cache can be cut at any earlier position
         self._checkpoints = [each for each in self._checkpoints if each.offset < checkpoint.offset]
         self._checkpoints.append(checkpoint)
         if len(self._checkpoints) > MAX_CHECKPOINTS:
@@ -304,7 +304,7 @@ class Turn:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep the request when the block ends, or is left because the caller wants no more; not after an error.
+        """Keep the request when the block ends, or when the caller stops early; not after an error.
 
         After Ctrl-C, which may have come in the middle of a step, the prompt is kept as far as it was computed.
         """
@@ -325,7 +325,7 @@ class Turn:
         """Keep the request as it is now, for prompts that begin alike."""
         if self._store is None:
             return
-        # Drafts that were right and not wanted any more.
+        # Accepted drafts after the end of the answer.
         surplus = self.cache[0].offset - len(self.tokens)
         if surplus > 0:
             for layer in self.cache:
@@ -351,7 +351,7 @@ def begin_turn(
     make_cache: Callable[[], Cache],
     borders: Sequence[int] = (),
 ) -> Turn:
-    """The request for `prompt`, with what `store` has of it, or with an empty cache."""
+    """Start the request for `prompt` with what `store` has of it, or with an empty cache."""
     if store is None:
         return Turn(None, prompt, kind, make_cache())
     turn = store.begin(model, prompt, kind, borders)
@@ -361,7 +361,7 @@ def begin_turn(
 
 
 def shared(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens two sequences begin with in common."""
+    """The length of two sequences' common beginning."""
     length = min(len(first), len(second))
     differs = np.flatnonzero(first[:length] != second[:length])
     return int(differs[0]) if differs.size else length

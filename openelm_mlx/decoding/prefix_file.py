@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 FORMAT = "openelm_mlx prefix cache"
 VERSION = 1
 _WHAT, _is_prompt_cache = "The prompt cache", safetensors_of(FORMAT)
-# Numbers looked at in each tensor for the fingerprint: any training changes some, and reading them takes milliseconds.
+# Numbers of each tensor in the fingerprint: any training changes some, and reading them takes milliseconds.
 _SAMPLES = 64
-# The format's own limit; the tokens of all entries stand there.
+# The format's own limit for the header, which has the tokens of all entries.
 _LARGEST_HEADER = 100_000_000
 
 
 def fingerprint(model: Model) -> str:
-    """Says whether keys and values belong to this model: its spec, its tensors' types and shapes, some of its weights."""
+    """A hash that tells whether keys and values belong to this model: of its spec, tensors' types and shapes, some weights."""
     digest = hashlib.sha256(repr((VERSION, model.spec, model.context_length)).encode())
     parameters = sorted(tree_flatten(model.parameters()))
-    if runtime_of(model).residency is not None:  # which experts are in the slots says nothing
+    if runtime_of(model).residency is not None:  # the experts in the slots change all the time
         parameters = [each for each in parameters if ".experts." not in each[0]]
     samples = [_sample(array) for _, array in parameters]
     mx.eval(samples)
@@ -48,7 +48,7 @@ def fingerprint(model: Model) -> str:
 
 
 def save_entries(path: Path, entries: Sequence[Entry], model: Model | None, overwrite: bool = False) -> None:
-    """Write the entries into a file, whole or not at all. Raises DestinationError."""
+    """Write the entries into a file, completely or not at all. Raises DestinationError."""
     path = check_writable(path, overwrite)  # before everything is made into one checksum
     arrays: dict[str, mx.array] = {}
     described = [_described(entry, f"{i}", arrays) for i, entry in enumerate(entries)]
@@ -58,24 +58,24 @@ def save_entries(path: Path, entries: Sequence[Entry], model: Model | None, over
         "checksum": _checksum(described, arrays),
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "contents": json.dumps(header)}
-    # A prompt is nobody else's business.
+    # A prompt is private.
     with output_file(path, _WHAT, _is_prompt_cache, overwrite, mode=0o600) as stream:
         mx.save_safetensors(stream, arrays or {"empty": mx.zeros((1,))}, metadata)
 
 
 def check_writable(path: str | Path, overwrite: bool = False) -> Path:
-    """The file, where a prompt cache may be written to it now. Raises DestinationError."""
+    """Check that a prompt cache may be written to the file now, and return its path. Raises DestinationError."""
     return checked_output(path, _WHAT, _is_prompt_cache, overwrite)
 
 
 def check_readable(path: Path) -> None:
-    """Raise CheckpointError for what its header shows to be damaged, cut short, or of another version."""
+    """Raise CheckpointError if the header shows that the file is damaged, truncated or of another version."""
     _, metadata = _read(path, only_header=True)
     _check_version(path, metadata)
     try:
         header = parse_json(metadata["contents"], "its description", CheckpointError)
         if not (isinstance(header["checksum"], int) and isinstance(header["fingerprint"], str)):
-            raise ValueError("its description is not whole")
+            raise ValueError("its description is incomplete")
         for entry in header["entries"]:
             _ = (len(entry["tokens"]), entry["num_prompt_tokens"], entry["kind"], entry["checkpoints"])
     except (KeyError, TypeError, ValueError) as error:
@@ -89,13 +89,13 @@ def load_entries(path: Path, model: Model) -> Iterator[Entry]:
     try:
         header = parse_json(metadata["contents"], "its description", CheckpointError)
         if header["checksum"] != _checksum(header["entries"], arrays if header["entries"] else {}):
-            raise ValueError("its checksum is another one")
+            raise ValueError("its checksum is wrong")
         if not header["entries"]:
             return
         if header["fingerprint"] != fingerprint(model):
             raise CheckpointError(
                 f"The prompt cache {path} was made with another model, other weights or another dtype: give another file, "
-                "or delete it, and it will be made anew."
+                "or delete it, and it will be made again."
             )
         entries = [_entry(each, f"{i}", arrays, model) for i, each in enumerate(header["entries"])]
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -111,7 +111,7 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("version") != str(VERSION):
         raise CheckpointError(
             f"The prompt cache {path} has version {metadata.get('version')}, and this library reads version {VERSION}: "
-            "delete it, and it will be made anew."
+            "delete it, and it will be made again."
         )
 
 
@@ -157,11 +157,11 @@ def _array(entry: dict[str, Any], data: bytes) -> mx.array:
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"The prompt cache {path} is damaged ({why}): delete it, and it will be made anew.")
+    return CheckpointError(f"The prompt cache {path} is damaged ({why}): delete it, and it will be made again.")
 
 
 def _described(entry: Entry, name: str, arrays: dict[str, mx.array]) -> dict[str, Any]:
-    """What of an entry is not an array; its arrays are added to `arrays`."""
+    """An entry's data apart from arrays, which are added to `arrays`."""
     for i, layer in enumerate(entry.cache):
         arrays |= {f"{name}.layer.{i}.{j}": array for j, array in enumerate(layer.state)}
     for c, checkpoint in enumerate(entry.checkpoints[:-1]):

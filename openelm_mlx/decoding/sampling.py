@@ -19,7 +19,7 @@ from ..files import shown
 from ..models.precision import runs_on_cpu
 
 _LOWEST = -1e30
-# They decide about a sampler's arrays alone.
+# Parameters that only affect a sampler's arrays.
 _NOT_IN_FORM = ("logit_bias", "seed")
 
 
@@ -83,9 +83,9 @@ class SamplingParams:
 
 
 class Sampler:
-    """Chooses one token a call for one sequence, and remembers what was chosen for the penalties.
+    """Chooses one token a call for one sequence, and counts the chosen tokens for the penalties.
 
-    vocab_size: rows of logits. usable_vocab_size: ids from there on are no tokens of the tokenizer and never chosen.
+    vocab_size: rows of logits. usable_vocab_size: ids from there on are not tokens of the tokenizer and are never chosen.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class Sampler:
         return token
 
     def processed(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
-        """The logits (V,) that the likeliest is taken of, or that are drawn from."""
+        """The logits (V,) after penalties and filters, from which the token is chosen or drawn."""
         logits = self.adjusted(logits)
         if allowed is not None:
-            # A finite floor: what a constraint allows can be chosen even if a bias of -inf forbids all of it.
+            # A finite floor: allowed tokens can be chosen even if a bias of -inf forbids all of them.
             logits = mx.where(allowed, mx.maximum(logits, _LOWEST), -mx.inf)
         return logits if self.params.temperature == 0.0 else self.filtered(logits)
 
@@ -124,13 +124,13 @@ class Sampler:
         return key
 
     def count(self, token: mx.array | int) -> None:
-        """Remember for the penalties that `token` was chosen."""
+        """Count `token` for the penalties."""
         if self._in_answer is not None:
             self._in_answer = self._in_answer.at[token].add(1.0)
 
     @property
     def state(self) -> tuple[mx.array | None, ...]:
-        """What the next choice depends on beside its logits; set it to take choices back."""
+        """What the next choice depends on besides the logits; set it to take choices back."""
         return self._key, self._in_answer
 
     @state.setter
@@ -139,18 +139,18 @@ class Sampler:
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        """All that a choice depends on beside its logits and `form`."""
+        """Everything that a choice depends on besides the logits and `form`."""
         every = (self._key, self._in_answer, self._in_prompt, self._bias)
         return tuple(array for array in every if array is not None)
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What two samplers have in common that are the same function of logits and `arrays`."""
+        """Equal for two samplers that are the same function of logits and `arrays`."""
         numbers = (getattr(self.params, each.name) for each in fields(self.params) if each.name not in _NOT_IN_FORM)
         return (*numbers, self._in_answer is None, self._bias is None)
 
     def with_arrays(self, arrays: Sequence[mx.array]) -> Sampler:
-        """A sampler of the same form that has `arrays`."""
+        """A sampler of the same form with `arrays`."""
         new, rest = copy.copy(self), list(arrays)
         new._key = rest.pop(0)
         if self._in_answer is not None:
@@ -160,7 +160,7 @@ class Sampler:
         return new
 
     def adjusted(self, logits: mx.array) -> mx.array:
-        """The logits (V,) in float32 after penalties, bias, and with ids that are no tokens at -inf."""
+        """The logits (V,) in float32 after penalties and bias, with -inf for ids that are not tokens."""
         logits = logits.astype(mx.float32)
         if self._in_answer is not None and self._in_prompt is not None:
             logits = self._penalized(logits, self._in_prompt, self._in_answer)
@@ -194,7 +194,7 @@ def unpacked(words: mx.array, vocab_size: int) -> mx.array:
     return allowed[:vocab_size]
 
 
-# Ways of choosing among what a mask allows that stay compiled.
+# How many compiled choices with a mask are kept.
 _MOST_CHOICES = 32
 _choices: dict[tuple[object, ...], Callable[..., Any]] = {}
 
@@ -202,8 +202,8 @@ _choices: dict[tuple[object, ...], Callable[..., Any]] = {}
 def choice_among(sampler: Sampler, logits: mx.array, words: mx.array) -> mx.array:
     """`sampler`'s choice from the logits (V,) among what a constraint's mask allows. Lazy.
 
-    words: as `unpacked` takes them. On a GPU it is compiled: a mask comes with every token, and taking it apart in steps of
-    the host's costs more than the device's part.
+    words: as for `unpacked`. On a GPU it is compiled: a mask comes with every token, and dispatching its single operations
+    costs more than computing them.
     """
     if runs_on_cpu():
         return sampler(logits, unpacked(words, logits.size))
@@ -262,7 +262,7 @@ def log_probabilities(logits: mx.array, token: mx.array, num_top: int) -> tuple[
 
 
 def _bias(logit_bias: Mapping[int, float], vocab_size: int, usable_vocab_size: int) -> mx.array | None:
-    """What is added to the logits (V,), or None when nothing is."""
+    """The bias to add to the logits (V,), or None if there is none."""
     if not logit_bias and usable_vocab_size >= vocab_size:
         return None
     bias = _without_padding(vocab_size, usable_vocab_size)

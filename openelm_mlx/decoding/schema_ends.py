@@ -1,4 +1,4 @@
-"""Which parts of a schema have values that end, and which of its parts are reached at all."""
+"""Which parts of a schema have finite values, and which parts are reachable at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, final
 from ..errors import SettingError
 from .schema_parts import NAMED_SCHEMAS, REFUSED, nodes, target_of
 
-# Where schemas are that hold where they stand.
+# Keywords whose schemas apply to the same value.
 _APPLIED = frozenset(
     {
         *("properties", "patternProperties", "additionalProperties", "items", "prefixItems", "additionalItems"),
@@ -19,9 +19,9 @@ _APPLIED = frozenset(
 
 @final
 class SchemaEnds:
-    """Which parts of a schema have values that end; the others are left out where that is allowed.
+    """Which parts of a schema have finite values; the others are left out if that is allowed.
 
-    A definition that needs itself has none. What has an end is found as a least fixed point: nothing has, until shown.
+    A definition that always contains itself has none. The finite parts are found as a least fixed point.
     """
 
     def __init__(self, schema: Any) -> None:
@@ -35,7 +35,7 @@ class SchemaEnds:
                 break
 
     def pruned(self) -> Any:
-        """The schema without the parts that have no end; False if it has none itself. Raises for a part refused."""
+        """The schema without infinite parts; False if it is infinite itself. Raises SettingError for a refused part."""
         if not self._has_end(self._root):
             self._raise_refusals()
             return False
@@ -46,7 +46,7 @@ class SchemaEnds:
         self._raise_refusals()
         for node in self._nodes:
             assert isinstance(node, dict)
-            if REFUSED in node:  # nothing refers to it, and the engine shall not meet it
+            if REFUSED in node:  # unreachable, but the engine would read it
                 node.clear()
                 node["type"] = "null"
         return self._root

@@ -1,4 +1,4 @@
-"""The keywords of JSON Schema, by what the engine does with them: holds, ignores, or cannot hold."""
+"""The keywords of JSON Schema, by what the engine does with them: enforces, ignores, or cannot enforce."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .schema_parts import (
     NAMED_SCHEMAS,
 )
 
-# What says nothing about an answer's form. The engine refuses some of it.
+# Annotations, which do not restrict an answer. The engine refuses some of them.
 ANNOTATIONS = frozenset(
     {
         *("title", "description", "default", "examples", "example", "$comment", "deprecated", "readOnly", "writeOnly"),
@@ -20,7 +20,7 @@ ANNOTATIONS = frozenset(
         "x-guidance",  # the engine's own options, which are not a schema's to set
     }
 )
-# What the engine does not hold, each with the values that hold anyway.
+# Keywords that the engine cannot enforce, each with the values that have no effect.
 UNHELD: dict[str, tuple[Any, ...]] = {
     "not": (False,),
     "contains": (),
@@ -39,7 +39,7 @@ KNOWN = frozenset(
         *(*BOUNDS, *UNHELD),
     }
 )
-# Keywords beside which others hold for the same value.
+# Keywords that apply together with others to the same value.
 _APPLICATORS = frozenset({"const", "enum", "anyOf", "oneOf", "allOf", "$ref", "patternProperties"})
 
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 DATA = ("const", "enum")
 OTHER_TYPES = ["string", "boolean", "null", "array", "object"]  # than numbers
-# Why a part cannot be followed, in a sentence: said if the part is needed, and left out where there is another choice.
+# The key for a sentence that says why a part cannot be enforced: an error if the part is needed, else it is left out.
 REFUSED = "\x00refused"
 
 
@@ -59,7 +59,7 @@ def find(root: Any, reference: str) -> Any:
 
 
 def num_combined(root: Any) -> int:
-    """How many parts hold together for one value at most, each counted as often as references and allOf lead to it."""
+    """How many parts apply to one value at most, each counted as often as references and allOf lead to it."""
     known: dict[int, int] = {}
 
     def count(schema: Any) -> int:
@@ -96,7 +96,7 @@ def may_be_other(schema: Mapping[str, Any]) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as a message has it: as JSON, and short."""
+    """A value for a message: as short JSON."""
     text = json.dumps(value, ensure_ascii=False, default=str) if not has_huge_number(value) else "a huge number"
     return text if len(text) <= 60 else f"{text[:57]}..."
 

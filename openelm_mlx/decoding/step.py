@@ -1,6 +1,6 @@
-"""One more token through the model: what a decode loop calls, whichever way the model computes it.
+"""The decode step: one more token through the model, however it is computed.
 
-`PlainStep` is the slow, obvious form that every other one is held to.
+`PlainStep` is the slow, obvious form that every other one is compared with.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Step(Protocol):
 
 
 class PlainStep(Step):
-    """The model called on one token, nothing compiled and nothing fetched."""
+    """The model called on one token, without compiled pieces."""
 
     runs_ahead = True
 

@@ -1,11 +1,12 @@
-"""One more token through a model whose experts are not all in memory, with few waits for the router.
+"""The decode step of a model with streamed experts, with few read-backs of the routers' choices.
 
-The plain way asks the host at every layer: the router's choice is read back, what is missing is fetched, the experts are
-computed. Here several layers run with the slots that the device looks up itself, and then all their choices are read back
-at once. If every chosen expert was resident, everything was exact. Else the first layer with a missing one gets it and
-its experts are computed again from the input that was kept, and what the layers behind it computed is thrown away: a result
-is used only when every choice before it is known to have been served, and it comes from the same kernels on the same shapes.
-While experts are read, what follows them is prepared: nothing of it is evaluated before they are there.
+A plain step involves the host at every layer: the router's choice is read back, missing experts are read, the experts are
+computed. Here several layers run with slots that the device looks up itself, and then all their choices are read back at
+once. If every chosen expert was resident, all results are exact. Otherwise the first layer with a missing expert reads it
+and computes its experts again from the kept input, and the results of later layers are discarded. So a result is used only
+when all experts before it are known to have been resident, and it comes from the same kernels with the same shapes.
+
+While experts are read, the following graph is built, but not evaluated before they are there.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 class StreamedStep(Step):
     """`Step` for a model with a `residency`.
 
-    layers_at_once: run so many layers before the host looks; None adapts to how often something is missing, 1 is the
-    form that looks at every layer. compile: see `Pieces`; None for what is faster here.
+    layers_at_once: how many layers to run before a read-back; None adapts to the miss rate, 1 reads back at every layer.
+    compile: see `Pieces`; None for what is faster here.
     """
 
     runs_ahead = False
@@ -46,9 +47,9 @@ class StreamedStep(Step):
         self.model, self.cache = cast("GptOss", model), cache
         self.residency: Residency = model.residency
         self.replayed_layers = 0
-        # What one answer has learned about misses serves the next.
+        # The miss rate measured in one answer is used in the next.
         self._pace: Pace = self.residency.pace if layers_at_once is None else Pace(layers_at_once)
-        # Slots that are not written in place are other arrays each time, which a trace would not know.
+        # Slots that are not written in place become new arrays each time, which a trace would not see.
         can_compile = self.residency.writes != "copy"
         compile = model.choices.compiled_step if compile is None else compile
         self._latest = LatestPieces(model, StreamedPieces, compile and can_compile)
@@ -68,7 +69,7 @@ class StreamedStep(Step):
             return self.model(tokens[None], cache=self.cache)[0]
 
     def _run(self, token: mx.array, sampler: Sampler | None) -> tuple[mx.array, ...]:
-        """The logits, and what the sampler makes of them."""
+        """The logits, and the sampler's choice."""
         with self.residency.lock:
             forward = _ForwardPass(self.model, self.cache, self._pieces, token)
             try:
@@ -78,7 +79,7 @@ class StreamedStep(Step):
                     forward.run(first, stop)
                     forward.finish_reading()
                     missing = self._first_missing(first, forward.read_back(first, stop), forward)
-                    if missing is not None:  # what was computed behind it is dropped
+                    if missing is not None:  # later results are discarded
                         for cache in self.cache[missing + 1 : stop]:
                             cache.rewind(1)
                         self.replayed_layers += stop - 1 - missing
@@ -92,7 +93,7 @@ class StreamedStep(Step):
         return self._latest.get()
 
     def _first_missing(self, first: int, choices: list[np.ndarray], forward: _ForwardPass) -> int | None:
-        """The first layer that lacks an expert, which is being read now; None when nothing is missing."""
+        """The first layer that lacks an expert, whose read has been started; None if nothing is missing."""
         self.residency.banks[first].statistics.read_backs += 1
         for layer, chosen in enumerate(choices, first):
             experts = self.residency.layers[layer]
@@ -109,7 +110,7 @@ class StreamedStep(Step):
 
 
 class _ForwardPass(LayerWalk):
-    """One token on its way through the layers, as far as it has been built. It may be walked on from an earlier layer."""
+    """The forward pass of one token, as far as it has been built. It may be continued from an earlier layer."""
 
     def __init__(self, model: GptOss, cache: Cache, pieces: StreamedPieces, token: mx.array) -> None:
         super().__init__(model, cache, length=1)
@@ -118,39 +119,39 @@ class _ForwardPass(LayerWalk):
         self._residency: Residency = model.residency
         self._position = mx.array(cache[0].offset)
         self._embedded = model.embed(token[None])
-        # Of each layer what its experts are asked; of those behind the last one served it may be wrong.
+        # Each layer's expert inputs; after the last confirmed layer they may be wrong.
         self._routed: list[tuple[mx.array, ...]] = [()] * self.num_layers
         self._being_read: ExpertBank | None = None
 
     def enter(self, i: int) -> Projected:
-        """By the experts of the layer before as the table has them."""
+        """Compute the previous layer's experts from the slots in the table."""
         if i == 0:
             return (self._embedded, *self._pieces.first(self._embedded, self._position))
-        # No reader to be noted: what the router of this layer chooses is computed from it, and is waited for.
+        # No pending read is noted: this layer's router depends on it, and its choice is waited for.
         table = self._residency.banks[i - 1].device_table()
         return self._pieces.from_experts[i - 1](self._position, table, *self._routed[i - 1])
 
     def leave(self, i: int, x: mx.array, out: mx.array) -> None:
-        """As far as where the experts of layer `i` are asked."""
+        """Stop before the experts of layer `i`."""
         self._routed[i] = self._pieces.to_experts[i](x, out)
 
     def read_back(self, first: int, stop: int) -> list[np.ndarray]:
-        """What the routers of these layers chose; everything before is computed with it."""
+        """The routers' choices of these layers, which evaluates everything before them."""
         return self._residency.read_back([routed[_CHOICE] for routed in self._routed[first:stop]])
 
     def begin_reading(self, layer: int, wanted: list[int]) -> None:
-        """Have these experts read. What is built meanwhile must not be evaluated before `finish_reading`."""
+        """Start reading these experts. A graph built meanwhile must not be evaluated before `finish_reading`."""
         self._being_read = self._residency.banks[layer]
         self._being_read.begin(wanted)
 
     def finish_reading(self) -> None:
-        """Whatever was being read is there, and what has been built may be evaluated."""
+        """Wait for the reads; after that the graph may be evaluated."""
         bank, self._being_read = self._being_read, None
         if bank is not None:
             bank.finish()
 
     def end(self, sampler: Sampler | None) -> tuple[mx.array, ...]:
-        """The logits, and what the sampler makes of them; all layers have been served."""
+        """The logits, and the sampler's choice; all layers are confirmed."""
         bank = self._residency.banks[-1]
         found: tuple[mx.array, ...] = self._pieces.head((bank.device_table(), *self._routed[-1]), sampler)
         self.finish_reading()
@@ -159,7 +160,7 @@ class _ForwardPass(LayerWalk):
         return found
 
     def abandon(self) -> None:
-        """After an error: nobody writes any more."""
+        """Cancel the reads after an error."""
         if self._being_read is not None:
             self._being_read.abandon()
 

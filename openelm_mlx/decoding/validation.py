@@ -1,14 +1,14 @@
-"""Whether a value follows a JSON Schema: the one door for arguments of tools and for answers that are complete.
+"""Validating a value against a JSON Schema, for arguments of tools and complete answers.
 
-Schemas come from tools, from MCP servers and from whoever wrote a request, values come from a model, and each may be made
-to hurt. So this is no general validator: the package jsonschema matches patterns with `re`, whose time is exponential for
-`^(a+)+$`, follows references as often as they are reached (2^30 times in 30 definitions that double), and lets a part's
-`$schema` bring back its own classes, and with them all of that. A child process that can be killed would bound it too, at
-the price of starting one for every call, and of a limit by the clock, which a loaded machine reaches without a reason.
+Schemas come from tools, MCP servers and callers, values come from a model, and any of them may be hostile. The package
+jsonschema is not safe for that: it matches patterns with `re`, which takes exponential time for `^(a+)+$`, follows
+references each time they are reached (2^30 times in 30 doubling definitions), and lets a part's `$schema` bring back its own
+classes. A child process with a time limit would bound it too, but one would have to be started for every call, and a loaded
+machine would reach the limit without a reason.
 
-Here work is counted instead. Patterns are matched by the engine that also holds answers to them, in linear time. A part of
-a schema is applied to a part of a value once. Steps and depth have limits. References are resolved by the package
-`referencing` from a registry that holds the schema alone: nothing is ever fetched or opened.
+Here work is counted instead. Patterns are matched in linear time, by the engine that also enforces them. A part of a schema
+is applied to a part of a value only once. Steps and depth have limits. References are resolved by the package `referencing`
+from a registry with only the schema: nothing is ever fetched or opened.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import referencing.jsonschema
 from .json_patterns import matches
 from .keywords import KEYWORDS, MOST_FAULTS, Fault, shown
 
-# A step is a keyword applied to a value; those that look at every item count as many more. A second or two of a slow core.
+# A step is a keyword applied to a value; keywords that look at every item count once for each. One or two seconds.
 _MOST_STEPS = 200_000
-# Schemas inside of each other while a value is checked. Each takes some four of Python's 1,000 frames.
+# Nested schemas while a value is checked. Each takes about four of Python's 1,000 stack frames.
 _DEEPEST = 120
 _DEEPEST_VALUE = 100
-_PATTERN_STEPS = 20  # a pattern costs about as much as so many other keywords, and its text on top
+_PATTERN_STEPS = 20  # a pattern costs about as much as this many other keywords, plus the length of its text
 
 
 class _Undecided(Exception):
-    """Checking was given up; its text says why."""
+    """The check was abandoned; the message says why."""
 
 
 class _Unresolvable(Exception):
@@ -40,7 +40,7 @@ class _Unresolvable(Exception):
 
 
 def is_too_deep(value: Any) -> bool:
-    """Whether a value has more levels than anybody needs. It may be as deep as memory allows."""
+    """Whether a value is nested too deep. It may be as deep as memory allows."""
     level = [value]
     for _ in range(_DEEPEST_VALUE + 1):
         parts: list[Any] = []
@@ -59,16 +59,16 @@ def is_too_deep(value: Any) -> bool:
 class Validator:
     """One JSON Schema (drafts 4 to 2020-12), and whether values follow it.
 
-    is_lenient: where a reference leads out of the schema, or nowhere, anything may stand; otherwise that is a fault. A
-    keyword whose own value is of the wrong kind says nothing, and neither does a pattern that the engine cannot read
-    (look-around, references to groups). `format` is an annotation, as the standard has it.
+    is_lenient: a reference that leads out of the schema, or nowhere, allows anything; otherwise it is a fault. A keyword whose
+    own value is of the wrong kind is ignored, and so is a pattern that the engine cannot read (look-around, references to
+    groups). `format` is an annotation, as the standard says.
     """
 
     def __init__(self, schema: Any, *, is_lenient: bool = False) -> None:
         self.schema, self.is_lenient = schema, is_lenient
         dialect = schema.get("$schema") if isinstance(schema, Mapping) else None
         dialect = dialect if isinstance(dialect, str) else ""
-        # Until 2019 what stands beside a reference did not count.
+        # Until draft 2019-09, keywords beside a reference were ignored.
         self.ignores_siblings = any(f"draft-0{n}/" in dialect for n in (3, 4, 5, 6, 7))
         self.specification: Any = referencing.jsonschema.specification_with(
             dialect, default=referencing.jsonschema.DRAFT202012
@@ -90,7 +90,7 @@ class Validator:
         return [f"{'.'.join(map(str, path))}: {what}" if path else what for path, what in found[:MOST_FAULTS]]
 
     def _resolver(self) -> Any:
-        registry: Any = referencing.Registry()  # its `retrieve` refuses whatever it is asked for
+        registry: Any = referencing.Registry()  # its default `retrieve` refuses everything
         try:
             return registry.resolver_with_root(self.specification.create_resource(self.schema))
         except Exception:  # noqa: BLE001  (an odd $id: then the schema has no name of its own)
@@ -106,21 +106,21 @@ def _text(schema: Any) -> str:
 
 @final
 class Check:
-    """One value under one schema: what is known already, and how much was done."""
+    """The check of one value against one schema: known results, and the number of steps so far."""
 
     def __init__(self, validator: Validator) -> None:
         self._validator = validator
         self._steps = self._depth = 0
-        # By the identities of a schema and a value, which live as long as the check. None: being found out.
+        # By the identities of a schema and a value, which live as long as the check. None: in progress.
         self._known: dict[tuple[int, int], list[Fault] | None] = {}
 
     def check(self, value: Any, schema: Any, resolver: Any) -> list[Fault]:
         """The first faults of `value` under `schema`, with their places in it."""
         if schema is False:
-            return [((), "nothing may stand here")]
+            return [((), "no value is allowed here")]
         if not isinstance(schema, Mapping) or not schema:
             return []
-        # What a dynamic reference means depends on the way to it.
+        # The target of a dynamic reference depends on the path to it.
         key = None if self._validator.is_dynamic else (id(schema), id(value))
         if key in self._known:
             known = self._known[key]
@@ -135,7 +135,7 @@ class Check:
         found = self._apply(value, schema, self._inside(schema, resolver))
         if key is not None:
             self._known[key] = found
-        self._depth -= 1  # after an error nobody goes on
+        self._depth -= 1  # not restored after an error, which ends the check
         return found
 
     def follows(self, value: Any, schema: Any, resolver: Any) -> bool:
@@ -143,13 +143,13 @@ class Check:
         return not self.check(value, schema, resolver)
 
     def step(self, count: int = 1) -> None:
-        """Count what is about to be done."""
+        """Count steps before they are done."""
         self._steps += count
         if self._steps > _MOST_STEPS:
-            raise _Undecided("with its schema that takes too long; make it smaller")
+            raise _Undecided("checking it against its schema takes too long; make it smaller")
 
     def target(self, reference: Any, resolver: Any) -> tuple[Any, Any]:
-        """What a reference means, and the resolver there."""
+        """The schema that a reference names, and the resolver there."""
         try:
             found = resolver.lookup(reference)
         except Exception:  # noqa: BLE001  (the package raises whatever an odd reference makes it)
@@ -202,7 +202,7 @@ class Check:
         return [((place, *path), what) for path, what in self.check(value, schema, resolver)]
 
     def matches(self, pattern: str, text: str) -> bool | None:
-        """Whether a pattern is found in a text; None where that cannot be said."""
+        """Whether a pattern is found in a text; None if the pattern cannot be read."""
         self.step(_PATTERN_STEPS + len(text) // 20)
         return matches(pattern, text)
 
@@ -215,7 +215,7 @@ class Check:
         return known
 
     def identity(self, value: Any) -> str:
-        """A text that is the same for what JSON Schema holds for equal: 1 and 1.0 are, 1 and true are not."""
+        """A text that is the same for values that JSON Schema considers equal: 1 and 1.0 are, 1 and true are not."""
         if isinstance(value, bool) or value is None:
             return f"{value}"
         if isinstance(value, float) and value.is_integer():
@@ -232,7 +232,7 @@ class Check:
     # --- What of a value other keywords have looked at ----------------------------------------------------------------
 
     def seen(self, value: Any, schema: Any, resolver: Any, *, is_top: bool = True) -> set[Any]:
-        """The names or places in `value` that `schema` speaks of, for unevaluatedProperties and unevaluatedItems."""
+        """The names or indexes in `value` that `schema` evaluates, for unevaluatedProperties and unevaluatedItems."""
         if not isinstance(schema, Mapping):
             return set()
         self.step(1 + len(value))
@@ -269,7 +269,7 @@ class Check:
         return found
 
     def _applied_parts(self, value: Any, schema: Mapping[str, Any], resolver: Any) -> Iterator[tuple[Any, Any]]:
-        """The schemas that hold for `value` itself where `schema` does, each with its resolver."""
+        """The schemas that apply to `value` itself together with `schema`, each with its resolver."""
         for key in ("$ref", "$dynamicRef"):
             if key in schema:
                 yield self.target(schema[key], resolver)

@@ -1,4 +1,4 @@
-"""A tokenizer's tokens as bytes, and text as such tokens: what the engine asks for, and what completions are written in."""
+"""A tokenizer's tokens as bytes, and text as such tokens, for the engine and for completions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..text.tokenizer import Tokenizer
 
 @final
 class Vocabulary:
-    """A Tokenizer as llguidance asks for it: the bytes of each token, those that are not text, and how text is encoded.
+    """A Tokenizer in the form that llguidance needs: the bytes of each token, tokens that are not text, and encoding.
 
     Control tokens, role tags and the unknown token are never text. The tokenizer itself is not kept alive:
     engines are kept for as long as their tokenizers live.
@@ -33,25 +33,25 @@ class Vocabulary:
         self._special = special = frozenset(self.special_token_ids)
         self._by_bytes = {data: token for token, data in reversed(list(enumerate(tokens))) if token not in special}
         self._longest = min(max(map(len, self._by_bytes)), 32)
-        # A token for each printable character that has one of its own: what completions are first written in.
+        # A token for each printable character that has one: completions are written in these first.
         ordinary = ((chr(byte), self._by_bytes.get(bytes([byte]))) for byte in (*range(0x20, 0x7F), 0x0A))
         self.characters = {character: token for character, token in ordinary if token is not None}
 
     def __call__(self, text: str | bytes) -> list[int]:
         tokenizer = self._tokenizer()
-        if tokenizer is None:  # the engine is in use still: any tokens of the same bytes will do
+        if tokenizer is None:  # the engine is still in use: any tokens with the same bytes will do
             return self.spell(text.encode() if isinstance(text, str) else text)
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         return tokenizer.encode(text, continuation=True)
 
     def encode(self, data: bytes) -> list[int]:
-        """Tokens of these very bytes, as the tokenizer has them where they are whole characters."""
+        """Tokens with exactly these bytes; for whole characters those that the tokenizer gives."""
         tokens = self(data)
         spelled = b"".join(self.tokens[token] for token in tokens if token not in self._special)
         return tokens if spelled == data else self.spell(data)
 
     def spell(self, data: bytes) -> list[int]:
-        """Tokens of these bytes, the longest first each time; what has no token is left out."""
+        """Tokens with these bytes, always the longest that fits; bytes without a token are skipped."""
         tokens, start = [], 0
         while start < len(data):
             for length in range(min(self._longest, len(data) - start), 0, -1):
@@ -64,5 +64,5 @@ class Vocabulary:
 
 
 def _is_tag(data: bytes) -> bool:
-    """A single token that spells `<|user|>` marks a role, wherever it comes from; " ⁇ " stands for unknown text."""
+    """Whether a token spells a role tag such as `<|user|>`, or is " ⁇ ", which means unknown text."""
     return (data.startswith(b"<|") and data.endswith(b"|>") and len(data) > 4) or data == " ⁇ ".encode()

@@ -1,4 +1,4 @@
-"""A prompt in any of its forms, as tokens: text, token ids, or chat messages through the model's template."""
+"""Encoding a prompt: text, token ids, or chat messages through the model's template, as tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def encode_prompt(
 ) -> EncodedPrompt:
     """The tokens of a prompt in any of its forms. Token ids are taken as they are, already through the template.
 
-    answer: the format that the answer will have. gpt-oss is told of a JSON Schema in its prompt, as it was trained.
+    answer: the format of the answer. gpt-oss is told a JSON Schema in its prompt, as it was trained.
 
     Raises PromptError when the prompt is empty or has ids that the model lacks, TokenizerError when text needs a tokenizer.
     """
@@ -69,9 +69,9 @@ def encode_prompt(
         else cast("Sequence[Mapping[str, str]]", prompt)
     )
     if template != HARMONY:
-        # The text of an answer in a format is what its tokens spell, a space at its beginning included.
+        # The text of an answer in a format is exactly what its tokens spell, including a leading space.
         return EncodedPrompt(render_chat(chat, tokenizer, template), template, answer is not None)
-    # The model was trained with the day's date in front, as OpenAI's own template prints it.
+    # The model was trained with the current date in its prompt, as OpenAI's own template prints it.
     system = SystemContent(current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=reasoning_effort or "medium")
     schema = None if answer is None else answer.schema
     formats = [] if schema is None else [ResponseFormat("answer", schema)]
@@ -80,7 +80,7 @@ def encode_prompt(
 
 
 def message_borders(tokenizer: Tokenizer | None, prompt: EncodedPrompt) -> list[int]:
-    """Offsets in a Harmony prompt where other conversations are likely to part from it: behind the system and the
+    """Offsets in a Harmony prompt up to which other conversations are likely to be equal: after the system and the
     developer message, and before the last message.
     """
     if tokenizer is None or prompt.template != HARMONY:

@@ -24,7 +24,7 @@ from ..text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from ..models import Model
 
-# What is generated when nobody says, by a model that may ramble on to the end of its context.
+# The default limit of a model that may ramble on to the end of its context.
 DEFAULT_MAX_TOKENS = 256
 # Most answers of gpt-oss, reasoning included, are shorter.
 _LONG_ANSWER = 4096
@@ -32,7 +32,7 @@ _LONG_ANSWER = 4096
 
 @dataclass(frozen=True)
 class Request:
-    """What `stream_generate` was asked for, checked before anything runs."""
+    """The options of a `stream_generate` call, checked before anything runs."""
 
     prompt_tokens: Sequence[int]
     max_tokens: int | None
@@ -44,8 +44,8 @@ class Request:
     prefix_cache: PrefixCache | None = None
     draft: Drafts | None = None
     borders: Sequence[int] = ()  # offsets in the prompt where messages begin
-    notes: tuple[str, ...] = ()  # what of the answer's format is not held, a sentence each
-    ends_by_itself: bool = False  # a model that thinks first, and has to come to its end
+    notes: tuple[str, ...] = ()  # sentences about parts of the answer's format that are not enforced
+    ends_by_itself: bool = False  # a model that reasons first and must not be cut off before its answer
     constraint: TokenConstraint | None = None  # set when the rest is checked: it counts the tokens
     limit: int = 0  # of tokens, and by what: set when the rest is checked
     limited_by: Literal["max_tokens", "context", "memory"] = "max_tokens"
@@ -88,7 +88,7 @@ class Request:
         return replace(self, limit=limit, limited_by=cast(Any, limited_by))
 
     def _limit_in_memory(self, model: Model, most: int, active: Callable[[], int] | None) -> int:
-        """`most`, or what of it the memory holds. Kept requests go for the sake of an answer of usual length only."""
+        """`most`, or as many tokens as memory allows. Cached requests are evicted only for an answer of usual length."""
         self._check_room(model, min(most, DEFAULT_MAX_TOKENS), active)
         room = self._room_in_memory(model, most, active)
         if room < min(most, _LONG_ANSWER):
@@ -104,7 +104,7 @@ class Request:
         def check() -> None:
             check_room(model, self.make_cache(model), len(self.prompt_tokens), max_tokens, active)
 
-        # Kept requests never stand in the way of a new one.
+        # Requests in the prefix cache never block a new one.
         check() if self.prefix_cache is None else self.prefix_cache.make_room(check)
 
     def make_cache(self, model: Model) -> Cache:
@@ -117,7 +117,7 @@ class Request:
         return 0 if self.draft is None else self.draft.num_draft_tokens
 
     def begin_turn(self, model: Model) -> Turn:
-        """The cache to begin with: with what the prefix cache has of the prompt, or empty."""
+        """The cache to begin with: filled with what the prefix cache has of the prompt, or empty."""
         kv_bits = self.kv_bits or (None if self.sliding_window else model.kv_bits) or 16
         kind = (self.sliding_window, kv_bits, self.room)
         return begin_turn(
@@ -144,7 +144,7 @@ def constraint_on(
     tool_schemas: Mapping[str, Any],
     max_tokens: int,
 ) -> TokenConstraint | None:
-    """What holds a completion to its formats, None if it has none. Raises SettingError or TokenizerError."""
+    """The constraint that enforces a completion's formats, None if it has none. Raises SettingError or TokenizerError."""
     if answer is None and not tool_schemas:
         return None
     if tokenizer is None:

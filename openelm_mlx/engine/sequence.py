@@ -1,4 +1,4 @@
-"""One request from its first token to its last: the one way from a token to what a caller sees."""
+"""One request from its first token to its last: `Sequence.accept` turns each token into the chunk that a caller sees."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .statistics import Clock, Statistics
 
 @dataclass(frozen=True)
 class Chunk:
-    """One token of a completion, and what became certain with it.
+    """One token of a completion, and the text that can be shown after it.
 
     Attributes:
         text: Of the answer, and nothing else; may be empty, since a character can take several tokens.
         reasoning: Of what gpt-oss thinks.
         preamble: Of what it says to the user before a call.
         arguments: Of a call, whose tool is `recipient`.
-        channel: Where the token stands ("analysis", "commentary", "final"; "functions.f"); None in models
+        channel: Of the message that the token belongs to ("analysis", "commentary" or "final"); None in models
             without channels, and in headers.
-        recipient: See channel.
+            recipient: Of that message: the tool that it calls ("functions.f"), or None.
         finish_reason: None, "stop" (end of text, or a stop string), or "length" (max_tokens or the context
             ended it).
-        logprob: As asked for.
-        top_logprobs: See logprob.
+        logprob: The token's log-probability, if logprobs were requested.
+        top_logprobs: The likeliest alternatives by token, if requested.
         statistics: In the last chunk.
     """
 
@@ -46,7 +46,7 @@ class Chunk:
 
 @final
 class Sequence:
-    """A request that is being answered. Whoever runs it, alone or beside others, hands it one token after the other.
+    """A request that is being answered. A loop, for one request or for many, passes it one token after the other.
 
     request: checked. end_tokens: tokens that end the completion. tokens: those of the completion so far.
     finish_reason: None while it goes on. clock: set when its prompt begins to be computed.
@@ -62,11 +62,11 @@ class Sequence:
 
     @property
     def messages(self) -> list[Message]:
-        """The finished messages of a completion in Harmony. After the end, or `close`, all there are."""
+        """The finished messages of a completion in Harmony; all messages after the end, or `close`."""
         return self._text.messages
 
     def accept(self, token: int, logprob: float | None = None, top_logprobs: dict[int, float] | None = None) -> Chunk:
-        """Go on by one token. The chunk has a finish_reason when it was the last one."""
+        """Take the next token. The chunk has a finish_reason when it was the last one."""
         assert self.finish_reason is None, "the sequence has ended"
         self.tokens.append(token)
         if self.clock is not None:
@@ -92,7 +92,7 @@ class Sequence:
         )
 
     def close(self) -> None:
-        """End it where it stands: nobody goes on with it. What was being written counts as a message."""
+        """End the sequence early. The message that was being written counts as finished."""
         if self.finish_reason is None:
             self._text.finish()
 

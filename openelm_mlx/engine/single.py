@@ -35,7 +35,7 @@ from .statistics import Clock
 if TYPE_CHECKING:
     from ..models import Model
 
-# Freed buffers are handed back this often; MLX keeps them otherwise.
+# MLX's cache of freed buffers is cleared once every this many tokens.
 CLEAR_CACHE_EVERY = 256
 
 
@@ -103,14 +103,14 @@ def new_sequence(
 
 
 def run(model: Model, tokenizer: Tokenizer | None, sequence: Sequence) -> Iterator[Chunk]:
-    """The chunks of a prepared sequence, a token each, until it ends or the caller wants no more."""
+    """The chunks of a prepared sequence, one for each token, until it ends or the caller stops."""
     turn = sequence.request.begin_turn(model)
     with keeping_to_plan(model, turn.cache) as (budget, lease), turn.kept():
         yield from _answer(model, tokenizer, sequence, turn, budget, lease)
 
 
 def text_stream(tokenizer: Tokenizer | None, prompt: EncodedPrompt, stop: abc.Sequence[str]) -> TextStream:
-    """What makes text of the completion's tokens. Raises SettingError for an empty stop string."""
+    """The stream that turns the completion's tokens into text. Raises SettingError for an empty stop string."""
     if tokenizer is None:
         if stop:
             raise TokenizerError("Stop strings need a tokenizer, and this model has none: load it with tokenizer=...")
@@ -146,7 +146,7 @@ def _answer(
 
 
 def _choices(sequence: Sequence, model: Model, step: Step, sampler: Sampler, logits: mx.array) -> Iterator[Choice]:
-    """The tokens of the answer, in the way that was asked for."""
+    """The tokens of the answer, by plain or speculative decoding."""
     return drive(step, source_of(model, sequence, step, sampler, logits))
 
 

@@ -1,4 +1,4 @@
-"""What a request took: its times, its memory, and why it came to no answer."""
+"""Statistics of a request: times, memory, and why it gave no answer."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a request took. Rates are tokens a second, times seconds.
+    """Times, rates and memory of a request. Rates are in tokens a second, times in seconds.
 
     Attributes:
-        peak_memory_bytes: The most that was in use in the process while the request ran, as MLX counts it.
-        max_tokens: The limit that held: what was asked for, or less where the context or the memory has no room
-            for it.
-        reasoning_tokens: How many of the completion's tokens stood before and around the answer (gpt-oss's
-            reasoning, its calls and headers).
-        no_answer: None, or a sentence that says why gpt-oss came to no answer and what to change.
-        notes: Sentences about what of the answer's format is not held, and about settings of the process that were
-            left as they are.
+        peak_memory_bytes: The peak of MLX's memory in the process while the request ran.
+        max_tokens: The limit in effect: the requested one, or less where the context or the memory has no room
+        for it.
+        reasoning_tokens: How many of the completion's tokens are not part of the answer (gpt-oss's reasoning,
+        its calls and headers).
+        no_answer: None, or a sentence that says why gpt-oss gave no answer and what to change.
+        notes: Sentences about parts of the answer's format that are not enforced, and about settings of the
+        process that were left as they are.
         time_queued: How long it waited in an engine's queue; time_to_first_token is counted from its end.
         cached_tokens: How many of the prompt's tokens came from a prefix cache; prefill_tps counts the others.
-        drafted_tokens: What guessing did; times as fast as plain steps, None where it was not measured.
-        accepted_tokens: See drafted_tokens.
-        speculation_speedup: See drafted_tokens.
-        prompt_experts: What was read from disk for either, in all and by layer, where experts are there (of two
-            answers at a time from one model, for both); else None.
-        answer_experts: See prompt_experts.
+        drafted_tokens: How many tokens a draft proposed (speculative decoding).
+        accepted_tokens: How many of them were accepted.
+        speculation_speedup: Speed relative to plain steps; None where it was not measured.
+        prompt_experts: What was read from disk for the prompt, in total and by layer, if experts are on disk (for
+        two answers at a time from one model, of both); else None.
+        answer_experts: The same for the answer.
     """
 
     prompt_tokens: int
@@ -61,7 +61,7 @@ class Statistics:
 class Clock:
     """Times and memory of one request, from its prompt's first chunk on.
 
-    num_cached_tokens: of the prompt, that came from a prefix cache. speculation: what guessing did, where anything guesses.
+    num_cached_tokens: of the prompt, from a prefix cache. speculation: the acceptance so far, if a draft is used.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class Clock:
         self._num_tokens += 1
 
     def token_is_answer(self) -> None:
-        """It belongs to the answer, and not to what stands before and around it."""
+        """The last token belongs to the answer, not to reasoning, calls or headers."""
         self._num_answer_tokens += 1
 
     def statistics(self, finish_reason: str, ended_in: str | None) -> Statistics:
-        """All of it, at the end. ended_in: see `TextStream.ended_in`."""
+        """The statistics at the end of the request. ended_in: see `TextStream.ended_in`."""
         request, num_prompt_tokens = self._request, len(self._request.prompt_tokens)
         prefill, decode = self._first - self._started, self._last - self._first
         experts: dict[str, ExpertStatistics] = {}
@@ -131,7 +131,7 @@ def no_answer(request: Request, ended_in: str | None, finish_reason: str, num_to
         return f"The model called {ended_in} and wrote no answer: om.Chat runs tools, om.stream_generate shows calls."
     what = "Reasoning" if ended_in == REASONING else f"A call of {ended_in}"
     if finish_reason == "stop":
-        return f"The model ended after {num_tokens:,} tokens of reasoning, without an answer: ask again or otherwise."
+        return f"The model ended after {num_tokens:,} tokens of reasoning, without an answer: ask again, or in other words."
     remedy = {
         "max_tokens": f"raise max_tokens above {request.limit}, or leave it out",
         "context": "shorten the prompt, or load the model with a larger context_length",

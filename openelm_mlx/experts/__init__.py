@@ -1,1 +1,1 @@
-"""Experts that stay on disk: slots in memory, records in files, and what reads the one into the other."""
+"""Experts that stay on disk: slots in memory, records in files, and reading records into slots."""

@@ -1,29 +1,29 @@
-"""Experts that are not all in memory: a fixed number of slots a layer, filled from the checkpoint's files when needed.
+"""Streamed experts: each layer has a fixed number of slots, filled from the checkpoint's files when needed.
 
-Each layer has one array a tensor (packed words and scales of gate_up and of down) with a slot for an expert along its
-first axis. The arrays are made once and stay; an expert is read straight into its slot, through a NumPy view of the
-array's own memory, by several threads. Kernels are given slot numbers where a resident model gives expert numbers.
-Router, attention and the experts' biases are in memory as ever.
+Each layer has one array per tensor (packed words and scales of gate_up and of down), whose first axis is the slots. The
+arrays are allocated once; several threads read an expert straight into its slot, through a NumPy view of the array's own
+memory. Kernels get slot numbers where a resident model passes expert numbers. Router, attention and the experts' biases
+are in memory as usual.
 
 Why a slot is never overwritten under a kernel that reads it
 ------------------------------------------------------------
-MLX is lazy and keeps no watch over memory that is written from outside, so the order of reads by kernels and writes by
-threads is ours to keep. Five rules do it:
+MLX is lazy and does not track memory that is written from outside, so the order of reads by kernels and writes by threads
+must be ensured here. Five rules do it:
 
-1. Kernels read a bank through `feed_forward` alone. Every result of it that is still to be computed when the thread lets go
-   of the bank is dispatched by then, and noted as a reader, with the slots it may read. Results of one bank's calls do not
-   depend on each other: a chunk's router does not wait for the experts of the chunk before in the same layer. So nothing is
-   inferred from other values having arrived, but from those that were computed from the result itself.
-2. Before slots are overwritten, `fence` evaluates all noted readers that may read one of them, which ends when their
-   kernels have ended. The table of slots is overwritten only after all who look slots up in it.
-3. Between `begin` and `finish` threads write into the slots. Whoever builds a graph on them in between evaluates nothing of
-   it before `finish`; and writers are joined however that ends (`Reading`). Where an array is not written in place,
-   `begin` does all of it.
-4. A slot that holds an expert of the call that is being served is never chosen for another one (`SlotTable.place`), and
-   a slot is named resident only when all its bytes have come. An error or an interruption before that leaves it free, once
-   nobody writes into it any more.
-5. One thread at a time is at a model's banks: a plain lock, held in the frame that works (a context manager's own frame
-   could keep it after an interruption). Of what a thread had built when it was interrupted nobody sees a result.
+1. Kernels read a bank only through `feed_forward`. When a thread releases the bank, every result that is not computed yet
+   has been dispatched, and is noted as a pending read with the slots it may read. Results of one bank's calls do not depend
+   on each other: a chunk's router does not wait for the experts of the previous chunk in the same layer. So a result counts
+   as computed only if it, or a value computed from it, has arrived.
+2. Before slots are overwritten, `fence` evaluates all pending reads of any of them, which waits for their kernels. The
+   slot table is overwritten only after every pending read that uses it.
+3. Between `begin` and `finish` threads write into the slots. A graph built on them in between must not be evaluated before
+   `finish`; the writing threads are always waited for, whatever happens (`Reading`). Where an array is not written in place,
+   `begin` does everything.
+4. A slot with an expert that the current call needs is never evicted (`SlotTable.place`), and an expert counts as resident
+   only when all its bytes have arrived. An error or an interruption before that leaves the slot free, once no thread writes
+   into it.
+5. Only one thread at a time uses a model's banks: a plain lock, held in the working frame (a context manager's own frame
+   could keep it after an interruption). Whatever a thread had built when it was interrupted is never used.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .writable import Allocator, WritableArray
 Lock = Any  # threading.RLock(), which has no type of its own
 PROJECTIONS = ("gate_up_proj", "down_proj")
 PARTS = ("weight", "scales")
-# Results of a layer that wait for a fence; with one more, all are waited for.
+# At most this many pending reads of a layer; with one more, all are waited for.
 MOST_PENDING = 16
 
 
@@ -61,9 +61,9 @@ class Stored(NamedTuple):
 
 
 class Part:
-    """One array of a bank, (S, rows, columns) with S slots, and how an expert's bytes come into a slot of it.
+    """One array of a bank, (S, rows, columns) with S slots, and how an expert's bytes are read into a slot.
 
-    rows may be more than an expert has: its bytes then fill the first of them.
+    There may be more rows than an expert has: its bytes then fill the first ones.
     """
 
     def __init__(self, stored: Stored, memory: WritableArray) -> None:
@@ -74,7 +74,7 @@ class Part:
         return self.memory.array
 
     def record(self, expert: int, slot: int) -> Record:
-        """What brings an expert into a slot."""
+        """The record that reads an expert into a slot."""
         stored = self.stored
         check = partial(_check_scales, expert, stored) if stored.name.endswith("scales") else None
         return Record(
@@ -83,16 +83,16 @@ class Part:
 
 
 def _check_scales(expert: int, stored: Stored, scales: memoryview) -> None:
-    """A resident model refuses scales that stand for no number when it is loaded; here they are seen when read."""
+    """Raise CheckpointError for scales that are NaN, which a resident model finds when it is loaded."""
     if np.frombuffer(scales, np.uint8).max() == NOT_A_SCALE:
         raise CheckpointError(
-            f"The scales of expert {expert} in {stored.name} have a byte of 255, which stands for no number (NaN): "
+            f"The scales of expert {expert} in {stored.name} have a byte of 255, which means NaN: "
             f"{stored.file.path} is damaged; download or copy it again."
         )
 
 
 class PendingRead(NamedTuple):
-    """A result that is computed from slots: those of `slots`, or None for any that the table says."""
+    """A result that is computed from these slots; None: from any slots in the table."""
 
     result: mx.array
     slots: frozenset[int] | None
@@ -102,7 +102,7 @@ NOTHING_COMING: tuple[list[tuple[int, int]], Reading, Sequence[int]] = ([], Read
 
 
 class ExpertBank:
-    """The slots of one layer: which experts are in them, and how the others get there."""
+    """The slots of one layer: which experts are resident, and reading the others."""
 
     def __init__(
         self, parts: Sequence[Part], table: SlotTable, num_experts: int, reader: RecordReader, allocator: Allocator
@@ -111,10 +111,10 @@ class ExpertBank:
         self.statistics = LayerStatistics()
         self._read = reader
         self._readers: list[PendingRead] = []
-        # Expert -> slot as kernels look it up, (1, E): any slot for an expert that is not resident.
+        # Expert -> slot for kernels, (1, E): an arbitrary slot for an expert that is not resident.
         self._on_device = allocator.allocate((1, num_experts), mx.uint32)
         self._in_place = self._on_device.in_place and all(part.memory.in_place for part in parts)
-        # What is under way between `begin` and `finish`: (expert, slot), the reads, and all that was wanted.
+        # Between `begin` and `finish`: (expert, slot) of each read, the reads, and all wanted experts.
         self._coming: tuple[list[tuple[int, int]], Reading, Sequence[int]] = NOTHING_COMING
 
     @property
@@ -131,12 +131,12 @@ class ExpertBank:
         return all(expert in self.table.slot_of for expert in wanted)
 
     def require(self, wanted: Sequence[int]) -> None:
-        """Have all of `wanted` (each once, at most as many as there are slots) resident, and count it."""
+        """Make all of `wanted` resident (each once, at most as many as there are slots), and count hits and misses."""
         self.begin(wanted)
         self.finish()
 
     def begin(self, wanted: Sequence[int]) -> None:
-        """Begin to have all of `wanted` resident; `finish` has to be called before anything else is asked of the bank."""
+        """Begin to make all of `wanted` resident; `finish` has to be called before the bank is used again."""
         self.abandon()  # what an interruption may have left
         placed = self.table.place(wanted)
         self.statistics.hits += len(wanted) - len(placed)
@@ -162,7 +162,7 @@ class ExpertBank:
             raise
 
     def finish(self) -> None:
-        """All that `begin` was asked for is resident now. Raises what went wrong with the reads, and nothing is lost."""
+        """Wait for the reads; then everything wanted is resident. Raises their first error, and the bank stays usable."""
         placed, reading, wanted = self._coming
         if not placed:
             return
@@ -172,7 +172,7 @@ class ExpertBank:
                 slots[expert] = slot
             with self._waiting():
                 reading.finish()
-                # Of those who look slots up none is left: they were waited for before the first slot was overwritten.
+                # No pending read uses the table: all were waited for before the first slot was overwritten.
                 fill_with(self._on_device.target(0), slots)
                 self._on_device.settle(0)
                 self._on_device.wait()
@@ -185,7 +185,7 @@ class ExpertBank:
         self._coming = NOTHING_COMING
 
     def abandon(self) -> None:
-        """Nobody writes into the slots any more, and what was coming is not resident. Does nothing after `finish`."""
+        """Cancel the reads and wait for running ones; their experts do not become resident. Does nothing after `finish`."""
         placed, reading, _ = self._coming
         if placed:
             reading.abandon()
@@ -208,13 +208,13 @@ class ExpertBank:
         return lookup[experts]
 
     def device_table(self) -> mx.array:
-        """(E,) uint32: the slot of each expert when what is built on it is evaluated, and any slot for one that is not
-        resident then.
+        """(E,) uint32: the slot of each expert at the time of evaluation, and an arbitrary slot for one that is not resident
+        then.
         """
         return self._on_device.array.reshape(-1)
 
     def note(self, result: mx.array, slots: Collection[int] | None = None) -> None:
-        """`result`, which has been dispatched, is computed from these slots as they are now, or from what the table gives."""
+        """Note a pending read: the dispatched `result` reads these slots as they are now; None: any slots in the table."""
         self._readers.append(PendingRead(result, None if slots is None else frozenset(slots)))
         if len(self._readers) > MOST_PENDING:
             newest = self._readers.pop()

@@ -1,10 +1,10 @@
-"""Bytes between the host and the arrays of MLX's CUDA backend, through the CUDA driver itself.
+"""Copies between the host and the arrays of MLX's CUDA backend, through the CUDA driver itself.
 
-MLX answers a NumPy view of an array by moving it to managed memory, from where pages travel between host and device on
-every touch; and what is copied in by MLX itself goes through the host's memory twice. Here readers fill buffers of pinned
-memory, which the device's copy engine reads at the full rate of the bus while the next bytes come from the file, and small
-results are written by a kernel into pinned memory that the host looks at. An array's address is asked of a kernel; it holds
-as long as nobody makes a view of the array.
+For a NumPy view MLX moves an array to managed memory, whose pages travel between host and device on every access, and a
+copy by MLX itself goes through the host's memory twice. Here reading threads fill buffers of pinned memory, which the
+device's copy engine reads at the full rate of the bus while the next bytes come from the file, and a kernel writes small
+results into pinned memory that the host polls. A kernel reports an array's address, which is valid until a view of the
+array is made.
 
 CUDA Driver API reference: memory management, stream management. The library comes with NVIDIA's driver.
 """
@@ -27,11 +27,11 @@ from .records import PIECE_BYTES, Check, Delivery, fill_with
 
 # Buffers of a model, PIECE_BYTES each: those being filled, and those on their way to the device.
 NUM_BUFFERS = 32
-# Numbers that fit into the memory that results come back through.
+# How many numbers fit into the memory for results.
 MOST_RESULTS = 32768
-# No index is this number.
+# Not a valid index.
 NOT_THERE = 0xFFFFFFFF
-# Seconds for which the host only looks; after that it waits in MLX, which knows of errors.
+# Seconds that the host polls; after that it waits in MLX, which reports errors.
 LONGEST_LOOK = 1.0
 
 _Pointer, _Size, _Int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -47,7 +47,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamDestroy_v2": (_Pointer,),
     "cuMemcpyHtoDAsync_v2": (ctypes.c_uint64, _Pointer, _Size, _Pointer),
 }
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not held up by work on the default stream
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for work on the default stream
 
 
 class CudaDriver:
@@ -66,10 +66,10 @@ class CudaDriver:
     def _call(self, name: str, *arguments: Any) -> None:
         result = getattr(self._library, name)(*arguments)
         if result:
-            raise RuntimeError(f"CUDA's driver answers {name} with error {result}.")
+            raise RuntimeError(f"{name} of the CUDA driver failed with error {result}.")
 
     def pinned(self, nbytes: int) -> Pinned:
-        """So many bytes of the host's memory that the device reads and writes."""
+        """Allocate pinned host memory, which the device can read and write."""
         self.use()
         pointer = _Pointer()
         self._call("cuMemHostAlloc", ctypes.byref(pointer), nbytes, 0)
@@ -78,7 +78,7 @@ class CudaDriver:
         return Pinned(memory, pointer.value, lambda: self._library.cuMemFreeHost(pointer))
 
     def use(self) -> None:
-        """Before anything else in a thread."""
+        """Make MLX's context current; to be called first in every thread."""
         self._call("cuCtxSetCurrent", self._context)
 
     def new_stream(self) -> Any:
@@ -89,15 +89,15 @@ class CudaDriver:
         return stream
 
     def copy(self, address: int, pinned: int, nbytes: int, stream: Any) -> None:
-        """Begin to copy from pinned memory to the device's memory."""
+        """Start a copy from pinned memory to the device's memory."""
         self._call("cuMemcpyHtoDAsync_v2", address, pinned, nbytes, stream)
 
     def wait(self, stream: Any) -> None:
-        """Until all that was begun in a stream is done."""
+        """Wait until everything in a stream is done."""
         self._call("cuStreamSynchronize", stream)
 
     def end_stream(self, stream: Any) -> None:
-        """Wait for it, and let it go."""
+        """Wait for a stream and destroy it."""
         self.wait(stream)
         self._call("cuStreamDestroy_v2", stream)
 
@@ -111,10 +111,10 @@ class Pinned(NamedTuple):
 
 
 class Courier:
-    """Brings bytes to the device for one model, in buffers that any thread may fill; one thread at a time sends.
+    """Copies bytes to the device for one model, from buffers that any thread may fill; one thread at a time sends.
 
-    Threads that call the driver hold each other up (docs/LOG.md), so those that read do not. Whoever sends must not wait for
-    a buffer while others fill them: they may have all. See `records.Buffers`.
+    Threads that call the driver slow each other down (docs/LOG.md), so reading threads do not call it. The sending thread must
+    not wait for a buffer while others fill them: they may hold all of them. See `records.Buffers`.
     """
 
     def __init__(self, driver: CudaDriver) -> None:
@@ -127,7 +127,7 @@ class Courier:
 
     def open(self) -> None:
         self._driver.use()
-        # A queue of its own for each reading: an interruption may have lost numbers of the last one's.
+        # A new queue for each reading: an interruption may have lost entries of the last one.
         self._sent, free = [], SimpleQueue[int | None]()
         for number in range(NUM_BUFFERS):
             free.put(number)
@@ -137,12 +137,12 @@ class Courier:
         self._free.put(None)
 
     def fill(self, address: int, nbytes: int, read: Callable[[memoryview], None], check: Check | None) -> Delivery:
-        """Have a buffer filled with so many bytes; gives what sends them to the device's address."""
+        """Fill a buffer with `nbytes` bytes; return the delivery that sends them to the device's address."""
         free = self._free
         number = free.get()
         if number is None:
-            free.put(None)  # for the next one who waits
-            raise RuntimeError("There will be no buffer: the reads have been abandoned.")
+            free.put(None)  # wakes the next waiting thread
+            raise RuntimeError("No buffer becomes free: the reads have been abandoned.")
         start = number * PIECE_BYTES
         buffer = self._pinned.memory[start : start + nbytes]
         read(buffer)
@@ -157,7 +157,7 @@ class Courier:
             self.wait()
 
     def wait(self) -> None:
-        """Until all that was sent has arrived."""
+        """Wait until everything that was sent has arrived."""
         self._driver.use()
         self._driver.wait(self._stream)
         sent, self._sent = self._sent, []
@@ -166,7 +166,7 @@ class Courier:
 
 
 def _end(driver: CudaDriver, stream: Any, pinned: Pinned) -> None:
-    driver.use()  # whichever thread it is that lets go of a courier last
+    driver.use()  # any thread may release a courier
     driver.end_stream(stream)
     pinned.free()
 
@@ -188,7 +188,7 @@ def _tried_driver() -> CudaDriver | None:
 
 
 def driver_works(driver: CudaDriver) -> bool:
-    """Whether, on this machine, what is sent to an array's address is what the next kernel reads there, and no more."""
+    """Whether, on this machine, the next kernel reads exactly the bytes that were sent to an array's address."""
     for dtype, kind in ((mx.uint32, np.uint32), (mx.uint8, np.uint8)):
         array = mx.zeros((4, 64), dtype)
         mx.eval(array)
@@ -214,7 +214,7 @@ def _address_kernel() -> Any:
 
 
 def address_of(array: mx.array) -> int:
-    """Where an evaluated array lies in the device's memory. It stays there until the array is freed or viewed."""
+    """An evaluated array's address in the device's memory, valid until the array is freed or viewed."""
     [address] = _address_kernel()(
         inputs=[array], grid=(1, 1, 1), threadgroup=(1, 1, 1), output_shapes=[(1,)], output_dtypes=[mx.uint64]
     )
@@ -241,8 +241,8 @@ class DeviceTarget:
 class ResultBuffer:
     """Pinned memory for up to MOST_RESULTS numbers that a kernel writes and the host waits for; twice, used in turns.
 
-    A kernel that nobody has waited for, after an interruption, writes into the half that is not looked at next; and when the
-    results of the next one are there, it has run.
+    After an interruption, a kernel that was not waited for writes into the half that is not read next; when the results of the
+    next kernel are there, it has run.
     """
 
     def __init__(self, driver: CudaDriver) -> None:
@@ -278,9 +278,9 @@ def _result_kernel() -> Any:
 
 
 def results_on_host(arrays: Sequence[mx.array], buffer: ResultBuffer) -> list[np.ndarray]:
-    """The numbers of uint32 arrays, none of them NOT_THERE, in all at most MOST_RESULTS; evaluated, and what they need.
+    """The numbers of uint32 arrays, none of them NOT_THERE and together at most MOST_RESULTS. Evaluates them.
 
-    Reading an array by itself moves it to managed memory first, which takes longer than all else here.
+    Reading an array directly moves it to managed memory first, which takes longer than everything else here.
     """
     flat = [array.reshape(-1) for array in arrays]
     numbers = mx.concatenate(flat) if len(flat) > 1 else flat[0]
@@ -300,7 +300,7 @@ def results_on_host(arrays: Sequence[mx.array], buffer: ResultBuffer) -> list[np
         deadline = time.perf_counter() + LONGEST_LOOK
         while (memory == NOT_THERE).any():
             if time.perf_counter() > deadline:
-                mx.eval(done)  # much to compute before it, or an error, which is raised here
+                mx.eval(done)  # a long computation before it, or an error, which is raised here
                 break
     except BaseException:
         mx.eval(done)  # see `ResultBuffer`
@@ -312,7 +312,7 @@ def results_on_host(arrays: Sequence[mx.array], buffer: ResultBuffer) -> list[np
 
 @final
 class DeviceArray:
-    """Through CUDA's driver, to the address of the array on the device. No view of the array may ever be made."""
+    """An array written through the CUDA driver, at its address on the device. No view of it may ever be made."""
 
     in_place = True
 
@@ -334,13 +334,13 @@ class DeviceArray:
 
 @final
 class Results:
-    """Small results on the host, through pinned memory."""
+    """Reads small results on the host, through pinned memory."""
 
     def __init__(self, driver: CudaDriver) -> None:
         self._buffer = ResultBuffer(driver)
 
     def has_room(self, arrays: Sequence[mx.array]) -> bool:
-        """Whether so many numbers fit."""
+        """Whether the arrays' numbers fit into the memory for results."""
         return sum(each.size for each in arrays) <= MOST_RESULTS
 
     def on_host(self, arrays: Sequence[mx.array]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The modules that stand in a model where a resident one has its experts and its embedding."""
+"""The modules that replace experts and embedding in a model whose experts stay on disk."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ class StreamedExperts:
             return outputs
 
     def compute_from_slots(self, x: mx.array, expert_indices: mx.array, table: mx.array) -> mx.array:
-        """The chosen experts' outputs from the slots that `table`, the bank's, gives: right if all are resident then."""
+        """The chosen experts' outputs, from the slots in the bank's `table`: correct if all of them are resident then."""
         way, slots = self.experts.way_for(expert_indices.shape), table[expert_indices]
-        if way in (UNSORTED, SORTED):  # without tiles, for which these are too few, they are one kernel
+        if way in (UNSORTED, SORTED):  # without tiles, which need more routes, both are the same kernel
             return self.experts.feed_forward(x[..., None, :], expert_indices, slots)
         groups = make_groups(expert_indices, way, self.bank.num_slots, slots)
         return self.experts.of_groups(x.reshape(-1, x.shape[-1]), groups).reshape(*expert_indices.shape, -1)
 
     def _by_blocks(self, x: mx.array, chosen: np.ndarray, blocks: list[list[int]], way: str) -> mx.array:
-        """Routes grouped by expert, experts taken in blocks that fit: each expert is read at most once.
+        """Routes grouped by expert, experts in blocks that fit into the slots: each expert is read at most once.
 
-        A row's result does not depend on which rows are computed with it, only on the kernel.
+        A row's result depends only on the kernel, not on the rows that are computed with it.
         """
         routes = chosen.ravel()
         rows = x.reshape(-1, x.shape[-1])
@@ -80,7 +80,7 @@ class StreamedExperts:
                     pieces.append(self._groups(rows, routes, mine, slots, way, chosen.shape[-1]))
                 positions.append(mine)
                 if following is not None:
-                    # Read while this block is computed: the slots that change are those of blocks before it, if possible.
+                    # Read the next block while this one is computed, if possible into the slots of earlier blocks.
                     self.bank.begin(following)
         finally:
             self.bank.abandon()
@@ -91,10 +91,10 @@ class StreamedExperts:
     def _block(
         self, rows: mx.array, routes: np.ndarray, mine: np.ndarray, slots: np.ndarray, tiles: bool, k: int
     ) -> mx.array:
-        """The outputs (n, hidden_size) of the n routes `mine`, whose slots do not decrease; they are being computed."""
+        """The outputs (n, hidden_size) of the n routes `mine`, ordered by slot; dispatched, not waited for."""
         count = len(mine)
         if tiles:
-            # The bank has fewer experts than the model, and could be below the tiles' threshold where that is not.
+            # The bank has fewer experts than the model, so by itself it could fall below the threshold for tiles.
             filler = max(0, max(SORT_FROM_ROUTES, TILE_FROM_ROWS * self.bank.num_slots) - count)
             mine = np.concatenate([mine, np.repeat(mine[-1:], filler)])
             slots = np.concatenate([slots, np.repeat(slots[-1:], filler)])
@@ -106,13 +106,13 @@ class StreamedExperts:
     def _groups(
         self, rows: mx.array, routes: np.ndarray, mine: np.ndarray, slots: np.ndarray, way: str, k: int
     ) -> mx.array:
-        """As `_block`, of routes that are multiplied in groups of one expert each."""
+        """As `_block`, for routes that are multiplied in groups of one expert each."""
         groups = groups_on_host(mine // k, routes[mine], slots, way, routes.size // k, self.bank.num_slots)
         return self._started(self.experts.of_groups(rows, groups), slots)
 
     def _started(self, outputs: mx.array, slots: np.ndarray) -> mx.array:
-        """`outputs`, being computed; the slots that they read stay as they are until then."""
-        # One number that needs them all stands for them: what waits for a fence is kept in memory.
+        """`outputs`, dispatched, and noted as a pending read of these slots."""
+        # A pending read stays in memory until the fence, so it is one number that depends on all outputs.
         mark = outputs[:1, :1] + 0
         mx.async_eval(outputs, mark)
         self.bank.note(mark, set(slots.tolist()))
@@ -120,9 +120,9 @@ class StreamedExperts:
 
 
 class StreamedEmbedding:
-    """An embedding table that stays on disk: the rows of the tokens at hand are read, (..., ) -> (..., hidden_size).
+    """An embedding table that stays on disk; only the rows of the given tokens are read, (...,) -> (..., hidden_size).
 
-    The numbers are those of `nn.Embedding`, or of `nn.QuantizedEmbedding` where `packing` says how rows are packed.
+    The numbers are those of `nn.Embedding`, or of `nn.QuantizedEmbedding` if rows are packed (`packing`).
     """
 
     def __init__(
@@ -139,10 +139,10 @@ class StreamedEmbedding:
         self._row_bytes = entry.nbytes // entry.shape[0]
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        ids = np.array(tokens)  # waits for them: a streamed model is never a token ahead
+        ids = np.array(tokens)  # waits for them: a streamed model cannot run a token ahead
         rows, where = np.unique(ids, return_inverse=True)
         data = np.empty((len(rows), self._row_bytes), np.uint8)
-        with self._lock:  # experts are in the same files, which one reading at a time may open again
+        with self._lock:  # experts are in the same files, which only one reading at a time may reopen
             self._read.read(
                 [
                     Record(self._file, self._entry.start + int(row) * self._row_bytes, HostTarget(memoryview(data[i])))
@@ -163,7 +163,7 @@ _STORED_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
 class ReadBack:
-    """Brings what routers chose to the host, and evaluates what that needs."""
+    """Reads the routers' choices back to the host, which evaluates everything they depend on."""
 
     def __init__(self) -> None:
         driver, self._results = cuda_driver(), None

@@ -1,7 +1,7 @@
-"""Bytes of a checkpoint's files straight into memory that is already there, by several threads at once.
+"""Reading parts of a checkpoint's files straight into allocated memory, by several threads at once.
 
-A file that changes while a model uses it would mix two models: size, time of modification and inode are compared before
-and after the reads of each call. Reads never map the file, and leave the system's file cache on.
+A file that changes while a model uses it would mix two models, so size, modification time and inode are compared before
+and after the reads of each call. Files are never memory-mapped, and the system's file cache stays on.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..files import open_regular
 NUM_THREADS = 8
 # A record is read in pieces of this size, so that several threads share one expert.
 PIECE_BYTES = 2 * 2**20
-# Less than this in all is read by the calling thread: handing it over would take longer.
+# Less than this in total is read by the calling thread: handing it to others would take longer.
 INLINE_BYTES = 256 * 2**10
 # macOS refuses reads of 2 GiB and more in one call.
 LARGEST_READ = 2**30
 
 
 class Identity(NamedTuple):
-    """What stays the same while a file is the same."""
+    """Facts that stay the same as long as a file is unchanged."""
 
     size: int
     modified_ns: int
@@ -43,14 +43,14 @@ class Identity(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-# Looks at bytes that have been read; raises CheckpointError where they cannot be right.
+# Checks bytes that have been read; raises CheckpointError if they cannot be right.
 Check = Callable[[memoryview], None]
-# What is left to do with bytes that have been read, for the thread that asked for them.
+# What the calling thread still has to do with bytes that have been read (copy them to a GPU).
 Delivery = Callable[[], None]
 
 
 class Target(Protocol):
-    """Where bytes are to go, `nbytes` of them."""
+    """A destination for `nbytes` bytes."""
 
     @property
     def nbytes(self) -> int: ...
@@ -59,7 +59,7 @@ class Target(Protocol):
         """Bytes start ... stop - 1 of it, to be filled by another thread."""
 
     def fill(self, read: Callable[[memoryview], None]) -> Delivery | None:
-        """Have `read` put all bytes into a buffer, at most PIECE_BYTES or straight into their place. Any thread may."""
+        """Have `read` fill the destination directly, or a buffer of at most PIECE_BYTES. Any thread may call it."""
 
 
 class HostTarget(NamedTuple):
@@ -82,7 +82,7 @@ class HostTarget(NamedTuple):
 
 
 def fill_with(target: Target, array: np.ndarray) -> None:
-    """Have the target hold the bytes of an array, which has as many."""
+    """Fill the target with the bytes of an array of the same size."""
     data = np.ascontiguousarray(array).data.cast("B")
 
     def read(buffer: memoryview) -> None:
@@ -108,8 +108,8 @@ class Record(NamedTuple):
 class RecordFile:
     """One open file of a checkpoint, known by its identity.
 
-    `read_into(fd, buffer, offset)` reads at most the buffer and gives the number of bytes, like `os.preadv`; tests put
-    failing ones in its place.
+    `read_into(fd, buffer, offset)` reads at most the buffer and returns the number of bytes, like `os.preadv`; tests
+    replace it with failing ones.
     """
 
     def __init__(self, path: Path, read_into: Callable[[int, memoryview, int], int] | None = None) -> None:
@@ -120,21 +120,21 @@ class RecordFile:
         self.identity = Identity.of(os.fstat(self._fd))
 
     def prepare(self) -> None:
-        """Open the file again if something was wrong with it: a disk may have come back. No read may be under way."""
+        """Reopen the file after an error: a disk may have been reconnected. No read may be in progress."""
         if self._is_suspect:
             fd = self._open()
             self.close()
             self._fd, self._is_suspect = fd, False
 
     def check(self) -> None:
-        """Raises CheckpointError when the file is not what it was when it was opened, or cannot be asked."""
+        """Raises CheckpointError when the file has changed since it was opened, or its status cannot be read."""
         with self._suspecting():
             self._check()
 
     def read(self, target: memoryview, start: int) -> None:
-        """Fill `target` from byte `start`; a short read goes on, an early end is an error. Raises CheckpointError.
+        """Fill `target` from byte `start`; a short read is continued, an early end is an error. Raises CheckpointError.
 
-        Whether the file is the same before and after is for the caller to `check`. Any number of threads may be in here; the
+        The caller has to `check` before and after that the file is unchanged. Any number of threads may read at once; the
         descriptor stays open until the next `prepare`.
         """
         with self._suspecting():
@@ -142,7 +142,7 @@ class RecordFile:
             while rest.nbytes:
                 count = self.read_into(self._fd, rest[:LARGEST_READ], start)
                 if count <= 0:
-                    self._check()  # says more when the file was cut
+                    self._check()  # raises a more specific error if the file was truncated
                     raise CheckpointError(
                         f"{self.path} ends at byte {start:,}, {rest.nbytes:,} bytes before a tensor of it does: download "
                         "or copy it again."
@@ -152,18 +152,18 @@ class RecordFile:
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            # A disk that is gone may refuse even this, and nothing is lost by it.
+            # A disconnected disk may refuse even this; nothing is lost.
             with contextlib.suppress(OSError):
                 os.close(fd)
 
     def __del__(self) -> None:
-        # Where nobody could close it: loading was broken off.
+        # In case loading was interrupted and the file was never closed.
         if hasattr(self, "_fd"):
             self.close()
 
     @contextlib.contextmanager
     def _suspecting(self) -> Iterator[None]:
-        """Whatever goes wrong is a CheckpointError, after which the file is opened again before it is read."""
+        """Raise any error as CheckpointError, and have the file reopened before the next read."""
         try:
             yield
         except OSError as error:
@@ -178,7 +178,7 @@ class RecordFile:
         if found != self.identity:
             raise CheckpointError(
                 f"{self.path} has changed since the model was loaded ({found.size:,} bytes now, {self.identity.size:,} "
-                "then): put the file back as it was, or load the model again."
+                "then): restore the file, or load the model again."
             )
 
     def _open(self) -> int:
@@ -191,26 +191,26 @@ class RecordFile:
     def _unreadable(self, error: OSError) -> CheckpointError:
         return CheckpointError(
             f"{self.path} cannot be read ({error.strerror or error}), and the model needs its file while it runs: check "
-            "the disk, then ask again."
+            "the disk, then try again."
         )
 
 
 class Buffers(Protocol):
-    """What targets fill that bytes do not go into straight away (cuda_driver.py)."""
+    """Buffers for targets that cannot be filled directly (cuda_driver.py)."""
 
     def open(self) -> None:
-        """All buffers are free again: nobody fills or sends one any more."""
+        """Mark all buffers as free; none may be in use."""
 
     def stop(self) -> None:
-        """Whoever waits for a buffer gets an error."""
+        """Raise an error in every thread that waits for a buffer."""
 
 
 class Reading:
-    """Reads of one call: threads take pieces until none is left, and the thread that began them delivers what they read.
+    """The reads of one call: threads take pieces until none is left, and the calling thread delivers what they read.
 
-    An interruption (Ctrl-C) is raised in the thread that waits, after any call. So what is under way is counted by those that
-    do it, and that thread uses nothing of Python's that an interruption can leave locked: plain locks and simple queues, no
-    conditions and no executors.
+    An interruption (Ctrl-C) is raised in the waiting thread, after any call. So the reading threads themselves count the
+    reads in progress, and the waiting thread uses nothing that an interruption can leave locked: plain locks and simple
+    queues, no conditions and no executors.
     """
 
     def __init__(
@@ -228,17 +228,16 @@ class Reading:
             for start in range(0, record.target.nbytes, PIECE_BYTES)
         )
         self._is_small = sum(record.target.nbytes for record in records) <= INLINE_BYTES
-        # Under the lock: pieces that are being read, what was read, what went wrong first. Something is put into `_changed`
-        # after each piece.
+        # Under the lock: pieces being read, finished pieces, the first error. `_changed` gets an entry after each piece.
         self._lock, self._changed = Lock(), SimpleQueue[None]()
         self._num_being_read = 0
         self._read: deque[Delivery] = deque()
         self._error: BaseException | None = None
 
     def begin(self) -> None:
-        """Begin to read; whoever calls this has to call `finish` or `abandon`, whatever happens.
+        """Start reading. The caller has to call `finish` or `abandon`, whatever happens.
 
-        Little is read at once, by the calling thread. No other read of these files may be under way.
+        A small amount is read at once, by the calling thread. No other read of these files may be in progress.
         """
         for file in self._files:
             file.prepare()
@@ -255,7 +254,7 @@ class Reading:
             self._jobs.put(self._work)
 
     def finish(self) -> None:
-        """Wait for all of them. Raises CheckpointError for what went wrong, and when a file has changed meanwhile."""
+        """Wait for all reads. Raises CheckpointError for the first error, and when a file has changed meanwhile."""
         try:
             while (deliver := self._next()) is not None:
                 deliver()
@@ -268,9 +267,9 @@ class Reading:
             raise
 
     def abandon(self) -> None:
-        """Let no more of them begin, and wait for those that have begun: a late one would write into a slot given away.
+        """Start no more reads, and wait for those in progress: a late one would write into a slot of another expert.
 
-        An interruption waits too, and is raised then.
+        An interruption is raised after that.
         """
         interruption: BaseException | None = None
         while True:
@@ -280,7 +279,7 @@ class Reading:
                 if self._buffers is not None and self._num_being_read:
                     self._buffers.stop()
                 while self._num_being_read:
-                    with contextlib.suppress(Empty):  # an interruption may have taken what was put in
+                    with contextlib.suppress(Empty):  # an interruption may have taken the entry
                         self._changed.get(timeout=0.05)
                 break
             except (KeyboardInterrupt, SystemExit) as error:
@@ -289,7 +288,7 @@ class Reading:
             raise interruption
 
     def _next(self) -> Delivery | None:
-        """Something to deliver as soon as there is something; None when all has been read."""
+        """The next finished piece, waiting for it if necessary; None when everything has been read."""
         while True:
             with self._lock:
                 if self._read:
@@ -299,7 +298,7 @@ class Reading:
             self._changed.get()
 
     def _work(self) -> None:
-        """Read what is left; after an error nobody goes on."""
+        """Read pieces until none is left; after an error all threads stop."""
         while True:
             with self._lock:
                 if not self._pieces:
@@ -321,19 +320,19 @@ class Reading:
             self._changed.put(None)
 
 
-# What the reading threads do next; None ends them.
+# Jobs of the reading threads; None ends them.
 Jobs = SimpleQueue[Callable[[], None] | None]
 
 
 class RecordReader:
-    """Threads that read records, the pieces of a call side by side. buffers: what the targets fill, if anything."""
+    """Threads that read records, the pieces of a call in parallel. buffers: of targets that cannot be filled directly."""
 
     def __init__(self, num_threads: int = NUM_THREADS, buffers: Buffers | None = None) -> None:
         self._num_threads, self._buffers, self._jobs = num_threads, buffers, Jobs()
         self._num_started = 0
 
     def reading(self, records: Sequence[Record]) -> Reading:
-        """To fill every record, not begun."""
+        """The reading that fills every record; not started yet."""
         while self._num_started < self._num_threads:
             Thread(target=_serve, args=(self._jobs,), name=f"experts-{self._num_started}", daemon=True).start()
             self._num_started += 1
@@ -341,7 +340,7 @@ class RecordReader:
         return Reading(files, records, self._jobs, self._num_threads, self._buffers)
 
     def read(self, records: Sequence[Record]) -> None:
-        """Fill every record, or raise the first error once no thread is writing any more."""
+        """Fill every record, or raise the first error after all threads have stopped writing."""
         reading = self.reading(records)
         try:
             reading.begin()
@@ -351,19 +350,19 @@ class RecordReader:
             raise
 
     def close(self) -> None:
-        """Let the threads end."""
+        """End the threads."""
         self._jobs.put(None)
 
 
 def _serve(jobs: Jobs) -> None:
     while (job := jobs.get()) is not None:
         job()
-        del job  # nothing is kept alive by a thread that waits
-    jobs.put(None)  # for the next one
+        del job  # a waiting thread keeps nothing alive
+    jobs.put(None)  # ends the next thread
 
 
 def default_reader() -> Callable[[int, memoryview, int], int]:
-    """`os.preadv` into one buffer, or where the system has none a plain read."""
+    """`os.preadv` into one buffer, or a plain read if the system lacks it."""
     return preadv_into if hasattr(os, "preadv") else PlainReader()
 
 

@@ -1,4 +1,4 @@
-"""Which parts of a checkpoint stay on disk, and what a model gets that reads them instead. The rules are in bank.py."""
+"""Expert streaming: which parameters stay on disk, and the modules that read them when needed. Rules are in bank.py."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass
 class Residency:
-    """What a model with streamed experts has more than another one: its layers' banks, files and threads.
+    """What a model with streamed experts has in addition: its layers' banks, files and threads.
 
-    lock: to be held by who works with several layers, a chunk of a prompt or a step of an answer; each layer takes it anyway.
+    lock: held during work over several layers, such as a prompt's chunk or a decode step; each layer takes it anyway.
     pace: what the decode step has learned about misses, kept from one answer to the next.
     """
 
@@ -63,11 +63,11 @@ class Residency:
         return sum(bank.nbytes for bank in self.banks)
 
     def statistics(self) -> ExpertStatistics:
-        """What happened since loading, or since `reset_statistics`: of all answers from this model."""
+        """Hits, misses and reads since loading, or since `reset_statistics`, over all answers of this model."""
         return ExpertStatistics.of(bank.statistics for bank in self.banks)
 
     def reset_statistics(self) -> None:
-        """Count anew."""
+        """Start counting from zero."""
         for bank in self.banks:
             bank.statistics = LayerStatistics()
             bank.table.evictions = 0
@@ -93,14 +93,14 @@ def checked_slots(spec: ModelSpec, num_slots: int) -> int:
 
 
 class Streaming:
-    """Which parameters of a checkpoint stay on disk, and how a model gets what reads them instead.
+    """Which parameters of a checkpoint stay on disk, and giving a model the modules that read them.
 
-    on_disk: names of parameters that are not to be loaded: the experts' packed matrices and, where the head has a matrix
-    of its own and `embedding_on_disk` allows it, the embedding. Raises CheckpointError when the checkpoint has its
-    experts in a form that cannot be read in place.
+    on_disk: names of parameters that are not loaded: the experts' packed matrices and, if the head has a matrix of its own
+    and `embedding_on_disk` allows it, the embedding. Raises CheckpointError when the experts are stored in a form that
+    cannot be read in place.
 
-    policy, writes: see `SlotTable` and `Allocator`. padded_down_rows: rows of the down slots; as many as those of a
-    resident model's matrices when it is None, so that both go through the same kernel.
+    policy, writes: see `SlotTable` and `Allocator`. padded_down_rows: rows of the down slots; None: as many as in a
+    resident model's matrices, so that both use the same kernel.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Streaming:
         packings: Mapping[str, Quantization],
         dtype: mx.Dtype,
     ) -> tuple[Residency, list[tuple[str, mx.array]]]:
-        """Give the model modules that read experts. Returns its residency, and those of `weights` that are still to be put
+        """Give the model modules that read experts. Returns its residency, and those of `weights` that still have to be loaded
         into its parameter tree.
 
         packings: module -> how it is packed. dtype: the type that the model computes in.
@@ -183,17 +183,17 @@ def _expert_entries(contents: Contents, checkpoint: Checkpoint) -> dict[str, Ten
         for part in PARTS:
             parameter = contents.parameters.get(f"{module}.{part}")
             if parameter is None or parameter.dtype not in ("U32", "U8") or f"{module}.biases" in contents.parameters:
-                raise _not_in_place(contents, "has them in another form than MXFP4")
+                raise _not_in_place(contents, "does not store them in MXFP4")
             if len(parameter.sources) != 1:
-                raise _not_in_place(contents, "keeps gate and up apart")
+                raise _not_in_place(contents, "stores gate and up separately")
             if not isinstance(checkpoint, SafetensorsCheckpoint):
-                raise _not_in_place(contents, "is not made of safetensors files on this disk")
+                raise _not_in_place(contents, "does not consist of safetensors files on this disk")
             found[parameter.name] = checkpoint.entries[parameter.sources[0]]
     return found
 
 
 def _embedding_entry(contents: Contents, checkpoint: Checkpoint) -> TensorEntry | None:
-    """The embedding's tensor, None where it has to be in memory: as the head too, or because it is stored packed."""
+    """The embedding's tensor; None if it has to be in memory, because it is the head too, or is stored packed."""
     parameter = contents.parameters[EMBEDDING]
     if contents.spec.tied_head or parameter.dtype not in _STORED_TYPES:
         return None

@@ -1,4 +1,4 @@
-"""Which experts of a layer are in memory, and which has to go when another one comes: decisions in plain Python.
+"""Which experts of a layer are resident, and which one is evicted for another: decisions in plain Python.
 
 `experts/residency.py` acts on them; `benchmarks/measurements/routing.py` replays recorded routing through the same classes.
 """
@@ -16,7 +16,7 @@ class Policy(Protocol):
         """`expert` is resident and has just been used."""
 
     def victim(self, candidates: Collection[int]) -> int:
-        """Which of these resident experts to evict: there is one, and of some it may never have been told."""
+        """Which of these resident experts to evict. There is at least one; some may never have been passed to `use`."""
 
 
 class LeastRecentlyUsed:
@@ -38,11 +38,11 @@ PolicyFactory = Callable[[], Policy]
 
 
 class SlotTable:
-    """One layer's slots: expert -> slot for what is there.
+    """One layer's slots: expert -> slot of the resident experts.
 
-    An expert that has to be read is `place`d first, which says in what slot, and is resident only once it has `arrived`: so
-    nothing half-read is ever named in `slot_of`. A slot that is not named there is free. Nothing else is kept, so that there
-    is nothing that an interruption could leave half done.
+    An expert that has to be read is first `place`d, which gives its slot, and is resident only once it has `arrived`, so
+    `slot_of` never has a half-read expert. A slot that is not in it is free. There is no other state that an interruption
+    could leave inconsistent.
     """
 
     def __init__(self, num_slots: int, policy: PolicyFactory = LeastRecentlyUsed) -> None:
@@ -56,15 +56,15 @@ class SlotTable:
         return [expert for expert in dict.fromkeys(wanted) if expert not in self.slot_of]
 
     def use(self, wanted: Sequence[int]) -> None:
-        """Note that all of `wanted` that are resident are used now, in this order."""
+        """Note that the resident ones of `wanted` are used now, in this order."""
         for expert in wanted:
             if expert in self.slot_of:
                 self._policy.use(expert)
 
     def place(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
-        """(expert, slot) for each of `wanted` that is missing. Evicts others where needed, none of `wanted` ever.
+        """(expert, slot) for each of `wanted` that is missing. Evicts other experts if needed, never one of `wanted`.
 
-        What was placed before and has not arrived has lost its slot.
+        Experts that were placed before and have not arrived lose their slots.
         """
         missing, kept = self.missing(wanted), set(wanted)
         assert len(kept) <= self.num_slots, f"{len(kept)} experts at once in {self.num_slots} slots"
@@ -76,18 +76,18 @@ class SlotTable:
         return list(zip(missing, free, strict=False))
 
     def arrived(self, placed: Sequence[tuple[int, int]]) -> None:
-        """What was placed is in its slots now, and used."""
+        """Note that the placed experts are in their slots now, and used."""
         for expert, slot in placed:
             self.slot_of[expert] = slot
             self._policy.use(expert)
 
 
 def blocks_of(wanted: Sequence[int], table: SlotTable) -> list[list[int]]:
-    """`wanted` (each once, the one used last at the end) in blocks of which two fit into the slots.
+    """`wanted` (each once, the last used at the end) in blocks of which two fit into the slots.
 
-    One block can be read while the one before it is computed. What is resident already comes first, so that none of it is
-    evicted before it was used and then read again: each expert is read at most once. The last block is what the last tokens
-    used, which the next ones likely want.
+    One block can be read while the previous one is computed. Resident experts come first, so that none is evicted before it
+    is used and then read again: each expert is read at most once. The last block has the experts of the last tokens, which
+    the next tokens are likely to need.
     """
     resident = [expert for expert in wanted if expert in table.slot_of]
     missing = [expert for expert in wanted if expert not in table.slot_of]
@@ -96,7 +96,7 @@ def blocks_of(wanted: Sequence[int], table: SlotTable) -> list[list[int]]:
 
 
 def _cut(experts: list[int], size: int) -> list[list[int]]:
-    """In pieces of `size`; a short one comes first, so that the last one is whole."""
+    """Blocks of `size`; a shorter one comes first, so that the last one is full."""
     return [experts[max(0, stop - size) : stop] for stop in range(len(experts) % size or size, len(experts) + 1, size)]
 
 
@@ -106,9 +106,9 @@ def by_last_use(experts: Sequence[int]) -> list[int]:
 
 
 def rounds_of(routes: Sequence[int], table: SlotTable, is_grouped: bool) -> list[list[int]]:
-    """The experts of a call's routes, each once, in rounds that are served one after the other.
+    """The experts of a call's routes, each once, in rounds that are computed one after the other.
 
-    All in one round where they fit; `is_grouped` says that the routes are many and go by expert in any case.
+    One round if all fit; is_grouped: the routes are many and grouped by expert in any case.
     """
     wanted = list(dict.fromkeys(routes))
     if len(wanted) <= table.num_slots and not is_grouped:

@@ -1,4 +1,4 @@
-"""What slots for experts did, counted: by layer, in all, and since an earlier moment."""
+"""Statistics of expert slots: by layer, in total, and since an earlier moment."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 @dataclass
 class LayerStatistics:
-    """What one layer's slots did. hits and misses count experts asked for, each once a call; bytes_read in bytes.
+    """Statistics of one layer's slots. hits, misses: experts needed, each once a call; bytes_read: in bytes.
 
-    seconds_waited: for reads, when there was nothing else to do. read_backs: how often the host waited for a choice of
-    experts.
+    seconds_waited: for reads, when there was nothing else to do. read_backs: how often the host waited for the router's
+    choice.
     """
 
     hits: int = 0
@@ -28,7 +28,7 @@ class LayerStatistics:
 
 
 class ExpertStatistics(NamedTuple):
-    """Sums over all layers, as in `LayerStatistics`; `layers` has each, as it was then."""
+    """Sums over all layers of `LayerStatistics`; `layers` has each layer's, as it was then."""
 
     hits: int
     misses: int
@@ -51,6 +51,6 @@ class ExpertStatistics(NamedTuple):
 
     @property
     def hit_rate(self) -> float:
-        """Hits over experts asked for; 0 when none was."""
+        """Hits over experts needed; 0 when none was needed."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0

@@ -1,4 +1,4 @@
-"""Arrays of MLX whose memory is written from outside MLX, in the way that works on this machine."""
+"""MLX arrays whose memory is written from outside MLX, by the fastest method that works on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .records import Check, HostTarget, Target
 if TYPE_CHECKING:
     from .cuda_driver import Courier, CudaDriver
 
-# view: through a NumPy view of the array's own memory. driver: through CUDA's driver. copy: through a copy of one place.
+# view: a NumPy view of the array's own memory. driver: the CUDA driver. copy: a buffer of one place, copied in.
 WriteMode = Literal["view", "driver", "copy"]
 
 _NUMPY_TYPES = {mx.uint32: np.uint32, mx.uint8: np.uint8}
@@ -22,8 +22,8 @@ _NUMPY_TYPES = {mx.uint32: np.uint32, mx.uint8: np.uint8}
 class WritableArray(Protocol):
     """An array of S places along its first axis, each of which can be filled from outside.
 
-    in_place: whether `array` stays the same memory, so that graphs may be built on it before a place is filled, and several
-    places may be filled at once. Where it does not, `settle` and `wait` have to follow each filling.
+    in_place: whether `array` keeps its memory, so that graphs may be built on it before a place is filled, and several
+    places may be filled at once. If not, `settle` and `wait` have to follow each fill.
     """
 
     array: mx.array
@@ -33,14 +33,14 @@ class WritableArray(Protocol):
         """The first `nbytes` bytes of a place; all of them by default."""
 
     def settle(self, place: int) -> None:
-        """Bring what was filled into the array. Nothing else may hold the array then."""
+        """Copy what was filled into the array. Nothing else may hold the array then."""
 
     def wait(self) -> None:
-        """Until all that was filled before, in any array of the same `Allocator`, is there for kernels."""
+        """Wait until kernels see everything that was filled before, in any array of the same `Allocator`."""
 
 
 class ViewedArray:
-    """Through a NumPy view: where host and device have one memory, or the device is the host."""
+    """Written through a NumPy view: where host and device share memory, or the device is the host."""
 
     in_place = True
 
@@ -58,7 +58,7 @@ class ViewedArray:
 
 
 class CopiedArray:
-    """Through a record of one place, which MLX copies into the array: everywhere, and slowly."""
+    """Written through a buffer of one place, which MLX copies into the array: works everywhere, but slowly."""
 
     in_place = False
 
@@ -77,10 +77,10 @@ class CopiedArray:
 
 
 class Allocator:
-    """The way in which one model's arrays are written: as asked where that works; by default the fastest that does.
+    """How one model's arrays are written: as requested if that works; by default the fastest method that works.
 
-    MLX's CUDA backend answers a view by moving the whole array to managed memory, from where its kernels read it at
-    another speed: there it is the driver, or else copies, unless views are asked for.
+    For a view, MLX's CUDA backend moves the whole array to managed memory, where kernels read it at another speed. So the
+    default there is the driver, or else copies.
     """
 
     def __init__(self, asked: WriteMode | None = None) -> None:
@@ -99,7 +99,7 @@ class Allocator:
     def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> WritableArray:
         """An array of zeros to be written."""
         array = mx.zeros(shape, dtype)
-        mx.eval(array)  # there has to be memory
+        mx.eval(array)  # allocates its memory
         if self.courier is not None:
             from .cuda_driver import DeviceArray
 
@@ -109,7 +109,7 @@ class Allocator:
 
 
 def cuda_driver() -> CudaDriver | None:
-    """CUDA's driver where it works. A Mac has none, and never imports what speaks to it."""
+    """The CUDA driver if it works. A Mac never imports the code for it."""
     if sys.platform == "darwin":
         return None
     from .cuda_driver import working_driver
@@ -118,9 +118,9 @@ def cuda_driver() -> CudaDriver | None:
 
 
 def memory_of(array: mx.array) -> np.ndarray | None:
-    """An evaluated array's own memory as a NumPy array that can be written; None where NumPy gave a copy instead.
+    """An evaluated array's own memory as a writable NumPy array; None if NumPy made a copy instead.
 
-    NumPy 1 copies without a word what it cannot view: two views of one array have one address, two copies have not.
+    NumPy 1 silently copies what it cannot view: two views of one array have the same address, two copies do not.
     """
     try:
         view, again = np.array(array, copy=False), np.array(array, copy=False)
@@ -131,7 +131,7 @@ def memory_of(array: mx.array) -> np.ndarray | None:
 
 
 def views_work() -> bool:
-    """Whether, on this machine and backend, a NumPy view is an array's memory and the next kernel sees what it writes."""
+    """Whether, on this machine and backend, a NumPy view is an array's memory and the next kernel sees writes to it."""
     for dtype, kind in _NUMPY_TYPES.items():
         array = mx.zeros((4, 64), dtype)
         mx.eval(array)

@@ -1,6 +1,6 @@
-"""Repositories on the Hugging Face Hub: what they hold, bringing the files that are wanted, uploading a folder.
+"""Repositories on the Hugging Face Hub: listing, downloading and uploading files.
 
-Listings, logins and uploads are huggingface_hub's; `transfer.py` says why the transfer of a download is not.
+Listings, logins and uploads use huggingface_hub; `transfer.py` says why downloads do not.
 """
 
 from .cache import cached_file

@@ -1,4 +1,4 @@
-"""The cache that all Hugging Face tools share (huggingface.co/docs/hub/local-cache): where one repository lies in it."""
+"""The cache that all Hugging Face tools share (huggingface.co/docs/hub/local-cache), and a repository's place in it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..files import hears_the_disk, one_line, read_json, read_text
 from ..finder import DISK_IS_GONE, is_macos_own
 from .names import COMMIT, LIBRARY, Listing, RepoFile, check_revision, sound_files
 
-# What the Hub says of a repository: 25 MB are 100,000 files.
+# Largest listing of a repository: 25 MB are 100,000 files.
 LARGEST_LISTING = 25_000_000
 
 
 @hears_the_disk(HubError)
 def cached_file(repo: str, name: str, revision: str | None = None) -> Path | None:
-    """A file of a repository if the Hugging Face cache holds it; the network is not asked."""
+    """A file of a repository if it is in the Hugging Face cache; the network is not used."""
     cache = RepoCache.of(repo)
     commit = cache.commit(revision or "main")
     file = None if commit is None else cache.pointer(commit, name)
@@ -32,7 +32,7 @@ def cached_file(repo: str, name: str, revision: str | None = None) -> Path | Non
 
 @dataclass(frozen=True)
 class RepoCache:
-    """Where one repository lies in the cache of Hugging Face's tools (huggingface.co/docs/hub/local-cache)."""
+    """One repository in the cache of Hugging Face's tools (huggingface.co/docs/hub/local-cache)."""
 
     root: Path
     folder: Path
@@ -61,7 +61,7 @@ class RepoCache:
         return self.snapshot(commit) / name
 
     def commit(self, revision: str) -> str | None:
-        """The commit that a revision stood for when it was last downloaded."""
+        """The commit that a revision pointed to when it was last downloaded."""
         if COMMIT.fullmatch(revision):
             return revision
         with suppress(UserError):
@@ -76,13 +76,13 @@ class RepoCache:
         return self.folder / LIBRARY / f"{commit}.json"
 
     def remember(self, revision: str, listing: Listing) -> None:
-        """Note a finished download, so that it is found without a network; a cache that is read-only stays as it is."""
+        """Note a finished download, so that it is found without a network. A read-only cache is left as it is."""
         memo = self._memo(listing.commit)
         with suppress(OSError):
             if not memo.exists():
                 _write(memo, json.dumps([[file.name, file.size, file.etag] for file in listing.files]))
             if self.commit(revision) != listing.commit:
-                if not _is_spelled(self.folder / "refs", revision):  # another revision's, in other letters
+                if not _is_spelled(self.folder / "refs", revision):  # the file of another revision, in other case
                     (self.folder / "refs" / revision).unlink(missing_ok=True)
                 _write(self.folder / "refs" / revision, listing.commit)
 
@@ -101,7 +101,7 @@ class RepoCache:
 
 
 def _is_spelled(folder: Path, name: str) -> bool:
-    """Whether a file is called so in a folder, in these letters: a volume may take v1 for V1, and they are two revisions."""
+    """Whether a folder has a file of exactly this name: a volume may ignore case, but v1 and V1 are two revisions."""
     for part in name.split("/"):
         with suppress(OSError):
             if unicodedata.normalize("NFC", part) not in {
@@ -152,17 +152,17 @@ def disk_error(error: OSError, repo: str, cache: RepoCache, files: list[RepoFile
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DestinationError(
             f"The disk of {cache.root} is full and {repo} needs {size(bytes_to_fetch(cache, files))} more: make "
-            f"room and run this again, it goes on where it stopped, or {elsewhere} on a larger disk."
+            f"room and run this again, it resumes where it stopped, or {elsewhere} on a larger disk."
         )
     where = error.filename or cache.root
     if error.errno in DISK_IS_GONE:
         reason = error.strerror or one_line(error)
         return DestinationError(
-            f"{where} cannot be used any more for {repo} ({reason}): connect its disk again and run this again, it goes on "
+            f"{where} cannot be used any more for {repo} ({reason}): connect its disk again and run this again, it resumes "
             f"where it stopped, or {elsewhere} on another disk."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return DestinationError(f"{where} cannot be written: give yourself the right to, or {elsewhere} of your own.")
+        return DestinationError(f"{where} cannot be written: make it writable for you, or {elsewhere} of your own.")
     return DestinationError(
         f"{where} cannot be used for {repo} ({error.strerror or one_line(error)}): check the disk, or {elsewhere}."
     )

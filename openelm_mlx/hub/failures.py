@@ -1,4 +1,4 @@
-"""What goes wrong between here and the Hub, as one sentence for the user, and whether asking once more makes sense."""
+"""Errors of the Hub and the network as one sentence for the user, and whether a retry makes sense."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 
 class BrokenOff(Exception):
-    """An answer that ended before all of it was there, without the HTTP library noticing."""
+    """A response that ended early without the HTTP library noticing."""
 
 
 class OtherAnswer(Exception):
-    """An answer that is not what was asked for: a login page, another range, a file of another size."""
+    """A response with other content than requested: a login page, another range, a file of another size."""
 
 
 def network_error() -> type[Exception]:
-    """The base of what the HTTP library raises (httpx, httpx2 from huggingface_hub 2 on), HfHubHTTPError included."""
+    """The base class of the HTTP library's errors (httpx; httpx2 since huggingface_hub 2), including HfHubHTTPError."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__bases__[0]
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether it makes sense to ask once more."""
+    """Whether a retry makes sense."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return not isinstance(error, HfHubHTTPError) or error.response.status_code in (408, 429, 500, 502, 503, 504)
 
 
 def retry_after(error: Exception) -> float | None:
-    """The seconds for which the Hub wants to be left alone, when it says so."""
+    """The seconds to wait before the next request, if the Hub says so (Retry-After)."""
     from huggingface_hub.errors import HfHubHTTPError
 
     text = error.response.headers.get("Retry-After", "").strip() if isinstance(error, HfHubHTTPError) else ""
@@ -82,21 +82,21 @@ def _sentence(error: Exception, repo: str, revision: str | None, name: str | Non
     if isinstance(error, OtherAnswer):
         return (
             f"What came for {repo if name is None else f'{name} of {repo}'} is something else: {error}. Something "
-            f"between here and {hub} answers in its place: open that address in a browser, log in to the network if it "
-            "wants that, and run this again; what was downloaded is kept."
+            f"between here and {hub} answers instead: open that address in a browser, log in to the network if it "
+            "asks you to, and run this again; what was downloaded is kept."
         )
     if not isinstance(error, errors.HfHubHTTPError):
         return (
             f"{hub} cannot be reached for {repo} ({one_line(error)}): check the network and run this again; a "
-            "download goes on where it stopped."
+            "download resumes where it stopped."
         )
     status = error.response.status_code
     if status == 401:
-        return f"{hub} does not accept your token for {repo}: log in anew with `hf auth login`, or correct HF_TOKEN."
+        return f"{hub} does not accept your token for {repo}: log in again with `hf auth login`, or correct HF_TOKEN."
     if status == 403:
         return f"{hub} forbids {repo} to your token ({answer_of(error)}): use one that may read it, by `hf auth login`."
     if status == 416:
-        return f"{name} of {repo} ends before the bytes that its listing promises: the file is damaged or was replaced."
+        return f"{name} of {repo} is shorter than its listing says: the file is damaged or was replaced."
     seconds = retry_after(error)
     when = (
         "in a while"
@@ -107,8 +107,8 @@ def _sentence(error: Exception, repo: str, revision: str | None, name: str | Non
     )
     if status == 429:
         when = "in a few minutes" if seconds is None else when
-        return f"{hub} refuses {repo} for now (429, too many requests): run this again {when}; a download goes on."
-    return f"{hub} answered {status} for {repo}: run this again {when}; a download goes on where it stopped."
+        return f"{hub} refuses {repo} for now (429, too many requests): run this again {when}; a download resumes."
+    return f"{hub} answered {status} for {repo}: run this again {when}; a download resumes where it stopped."
 
 
 def answer_of(error: HfHubHTTPError) -> str:

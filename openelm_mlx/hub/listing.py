@@ -1,4 +1,4 @@
-"""What a repository on the Hugging Face Hub holds: asked of the Hub, or remembered in the cache."""
+"""The file listing of a repository on the Hugging Face Hub: from the Hub, or from the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LISTING_WAIT_SECONDS = 30.0
 
 @hears_the_disk(HubError)
 def list_files(repo: str, revision: str | None = None) -> list[RepoFile]:
-    """The files of a repository with their sizes, in one request; of its cached copy when the Hub cannot be asked.
+    """The files of a repository with their sizes, in one request; those of its cached copy when the Hub cannot be reached.
 
     `revision` is a branch, a tag or a commit; None is the main branch. Raises HubError.
     """
@@ -61,7 +61,7 @@ def _ask_hub(repo: str, revision: str | None) -> Listing:
 
 
 def _listing_text(repo: str, revision: str | None) -> bytes:
-    """What the Hub says of a repository, asked again once where it says when."""
+    """The Hub's answer about a repository, retried once if the Hub says when."""
     from huggingface_hub import constants
 
     path = f"/api/models/{repo}" if revision is None else f"/api/models/{repo}/revision/{quoted(revision)}"
@@ -102,7 +102,7 @@ def _indexed_shards(listing: Listing, cache: RepoCache, name: str) -> list[str]:
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         shards = dict.fromkeys(read_json(cache.pointer(listing.commit, name), HubError)["weight_map"].values())
         return [str(PurePosixPath(name).parent / shard) for shard in shards]
-    return []  # a damaged index is for the reader of the checkpoint to explain
+    return []  # the checkpoint reader explains a damaged index
 
 
 def incomplete(listing: Listing, cache: RepoCache, names: list[str]) -> HubError:

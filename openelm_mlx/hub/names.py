@@ -1,6 +1,6 @@
-"""How repositories and their files are called: OWNER/NAME, addresses in a browser, other programs' names, sound paths.
+"""Names of repositories and their files: OWNER/NAME, web addresses, other programs' names, safe paths.
 
-What a listing of the Hub says becomes paths in the cache, so a name is looked at here before anything is made of it.
+Names in a listing of the Hub become paths in the cache, so they are checked here first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..finder import folded
 LIBRARY = "openelm_mlx"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# Called with bytes that are here, and those in all.
+# Called with (bytes so far, total bytes).
 Progress = Callable[[int, int], None]
 
 _PART = r"(?![.-])[A-Za-z0-9._-]{1,96}(?<![.-])"
@@ -26,14 +26,14 @@ _OWNER_AND_NAME = re.compile(f"{_PART}/{_PART}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 of a small file, SHA-256 of a large (LFS) one
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _ADDRESS = re.compile(r"(https?|hf)://|(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
-# Where a model's page, one of its folders or one of its files is shown; the revision follows.
+# Parts of web addresses of a model's page, folders and files; the revision follows.
 _PAGES = ("tree", "blob", "resolve", "raw", "commit")
 
 _LONGEST_NAME = 255  # bytes of one part of a path, on all usual disks
 _LONGEST_PATH = 900
 LARGEST_FILE = 2**50
 
-# What other programs and people's memory call the released models.
+# Other names of the released models, in other programs and in common use.
 _OTHER_NAMES = (
     (re.compile(r"gpt-oss(:latest|:20b|-20b)?|gpt-oss:20b-.*", re.IGNORECASE), "openai/gpt-oss-20b"),
     (re.compile(r"gpt-oss(:120b|-120b)|gpt-oss:120b-.*", re.IGNORECASE), "openai/gpt-oss-120b"),
@@ -45,7 +45,7 @@ _OPENELM_NAME = re.compile(r"openelm[-:](270m|450m|1[._]1b|3b)(-instruct)?", re.
 class RepoFile:
     """A file of a repository: its path with forward slashes, and its size in bytes.
 
-    `etag` is what the Hub and its cache call the content: SHA-256 for large (LFS) files, git's SHA-1 for the others.
+    `etag` identifies the content on the Hub and in its cache: SHA-256 for large (LFS) files, git's SHA-1 for the others.
     """
 
     name: str
@@ -72,7 +72,7 @@ def check_repo_name(repo: str) -> None:
 
 
 def is_repo_name(text: str) -> bool:
-    """Whether a repository may be called so: the rules of huggingface_hub's validate_repo_id, with the owner required."""
+    """Whether it is a valid repository name, by the rules of huggingface_hub's validate_repo_id, with an owner."""
     return (
         _OWNER_AND_NAME.fullmatch(text) is not None
         and "--" not in text
@@ -82,9 +82,9 @@ def is_repo_name(text: str) -> bool:
 
 
 def repo_of(source: str) -> tuple[str, str | None] | None:
-    """The repository that `source` names, and the revision if it names one too; None when it is no such name.
+    """The repository that `source` names, and the revision if it names one too; None when it is not such a name.
 
-    Understood are "owner/name" and the addresses of its pages: "https://huggingface.co/owner/name/tree/main",
+    Accepted are "owner/name" and the addresses of its pages: "https://huggingface.co/owner/name/tree/main",
     "hf.co/owner/name". The main branch counts as no revision. Raises HubError for an address of something else.
     """
     if is_repo_name(source):
@@ -106,16 +106,16 @@ def known_name(source: str) -> str | None:
 
 
 def check_revision(revision: str | None) -> None:
-    """Raise HubError for what can be no branch, tag or commit: it becomes a path in the cache."""
+    """Raise HubError for what cannot be a branch, tag or commit: it becomes a path in the cache."""
     if revision is not None and not (isinstance(revision, str) and revision and _is_inside(revision)):
-        raise HubError(f"The revision {shown(revision)} can be none: give a branch, a tag or a commit, as text.")
+        raise HubError(f"{shown(revision)} is not a valid revision: give a branch, a tag or a commit, as text.")
 
 
 def sound_files(entries: Iterable[tuple[Any, Any, Any]]) -> tuple[RepoFile, ...]:
-    """The files of a listing, (name, size, etag) each, that can lie on a disk.
+    """The files of a listing, (name, size, etag) each, that can be stored on a disk.
 
-    Left out are names that a Mac's disk cannot hold, and those that it takes for one with a name before them. Raises
-    ValueError for names that lead out of their folder, and for sizes and checksums that can be none.
+    Names that a Mac's disk cannot have, or takes for the same as an earlier name, are left out. Raises ValueError for names
+    that lead out of their folder, and for invalid sizes and checksums.
     """
     files: dict[str, RepoFile] = {}
     for name, size, etag in entries:
@@ -135,13 +135,15 @@ def _repo_of_address(address: str) -> tuple[str, str | None]:
     try:
         parts = urlsplit(address if "://" in address else f"https://{address}")
     except ValueError:  # brackets that do not close
-        raise HubError(f"{shown(address)} is no address: give a repository as OWNER/NAME, or a folder.") from None
+        raise HubError(
+            f"{shown(address)} is not a valid address: give a repository as OWNER/NAME, or a folder."
+        ) from None
     path = [unquote(part) for part in parts.path.split("/") if part]
     if parts.scheme.lower() == "hf":  # hf://owner/name@revision
         path = [parts.netloc, *path]
     elif parts.netloc.lower() not in (*_HOSTS, urlsplit(constants.ENDPOINT).netloc.lower()):
         raise HubError(
-            f"{shown(address)} is no address of the Hugging Face Hub: download it yourself and give the folder, or give a "
+            f"{shown(address)} is not an address of the Hugging Face Hub: download it yourself and give the folder, or give a "
             "repository as OWNER/NAME."
         )
     if path[:1] == ["models"]:
@@ -149,7 +151,7 @@ def _repo_of_address(address: str) -> tuple[str, str | None]:
     repo, _, revision = "/".join(path[:2]).partition("@")
     if path[:1] in (["datasets"], ["spaces"], ["collections"], ["papers"]) or not is_repo_name(repo):
         raise HubError(
-            f"{shown(address)} is the address of no model: give one as OWNER/NAME, as in openai/gpt-oss-20b, or as "
+            f"{shown(address)} is not the address of a model: give one as OWNER/NAME, as in openai/gpt-oss-20b, or as "
             "https://huggingface.co/openai/gpt-oss-20b."
         )
     if len(path) > 3 and path[2] in _PAGES:
@@ -164,7 +166,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _fits_on_a_disk(name: str) -> bool:
-    if "\\" in name or not name.isprintable():  # control characters, and halves of characters
+    if "\\" in name or not name.isprintable():  # control characters, and lone surrogates
         return False
     data = [part.encode() for part in name.split("/")]
     return max(map(len, data)) <= _LONGEST_NAME and sum(map(len, data)) + len(data) <= _LONGEST_PATH

@@ -1,4 +1,4 @@
-"""Requests to the Hub: ranges of files, taken up again where a connection broke, and bodies of bounded size."""
+"""Requests to the Hub: ranges of files, resumed where a connection broke, and bodies of bounded size."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .failures import BrokenOff, OtherAnswer, may_pass, network_error, retry_aft
 from .names import LIBRARY, RepoFile
 
 _REQUEST_BYTES = 8 << 30  # the Hub's delivery network sends at most 50 GB in one answer
-_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # after failures in a row; any byte that arrives begins anew
-# Nobody waits longer than that for a Hub that says when it will answer again.
+_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # after failures in a row; any byte that arrives starts the row again
+# The longest wait when the Hub says when it will answer again.
 _LONGEST_WAIT_SECONDS = 120.0
 _BODY_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
 _LARGEST_COMPLAINT = 100_000
@@ -43,10 +43,11 @@ def read_bytes_of(
     stop: threading.Event,
     begin: Callable[[int], None] | None = None,
 ) -> Iterator[bytes]:
-    """The bytes [start, end) of a file, in blocks; a connection that breaks is taken up where it broke.
+    """The bytes [start, end) of a file, in blocks; resumed after a broken connection.
 
-    file: what is known of it; without that, what is read may end early, where the file does. begin: told where each
-    answer begins. Raises the last error once `_RETRY_SECONDS` are used up, or the Hub wants to be left alone for longer.
+    file: its size and checksum, if known; without it the bytes may end early, where the file does. begin: called with the
+    position where each response begins. Raises the last error once `_RETRY_SECONDS` are used up, or the Hub asks for a longer
+    pause.
     """
     failures = 0
     while start < end and not stop.is_set():
@@ -79,16 +80,18 @@ def _answer(url: str, start: int, end: int, file: RepoFile | None) -> Iterator[b
     headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     with requested(url, constants.HF_HUB_DOWNLOAD_TIMEOUT, headers) as response:
         _refuse_other_content(response, start, file)
-        is_range = response.status_code == 206  # else a server or proxy that knows no ranges sends the whole file
+        is_range = response.status_code == 206  # else a server or proxy without ranges sends the whole file
         unwanted, wanted = 0 if is_range else start, end - start
-        for chunk in response.iter_bytes():  # as it comes: blocks of a set size lose what a break leaves unfilled
+        for (
+            chunk
+        ) in response.iter_bytes():  # as they arrive: with a fixed block size a break would lose a partly filled block
             piece = chunk[unwanted : unwanted + wanted]
             unwanted -= min(unwanted, len(chunk))
             wanted -= len(piece)
             if piece:
                 yield piece
             if not wanted and response.headers.get("Content-Length") != str(end - start):
-                return  # what comes behind it, perhaps without an end, is not waited for
+                return  # whatever follows, perhaps endless, is not read
         if wanted and file is not None:
             raise BrokenOff("the answer ended early")
 
@@ -112,7 +115,7 @@ def requested(url: str, timeout: float, headers: dict[str, str] | None = None) -
 
 
 def _complaint(body: bytes) -> bytes:
-    """What an error's body says, in the one form that huggingface_hub reads without stumbling; b"" where it is another."""
+    """An error's body if it has the form that huggingface_hub can read; else b""."""
     try:
         said = parse_json(body, "it", HubError)
     except HubError:
@@ -132,7 +135,7 @@ def bounded(response: Any, most: int, seconds: float) -> bytes:
 
 
 def _refuse_other_content(response: Any, start: int, file: RepoFile | None) -> None:
-    """Raise OtherAnswer for an answer that says itself that it is not the file, or not its bytes from `start`."""
+    """Raise OtherAnswer for a response whose headers say that it is not the file, or not its bytes from `start`."""
     headers, size = response.headers, None if file is None else file.size
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind in ("text/html", "application/xhtml+xml") and not (
@@ -143,7 +146,7 @@ def _refuse_other_content(response: Any, start: int, file: RepoFile | None) -> N
     if response.status_code == 206:
         found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", headers.get("Content-Range", "").strip())
         if found is None or int(found[1]) != start or packed:
-            raise OtherAnswer(f"it says that it has other bytes than those from {start:,} on")
+            raise OtherAnswer(f"it has other bytes than those from {start:,} on")
         total = None if found[3] == "*" else int(found[3])
     elif response.status_code == 200:
         length = headers.get("Content-Length", "")

@@ -1,8 +1,8 @@
-"""Bringing a repository's files, or a range of one, to this machine.
+"""Downloading a repository's files, or a range of one, and resuming interrupted downloads.
 
-The transfer of a download is written here: huggingface_hub deletes a file that broke off
-(huggingface/huggingface_hub#4196), and OpenAI's original gpt-oss-20b is one file of 13.8 GB. It fills the cache that all
-Hugging Face tools share, and uses what others put there.
+Downloads are written here because huggingface_hub deletes a partial file after an error
+(huggingface/huggingface_hub#4196), and OpenAI's original gpt-oss-20b is one file of 13.8 GB. They use the cache that all
+Hugging Face tools share.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .listing import choose_files, incomplete, look_up
 from .names import Listing, Progress, RepoFile, check_repo_name, check_revision
 from .requests import address_of, read_bytes_of
 
-_CONNECTIONS = 4  # files at a time; more of them hardly fill a home line better, and tear more files on a break
+_CONNECTIONS = 4  # files at a time; more hardly use a home connection better, and leave more partial files on a break
 _BLOCK_BYTES = 1 << 20
 _REPORT_SECONDS = 0.1
 
@@ -39,15 +39,14 @@ def download(
     progress: Progress | None = None,
     local_free_bytes: int | None = None,
 ) -> Path:
-    """Bring the files that `choose` names into the Hugging Face cache; return the folder of that copy.
+    """Download the files that `choose` names into the Hugging Face cache; return the folder of that copy.
 
-    What is in the cache already does not travel again, and a file that broke off goes on from its last byte. Each file
-    is compared with the checksum that the Hub announced. Without a network, a cached copy that has all of the files
-    will do.
+    Files in the cache are not downloaded again, and a partial file is resumed from its last byte. Each file is compared with
+    the checksum from the Hub's listing. Without a network, a cached copy that has all of the files is used.
 
-    progress: called in this thread, about ten times a second, with the bytes that are here and those of all the chosen
-        files; never when nothing is missing.
-    local_free_bytes: the free bytes to reckon with instead of those that the cache's disk reports.
+    progress: called in this thread, about ten times a second, with (bytes so far, total bytes) of the chosen files; never
+    when nothing is missing.
+    local_free_bytes: free bytes to assume instead of those that the cache's disk reports.
     Raises HubError, and DestinationError when the disk is too small or the cache cannot be written.
     """
     listing = look_up(repo, revision)
@@ -71,8 +70,8 @@ def download(
 def read_range(repo: str, name: str, start: int, length: int, revision: str | None = None) -> bytes:
     """Bytes [start, start + length) of one file of a repository, without downloading the rest; fewer where it ends.
 
-    Every call is one or two requests, so ask for a header and some more at once. When the Hub cannot be asked, the
-    bytes come from a cached copy. Raises HubError.
+    Every call is one or two requests, so read a whole header at once. When the Hub cannot be reached, the bytes come from a
+    cached copy. Raises HubError.
     """
     check_repo_name(repo)
     check_revision(revision)
@@ -96,8 +95,8 @@ def _fetch(
     total: int,
     progress: Progress | None,
 ) -> None:
-    """Bring files to the cache, several at a time, and report from this thread how far they are."""
-    contents = {file.etag: file for file in files}  # the same bytes under two names travel once
+    """Download files into the cache, several at a time, and report progress from this thread."""
+    contents = {file.etag: file for file in files}  # the same content under two names is downloaded once
     arrived = {etag: size_of(cache.partial(etag)) for etag in contents}  # each worker writes its own entry
     settled = total - sum(file.size for file in contents.values())
     stop = threading.Event()
@@ -114,7 +113,7 @@ def _fetch(
                 if progress is not None:
                     progress(settled + sum(arrived.values()), total)
         finally:
-            stop.set()  # after an error or Ctrl-C: the others put down what they hold, and are waited for
+            stop.set()  # after an error or Ctrl-C: the other workers stop, and are waited for
             for task in pending:
                 task.cancel()
     for etag in contents:
@@ -124,7 +123,7 @@ def _fetch(
 def _fetch_one(
     listing: Listing, cache: RepoCache, file: RepoFile, arrived: dict[str, int], stop: threading.Event
 ) -> None:
-    """Bring one file's bytes to its place among the blobs, going on with what an earlier call left."""
+    """Download one file's bytes to its place among the blobs, resuming what an earlier call left."""
     blob, partial, lock = cache.blob(file.etag), cache.partial(file.etag), cache.lock(file.etag)
     for path in (blob, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +138,7 @@ def _fetch_one(
 
 @contextmanager
 def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
-    """Hold huggingface_hub's lock for a blob, so that two programs do not fetch it at once; `stop` ends the waiting."""
+    """Hold huggingface_hub's lock for a blob, so that two programs do not download it at once; `stop` ends the wait."""
     from filelock import Timeout
     from huggingface_hub.utils import WeakFileLock
 
@@ -152,13 +151,13 @@ def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
 
 
 def _receive(listing: Listing, file: RepoFile, partial: Path, arrived: dict[str, int], stop: threading.Event) -> None:
-    """Fill the partial file up to the content that the Hub announced, or keep what may be right of it and raise HubError.
+    """Complete the partial file until it has the announced checksum, or keep what may be right and raise HubError.
 
-    Where the whole is wrong, one of two parts is: what the last answer brought, or what was there before it. The last
-    answer is asked for again, and only if it comes the same a second time is the rest given up.
+    If the checksum is wrong, either the last response is wrong or what was there before. The last part is requested again,
+    and only if the same bytes arrive a second time is the rest discarded.
     """
     if os.path.lexists(partial) and not partial.is_file():
-        raise HubError(f"{partial} is not a file, and a download is kept there: remove it, and run this again.")
+        raise HubError(f"{partial} is not a file, but a partial download belongs there: remove it, and run this again.")
     with open(partial, "r+b" if partial.exists() else "w+b") as out:
         earlier: _Ending | None = None
         is_anew = False
@@ -169,7 +168,7 @@ def _receive(listing: Listing, file: RepoFile, partial: Path, arrived: dict[str,
             elif ending.start and ending != earlier:
                 out.truncate(ending.start)
                 raise HubError(
-                    f"{file.name} of {listing.repo} came with another end each time: what was there before "
+                    f"{file.name} of {listing.repo} ended differently each time it was downloaded: what was there before "
                     "is kept; try another network, and run this again."
                 )
             elif ending.start != 0 and not is_anew:
@@ -179,13 +178,13 @@ def _receive(listing: Listing, file: RepoFile, partial: Path, arrived: dict[str,
                 partial.unlink()
                 raise HubError(
                     f"{file.name} of {listing.repo} did not arrive as the Hub announced it (its checksum is not "
-                    f"{file.etag[:12]}…): run this again to fetch it anew."
+                    f"{file.etag[:12]}…): run this again to download it again."
                 )
 
 
 @dataclass(frozen=True)
 class _Ending:
-    """Where in a file the last answer began (None: nothing had to be asked for), and what it held."""
+    """Where in a file the last response began (None: no request was needed), and a checksum of its bytes."""
 
     start: int | None
     digest: bytes
@@ -194,7 +193,7 @@ class _Ending:
 def _go_on(
     listing: Listing, file: RepoFile, out: BinaryIO, arrived: dict[str, int], stop: threading.Event
 ) -> _Ending | None:
-    """Append what a partial file lacks. None when the whole is right, or `stop` was set; else how it ended."""
+    """Append what a partial file lacks. None when the checksum is right, or `stop` was set; else how it ended."""
     checksum = _checksum(file)
     out.seek(0)
     while block := out.read(_BLOCK_BYTES):
@@ -211,7 +210,7 @@ def _go_on(
         url = address_of(listing.repo, listing.commit, file.name)
         for chunk in read_bytes_of(url, out.tell(), file.size, file, stop, begin):
             out.write(chunk)
-            out.flush()  # what is counted as arrived is there even if this process is killed
+            out.flush()  # bytes that were reported must survive if this process is killed
             checksum.update(chunk)
             digest.update(chunk)
             arrived[file.etag] = out.tell()
@@ -229,9 +228,9 @@ def _checksum(file: RepoFile) -> hashlib._Hash:
 
 
 def _point(blob: Path, pointers: list[Path]) -> None:
-    """Make the snapshot's paths show a blob; on a disk without symbolic links (exFAT) they become the file itself.
+    """Link the snapshot's paths to a blob; on a disk without symbolic links (exFAT) they become the file itself.
 
-    Each from one moment to the next: another download of the same files may be at this point too.
+    Each link appears atomically: another download of the same files may be at this point too.
     """
     for pointer in pointers:
         pointer.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +240,7 @@ def _point(blob: Path, pointers: list[Path]) -> None:
                 os.symlink(os.path.relpath(blob, pointer.parent), draft)
             except OSError:
                 if not blob.exists() and pointer.is_file():
-                    continue  # the other one has moved it here
+                    continue  # another download has moved it here
                 if pointer == pointers[-1]:
                     os.replace(blob, draft)
                 else:

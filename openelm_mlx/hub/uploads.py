@@ -26,7 +26,7 @@ def upload(
 ) -> str:
     """Upload every file of a folder to a repository, which is created when it does not exist; return its address.
 
-    Large files that an earlier, broken upload delivered are not sent again. `show_progress` shows huggingface_hub's
+    Large files that an earlier, interrupted upload delivered are not sent again. `show_progress` shows huggingface_hub's
     bars on stderr. Raises CheckpointError when there is no such folder, and HubError when the upload fails.
     """
     from huggingface_hub import HfApi, constants
@@ -34,7 +34,7 @@ def upload(
     folder = Path(folder)
     check_repo_name(repo)
     if not folder.is_dir() or is_empty(folder):
-        raise CheckpointError(f"{folder} is not a folder with files in it: name the folder that is to be uploaded.")
+        raise CheckpointError(f"{folder} is not a folder with files in it: name the folder to upload.")
     api = HfApi(endpoint=constants.ENDPOINT, library_name=LIBRARY)
     try:
         with _progress_bars(show_progress), warnings.catch_warnings():
@@ -66,9 +66,9 @@ def _upload_reason(error: BaseException) -> str:
         return one_line(error)
     status = error.response.status_code
     if status == 401:
-        return "you are not logged in; `hf auth login` with a token that may write does it"
+        return "you are not logged in; run `hf auth login` with a token that may write"
     if status == 403:
-        return "your token may not write there; `hf auth login` with one that may does it"
+        return "your token may not write there; run `hf auth login` with one that may"
     return f"the Hub answered {answer_of(error)}"
 
 
@@ -76,7 +76,7 @@ def _upload_reason(error: BaseException) -> str:
 def _progress_bars(show: bool) -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    # A user's HF_HUB_DISABLE_PROGRESS_BARS, set to 0 or 1, has the last word.
+    # A user's HF_HUB_DISABLE_PROGRESS_BARS, set to 0 or 1, takes precedence.
     if show or are_progress_bars_disabled() or "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ:
         yield
         return

@@ -1,1 +1,1 @@
-"""The machine and what fits in it: machine.py, plan.py, limits.py, residency.py."""
+"""The machine and the memory plan: machine.py, plan.py, limits.py, rates.py, calibration.py."""

@@ -21,7 +21,7 @@ from .scratch import flat_pass_bytes, logits_bytes
 
 # Chunks of a prompt are not made smaller than this: each reads all weights once more.
 LEAST_CHUNK = 16
-# So many tokens of an answer are made room for at once.
+# Room for an answer is made for this many tokens at once.
 TOKENS_AT_ONCE = 64
 # No plan speaks of more requests at once.
 MOST_REQUESTS = 4096

@@ -1,6 +1,7 @@
-"""What this machine itself was measured to take and to reach, used by every plan from then on.
+"""Calibration: measured memory and speed of this machine, used by all later plans.
 
-Computing's memory beside what the shapes say (memory/scratch.py), and the terms of speed (memory/rates.py).
+Memory is a correction of the scratch memory that shapes predict (memory/scratch.py); speed has three terms
+(memory/rates.py).
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from .machine import Machine
 from .measured import Calibration, MeasuredRates
 from .stored import load_stored, store
 
-# One file has both: `speed` stands in it beside what is kept of memory. Files of before had no version and no speed.
+# One file has both: memory, and `speed`. Older files have no version and no speed.
 SUBJECT, SPEED = "memory", "speed"
 VERSION = 2
-# Rows with less scratch than this say more of roundings than of computing.
+# Rows with less scratch memory than this show rounding rather than computing.
 LEAST_SCRATCH = 4_000_000
-# What lies outside is no correction of a sum but a sign that something else was measured.
+# A correction outside this range means that something else was measured.
 SMALLEST, LARGEST = 0.25, 4.0
-# Rounds of one run that lie further apart than this, or runs that the terms miss by more: the machine did other work.
+# If rounds of one run differ by more than this, or the terms miss a run by more, the machine did other work.
 WIDEST_SPREAD, LARGEST_ERROR = 0.25, 0.35
-# Nobody has reached 0.9 of a chip's bandwidth; its smallest caches can be read faster, but no model of these sizes.
+# No model of these sizes has reached 0.9 of a chip's bandwidth; only caches are faster.
 MOST_OF_BANDWIDTH = 1.2
 
 
 class Measured(Protocol):
-    """One run: bytes that were planned for computing, and by how much MLX's peak was above what was planned in all."""
+    """One run: the planned scratch bytes, and by how much MLX's peak exceeded the whole plan."""
 
     @property
     def family(self) -> str: ...
@@ -46,7 +47,7 @@ class Measured(Protocol):
 
 
 def calibration_from(rows: Iterable[Measured], date: str) -> Calibration:
-    """The correction after which none of these runs would have taken more than was planned."""
+    """The correction with which none of these runs would have exceeded its plan."""
     factors: dict[str, float] = {}
     process = []
     for row in rows:
@@ -55,16 +56,16 @@ def calibration_from(rows: Iterable[Measured], date: str) -> Calibration:
         if row.scratch >= LEAST_SCRATCH:
             factor = (row.peak - row.planned + row.scratch) / row.scratch
             factors[row.family] = max(factors.get(row.family, SMALLEST), min(factor, LARGEST))
-    # Upwards, by a hundredth: a plan that is a little large costs nothing, one that is too small may cost everything.
+    # Rounded up to a hundredth: a plan that is a little too large is harmless, one that is too small is not.
     rounded = {family: math.ceil(100 * factor) / 100 for family, factor in factors.items()}
     return Calibration(rounded, max(process) if process else None, date)
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One run of a small model of so many layers: seconds of a decoded token that reads these bytes. prefill: operations a
-    second of its prompt, without what attention took; None where it was too short to say. spread: how far its rounds lie
-    apart, the middle half of them, as a part of their median.
+    """One run of a small model: layers, seconds of a decoded token, and the bytes that it reads. prefill: operations a second
+    of its prompt, without attention; None if it was too short. spread: the interquartile range of its rounds, as a share of
+    their median.
     """
 
     family: str
@@ -77,7 +78,7 @@ class Timed:
 
 
 def spread_of(rounds: Sequence[float]) -> float:
-    """How far the middle half of some times lies apart, as a part of their median; 0 for less than two."""
+    """The interquartile range of some times, as a share of their median; 0 for fewer than two."""
     if len(rounds) < 2:
         return 0.0
     low, middle, high = np.quantile(np.array(rounds, float), [0.25, 0.5, 0.75])
@@ -87,9 +88,9 @@ def spread_of(rounds: Sequence[float]) -> float:
 def checked_rates(
     rows: Iterable[Timed], bandwidth: float | None = None
 ) -> tuple[dict[str, MeasuredRates], dict[str, str]]:
-    """`rates_from`, of the families whose runs can be believed; and why those of the others cannot, a clause each.
+    """`rates_from` for the families with credible runs; and for the others the reason, as a clause.
 
-    bandwidth: of the machine, bytes a second, where it is known.
+    bandwidth: of the machine, bytes a second, if known.
     """
     rows = list(rows)
     rates, reasons = rates_from(rows), {}
@@ -97,9 +98,9 @@ def checked_rates(
         spread = max(row.spread for row in rows if row.family == family)
         found = rates.get(family)
         if not spread <= WIDEST_SPREAD:
-            reasons[family] = f"rounds of one run lay {100 * spread:.0f} % apart: other work runs on this machine"
+            reasons[family] = f"rounds of one run differ by {100 * spread:.0f} %: other work runs on this machine"
         elif found is None:
-            reasons[family] = "its runs took no time that weights explain"
+            reasons[family] = "the weights do not explain the time of its runs"
         elif not found.error <= LARGEST_ERROR:
             reasons[family] = f"its terms miss a run by {100 * found.error:.0f} %: other work may have run meanwhile"
         elif bandwidth is not None and found.weights > MOST_OF_BANDWIDTH * bandwidth:
@@ -110,9 +111,9 @@ def checked_rates(
 
 
 def rates_from(rows: Iterable[Timed]) -> dict[str, MeasuredRates]:
-    """Family -> the three terms that explain its runs best: least squares of the relative error, none of them negative.
+    """Family -> the three terms that fit its runs best: least squares of the relative error, none of them negative.
 
-    A family with less than two runs has none. Where keys and values were too few to be seen they stream like weights.
+    A family with fewer than two runs has none. If the time for keys and values is too short to measure, they count as weights.
     """
     families: dict[str, list[Timed]] = {}
     for row in rows:
@@ -149,14 +150,14 @@ def _without_negatives(terms: np.ndarray) -> np.ndarray | None:
 
 
 def store_memory(calibration: Calibration, machine: Machine) -> Path:
-    """Keep what was measured of memory, beside what is kept of speed; the file. Raises DestinationError."""
+    """Store the measured memory, keep the stored speed, and return the file. Raises DestinationError."""
     return _store(machine, calibration.as_dict())
 
 
 def store_speed(rates: Mapping[str, MeasuredRates], disk: float | None, machine: Machine, date: str) -> Path:
-    """Keep what was measured of speed, beside what is kept of memory; the file. Raises DestinationError.
+    """Store the measured speed, keep the stored memory, and return the file. Raises DestinationError.
 
-    A family, or the disk, that was not measured this time keeps what it had.
+    A family, or the disk, that was not measured this time keeps its stored speed.
     """
     before = _kept(machine).get(SPEED)
     known = before if isinstance(before, dict) and before.get("machine") == machine.name else {}
@@ -178,8 +179,8 @@ def _kept(machine: Machine) -> dict[str, Any]:
 
 
 def calibrated(machine: Machine) -> Machine:
-    """The machine with what was measured here, if anything was: memory's corrections on a Mac for any other Mac as well,
-    speeds for this one alone.
+    """The machine with measured values, if there are any: memory corrections of a Mac apply to any other Mac as well, speeds
+    only to this one.
     """
     kept = _kept(machine)
     calibration = _stored_memory(kept)
@@ -208,7 +209,7 @@ def _stored_memory(values: Mapping[str, Any]) -> Calibration | None:
 
 
 def _stored_rates(values: Any) -> dict[str, MeasuredRates]:
-    """Those of a file that can be; what somebody wrote into it by hand may be anything."""
+    """The valid rates in a file, which a user may have edited."""
     found = {}
     for family, each in values.items() if isinstance(values, dict) else ():
         if not isinstance(family, str) or not isinstance(each, dict):

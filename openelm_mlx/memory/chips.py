@@ -1,8 +1,7 @@
-"""Apple's chips as Macs have them: bandwidth, arithmetic, memories, SSDs. One table; none of it was measured here.
+"""Apple's chips in Macs: bandwidth, arithmetic, memory sizes, SSDs. One table; nothing in it was measured here.
 
-Bandwidth and cores as Apple publishes them (the narrower bus of M4 Max and M5 Max was seen in logs of their owners, too);
-arithmetic from huggingface.js `hardware.ts`, by cores where a chip has fewer. What published speeds say of them stands in
-`memory/rates.py`.
+Bandwidth and cores are Apple's figures (logs of owners confirm the narrower bus of M4 Max and M5 Max); arithmetic is from
+huggingface.js `hardware.ts`, scaled by cores if a chip has fewer. `memory/rates.py` uses them with published speeds.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Chip:
-    """GB/s of memory, TFLOPS of the GPU, GB of the memories it comes with, and the least and most GB/s of its SSDs."""
+    """GB/s of memory, TFLOPS of the GPU, available memory sizes in GB, and the least and most GB/s of its SSDs."""
 
     bandwidth: float
     teraflops: float
@@ -56,14 +55,14 @@ _NARROW: dict[str, tuple[int, float, tuple[int, ...]]] = {
 
 
 def chip_name(device_name: str) -> str:
-    """The chip that a device's name means: "M3 Max" of "Apple M3 Max"."""
+    """The chip in a device's name: "M3 Max" in "Apple M3 Max"."""
     return re.sub(r"^Apple ", "", device_name.strip())
 
 
 def chip_of(name: str, memory_gb: int, cores: int | None = None) -> Chip | None:
-    """The chip called so ("M3 Max", "Apple M3 Max") in a Mac with so many GB; None for one that is not in the table.
+    """The chip of this name ("M3 Max", "Apple M3 Max") in a Mac with `memory_gb` GB; None if it is not in the table.
 
-    cores: of the GPU, where the machine says so; else the memory tells a narrow Max chip from a whole one.
+    cores: of the GPU, if the machine reports them; else the memory distinguishes the smaller Max chip from the full one.
     """
     name = chip_name(name)
     chip = CHIPS.get(name)
@@ -93,7 +92,7 @@ class DecodeTerms:
 
 @dataclass(frozen=True)
 class PrefillTerms:
-    """A prompt: the shares of the chip's TFLOPS that products with weights and attention reach, the least and the most."""
+    """Prefill: the shares of the chip's TFLOPS that products with weights, and attention, reach; the least and the most."""
 
     weights: tuple[float, float]
     attention: tuple[float, float]
@@ -131,7 +130,7 @@ PREFILL_TERMS: dict[str, PrefillTerms] = {
 # Products with 128 experts have fewer rows each: llama.cpp reached 0.51 with the 120b where it reached 0.71 with the 20b.
 MANY_EXPERTS, MANY_EXPERTS_SHARE = 128, 0.72
 
-# The least and the most of what the terms say: (family, what was published of the chip). 92 % of gpt-oss's runs lie within
+# Factors for the least and the most speed: (family, what was published for the chip). 92 % of gpt-oss's runs lie within
 # 0.85 to 1.15 of the fit without them, apps and warm laptops below it; base chips' one run (M5) is 15 % below it, M4's weak
 # ones 20 to 35 %. Dense models: 33 of 36 runs lie within 0.75 to 1.25, and OpenELM is none of them.
 SPREAD: dict[tuple[str, str], tuple[float, float]] = {
@@ -153,5 +152,5 @@ def generation(chip: str) -> str:
 
 
 def decode_terms(family: str, chip: str) -> DecodeTerms | None:
-    """A chip's own terms where it has some, else its generation's."""
+    """A chip's own terms if it has some, else its generation's."""
     return DECODE_TERMS.get((family, chip)) or DECODE_TERMS.get((family, generation(chip)))

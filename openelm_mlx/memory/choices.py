@@ -1,4 +1,4 @@
-"""Which of equal ways this machine is fastest with, as `selfcheck` has stored it (models/precision.py, `KernelChoices`)."""
+"""The fastest of equivalent kernels on this machine, as `selfcheck` stored them (models/precision.py, `KernelChoices`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..models.routing_ways import is_checked
 from .stored import load_stored, store
 
 SUBJECT = "choices"
-# What a value may be: a file that says otherwise was not written by this program.
+# Valid values: a file with others was not written by this program.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rows_in_a_tile": (1, 32, 64, 128), "spare_places": (0, 8), "compiled_step": (False, True),
     "fuse_residual_add": (False, True), "bias_apart": (False, True), "slots": (False, True),
@@ -19,7 +19,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 
 
 def stored_choices() -> KernelChoices | None:
-    """What was stored for this machine; None where nothing was, where it cannot be used, and on the CPU backend."""
+    """The stored choices for this machine; None if there are none, if they cannot be used, and on the CPU backend."""
     if runs_on_cpu():
         return None
     found = load_stored(SUBJECT)
@@ -37,5 +37,5 @@ def _is_allowed(name: str, found: dict[str, Any]) -> bool:
 
 
 def store_choices(chosen: KernelChoices) -> Path:
-    """Keep them for this machine; the file. Raises DestinationError."""
+    """Store the choices for this machine and return the file. Raises DestinationError."""
     return store(SUBJECT, asdict(chosen))

@@ -1,11 +1,10 @@
-"""The one owner of what MLX keeps for the whole process: the wired limit, the cache limit and the peak counter.
+"""MLX's process-wide settings, managed in one place: the wired limit, the cache limit and the peak counter.
 
-A request holds them while it generates (`generating`). They are changed only while the GPU is idle, they are put back
-when the last request ends, however it ends, and a value that the program itself has set is left alone and reported.
-
-The wired limit stays longer: from a model's first request until the model is gone. Each change of it takes every buffer
-into Metal's residency set or out of it, and macOS 26 was reported to panic where that was done for every request, with two
-of them at work (mlx#3186).
+A request holds a lease of them while it generates (`generating`). They are changed only while the GPU is idle and restored
+when the last request ends, however it ends. A value that the program itself has set is left alone and reported.
+The wired limit stays longer: from a model's first request until the model is deleted. Each change of it moves every buffer
+into Metal's residency set or out of it, and macOS 26 was reported to panic when that was done for every request, with two
+requests running (mlx#3186).
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ import mlx.core as mx
 
 from .plan_types import MemoryPlan
 
-# Never wired: the larger of these. Macs that wired their whole working set froze or restarted (vmlx-swift#421).
+# The larger of these always stays unwired: Macs that wired their whole working set froze or restarted (vmlx-swift#421).
 UNWIRED_BYTES = 4_000_000_000
 UNWIRED_SHARE = 0.25
 
 
 def wired_limit(wanted: int, device_info: Mapping[str, Any]) -> int:
-    """How many of the `wanted` bytes may be wired on the device; 0 where MLX wires nothing.
+    """How many of the `wanted` bytes may be wired on the device; 0 if MLX cannot wire memory there.
 
     A limit above `max_recommended_working_set_size` is an error in MLX, and one near the whole memory takes it from
     the rest of the system.
@@ -40,7 +39,7 @@ def wired_limit(wanted: int, device_info: Mapping[str, Any]) -> int:
 class LimitsLease:
     """One request's hold on the process-wide settings, from `generating`.
 
-    notes: what the program had set itself and was left as it was, a sentence each.
+    notes: sentences about settings that the program had set itself and that were left alone.
     """
 
     def __init__(self, limits: ProcessLimits, plan: MemoryPlan | None, stream: Any) -> None:
@@ -51,20 +50,20 @@ class LimitsLease:
         self._limits = limits
 
     def peak_memory_bytes(self) -> int:
-        """The largest amount in use, as MLX counts it, since the request began."""
+        """MLX's peak memory since the request began."""
         self._limits.read_peak()
         return self.peak
 
     def lap(self) -> int:
-        """The largest amount in use since the last call (or the beginning); starts counting anew."""
+        """The peak memory since the last call (or the beginning); starts a new count."""
         return self._limits.lap(self)
 
 
 class Setting:
-    """One process-wide number that is set and read by a single call of MLX's, which returns the value before.
+    """One process-wide number that a single MLX call sets, returning the previous value.
 
-    is_default says of a value found there whether MLX itself had put it there. is_costly: even looking at it costs, since
-    that is setting it; so what the program has set is looked at once.
+    is_default: whether a value found there is MLX's own default. is_costly: reading it is expensive, since it has to be set;
+    so the program's own value is read only once.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Setting:
         self._theirs: int | None = None
 
     def hold(self, value: int) -> str | None:
-        """Set `value`, unless the program has one of its own there: then that stays, and a sentence says so."""
+        """Set `value`, unless the program has set its own: then that stays, and a sentence about it is returned."""
         if value == self.ours:
             return None
         if self._theirs is not None and self._is_costly:
@@ -94,7 +93,7 @@ class Setting:
         return f"The {self.name} of {found:,} bytes that this program set was left as it is; the plan's is {value:,} bytes."
 
     def put_back(self) -> None:
-        """Set what was there before, unless the program has set something else meanwhile."""
+        """Restore the previous value, unless the program has set something else meanwhile."""
         if self.ours is None:
             return
         found = self._call(self._original)
@@ -104,21 +103,21 @@ class Setting:
 
 
 class ProcessLimits:
-    """Who holds the settings, and what follows from it. `mlx` and the device's facts can be injected.
+    """The leases of all requests, and the settings that follow. `mlx` and the device's facts can be injected.
 
-    Two models are wired both; a setting waits when a thread other than this one may have work on the GPU. Every method may
-    be called from any thread, and by the garbage collector in the middle of another one.
+    Two models are both wired; a change waits while another thread may have work on the GPU. Every method may be called from
+    any thread, and by the garbage collector in the middle of another one.
     """
 
     def __init__(self, mlx: Any = mx, device_info: Mapping[str, Any] | None = None) -> None:
         self._mlx, self._device_info = mlx, device_info
         self._wired = Setting("wired limit", mlx.set_wired_limit, lambda found: found == 0, is_costly=True)
-        # On a GPU MLX's own cache limit is its memory limit, which is as good as none; the CPU's is small enough.
+        # On a GPU MLX's default cache limit is its memory limit, which is practically none; the CPU's is small enough.
         self._cache = Setting("cache limit", mlx.set_cache_limit, lambda found: found == mlx.get_memory_limit())
         self._holders: list[LimitsLease] = []
-        # Bytes to be wired for each plan that had a request and is still there: its model has it.
+        # Bytes to wire for each plan that had a request and whose model still exists.
         self._wired_bytes: dict[int, int] = {}
-        self._streams: list[Any] = []  # where work may still run that began under the present settings
+        self._streams: list[Any] = []  # streams that may still run work started under the current settings
         self._lock = threading.RLock()
         self._is_settling = self._is_stale = False
         self._peak = 0
@@ -146,7 +145,7 @@ class ProcessLimits:
     def _note_wiring(self, plan: MemoryPlan | None) -> None:
         if plan is not None and plan.wired_limit_bytes and id(plan) not in self._wired_bytes:
             self._wired_bytes[id(plan)] = plan.wired_limit_bytes
-            # The process's end gives everything back by itself.
+            # At the end of the process the system frees everything anyway.
             weakref.finalize(plan, self._forget_wiring, id(plan)).atexit = False
 
     def _forget_wiring(self, plan_id: int) -> None:
@@ -155,7 +154,7 @@ class ProcessLimits:
         self._settle()
 
     def read_peak(self) -> int:
-        """The largest amount in use since the process began, as far as counted; every holder's mark is moved up to it."""
+        """The peak memory since the process began, as far as counted; every lease's mark is raised to it."""
         with self._lock:
             peak = self._mlx.get_peak_memory()
             self._peak = max(self._peak, peak)
@@ -173,11 +172,11 @@ class ProcessLimits:
             return lap_peak
 
     def _settle(self) -> None:
-        """Make the settings those of the present holders, again and again until they are."""
+        """Apply the settings of the current leases, repeated until they match."""
         with self._lock:
             self._is_stale = True
             if self._is_settling:
-                return  # called by a finalizer inside the loop below, which goes round once more
+                return  # called by a finalizer inside the loop below, which repeats then
             self._is_settling = True
             try:
                 while self._is_stale:
@@ -200,25 +199,25 @@ class ProcessLimits:
                 self._holders[-1].notes.append(note)
 
     def _wanted(self) -> tuple[int | None, int | None]:
-        """The wired limit of all models and the cache limit of those at work; None where nothing is to be set."""
+        """The wired limit of all models and the cache limit of the running ones; None if nothing is to be set."""
         caches = [lease.plan.cache_limit_bytes for lease in self._holders if lease.plan is not None]
         if not caches and not self._wired_bytes:
             return None, None
         info = self._mlx.device_info() if self._device_info is None else self._device_info
-        # The CPU's own cache limit is a few megabytes, and no device with a memory of its own.
+        # The CPU's default cache limit is only a few megabytes.
         has_gpu = "memory_size" in info or "total_memory" in info
         wired, cache = wired_limit(sum(self._wired_bytes.values()), info), max(caches, default=0) if has_gpu else 0
         return wired or None, cache or None
 
     def _is_idle(self) -> bool:
-        """Wait until the GPU has nothing of ours to do. False when that cannot be known from this thread."""
+        """Wait until the GPU has finished our work. False if this thread cannot know that."""
         for stream in self._streams:
             try:
                 self._mlx.synchronize(stream)
             except RuntimeError as error:
                 if "no stream" in str(error).lower():
                     return False
-                # Work that has failed is not running any more.
+                # Failed work has ended too.
         self._streams = [lease.stream for lease in self._holders]
         return True
 
@@ -232,8 +231,8 @@ def generating(plan: MemoryPlan | None) -> AbstractContextManager[LimitsLease]:
 
 
 def peak_memory_bytes() -> int:
-    """The largest amount in use since the process began, as MLX counts it.
+    """MLX's peak memory since the process began.
 
-    Requests reset MLX's own counter (`mx.get_peak_memory`) when they begin; this one goes on over all of them.
+    Requests reset MLX's own counter (`mx.get_peak_memory`) when they begin; this one covers all of them.
     """
     return _process_limits.read_peak()

@@ -1,4 +1,4 @@
-"""What people call their Macs: "M4 Pro 24GB", "MacBook Air M4", "mac studio m3 ultra", "m4pro-24"."""
+"""Reading names of Macs: "M4 Pro 24GB", "MacBook Air M4", "mac studio m3 ultra", "m4pro-24"."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..errors import SettingError
 from ..files import shown
 from .chips import CHIPS
 
-# Taken out of a name in this order: each says nothing of the chip, and some would be read as one that is ("MacBook Pro").
+# Removed from a name in this order: they do not describe the chip, and some would be mistaken for one ("MacBook Pro").
 _NOTHING_OF_THE_CHIP = (
     r"\b(?:19|20)\d\d\b",  # a year
     r"\b\d+(?:[.,]\d+)? ?(?:inch(?:es)?\b|in\b|[\"\u2033\u201d])",
     r"\b\d+(?:[.,]\d+)? ?tb\b(?: ?(?:ssd|disk|storage|flash|drive))?",
     r"\b\d+ ?gb? ?(?:ssd|disk|storage|flash|drive)\b",
-    # A number behind it is a screen's size, but for one with "GB".
+    # A number after it is the screen's size, unless "GB" follows.
     r"\b(?:mac ?book ?air|mba)\b(?: 1[35]\b(?! ?g))?",
     r"\b(?:mac ?book ?pro|mbp)\b(?: 1[346]\b(?! ?g))?",
     r"\bimac\b(?: 24\b(?! ?g))?",
@@ -29,7 +29,7 @@ _MEMORY = r"\b(\d+) ?(gb?|gib)\b|\b(\d+)\b"
 
 
 class NamedMac(NamedTuple):
-    """The chip of the table, its memory in GB, the cores of its GPU (None: not named), and whether the memory was named."""
+    """The chip in the table, its memory in GB, its GPU's cores (None: not given), and whether the memory was given."""
 
     chip: str
     memory_gb: int
@@ -38,10 +38,10 @@ class NamedMac(NamedTuple):
 
 
 def parse_mac(name: str) -> NamedMac:
-    """The Mac that a person means; the least memory that its chip comes with where none is named.
+    """The Mac of this name; with the smallest memory of its chip if none is given.
 
-    Raises SettingError, with what there is, for a chip that is not in the table, for two of them, for a memory that the
-    chip does not come with, and for a word that is not understood.
+    Raises SettingError, with the valid choices, for a chip that is not in the table, for two chips, for a memory size that the
+    chip does not come with, and for an unknown word.
     """
     if not isinstance(name, str):
         raise SettingError(f'mac is {shown(name)}: give the name of a Mac, for example "M4 Pro 24GB".')

@@ -1,4 +1,4 @@
-"""What a machine has for a model: memory, what others use of it, bandwidth, arithmetic; this one, or any Mac by name.
+"""A machine's memory, memory in use, bandwidth and arithmetic: of this machine, or any Mac by name.
 
 Figures of Macs: working sets as reported from `device_info` dumps and logs of llama.cpp on recent macOS; chips from
 `memory/chips.py`. None of them was measured here; what is not known is None, and what is estimated says so in `notes`.
@@ -29,8 +29,8 @@ class Machine:
     """A machine that a model may run on. Sizes in bytes, rates in bytes and operations a second; None: not known.
 
     working_set_bytes: what the GPU may use at once (`max_recommended_working_set_size`); all memory on other backends.
-    used_bytes: what other programs use now. backend: "metal", "cuda" or "cpu". chip: Apple's name of it, "M4 Pro". ssd: the
-    least and the most that its SSD may read. calibration: what `plan --calibrate` has measured, see `calibrated`.
+    used_bytes: what other programs use now. backend: "metal", "cuda" or "cpu". chip: Apple's name, "M4 Pro". ssd: the lowest
+    and highest read rate of its SSD. calibration: the results of `plan --calibrate`, see `calibrated`.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Machine:
 
     @property
     def ssd_bandwidth(self) -> float | None:
-        """One number where one is needed: the middle of what its SSD may read."""
+        """The middle of the SSD's range of read rates."""
         return None if self.ssd is None else sum(self.ssd) / 2
 
     @property
     def available_bytes(self) -> int:
-        """What a model may use: the working set, or less where other programs have more than the rest."""
+        """The memory that a model may use: the working set, or less if other programs use more than the rest."""
         return max(0, min(self.working_set_bytes, self.memory_bytes - self.used_bytes))
 
 
@@ -64,7 +64,7 @@ WORKING_SETS = {
 
 
 def working_set_of(memory_gb: int) -> tuple[int, bool]:
-    """The working set of a Mac with so many GB, and whether it was reported (else: estimated from its neighbours)."""
+    """The working set of a Mac with `memory_gb` GB, and whether it was reported (else estimated from other sizes)."""
     if memory_gb in WORKING_SETS:
         return WORKING_SETS[memory_gb], True
     fraction = 2 / 3 if memory_gb <= 8 else 0.74 if memory_gb <= 24 else 0.78 if memory_gb <= 48 else 0.81
@@ -72,15 +72,15 @@ def working_set_of(memory_gb: int) -> tuple[int, bool]:
 
 
 def macs() -> Iterator[Machine]:
-    """Every Mac of the table."""
+    """Every Mac in the table."""
     for name, chip in CHIPS.items():
         for memory in chip.memories:
             yield _mac(name, memory)
 
 
 def find_mac(name: str) -> Machine:
-    """The Mac of that name: "M4 Pro 24GB", "m4pro-24", "MacBook Air M4" (the least memory that it comes with, and a note
-    says so). Raises SettingError with what there is.
+    """The Mac of that name: "M4 Pro 24GB", "m4pro-24", "MacBook Air M4" (with its smallest memory, and a note about it).
+    Raises SettingError with the valid choices.
     """
     found = parse_mac(name)
     machine = _mac(found.chip, found.memory_gb, found.cores)
@@ -88,7 +88,7 @@ def find_mac(name: str) -> Machine:
     if found.has_memory or len(others) == 1:
         return machine
     note = (
-        f"an {found.chip} comes with {sizes(others)}; the least is planned for, since {name!r} names none: "
+        f"an {found.chip} comes with {sizes(others)}; the smallest is assumed, since {name!r} does not give one: "
         f'add it, for example "{found.chip} {others[-1]}GB"'
     )
     return replace(machine, notes=(*machine.notes, note))
@@ -101,7 +101,7 @@ def _mac(name: str, memory_gb: int, cores: int | None = None) -> Machine:
     notes = () if is_reported else (f"the working set of {memory_gb} GB is estimated, not reported by anyone",)
     return Machine(
         f"{name} {memory_gb}GB", "metal", memory_gb * GIB, working_set,
-        # macOS and a browser; the working set is what the system leaves to the GPU on top of it.
+        # macOS and a browser; the GPU's working set comes on top of it.
         used_bytes=min(4 * GIB, memory_gb * GIB // 4),
         bandwidth=chip.bandwidth * 1e9, flops=chip.teraflops * 1e12, ssd=(chip.ssd[0] * 1e9, chip.ssd[1] * 1e9),
         notes=notes, chip=name,
@@ -134,13 +134,13 @@ def this_machine(
 
 
 def process_peak_bytes() -> int:
-    """The most memory that this process has had in use, everything in it counted."""
+    """The peak memory of this process, everything in it counted."""
     import resource
 
     charged = footprint()
     if charged is not None:  # macOS's ru_maxrss counts pages of files that were read, and no buffers of the GPU
         return charged.peak
-    # On Linux a process takes over the mark of the one that started it; the kernel's own does not.
+    # On Linux ru_maxrss starts with the parent process's value; VmHWM does not.
     with contextlib.suppress(OSError):
         found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if found:
@@ -154,9 +154,9 @@ ENOUGH_OPEN_FILES = 4096
 
 
 def allow_open_files(wanted: int = ENOUGH_OPEN_FILES) -> int:
-    """Let this process have `wanted` files open, or as many as it may; gives how many that are. Never fewer than before.
+    """Raise this process's limit of open files to `wanted`, or as far as allowed; return the limit. Never lowers it.
 
-    macOS gives a program that was started in a Terminal 256, and no bound to raising that.
+    macOS gives a program started in a Terminal a limit of 256, which it may raise without bound.
     """
     import resource
 
@@ -183,7 +183,7 @@ def _trim() -> Callable[[int], int] | None:
 
 
 def give_back_freed() -> None:
-    """Give memory that MLX has freed back to the system, on the CPU backend, where it comes from C's allocator."""
+    """Return freed memory to the system on the CPU backend, where MLX uses C's allocator."""
     import mlx.core as mx
 
     mx.clear_cache()
@@ -199,7 +199,7 @@ def _backend(mx: Any) -> str:
 
 
 def _this_mac(name: str, info: Mapping[str, Any], run: Run, backend: str) -> Machine:
-    """A Mac, of which MLX says less where the CPU is its default device: nothing of memory, and another name."""
+    """This Mac. If the CPU is MLX's default device, MLX reports no memory and another name."""
     memory = int(info.get("memory_size", 0)) or sysctl_number(run, "hw.memsize") or _memory_of_the_system()
     if backend == "metal":
         working_set = int(info.get("max_recommended_working_set_size", 0)) or working_set_of(round(memory / GIB))[0]
@@ -210,7 +210,7 @@ def _this_mac(name: str, info: Mapping[str, Any], run: Run, backend: str) -> Mac
     return Machine(
         f"{name} {round(memory / GIB)}GB", backend, memory, min(working_set, memory),
         min(memory, used_bytes(run(["vm_stat"]) or "")),
-        # What a plan makes of these two holds for the GPU.
+        # A plan uses these two for the GPU.
         None if chip is None or backend != "metal" else chip.bandwidth * 1e9,
         None if chip is None or backend != "metal" else chip.teraflops * 1e12,
         None if chip is None else (chip.ssd[0] * 1e9, chip.ssd[1] * 1e9),
@@ -219,7 +219,7 @@ def _this_mac(name: str, info: Mapping[str, Any], run: Run, backend: str) -> Mac
 
 
 def _memory_of_the_system() -> int:
-    """Bytes of memory as the C library has them; 0 where it does not say."""
+    """Bytes of memory according to the C library; 0 if it does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
@@ -227,7 +227,7 @@ def _memory_of_the_system() -> int:
 
 
 def _linux_memory(root: Path) -> tuple[int, int]:
-    """(memory, used by others): of the machine, or of the container where that has less."""
+    """(memory, used by others): of the machine, or of the container if that has less."""
     found: list[tuple[str, str]] = re.findall(r"^(\w+):\s+(\d+) kB", read_fact(root / "proc/meminfo"), re.MULTILINE)
     fields = dict(found)
     total = int(fields.get("MemTotal", 0)) * 1024
@@ -245,9 +245,9 @@ def _linux_memory(root: Path) -> tuple[int, int]:
 
 
 def wired_limit_advice(machine: Machine, needed_bytes: int) -> str | None:
-    """The sysctl line that would let the GPU have `needed_bytes`, with its risk; None where it would not help.
+    """The sysctl command that would let the GPU use `needed_bytes`, with its risk; None if it would not help.
 
-    macOS needs some gigabytes for itself whatever the limit is: no advice goes beyond memory less max(4 GiB, an eighth).
+    macOS needs some gigabytes itself whatever the limit is: the advice never exceeds the memory less max(4 GiB, an eighth).
     """
     most = machine.memory_bytes - max(4 * GIB, machine.memory_bytes // 8)
     if machine.backend != "metal" or not machine.working_set_bytes < needed_bytes <= most:

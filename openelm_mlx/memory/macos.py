@@ -1,7 +1,6 @@
-"""What macOS says of itself and of a process: sysctl, vm_stat, ioreg, and the footprint that its own tools show.
+"""Facts from macOS about the system and a process: sysctl, vm_stat, ioreg, and the memory footprint.
 
-Whatever is asked in another way on Linux is asked here and nowhere else, and every answer can be injected: a Mac's words
-are tested where there is no Mac.
+All macOS-specific queries are here, and every answer can be injected, so that they are tested without a Mac.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _RUSAGE_INFO_V4 = 4
 
 
 def on_macos() -> bool:
-    """Whether this is macOS. The one place that asks, so that tests can say yes."""
+    """Whether this is macOS. The only place that checks, so that tests can override it."""
     return sys.platform == "darwin"
 
 
 def output(command: list[str]) -> str | None:
-    """The `Run` of this machine; None for everything where this is no Mac."""
+    """The `Run` of this machine; returns None for everything if this is not a Mac."""
     if not on_macos():
         return None
     try:
@@ -44,22 +43,22 @@ def output(command: list[str]) -> str | None:
 
 
 def sysctl(run: Run, name: str) -> str:
-    """What the kernel says under that name; empty where it says nothing."""
+    """The kernel's value of that name; empty if there is none."""
     return (run(["sysctl", "-n", name]) or "").strip()
 
 
 def sysctl_number(run: Run, name: str) -> int:
-    """The same as a number; 0 where it is none."""
+    """The same as a number; 0 if it is not one."""
     text = sysctl(run, name)
     return int(text) if text.isdigit() else 0
 
 
 def used_bytes(vm_stat: str) -> int:
-    """What of a Mac's memory programs and the system cannot give up, from the words of `vm_stat`; 0 where it has none.
+    """The memory of a Mac that programs and the system cannot give up, from the output of `vm_stat`; 0 if it is unreadable.
 
-    Wired pages, the programs' own (anonymous) ones but those that they offered to lose (purgeable), and what compressed
-    ones take. Pages of files are none of it, however active: they are dropped for who needs the room, so a checkpoint that
-    was read before does not stand in the way of itself.
+    That is wired pages, anonymous pages of programs except purgeable ones, and the compressor's pages. Cached pages of files,
+    however active, do not count: the system drops them when memory is needed, so a checkpoint that was read before does not
+    reduce the room for itself.
     """
     found = re.search(r"page size of (\d+)", vm_stat)
     page = DEFAULT_PAGE_BYTES if found is None else int(found[1])
@@ -74,14 +73,14 @@ def _pages(vm_stat: str, name: str) -> int | None:
 
 
 def gpu_cores(run: Run) -> int | None:
-    """How many cores the GPU has, which its name does not say; None where that cannot be learned."""
+    """The number of GPU cores, which the device's name does not tell; None if it cannot be read."""
     found = re.search(r'"gpu-core-count"\s*=\s*(\d+)', run(["ioreg", "-r", "-c", "AGXAccelerator", "-d", "1"]) or "")
     return None if found is None else int(found[1])
 
 
 class Footprint(NamedTuple):
-    """Bytes of memory that are charged to a process, now and at most since it began: buffers of the GPU, compressed and
-    swapped pages too, pages of files not. It is what Activity Monitor shows, and what macOS ends a process for.
+    """Bytes of memory charged to a process, now and at its peak: with buffers of the GPU, compressed and swapped pages, without
+    cached pages of files. Activity Monitor shows it, and macOS kills a process for it.
     """
 
     now: int
@@ -108,9 +107,9 @@ class _RusageInfo(ctypes.Structure):
 
 
 def footprint(pid: int | None = None, library: Any = None) -> Footprint | None:
-    """The footprint of a process of this user (None: of this one). None where it cannot be asked, or has ended.
+    """The memory footprint of a process of this user (None: of this one). None if it cannot be read, or has ended.
 
-    library: what has `proc_pid_rusage`; macOS's own when it is None.
+    library: with `proc_pid_rusage`; None: macOS's own.
     """
     library = _system_library() if library is None else library
     if library is None:
@@ -126,9 +125,9 @@ _MS_INVALIDATE = 2
 
 
 def forget_file(path: Path, library: Any = None) -> None:
-    """Have the system drop what it keeps of a file in memory: on macOS, which has no posix_fadvise.
+    """Drop a file from the system's file cache on macOS, which has no posix_fadvise.
 
-    A file's cache is dropped there through a shared map of it; F_NOCACHE would leave what is cached already.
+    That is done through a shared memory map of it; F_NOCACHE would leave what is cached already.
     """
     library = _system_library() if library is None else library
     if library is None or not path.stat().st_size:

@@ -1,4 +1,4 @@
-"""What a machine was measured to take and to reach, as plans read it; `calibration.py` makes, keeps and finds it."""
+"""Measured memory and speed of a machine, as plans use them; `calibration.py` computes, stores and finds them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MeasuredRates:
-    """Of one model family: seconds a layer however small it is; bytes a second of weights, and of keys and values, that
-    decoding reaches; operations a second (two a multiplication) of a prompt's products. error: by how much of a run's
-    time the terms missed the one that they explain worst.
+    """For one model family: the fixed seconds of a layer; bytes a second of weights, and of keys and values, in decoding;
+    operations a second (two a multiplication) of a prompt's products. error: the largest relative error of the terms.
     """
 
     layer_seconds: float
@@ -23,10 +22,9 @@ class MeasuredRates:
 
 @dataclass(frozen=True)
 class Calibration:
-    """scratch: model family -> how many times as much as the shapes say; process_bytes: of the process beside MLX's peak.
+    """scratch: model family -> factor for the scratch memory that shapes predict; process_bytes: of the process besides MLX.
 
-    rates: model family -> what `machine` reaches, which says nothing of any other; disk: bytes a second that its experts
-    are read with.
+    rates: model family -> rates of `machine`, which do not apply to any other; disk: bytes a second at which experts are read.
     """
 
     scratch: Mapping[str, float]
@@ -38,5 +36,5 @@ class Calibration:
     speed_date: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """What is kept of memory."""
+        """The memory corrections, as they are stored."""
         return {"scratch": dict(self.scratch), "process_bytes": self.process_bytes, "date": self.date}

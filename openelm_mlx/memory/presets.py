@@ -1,4 +1,4 @@
-"""Presets: how much of a model's quality is given for memory and speed. One table, which every command and call reads."""
+"""Presets: how much of a model's quality is traded for memory and speed. One table for all commands and calls."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..files import shown
 
 @dataclass(frozen=True)
 class Preset:
-    """dense_bits: what matrices are rounded to that the source has not packed; None leaves them. meaning: in words.
+    """dense_bits: bits for matrices that the source has not quantized; None leaves them. meaning: in words.
 
-    Those are gpt-oss's attention, embedding and head - its experts stay in the MXFP4 they were released in, and routers and
-    norms as they are - and all matrices of OpenELM. Converted, it is the recipe of so many bits.
+    These are gpt-oss's attention, embedding and head (its experts stay in MXFP4 as released, routers and norms unquantized) and
+    all matrices of OpenELM. For a conversion it is the recipe with this many bits.
     """
 
     dense_bits: int | None
@@ -29,8 +29,7 @@ PRESETS = {
     "smallest": Preset(4, "dense parts in 4 bits"),
 }
 
-# How often the demos' likeliest next token stays what it was, by quality.tsv, which no help has the time to read: fewer bits
-# are offered with their figure beside them.
+# How often the demos' likeliest next token stays the same, copied from quality.tsv, which would be too slow to read for help.
 KEPT = {"balanced": "97 to 98 %", "smallest": "75 to 83 %"}
 
 HELP = "; ".join(
@@ -40,10 +39,10 @@ HELP = "; ".join(
 
 
 def preset_bits(preset: str | None, bits: Any = None, spelled: tuple[str, str] = ('preset="{}"', "dense_bits")) -> Any:
-    """The bits of a preset; `bits` (or a recipe), which were asked for themselves, where there is none.
+    """The bits of a preset, or `bits` (or a recipe) if there is no preset.
 
-    spelled: how the place where it was asked calls the preset and the bits. Raises SettingError for a name that is none,
-    and for both at once.
+    spelled: the names of the preset and of the bits for errors. Raises SettingError for an unknown preset, and for both at
+    once.
     """
     if preset is None:
         return bits

@@ -1,4 +1,4 @@
-"""What fewer bits of the dense parts do to a model, as it was measured: quality.tsv, which a plan shows beside its choices.
+"""The measured effect of quantizing the dense parts: quality.tsv, which a plan shows beside its presets.
 
 `python -m benchmarks.quality` measures it, in a clone (benchmarks/measurements/quality.py says how).
 """
@@ -14,10 +14,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Quality:
-    """A model with dense parts in so many bits against itself, over `positions` next-token distributions.
+    """A model with dense parts in `bits` bits compared with the original, over `positions` next-token distributions.
 
-    text: what was read; "random" of random weights and tokens, which say how errors grow through real widths. kl,
-    largest_kl: of the original's distribution from the rounded one's, in nats. same_top: share of positions with the same
+    text: the text that was read; "random": random weights and tokens, which show how errors grow with real widths. kl,
+    largest_kl: of the original's distribution from the quantized one's, in nats. same_top: share of positions with the same
     likeliest token. logits_error: rms of the logits' difference over rms of the logits.
     """
 
@@ -54,12 +54,12 @@ def measured_quality() -> tuple[Quality, ...]:
 
 
 def quality_of(family: str, bits: int | None) -> Quality | None:
-    """Of a family's demo with dense parts in so many bits: of the texts that it read, the one that came off worst."""
+    """The worst result over all texts for a family's demo with dense parts in `bits` bits."""
     rows = [row for row in measured_quality() if (row.family, row.bits) == (family, bits) and row.text != "random"]
     return max(rows, key=lambda row: row.kl, default=None)
 
 
 def percent(share: float) -> str:
-    """A share for people, which says 100 % only of all: 99.93 %, 98.2 %, 87 %."""
+    """A share for people, as 100 % only if it is exactly that: 99.93 %, 98.2 %, 87 %."""
     value = 100 * share
     return "100 %" if value == 100 else f"{min(value, 99.99):.2f} %" if value >= 99 else f"{value:.1f} %"

@@ -1,4 +1,4 @@
-"""How fast a model should decode and read a prompt on a machine: three terms, and a range rather than a number.
+"""Expected speed of decoding and prefill on a machine: three terms, and a range rather than one number.
 
 The terms come from what people have published (`chips.py`, published_speeds.tsv), or from this very machine once `plan
 --calibrate` has measured it. Pure arithmetic, no arrays.
@@ -27,19 +27,18 @@ if TYPE_CHECKING:
     from ..specs import ModelSpec
     from .machine import Machine
 
-# What a machine did a minute ago it does again within a tenth, or as well as the terms explained it then; a laptop that
-# gets hot does not.
+# A machine repeats its measured speed within a tenth, or within the terms' own error; a hot laptop is slower.
 MEASURED = 0.1
-# What attention reaches of what products do: 0.28 and 0.71 of the arithmetic in llama.cpp's series.
+# Attention's speed relative to products: they reach 0.28 and 0.71 of the arithmetic in llama.cpp's series.
 ATTENTION_SHARE = 0.4
 
 
 @dataclass(frozen=True)
 class SpeedRange:
-    """Tokens a second, the least and the most, two digits each; `tokens`: how many the context has then.
+    """Tokens a second, the least and the most, two digits each; `tokens`: the context length for it.
 
     basis: "measured" (here), "published" (runs of such a model on this chip), "related" (on this chip with another size or
-    other weights), "no run" (on this chip nobody has published one). fit: the middle before it is rounded, to compare two.
+    other weights), "no run" (none was published on this chip). fit: the middle before rounding, for comparisons.
     """
 
     low: float
@@ -50,12 +49,12 @@ class SpeedRange:
 
     @classmethod
     def of(cls, slow: float, fast: float, tokens: int, basis: str) -> SpeedRange:
-        """From the tokens a second that there are at least and at most."""
+        """A range from the least and the most tokens a second."""
         return cls(rounded(slow), rounded(fast), tokens, basis, (slow + fast) / 2)
 
     @property
     def middle(self) -> float:
-        """One number, where one is needed, two digits."""
+        """The middle of the range, two digits."""
         return rounded((self.low + self.high) / 2)
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,9 +67,9 @@ class SpeedRange:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does for one family. Seconds, bytes and operations a second.
+    """A machine's rates for one family, in seconds, bytes a second and operations a second.
 
-    low, high: factors of the speed that the terms give. products, attention: the least and the most, None where not known.
+    low, high: factors for the speed that the terms give. products, attention: the least and the most, None if not known.
     """
 
     layer_seconds: float
@@ -83,14 +82,14 @@ class Rates:
     basis: str
 
     def decode_seconds(self, layers: int, weight_bytes: float, kv_bytes: float) -> float:
-        """Of one token, by the terms alone."""
+        """Seconds of one token, by the terms."""
         return layers * self.layer_seconds + weight_bytes / self.weights + kv_bytes / self.keys_values
 
 
 def rates_of(machine: Machine, spec: ModelSpec, dense_bits: int | None = None) -> Rates | None:
-    """A machine's rates for such a model: measured, else by what is published; None where nothing is known of it.
+    """A machine's rates for such a model: measured, else from published runs; None if nothing is known.
 
-    dense_bits: of the parts that are not experts, as far as that says whether such runs were published.
+    dense_bits: of the parts that are not experts; decides whether such runs were published.
     """
     calibration = machine.calibration
     measured = None if calibration is None else calibration.rates.get(spec.family)
@@ -126,14 +125,14 @@ def _both(rate: float | None, within: float, share: float = 1.0) -> tuple[float,
 def prefill_seconds(
     spec: ModelSpec, rates: Rates, prompt: int, chunk: int, touched_bytes: float
 ) -> tuple[float, float] | None:
-    """Seconds of a prompt in chunks, the most and the least; None where not known.
+    """Seconds of a prompt in chunks, the most and the least; None if not known.
 
-    Products with every active parameter, attention over half of the prompt in the layers that keep all of it (over the
-    window in the others), and never faster than a chunk's weights, `touched_bytes` of them, can be read.
+    They are for products with every active parameter, and attention over half of the prompt in layers with full attention
+    (over the window in the others), but never faster than a chunk's weights, `touched_bytes` of them, can be read.
     """
     if rates.products is None or rates.attention is None:
         return None
-    # Published shares were taken of all active parameters; what was measured here, of those that a prompt's tokens meet.
+    # Published shares count all active parameters; calibration counts those that a prompt's tokens use.
     head = spec.vocab_size * spec.hidden_size if rates.basis == "measured" else 0
     operations = 2 * (spec.num_active_parameters() - head)
     attention = sum(
@@ -148,15 +147,15 @@ def prefill_seconds(
 
 
 def streamed_seconds(layers: int) -> float:
-    """What waiting for the routers' choices adds to a token, at most: one wait a layer.
+    """The most that read-backs of the routers' choices add to a token: one wait a layer.
 
-    Measured here or not: with every expert in memory, as in the runs that are measured, nothing waits for them.
+    This is added to measured rates too, since the measured runs have all experts in memory and never wait.
     """
     return layers * READ_BACK_SECONDS
 
 
 def rounded(value: float, digits: int = 2) -> float:
-    """Two digits."""
+    """`value` rounded to two significant digits."""
     return float(f"{value:.{digits}g}")
 
 
@@ -171,7 +170,7 @@ def number(value: float, digits: int = 2) -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """A published speed: tokens/s of decoding (`what` "decode") with so many tokens in the context, or of a prompt of so
+    """A published speed: tokens/s of decoding (`what` "decode") with `tokens` tokens in the context, or of a prompt with that
     many ("prefill"). gigabytes: of weights that a token of decoding reads. weights: "Q8" and "Q4" are MXFP4 experts with
     dense parts in 8 and 4 bits, "A4" everything in 4. trust: "A" a protocol and repeats; "B" one run; "C" second-hand,
     throttled, or by an engine that is not named.
@@ -209,7 +208,7 @@ def published_speeds() -> tuple[Published, ...]:
 
 
 def published_basis(chip: str, spec: ModelSpec, dense_bits: int | None) -> str:
-    """ "published", "related" or "no run": what was published of decoding such a model on that chip, weak sources left out."""
+    """ "published", "related" or "no run": whether such a model's decoding was published on that chip, without weak sources."""
     family = "gpt_oss" if spec.family == "gpt_oss" else "dense"
     rows = [
         row for row in published_speeds()

@@ -1,12 +1,12 @@
-"""What computing takes beside weights and caches: the arrays that are alive at the same time, counted from the shapes.
+"""Scratch memory: the arrays besides weights and caches that are alive at the same time, computed from the shapes.
 
-MLX gives memory to an array when the operation that makes it is dispatched, and takes it back when the last operation that
-reads it has been computed. A prompt goes through a model part by part (decoding/prefill.py, `in_turn`), so what is alive is
-the sum of everything that one part makes: on the CPU of one part of a layer, on a GPU of two layers that follow each other.
-An operation on every number by itself reuses its input's memory where nothing else reads that.
+MLX allocates an array when the operation that makes it is dispatched, and frees it when the last operation that reads it
+has been computed. A prompt goes through a model part by part (decoding/prefill.py, `in_turn`), so the live arrays are all
+those that one part makes: on the CPU one part of a layer, on a GPU two successive layers. An elementwise operation reuses
+its input's memory if nothing else reads it.
 
-The sums follow from the code in `models/`; a test measures each part on the CPU beside them. GPUs have kernels where the
-CPU has several steps; what these take inside is measured on CUDA and taken over for Metal (docs/memory.md).
+The sums follow from the code in `models/`; a test measures each part on the CPU. GPUs have kernels where the CPU needs
+several steps; their internal memory was measured on CUDA and is assumed for Metal (docs/memory.md).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ..models.routing_ways import BY_SORTING, IN_BLOCKS, MOST_ROUTES_OF_A_TABLE,
 from ..specs import KV_SCORES_BYTES, KV_STEP, KV_UNPACK_FROM, LayerSpec, ModelSpec, kv_capacity
 
 FLOAT32 = 4
-# How many arrays of the size of the logits sampling takes.
+# How many arrays of the logits' size sampling needs.
 LOGITS_COPIES = 3
 # How many layers of a prompt's chunk may be in memory at the same time (decoding/prefill.py, `in_turn`). Where a layer takes
 # 0.2 ms, as on a fast GPU, memory comes back layers later than it could, and waiting for it would take as long as the work.
 LAYERS_IN_FLIGHT = {"metal": 2, "cuda": 4}
 # How a GPU's rows go through their experts unless `selfcheck` found another way faster (models/precision.py).
 _EXPERT_WAYS = {"metal": BY_SORTING, "cuda": IN_BLOCKS}
-# Tokens that may be checked at once behind a guess, with all of every layer; one token is fewer.
+# The most tokens that are verified at once in speculative decoding, with all outputs of every layer.
 GUESSED = 9
 
 
 @dataclass(frozen=True)
 class LayerScratch:
-    """Bytes that the parts of one layer make, results included: before, in and after its attention.
+    """Bytes of the arrays that the parts of one layer make, with their results: before, in and after attention.
 
-    projected: what of `before` stays until the attention is done: queries, keys and values; attended: of `attention`.
+    projected: the part of `before` that stays until attention is done: queries, keys and values; attended: attention's result.
     """
 
     before: int
@@ -53,7 +53,7 @@ class LayerScratch:
 def layer_scratch(
     spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None = None
 ) -> LayerScratch:
-    """What `L` tokens after `offset` cached ones take in one layer that computes with numbers of `itemsize` bytes."""
+    """The scratch memory of one layer for `L` tokens after `offset` cached ones, with numbers of `itemsize` bytes."""
     return _counting(spec, layer, L, offset, itemsize, backend, kv_bits).layer()
 
 
@@ -66,7 +66,7 @@ def _counting(
 
 
 class _Counting:
-    """The shapes, and what both backends have in common."""
+    """The shapes, and the sums that both backends share."""
 
     def __init__(
         self, spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, kv_bits: int | None
@@ -106,7 +106,7 @@ class _Counting:
 
     @property
     def num_keys(self) -> int:
-        """How many keys the queries are given: all, or in a sliding layer the new ones and up to a window before them."""
+        """How many keys attention reads: all, or in a sliding layer the new ones and up to a window before them."""
         window = self.layer_spec.window
         return self.L + (self.offset if window is None else min(self.offset, window - 1))
 
@@ -124,12 +124,12 @@ class _Counting:
         return 2 * FLOAT32 * self.keys_and_values(self.L) + 3 * FLOAT32 * self.queries + 2 * at_once * scores + mask
 
     def keys_and_values(self, num_keys: int) -> int:
-        """How many numbers the keys and values of so many tokens are."""
+        """How many numbers the keys and values of `num_keys` tokens have."""
         return 2 * num_keys * self.layer_spec.num_kv_heads * self.layer_spec.head_dim
 
 
 class _OnCpu(_Counting):
-    """MLX's CPU backend: norms, rotations, attention and experts are worked out in float32, in many steps."""
+    """MLX's CPU backend: norms, rotations, attention and experts are computed in float32, in many steps."""
 
     def cast(self, count: int) -> int:
         """A copy in float32, which float32 does not need."""
@@ -170,7 +170,7 @@ class _OnCpu(_Counting):
         return total
 
     def scores(self, L: int, keys: int) -> int:
-        """Scaled queries, scores, what sinks add to them, and the result."""
+        """Scaled queries, scores, the sinks, and the result."""
         heads, queries = self.layer_spec.num_heads, L * self.layer_spec.num_heads * self.layer_spec.head_dim
         scores = FLOAT32 * heads * L * keys
         if self.layer_spec.num_experts:
@@ -261,9 +261,9 @@ class _OnGpu(_Counting):
 def scratch_bytes(
     spec: ModelSpec, chunk: int, context: int, itemsize: int, batch_size: int, backend: str, kv_bits: int | None = None
 ) -> int:
-    """Bytes that a pass over a chunk of a prompt, or over one token, takes beside weights and cache: the largest of all.
+    """The largest scratch memory of all passes over a prompt's chunks, or over one token.
 
-    chunk, context: tokens at once, and in all, from an empty cache on: full chunks, and one that is left over. batch_size:
+    chunk, context: tokens at once, and in total, from an empty cache on: full chunks and a remainder. batch_size:
     how many requests are at work, each with so long a context: all decode, or one has a chunk of its prompt instead.
     """
     chunk = min(chunk, context)
@@ -273,7 +273,7 @@ def scratch_bytes(
     largest = max(
         pass_bytes(spec, L, offset, itemsize, backend, kv_bits, is_prompt) for L, offset, is_prompt in passes if L
     )
-    # A full layer's buffers are there twice for a moment while they grow, when nothing is computed.
+    # A full layer's buffers are briefly in memory twice while they grow, when nothing is computed.
     grown = max(
         (layer.kv_bytes_per_token(itemsize, kv_bits) for layer in spec.layers if layer.window is None), default=0
     )
@@ -351,8 +351,8 @@ def pass_bytes(
     kv_bits: int | None = None,
     is_prompt: bool = False,
 ) -> int:
-    """Bytes that `L` tokens after `offset` cached ones take in one pass. is_prompt: of the last layer only the new keys and
-    values are computed, and one token.
+    """The scratch memory of one pass for `L` tokens after `offset` cached ones. is_prompt: of the last layer only the new keys
+    and values, and one token, are computed.
     """
     head_dim = max(layer.head_dim for layer in spec.layers)
     stream = L * spec.hidden_size * (FLOAT32 if spec.layers[0].num_experts else itemsize)

@@ -1,7 +1,7 @@
-"""What was measured on this very machine and is used from then on: one small JSON file for each subject and machine.
+"""Stored measurements of this machine: one small JSON file for each subject and machine.
 
-Kept in the user's cache folder, so that losing it costs a measurement and nothing else. A file that is damaged, of
-another format, or of another machine counts as not there.
+They are in the user's cache folder, since they can be measured again. A file that is damaged, in another format, or of
+another machine is ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> Path:
-    """Where files are kept that can be made again: OPENELM_MLX_CACHE, else the system's place for an application's."""
+    """The folder for files that can be made again: OPENELM_MLX_CACHE, else the system's cache folder for applications."""
     if environment.get("OPENELM_MLX_CACHE"):
         return Path(environment["OPENELM_MLX_CACHE"]).expanduser()
     if system == "darwin":
@@ -35,7 +35,7 @@ def cache_folder(environment: Mapping[str, str] = os.environ, system: str = sys.
 
 
 def machine_key() -> str:
-    """Names this machine and MLX's version: what was measured with one kernel says nothing of the next release's."""
+    """This machine and MLX's version: measurements of one release's kernels do not apply to the next."""
     info = mx.device_info()
     name = str(info.get("device_name") or platform.processor() or platform.machine())
     try:
@@ -46,7 +46,7 @@ def machine_key() -> str:
 
 
 def load_stored(subject: str, machine: str | None = None) -> dict[str, Any]:
-    """What `store` kept under `subject` for this machine; empty when there is nothing that can be used."""
+    """The values that `store` kept under `subject` for this machine; empty if there are none that can be used."""
     machine = machine_key() if machine is None else machine
     try:
         content = read_json(_file(subject, machine), DestinationError)
@@ -59,7 +59,7 @@ def load_stored(subject: str, machine: str | None = None) -> dict[str, Any]:
 
 
 def store(subject: str, values: Mapping[str, Any], machine: str | None = None) -> Path:
-    """Keep `values` (of JSON's types) under `subject` for this machine, whole or not at all; returns the file.
+    """Store `values` (JSON types) under `subject` for this machine, completely or not at all; return the file.
 
     Raises DestinationError when the folder cannot be written.
     """

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def build_model(spec: ModelSpec, choices: KernelChoices | None = None) -> Model:
     """The module for `spec`, its parameters not yet loaded (and, MLX being lazy, not yet allocated).
 
-    choices: which of equal ways its kernels take; the backend's defaults when it is None.
+    choices: which of equivalent kernels it uses; None: the backend's defaults.
     """
-    # One line a family; each file is imported only when it is wanted.
+    # One line for each family; its file is imported only when needed.
     if spec.family == "openelm":
         from .openelm import OpenELM
 

@@ -1,4 +1,4 @@
-"""Which keys a query may see, and the attention over them."""
+"""Attention: masks (causal, sliding window, padding) and softmax with sinks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def visible_keys(
 
     query_positions (L,), key_positions (T,): absolute positions; with blocks, (n, L) and (n, T), there is an n in place
     of the 1 or before L. A query sees keys up to its own position, the last `window` of them (its own included), and
-    none of its row's `left_padding` (B,) first positions. Queries that are padding themselves see plain causal keys:
-    what they compute is never read, but a row that sees nothing would be NaN, and NaN times a zero probability is NaN.
+    none of its row's `left_padding` (B,) first positions. Queries that are padding themselves get a plain causal mask:
+    their results are never read, but a row without keys would be NaN, and NaN times a zero probability is NaN.
     """
     queries, keys = query_positions[..., :, None], key_positions[..., None, :]
     visible = keys <= queries
@@ -50,8 +50,8 @@ def causal_mask(
 ) -> Mask:
     """The mask of L new tokens at positions from `offset` on, over the keys from `first` on, in its cheapest form.
 
-    None when everything is visible (one token), "causal" when MLX's own causal form says it, a `BlockMask` for many
-    tokens with a short window, else a boolean array.
+    None when everything is visible (one token), "causal" when MLX's own causal mask is enough, a `BlockMask` for many tokens
+    with a short window, else a boolean array.
     """
     T = offset + L - first
     if left_padding is None and (window is None or window >= T):
@@ -66,7 +66,7 @@ def block_mask(L: int, offset: int, window: int, left_padding: mx.array | None =
     starts = offset + window * mx.arange(-(-L // window))[:, None]
     query_positions, key_positions = starts + mx.arange(window), starts + mx.arange(-window, window)
     visible = visible_keys(query_positions, key_positions, window, left_padding)
-    # Before the first key there is only what fills up the first block.
+    # Before the first key there is only the padding of the first block.
     return BlockMask(visible & (key_positions >= first)[:, None, :], window)
 
 
@@ -92,7 +92,7 @@ def attend(
         keys, values = keys.unpack(queries.dtype), values.unpack(queries.dtype)
     if isinstance(mask, BlockMask):
         return _attend_in_blocks(queries, keys, values, mask, scale, sinks)
-    if queries.dtype == mx.float32 or not runs_on_cpu():  # the common way, in the fewest steps of the host
+    if queries.dtype == mx.float32 or not runs_on_cpu():  # the common case, with the least work on the host
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     q, k, v = (each.astype(mx.float32) for each in (queries, keys, values))
     return attend(q, k, v, mask, scale, None if sinks is None else sinks.astype(mx.float32)).astype(queries.dtype)

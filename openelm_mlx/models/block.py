@@ -1,10 +1,10 @@
-"""What the layers of both families have in common: a part before their attention, the attention, and a part after it.
+"""The layer that both families share: a part before attention, the attention, and a part after it.
 
 The two parts have the same shapes for every single token, whatever the cache holds, so that they can be compiled
-(decoding/compiled_step.py); the attention between them is left alone. The walk through the layers is in base.py.
+(decoding/compiled_step.py); the attention between them is not compiled. The walk through the layers is in base.py.
 
-Submodules are looked up as items, `self["attn"]`, on the way of a token: an attribute of an `nn.Module` is found by a
-function in Python, and a token would go through more than a hundred of them.
+In the forward pass submodules are accessed as items, `self["attn"]`: attribute access of an `nn.Module` runs a Python
+function, and a token needs more than a hundred of them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .attention import Mask, attend
 from .cache import LayerCache
 from .packed import Packed
 
-# Told of what has just been dispatched, and whether a layer is complete with it: it may wait (decoding/prefill.py).
+# Called with arrays that have just been dispatched, and whether a layer is complete; it may wait (decoding/prefill.py).
 LayerThrottle = Callable[[Sequence[mx.array], bool], None]
 
-# The residual stream that a layer begins with, and its new tokens' queries, keys and values.
+# A layer's input (the residual stream), and the queries, keys and values of its new tokens.
 Projected = tuple[mx.array, mx.array, mx.array, mx.array]
 
 
@@ -34,14 +34,14 @@ class BlockAttention(nn.Module):
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: LayerCache | None
     ) -> mx.array:
-        """What the queries see of the new keys and values and, with a cache, of those before. -> (B, H, L, D)"""
+        """Attention over the new keys and values and, with a cache, the earlier ones. -> (B, H, L, D)"""
         seen_keys, seen_values = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
         return attend(queries, seen_keys, seen_values, mask, self.scale, self.get("sinks"))
 
     def attend_over(
         self, queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, mask: Mask
     ) -> mx.array:
-        """What the queries see of all these keys and values. -> (B, H, L, D)"""
+        """Attention over all these keys and values. -> (B, H, L, D)"""
         return attend(queries, keys, values, mask, self.scale, self.sinks)
 
 
@@ -54,7 +54,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None = None) -> mx.array:
-        """The layer by itself, x (B, L, hidden_size) -> the same shape; the walk calls its parts."""
+        """The whole layer, x (B, L, hidden_size) -> the same shape; the walk of the layers calls its parts instead."""
         queries, keys, values = self.before_attention(x, 0 if cache is None else cache.offset)
         return self.after_attention(x, self.attention.attend(queries, keys, values, mask, cache))
 
@@ -63,12 +63,12 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
-        """The layer's output from its input x and what attention gave, (B, H, L, D)."""
+        """The layer's output from its input x and attention's output, (B, H, L, D)."""
         raise NotImplementedError
 
     def prepare_constants(self) -> list[mx.array]:
-        """Make what every token needs and none changes, where it is not there yet, and give it to be evaluated.
+        """Compute constants that every token needs, if missing, and return them for evaluation.
 
-        Called before tracing: a trace would make it anew for every token.
+        Called before tracing: a compiled piece would otherwise compute them again for every token.
         """
         raise NotImplementedError

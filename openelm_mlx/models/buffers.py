@@ -1,4 +1,4 @@
-"""Buffers (B, K, T, D) of a cache that grow as `specs.kv_capacity` says, and what brings a cache back to an earlier place."""
+"""Buffers (B, K, T, D) of a cache, which grow by `specs.kv_capacity`, and snapshots to return to an earlier state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..specs import kv_capacity
 
 
 class Snapshot(NamedTuple):
-    """A place in a layer's cache to come back to. end: one past the newest position in a ring. arrays: a ring's buffers."""
+    """An earlier state of a layer's cache. end: one past the newest position in a ring. arrays: a ring's buffers."""
 
     offset: int
     end: int
@@ -25,7 +25,7 @@ def appended(
     if buffer is None or needed > buffer.shape[2]:
         empty = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
         buffer = grown(empty if buffer is None else buffer, used, needed, context_length, spare_places)
-    if new.shape[2] == 1 < buffer.shape[2]:  # one more token: the common case, in the fewest steps of the host
+    if new.shape[2] == 1 < buffer.shape[2]:  # one more token: the common case, with the least work on the host
         buffer[..., used:needed, :] = new
     else:
         write(buffer, slice(used, needed), new)
@@ -35,8 +35,8 @@ def appended(
 def write(buffer: mx.array, places: slice, new: mx.array) -> None:
     """Put the tokens `new` (B, K, L, D) into these places of `buffer` (B, K, T, D), in place.
 
-    MLX takes what is written over a whole array for the array itself. That would be a view here, which keeps all in memory
-    that it was cut from: a chunk's queries, too. So a buffer is never written in one piece.
+    If a whole array is overwritten, MLX keeps the written array in its place. Here that would be a view, which would keep in
+    memory everything that it was cut from, such as a chunk's queries. So a buffer is never written in one piece.
     """
     first = places.start + 1 if places.stop - places.start == buffer.shape[2] else places.start
     if first > places.start:
@@ -50,7 +50,7 @@ def grown(
 ) -> mx.array:
     """A copy of the first `used` tokens of `buffer` (B, K, T, D) with at least `needed` places.
 
-    spare_places: so many more (`KernelChoices`).
+    spare_places: additional places (`KernelChoices`).
     """
     batch, heads, _, head_dim = buffer.shape
     places = kv_capacity(needed, context_length) + spare_places

@@ -43,7 +43,7 @@ class GptOss(LanguageModel):
 
 
 class Transformer(nn.Module):
-    """The parameters under Hugging Face's prefix `model.`; the way through them is `GptOss.run_layers`."""
+    """The parameters under Hugging Face's prefix `model.`; `GptOss.run_layers` is their forward pass."""
 
     def __init__(self, spec: ModelSpec, choices: KernelChoices) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
 
 
 class Routed(NamedTuple):
-    """A layer before its experts: the residual stream, what the experts are given, which ones, and their weights.
+    """A layer before its experts: the residual stream, the experts' input, the router's top-k experts, and their weights.
 
     h, x (B, L, hidden_size); expert_indices, expert_weights (B, L, k). One token a row: without L.
     """
@@ -98,7 +98,7 @@ class Block(block.Block):
         return add_rounded(x, output, attention.dtype)
 
     def to_experts(self, x: mx.array, out: mx.array) -> Routed:
-        """`after_attention` up to where the experts are asked."""
+        """`after_attention` up to the router's choice of experts."""
         h = self._after_output(x, out)
         normed = self.post_attention_layernorm.in_float32(h)
         return Routed(h, normed.astype(self.self_attn.dtype), *self.mlp.route(normed))
@@ -109,7 +109,7 @@ class Block(block.Block):
         return add_rounded(routed.h, weighted_sum(outputs, routed.expert_weights, dtype), dtype)
 
     def prepare_constants(self) -> list[mx.array]:
-        experts = getattr(self.mlp.experts, "experts", self.mlp.experts)  # streamed ones have them within
+        experts = getattr(self.mlp.experts, "experts", self.mlp.experts)  # streamed experts wrap them
         if not (isinstance(experts, Experts) and experts.has_one_bias_type):
             return []
         return [experts.bias_table(), experts.gate_up_proj.bias, experts.down_proj.bias]

@@ -23,5 +23,5 @@ class RMSNorm(nn.Module):
         return self.in_float32(x).astype(dtype or x.dtype)
 
     def in_float32(self, x: mx.array) -> mx.array:
-        """The same without the last rounding: x of any type -> float32."""
+        """The same without the final rounding: x of any type -> float32."""
         return mx.fast.rms_norm(x, self.weight.astype(mx.float32), self.eps)

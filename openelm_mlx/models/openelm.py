@@ -39,7 +39,7 @@ class OpenELM(LanguageModel):
 
 
 class Transformer(nn.Module):
-    """The parameters under Apple's prefix `transformer.`; the way through them is `OpenELM.run_layers`."""
+    """The parameters under Apple's prefix `transformer.`; `OpenELM.run_layers` is their forward pass."""
 
     def __init__(self, spec: ModelSpec, choices: KernelChoices) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Attention(block.BlockAttention):
         # Slices, since MLX's norm copies what comes from a split.
         num_rotated = self.num_heads + self.num_kv_heads
         queries_and_keys, values = qkv[:, :num_rotated], qkv[:, num_rotated:]
-        # Norm and rotation treat every head alike, so queries and keys go through them together: half the dispatches.
+        # Norm and rotation are the same for every head, so queries and keys are computed together: half the dispatches.
         if self.qk_norm:
             queries_and_keys = mx.fast.rms_norm(queries_and_keys, None, self.norm_eps) * self.gains()
         queries, keys = mx.split(self.rotation(queries_and_keys, offset), [self.num_heads], axis=1)
@@ -142,7 +142,7 @@ class FeedForward(nn.Module):
         return self.proj_2(self.hidden(x))
 
     def hidden(self, x: mx.array) -> mx.array:
-        """What the second projection is given. (..., hidden_size) -> (..., intermediate_size)"""
+        """The input of the second projection. (..., hidden_size) -> (..., intermediate_size)"""
         gate, up = mx.split(self["proj_1"](x), 2, axis=-1)
         return swiglu(gate, up)
 

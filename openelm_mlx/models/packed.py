@@ -1,4 +1,4 @@
-"""Keys and values of 8 bits a number, and the attention of a few queries over them as they are."""
+"""Keys and values in 8 bits, and the attention of a few queries over them without unpacking."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BITS = 8
 
 UNPACK_FROM = KV_UNPACK_FROM
 
-# The scores of fewer queries are computed for so many queries at a time that they take about this much.
+# With fewer queries, scores are computed for as many queries at a time as take about this many bytes.
 SCORES_BYTES = KV_SCORES_BYTES
 
 
@@ -59,7 +59,7 @@ def attend_packed(
 ) -> mx.array:
     """`attention.attend` over packed keys and values, in float32: queries (B, H, L, D), keys and values (B, K, T, D).
 
-    Scores are made for a few queries at a time, since MLX has to hold them: H * T numbers for each.
+    Scores are computed for a few queries at a time, since they are kept in memory: H * T numbers for each query.
     """
     B, H, L, _ = queries.shape
     T = keys.weight.shape[2]
@@ -67,7 +67,7 @@ def attend_packed(
     outs: list[mx.array] = []
     for start in range(0, L, step):
         block = queries[:, :, start : start + step]
-        if outs:  # one block's scores are gone before the next one's are made
+        if outs:  # frees one block's scores before the next one's are computed
             block = mx.depends([block], [outs[-1]])[0]
         visible = mask[..., start : start + step, :] if isinstance(mask, mx.array) else None
         if mask == "causal" and L > 1:

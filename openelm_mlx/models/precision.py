@@ -1,4 +1,4 @@
-"""What differs between MLX's CPU backend and its GPU ones: half precision, compiling, and how a matrix should lie."""
+"""Differences between MLX's CPU and GPU backends: half precision, compiling, the layout of matrices, kernel choices."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def runs_on_cpu() -> bool:
 
 @dataclass(frozen=True)
 class KernelChoices:
-    """What is the same arithmetic either way and faster in one of them, which one being a matter of the machine.
+    """Choices between equivalent kernels; which one is faster depends on the machine.
 
-    rows_in_a_tile: the number whose multiples an expert's rows are made in memory (1: as they are). spare_places: how many
-    places more than needed a cache's buffer has. compiled_step: decode in compiled pieces. fuse_residual_add: the residual
+    rows_in_a_tile: an expert's rows are padded to a multiple of it in memory (1: not padded). spare_places: how many unused
+    places a cache's buffer has at least. compiled_step: decode in compiled pieces. fuse_residual_add: the residual
     stream is added in the product's own kernel. bias_apart: the bias of a single row is added in a kernel of its own.
     slots: decoding requests keep their keys and values side by side, and their attention is one call (models/slots.py).
     expert_ways: which way so many rows at once go through their experts (models/routing_ways.py).
@@ -72,9 +72,9 @@ def linear(module: Any, x: mx.array, bias_apart: bool = False) -> mx.array:
 def widen(x: mx.array) -> mx.array:
     """x in float32 on the CPU, x itself on a GPU: for an operation whose result is then cast back to x's own type.
 
-    The GPU kernels of rotary embedding, attention and gathered products accumulate in float32 whatever they are given.
-    The CPU backend computes them in the type of their input, which costs half precision a digit, or not at all in half
-    precision; `gather_qmm` is also eight times as fast there in float32.
+    The GPU kernels of rotary embedding, attention and gathered products accumulate in float32 whatever their input. The CPU
+    backend computes them in the type of the input, which loses a digit in half precision, or does not support it;
+    `gather_qmm` is also eight times as fast there in float32.
     """
     if x.dtype == mx.float32 or not runs_on_cpu():
         return x
@@ -82,9 +82,9 @@ def widen(x: mx.array) -> mx.array:
 
 
 def by_columns(matrix: mx.array) -> mx.array:
-    """The same matrix (..., rows, columns), whose columns lie together in memory instead of its rows.
+    """The same matrix (..., rows, columns), stored column by column instead of row by row.
 
-    `x @ matrix.T` in float32 is 2.3 times as fast then on the CPU backend, however many rows x has (docs/LOG.md).
+    `x @ matrix.T` in float32 is 2.3 times as fast with it on the CPU backend, however many rows x has (docs/LOG.md).
     """
     return mx.contiguous(matrix.swapaxes(-1, -2)).swapaxes(-1, -2)
 
@@ -92,9 +92,9 @@ def by_columns(matrix: mx.array) -> mx.array:
 def one_kernel(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """`function`, elementwise, compiled to one kernel on a GPU. On the CPU it stays as it is.
 
-    There MLX would call the machine's C++ compiler, which may not be installed and takes a second where it is. For each
-    combination of shapes it is traced anew: traced without shapes, every operand of every operation would be broadcast
-    first, and what is deeper than MLX's compiler goes (the casts of the inputs) would become kernels of its own.
+    There MLX would call the machine's C++ compiler, which may not be installed and takes a second if it is. The function is
+    traced for each combination of shapes: traced without shapes, every operand of every operation would be broadcast first,
+    and operations beyond the depth of MLX's compiler (the casts of the inputs) would become separate kernels.
     """
     seen: set[tuple[tuple[int, ...], ...]] = set()
     compiled = mx.compile(function)
@@ -114,7 +114,7 @@ def one_kernel(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def add_rounded(x: mx.array, y: mx.array, dtype: mx.Dtype) -> mx.array:
-    """x + y, both of one shape, rounded to `dtype` and given as float32: what needs it so needs no cast of its own."""
+    """x + y, both of the same shape, rounded to `dtype` but returned as float32, so that the next operation needs no cast."""
     return _adder(dtype)(x, y)
 
 

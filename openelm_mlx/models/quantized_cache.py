@@ -11,7 +11,7 @@ from .packed import BITS, Packed, pack
 
 
 class QuantizedKVCache:
-    """`KVCache` with its numbers packed: what comes back is `Packed`, which `attention.attend` takes as it is."""
+    """`KVCache` with its numbers packed: it returns `Packed`, which `attention.attend` accepts."""
 
     def __init__(
         self, left_padding: mx.array | None = None, context_length: int | None = None, spare_places: int = 0
@@ -30,7 +30,7 @@ class QuantizedKVCache:
         return self.keys.first(self.offset), self.values.first(self.offset)
 
     def reserve(self, num_tokens: int) -> list[mx.array]:
-        """Make places for `num_tokens` in all; what has to be evaluated for it, nothing when they are there."""
+        """Make room for `num_tokens` in total; return the arrays that have to be evaluated for it, if any."""
         if self.keys is None or self.values is None or num_tokens <= self.keys.weight.shape[2]:
             return []
         self.keys, self.values = (
@@ -46,7 +46,7 @@ class QuantizedKVCache:
         return kv_capacity(num_tokens, self.context_length) * layer.kv_bytes_per_token(itemsize, BITS)
 
     def clear(self) -> None:
-        """Forget everything and give the memory back."""
+        """Drop everything and free the memory."""
         self.keys = self.values = None
         self.offset = 0
 
@@ -64,7 +64,7 @@ class QuantizedKVCache:
         self.offset -= num_tokens
 
     def snapshot(self) -> Snapshot:
-        """What `restore` and `fork` need to come back here: the offset alone, since more tokens overwrite nothing."""
+        """What `restore` and `fork` need to return here: only the offset, since later tokens overwrite nothing."""
         return Snapshot(self.offset, self.offset)
 
     def can_reach(self, snapshot: Snapshot, offset: int) -> bool:
@@ -72,11 +72,11 @@ class QuantizedKVCache:
         return 0 <= offset <= snapshot.offset
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Be again what this cache was at an earlier `snapshot`."""
+        """Return to the state of an earlier `snapshot`."""
         self.rewind(self.offset - snapshot.offset)
 
     def fork(self, snapshot: Snapshot) -> QuantizedKVCache:
-        """Another cache, as this one was at an earlier `snapshot`; what is written to one is not seen by the other."""
+        """Another cache in the state of an earlier `snapshot`; later writes to one do not affect the other."""
         new = QuantizedKVCache(self.left_padding, self.context_length, self.spare_places)
         if self.keys is not None and self.values is not None:
             # Cut to what is used, so the first token written makes buffers of its own.

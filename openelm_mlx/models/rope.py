@@ -14,21 +14,21 @@ from .precision import runs_on_cpu, widen
 class Rotation:
     """The rotation of one model's queries and keys, the same in all of its layers: `rotate` with its numbers.
 
-    The CPU backend has no kernel for it and would work out the same sines and cosines anew in every layer, in 29
-    primitives; there they are made once for a pass and applied in 7. The results are the same to the bit.
+    The CPU backend has no kernel for it and would compute the same sines and cosines again in every layer, with 29 primitives;
+    there they are computed once per pass and applied with 7. The results are bit-identical.
     """
 
     def __init__(self, theta: float, yarn: YarnSpec | None = None) -> None:
         self.theta, self.yarn = theta, yarn
         self._periods: dict[int, mx.array | None] = {}
-        # For what a table was made (tokens, head_dim and thread; the offset), and it: one tuple, replaced as a whole.
+        # The table's key (tokens, head_dim and thread; the offset) and the table: one tuple, replaced as a whole.
         self._made: tuple[tuple[int, int, int], int | mx.array, tuple[mx.array, mx.array]] | None = None
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """x (B, H, L, D) from position `offset` on, an int, an array of one, or one a row (B,)."""
-        # The layers of a pass share a table. Threads do not: what one has not evaluated another one cannot.
+        # The layers of a pass share a table. Threads do not: one cannot evaluate another's lazy arrays.
         key, made = (x.shape[2], x.shape[3], threading.get_ident()), self._made
-        # Two arrays may hold one number, but to know it the host would have to wait.
+        # Two arrays may have the same value, but to compare them the host would have to wait.
         if (
             made is None
             or made[0] != key
@@ -99,12 +99,12 @@ def yarn_inverse_frequencies(head_dim: int, theta: float, yarn: YarnSpec) -> lis
 
 
 def rotary_periods(head_dim: int, theta: float, yarn: YarnSpec | None) -> mx.array | None:
-    """What `rotate` wants as `periods`, (D/2,) float32; None where theta alone says it."""
+    """The `periods` for `rotate`, (D/2,) float32; None if theta is enough."""
     if yarn is None:
         return None
     return mx.array([1.0 / f for f in yarn_inverse_frequencies(head_dim, theta, yarn)], mx.float32)
 
 
 def _pair_turning(head_dim: int, theta: float, yarn: YarnSpec, turns: float) -> float:
-    """Which pair, as a fractional index, makes that many turns within the original context."""
+    """The pair, as a fractional index, that makes `turns` turns within the original context."""
     return head_dim * math.log(yarn.original_context_length / (turns * 2 * math.pi)) / (2 * math.log(theta))

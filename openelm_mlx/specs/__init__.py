@@ -1,4 +1,4 @@
-"""What a model is, without arrays: its layers' shapes, its parameters' names and shapes, its bytes of cache.
+"""The shape of a model, without arrays: its layers, the names and shapes of its parameters, the bytes of its cache.
 
 `spec_from_config` reads every spelling of a config in circulation and gives one `ModelSpec`. The models, the caches,
 the checkpoint readers and the memory planner read only that. Nothing here imports mlx or touches a disk.
@@ -35,7 +35,7 @@ FAMILIES.update({"openelm": OpenELM, "gpt_oss": GptOss})
 def spec_from_config(config: Config) -> ModelSpec:
     """The model that a config describes.
 
-    Read are Apple's or mlx-lm's config.json, CoreNet's YAML, Apple's MLX config.json, and for gpt-oss the config.json
+    It reads Apple's and mlx-lm's config.json, CoreNet's YAML, Apple's MLX config.json, and for gpt-oss the config.json
     of Hugging Face (old and new spelling), of mlx-lm, and of OpenAI's original/ folder.
 
     Raises ConfigError for an unknown family, a missing field, or a value that no such model can have.
@@ -46,7 +46,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         if family.recognises(config):
             return family.spec_from_config(config)
     raise ConfigError(
-        f"The config describes no OpenELM or gpt-oss model (model_type is {shown(config.get('model_type'))}, model_name is "
+        f"The config is not of an OpenELM or gpt-oss model (model_type is {shown(config.get('model_type'))}, model_name is "
         f'{shown(config.get("model_name"))}): model_type "openelm" and "gpt_oss", CoreNet\'s "OpenELM-*" names and '
-        "OpenAI's original config are read."
+        "OpenAI's original config are supported."
     )

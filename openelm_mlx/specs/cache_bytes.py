@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ..errors import SettingError
 
-# Keys and values are allocated by at least so many tokens: an allocation and a copy for each token would cost more than
-# the attention over them.
+# Keys and values are allocated for at least this many tokens at a time: an allocation and a copy for each token would
+# cost more than the attention over them.
 KV_STEP = 256
 
-# A few queries over quantized keys have their scores in memory, so many bytes of them at a time.
+# The scores of a few queries over quantized keys are kept in memory, at most this many bytes of them at a time.
 KV_SCORES_BYTES = 64 * 2**20
 # From so many queries at once on, quantized keys and values are unpacked first: that is then less work than reading them
 # packed for each, and MLX's own attention keeps no scores in memory on a GPU.
@@ -16,7 +16,7 @@ KV_UNPACK_FROM = 16
 
 
 def kv_capacity(num_tokens: int, context_length: int | None = None) -> int:
-    """For how many tokens a cache that keeps everything has places when it holds `num_tokens`.
+    """How many tokens a cache without a window has room for when it holds `num_tokens`.
 
     Multiples of 256 up to 2,048, then of a quarter of the power of two below, up to the context: at most a quarter is
     empty, and all the copies while growing to n tokens together move fewer than 6 n (steps of 256 would move n^2 / 512).

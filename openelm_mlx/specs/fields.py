@@ -1,4 +1,4 @@
-"""Fields of a config, checked: each of the kind it must be, and no larger than any model has."""
+"""Fields of a config, checked: each has the right type and is no larger than in any real model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..files import shown
 from .model import Config
 
-# Far above any model: what lies beyond would only be time and memory lost before an error.
+# Far above any real model: a larger value would only cost time and memory before an error.
 MOST_LAYERS = 4096
 LARGEST_WHOLE = 2**31
 LARGEST_NUMBER = 1e12
@@ -29,7 +29,7 @@ def integer(config: Config, *names: str, most: int = LARGEST_WHOLE) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number above 0 that a model can have: no NaN, no infinity, nothing absurd."""
+    """Whether it is a number above 0 that a model can have: not NaN, infinite or absurdly large."""
     return type(value) in (int, float) and 0 < value <= LARGEST_NUMBER
 
 

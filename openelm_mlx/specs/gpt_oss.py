@@ -162,7 +162,9 @@ def _check_gpt_oss(config: Config, layer: LayerSpec) -> None:
             "one of the two numbers is wrong."
         )
     if layer.head_dim % 2:
-        raise ConfigError(f"The config's head_dim is {layer.head_dim}: rotary embedding turns pairs, it must be even.")
+        raise ConfigError(
+            f"The config's head_dim is {layer.head_dim}: it must be even, rotary embedding rotates pairs."
+        )
     if config.get("attention_bias", True) is not True:
         raise ConfigError('The config\'s "attention_bias" is not true: gpt-oss has a bias on q, k, v and o.')
 
@@ -192,7 +194,7 @@ def _rope_settings(config: Config) -> Config:
     settings = config.get("rope_parameters") or config.get("rope_scaling", _GPT_OSS_YARN) or {}
     if not isinstance(settings, Mapping) or any(isinstance(value, Mapping) for value in settings.values()):
         raise ConfigError(
-            f"The config's rotary settings are {shown(settings)}: one set of numbers for all layers is read."
+            f"The config's rotary settings are {shown(settings)}: only one set of numbers for all layers is supported."
         )
     return settings
 

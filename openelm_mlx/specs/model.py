@@ -1,4 +1,4 @@
-"""What a model is, without arrays: its layers' shapes, its parameters' names and shapes, its bytes of cache."""
+"""The shape of a model, without arrays: its layers, the names and shapes of its parameters, the bytes of its cache."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class LayerSpec:
 class YarnSpec:
     """How rotary frequencies are stretched to a longer context (YaRN, arXiv 2309.00071, sections 3.2 to 3.4).
 
-    A pair of dimensions that turns at least `beta_fast` times within the original context keeps its frequency, one that
-    turns at most `beta_slow` times is slowed down by `factor`, and those between are blended. truncate: the two bounds
+    A pair of dimensions that rotates at least `beta_fast` times within the original context keeps its frequency, one that
+    rotates at most `beta_slow` times is slowed down by `factor`, and those in between are blended. truncate: the two bounds
     are rounded to whole pairs, as the first YaRN code did and gpt-oss does not. concentration: on sine and cosine.
     """
 
@@ -62,7 +62,7 @@ class YarnSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's whole shape: what every room of the library needs to know of it, and nothing of its weights.
+    """A model's whole shape: what every part of the library needs to know about it, without its weights.
 
     vocab_size: rows of the embedding. usable_vocab_size: ids below it are real tokens; CoreNet pads 32,000 ids to
     32,128 rows, and the rows beyond were never trained. `size` is the release's name for it ("270M"), or None.
@@ -91,7 +91,7 @@ class ModelSpec:
         return FAMILIES[self.family].parameter_shapes(self)
 
     def keeps_float32(self, name: str) -> bool:
-        """Whether the parameter is float32 in memory whatever type the others have: the model computes with it so."""
+        """Whether the parameter stays float32 whatever type the others have: the model computes with it in float32."""
         return FAMILIES[self.family].keeps_float32(name)
 
     def num_parameters(self) -> int:
@@ -99,7 +99,7 @@ class ModelSpec:
         return sum(_product(shape) for shape in self.parameter_shapes().values())
 
     def num_active_parameters(self) -> int:
-        """How many of them one token is computed with: no lookup in an embedding, no expert that was not chosen.
+        """How many of them one token is computed with: without embedding lookups and experts that were not chosen.
 
         The head counts; so OpenAI counts too (arXiv 2508.10925, table 1).
         """
@@ -115,7 +115,7 @@ class ModelSpec:
     ) -> int:
         """Bytes of keys and values for `num_tokens` cached tokens; a layer with a window keeps at most that many.
 
-        What is allocated for them is this for `kv_capacity(num_tokens)`, and a whole ring in a layer with a window.
+        The allocation is this for `kv_capacity(num_tokens)`, plus a whole ring (window and room) in a layer with a window.
         """
         return batch_size * sum(
             layer.kv_bytes_per_token(itemsize, kv_bits)
@@ -125,7 +125,7 @@ class ModelSpec:
 
 
 class Family(Protocol):
-    """What one family of models knows of itself: how its configs are read, and which parameters such a model has."""
+    """One family of models: how its configs are read, and which parameters such a model has."""
 
     @staticmethod
     def recognises(config: Config) -> bool:
@@ -149,7 +149,7 @@ FAMILIES: dict[str, type[Family]] = {}
 
 
 def checked_kv_bits(spec: ModelSpec, kv_bits: int | None, window: int | None = None) -> int | None:
-    """8, or None when keys and values stay as they are (also asked for by 16).
+    """8, or None when keys and values stay as they are (which 16 means too).
 
     window: of the layers that have none of their own. Raises SettingError for other numbers, for heads that cannot be
     packed, and when no layer keeps all of its keys, so that there is nothing worth packing.

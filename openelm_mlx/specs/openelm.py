@@ -26,7 +26,7 @@ _RELEASED_COMMON: dict[str, Any] = {
     "ffn_dim_divisor": 256,
     "rope_freq_constant": 10000,
 }
-# Apple's code has it as a constant; no config.json of the family names it.
+# A constant in Apple's code; no config.json of the family has it.
 OPENELM_NORM_EPS = 1e-6
 
 
@@ -182,7 +182,7 @@ def openelm_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _corenet_model(config: Config) -> Config | None:
-    """The part of a CoreNet config that describes the model, wherever it stands; None when it is no CoreNet config."""
+    """The part of a CoreNet config that describes the model, at any level; None when this is not a CoreNet config."""
     for part in (config, config.get("base")):
         if isinstance(part, Mapping) and str(part.get("model_name", "")).startswith("OpenELM"):
             return part
@@ -208,7 +208,7 @@ def _with_released_values(config: Config) -> dict[str, Any]:
     return {**_RELEASED_COMMON, **(size or {}), **{str(key): value for key, value in model.items()}}
 
 
-# What the code of every OpenELM release does, whether its config says so or not. Another value is another model.
+# What the code of every OpenELM release does, whether its config says so or not. With another value it is another model.
 _ONE_WAY = {
     "activation_fn_name": ("swish", "silu"),
     "ffn_with_glu": (True,),
@@ -222,7 +222,7 @@ def _refuse_other_mathematics(config: Config) -> None:
     for name, known in _ONE_WAY.items():
         if config.get(name, known[0]) not in known:
             raise ConfigError(
-                f'The config\'s "{name}" is {shown(config[name])} and OpenELM is only known with {known[0]!r}: this is another '
+                f'The config\'s "{name}" is {shown(config[name])}, but every OpenELM has {known[0]!r}: this is another '
                 "model, whose answers would be wrong here."
             )
 

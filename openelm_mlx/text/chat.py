@@ -70,10 +70,10 @@ def render_chat(
 
     Only BOS and `</s>` are control tokens, and no content becomes one. The tags are ordinary text, as they were in
     training, so a content that spells `<|assistant|>` is read by the model as a tag: the template has no way around it.
-    The first tag gets the space that Llama's tokenizer puts before a text, and what follows a `</s>` gets none: so did
+    The first tag gets the space that Llama's tokenizer puts before a text, and the text after a `</s>` gets none, as with
     the recipe's tokenizer (transformers' LlamaTokenizer with legacy=false).
 
-    `plain` is for base models, which were trained on no conversations: messages raise PromptError.
+    `plain` is for base models, which were not trained on conversations: messages raise PromptError.
     """
     if _known(template, "given") == PLAIN:
         raise PromptError(
@@ -86,7 +86,7 @@ def render_chat(
         raise TokenizerError("This tokenizer names no end-of-text token, which the template needs; use Llama 2's.")
     end = tokenizer.eos_tokens[0]
     tokens = [] if tokenizer.bos_token is None else [tokenizer.bos_token]
-    text = ""  # what stands after the last control token
+    text = ""  # the text since the last control token
     for number, message in enumerate(messages, start=1):
         role, content = _role_and_content(message, number)
         text += f"<|{role}|>\n{content}"

@@ -32,7 +32,7 @@ FUNCTIONS = "functions"
 class SystemContent:
     """What the system message says: who the model is, the dates, how long it thinks, built-in tools, channels.
 
-    Instructions of the application do not belong here but into DeveloperContent. The defaults are what gpt-oss was
+    Instructions of the application belong in DeveloperContent, not here. The defaults are what gpt-oss was
     trained with; a part that is None or empty is left out. `tools` are built-in ones (BROWSER and PYTHON of builtin_tools.py).
     """
 
@@ -181,7 +181,7 @@ def check_conversation(messages: Sequence[Message]) -> None:
 
 
 def without_old_analysis(messages: Sequence[Message]) -> list[Message]:
-    """`messages` without the reasoning of finished turns: what stands on `analysis` before the last `final` answer.
+    """`messages` without the reasoning of finished turns: the `analysis` messages before the last `final` answer.
 
     The reasoning of a turn still going (thoughts between tool calls, with no answer yet) stays. Source: the gpt-oss
     model card and openai/harmony docs/format.md, "Handling reasoning output in subsequent sampling".
@@ -198,7 +198,7 @@ def _check_message(message: Message, number: int) -> None:
     owner = {SystemContent: "system", DeveloperContent: "developer"}.get(type(content))
     if owner is not None and message.role != owner:
         raise PromptError(
-            f"Message {number} has {type(content).__name__} but role {message.role!r}; it belongs into role {owner!r}."
+            f"Message {number} has {type(content).__name__} but role {message.role!r}; it belongs in role {owner!r}."
         )
     parts = content if isinstance(content, tuple) else (content,)
     if owner is None and not all(isinstance(part, str) for part in parts):

@@ -17,8 +17,8 @@ class Detokenizer:
     """Turns a stream of tokens into text, whole characters only; `Tokenizer.detokenizer` makes one.
 
     The pieces that `add` returns and the rest from `finish`, joined, are `Tokenizer.decode` of the tokens. A character
-    or an emoji whose bytes are spread over tokens is held back until it is whole. A token costs the same wherever it
-    stands: at most three bytes are held.
+    or an emoji whose bytes are spread over tokens is held back until it is whole. A token costs the same at any position:
+    at most three bytes are held.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Detokenizer:
         """Take the next token; return the text that is now certain, which may be empty."""
         data = self._token_bytes(token)
         if not data:
-            return self.finish()  # a control token: no character reaches across it
+            return self.finish()  # a control token: no character spans it
         if self._opening_bytes is not None:
             data = self._opening_bytes(token)
             if data or not self._opening_lasts:
@@ -52,7 +52,7 @@ class Detokenizer:
         return self._take(data, final=False)
 
     def finish(self) -> str:
-        """Return what is held back, as U+FFFD: the bytes that would complete the character do not come."""
+        """Return what is held back, as U+FFFD: the bytes that would complete the character are not coming."""
         return self._take(b"", final=True)
 
     def _take(self, data: bytes, final: bool) -> str:

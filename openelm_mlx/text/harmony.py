@@ -1,9 +1,9 @@
 """Harmony, the conversation format of gpt-oss, in tokens: rendering conversations, and reading what the model writes.
 
-Both ways go over token numbers, never over text: whoever types `<|end|>` gets those seven characters, and no control
-token shows in a parsed message. Any tokenizer that has Harmony's special tokens will do. docs/harmony.md describes the
-format and where openai-harmony reads it differently; what a message is, and a conversation, is in conversation.py. Reading
-is in harmony_parser.py.
+Both directions work on token numbers, never on text: a user who types `<|end|>` gets those seven characters, and no
+control token appears in a parsed message. Any tokenizer that has Harmony's special tokens will do. docs/harmony.md
+describes the format and where openai-harmony reads it differently. Messages and conversations are defined in
+conversation.py; harmony_parser.py reads completions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from openelm_mlx.text.schema import comment_lines, json_text, tools_section
 
 
 class HarmonyTokenizer(Protocol):
-    """What Harmony needs of a tokenizer."""
+    """What Harmony needs from a tokenizer."""
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
@@ -149,7 +149,7 @@ class HarmonyFormat:
     def encode_markup(self, text: str) -> list[int]:
         """Tokens of text in which `<|start|>`, `<|channel|>` and so on do mean the control tokens.
 
-        Only for text that no stranger had a hand in, such as a prompt written down with its markup.
+        Only for trusted text, such as a prompt written down with its markup.
         """
         special = self.tokenizer.special_tokens
         pieces = re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text)

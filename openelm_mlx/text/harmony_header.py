@@ -1,7 +1,7 @@
-"""Where a Harmony completion stands, token by token, and what its headers say: the one state machine of the format.
+"""The state machine of the Harmony format: the position in a completion, token by token, and parsing headers.
 
-The parser, which makes messages of a completion, and constraints, which say what may come next in it, both follow
-`Place`s. A place never changes, so whoever keeps the old ones can take tokens back.
+The parser, which makes messages of a completion, and constraints, which decide what may come next, both use it. A `Place`
+is immutable, so keeping old ones is enough to take tokens back.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, Protocol
 
 from openelm_mlx.text.conversation import CHANNELS, CONSTRAIN, EVERYONE, ROLES, Message
 
-# A header of names and a channel has some ten tokens, and a tool's name up to 64 characters; what goes on for longer is
-# an answer whose header is missing, and is streamed from here on.
+# A header of names and a channel has about ten tokens, and a tool's name up to 64 characters; anything longer is an answer
+# whose header is missing, and is streamed from here on.
 LONGEST_HEADER = 96
 
 
@@ -30,15 +30,15 @@ class ControlTokens(Protocol):
     control_tokens: frozenset[int]
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of an ordinary token; none for a token that the tokenizer does not know."""
+        """The bytes of an ordinary token; b"" for a token that the tokenizer does not know."""
 
 
 class Place(NamedTuple):
-    """Where a completion stands: in a header, or in the content of a message.
+    """The position in a completion: in a header, or in the content of a message.
 
-    header: the tokens of the header so far. role: who writes, where that is known before the header says so. message: the
-    open message without its content; None in a header. is_between: behind the end of a message, and no `<|start|>` has
-    come yet: a line that strays there is no header. rest: text of the header that is not part of one.
+    header: the tokens of the header so far. role: the author, if known before the header. message: the open message without
+    its content; None in a header. is_between: after the end of a message and before `<|start|>`: stray text there is not a
+    header. rest: text in the header that does not belong to it.
     """
 
     header: tuple[int, ...] = ()
@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 
 def follow(place: Place, token: int, control: ControlTokens) -> Place:
-    """The place after `token`. Any sequence of tokens has one, well-formed or not."""
+    """The place after `token`, for any sequence of tokens, well-formed or not."""
     if place.message is not None and token not in control.control_tokens:
         return place
     if token == control.start or token in control.end_tokens:
@@ -68,12 +68,12 @@ def follow(place: Place, token: int, control: ControlTokens) -> Place:
     return Place(message=message, rest=rest)
 
 
-# How a header ended: with <|message|>; where the message ended, or too late for a header; where the completion ended.
+# How a header ended: with <|message|>; by the end of the message, or by its length; by the end of the completion.
 Ending = Literal["complete", "ended", "cut"]
 
 
 def read_header(place: Place, ending: Ending, control: ControlTokens) -> tuple[Message, str]:
-    """The message that a header announces, without its content, and the text in it that is not part of a header."""
+    """The message of a header, without its content, and the text in it that does not belong to a header."""
     runs = [(-1, bytearray())]
     for token in place.header:
         if token in control.control_tokens:
@@ -123,12 +123,12 @@ class _HeaderReader:
         self._recipient: str | None = None
         self._content_type: str | None = None
         self._strays: list[str] = []  # words that mean nothing where they stand, before any field
-        self._unread: list[str] = []  # and after one, where some kinds of fields come without a marker
+        self._unread: list[str] = []  # words after a field, where some fields have no marker
 
     def read(self, runs: Sequence[_Run]) -> tuple[Message, str]:
         """The message, without its content, and the text that is not part of a header.
 
-        That is words here and there in a complete header, otherwise everything from the first such word on.
+        In a complete header these are single words; otherwise it is everything from the first such word on.
         """
         words = [(i, word) for i, (_, text) in enumerate(runs) for word in re.finditer(r"\S+", text)]
         for n, (i, word) in enumerate(words):
@@ -230,7 +230,7 @@ class _HeaderReader:
         return Message(self._role, "", self._name, self._channel, self._recipient or None, self._content_type)
 
     def _settle_author(self) -> None:
-        """A first word that is no role names a tool if it looks like one, or if the message is for the assistant."""
+        """A first word that is not a role is a tool's name if it looks like one, or if the message is for the assistant."""
         if self._author is not None:
             is_known = self._author.startswith(_NAMESPACES) or self._author == "python"
             if is_known or self._recipient == "assistant":
@@ -259,7 +259,7 @@ class _HeaderReader:
 
     def _settle_channel(self) -> None:
         """An assistant's message always gets one of the three channels, one that is shown if none was named."""
-        if self._recipient in ("assistant", EVERYONE):  # nobody to call
+        if self._recipient in ("assistant", EVERYONE):  # not a tool
             self._recipient = None
         if self._channel not in CHANNELS:
             if self._channel is not None:

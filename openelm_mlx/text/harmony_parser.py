@@ -1,4 +1,4 @@
-"""Reading what gpt-oss writes: from a completion's tokens to messages, also where it is malformed or cut off."""
+"""Parsing what gpt-oss writes: from a completion's tokens to messages, even when they are malformed or cut off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openelm_mlx.text.harmony_header import ControlTokens, Ending, Place, follow
 
 @dataclass(frozen=True)
 class Delta:
-    """What one token added: `text` (often none: a header, half a character) and whose it is.
+    """What one token added: `text` (often empty: a header, half a character), and the message it belongs to.
 
     role and channel are None while a header is being read. An assistant's text always has a channel: `analysis`,
     `commentary` or `final`. A recipient means that the text is a tool call's.
@@ -26,16 +26,16 @@ class Delta:
 
 @final
 class HarmonyParser:
-    """Reads a completion token by token; any sequence of tokens will do, well-formed or not.
+    """Parses a completion token by token; it accepts any sequence of tokens, well-formed or not.
 
     `push` returns the text each token adds. `messages` has the finished messages; the one being written is described by
     role, channel, recipient, content_type and text. Call `finish` at the end: it closes a message that was cut off.
 
-    Salvage, in short (docs/harmony.md has the table): header parts count in any order; a missing or unknown channel is
-    `final`, or `commentary` for a tool call, so that what may be an answer is seen; text without a header is a message of
-    its own, on `final` unless the answer or a call comes after it; words of a header that mean nothing become an
-    `analysis` message in front; `<|start|>` and `<|channel|>` in the midst of a message begin another; other control
-    tokens there are dropped.
+    How malformed output is repaired (docs/harmony.md has the table): header parts are accepted in any order; a missing or
+    unknown channel is `final`, or `commentary` for a tool call, so that a possible answer is shown; text without a header is
+    a message of its own, on `final` unless the answer or a call comes after it; unknown words in a header become an
+    `analysis` message before it; `<|start|>` and `<|channel|>` inside a message begin another one; other control tokens
+    there are dropped.
     """
 
     def __init__(self, control: ControlTokens, role: str | None, channel: str | None, text: str) -> None:
@@ -44,8 +44,8 @@ class HarmonyParser:
         self._place = Place(role=role)
         self._texts: list[str] = []  # the open message's
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._headless: list[Message] = []  # texts without a header, until it is known what they are
-        self._is_stray = False  # they are no answer: the answer, or a call, came after them
+        self._headless: list[Message] = []  # texts without a header, until their channel is known
+        self._is_stray = False  # they are not the answer: the answer, or a call, came after them
         if channel is not None:
             self._place = Place(message=Message(role or "assistant", "", channel=channel))
             self._texts.append(text)
@@ -92,7 +92,7 @@ class HarmonyParser:
             delta = self._salvage(before, "cut")
             return self._released("analysis" if self._is_stray else "final", delta)
         delta = self._close(before.message)
-        return self._released(delta.channel, delta)  # in a thought: what was said before it is no answer yet
+        return self._released(delta.channel, delta)  # inside reasoning: the text before it is not an answer yet
 
     def _push_header(self, before: Place, token: int) -> Delta:
         message = self._place.message
@@ -101,8 +101,7 @@ class HarmonyParser:
             return Delta() if self._place.header else self._salvage(before, "ended")
         if token == self._control.message:
             return self._begin(message, self._place.rest)
-        # It went on for too long, and what it says is text. Where the answer lacks its header, so did what came right
-        # before it.
+        # Too long for a header, so it is text. If the answer has no header, the text right before it had none either.
         delta = self._released("final", Delta()) if _is_answer(message) else Delta()
         self._note(message)
         self._open_message()
@@ -116,11 +115,11 @@ class HarmonyParser:
         return Delta("", message.role, message.channel, message.recipient)
 
     def _begin(self, message: Message, rest: str) -> Delta:
-        """`<|message|>`: the header is complete. rest: its words that mean nothing."""
+        """`<|message|>`: the header is complete. rest: its unknown words."""
         self._note(message)
         self._open_message()
         delta = Delta()
-        if self._is_stray or message.role != "assistant":  # whoever invents the next part has answered before
+        if self._is_stray or message.role != "assistant":  # a model that invents the user's reply has answered before
             delta = self._released("analysis" if self._is_stray else "final", delta)
         if rest:
             channel = delta.channel or "analysis"
@@ -144,14 +143,14 @@ class HarmonyParser:
         return Delta(text, message.role, message.channel, message.recipient)
 
     def _note(self, message: Message) -> None:
-        """`message` is what it says: if it is the answer or a call, texts without a header before it were neither.
+        """Note a message with a header: if it is the answer or a call, texts without a header before it were neither.
 
-        A model that writes a line between two messages, or begins with one, goes on with a message that has a header.
+        A model that writes a line without a header before or between messages goes on with a message that has one.
         """
         self._is_stray = bool(self._headless) and (self._is_stray or _is_answer(message) or message.is_call)
 
     def _released(self, channel: str | None, delta: Delta) -> Delta:
-        """`delta`, and the texts without a header, which turned out to stand on `channel`."""
+        """`delta`, and the texts without a header, which turned out to belong to `channel`."""
         texts = [message.text for message in self._headless]
         role = delta.role or "assistant"
         self.messages += [replace(message, role=role, channel=channel) for message in self._headless]

@@ -21,10 +21,10 @@ from openelm_mlx.text.tokenizer_files import (
 if TYPE_CHECKING:
     import tokenizers
 
-# What Llama's and gpt-oss's vocabularies call them; asked only when no file beside tokenizer.json gives the names.
+# The names in Llama's and gpt-oss's vocabularies, used only when no file beside tokenizer.json gives them.
 _BOS_NAMES = ("<s>", "<|startoftext|>")
 _EOS_NAMES = ("</s>", "<|return|>")
-# What ends an answer in Harmony, whatever a file says: gpt-oss's own generation_config.json has forgotten the last once.
+# These end an answer in Harmony whatever a file says: gpt-oss's own generation_config.json once lacked the last one.
 _HARMONY_STOPS = ("<|return|>", "<|endoftext|>", "<|call|>")
 _HARMONY_NAMES = ("<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>")
 
@@ -71,7 +71,7 @@ class JsonTokenizer(Tokenizer):
         return self._rule.opening_bytes(self._piece(token))
 
     def _piece(self, token: int) -> str:
-        return self._tokenizer.id_to_token(token) or ""  # "": a number that the file gives to nothing
+        return self._tokenizer.id_to_token(token) or ""  # "": a number without a piece in the file
 
     def _encode(self, text: str, continuation: bool) -> list[int]:
         tokenizer = self._continuing_tokenizer if continuation else self._tokenizer
@@ -160,7 +160,7 @@ def _is_byte_piece(piece: str) -> bool:
 
 
 def _byte_level_bytes(piece: str) -> bytes:
-    """Undo GPT-2's spelling of bytes as printable characters; a piece that is not so spelled is its own text."""
+    """Undo GPT-2's spelling of bytes as printable characters; any other piece is its own text."""
     try:
         return bytes(map(_BYTE_OF_CHARACTER.__getitem__, piece))
     except KeyError:
@@ -214,10 +214,10 @@ def _load_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise
     except Exception as error:  # the library has no exception of its own
         raise TokenizerError(
-            f"{path} is damaged, cut short or no tokenizer ({one_line(error)}); fetch it again."
+            f"{path} is damaged, cut short or not a tokenizer ({one_line(error)}); download it again."
         ) from error
     if tokenizer.get_vocab_size() == 0:
-        raise TokenizerError(f"{path} has no tokens in it; fetch it again.")
+        raise TokenizerError(f"{path} has no tokens in it; download it again.")
     tokenizer.encode_special_tokens = True  # "encode special tokens as text": `</s>` in a prompt is four characters
     tokenizer.no_truncation()
     tokenizer.no_padding()

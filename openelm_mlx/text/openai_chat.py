@@ -32,7 +32,7 @@ def conversation(
     tools: Sequence[Tool | Mapping[str, Any]] = (),
     response_formats: Sequence[ResponseFormat | Mapping[str, Any]] = (),
 ) -> list[Message]:
-    """Turn a chat into Harmony messages: the system message, a developer message if anything belongs into it, the rest.
+    """Turn a chat into Harmony messages: the system message, a developer message if there is content for it, the rest.
 
     `chat` is a question, or OpenAI-style dicts, or messages (passed through as they are), or dicts and messages mixed.
     Leading dicts of role "system" or "developer" become the instructions; later ones become developer messages where
@@ -41,7 +41,7 @@ def conversation(
     `tool_call_id`, which means the open call with that id, or a `name`; without either it answers the first call still
     open. A chat that starts with a system Message keeps that one, and `system` is not used.
 
-    Raises PromptError when `chat` is no chat, SettingError when a tool or format cannot be used.
+    Raises PromptError when `chat` is not a chat, SettingError when a tool or format cannot be used.
     """
     if not isinstance(chat, (str, Sequence)):
         raise PromptError(f"The chat is a {type(chat).__name__}; give a string or a list of messages.")
@@ -91,7 +91,7 @@ class _ChatReader:
     def __init__(self, recipients: Collection[str]) -> None:
         self._recipients = recipients
         self._calls: list[_Call] = []
-        self._round = 0  # the calls between two other things that were said
+        self._round = 0  # counts groups of calls that nothing else was said between
         self._is_calling = False
 
     def read(self, item: object, number: int) -> list[Message]:
@@ -141,7 +141,7 @@ class _ChatReader:
         if calls and content:
             messages.append(Message("assistant", _text(item, number), channel="commentary"))  # a preamble
         messages += [self._call(call, number) for call in calls]
-        # An empty answer beside reasoning is a turn that was cut off: as an answer it would end the turn.
+        # Reasoning with an empty answer is a turn that was cut off; an empty answer would end the turn.
         if not calls and (content or (content is not None and not thinking)):
             messages.append(Message("assistant", _text(item, number), channel="final"))
         if not messages and "content" not in item:
@@ -162,7 +162,7 @@ class _ChatReader:
                 arguments = json_text(arguments)
             except TypeError as error:
                 raise PromptError(
-                    f"Message {number} calls {name!r} with arguments that JSON cannot say: {error}."
+                    f"Message {number} calls {name!r} with arguments that JSON cannot express: {error}."
                 ) from None
         channel = "analysis" if is_built_in else "commentary"  # where gpt-oss was trained to call each kind
         self._open(recipient, channel, call.get("id"))
@@ -181,7 +181,7 @@ class _ChatReader:
         bare = str(name).removeprefix(f"{FUNCTIONS}.")
         named = [call for call in open_calls if call.recipient.removeprefix(f"{FUNCTIONS}.") == bare]
         if call_id is not None:
-            # Servers begin to count anew in each round ("call_0", or no id at all): the last round's call is meant.
+            # Some servers restart their ids in each round ("call_0", or no id at all): the last round's call is meant.
             same = [call for call in open_calls if call.id == call_id]
             same = [call for call in same if call.round == same[-1].round]
             matching = [call for call in same if call in named] or same

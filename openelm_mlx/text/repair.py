@@ -1,4 +1,4 @@
-"""JSON Schemas of others with faults in them: what is right of one is kept, what is wrong is left out and named.
+"""Faulty JSON Schemas of other programs: the valid parts are kept, the others are left out and reported.
 
 A server's author writes `"required": null` where nothing is required, or `"type": "any"`, and other clients do not mind.
 """
@@ -14,10 +14,10 @@ from .schema_check import LISTS_OF_SCHEMAS, MAPS_OF_SCHEMAS, MAX_DEPTH, SCHEMAS,
 
 
 def repaired(schema: Any) -> tuple[dict[str, Any], list[str]]:
-    """A schema of an object without the keywords whose values are wrong, and what these were, each with its place.
+    """A schema of an object without the keywords whose values are wrong, and these keywords, each with its place.
 
-    What comes back passes `check_schema`. Of what is not a schema at all, or is too large, no more is left than that it
-    is of an object.
+    The result passes `check_schema`. Of something that is not a schema at all, or is too large, only `{"type": "object"}`
+    is left.
     """
     faults: list[str] = []
     if not isinstance(schema, Mapping):
@@ -67,7 +67,7 @@ def _repaired(schema: Any, path: str, depth: int, faults: list[str]) -> Any:
 
 
 def _without_doubles(value: Any) -> Any:
-    """Names that are required twice are required."""
+    """A list of required names, each name once."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return list(dict.fromkeys(value))
     return value

@@ -125,7 +125,7 @@ def _lines(text: str) -> list[str]:
 def type_text(schema: object, indent: str = "") -> str:
     """The type of one schema, for example `{"type": "array", "items": {"type": "integer"}}` -> `number[]`.
 
-    What the notation has no word for (`anyOf`, `$ref`, `const`, a schema without a type) is `any`.
+    Whatever the notation cannot express (`anyOf`, `$ref`, `const`, a schema without a type) is `any`.
     """
     if not isinstance(schema, Mapping):
         return "any"  # true and false are schemas, too
@@ -224,7 +224,7 @@ def _trailing(comments: list[str]) -> str:
 
 
 def json_text(value: object) -> str:
-    """Compact JSON: no spaces, no escapes beyond the necessary, numbers as short as they go (`1e20`, not `1e+20`)."""
+    """Compact JSON: no spaces, only the necessary escapes, numbers as short as possible (`1e20`, not `1e+20`)."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{json_text(str(key))}:{json_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -238,7 +238,7 @@ def json_text(value: object) -> str:
 
 def _float_text(value: float) -> str:
     mantissa, _, exponent = repr(value).partition("e")
-    if exponent == "-05":  # Python goes over to exponents one power of ten earlier
+    if exponent == "-05":  # Python switches to exponents one power of ten earlier
         digits = mantissa.replace(".", "")
         return f"-0.0000{digits[1:]}" if digits[0] == "-" else f"0.0000{digits}"
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa

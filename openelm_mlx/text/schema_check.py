@@ -1,4 +1,4 @@
-"""Whether a value is JSON Schema in form: `check_schema` refuses what is not."""
+"""Checks the form of a JSON Schema: `check_schema` raises for the first keyword with a value of the wrong kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openelm_mlx.errors import SettingError
 
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 MAX_DEPTH = 64  # also what ends a dict that contains itself
-# Each counted as often as it is referred to: dictionaries may share parts, and double at every level.
+# Shared parts are counted each time they are used: dictionaries that share parts can double at every level.
 _MOST_PARTS = 100_000
 
 
@@ -75,7 +75,7 @@ def _check(schema: object, path: str, depth: int) -> None:  # noqa: C901
         elif key in SCHEMAS:
             _check(value, at, depth + 1)
         elif not is_json(value, depth):
-            raise _Invalid(f"{at} is {_shown(value)}, which JSON cannot say")
+            raise _Invalid(f"{at} is {_shown(value)}, which JSON cannot express")
 
 
 def _shown(value: object) -> str:

@@ -41,7 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         }
         for token, added in settings.added.items():
             if added.is_special and added.text and token != self._processor.unk_id():
-                self.special_tokens[added.text] = token  # the unknown token is none: it stands for text, and shows
+                self.special_tokens[added.text] = token  # not the unknown token, which stands for text and is shown
         self._added = {token: added.text for token, added in settings.added.items() if token >= self._num_pieces}
         self.vocab_size = max((self._num_pieces - 1, *self._added)) + 1
         self.files = settings.files
@@ -106,5 +106,7 @@ def _load_processor(path: Path, data: bytes) -> sentencepiece.SentencePieceProce
         processor.LoadFromSerializedProto(data)
         processor.id_to_piece(list(range(processor.get_piece_size())))  # each of them is text
     except (RuntimeError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path} is damaged, cut short or no SentencePiece model; fetch it again.") from error
+        raise TokenizerError(
+            f"{path} is damaged, cut short or not a SentencePiece model; download it again."
+        ) from error
     return processor

@@ -1,7 +1,7 @@
 """Stop strings in streamed text: what may be shown, and when to stop.
 
-Text arrives in pieces whose borders mean nothing, so text that may yet become a stop string is held back until it is
-known. Stop *tokens* are not handled here: the decoding loop compares token numbers.
+Text arrives in arbitrary pieces, so text that may still become a stop string is held back until that is decided.
+Stop *tokens* are not handled here: the decoding loop compares token numbers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class StopStrings:
         return text[:shown], False
 
     def finish(self) -> str:
-        """Return the text still held back: the stream has ended, so it becomes no stop string any more."""
+        """Return the text still held back: the stream has ended, so it cannot become a stop string."""
         held, self._held = self._held, ""
         return held
 

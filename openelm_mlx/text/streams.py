@@ -16,10 +16,10 @@ REASONING = "reasoning"
 
 
 class Piece(NamedTuple):
-    """The text that one token made certain, by what it is, and whether a stop string ended the answer.
+    """The text that may be shown after one more token, by its kind, and whether a stop string ended the answer.
 
-    text: of the answer. reasoning: what is thought. preamble: said to the user before a call. arguments: of the call of
-    `recipient`. channel, recipient: where the token itself stands; None in models without channels.
+    text: of the answer. reasoning: of the analysis channel. preamble: said to the user before a call. arguments: of the call
+    to `recipient`. channel, recipient: of the message that the token belongs to; None in models without channels.
     """
 
     text: str = ""
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
         return not (self.text or self.reasoning or self.preamble or self.arguments)
 
     def then(self, rest: Piece) -> Piece:
-        """Both as one piece; it stands where the last text does."""
+        """Both as one piece, with the channel and recipient of the later text."""
         place = self if rest.is_empty else rest
         return Piece(
             text=self.text + rest.text,
@@ -49,7 +49,7 @@ class Piece(NamedTuple):
 
 
 class TextStream(Protocol):
-    """Whole characters only, and never a stop string nor what may become one."""
+    """Text from tokens: whole characters only, without stop strings and what may still become one."""
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -57,7 +57,7 @@ class TextStream(Protocol):
 
     @property
     def ended_in(self) -> str | None:
-        """Where a completion that came to no answer was last: in its "reasoning", or a tool's name; None: in the answer.
+        """Where a completion without an answer ended: in its "reasoning", or a tool's name; None: in the answer.
 
         Models without channels are always in their answer.
         """
@@ -67,15 +67,15 @@ class TextStream(Protocol):
         """The finished messages of a completion in Harmony; none in models without messages."""
 
     def add(self, token: int) -> Piece:
-        """What is certain with one more token."""
+        """Take one more token; return the text that may be shown now."""
 
     def finish(self, end: int | None = None) -> Piece:
-        """What was held back. `end`: the token that ended the completion, where one did."""
+        """Return the text that was held back. `end`: the token that ended the completion, if one did."""
 
 
 @final
 class SilentStream:
-    """Tokens without a tokenizer have no text."""
+    """The stream of a model without a tokenizer: no text."""
 
     stop_tokens: frozenset[int] = frozenset()
     ended_in: str | None = None
@@ -123,7 +123,7 @@ class PlainStream:
 
 @final
 class HarmonyStream:
-    """gpt-oss's completion, read as Harmony. Stop strings count in the final channel only: in the reasoning they would
+    """gpt-oss's completion, parsed as Harmony. Stop strings apply to the final channel only: in the reasoning they would
     end the request without an answer.
     """
 
@@ -154,7 +154,7 @@ class HarmonyStream:
         return self._shown(self._parser.push(token))
 
     def finish(self, end: int | None = None) -> Piece:
-        # The parser wants to see the token that ended it: `<|call|>` ends a message as well as the completion.
+        # The parser needs the token that ended the completion: `<|call|>` ends a message too.
         last = self._parser.push(end) if end is not None else Delta()
         if self._is_stopped:
             self._parser.finish()
@@ -166,12 +166,12 @@ class HarmonyStream:
         return piece if piece.is_stopped else piece.then(self._released())
 
     def _shown(self, delta: Delta) -> Piece:
-        """What of a delta may be shown, behind what was held back of an answer that is over."""
+        """The part of a delta that may be shown, after the text held back from an answer that has ended."""
         if delta.channel == FINAL and delta.recipient is None and delta.text:
             self.ended_in = None
         elif delta.recipient is not None and self.ended_in is not None:
             self.ended_in = delta.recipient
-        if delta.text and delta.role != "assistant":  # the model invents what others say: no part of its answer
+        if delta.text and delta.role != "assistant":  # the model invents a reply of somebody else: not its answer
             return self._released().then(Piece(reasoning=delta.text, channel=ANALYSIS))
         if delta.channel == FINAL and delta.recipient is None:
             return self._answer(delta.text)
@@ -192,7 +192,7 @@ class HarmonyStream:
         return Piece(shown, channel=FINAL, is_stopped=self._is_stopped)
 
     def _released(self) -> Piece:
-        """What might have become a stop string in a final message that is over now."""
+        """Text that was held back as a possible stop string, in a final message that has ended."""
         text = "" if self._stops is None else self._stops.finish()
         self._stops = None
         self._num_shown += len(text)

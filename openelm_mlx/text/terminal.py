@@ -1,9 +1,9 @@
-"""What may reach a terminal: text that others wrote, with everything in it that a terminal would obey made visible.
+"""Text from others made safe for a terminal: control characters become visible symbols.
 
 A model's answer, a tool's result, a file's name or a repository's text may hold escape sequences that set the clipboard or
-the title, move the cursor, or hide what stands before them. No sequence is parsed here: the one character that begins it is
-shown as a picture of itself, and the rest is plain text. So nothing can hide behind a sequence that never ends, and it does
-not matter where a stream is divided.
+the title, move the cursor, or hide the text before them. Sequences are not parsed here: the character that begins one is
+replaced by its symbol, and the rest is plain text. So nothing can hide behind an endless sequence, and a stream may be
+divided anywhere.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, final
 
 from .unicode import whole_characters
 
-# C0, DEL and C1; what turns the direction of lines (a name that reads backwards); what separates lines; half characters.
+# C0, DEL and C1; direction marks (a name that reads backwards); line and paragraph separators; lone surrogates.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _HIGH_SURROGATES = ("\ud800", "\udbff")
 _BREAKS = re.compile(r"\s*[\n\u2028\u2029\x85]\s*")
-# What JSON lets stand in a string and a terminal obeys.
+# Control characters that JSON allows unescaped in a string.
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """`text` for a terminal: line breaks and tabs stay, and every other control character is shown and does nothing.
+    """`text` for a terminal: line breaks and tabs stay, every other control character becomes a visible symbol.
 
-    A character of half a pair (from a name that is not UTF-8, or a broken escape) becomes U+FFFD. "\r\n" is a line break.
+    A lone surrogate (from a name that is not UTF-8, or a broken escape) becomes U+FFFD. "\r\n" is a line break.
 
         visible("a\x1b[2Jb")   # "a␛[2Jb"
     """
@@ -37,19 +37,19 @@ def visible(text: str) -> str:
 
 
 def visible_line(text: str) -> str:
-    """`visible`, in one line: where lines break, and around it, there is one space."""
+    """`visible`, in one line: line breaks become spaces."""
     return visible(_BREAKS.sub(" ", text.strip())).replace("\t", " ")
 
 
 @final
 class TerminalStream:
-    """`visible` for text that comes in pieces: `add` each, then `finish`. What they give together is the whole text's."""
+    """`visible` for text in pieces: `add` each, then `finish`. Together they give `visible` of the whole text."""
 
     def __init__(self) -> None:
         self._pending = ""
 
     def add(self, text: str) -> str:
-        """What of the text so far can be shown; the half of a line break or of a character waits for the next piece."""
+        """The text that can be shown so far; half a line break or half a character waits for the next piece."""
         text = self._pending + text
         last = text[-1:]
         waits = last == "\r" or _HIGH_SURROGATES[0] <= last <= _HIGH_SURROGATES[1]
@@ -57,15 +57,15 @@ class TerminalStream:
         return visible(text[:-1] if waits else text)
 
     def finish(self) -> str:
-        """What was still waiting."""
+        """The text that was still waiting."""
         text, self._pending = self._pending, ""
         return visible(text)
 
 
 def to_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
-    """JSON that a terminal may be shown: control characters are escaped in it, and a reader gets the value as it is.
+    """JSON that is safe in a terminal: control characters are escaped, and parsing it gives the same value.
 
-    Infinities and what is not a number, which JSON does not know, are null; what has no form in JSON is its `str`.
+    Infinities and NaN, which JSON does not have, are null; a value without a form in JSON is its `str`.
     """
     try:
         text = json.dumps(value, ensure_ascii=ascii_only, indent=indent, default=str, allow_nan=False)

@@ -25,9 +25,9 @@ def load_tokenizer(path: Path, chat_template: str = "plain") -> Tokenizer:
     """Load the tokenizer in a folder, or the one that `path` is a file of; TokenizerError says what is wrong there.
 
     A folder that holds both `tokenizer.model` and `tokenizer.json` is read from `tokenizer.model`: it is what OpenELM
-    was trained with, `tokenizer.json` is a conversion of it, and it loads some twenty times faster. Names of special
+    was trained with, `tokenizer.json` is a conversion of it, and it loads about twenty times faster. Names of special
     tokens come from `tokenizer_config.json` or `special_tokens_map.json`, more stop tokens from
-    `generation_config.json`, where there are such files. chat_template: the one that prompts go through.
+    `generation_config.json`, if there are such files. chat_template: the one used for prompts.
     """
     vocabulary = find_vocabulary(Path(path))
     settings = read_settings(vocabulary)

@@ -42,7 +42,7 @@ class Tokenizer(ABC):
     """Every control token by its name. They have no text, and no text is encoded as one of them."""
 
     chat_template: str
-    """The template (chat.py) that prompts go through: the model's, where it was loaded with one."""
+    """The chat template (chat.py) used for prompts: the model's, if it was loaded with one."""
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
         """Encode ordinary text, without BOS; PromptError where `text` holds half a surrogate pair.
@@ -111,7 +111,7 @@ class Tokenizer(ABC):
             return [token for token in self._encode(text, continuation) if token not in self._control_tokens]
         names = "|".join(map(re.escape, self.special_tokens))
         cuts = [match.start() + 1 for match in re.finditer(f"(?={names})", text) if match.start() + 1 < len(text)]
-        # No name in sight: normalization made it. Halving ends inside it, at the price of a few odd cuts.
+        # No name in the text: normalization made the token. Halving ends inside it, with a few unusual cuts on the way.
         borders = [0, *(cuts or [len(text) // 2]), len(text)]
         parts = [text[start:end] for start, end in pairwise(borders)]
         tokens = self.encode(parts[0], continuation=continuation)

@@ -15,7 +15,7 @@ from openelm_mlx.finder import is_same_name, same_file
 SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 TOKENIZER_FILES = (SENTENCEPIECE_FILE, JSON_FILE)
-# That of gpt-oss has 28 MB, and with every merge spelled out it would have twice that.
+# gpt-oss's has 28 MB; with every merge spelled out it would have twice that.
 LARGEST_VOCABULARY = 2**28
 # Tokens are numbered from 0; no vocabulary in use has a million.
 _MOST_TOKENS = 2**24
@@ -32,12 +32,12 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What the files beside a vocabulary say; `files` are the vocabulary and those beside it that belong to it."""
+    """The settings in the files beside a vocabulary; `files` are the vocabulary and those of them that belong to it."""
 
     folder: Path
     files: tuple[Path, ...]
     names: Mapping[str, str]
-    """Names of special tokens under `bos_token` and `eos_token`, as far as there are any."""
+    """Names of special tokens under `bos_token` and `eos_token`, if there are any."""
     eos_tokens: tuple[int, ...]
     """Numbers from `generation_config.json`."""
     added: Mapping[int, AddedToken]
@@ -60,7 +60,7 @@ class TokenizerSettings:
 
 
 def find_vocabulary(path: Path) -> Path:
-    """The vocabulary that `path`, a folder or a tokenizer's file, stands for; TokenizerError if there is none."""
+    """The vocabulary file of `path`, a folder or a tokenizer's file; TokenizerError if there is none."""
     if not os.path.lexists(path):
         raise TokenizerError(f"{path} does not exist; name a folder that holds tokenizer.model or tokenizer.json.")
     if not path.is_dir():
@@ -74,7 +74,7 @@ def find_vocabulary(path: Path) -> Path:
             )
         path = path.parent
     for name in TOKENIZER_FILES:
-        if os.path.lexists(path / name):  # also where it is not a file: reading it says so
+        if os.path.lexists(path / name):  # even if it is not a file: reading it raises the error
             return path / name
     raise TokenizerError(
         f"{path} holds neither tokenizer.model nor tokenizer.json; gpt-oss comes with its tokenizer.json, and OpenELM "
@@ -84,10 +84,10 @@ def find_vocabulary(path: Path) -> Path:
 
 
 def read_vocabulary(path: Path) -> bytes:
-    """The bytes of a vocabulary; TokenizerError if it cannot be read, is empty or only stands for a file elsewhere."""
+    """The bytes of a vocabulary; TokenizerError if it cannot be read, is empty or is a Git LFS pointer."""
     data = read_bytes(path, TokenizerError, LARGEST_VOCABULARY)
     if not data:
-        raise TokenizerError(f"{path} is empty; fetch it again.")
+        raise TokenizerError(f"{path} is empty; download it again.")
     return data
 
 
@@ -152,6 +152,6 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], older: Mapping[str, A
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(
             f"The added tokens in {folder} are not a table of numbers and texts ({shown(error)}); "
-            "correct tokenizer_config.json or added_tokens.json there, or fetch them again."
+            "correct tokenizer_config.json or added_tokens.json there, or download them again."
         ) from error
     return added

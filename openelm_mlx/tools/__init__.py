@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Public name -> module. Loaded on first use: a program that wants one tool pays for no other one.
+# Public name -> module. Loaded on first use: a program pays only for the tools that it uses.
 _PUBLIC = {
     "Tool": "tool",
     "FunctionTool": "tool",

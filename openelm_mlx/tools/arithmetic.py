@@ -1,4 +1,4 @@
-"""A calculator as a tool: arithmetic and nothing else, without `eval`."""
+"""A calculator tool: only arithmetic, evaluated without `eval`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOST_CHARACTERS = 1000
 @checked_call("calculator", ToolError, expression=TEXT)
 def calculator(expression: str) -> str:
     """Evaluates an arithmetic expression."""
-    # The docstring is the model's: what goes wrong is a ToolError.
+    # The docstring is shown to the model, so it does not mention ToolError.
     if len(expression) > MOST_CHARACTERS:
         raise ToolError(f"the expression has {len(expression)} characters; {MOST_CHARACTERS} are the most")
     try:

@@ -1,4 +1,4 @@
-"""Running the tool that a model calls: its arguments checked, what comes of it as text that the model can be told."""
+"""Running a tool call: its arguments are checked against the schema, and its result becomes text for the model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from ..decoding.validation import Validator
 from ..text.unicode import whole_characters
 from .tool import Tool, read_arguments, result_text
 
-# What of a tool's result the model sees; the rest would push the conversation out of its context.
+# The longest tool result that the model is shown; more would push the conversation out of its context.
 MOST_RESULT_CHARACTERS = 16_000
 
 
 def run(tool: Tool, text: str) -> str:
-    """What `tool` says when it is called with the arguments that a model wrote."""
+    """The result of `tool` for the arguments that a model wrote."""
     if tool.parameters is None:
         return result_text(tool(text))
     arguments = read_arguments(text)
-    # A server checks its calls itself, with what its schemas refer to.
+    # A server checks its calls itself, and knows what its schemas refer to.
     validator = Validator(tool.parameters, is_lenient=getattr(tool, "is_lenient", False))
     if faults := validator.faults(arguments):
         raise ValueError("the arguments do not follow the schema: " + "; ".join(faults))
@@ -25,7 +25,7 @@ def run(tool: Tool, text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An exception's words for the model."""
+    """An exception's message, for the model."""
     try:
         text = str(error).strip() or type(error).__name__
     except Exception:  # noqa: BLE001 - a tool's own exception may be broken too
@@ -34,7 +34,7 @@ def reason(error: BaseException) -> str:
 
 
 def shown_to_model(text: str, most_tokens: int, count_tokens: Callable[[str], int]) -> str:
-    """A result as the model is told it: whole characters, and no more of it than leaves room for the conversation."""
+    """A result as the model gets it: whole characters only, cut so that room for the conversation is left."""
     text = whole_characters(text)
     kept = min(len(text), MOST_RESULT_CHARACTERS)
     # A token has at least a byte, so that most texts need not be counted.

@@ -1,4 +1,4 @@
-"""A text as lines, and the places of a patch in it: what no place names stays as it is, line ends and spaces included."""
+"""A text as lines, and applying the hunks of a patch to it: all other lines keep their bytes, line ends included."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ToolError
 
 _BOM = "\ufeff"
-# Different lines that a Document may know. There are 1,114,112 characters; a file of 4 MB can have 1,053,000 such lines.
+# Limit on the different lines of a Document, each of which is one of 1,114,112 characters (see `_index`).
 _MOST_CHARACTERS = 1_060_000
 
 
@@ -17,8 +17,8 @@ _MOST_CHARACTERS = 1_060_000
 class Hunk:
     """One place of a file that changes.
 
-    lines: each after its mark, " " for one that stays, "-" for one that goes, "+" for a new one. anchors: lines that stand
-    somewhere before, in order.
+    lines: each with its prefix, " " for context, "-" for a removed line, "+" for a new one. anchors: lines that occur
+    somewhere before it, in order.
     """
 
     anchors: list[str] = field(default_factory=list)
@@ -31,14 +31,14 @@ class Hunk:
         return [line.removesuffix("\r") for mark, line in self.lines if mark != "+"]
 
 
-# How lines are compared: as they are, and where that finds nothing, with less and less of their spaces.
+# How lines are compared: exactly, and if that finds nothing, ignoring more and more of their spaces.
 _CLEANED: tuple[Callable[[str], str], ...] = (str, str.rstrip, str.strip)
 
 
 class Document:
     """A text that is being patched, as lines: what they say, and how each ends ("" for a last one without an end).
 
-    Lines that no hunk removes stay as they are, byte for byte, but that a last line gets an end when another follows it.
+    Lines that no hunk removes stay byte for byte, except that a last line without a line end gets one when another follows.
     """
 
     def __init__(self, text: str) -> None:
@@ -58,7 +58,7 @@ class Document:
         return self._mark + "".join(map("".join, zip(self._contents, self._ends, strict=True)))
 
     def apply(self, hunks: Sequence[Hunk], path: str) -> None:
-        """Apply hunks one after the other. Raises ToolError where one does not fit, and then none is applied."""
+        """Apply hunks one after the other. Raises ToolError if one does not fit, and then applies none."""
         had_end = not self._ends or bool(self._ends[-1])
         # What it will be made of: ranges of lines that stay, and new lines with their ends.
         parts: list[tuple[int, int] | tuple[str, str]] = []
@@ -126,7 +126,7 @@ class Document:
         return place
 
     def _find(self, wanted: Sequence[str], start: int, is_at_end: bool = False) -> int | None:
-        """Where `wanted` stands first: exactly, or if nowhere so, but for spaces at line ends, or at both sides of lines."""
+        """The first occurrence of `wanted`: exact, or else ignoring spaces at line ends, or else at both sides of lines."""
         for level, clean in enumerate(_CLEANED):
             characters, text = self._index(level)
             target = "".join(characters.get(clean(line), "") for line in wanted)
@@ -150,7 +150,7 @@ class Document:
         return self._indexes[level]
 
     def _end_near(self, number: int) -> str:
-        """How a new line before line `number` should end: as the one above it, or below, or as most."""
+        """The line end for a new line before line `number`: that of the line above, or below, or the most frequent one."""
         above = self._ends[number - 1] if number else self._ends[number] if self._ends else ""
         return above or self._usual_end
 

@@ -1,7 +1,7 @@
 """gpt-oss's browser over the text files of one folder: search, open, find, with numbered lines to cite.
 
-gpt-oss was trained to search, to open what it found, and to cite `【3†L7-L9】`: lines 7 to 9 of the third display. The pages
-here are local files and nothing else; what the three tools are called and take is what it knows (text/builtin_tools.py).
+gpt-oss was trained to search, to open what it found, and to cite `【3†L7-L9】`: lines 7 to 9 of the third display. Here
+all pages are local files; the three tools have the names and arguments that it was trained with (text/builtin_tools.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SNIPPET_LINES = 3
 
 @dataclass(frozen=True)
 class Page:
-    """What one display shows a part of: wrapped lines, and the links in them by number, each a path and a line."""
+    """A page, of which a display shows a part: wrapped lines, and the links in them by number, each a path and a line."""
 
     title: str
     location: str
@@ -66,8 +66,8 @@ class BrowserTool:
 class FileBrowser:
     """The browser over `folder`. Its `tools` are search, open and find; `pages` are the displays by cursor.
 
-    count_tokens: how many tokens a text has for the model; a view holds 1,024. By default a token is taken for four
-    characters. Raises ToolError if there is no such folder. Links and files outside the folder are not there for it.
+    count_tokens: how many tokens a text has for the model; a view holds 1,024. By default a token counts as four
+    characters. Symbolic links and files outside the folder are invisible. Raises ToolError if there is no such folder.
     """
 
     def __init__(self, folder: str | Path, count_tokens: Callable[[str], int] | None = None) -> None:
@@ -146,7 +146,7 @@ class FileBrowser:
         return self.pages[number]
 
     def _show(self, page: Page, start: int, count: int = -1) -> str:
-        """Make the page the newest one, and display it from line `start`: so many lines, or as many as a view holds."""
+        """Add the page and display it from line `start`: `count` lines, or as many as a view holds."""
         if start >= len(page.lines):
             raise ToolError(f"{page.title} has {len(page.lines)} lines, and line {start} is not among them.")
         self.pages.append(page)
@@ -185,7 +185,7 @@ class FileBrowser:
         file = (self.folder / path.lstrip("/")).resolve() if "\0" not in path else self.folder / "\ufffd"
         if Path(path).is_absolute() and Path(path).resolve().is_relative_to(self.folder):
             file = Path(path).resolve()
-        # Where a link leads counts: to a hidden file it leads nowhere.
+        # The target of a link counts: a link to a hidden file is hidden too.
         is_there = file.is_relative_to(self.folder) and file.exists()
         if not is_there or first_hidden(file.relative_to(self.folder).parts) is not None:
             raise ToolError(f"There is no file {path!r} here. Search for its words, or open '.' to see what there is.")
@@ -241,7 +241,7 @@ def wrapped(text: str) -> list[str]:
 
 
 def _text_of(file: Path) -> str | None:
-    """The text of a file; None if it is none, too large, or not to be read."""
+    """The text of a file; None if it is not text, too large, or unreadable."""
     try:
         if not file.is_file() or file.stat().st_size > LARGEST_FILE:
             return None

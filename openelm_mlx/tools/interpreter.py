@@ -15,7 +15,7 @@ from .python_process import START_SECONDS, Place, not_started
 from .sandbox import Limits, Python, interpreter
 
 _WATCH_SECONDS = 0.1
-_GRACE_SECONDS = 2.0  # for a script to end by an interrupt, and keep the variables
+_GRACE_SECONDS = 2.0  # for a script to end after an interrupt, so that variables are kept
 
 
 class Interpreter:
@@ -23,7 +23,7 @@ class Interpreter:
 
     def __init__(self, kind: str, place: Place, python: Python, folder: Path, limits: Limits) -> None:
         self._place, self._limits = place, limits
-        self._files_before = 0  # when it began with a script, or ended it
+        self._files_before = 0  # file usage at the start or end of the last script
         pipes = [os.pipe() for _ in range(3)]
         (given, self._scripts), (self._output, output), (self._report, report) = pipes
         token = secrets.token_hex(16)
@@ -44,20 +44,20 @@ class Interpreter:
             raise not_started(kind, text)
 
     def run(self, script: str, is_interrupted: Callable[[], bool]) -> tuple[str, bool]:
-        """What a script wrote, and whether the interpreter is at its end."""
+        """Run a script; return its output, and whether the interpreter has to be replaced."""
         data, token = script.encode("utf-8", "replace"), secrets.token_hex(16)
         header = f"{token} {len(data)}\n".encode()
         return self._follow(memoryview(header + data), token, self._limits.seconds, is_interrupted)
 
     def trouble(self) -> str | None:
-        """Why it is at its end, between two scripts."""
+        """Why the interpreter has to be replaced, checked between two scripts; None if it is fine."""
         code = self._place.code()
         if code is not None:
             return f"Python ended {_how(code)}"
         return self._place.excess(self._limits, self._files_before)
 
     def end(self) -> None:
-        """End it and what scripts have started."""
+        """End the interpreter and the processes that scripts have started."""
         self._place.kill()
         self._close_pipes()
 
@@ -67,7 +67,7 @@ class Interpreter:
                 os.close(descriptor)
         self._scripts = self._output = self._report = -1
 
-    # One loop over whatever may happen first: every branch reads and sets the same few variables.
+    # One loop over everything that may happen: every branch reads and sets the same few variables.
     def _follow(  # noqa: C901
         self, data: memoryview, token: str, seconds: float, is_interrupted: Callable[[], bool]
     ) -> tuple[str, bool]:
@@ -154,14 +154,14 @@ def _how(code: int) -> str:
 
 
 class _Output:
-    """What a script wrote, its beginning and its end, in bounded memory."""
+    """A script's output in bounded memory: its beginning and its end."""
 
     def __init__(self, limit: int) -> None:
         self._half = limit // 2
         self._start, self._end, self._count = bytearray(), bytearray(), 0
 
     def read_from(self, descriptor: int) -> bool:
-        """Take what is in a pipe, at most some of it at a time; False where it has ended."""
+        """Read what is in a pipe, a limited amount at a time; False when the pipe has ended."""
         for _ in range(64):
             try:
                 data = os.read(descriptor, 65_536)

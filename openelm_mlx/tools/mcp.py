@@ -43,10 +43,10 @@ _CLOSE_SECONDS = 5.0  # more than a program takes to be ended
 
 @final
 class McpTool:
-    """A server's tool, called with JSON. Its name is the server's, with what a header cannot have as `_`."""
+    """A server's tool, called with JSON. It has the server's name, with `_` for characters that a header cannot have."""
 
     namespace: str | None = "functions"
-    # Servers exist, and what their schemas say beyond the engine is not for their user to change.
+    # A user cannot change a server's schema, so what the engine cannot follow in it is only checked afterwards.
     is_lenient = True
 
     def __init__(self, server: McpServer, name: str, description: str, parameters: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class McpTool:
         self._server, self._name = server, name
 
     def __call__(self, arguments: Any) -> str:
-        """The tool's result as text. arguments: a dictionary, or JSON. Raises ToolError if that is not so, or it failed."""
+        """The tool's result as text. arguments: a dictionary, or JSON. Raises ToolError for others, and if the call failed."""
         return self._server.call(self._name, arguments_of(arguments, self.name))
 
 
@@ -65,9 +65,9 @@ class McpServer:
     """A connection to one MCP server; `tools` are its tools. `close` ends it, as a `with` block does.
 
     source: a command line ("uvx mcp-server-time"), its words in a list, or the address of a server
-    ("http://localhost:8000/mcp"). environment: variables for the program, beside the few that it gets anyway. timeout:
-    seconds for connecting, the list of tools included, and for one call. `notes` are sentences about tools that were left
-    out, or are not held to all of their schema. Raises ToolError if the server cannot be reached.
+    ("http://localhost:8000/mcp"). environment: variables for the program, in addition to the few that it always gets.
+    timeout: seconds for connecting, including the list of tools, and for one call. `notes` are sentences about tools that
+    were left out, or whose schema is not fully enforced. Raises ToolError if the server cannot be reached.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class McpServer:
         self.close()
 
     def _hurry(self) -> None:
-        """Break off whatever the connection waits for: it has failed, and its user has waited long enough."""
+        """Cancel whatever the connection waits for: it has failed, and the caller has waited long enough."""
         if self._log is not None:
             self._log.is_hurried = True
         self._in_loop(lambda: self._main.cancel() if self._main is not None else None)
@@ -151,14 +151,14 @@ class McpServer:
         return self._result(future, seconds)
 
     def _result(self, future: concurrent.futures.Future[_T], seconds: float) -> _T:
-        """What comes of a future. The only clock of a connection: the SDK's own timeouts would race with it."""
+        """The result of a future. This is a connection's only timeout: the SDK's own would race with it."""
         try:
             return future.result(max(seconds, 0))
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise ToolError(f"The MCP server {self.source!r} did not answer in {self._timeout:g} seconds.") from None
         except BaseException:
-            future.cancel()  # Ctrl-C: nobody waits for it any more
+            future.cancel()  # Ctrl-C: the result is not needed any more
             raise
 
     # --- In the thread ------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class McpServer:
         tools: dict[str, McpTool] = {}
         cursor = None
         seen: set[str | None] = set()
-        while cursor not in seen:  # some give the same page for ever
+        while cursor not in seen:  # some servers repeat the same page for ever
             seen.add(cursor)
             page = await self._client.list_tools(cursor=cursor)
             for each in page.tools:
@@ -201,7 +201,7 @@ class McpServer:
 
     def _note(self, text: str) -> None:
         sentence = f"MCP server {self.source!r}: {text}."
-        if sentence not in self.notes:  # the SDK lists the tools again when it likes
+        if sentence not in self.notes:  # the SDK may list the tools again at any time
             self.notes.append(sentence)
 
     def _transport(self, source: str | list[str], environment: Mapping[str, str] | None) -> Any:
@@ -222,7 +222,7 @@ class McpServer:
         if not words:
             raise ToolError("An MCP server is a command line or an address, and this is empty.")
         self._log = Log()
-        # Of our own variables it gets what the SDK holds for harmless, and where programs are.
+        # Of our environment it gets the variables that the SDK considers harmless, and PATH.
         kept = {name: os.environ[name] for name in ("PATH", "VIRTUAL_ENV") if name in os.environ}
         return program(words, {**kept, **(environment or {})}, self._log, self._note)
 
@@ -235,7 +235,7 @@ async def _cleaned(transport: Any, note: Any) -> AsyncIterator[tuple[Any, Any]]:
 
 @final
 class _CleanStream:
-    """The messages of another stream, their results made good."""
+    """The messages of another stream, with sloppy results corrected."""
 
     def __init__(self, messages: Any, note: Any) -> None:
         self._messages, self._note = messages, note
@@ -261,7 +261,7 @@ class _CleanStream:
 
     @property
     def last_context(self) -> Any:
-        """What the SDK asks of some streams."""
+        """An attribute that the SDK expects of some streams."""
         return getattr(self._messages, "last_context", None)
 
     def _clean(self, item: Any) -> Any:
@@ -272,7 +272,7 @@ class _CleanStream:
 
 
 def read_servers(file: str | Path) -> dict[str, tuple[str | list[str], dict[str, str]]]:
-    """The servers of a configuration file as other programs have it: name -> (source, environment).
+    """The servers in a configuration file in the usual format: name -> (source, environment).
 
     The file holds `{"mcpServers": {NAME: {"command": ..., "args": [...], "env": {...}} or {"url": ...}}}`.
     """
@@ -295,9 +295,9 @@ def read_servers(file: str | Path) -> dict[str, tuple[str | list[str], dict[str,
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost error's words: task groups wrap them."""
+    """The innermost error's message: task groups wrap errors."""
     while getattr(error, "exceptions", None):
         error = error.exceptions[0]  # type: ignore[attr-defined]
-    if isinstance(error, ValueError) and hasattr(error, "error_count"):  # pydantic's: several lines for each fault
-        return "what it sent is not of the form that MCP has"
+    if isinstance(error, ValueError) and hasattr(error, "error_count"):  # pydantic's, with several lines for each fault
+        return "what it sent does not follow the MCP format"
     return f"{type(error).__name__}: {error}".rstrip(": .").replace("\n", " ")[:300]

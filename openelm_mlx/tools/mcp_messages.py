@@ -1,4 +1,4 @@
-"""What MCP servers send, made good where it is sloppy, before the SDK takes it apart: one bad tool must not cost the others."""
+"""Correcting sloppy messages of MCP servers before the SDK parses them: one bad tool must not cost the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Note = Callable[[str], None]
 
 
 def whole(value: Any) -> Any:
-    """JSON with all its text in whole characters: a lone half of one makes the SDK refuse the message, and servers too."""
+    """JSON without lone surrogates, for which the SDK, and servers, refuse a message."""
     if isinstance(value, str):
         return whole_characters(value)
     if isinstance(value, Mapping):
@@ -33,7 +33,7 @@ def whole(value: Any) -> Any:
 
 
 def cleaned_result(result: Any, note: Note) -> Any:
-    """An answer's result: a list of tools, or what a tool said, in a form that the SDK reads. Others stay as they are."""
+    """A result (a list of tools, or a tool's output) in a form that the SDK accepts. Others stay as they are."""
     if not isinstance(result, dict):
         return result
     if isinstance(result.get("tools"), list):
@@ -48,9 +48,9 @@ def cleaned_result(result: Any, note: Note) -> Any:
 
 
 def cleaned_tools(tools: Iterable[Any], note: Note) -> list[dict[str, Any]]:
-    """The tools that can be called, each with a schema that is one. `note` is told of every other and every change.
+    """The tools that can be called, each with a valid schema. `note` gets a sentence for every other tool and every change.
 
-    What a tool says of its results is left away: they are for the model, and nobody here has use for their form.
+    A tool's output schema is dropped: results go to the model as text.
     """
     kept = []
     for tool in tools:
@@ -60,20 +60,20 @@ def cleaned_tools(tools: Iterable[Any], note: Note) -> list[dict[str, Any]]:
             continue
         if whole_characters(name) != name:
             note(
-                f"the tool {whole_characters(name)!r} is left out: its name has half a character, and cannot be called"
+                f"the tool {whole_characters(name)!r} is left out: its name is not valid Unicode, so it cannot be called"
             )
             continue
         description = tool.get("description")
         parameters, faults = repaired(tool.get("inputSchema"))
         if faults:
-            note(f"the schema of {_short(name)} has faults, which are not held ({'; '.join(faults[:3])})")
+            note(f"the schema of {_short(name)} has faults, which are ignored ({'; '.join(faults[:3])})")
         text = description[:_MOST_DESCRIPTION] if isinstance(description, str) else ""
         kept.append({"name": name, "description": text, "inputSchema": parameters})
     return kept
 
 
 def name_for_model(name: str) -> str:
-    """A tool's name as a header of gpt-oss's can have it, with `_` for what it cannot."""
+    """A tool's name for a header of gpt-oss's format, with `_` for characters that it cannot have."""
     word = re.sub(r"[^\w.-]", "_", name)[:_MOST_NAME]
     return f"{word}_" if word in RESERVED else word
 

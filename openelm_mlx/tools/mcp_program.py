@@ -1,8 +1,8 @@
-"""An MCP server that is a program: started, talked to over its standard input and output, and ended in a known time.
+"""The stdio transport for an MCP server that is a program: started, connected by its standard streams, ended in time.
 
-The SDK has a transport for this too. That one loses a message that has half a character in it, and whoever waits for it;
-holds a line without an end in memory, and copies it for every piece; takes four seconds to give up on a program that
-does not end; and hands all that the program writes to standard error to a file. So this is another, of the same kind.
+The SDK's own stdio transport loses a message with a lone surrogate, so its caller waits for ever; keeps an endless line
+in memory and copies it for every piece; takes four seconds to give up on a program that does not end; and writes the
+program's standard error to a file. This one does not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mcp.shared.message import SessionMessage
 from .mcp_messages import Note, cleaned_result, whole
 
 _LONGEST_LINE = 32 << 20  # bytes of one message
-_KEPT_BYTES = 1 << 16  # of what it wrote to standard error
+_KEPT_BYTES = 1 << 16  # of standard error
 # Seconds for a program to end by itself once its input is closed, and after it was told to.
 GRACE_SECONDS, TERM_SECONDS = 1.5, 0.3
 _GONE = (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError, OSError)
@@ -31,7 +31,7 @@ _GONE = (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError
 
 @final
 class Log:
-    """What is known of a program beside its messages. Written in the connection's thread, read in any."""
+    """What a program wrote besides its messages. Written in the connection's thread, read in any."""
 
     def __init__(self) -> None:
         self.errors = b""  # the end of what it wrote to standard error
@@ -39,7 +39,7 @@ class Log:
         self.has_ended = self.is_hurried = False
 
     def last_words(self) -> str:
-        """What it said at last, for the end of a sentence; empty when it said nothing."""
+        """Its last words, for the end of a sentence; empty when it wrote nothing."""
         lines = [line.strip() for line in self.errors.decode("utf-8", "replace").split("\n")]
         said = next((line for line in reversed(lines) if line), "")
         if said:
@@ -48,7 +48,7 @@ class Log:
 
 
 def parsed(line: bytes, log: Log, note: Note) -> SessionMessage | None:
-    """The message that a line is; None if it is none."""
+    """The message in a line; None if it is not a message."""
     try:
         value = json.loads(line.decode("utf-8", "replace"))
         if not isinstance(value, dict):
@@ -65,7 +65,7 @@ def parsed(line: bytes, log: Log, note: Note) -> SessionMessage | None:
 async def program(
     words: Sequence[str], environment: Mapping[str, str], log: Log, note: Note
 ) -> AsyncIterator[tuple[Any, Any]]:
-    """Starts a program; gives the streams of messages from it and to it. At the end it, and what it started, are gone."""
+    """Start a program; yield the streams of messages from it and to it. At the end it and its child processes are killed."""
     process = await anyio.open_process(
         list(words), env={**get_default_environment(), **environment}, start_new_session=True
     )
@@ -88,7 +88,7 @@ async def program(
                 async for message in sent:
                     text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
                     await process.stdin.send(text.encode() + b"\n")
-        received.close()  # nobody would answer what cannot be asked
+        received.close()  # requests cannot be sent any more, so no answer comes
 
     async def read_errors() -> None:
         assert process.stderr is not None
@@ -112,7 +112,7 @@ async def program(
 
 
 async def _lines(output: Any) -> AsyncIterator[bytes]:
-    """The lines that a program writes; one that is too long is none."""
+    """The lines that a program writes, without those that are too long."""
     pieces: list[bytes] = []
     size = 0
     with suppress(*_GONE):
@@ -137,7 +137,7 @@ async def _end(process: Process, log: Log) -> None:
             await process.stdin.aclose()
     if not log.is_hurried:
         await _wait(process, GRACE_SECONDS)
-    for number in (signal.SIGTERM, signal.SIGKILL):  # for what it has left behind, too
+    for number in (signal.SIGTERM, signal.SIGKILL):  # also for processes that it left running
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         await _wait(process, TERM_SECONDS)

@@ -1,8 +1,8 @@
 """apply_patch: changes to text files in the `*** Begin Patch` format, inside one folder, all of them or none.
 
-First everything is read and worked out in memory; only a patch that fits as a whole touches the disk (swap.py says how).
-What a patch does not name stays as it is, line ends and spaces included. Errors are sentences for the model, which can
-then mend its patch.
+First everything is read and computed in memory; only a patch that fits as a whole touches the disk (swap.py). What a patch
+does not change keeps its bytes, line ends and spaces included. Errors are sentences for the model, which can then correct
+its patch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _END_OF_FILE = "*** End of File"
 
 @dataclass
 class FileChange:
-    """What a patch does to one file: "add" (content), "delete", or "update" (hunks, and move_to for a new name)."""
+    """A patch's change of one file: "add" (content), "delete", or "update" (hunks, and move_to for a new name)."""
 
     action: str
     path: str
@@ -75,7 +75,7 @@ class PatchTool:
 
 def _patch_text(arguments: Any) -> str:
     if isinstance(arguments, str) and arguments.lstrip().startswith(_BEGIN):
-        return arguments  # the bare patch, which models send too
+        return arguments  # a patch without JSON around it, which models send too
     patch = arguments_of(arguments, PatchTool.name).get("patch")
     if not isinstance(patch, str):
         raise ToolError(f"The patch is a {type(patch).__name__}, not text.")
@@ -109,9 +109,11 @@ def parse_patch(patch: str) -> list[FileChange]:
     """The changes that a patch asks for. Raises ToolError with the number of the line that cannot be read."""
     if whole_characters(patch) != patch:
         wrong = next(c for c in patch if whole_characters(c) != c)
-        raise ToolError(f"The patch has {wrong!r}, half a character, which no file can hold: write whole characters.")
+        raise ToolError(
+            f"The patch has {wrong!r}, half of a surrogate pair, which no file can hold: write whole characters."
+        )
     lines = patch.strip("\r\n").split("\n")
-    if lines[0].endswith("\r"):  # the patch's own line ends; otherwise a "\r" is a part of what it says
+    if lines[0].endswith("\r"):  # the patch's own line ends; otherwise a "\r" is content
         lines = [line.removesuffix("\r") for line in lines]
     if lines[0].strip() != _BEGIN:
         raise ToolError(f"The patch begins with {lines[0][:60]!r} and not with the line {_BEGIN!r}.")
@@ -169,14 +171,16 @@ class _PatchReader:
         while self._more():
             change.hunks.append(self._hunk())
         if not change.hunks and change.move_to is None:
-            raise ToolError(f"The patch updates {path} and says nothing of what changes in it.")
+            raise ToolError(f"The patch updates {path} but has no changes for it.")
         return change
 
     def _hunk(self) -> Hunk:
         hunk = Hunk()
         while self._more() and self._lines[self._at].startswith("@@"):
             anchor = self._next()[2:].removeprefix(" ").removesuffix("\r")
-            if anchor.strip() and not anchor.endswith("@@"):  # "-1,2 +1,2 @@" is diff's line numbers, which say nothing
+            if anchor.strip() and not anchor.endswith(
+                "@@"
+            ):  # "-1,2 +1,2 @@" has diff's line numbers, which are ignored
                 hunk.anchors.append(anchor)
         while self._more() and not self._lines[self._at].startswith("@@"):
             line = self._next()
@@ -203,7 +207,7 @@ def _path(line: str, word: str) -> str:
 
 
 class _Workspace:
-    """The files of a folder as they will be; `commit` makes it so on the disk."""
+    """The files of a folder as they will be; `commit` writes them to the disk."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
@@ -211,10 +215,10 @@ class _Workspace:
         self._keys: dict[str, str] = {}
         self._before: dict[str, Seen | None] = {}
         self._after: dict[str, bytes | None] = {}  # None: no such file
-        # Whose file it is, under the name that it had: what is moved keeps its permissions.
+        # New name -> the name that the file had: a moved file keeps its permissions.
         self._origin: dict[str, str | None] = {}
         self._open: dict[str, Document] = {}
-        self._where: dict[str, str | None] = {}  # the other way round: what a file that was read is called now
+        self._where: dict[str, str | None] = {}  # old name -> the file's name now
 
     def document(self, path: str) -> Document:
         """The text of a file, to be changed in place."""
@@ -234,7 +238,7 @@ class _Workspace:
             raise ToolError(f"There is a file {path} already; to change it, use *** Update File.")
         key = self._key(path)
         self._set(key, content)
-        if self._before[key] is not None and not self._is_moved(key):  # deleted, and made anew
+        if self._before[key] is not None and not self._is_moved(key):  # deleted, and then added again
             self._origin[key] = self._where[key] = key
 
     def _set(self, key: str, text: str) -> None:
@@ -259,7 +263,7 @@ class _Workspace:
             key = str(PurePosixPath(source).with_name(PurePosixPath(target).name))
             if key == source:
                 return  # moved to where it is
-            # The same name in other letters, on a volume that does not tell them apart.
+            # The same name in other case, on a volume that ignores case.
             self._before[key] = self._after[key] = None
         elif self._load(target) is not None:
             raise ToolError(f"{path} cannot be moved to {target}: there is such a file already.")
@@ -297,7 +301,7 @@ class _Workspace:
         return self._where.get(key) not in (None, key)
 
     def _is_new_file(self, key: str) -> bool:
-        """Whether another file than before stands there, though of the same content."""
+        """Whether the path has a new file, though with the same content."""
         return self._after[key] is not None and self._origin[key] != key
 
     def _data_before(self, key: str) -> bytes | None:

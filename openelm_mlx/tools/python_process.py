@@ -27,13 +27,13 @@ START_SECONDS = 60.0
 class Place(Protocol):
     """Where interpreters run, one at a time."""
 
-    report: int | None  # the descriptor of its report in the interpreter; None: as it is here
+    report: int | None  # the descriptor of its report in the interpreter; None: the same as in this process
 
     def start(self, launch: Launch, descriptors: list[int]) -> None: ...  # input, output, report
 
     def interrupt(self) -> None: ...
 
-    def code(self) -> int | None: ...  # the exit code, where it has ended
+    def code(self) -> int | None: ...  # the exit code, if it has ended
 
     def kill(self) -> None: ...  # it, and what it started
 
@@ -110,7 +110,7 @@ class Box:
 
     @property
     def is_there(self) -> bool:
-        """Whether the sandbox is still there: its first process may have been killed from outside, for want of memory."""
+        """Whether the sandbox still runs: the system may have killed its first process when memory ran out."""
         return self._process.returncode is None
 
     def close(self) -> None:
@@ -129,12 +129,12 @@ class Box:
         return len(sandbox_usage.descendants(self._process.pid))
 
     def files(self, limits: Limits) -> int:
-        """How many there are; their bytes are bounded by the sandbox."""
+        """The number of files; their bytes are limited by the sandbox."""
         found = os.fstatvfs(self.folder)
         return found.f_files - found.f_ffree
 
     def _ask(self, word: str, answer: str) -> bool:
-        """Tell the first process to do something, and wait until it has: else it might be done to the next script."""
+        """Tell the first process to do something, and wait until it is done: it must not hit the next script."""
         self._answer = ""
         try:
             self._control.send(json.dumps({word: self._number}).encode())
@@ -146,7 +146,7 @@ class Box:
         return self._answer == answer
 
     def _listen(self, seconds: float) -> None:
-        """Take note of what the first process says, waiting for a message up to `seconds`."""
+        """Read the first process's messages, waiting up to `seconds` for one."""
         while self.is_there:
             self._control.settimeout(seconds)
             try:
@@ -218,7 +218,7 @@ class Direct:
         if sandbox_usage.IS_MAC:  # there it is the only one
             footprint = sandbox_usage.footprint(pid)
             if footprint is None and self._process.poll() is None:
-                return "it was stopped: this system does not say how much memory it takes"
+                return "it was stopped: this system does not report its memory"
             processes = {pid: footprint or 0}
         reason = _excess_of_processes(processes, limits)
         if reason is None and self.files(limits) > max(limits.folder_bytes, files_before):
@@ -239,7 +239,7 @@ class Direct:
 
 
 def _way_to_systemd() -> dict[str, str]:
-    """All that what makes a sandbox gets of the environment; an interpreter gets nothing of it."""
+    """The environment of the program that makes a sandbox: only what systemd-run needs. An interpreter gets none of it."""
     names = ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -249,7 +249,7 @@ def not_started(kind: str, reason: str) -> ToolError:
 
 
 def _excess_of_processes(processes: dict[int, int], limits: Limits) -> str | None:
-    # Up to two of them make the sandbox.
+    # Up to two of them belong to the sandbox itself.
     if len(processes) > limits.processes + 2:
         return f"it was stopped: more than {limits.processes} processes"
     if sandbox_usage.memory_bytes(processes, limits.memory_bytes) > limits.memory_bytes:

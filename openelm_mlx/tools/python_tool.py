@@ -1,8 +1,8 @@
 """gpt-oss's python tool: scripts of the model, run one after the other in an interpreter that keeps its variables.
 
-The interpreter is another process, in a sandbox (sandbox.py). One thread of this file owns both: it takes calls in turn,
-whichever thread they come from, gives each its own result, also when the one before was given up by Ctrl-C, and looks at
-what scripts take, also between calls. interpreter.py follows a single script.
+The interpreter is another process, in a sandbox (sandbox.py). One thread owns both: it serves calls from all threads in
+turn, gives each its own result, even when the previous one was interrupted by Ctrl-C, and checks the resources that
+scripts use, also between calls. interpreter.py runs a single script.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .python_process import Box, Direct, Place
 from .sandbox import KEPT, SANDBOXES, Limits, Python, find_sandbox
 from .sandbox_usage import remove_folder
 
-_IDLE_SECONDS = 1.0  # between two looks while no script runs
+_IDLE_SECONDS = 1.0  # between two checks while no script runs
 _CLOSED = "This python tool is closed: make another one."
 _SANDBOX = Kind(lambda value: value in SANDBOXES, f"give one of {', '.join(SANDBOXES)}")
 _NOTHING = "(The script wrote nothing. Its last expression, or what it prints, is what you see.)"
@@ -40,10 +40,10 @@ _NOTHING = "(The script wrote nothing. Its last expression, or what it prints, i
 class PythonTool:
     """A tool that runs Python. Called with a script, it returns what the script wrote and its last expression's value.
 
-    Variables, imports and files stay until `close`, which a `with` block calls; if a script has to be ended, the next
-    one begins anew, with the files. Ctrl-C (KeyboardInterrupt) in a call interrupts its script, too, and keeps the
-    variables where the script lets it. Threads may share it: their calls run one after the other. Raises ToolError where
-    the machine has no sandbox and allow_unsandboxed is False.
+    Variables, imports and files stay until `close`, which a `with` block calls; after a script had to be killed, the next
+    one starts without variables but with the files. Ctrl-C (KeyboardInterrupt) in a call interrupts its script too, and
+    keeps the variables if the script ends then. Threads may share the tool: their calls run one after the other. Raises
+    ToolError if the machine has no sandbox and allow_unsandboxed is False.
     """
 
     name = "python"
@@ -62,14 +62,14 @@ class PythonTool:
         self.limits = limits or Limits()
         self.sandbox = sandbox or find_sandbox(allow_unsandboxed=allow_unsandboxed)
         self._owner = _Owner(self.sandbox, python or Python(), self.limits)
-        # Also at the end of the program, and when nobody holds the tool any more.
+        # Also closes it at the end of the program, and when the tool is garbage collected.
         self._finalizer = weakref.finalize(self, _Owner.close, self._owner)
 
     @property
     def scratch(self) -> Path:
         """The folder that scripts see as /mnt/data (on a Mac, and without a sandbox, as the working folder).
 
-        On Linux it is in memory, and the path is of this process: copy what is to stay.
+        On Linux it is in memory, and the path is valid only in this process: copy files that you want to keep.
         """
         return self._owner.ask(self._owner.find_scratch)
 
@@ -78,15 +78,15 @@ class PythonTool:
         return self._owner.ask(self._owner.run, arguments).removesuffix("\n") or _NOTHING
 
     def interrupt(self) -> None:
-        """Stop the script that is running, if one is; for another thread to call."""
+        """Stop the running script, if there is one; to be called from another thread."""
         self._owner.interrupt()
 
     def restart(self) -> None:
-        """Forget the variables and end what scripts have left running; files stay."""
+        """Delete the variables and end processes that scripts have left running; files stay."""
         self._owner.ask(self._owner.restart)
 
     def close(self) -> None:
-        """End the interpreter, also in the midst of a script, and delete its files."""
+        """End the interpreter, even during a script, and delete its files."""
         self._finalizer()
 
     def __enter__(self) -> PythonTool:
@@ -99,7 +99,7 @@ class PythonTool:
 
 
 class _Job:
-    """One call: what to do, and where its result goes. A result that nobody waits for goes nowhere."""
+    """One call: what to do, and where its result goes. The result of an abandoned call is dropped."""
 
     def __init__(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.work, self.arguments = work, arguments
@@ -108,10 +108,10 @@ class _Job:
 
 
 class _Owner:
-    """The thread that the sandbox belongs to. What it has is touched by no other one, but for plain flags.
+    """The thread that owns the sandbox. Other threads touch only plain flags of its state.
 
-    A thread of its own, because Ctrl-C raises KeyboardInterrupt in the main thread, between any two steps of what that
-    does: here nothing is left half done. And the kernel ends a sandbox with the thread that made it: this one stays.
+    It is a thread of its own because Ctrl-C raises KeyboardInterrupt in the main thread, between any two steps: here nothing
+    is left half done. And the kernel ends a sandbox together with the thread that made it, so this thread stays alive.
     """
 
     def __init__(self, kind: str, python: Python, limits: Limits) -> None:
@@ -129,14 +129,14 @@ class _Owner:
         self._is_closing = False
         self._place: Place | None = None
         self._interpreter: Interpreter | None = None
-        self._notice = ""  # what the next script's reader must know
+        self._notice = ""  # put before the next script's output
         self._thread = threading.Thread(target=self._serve, name="openelm_mlx-python", daemon=True)
         self._thread.start()
 
     # --- Called from any thread ---------------------------------------------------------------------------------------
 
     def ask(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Have `work` done in the owner's thread, in its turn; its result, or the exception that it raised."""
+        """Run `work` in the owner's thread, in its turn; return its result, or raise its exception."""
         job = _Job(work, arguments)
         try:
             if self._is_closing or not self._thread.is_alive():
@@ -148,7 +148,7 @@ class _Owner:
                     break
                 if not self._thread.is_alive():
                     raise ToolError(_CLOSED)
-        except BaseException:  # Ctrl-C, at any moment: the script is not wanted any more
+        except BaseException:  # Ctrl-C, at any moment: the script is to be stopped
             job.is_given_up = job.is_interrupted = True
             raise
         if error is not None:
@@ -200,9 +200,9 @@ class _Owner:
         job.result.put(result)
 
     def _look(self) -> None:
-        """What scripts left running may take too much, or end the interpreter, while nobody calls."""
+        """Check between calls: processes that scripts left running may exceed limits, or end the interpreter."""
         if self._interpreter is not None and (trouble := self._interpreter.trouble()) is not None:
-            self._notice = f"[{trouble}, since the script before; its variables are gone, files are kept]\n"
+            self._notice = f"[{trouble}, since the last script; its variables are gone, files are kept]\n"
             self.restart()
 
     def run(self, script: str) -> str:
@@ -217,7 +217,7 @@ class _Owner:
         if has_ended:
             self.restart()
         if job.is_given_up:
-            lost = "[the script before was interrupted; its variables are gone, files are kept]\n"
+            lost = "[the last script was interrupted; its variables are gone, files are kept]\n"
             self._notice = lost if has_ended else notice
         return notice + output
 

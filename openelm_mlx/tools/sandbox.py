@@ -1,8 +1,8 @@
-"""Where the python tool's interpreter runs: which sandbox this machine has, and the command line that starts it there.
+"""Sandboxes for the python tool: which one this machine has, and the command line that starts an interpreter in it.
 
-macOS has sandbox-exec; Linux has bubblewrap where it is installed, and else the kernel's namespaces, which sandbox_init.py
-uses without any program. In each of them there is no network, one folder to write, and of the rest of the disk only what
-Python itself needs. python_process.py starts, watches and ends the processes.
+macOS has sandbox-exec; Linux has bubblewrap if it is installed, and else the kernel's namespaces, which sandbox_init.py
+uses directly. In all of them there is no network, one writable folder, and of the rest of the disk only what Python itself
+needs. python_process.py starts, watches and ends the processes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SANDBOX_EXEC, BUBBLEWRAP, NAMESPACES, NONE = "sandbox-exec", "bubblewrap", "name
 SANDBOXES = SANDBOX_EXEC, BUBBLEWRAP, NAMESPACES, NONE
 KEPT = (BUBBLEWRAP, NAMESPACES)  # sandboxes that stay, with their files, when an interpreter ends
 
-# Where gpt-oss was trained to find its files; a Mac cannot show a folder under another name.
+# The folder that gpt-oss was trained to use; a Mac cannot show a folder under another name.
 DATA_FOLDER = "/mnt/data"
 
-# What dynamic linking, time zones and Python's own tools need of a Linux system.
+# System files that dynamic linking, time zones and Python's own tools need on Linux.
 _LINUX_READABLE = (
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/ld.so.conf",
     "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime", "/etc/mime.types",
@@ -59,10 +59,10 @@ print("\\n".join(path for path in dict.fromkeys(paths) if path.startswith("/")))
 
 @dataclass(frozen=True)
 class Limits:
-    """What a session may take. seconds: for one script, by the clock. memory_bytes: of all its processes together.
+    """Resource limits of a session. seconds: wall-clock time of one script. memory_bytes: of all its processes together.
 
-    processes: at a time. file_bytes: one file's size; folder_bytes: the scratch folder's, which on Linux is in memory
-    too. output_bytes: shown of a script.
+    processes: at a time. file_bytes: size of one file; folder_bytes: of the scratch folder, which on Linux is in memory
+    too. output_bytes: how much of a script's output is shown.
     """
 
     seconds: float = 120.0
@@ -87,7 +87,7 @@ class Limits:
 
 @cache
 def linked_libraries(executable: str) -> tuple[str, ...]:
-    """The shared libraries that an interpreter and its standard library load, as paths; () where it does not say."""
+    """The paths of the shared libraries that an interpreter and its standard library load; () if they cannot be listed."""
     command = [executable, "-I", "-B", "-S", "-c", _LIST_LIBRARIES]
     try:
         finished = subprocess.run(command, capture_output=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
@@ -99,9 +99,9 @@ def linked_libraries(executable: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Python:
-    """The interpreter to run and what it must be able to read; by default this one, with this environment's packages.
+    """The interpreter to run and the folders it must be able to read; by default this one, with its packages.
 
-    libraries: gives the paths of the shared libraries that an interpreter loads; by default it is run once to ask it.
+    libraries: returns the paths of the shared libraries that an interpreter loads; by default it is run once to list them.
     """
 
     executable: str = field(default_factory=lambda: os.path.realpath(sys.executable))
@@ -183,7 +183,7 @@ class Launch:
 
 
 def interpreter(kind: str, python: Python, folder: Path, limits: Limits, report: int, token: str) -> Launch:
-    """How the worker is started, in its sandbox where that is there already.
+    """The command that starts the worker; inside the sandbox if that runs already.
 
     folder: where `scratch` is, for a sandbox whose files are on disk; report: the descriptor of the pipe on which the
     worker says `token` when it is ready.
@@ -206,7 +206,7 @@ def interpreter(kind: str, python: Python, folder: Path, limits: Limits, report:
 
 
 def box(kind: str, python: Python, folder: Path, limits: Limits, control: int) -> list[str]:
-    """The command that makes a sandbox and runs its first process, which `control`, the descriptor of a socket, guides."""
+    """The command that makes a sandbox and runs its first process, controlled through the socket `control` (a descriptor)."""
     config: dict[str, object] = {"control": control, "folder": DATA_FOLDER, "uid": _free_user()}
     readable = list(dict.fromkeys([*_LINUX_READABLE, *python.readable()]))
     if kind == NAMESPACES:
@@ -228,9 +228,9 @@ def _ways_to(paths: Sequence[str]) -> list[str]:
 
 
 def scope(limits: Limits) -> list[str]:
-    """What to put before a command so that systemd limits it as a whole, by a cgroup; [] where it does not.
+    """A command prefix with which systemd limits all its processes together, by a cgroup; [] if that is not available.
 
-    The kernel then holds the sum of memory at every moment, and not only when it is looked at.
+    The kernel then enforces the limit on their total memory at every moment, not only when it is checked.
     """
     command = _scope()
     if not command:
@@ -254,7 +254,7 @@ def _scope() -> list[str]:
 
 
 def _free_user() -> int:
-    """Whom scripts run as where we are root: a user that nobody else is, so that the kernel counts its processes."""
+    """The user id for scripts when we are root: an unused one, so that the kernel counts only their processes."""
     return random.SystemRandom().randrange(60_000, 65_000)
 
 
@@ -278,7 +278,7 @@ def bubblewrap_command(program: Sequence[str], readable: Sequence[str], limits: 
     command += ["--proc", "/proc", "--dir", "/dev"]
     for name in _DEVICES:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    # Files live in memory: its size bounds them all, also those that were deleted and are still open.
+    # Files are in memory: its size limits all of them, including deleted ones that are still open.
     command += ["--size", str(limits.folder_bytes), "--perms", "0700", "--tmpfs", DATA_FOLDER]
     for link in ("/tmp", "/dev/shm"):
         if not any(f"{path}/".startswith(f"{link}/") for path in readable):  # else there is a folder already

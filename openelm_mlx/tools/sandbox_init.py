@@ -123,7 +123,7 @@ def build_root(config):
         place(f"/dev/{name}", f"{root}/dev/{name}")
     folder = config["folder"]
     os.makedirs(root + folder, exist_ok=True)
-    # Files live in memory: its size bounds them all, also those that were deleted and are still open.
+    # Files are in memory: its size limits all of them, including deleted ones that are still open.
     options = f"size={config['folder_bytes']},nr_inodes={config['most_files']},mode=700"
     mount("tmpfs", root + folder, "tmpfs", MS_NOSUID | MS_NODEV, options)
     for link in ("/tmp", "/dev/shm"):

@@ -1,4 +1,4 @@
-"""macOS: the profile for sandbox-exec, and which files a process holds open, as the system's libproc says it."""
+"""macOS: the profile for sandbox-exec, and the files that a process has open, from the system's libproc."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def libraries_readable(paths: Iterable[str], real: Callable[[str], str] = os.pat
 
 
 def profile(readable: Sequence[str], programs: Sequence[str], folder: str) -> str:
-    """The profile for sandbox-exec: all is forbidden but what stands here, and the last rule that matches wins.
+    """The profile for sandbox-exec: everything not listed here is forbidden, and the last matching rule wins.
 
     readable: folders to read; programs: folders whose programs may be run; folder: the one to write. Real paths.
     """
@@ -85,7 +85,7 @@ def _libproc() -> Any:
 
 
 def deleted_files(pid: int, library: Any = None) -> dict[tuple[int, int], int]:
-    """(Device, inode) and bytes on disk of the files without a name that a process holds open."""
+    """(Device, inode) and bytes on disk of the deleted files that a process has open."""
     found: dict[tuple[int, int], int] = {}
     try:
         library = library or _libproc()

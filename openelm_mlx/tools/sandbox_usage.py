@@ -1,7 +1,7 @@
-"""What the python tool's processes and files take, counted from outside; and how their folder is deleted.
+"""The resources of the python tool's processes and files, measured from outside; and deleting their folder.
 
-The kernel's limits hold for one process each, and a Mac knows few of them, so python_tool.py looks at the sums here. Where
-the sandbox's folder has a size of its own (Linux), only processes and memory are left to count.
+The kernel's limits apply to single processes, and a Mac has few of them, so python_tool.py checks the totals here. If the
+sandbox's folder has a limited size (Linux), only processes and memory have to be counted.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def descendants(pid: int, with_itself: bool = False) -> dict[int, int]:
 
 
 def memory_bytes(processes: dict[int, int], enough: int) -> int:
-    """The memory of all processes together. Pages that several of them share count once, where the kernel says so."""
+    """The memory of all processes together. Pages that several of them share count once, if the kernel reports them."""
     total = sum(processes.values())
     if total <= enough or IS_MAC:
-        return total  # an upper bound will do, and a Mac's footprint has no pages of others
+        return total  # an upper bound is enough, and a Mac's footprint has no shared pages
     return sum(_proportional(pid, resident) for pid, resident in processes.items())
 
 
@@ -52,7 +52,7 @@ def _proportional(pid: int, resident: int) -> int:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
-    # The kernel does not say, or the process has ended since it was counted, and has no memory any more.
+    # Not reported, or the process has ended since it was counted and has no memory any more.
     try:
         return resident if int(Path(f"/proc/{pid}/statm").read_text().split()[1]) else 0
     except (FileNotFoundError, ProcessLookupError):
@@ -62,7 +62,7 @@ def _proportional(pid: int, resident: int) -> int:
 
 
 def footprint(pid: int) -> int | None:
-    """The memory of one process as a Mac counts it; None where it does not say."""
+    """The memory footprint of one process on a Mac; None if it cannot be read."""
     from ..memory import macos
 
     found = macos.footprint(pid)
@@ -81,7 +81,7 @@ def files_in(folder: Path, enough: int) -> int:
         try:
             entries = _listed(path)
         except (FileNotFoundError, NotADirectoryError):
-            continue  # it has gone since
+            continue  # deleted meanwhile
         except OSError:
             return enough + 1
         for entry in entries:
@@ -98,7 +98,7 @@ def files_in(folder: Path, enough: int) -> int:
 
 
 def deleted_files(pids: Iterable[int]) -> int:
-    """The bytes of files without a name that processes hold open."""
+    """The bytes of deleted files that processes have open."""
     sizes: dict[tuple[int, int], int] = {}
     for pid in pids:
         if sys.platform == "darwin":
@@ -113,10 +113,10 @@ def deleted_files(pids: Iterable[int]) -> int:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder whatever scripts made of it: nested to any depth, of any mode, locked by a Mac's flags.
+    """Delete a folder, however scripts left it: nested to any depth, with any mode, locked by a Mac's flags.
 
-    No path gets longer than two names below the folder, for what is nested deeper is moved up first. What cannot be
-    deleted is left.
+    Deeply nested folders are moved up first, so no path is longer than two names below the folder. What cannot be deleted is
+    left.
     """
     prefix, number, is_moving = secrets.token_hex(8), 0, True
     while is_moving:
@@ -158,7 +158,7 @@ def _listed_or_nothing(path: str) -> list[os.DirEntry[str]]:
 
 
 def _listed(path: str) -> list[os.DirEntry[str]]:
-    """What a folder holds, also where its owner took the right to read it away."""
+    """The entries of a folder, made readable first if its owner removed that permission."""
     try:
         with os.scandir(path) as entries:
             found = list(entries)

@@ -1,8 +1,8 @@
-"""Several files changed together: all of them or none, whatever fails or interrupts.
+"""Changing several files atomically: all of them or none, whatever fails or interrupts.
 
-New contents are written beside their targets and checked; then each target is swapped by one call of the system, and what
-stood there is kept under another name until the last one is in its place. A failure, Ctrl-C at any moment included, puts
-the same files back: contents, permissions, owner, hard links.
+New contents are written beside their targets and checked; then each target is swapped by one system call, and the old file
+is kept under another name until the last one is in place. After a failure, including Ctrl-C at any moment, the same files
+are put back: contents, permissions, owner, hard links.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..errors import ToolError
 
 TEMPORARY = ".patch-"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP)
-# An interrupt while things are put back begins the putting back again; nobody presses Ctrl-C so often.
+# An interrupt while files are put back starts that again, at most this often.
 _MOST_ATTEMPTS = 100
 _ACL_AND_XATTR = 1 << 0 | 1 << 2
 
@@ -51,9 +51,9 @@ class Seen:
 
 @dataclass(eq=False)
 class Change:
-    """What becomes of one path: `data` stands there afterwards, or nothing. before: what stood there when it was read.
+    """The change of one path: it gets `data`, or is deleted. before: its file when it was read.
 
-    like: path and state of the file that the new one continues (itself, or the one that is moved), whose permissions it gets.
+    like: path and state of the file whose permissions the new one gets: itself, or the moved file.
     """
 
     name: str  # for messages
@@ -71,7 +71,7 @@ def read_file(path: str, name: str, most: int) -> Seen | None:
     try:
         status = os.lstat(path)
         if stat.S_ISDIR(status.st_mode):
-            raise ToolError(f"{name} is a folder and no file.")
+            raise ToolError(f"{name} is a folder, not a file.")
         if not stat.S_ISREG(status.st_mode):
             raise ToolError(f"{name} is not a file.")
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -111,10 +111,10 @@ def swap(changes: Sequence[Change]) -> None:
 
 
 class _Swap:
-    """The steps. Which of them were done is told by the files themselves, so that no interrupt can come in between."""
+    """The steps of a swap. The files themselves tell which of them were done, so an interrupt cannot lose track."""
 
     def __init__(self, changes: Sequence[Change], check: Callable[[], None]) -> None:
-        # What goes makes room for what comes: a file for a folder of its name, a name for the same in other letters.
+        # Deletions come first and make room: for a folder of a file's name, or the same name in other case.
         self._changes = sorted(changes, key=lambda each: (each.data is not None, each.before is None))
         self._check = check
         self._started: list[Change] = []
@@ -138,7 +138,7 @@ class _Swap:
                     status = os.lstat(change.staged)
                     change.ours = status.st_dev, status.st_ino
                 if change.data is not None and change.backup is not None:
-                    with contextlib.suppress(OSError):  # some volumes have no links: then it is moved aside
+                    with contextlib.suppress(OSError):  # some volumes have no hard links: then it is moved aside
                         os.link(change.path, change.backup)
 
     def _stage(self, change: Change, staged: str, data: bytes) -> None:
@@ -159,7 +159,7 @@ class _Swap:
             os.close(descriptor)
 
     def verify(self) -> None:
-        """Refuse to go on when something has changed since it was read."""
+        """Raise ToolError when a file has changed since it was read."""
         leaving = {each.before.identity for each in self._changes if each.before is not None and each.data is None}
         for change in self._changes:
             self._check()
@@ -167,7 +167,7 @@ class _Swap:
                 status = _status(change.path)
                 if change.before is None:
                     if status is not None and (status.st_dev, status.st_ino) not in leaving:
-                        raise ToolError(f"The patch was not applied: {change.name} has come into being meanwhile.")
+                        raise ToolError(f"The patch was not applied: {change.name} was created meanwhile.")
                 elif status is None or not change.before.is_still(status):
                     raise ToolError(f"The patch was not applied: {change.name} was changed meanwhile; read it again.")
 
@@ -304,7 +304,7 @@ def _told(change: Change) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[Callable[[], None]]:
-    """Handlers written in Python, Ctrl-C's for instance, run when the block has ended, or where it calls `check`."""
+    """Delay signal handlers written in Python, such as Ctrl-C's, until the block ends or calls `check`."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None  # signals are the main thread's
         return
@@ -331,7 +331,7 @@ def _signals_wait() -> Iterator[Callable[[], None]]:
 
 
 def _insist(work: Callable[[], None]) -> None:
-    """Do what must be done although interrupted; the interrupt is raised when it is."""
+    """Run `work` to its end despite interrupts, which are raised afterwards."""
     interrupt: BaseException | None = None
     for _ in range(_MOST_ATTEMPTS):
         try:

@@ -1,4 +1,4 @@
-"""What a tool is, tools made of Python functions, and how a set of tools is shown to the model.
+"""The protocol of a tool, tools made of Python functions, and how a set of tools is shown to the model.
 
 A tool has a namespace, as Harmony calls it: `functions` for an application's own, `python` and `browser` for the two
 that gpt-oss was trained with, and any other word for a server's tools.
@@ -22,12 +22,12 @@ from ..text.schema import Tool as ToolDefinition
 from ..text.schema import ToolNamespace
 
 FUNCTIONS = "functions"
-# Shown to the model in the words it was trained with, in the system message.
+# Shown to the model in the system message, with the wording it was trained with.
 BUILT_IN = {"python": PYTHON, "browser": BROWSER}
-# Names that mean something else in a message's header.
+# Names with another meaning in a message's header.
 RESERVED = {FUNCTIONS, *BUILT_IN, *CHANNELS, "assistant", "user", "system", "developer", "tool", "all"}
 
-# Parts of a schema that definitions may be written out to.
+# How many parts of a schema definitions may be expanded to.
 _MOST_INLINED = 4_000
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
@@ -42,7 +42,7 @@ class Tool(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called within its namespace; the namespace's own name where that has no other tool (python)."""
+        """Its name within its namespace; the namespace's own name if the tool is the namespace (python)."""
 
     @property
     def description(self) -> str:
@@ -57,7 +57,7 @@ class Tool(Protocol):
         """The namespace it is called in; None for a tool that is its own namespace (python)."""
 
     def __call__(self, arguments: Any) -> str:
-        """Do it. arguments: a dictionary that follows `parameters`, or the text when there are none."""
+        """Call the tool. arguments: a dictionary that follows `parameters`, or the text if there are none."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class FunctionTool:
 def function_tool(function: Callable[..., Any]) -> FunctionTool:
     """The tool that `function` is. Google's, NumPy's and reST's docstring styles describe its arguments.
 
-    Raises ToolError for a function without a usable name, with *args, or with types that JSON Schema cannot say.
+    Raises ToolError for a function without a usable name, with *args, or with types that JSON Schema cannot express.
     """
     import docstring_parser
     import pydantic
@@ -107,7 +107,7 @@ def function_tool(function: Callable[..., Any]) -> FunctionTool:
     except (NameError, TypeError, pydantic.errors.PydanticUserError) as error:
         reason = str(error).splitlines()[0]
         raise ToolError(
-            f"The tool {name} has a type that JSON cannot say ({reason}): change its type hints."
+            f"The tool {name} has a type that JSON cannot express ({reason}): change its type hints."
         ) from error
     text = "\n".join(filter(None, (documentation.short_description, documentation.long_description)))
     return FunctionTool(function, name, text, parameters, model)
@@ -124,10 +124,10 @@ def _field(parameter: inspect.Parameter, hints: Mapping[str, Any], description: 
 
 
 def plain_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema without pydantic's titles, its definitions put where they are used unless one contains itself.
+    """A schema without pydantic's titles, with its definitions expanded where they are used unless one contains itself.
 
-    gpt-oss is shown a schema as a TypeScript type, in which a reference would be `any`. Where definitions that use others
-    twice would make it huge, they stay what they are.
+    gpt-oss is shown a schema as a TypeScript type, in which a reference would be `any`. Definitions are not expanded if the
+    schema would become huge.
     """
     definitions = schema.get("$defs", {})
     num_left = _MOST_INLINED
@@ -158,7 +158,7 @@ def plain_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def result_text(value: Any) -> str:
-    """What a tool returned as text for the model. Raises TypeError for what JSON cannot say."""
+    """A tool's return value as text for the model. Raises TypeError for what JSON cannot express."""
     import pydantic_core
 
     if isinstance(value, str):
@@ -169,13 +169,13 @@ def result_text(value: Any) -> str:
         return pydantic_core.to_json(value).decode()
     except (pydantic_core.PydanticSerializationError, ValueError) as error:
         try:
-            return json.dumps(value, ensure_ascii=False)  # halves of characters, which pydantic refuses
+            return json.dumps(value, ensure_ascii=False)  # lone surrogates, which pydantic refuses
         except (TypeError, ValueError, RecursionError):
-            raise TypeError(f"the result is a {type(value).__name__}, which JSON cannot say") from error
+            raise TypeError(f"the result is a {type(value).__name__}, which JSON cannot express") from error
 
 
 def read_arguments(text: str) -> dict[str, Any]:
-    """The arguments that a model wrote, a JSON object. Raises ValueError, with what is wrong, where they are none."""
+    """The arguments that a model wrote, a JSON object. Raises ValueError, with the reason, for anything else."""
     try:
         arguments = json.loads(text or "{}", parse_constant=_no_number)
     except RecursionError:
@@ -206,13 +206,13 @@ def arguments_of(arguments: Any, name: str) -> dict[str, Any]:
 class ToolSet:
     """A set of tools: how they are shown to the model, and which one a call means.
 
-    tools: `Tool`s or plain functions. Raises ToolError for two tools of one name, for a reserved name, for a schema that is
-    none, and for one that the engine cannot follow, unless the tool `is_lenient`: then its calls are checked when complete.
+    tools: `Tool`s or plain functions. Raises ToolError for two tools of one name, for a reserved name, for an invalid schema,
+    and for one that the engine cannot follow, unless the tool `is_lenient`: then its calls are checked when complete.
     """
 
     def __init__(self, tools: Sequence[Tool | Callable[..., Any]] = ()) -> None:
         self._tools: dict[str, Tool] = {}
-        # What a call's arguments are held to while they are written, by full name.
+        # The formats that calls' arguments must follow while they are written, by full name.
         self.formats: dict[str, AnswerFormat] = {}
         for each in tools:
             tool = _as_tool(each)
@@ -247,15 +247,15 @@ class ToolSet:
             if getattr(tool, "is_lenient", False):
                 return
             raise ToolError(
-                f"Calls of the tool {recipient} could not be held to its arguments' schema: {error} Use simpler types."
+                f"The arguments' schema of the tool {recipient} cannot be enforced: {error} Use simpler types."
             ) from None
         if found is not None:
             self.formats[recipient] = found
 
     def check_ends(self, engine: Engine) -> None:
-        """Raise ToolError for a tool of which no call could be finished. A server's is not held to its schema then."""
+        """Raise ToolError for a tool whose calls could never be finished. For a server's tool the schema is then ignored."""
         for name, call in list(self.formats.items()):
-            reason = "its arguments' schema asks for itself without an end"
+            reason = "its arguments' schema contains itself without an end"
             try:
                 if engine.matcher(call).completion() is not None:
                     continue
@@ -270,19 +270,19 @@ class ToolSet:
 
     @property
     def names(self) -> list[str]:
-        """What the tools are called as, in the order in which they were given."""
+        """The tools' full names, in the given order."""
         return list(self._tools)
 
     @property
     def unfollowed(self) -> list[str]:
-        """The tools whose schema says more than the engine can follow: of a server, whose schemas are not ours to change."""
+        """The tools (of servers) whose schema the engine cannot follow."""
         return [name for name, tool in self._tools.items() if tool.parameters is not None and name not in self.formats]
 
     @property
     def schemas(self) -> dict[str, Mapping[str, Any]]:
-        """The schemas that calls can be held to while they are written, by full name.
+        """The schemas that can be enforced while calls are written, by full name.
 
-        A server's schema may say more than the engine can follow; such calls are only checked when they are complete.
+        A server's schema may have parts that the engine cannot follow; such calls are only checked when they are complete.
         """
         schemas = {name: tool.parameters for name, tool in self._tools.items()}
         return {name: each for name, each in schemas.items() if each is not None and name in self.formats}
@@ -304,7 +304,7 @@ class ToolSet:
 
 
 def recipient_of(tool: Tool) -> str:
-    """What a tool is called as: "functions.search", or "python" for the tool that is its own namespace."""
+    """A tool's full name: "functions.search", or "python" for the tool that is its own namespace."""
     namespace = namespace_of(tool)
     return tool.name if tool.name == namespace else f"{namespace}.{tool.name}"
 

@@ -1,6 +1,6 @@
 """Tools by name, as a command line gives them: "python,files=~/notes,patch=.,mcp=servers.json".
 
-Nothing is on unless it is named. What a tool may do stands where it is made: python_tool.py, patch.py, files.py, mcp.py.
+A tool is off unless it is named. What it may do is described in its file: python_tool.py, patch.py, files.py, mcp.py.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _WITHOUT_VALUE = ("calculator", "python")
 @final
 @checked_call("Toolbox", ToolError, names=TOOL_NAMES, allow_unsandboxed=FLAG, count_tokens=FUNCTION)
 class Toolbox:
-    """The tools that `names` asks for, in `tools`; `close` ends what they run, as a `with` block does.
+    """The tools in `names`, as `tools`; `close` ends their processes, as a `with` block does.
 
-    `notes` are sentences about tools of MCP servers that are left out, or are not held to all of their schema.
+    `notes` are sentences about tools of MCP servers that are left out, or whose schema is not fully enforced.
 
     names: separated by commas. allow_unsandboxed: python may run where the machine has no sandbox. count_tokens: how many
-    tokens a text has for the model, for the size of the views of files. Raises ToolError for what is unknown, named twice,
-    or cannot be opened.
+    tokens a text has for the model, for the size of file views. Raises ToolError for a tool that is unknown, named twice, or
+    cannot be started.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Toolbox:
         return [tool for server in opened for tool in server.tools]
 
     def _add(self, tools: list[Any]) -> None:
-        """Take tools in; of two with one name, the first: servers do not know of each other."""
+        """Add tools; of two with the same name only the first, since servers do not know of each other."""
         names = {(tool.namespace, tool.name) for tool in self.tools}
         for tool in tools:
             if (name := (tool.namespace, tool.name)) in names:
@@ -97,7 +97,7 @@ class Toolbox:
 
 
 def parse_names(names: str) -> list[tuple[str, str]]:
-    """Kinds and values of "python,files=DIR". Raises ToolError for an unknown kind, a value too many or too few."""
+    """Kinds and values of "python,files=DIR". Raises ToolError for an unknown kind, or a missing or superfluous value."""
     found: list[tuple[str, str]] = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         kind, has_value, value = name.partition("=")

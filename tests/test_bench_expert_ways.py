@@ -7,7 +7,7 @@ import pytest
 
 from openelm_mlx.bench import expert_layer, expert_ways
 from openelm_mlx.bench.expert_layer import LayerShape, by_way, distance, passes_of, random_experts, random_rows
-from openelm_mlx.bench.expert_ways import fitting_shape, in_words, table_of, time_expert_ways
+from openelm_mlx.bench.expert_ways import fitting_shape, table_of, table_text, time_expert_ways
 from openelm_mlx.models.moe import Experts
 from openelm_mlx.models.routing_ways import BY_SORTING, WAYS, is_checked
 
@@ -150,6 +150,6 @@ def test_the_table_that_timings_say(seconds, table):
 
 
 def test_a_table_in_words():
-    assert in_words(BY_SORTING) == "unsorted from 1, sorted from 16"
+    assert table_text(BY_SORTING) == "unsorted from 1, sorted from 16"
     assert expert_ways.ROWS[0] == 2
     assert expert_ways.ROWS[-1] == 128

@@ -53,14 +53,14 @@ class WaysTiming:
             ways = ", ".join(f"{way} {1e6 * seconds:,.0f}" for (_, way), seconds in found)
             parts.append(f"{rows} rows: {ways}")
         reasons = "".join(f"; {way} is left out, because {why}" for way, why in self.left_out.items())
-        kept = "as before" if self.winner == self.default else f"instead of {in_words(self.default)}"
-        return f"{self.name}: us a layer of {'; '.join(parts)}{reasons}; takes {in_words(self.winner)}, {kept}"
+        kept = "as before" if self.winner == self.default else f"instead of {table_text(self.default)}"
+        return f"{self.name}: us a layer of {'; '.join(parts)}{reasons}; takes {table_text(self.winner)}, {kept}"
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "seconds": {f"{rows} rows, {way}": each for (rows, way), each in self.seconds.items()}}
 
 
-def in_words(ways: ExpertWays) -> str:
+def table_text(ways: ExpertWays) -> str:
     """A table for people."""
     return ", ".join(f"{way} from {first}" for first, way in ways)
 

@@ -332,13 +332,13 @@ def _any_of(check: Check, rule: Any, value: Any, schema: Any, resolver: Any) -> 
             nearest = found
     if nearest and (nearest[0][0] or len(rule) == 1):
         return nearest
-    return [((), f"{shown(value)} matches none of the {len(rule)} alternatives")]
+    return [((), f"{shown(value)} is none of the {len(rule)} allowed alternatives")]
 
 
 @_keyword("oneOf")
 def _one_of(check: Check, rule: Any, value: Any, schema: Any, resolver: Any) -> Any:
     if sum(check.follows(value, part, resolver) for part in rule) > 1:
-        return [((), f"{shown(value)} matches more than one of the alternatives of oneOf")]
+        return [((), f"{shown(value)} is valid for more than one alternative of oneOf")]
     return _any_of(check, rule, value, schema, resolver)
 
 

@@ -346,7 +346,7 @@ def test_a_count_beyond_all_answers_is_refused_soon_with_the_number():
         {"type": "string", "minLength": 20_000},
         {"type": "array", "items": {"type": "integer"}, "minItems": 20_000},
     ):
-        with pytest.raises(SettingError, match="no end that was found within 4,096 bytes"):
+        with pytest.raises(SettingError, match="No answer in this format was found within 4,096 bytes"):
             PlainConstraint(engine, answer_format(schema), (2,), 65_536)
     assert len(engine.matcher(answer_format({"type": "string", "minLength": 5000})).completion()) > 1000
 

@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 
 import gguf
+import hub_server
 import jinja2
 import mlx.core as mx
 import numpy as np
@@ -41,6 +42,8 @@ from openelm_mlx.text.gguf_vocabulary import tokenizer_files, vocabulary_of
 from openelm_mlx.text.harmony import HarmonyFormat
 from openelm_mlx.text.openai_chat import conversation
 from openelm_mlx.text.tokenizer import load_tokenizer
+
+hub = hub_server.hub
 
 TOKENIZERS = FIXTURES / "tokenizers"
 TINY, GPT_OSS = FIXTURES / "openelm_tiny", FIXTURES / "gpt_oss_tiny"
@@ -149,6 +152,19 @@ def test_the_fields_that_llama_cpp_wants(tmp_path, demo_gguf):
     assert gpt_oss["gpt-oss.expert_used_count"] == 4
     assert (gpt_oss["tokenizer.ggml.model"], gpt_oss["tokenizer.ggml.pre"]) == ("gpt2", "gpt-4o")
     assert gpt_oss["tokenizer.ggml.eos_token_id"] == 4079
+
+
+def test_padding_rows_stay_behind(tmp_path):
+    """CoreNet's vocabulary has more rows than tokens; a matrix that happens to have as many rows keeps them all."""
+    folder = FIXTURES / "openelm_tiny" / "corenet"
+    spec = om.load(folder)[0].spec
+    report = convert(folder, tmp_path / "m.gguf")
+    shapes = {tensor.name: tensor.shape for tensor in report.tensors}
+    assert shapes["token_embd.weight"][0] == spec.usable_vocab_size < spec.vocab_size
+    square = save_folder(tmp_path / "m", random_model(vocab_size=64), config={"padding_index": 60})
+    shapes = {tensor.name: tensor.shape for tensor in convert(square, tmp_path / "n.gguf").tensors}
+    assert shapes["token_embd.weight"] == (60, 64)
+    assert shapes["blk.0.attn_output.weight"][0] == 64
 
 
 def test_what_llama_cpp_does_to_gpt_oss_is_said(demo_gguf, tmp_path):
@@ -623,6 +639,29 @@ def test_without_the_package_a_file_is_still_read(tmp_path, demo_gguf):
     script = "import sys; sys.modules['gguf'] = None\nimport openelm_mlx as om; om.convert(sys.argv[1], sys.argv[2])"
     subprocess.run([sys.executable, "-c", script, demo_gguf, tmp_path / "out"], check=True, cwd=FIXTURES.parent.parent)
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+# --- from the Hub -----------------------------------------------------------------------------------------------------
+
+
+def test_a_repository_is_planned_by_its_headers_and_fetched_for_the_file(tmp_path, hub, source):
+    convert(source, tmp_path / "packed", quantize=4, group_size=32, dtype="bfloat16")
+    files = {path.name: path for path in (tmp_path / "packed").iterdir()}
+    hub.add_repo("me/OpenELM-x-Instruct", {**files, "original/model.safetensors": b"x" * 1000})
+    size = files["model.safetensors"].stat().st_size
+    planned = convert("me/OpenELM-x-Instruct", tmp_path / "m.gguf", dry_run=True)
+    assert hub.sent("model.safetensors") < size  # a piece with the header in it
+    assert planned.gguf_types["Q4_1"] > 10  # taken to fit, since no scale was looked at
+    stages: dict[str, int] = {}
+    report = convert(
+        "me/OpenELM-x-Instruct", tmp_path / "m.gguf", verify=True, progress=lambda s, d, t: stages.update({s: d})
+    )
+    assert stages["download"] >= size
+    assert stages["convert"] == sum(-(-tensor.nbytes // 32) * 32 for tensor in report.tensors)
+    assert stages["verify"] == report.verification.num_exact == len(report.tensors)
+    assert fields_of(tmp_path / "m.gguf")["general.source.url"] == "https://huggingface.co/me/OpenELM-x-Instruct"
+    convert(tmp_path / "packed", tmp_path / "here.gguf")
+    assert same(tensors_of(tmp_path / "m.gguf"), tensors_of(tmp_path / "here.gguf"))
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -331,6 +331,19 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path, openelm, m
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "x"]
 
 
+def test_a_full_disk(tmp_path, openelm, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "_write_others", full)
+    with pytest.raises(DestinationError, match="got full"):
+        om.export(openelm[0], tmp_path / "out", places=(32,), chunk=8)
+    monkeypatch.setattr(exporting, "write_graph", lambda *_: mx.load("/nowhere.safetensors"))
+    with pytest.raises(ConversionError, match="could not be written"):
+        om.export(openelm[0], tmp_path / "out", places=(32,), chunk=8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupted_leaves_nothing(tmp_path, openelm, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

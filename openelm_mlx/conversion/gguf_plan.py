@@ -33,6 +33,7 @@ from .plan import PARTS, PlannedTensor, PlannedWeight, rows_in_a_slice
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")
 _SWIGLU = (7.0, 1.702)
+_VOCABULARY = ("token_embd.weight", "output.weight")
 _CUTS = {"openelm": openelm_pieces, "gpt_oss": gpt_oss_pieces}
 
 
@@ -188,7 +189,8 @@ def plan_gguf(
     usable = contents.spec.usable_vocab_size
     weights = []
     for name, shape in shapes.items():
-        rows = (min(shape[0], usable), *shape[1:]) if shape[0] == contents.spec.vocab_size else shape
+        # Rows that pad a vocabulary were never trained, and other programs would take them for tokens.
+        rows = (usable, *shape[1:]) if gguf_name(contents.spec.family, name) in _VOCABULARY else shape
         weights.append(_weight(name, rows, cut, checkpoint, experts if ".experts." in name else None, asked))
     return GgufPlan(contents.spec, tuple(weights))
 

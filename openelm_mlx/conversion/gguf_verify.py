@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,6 @@ def verify_gguf(
             "another disk if you have one."
         )
     gguf = gguf_package()
-    logging.getLogger("gguf").setLevel(logging.WARNING)
     reader = gguf.GGUFReader(path)
     # Where tensors lie is what the reader says; their bytes are read slice by slice, so that no file is mapped whole.
     places = {

@@ -27,7 +27,7 @@ from ..checkpoint.destination import check_destination, check_free_space, destin
 from ..checks import is_whole
 from ..conversion.card import licence_files
 from ..errors import CheckpointError, ConversionError, DestinationError, SettingError
-from ..files import expanded, hears_the_disk, shown
+from ..files import expanded, hears_the_disk, one_line, shown
 from ..finder import sync_folder
 from ..hub import Progress
 from ..loading import prepare
@@ -176,25 +176,29 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         raise destination_error(error, place) from error
     try:
         yield unfinished
-        try:
-            os.chmod(unfinished, 0o777 & ~_umask())
-            if place.is_dir():
-                os.rmdir(place)  # an empty one: what has anything in it was refused
-            os.rename(unfinished, place)
-            sync_folder(place.parent)
-        except OSError as error:
-            raise DestinationError(
-                f"{target} appeared or changed while it was being written, and nothing is overwritten: choose another "
-                "destination."
-            ) from error
-    except (RuntimeError, ValueError) as error:
+        os.chmod(unfinished, 0o777 & ~_umask())
+        _rename(unfinished, place)
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, RuntimeError):
-            raise ConversionError(f"The graph could not be written ({str(error).splitlines()[0][:200]}).") from error
+        if isinstance(error, RuntimeError):  # of MLX, which has no other for a full disk
+            raise ConversionError(f"The graph could not be written ({one_line(error)}).") from error
+        if isinstance(error, OSError):
+            raise destination_error(error, place) from error
         raise
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+
+
+def _rename(unfinished: Path, place: Path) -> None:
+    try:
+        if place.is_dir():
+            os.rmdir(place)  # an empty one: what has anything in it was refused
+        os.rename(unfinished, place)
+    except OSError as error:
+        if not os.path.lexists(place):
+            raise
+        raise DestinationError(
+            f"{place} appeared or changed while it was being written, and nothing is overwritten: choose another destination."
+        ) from error
+    sync_folder(place.parent)
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import inspect
 import threading
 import weakref
@@ -197,6 +198,10 @@ def _end(runner: Runner, shared: _Shared, failure: BaseException | None) -> None
         for request in left:
             request.channel.end(error=told)
         wake_readers([*(request.channel for request in left), *(request.channel for request in runner.touched())])
+        # A thread's stream has a thread of its own, which the process must not find running when it ends: it aborts then.
+        with contextlib.suppress(RuntimeError):  # of work that had failed
+            mx.synchronize()
+        mx.clear_streams()
         shared.is_closed = True
 
 

@@ -10,7 +10,7 @@ import pytest
 from openelm_mlx.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("memory", "quality", "speculation", "streaming")
+NAMES = ("experts_for_few_rows", "memory", "memory_together", "quality", "speculation", "streaming")
 
 
 def test_each_of_them_is_known():

@@ -309,7 +309,7 @@ def test_an_output_that_exists_and_places_that_cannot_be(tmp_path, openelm):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
-    for name, match in (("file", "is a file already"), ("full", "files in it"), ("no/out", "no folder")):
+    for name, match in (("file", r"\(a file\)"), ("full", "files in it"), ("no/out", "no folder")):
         with pytest.raises(DestinationError, match=match):
             om.export(openelm[0], tmp_path / name)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "x"]
@@ -336,7 +336,7 @@ def test_a_full_disk(tmp_path, openelm, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporting, "_write_others", full)
-    with pytest.raises(DestinationError, match="got full"):
+    with pytest.raises(DestinationError, match=r"disk of .* is full"):
         om.export(openelm[0], tmp_path / "out", places=(32,), chunk=8)
     monkeypatch.setattr(exporting, "write_graph", lambda *_: mx.load("/nowhere.safetensors"))
     with pytest.raises(ConversionError, match="could not be written"):

@@ -67,8 +67,19 @@ def test_a_long_prompt_takes_turns_with_shorter_ones():
     scheduler = scheduler_with([long, short, other])
     for _ in range(3):
         scheduler.admit(lambda _: True)
-    turns = [scheduler.next_prompt() for _ in range(4)]
+    turns = [scheduler.next_prompts(512)[0][0] for _ in range(4)]
     assert turns.count(short) == turns.count(long) == 2  # and the one that is as long waits
+
+
+def test_short_prompts_share_a_pass():
+    requests = [Request(i, [40]) for i in range(5)]
+    scheduler = scheduler_with(requests, max_running=5)
+    for _ in range(5):
+        scheduler.admit(lambda _: True)
+    assert scheduler.next_prompts(130) == [(requests[0], 40), (requests[1], 40), (requests[2], 40)]
+    for request, length in scheduler.next_prompts(150):
+        request.job.take(length)
+    assert [request.job.num_left for request in requests] == [0, 0, 0, 10, 40]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 16, 512])
@@ -107,8 +118,8 @@ def test_decoders_wait_at_most_so_long_for_a_prompt(token_seconds, fixed):
     scheduler.waiting.append(Request(1, [2048] * 4))
     prompt = scheduler.admit(lambda _: True)
     gaps, lengths = [], []
-    while scheduler.next_prompt() is prompt:
-        length = scheduler.chunk_length(prompt, prompt.job.chunks[0])
+    while found := scheduler.next_prompts(2048):
+        [(_, length)] = found
         seconds = (usual + fixed + token_seconds * length) * draw.uniform(0.9, 1.1)
         scheduler.pace.step_took(seconds, length)
         prompt.job.take(length)

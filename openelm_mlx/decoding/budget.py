@@ -97,6 +97,13 @@ class Budget:
             self._lease.lap()
         return length
 
+    def has_room_for_chunk(self, length: int, pass_length: int) -> bool:
+        """Whether a chunk of `length` tokens fits, in a pass of `pass_length` tokens of several prompts."""
+        if self._limit is None:
+            return True
+        growth = sum(self.growth(self.num_tokens + length))
+        return self._active_memory() + growth + self.scratch(pass_length) <= self._limit
+
     def chunk_is_done(self, length: int) -> None:
         """Learn from a computed chunk how much scratch memory each of its tokens took."""
         if self._lease is not None:

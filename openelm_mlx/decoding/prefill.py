@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Seconds. On CUDA it took less.
 LONGEST_RELEASE = 1e-3
+# Tokens of prompts in a pass beside decoding requests; with fewer, what all layers take at once is small.
+THROTTLED_FROM = 512
 
 
 def prefill(
@@ -139,12 +141,17 @@ def lock_of(model: Model) -> Any:
     return nullcontext() if (residency := runtime_of(model).residency) is None else residency.lock
 
 
-def chunk_throttle(cache: Cache) -> LayerThrottle:
-    """`in_turn` for a chunk that goes through all layers."""
-    return in_turn(cache, len(cache))
+def chunk_throttle(caches: Sequence[Cache], num_tokens: int) -> LayerThrottle | None:
+    """`in_turn` for chunks of several prompts, `num_tokens` in all, that go through all layers together.
+
+    None for few tokens on a GPU: waiting for each layer would take longer than computing it.
+    """
+    if not runs_on_cpu() and num_tokens < THROTTLED_FROM:
+        return None
+    return in_turn(caches[0], len(caches[0]), caches[1:])
 
 
-def in_turn(cache: Cache, num_layers: int) -> LayerThrottle:
+def in_turn(cache: Cache, num_layers: int, others: Sequence[Cache] = ()) -> LayerThrottle:
     """What lets the arrays of few layers be in memory at the same time while many tokens go through so many layers.
 
     MLX gives memory to everything that is dispatched, and takes it back when it has been computed; left alone, the host is
@@ -155,7 +162,12 @@ def in_turn(cache: Cache, num_layers: int) -> LayerThrottle:
     running: deque[Sequence[mx.array]] = deque()
     on_cpu, num_done, start, largest = runs_on_cpu(), 0, mx.get_active_memory(), 0
     behind = LAYERS_IN_FLIGHT["cuda" if mx.cuda.is_available() else "metal"] - 1
-    before_pass = [layer.nbytes for layer in cache]
+    caches = (cache, *others)
+
+    def nbytes(i: int) -> int:
+        return sum(each[i].nbytes for each in caches)
+
+    before_pass = [nbytes(i) for i in range(len(cache))]
 
     def throttle(arrays: Sequence[mx.array], is_complete: bool) -> None:
         nonlocal num_done, start, largest
@@ -173,7 +185,7 @@ def in_turn(cache: Cache, num_layers: int) -> LayerThrottle:
             if len(running) > behind:
                 mx.eval(running.popleft())
             # A cache's first places stay.
-            start += cache[num_done - 1].nbytes - before_pass[num_done - 1]
+            start += nbytes(num_done - 1) - before_pass[num_done - 1]
             # What is there beyond is computed, and on its way back.
             if not _until_below(start + behind * largest + largest // 16):
                 start = max(start, mx.get_active_memory() - behind * largest)  # it stays: nothing is waited for twice

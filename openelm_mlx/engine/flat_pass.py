@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from ..decoding.batch_sampling import SamplerGroup
 from ..decoding.batch_step import BatchStep
-from ..decoding.prefill import chunk_throttle, lock_of
+from ..decoding.prefill import THROTTLED_FROM, chunk_throttle, lock_of
+from ..models.precision import runs_on_cpu
 from ..models.rows import Rows, flat_logits
 from ..models.slots import SlotBank
 from .active import ActiveRequest, Pending
@@ -63,19 +64,22 @@ def compute(
     prompts = [each for each in parts if each.is_prompt]
     used = bank if in_slots else None
     tokens, rows = joined_tokens(in_slots, parts), [each.rows for each in parts]
+    total = sum(each.rows.length for each in prompts)
     with lock_of(model):
         if used is not None:
             used.begin()
         if any(each.rows.length > 1 for each in prompts):
-            logits = flat_logits(model, tokens, rows, chunk_throttle(prompts[0].rows.cache), used)
+            throttle = chunk_throttle([each.rows.cache for each in prompts], total)
+            logits = flat_logits(model, tokens, rows, throttle, used)
         else:
             logits = step(tokens, rows, used)
         if used is not None:
             used.end()
-        for each in prompts:
-            mx.eval([layer.buffers for layer in each.rows.cache])
+        if prompts:
+            mx.eval([layer.buffers for each in prompts for layer in each.rows.cache])
     for each in prompts:
-        each.request.budget.chunk_is_done(each.rows.length)
+        each.request.budget.chunk_is_done(total)
+    if prompts and (runs_on_cpu() or total >= THROTTLED_FROM):
         mx.clear_cache()
     return logits
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 import mlx.core as mx
 
 from ..decoding.batch_step import BatchStep
+from ..decoding.budget import chunk_of_plan
 from ..decoding.gpu_errors import empty_stream, is_out_of_memory, is_watchdog
 from ..decoding.tokens import Choice, Forward, HostWork, computed
 from ..errors import MemoryLimitError, SettingError
@@ -43,10 +44,11 @@ class Runner:
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None, scheduler: Scheduler[ActiveRequest]) -> None:
         self.model, self.tokenizer, self.scheduler = model, tokenizer, scheduler
-        self.bank = SlotBank(model.spec, model.choices.spare_places, mx.eval)
+        self.bank = SlotBank(model.spec, model.choices.spare_places, mx.eval, model.choices.products_from)
         self.memory = BatchMemory(model, self.bank)
         self._batch_step = BatchStep(model)
         self.num_steps = 0
+        self._chunk = chunk_of_plan(model)
         self._groups = SamplerGroups()
         self.life = Lifecycle(model, tokenizer, scheduler, self.memory, self._groups)
         self._pool: ThreadPoolExecutor | None = None
@@ -61,16 +63,16 @@ class Runner:
         self.life.admit()
         self._finish_host_work()
         self.life.make_room(self._finish_host_work)
-        prompt = self._next_prompt()
-        single = self._single(prompt)
+        prompts = self._next_prompts()
+        single = self._single(prompts)
         if single is not None:
             self._step_alone(single)
             self._note_time(began, 0)
             return
         in_slots = self._arrange_slots()
-        parts = self._parts(prompt)
+        parts = self._parts(prompts)
         before = [(each, each.pending) for each in self.scheduler.decoding if each.pending and not each.replay]
-        chunk_length = 0 if prompt is None else prompt[1]
+        chunk_length = sum(length for _, length in prompts)
         if (parts or any(in_slots)) and not self._pass(in_slots, parts):
             return
         self._hand_over(before)
@@ -98,25 +100,32 @@ class Runner:
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
-    def _next_prompt(self) -> tuple[ActiveRequest, int] | None:
-        """Whose prompt is gone on with, and by how many tokens."""
-        request = self.scheduler.next_prompt()
-        if request is None:
-            return None
+    def _next_prompts(self) -> list[tuple[ActiveRequest, int]]:
+        """Whose prompts are gone on with, and by how many tokens each."""
+        wanted = self.scheduler.next_prompts(self._chunk)
+        if not wanted:
+            return []
+        first, length = wanted[0]
         try:
-            length = self.scheduler.chunk_length(request, request.job.chunks[0])
-            fitting = request.budget.chunk_of_prompt(length, length)
+            fitting = first.job.piece(first.budget.chunk_of_prompt(length, length))
         except MemoryLimitError as error:
             has_room = self.memory.forget_kept(list(self.scheduler.running()))
             if not has_room and not self.life.let_youngest_give_way(self._finish_host_work):
-                self.life.end(request, error=error)
-            return self._next_prompt()
-        return request, request.job.piece(fitting)
+                self.life.end(first, error=error)
+            return self._next_prompts()
+        found, total = [(first, fitting)], fitting
+        for request, piece in wanted[1:] if fitting == length else ():
+            if not request.budget.has_room_for_chunk(piece, total + piece):
+                break
+            request.budget.chunk_of_prompt(piece, piece)
+            found.append((request, piece))
+            total += piece
+        return found
 
-    def _single(self, prompt: tuple[ActiveRequest, int] | None) -> ActiveRequest | None:
+    def _single(self, prompts: Sequence[tuple[ActiveRequest, int]]) -> ActiveRequest | None:
         """The one request that runs, where there is but one: it takes the loop for one."""
         decoding = self.scheduler.decoding
-        if prompt is not None or len(decoding) != 1 or decoding[0].replay:
+        if prompts or len(decoding) != 1 or decoding[0].replay:
             return None
         request = decoding[0]
         if request.is_plain:
@@ -172,7 +181,7 @@ class Runner:
             return False
         return fits_in_slots(request.cache, self.model.spec)
 
-    def _parts(self, prompt: tuple[ActiveRequest, int] | None) -> list[Part]:
+    def _parts(self, prompts: Sequence[tuple[ActiveRequest, int]]) -> list[Part]:
         """What everybody who is in no slot brings to the next pass, plain requests first."""
         decoding = self.scheduler.decoding
         apart = [each for each in decoding if each.bank is None]
@@ -183,9 +192,7 @@ class Runner:
                 parts.append(decoding_part(each, mx.array(each.replay[0])))
             elif each.forward is not None:
                 parts.append(decoding_part(each, each.forward.tokens))
-        if prompt is not None:
-            parts.append(prompt_part(*prompt))
-        return parts
+        return [*parts, *(prompt_part(*each) for each in prompts)]
 
     def _pass(self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> bool:
         """Compute the flat pass, and let each go on with its logits. False where it failed."""

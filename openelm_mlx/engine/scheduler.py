@@ -1,15 +1,15 @@
 """Who is computed in the engine's next step. No arrays: requests are known by their sizes, and time is handed in.
 
 Requests wait in a queue, first come first served, and are admitted while fewer than `max_running` run and their memory
-fits. An admitted request's prompt is computed in chunks, one chunk of one prompt a step, beside one token of every
-request that decodes. A chunk is as long as decoding requests can bear (`ChunkPace`), and as the prompt's own chunks when
-nobody decodes. A very long prompt takes turns with shorter ones that came after it.
+fits. An admitted request's prompt is computed in chunks, beside one token of every request that decodes; short prompts
+share a pass. The chunks of a pass are together as long as decoding requests can bear (`ChunkPace`), and as a chunk of the
+plan when nobody decodes. A very long prompt takes turns with shorter ones that came after it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar, final
 
 from ..errors import EngineFullError
@@ -20,6 +20,8 @@ LONGEST_GAP = 4.0
 _AIM = 2.5
 # Shorter chunks cost nearly as much as this one: each reads all weights.
 LEAST_CHUNK = 16
+# Prompts in one pass: each has attention of its own.
+MOST_PROMPTS = 32
 # A prompt lets another go first every other step, if that one has this many times less to compute.
 _SHORTER = 4
 
@@ -159,26 +161,41 @@ class Scheduler(Generic[J]):
         _insert(self.prompts, first)
         return first
 
-    def next_prompt(self) -> J | None:
-        """Whose prompt gets the next chunk: the oldest's, or every other time one that is far shorter."""
+    def next_prompts(self, most: int) -> list[tuple[J, int]]:
+        """Whose prompts are gone on with in the next pass, and by how many tokens each, `most` in all.
+
+        most: what memory and device allow at once; where somebody decodes, the pace allows less. The oldest prompt comes
+        first, or every other time one that is far shorter; others follow while tokens are left.
+        """
         with_chunks = [each for each in self.prompts if each.job.chunks]
         if not with_chunks:
-            return None
-        first = with_chunks[0]
-        self._num_chunks += 1
-        if self._num_chunks % 2 == 0:
-            for each in with_chunks[1:]:
-                if each.job.num_left * _SHORTER <= first.job.num_left:
-                    return each
-        return first
-
-    def chunk_length(self, request: J, most: int) -> int:
-        """How much of its prompt is computed now. most: what memory and device allow at once."""
+            return []
+        first = self._first_of(with_chunks)
         most = min(most, self.pace.longest)
         if self.decoding:
             most = self.pace.length(most)
-        self.pace.last = request.job.piece(most)
-        return self.pace.last
+        found = [(first, first.job.piece(most))]
+        left = most - found[0][1]
+        for each in with_chunks:
+            if each is first:
+                continue
+            if left < LEAST_CHUNK or len(found) >= MOST_PROMPTS:
+                break
+            length = each.job.piece(left)
+            if length <= left:
+                found.append((each, length))
+                left -= length
+        self.pace.last = most - left
+        return found
+
+    def _first_of(self, prompts: Sequence[J]) -> J:
+        first = prompts[0]
+        self._num_chunks += 1
+        if self._num_chunks % 2 == 0:
+            for each in prompts[1:]:
+                if each.job.num_left * _SHORTER <= first.job.num_left:
+                    return each
+        return first
 
     def prompt_is_done(self, request: J) -> None:
         """It decodes from now on."""

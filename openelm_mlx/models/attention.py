@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .packed import UNPACK_FROM, Packed, attend_packed
-from .precision import runs_on_cpu
+from .precision import one_kernel, runs_on_cpu
+
+# A score below every other one, and a number all the same.
+_UNSEEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,44 @@ def attend(
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     q, k, v = (each.astype(mx.float32) for each in (queries, keys, values))
     return attend(q, k, v, mask, scale, None if sinks is None else sinks.astype(mx.float32)).astype(queries.dtype)
+
+
+def attend_by_products(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mask: mx.array,
+    scale: float | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """`attend` for one query a row, (B, H, 1, D), with a boolean mask (B, 1, 1, T), as two products and a softmax.
+
+    MLX's CUDA backend has no kernel for one query with a mask, and its kernel without one reads the keys once for every
+    query head.
+    """
+    B, H, _, D = queries.shape
+    K = keys.shape[1]
+    scale = D**-0.5 if scale is None else scale
+    scores = (queries * scale).reshape(B, K, H // K, D) @ keys.swapaxes(-1, -2)
+    if sinks is None:
+        weights = mx.softmax(_masked(scores, mask), axis=-1).astype(values.dtype)
+    else:
+        weights = _softmax_with_sinks(scores, mask, sinks.reshape(1, K, H // K, 1)).astype(values.dtype)
+    return (weights @ values).reshape(B, H, 1, values.shape[-1])
+
+
+@one_kernel
+def _masked(scores: mx.array, mask: mx.array) -> mx.array:
+    """In float32, with what is not seen far below everything."""
+    return mx.where(mask, scores.astype(mx.float32), _UNSEEN)
+
+
+def _softmax_with_sinks(scores: mx.array, mask: mx.array, sinks: mx.array) -> mx.array:
+    scores = _masked(scores, mask)
+    sinks = sinks.astype(mx.float32)
+    largest = mx.maximum(mx.max(scores, axis=-1, keepdims=True), sinks)
+    weights = mx.exp(scores - largest)
+    return weights / (mx.sum(weights, axis=-1, keepdims=True) + mx.exp(sinks - largest))
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:

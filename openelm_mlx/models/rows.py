@@ -145,7 +145,7 @@ class RowsWalk(LayerWalk):
         count = self._num_slots
         if queries.shape[0] > count:
             queries, keys, values = queries[:count], keys[:count], values[:count]
-        return self.layers[i].attention.attend_over(*self._bank.attend(i, queries, keys, values))
+        return self._bank.attend(i, self.layers[i].attention, queries, keys, values)
 
     def _attend_rows(self, i: int, at: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """The attention of one request's tokens, (n, H, 1, D), over its own cache."""

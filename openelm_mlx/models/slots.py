@@ -14,7 +14,8 @@ from typing import Any, cast, final
 import mlx.core as mx
 
 from ..specs import ModelSpec, kv_capacity
-from .attention import Mask
+from .attention import Mask, attend_by_products
+from .block import BlockAttention
 from .cache import Cache, KVCache, SlidingKVCache
 
 # Numbers of slots: few, since each is a shape for which kernels are chosen and pieces traced.
@@ -37,13 +38,18 @@ def fits_in_slots(cache: Cache, spec: ModelSpec) -> bool:
 class SlotBank:
     """See the module. owners: who has which slot, None where nobody has. lengths: tokens of each.
 
-    evaluate: given what has been moved, one layer after the other, so that only one is there twice (`mx.eval`). A step is
-    `begin`, `attend` for every layer, and `end`; without its end it has not been.
+    products_from: see `KernelChoices`. evaluate: given what has been moved, one layer after the other, so that only one is
+    there twice (`mx.eval`). A step is `begin`, `attend` for every layer, and `end`; without its end it has not been.
     """
 
     def __init__(
-        self, spec: ModelSpec, spare_places: int = 0, evaluate: Callable[[Any], None] = lambda arrays: None
+        self,
+        spec: ModelSpec,
+        spare_places: int = 0,
+        evaluate: Callable[[Any], None] = lambda arrays: None,
+        products_from: int = 0,
     ) -> None:
+        self._products_from = products_from
         self.owners: list[Hashable | None] = []
         self.lengths: list[int] = []
         self._spec, self._spare, self._evaluate = spec, spare_places, evaluate
@@ -53,6 +59,7 @@ class SlotBank:
         # The column that the next tokens go to, counted on: modulo the columns that a layer has.
         self._full_column = self._ring_column = 0
         self._masks: dict[int | None, Mask] = {}
+        self._whole_masks: dict[int | None, mx.array] = {}
 
     def __len__(self) -> int:
         """Slots, those that nobody has included."""
@@ -129,31 +136,45 @@ class SlotBank:
         """One more token of everybody: make places for it, and say who sees what."""
         self._make_places(self.longest + 1)
         self._masks.clear()
-        lengths: mx.array | None = None
+        self._whole_masks.clear()
         for window in {each.window for each in self._spec.layers}:
             seen = self._num_seen(window)
-            if self._sees_all(window, seen):
-                self._masks[window] = None
-                continue
-            if lengths is None:
-                lengths = mx.array(self.lengths)[:, None, None, None]
-            column, columns = self._column(window), self._places if window is None else window
-            ages = (column - mx.arange(seen)) % columns  # how many tokens ago a column was written; 0: the new ones
-            self._masks[window] = ages <= lengths
+            self._masks[window] = None if self._sees_all(window, seen) else self._mask(window, seen)
+
+    def _mask(self, window: int | None, seen: int) -> mx.array:
+        """Which of the first columns each request sees, (S, 1, 1, seen)."""
+        column, columns = self._column(window), self._places if window is None else window
+        ages = (column - mx.arange(seen)) % columns  # how many tokens ago a column was written; 0: the new ones
+        return ages <= mx.array(self.lengths)[:, None, None, None]
+
+    def _whole_mask(self, window: int | None) -> mx.array:
+        if window not in self._whole_masks:
+            self._whole_masks[window] = self._mask(window, self._places if window is None else window)
+        return self._whole_masks[window]
+
+    def _uses_products(self, num_scores: int, mask: Mask) -> bool:
+        """num_scores: of one request."""
+        return self._products_from > 0 and (mask is not None or num_scores * len(self) >= self._products_from)
 
     def attend(
-        self, i: int, queries: mx.array, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array, Mask]:
-        """Put the new keys and values (S, K, 1, D) into layer `i`: the queries, all keys and values, and their mask."""
+        self, i: int, attention: BlockAttention, queries: mx.array, keys: mx.array, values: mx.array
+    ) -> mx.array:
+        """Put the new keys and values (S, K, 1, D) into layer `i`; what the queries (S, H, 1, D) see of all, the same shape."""
         window = self._spec.layers[i].window
         column = self._column(window) % self._columns(i)
         for buffers, new in ((self._keys, keys), (self._values, values)):
             cast(mx.array, buffers[i])[:, :, column : column + 1, :] = new
-        seen = self._num_seen(window)
         all_keys, all_values = cast(mx.array, self._keys[i]), cast(mx.array, self._values[i])
+        mask = self._masks[window]
+        if self._uses_products(queries.shape[1] * self._columns(i), mask):
+            # Over all columns, so that shapes stay the same for many steps.
+            return attend_by_products(
+                queries, all_keys, all_values, self._whole_mask(window), attention.scale, attention.sinks
+            )
+        seen = self._num_seen(window)
         if seen < self._columns(i):
             all_keys, all_values = all_keys[:, :, :seen], all_values[:, :, :seen]
-        return queries, all_keys, all_values, self._masks[window]
+        return attention.attend_over(queries, all_keys, all_values, mask)
 
     def end(self) -> None:
         """The step has been dispatched: everybody is one token longer."""

@@ -45,7 +45,7 @@ def test_without_mlx_lm(limits):
 def test_both_sides_in_processes_of_their_own_where_they_do_not_fit_together(limits, monkeypatch):
     machine = benchmark.this_machine()
     monkeypatch.setattr(benchmark, "this_machine", lambda: replace(machine, working_set_bytes=10_000_000))
-    monkeypatch.setattr(benchmark, "_mlx_lm_model", lambda _: pytest.fail("loaded beside ours"))
+    monkeypatch.setattr(benchmark, "mlx_lm_model", lambda _: pytest.fail("loaded beside ours"))
     figures = rate_figures(Settings(prompt_tokens=8, completion_tokens=4, rounds=1))
     decode = named(figures, "decode of 4 tokens, each run in its own process")
     assert len(decode.samples) == len(decode.mlx_lm_samples) == 1

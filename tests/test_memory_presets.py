@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 import openelm_mlx as om
 from benchmarks.measurements.quality import COLUMNS
-from openelm_mlx.bench.benchmark import _mlx_lm_model
+from openelm_mlx.bench.benchmark import mlx_lm_model
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import build_parser, main
@@ -72,7 +72,7 @@ def test_a_converted_preset_is_the_recipe_of_its_bits(plain, tmp_path):
 @pytest.mark.parametrize("name", ["balanced", "smallest"])
 def test_bench_packs_mlx_lm_s_model_alike(plain, name):
     """Else the comparison would be one of 16 bits with 8."""
-    ours, theirs = om.load(plain, preset=name)[0], _mlx_lm_model(plain, name)
+    ours, theirs = om.load(plain, preset=name)[0], mlx_lm_model(plain, name)
     packed = [
         sorted(array.shape for name, array in tree_flatten(each.parameters()) if array.dtype == mx.uint32)
         for each in (ours, theirs)

@@ -191,7 +191,7 @@ def rate_figures(settings: Settings) -> list[Figure]:
     else:
         runs["ours"] = _our_runs(model, prompt, settings.completion_tokens)
         if settings.against_mlx_lm:
-            other = _mlx_lm_model(settings.source, settings.preset)
+            other = mlx_lm_model(settings.source, settings.preset)
             runs["mlx-lm"] = _mlx_lm_runs(other, prompt, settings.completion_tokens)
     for round_number in range(settings.rounds + 1):
         # The order alternates; round 0 is the warm-up and does not count. A fresh process warms up by itself.
@@ -256,13 +256,13 @@ def _alone(source: str, side: str, prompt_tokens: int, completion_tokens: int, p
     run = (
         _our_runs(load(source, preset=preset)[0], prompt, completion_tokens)
         if side == "ours"
-        else _mlx_lm_runs(_mlx_lm_model(source, preset), prompt, completion_tokens)
+        else _mlx_lm_runs(mlx_lm_model(source, preset), prompt, completion_tokens)
     )
     run()
     return run()
 
 
-def _mlx_lm_model(source: SourceName, preset: str | None) -> object:
+def mlx_lm_model(source: SourceName, preset: str | None) -> object:
     """mlx-lm's model of a source, with the matrices quantized that a preset quantizes in ours."""
     try:
         from mlx_lm.utils import load_model

@@ -27,11 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", choices=["mlx-lm", "nothing"], default="mlx-lm", help="compare with mlx-lm (default) or not"
     )
     parser.add_argument(
-        "--prompt-tokens", type=int, default=64, metavar="N", help="tokens of the (random) prompt (default: 64)"
+        "--requests",
+        metavar="N[,N...]",
+        help="measure so many requests at once, one alone, and one beside a long prompt, in place of the usual figures",
+    )
+    parser.add_argument(
+        "--mixed", action="store_true", help="with --requests: also 64 requests of many lengths, all at once"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of the (random) prompt (default: 64; with --requests 128)",
     )
     parser.add_argument("--completion-tokens", type=int, default=64, metavar="N", help="tokens to decode (default: 64)")
     parser.add_argument(
-        "--rounds", type=int, default=7, metavar="N", help="runs of each side; the median is reported (default: 7)"
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="runs of each side; the median is reported (default: 7; with --requests 3)",
     )
     parser.add_argument(
         "--random",
@@ -46,10 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=int, metavar="N", help="with --random: only the first N layers")
     parser.add_argument(
-        "--long-context", type=int, default=0, metavar="N", help="with --random: decode after N tokens as well"
+        "--long-context",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --random: decode after N tokens as well; with --requests: length of the long prompt (default: 8,192)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=60.0, metavar="S", help="with --random: begin no round after S seconds"
+        "--seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="with --random or --requests: begin no round after S seconds (default: 60)",
     )
     parser.add_argument(
         "--apart",
@@ -66,16 +88,16 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.chart import check_chart, draw_bars
 
     chart = check_chart(args.chart, args.overwrite)
+    _fill_in(args)
     _check_combination(args)
+    if args.requests is not None:
+        return run_requests(args)
     if args.random is not None:
         return run_random(args, chart)
     from ..bench.benchmark import Settings, figures_as_json, machine_description, run_benchmark
     from ..loading import prepare
 
-    if args.against == "mlx-lm" and importlib.util.find_spec("mlx_lm") is None:
-        raise SettingError(
-            "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or leave out --against mlx-lm."
-        )
+    _check_has_mlx_lm(args)
     _check_lengths(prepare(args.model, preset=args.preset).model, args)
     settings = Settings(
         args.model, args.prompt_tokens, args.completion_tokens, args.rounds, args.against == "mlx-lm", args.preset
@@ -96,22 +118,44 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(figure.is_met is not False for figure in figures) else 1
 
 
+def _fill_in(args: argparse.Namespace) -> None:
+    """Numbers that nobody gave."""
+    prompt_tokens, rounds = (64, 7) if args.requests is None else (128, 3)
+    args.prompt_tokens = prompt_tokens if args.prompt_tokens is None else args.prompt_tokens
+    args.rounds = rounds if args.rounds is None else args.rounds
+
+
 def _check_combination(args: argparse.Namespace) -> None:
     """Raise SettingError for numbers that are too small to measure, and for options that do not go together."""
     least = {"rounds": 1, "prompt_tokens": 2, "completion_tokens": 2}
     for name, number in least.items():
         if getattr(args, name) < number:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {number}.")
+    if args.long_context < 0:
+        raise SettingError(f"--long-context is {args.long_context}: it must be at least 0.")
     if args.layers is not None and args.layers < 1:
         raise SettingError(f"--layers is {args.layers}: it must be at least 1.")
     if not 0 <= args.seconds < float("inf"):
         raise SettingError(f"--seconds is {args.seconds}: give 0 or more seconds.")
     bits_asked_for(args, "--bits")
+    if args.requests is None and args.mixed:
+        raise SettingError("--mixed: only for --requests; add it, or leave it out.")
+    if args.requests is not None and (args.apart or args.chart):
+        given_to = "--apart" if args.apart else "--chart"
+        raise SettingError(f"{given_to}: not with --requests; leave one of the two out.")
     if args.random is None:
-        given = [each for each in ("bits", "layers", "long_context", "apart") if getattr(args, each)]
+        names = ("bits", "layers", "apart", *(() if args.requests is not None else ("long_context",)))
+        given = [each for each in names if getattr(args, each)]
         if given:
             words = ", ".join(f"--{each.replace('_', '-')}" for each in given)
             raise SettingError(f"{words}: only for --random; add it, or leave it out.")
+
+
+def _check_has_mlx_lm(args: argparse.Namespace) -> None:
+    if args.against == "mlx-lm" and importlib.util.find_spec("mlx_lm") is None:
+        raise SettingError(
+            "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or leave out --against mlx-lm."
+        )
 
 
 def _check_lengths(model: Model, args: argparse.Namespace) -> None:
@@ -156,6 +200,30 @@ def run_random(args: argparse.Namespace, chart: Path | None) -> int:
 
         draw_bars(chart, f"{args.random} on {machine_description()}", found.samples, args.overwrite)
     return 0 if found.error is None else 1
+
+
+def run_requests(args: argparse.Namespace) -> int:
+    """Measure many requests at once. Returns 0 when all that was asked for was measured."""
+    from ..bench.requests import PARTS, Settings
+    from .bench_requests import models_of, numbers_of, show
+
+    settings = Settings(
+        numbers_of(args.requests),
+        args.prompt_tokens,
+        args.completion_tokens,
+        args.long_context or Settings.long_prompt,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        parts=[each for each in PARTS if args.mixed or each != "mixed"],
+    )
+    _check_has_mlx_lm(args)
+    name, model, other = models_of(args)
+    rows = list(show(name, model, other, settings, args.json))
+    if args.json:
+        from ..bench.benchmark import machine_description
+
+        report_json({"machine": machine_description(), "model": name, "rows": [row.as_dict() for row in rows]})
+    return 0 if all(row.error is None for row in rows) else 1
 
 
 def line(figure: Figure) -> str:

@@ -1,0 +1,416 @@
+"""Many requests at once, measured: ours beside mlx-lm's in turns in one process, and what they do to one another.
+
+A model of ours and one of mlx-lm's with the same weights (None: ours alone) are measured part by part, a row at a time as
+it is known. Each part has a share of the seconds that there are, and what it leaves is the next one's.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..engine.many import Engine
+from ..errors import SettingError
+from ..generate import stream_generate
+from .against import LEFT_OUT
+from .request_runs import (
+    Load,
+    Timeline,
+    Window,
+    aligned_load,
+    mixed_load,
+    read_prompt,
+    run_batches,
+    run_engine,
+    without_ends,
+)
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+OURS, THEIRS = "ours", "mlx-lm"
+# What is measured, and what part of the seconds each may take.
+SHARES = {"decode": 0.38, "mixed": 0.32, "one": 0.08, "gap": 0.08, "together": 0.14}
+PARTS = tuple(SHARES)
+# One after the other, so many requests say how fast that is.
+MOST_IN_TURN = 8
+# A run is given so many seconds, however few are left.
+LEAST_SECONDS = 2.0
+NO_TIME = "not measured, no time was left: give more --seconds"
+# Tokens whose gaps are the usual ones, before a long prompt comes in.
+USUAL_GAPS = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. numbers: of requests at once. Tokens are those of each request; long_prompt: of the one that comes
+    in while another decodes. All are cut to what the context holds. seconds: in all; rounds: at most.
+    """
+
+    numbers: Sequence[int] = (1, 4, 8, 16, 32)
+    prompt_tokens: int = 128
+    completion_tokens: int = 64
+    long_prompt: int = 8192
+    num_mixed: int = 64
+    rounds: int = 3
+    seconds: float = 60.0
+    parts: Sequence[str] = PARTS
+
+    def __post_init__(self) -> None:
+        least_of = {"prompt_tokens": 2, "completion_tokens": 2, "long_prompt": 2, "rounds": 1, "num_mixed": 1}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise SettingError(f"{name} is {getattr(self, name)}: it must be at least {least}.")
+        for each in self.parts:
+            if each not in SHARES:
+                raise SettingError(f"There is no part {each!r}: choose among {', '.join(PARTS)}.")
+
+
+@dataclass
+class Row:
+    """One figure: name of a side -> its samples, the first of two over the second being the ratio.
+
+    at_least: sides that were given up when the time was over, whose figure is larger. error: why there is none.
+    """
+
+    part: str
+    what: str
+    unit: str
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    at_least: set[str] = field(default_factory=set)
+    note: str = ""
+    error: str | None = None
+
+    def add(self, side: str, value: float) -> None:
+        self.samples.setdefault(side, []).append(value)
+
+    @property
+    def medians(self) -> dict[str, float]:
+        return {side: statistics.median(each) for side, each in self.samples.items()}
+
+    @property
+    def ratio(self) -> float | None:
+        """The first side's median over the second's; an upper bound where the second one is in `at_least`."""
+        sides = list(self.samples)
+        if len(sides) != 2 or sides[0] in self.at_least or not self.medians[sides[1]]:
+            return None
+        return self.medians[sides[0]] / self.medians[sides[1]]
+
+    def line(self) -> str:
+        """For people."""
+        if self.error is not None:
+            return f"{self.what:34} {self.error}"
+        sides = [f"{side} {self._value(side):26}" for side in self.samples]
+        ratio = "" if self.ratio is None else f"ratio {'< ' if self.at_least else ''}{self.ratio:.3g}"
+        return "  ".join([f"{self.what:34}", *sides, ratio, self.note]).rstrip()
+
+    def _value(self, side: str) -> str:
+        values, sign = self.samples[side], "> " if side in self.at_least else ""
+        text = f"{sign}{number(statistics.median(values))}"
+        spread = f" [{number(min(values))} to {number(max(values))}]" if len(values) > 1 else ""
+        return f"{text}{spread} {self.unit}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {**vars(self), "at_least": sorted(self.at_least), "medians": self.medians, "ratio": self.ratio}
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def titles(settings: Settings) -> dict[str, str]:
+    """What each part's rows are about."""
+    return {
+        "decode": f"decode of N requests at once, tokens/s of all (prompts of {settings.prompt_tokens:,} tokens)",
+        "mixed": f"{settings.num_mixed:,} requests at once of many lengths",
+        "one": "one request in an engine, and by itself",
+        "gap": "a request that decodes while a long prompt comes in: its longest gap between two tokens, and its usual one",
+        "together": "N requests together, and one after the other, tokens/s of answers, prompts included",
+    }
+
+
+def run_parts(model: Model, other: Any, settings: Settings, say: Callable[[str], None]) -> Iterator[Row]:
+    """All the rows, each as soon as it is known. other: mlx-lm's model of the same weights, or None.
+
+    say: is told every sample as it comes, so that a run that is cut off leaves what it had. A part that fails is a row
+    with an error. The model knows no end of text afterwards.
+    """
+    settings = fitting(without_ends(model), settings)
+    end = time.perf_counter() + settings.seconds
+    parts = [each for each in PARTS if each in settings.parts]
+    for place, name in enumerate(parts):
+        rest = sum(SHARES[each] for each in parts[place:])
+        now = time.perf_counter()
+        part = _Part(model, other, settings, say, now + max(0.0, end - now) * SHARES[name] / rest)
+        try:
+            yield from getattr(part, name)()
+        except Exception as error:  # noqa: BLE001 - what fails must not end the others
+            yield Row(name, name, "", error=f"{type(error).__name__}: {error}")
+        mx.clear_cache()
+
+
+def fitting(model: Model, settings: Settings) -> Settings:
+    """With lengths that the context holds."""
+    room = model.context_length
+    changed = {
+        "prompt_tokens": max(2, min(settings.prompt_tokens, room // 4)),
+        "completion_tokens": max(2, min(settings.completion_tokens, room // 4)),
+        "long_prompt": max(2, min(settings.long_prompt, room - 8)),
+    }
+    return Settings(**{**vars(settings), **changed})
+
+
+class _Part:
+    """The parts, and until when one may begin something."""
+
+    def __init__(self, model: Model, other: Any, settings: Settings, say: Callable[[str], None], end: float) -> None:
+        self.model, self.other, self.settings, self.say, self.end = model, other, settings, say, end
+
+    @property
+    def left(self) -> float:
+        """Seconds that a run may take."""
+        return max(LEAST_SECONDS, self.end - time.perf_counter())
+
+    def rounds(self, sides: Sequence[str], end: float, most: int) -> Iterator[tuple[int, str]]:
+        """Whose turn it is, and in which round; round 0 warms up. Who goes first alternates; none begins after the end but
+        the first that counts.
+        """
+        for turn in range(most + 1):
+            if turn > 1 and time.perf_counter() > end:
+                return
+            for side in sorted(sides, reverse=bool(turn % 2)):
+                yield turn, side
+
+    # --- N requests that decode together ------------------------------------------------------------------------------
+
+    def decode(self) -> Iterator[Row]:
+        numbers = list(self.settings.numbers)
+        for place, count in enumerate(numbers):
+            now = time.perf_counter()
+            if place and now > self.end:
+                yield Row("decode", f"{count:,}", "", error=NO_TIME)
+                continue
+            end = now + max(0.0, self.end - now) / (len(numbers) - place)
+            try:
+                yield self._decode_of(count, end)
+            except Exception as error:  # noqa: BLE001 - what fails with many may go well with few
+                yield Row("decode", f"{count:,}", "", error=f"{type(error).__name__}: {error}")
+
+    def _decode_of(self, count: int, end: float) -> Row:
+        """Ours first: mlx-lm's rows are as long as ours are then on average, and are there all at once."""
+        settings, row = self.settings, Row("decode", f"{count:,}", "tokens/s")
+        context = settings.prompt_tokens
+        sides = [OURS] if self.other is None else [OURS, THEIRS]
+        for turn in range(settings.rounds + 1):
+            if turn > 1 and time.perf_counter() > end:
+                break
+            for side in sides[::-1] if turn and turn % 2 == 0 else sides:
+                window = Window(settings.completion_tokens if turn else 4, LEFT_OUT if turn else 2)
+                if side == OURS:
+                    timeline = self._our_window(count, window)
+                    context = settings.prompt_tokens + round(window.tokens_before)
+                else:
+                    timeline = self._their_window(count, window, context)
+                if not self._count(row, turn, side, window, timeline):
+                    return row
+        row.note = f"at {context:,} to {context + settings.completion_tokens:,} tokens each"
+        return row
+
+    def _count(self, row: Row, turn: int, side: str, window: Window, timeline: Timeline) -> bool:
+        """Take a sample. False where there is none, and there will be none."""
+        if window.rate is not None:
+            self.say(f"decode of {row.what}: {side} {window.rate:.4g} tokens/s{'' if turn else ' (warming up)'}")
+            if turn:
+                row.add(side, window.rate)
+            return True
+        if turn and side in row.samples:
+            return True
+        row.error = (
+            f"{side}: some had ended before all had begun: ask for shorter prompts, or fewer requests"
+            if timeline.is_complete
+            else f"{side}: {_not_within(timeline)}"
+        )
+        return False
+
+    def _our_window(self, count: int, window: Window) -> Timeline:
+        settings = self.settings
+        room = self.model.context_length - settings.prompt_tokens
+        # The first ones decode while the others' prompts come in, in pieces of 16 tokens or more.
+        lead = count * math.ceil(settings.prompt_tokens / 16)
+        new_tokens = min(room, lead + 2 * window.left_out + window.wanted + 8)
+        load = aligned_load(self.model, count, settings.prompt_tokens, new_tokens)
+        return run_engine(self.model, load, self.left, window, max_running=count)
+
+    def _their_window(self, count: int, window: Window, context: int) -> Timeline:
+        prompt = aligned_load(self.model, 1, context, 1).prompts[0]
+        caches = read_prompt(self.other, prompt[: max(1, context - window.left_out - 1)], count)
+        load = aligned_load(self.model, count, 1, 2 * window.left_out + window.wanted + 8)
+        return run_batches(self.other, load, self.left, window, max_running=count, caches=caches)
+
+    # --- requests of many lengths -------------------------------------------------------------------------------------
+
+    def mixed(self) -> Iterator[Row]:
+        load = mixed_load(self.model, self.settings.num_mixed)
+        rows = [
+            Row("mixed", "until all are answered", "s"), Row("mixed", "median first token after", "s"),
+            Row("mixed", "last first token after", "s"), Row("mixed", "most memory beside the weights", "MB"),
+        ]  # fmt: skip
+        rows[0].note = f"{load.num_prompt_tokens:,} tokens of prompts, {load.num_new_tokens:,} new ones"
+        sides = [OURS] if self.other is None else [OURS, THEIRS]
+        is_slow: set[str] = set()
+        for turn, side in self.rounds(sides, self.end, self.settings.rounds):
+            if side in is_slow:
+                continue
+            timeline = self._answer(side, load if turn else load.first(4, 8))
+            if not turn:
+                continue
+            if not timeline.is_complete:
+                is_slow.add(side)
+                if any(side in row.samples for row in rows):
+                    continue  # a round before was complete
+            self._count_mixed(rows, side, load, timeline)
+        yield from rows
+
+    def _answer(self, side: str, load: Load) -> Timeline:
+        if side == OURS:
+            return run_engine(self.model, load, self.left)
+        return run_batches(self.other, load, self.left)
+
+    def _count_mixed(self, rows: Sequence[Row], side: str, load: Load, timeline: Timeline) -> None:
+        seconds = timeline.seconds if timeline.given_up_after is None else timeline.given_up_after
+        firsts = [min(each, seconds) for each in timeline.first_tokens]
+        values = (seconds, statistics.median(firsts), max(firsts), timeline.peak_bytes / 1e6)
+        for row, value in zip(rows, values, strict=True):
+            row.add(side, value)
+        if not timeline.is_complete:
+            rows[0].at_least.add(side)
+            rows[0].note += f"; {side} was given up after {timeline.num_tokens:,} of them"
+            if max(timeline.first_tokens) == math.inf:
+                rows[2].at_least.add(side)
+            if statistics.median(timeline.first_tokens) == math.inf:
+                rows[1].at_least.add(side)
+        shown = ", ".join(f"{row.what} {number(value)} {row.unit}" for row, value in zip(rows, values, strict=True))
+        self.say(f"{self.settings.num_mixed:,} requests: {side}: {shown}")
+
+    # --- one request --------------------------------------------------------------------------------------------------
+
+    def one(self) -> Iterator[Row]:
+        settings = self.settings
+        rate = Row("one", "decode", "tokens/s")
+        first = Row("one", "first token after", "ms")
+        tokens = min(2 * settings.completion_tokens, self.model.context_length - settings.prompt_tokens)
+        load = aligned_load(self.model, 1, settings.prompt_tokens, tokens)
+        for turn, side in self.rounds(("engine", "alone"), self.end, 3 * settings.rounds):
+            arrivals = self._one_by(side, load.prompts[0], tokens)
+            if not turn:
+                continue
+            counted = arrivals[min(LEFT_OUT, len(arrivals) - 2) :]
+            rate.add(side, (len(counted) - 1) / (counted[-1] - counted[0]))
+            first.add(side, 1e3 * arrivals[0])
+        for row in (rate, first):  # the engine over one alone
+            row.samples = {side: row.samples[side] for side in ("engine", "alone")}
+            yield row
+
+    def _one_by(self, side: str, prompt: list[int], tokens: int) -> list[float]:
+        if side == "alone":
+            started = time.perf_counter()
+            return [time.perf_counter() - started for _ in stream_generate(self.model, None, prompt, max_tokens=tokens)]
+        with Engine(self.model, None) as engine:
+            started = time.perf_counter()
+            return [time.perf_counter() - started for _ in engine.submit(prompt, max_tokens=tokens)]
+
+    # --- a long prompt beside one that decodes ------------------------------------------------------------------------
+
+    def gap(self) -> Iterator[Row]:
+        length = self.settings.long_prompt
+        row = Row("gap", f"a prompt of {length:,} tokens", "ms")
+        whole = Row("gap", "until its first token", "s")
+        for turn, _ in self.rounds(("engine",), self.end, self.settings.rounds):
+            longest, usual, seconds = self._gaps(length if turn else min(length, 256))
+            if turn:
+                row.add("longest", 1e3 * longest)
+                row.add("usual", 1e3 * usual)
+                whole.add("beside it", seconds)
+                self.say(
+                    f"a prompt of {length:,} tokens: longest gap {1e3 * longest:.4g} ms, usual {1e3 * usual:.4g} ms"
+                )
+        yield row
+        yield whole
+
+    def _gaps(self, length: int) -> tuple[float, float, float]:
+        """The longest gap of a decoder while a prompt comes in, its median gap before, and how long the prompt took."""
+        load = aligned_load(self.model, 1, min(64, self.model.context_length // 4), 1)
+        long = aligned_load(self.model, 1, length, 2, seed=1)
+        with Engine(self.model, None) as engine:
+            decoder = engine.submit(load.prompts[0], max_tokens=self.model.context_length - len(load.prompts[0]))
+            times = [time.perf_counter() for _ in zip(range(LEFT_OUT + USUAL_GAPS), decoder, strict=False)]
+            asked, handle = time.perf_counter(), engine.submit(long.prompts[0], max_tokens=2)
+            during = [times[-1]]
+            arrived = None
+            for _ in decoder:
+                during.append(time.perf_counter())
+                if arrived is None and not handle.channel.items.empty():
+                    arrived = during[-1]
+                if handle.is_done:
+                    break
+            else:
+                raise SettingError("The request that decodes came to its end first: ask for a shorter long_prompt.")
+            next(handle)  # raises what went wrong with it
+        return max(_gaps_of(during)), statistics.median(_gaps_of(times[LEFT_OUT:])), (arrived or during[-1]) - asked
+
+    # --- together, and one after the other ----------------------------------------------------------------------------
+
+    def together(self) -> Iterator[Row]:
+        settings, end = self.settings, self.end
+        numbers = [each for each in settings.numbers if each > 1]
+        for place, count in enumerate(numbers):
+            now = time.perf_counter()
+            if place and now > end:
+                yield Row("together", f"{count:,}", "", error=NO_TIME)
+                continue
+            yield self._together(count, now + max(0.0, end - now) / (len(numbers) - place))
+
+    def _together(self, count: int, end: float) -> Row:
+        settings, row = self.settings, Row("together", f"{count:,}", "tokens/s")
+        load = aligned_load(self.model, count, settings.prompt_tokens, settings.completion_tokens)
+        for turn, side in self.rounds(("together", "in turn"), end, settings.rounds):
+            if turn == 0 and side == "in turn" and "one" in settings.parts:
+                continue  # that has been done before
+            if side == "together":
+                timeline = run_engine(self.model, load if turn else load.first(count, 4), self.left, max_running=count)
+                if not timeline.is_complete:
+                    row.error = _not_within(timeline)
+                    return row
+                rate = timeline.num_tokens / timeline.seconds
+            else:
+                rate = self._in_turn(load if turn else load.first(1, 4))
+            if turn:
+                row.add(side, rate)
+                self.say(f"{count:,} requests {side}: {rate:.4g} tokens/s")
+        row.samples = {side: row.samples[side] for side in ("together", "in turn")}
+        return row
+
+    def _in_turn(self, load: Load) -> float:
+        started, count = time.perf_counter(), 0
+        pairs = list(zip(load.prompts, load.new_tokens, strict=True))[:MOST_IN_TURN]
+        for prompt, new_tokens in pairs:
+            for _ in stream_generate(self.model, None, prompt, max_tokens=new_tokens):
+                count += 1
+        return count / (time.perf_counter() - started)
+
+
+def _gaps_of(times: Sequence[float]) -> list[float]:
+    return [later - sooner for sooner, later in pairwise(times)]
+
+
+def _not_within(timeline: Timeline) -> str:
+    return f"not within {timeline.given_up_after:.0f} s: give more --seconds"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import mlx.core as mx
@@ -27,6 +28,7 @@ from openelm_mlx.bench.requests import OURS, PARTS, THEIRS, Row, Settings, run_p
 from openelm_mlx.commands import main
 from openelm_mlx.errors import SettingError
 from openelm_mlx.generate import stream_generate
+from openelm_mlx.memory import machine
 
 PLENTY = 600.0
 TINY = Settings(
@@ -94,13 +96,10 @@ def test_both_sides_give_every_request_all_its_tokens(pair):
 
 
 def test_an_end_of_text_ends_nothing():
-    """On both sides, and without a bias, which mlx-lm's side would not have."""
     model, _ = random_pair(tiny("openelm-270m"), theirs=False)
     prompt = aligned_load(model, 1, 6, 1).prompts[0]
     likeliest = next(stream_generate(model, None, prompt, max_tokens=1)).token
     assert len(list(stream_generate(model, None, prompt, max_tokens=4))) == 4
-    from dataclasses import replace
-
     model.spec = replace(model.spec, eos_tokens=(likeliest,))
     assert len(list(stream_generate(model, None, prompt, max_tokens=4))) == 1
     assert len(run_engine(without_ends(model), Load([prompt], [4]), PLENTY).arrivals[0]) == 4
@@ -154,6 +153,13 @@ def test_mlx_lm_s_rows_begin_together_where_ours_are_on_average(pair):
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _short_loads(monkeypatch):
+    for name, value in (("SHORTEST", 4), ("LONGEST", 48), ("FEWEST", 2), ("MOST", 12)):
+        monkeypatch.setattr(request_runs, name, value)
+
+
+@pytest.mark.usefixtures("_short_loads")
 def test_every_part_has_its_rows(pair):
     said = []
     rows = list(run_parts(*pair, TINY, said.append))
@@ -173,6 +179,7 @@ def test_every_part_has_its_rows(pair):
     assert {row.part for row in rows} == set(titles(TINY))
 
 
+@pytest.mark.usefixtures("_short_loads")
 def test_ours_alone_has_no_ratio_with_mlx_lm(openelm):
     settings = Settings(**{**vars(TINY), "numbers": (2,), "parts": ("decode", "mixed")})
     rows = list(run_parts(openelm[0], None, settings, lambda _: None))
@@ -190,6 +197,7 @@ def test_without_time_one_round_is_made_and_the_rest_is_told(openelm, monkeypatc
     assert [len(each) for each in rows[2].samples.values()] == [1, 1]
 
 
+@pytest.mark.usefixtures("_short_loads")
 def test_a_part_that_fails_ends_no_other(openelm, monkeypatch):
     def short(*_, **__):
         raise RuntimeError("[malloc] Unable to allocate 1.7 GB.")
@@ -202,14 +210,15 @@ def test_a_part_that_fails_ends_no_other(openelm, monkeypatch):
 
 
 def test_requests_that_end_before_all_are_in_are_told(openelm):
-    settings = Settings(**{**vars(TINY), "numbers": (30,), "prompt_tokens": 64, "completion_tokens": 64})
-    part = requests._Part(openelm[0], None, settings, lambda _: None, math.inf)
-    part.model = openelm[0]
+    part = requests._Part(*openelm, TINY, lambda _: None, math.inf)
     row = Row("decode", "30", "tokens/s")
     assert not part._count(row, 1, OURS, Window(2, 2), Timeline([[1.0]]))
     assert "ask for shorter prompts, or fewer requests" in row.error
+    assert not part._count(row, 1, OURS, Window(2, 2), Timeline([[1.0]], given_up_after=7.0))
+    assert row.error == "ours: not within 7 s: give more --seconds"
 
 
+@pytest.mark.usefixtures("_short_loads")
 def test_mlx_lm_that_does_not_finish_gives_bounds(openelm, monkeypatch):
     real = request_runs.run_batches
 
@@ -309,11 +318,7 @@ def test_bad_options_are_sentences(options, said, capsys):
 
 
 def test_a_model_that_leaves_no_room_for_mlx_lm_s_is_told(monkeypatch, capsys):
-    from openelm_mlx.memory import machine
-
     real = machine.this_machine()
-    from dataclasses import replace
-
     small_machine = replace(real, working_set_bytes=10_000_000)
     monkeypatch.setattr(machine, "this_machine", lambda: small_machine)
     assert main(["bench", "--requests", "2", *QUICK]) == 2

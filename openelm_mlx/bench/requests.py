@@ -43,6 +43,8 @@ PARTS = tuple(SHARES)
 MOST_IN_TURN = 8
 # A run is given so many seconds, however few are left.
 LEAST_SECONDS = 2.0
+# A run is looked at from outside, and on a busy machine late: nobody may have come to an end meanwhile.
+SLACK = 256
 NO_TIME = "not measured, no time was left: give more --seconds"
 # Tokens whose gaps are the usual ones, before a long prompt comes in.
 USUAL_GAPS = 32
@@ -246,7 +248,7 @@ class _Part:
         room = self.model.context_length - settings.prompt_tokens
         # The first ones decode while the others' prompts come in, in pieces of 16 tokens or more.
         lead = count * math.ceil(settings.prompt_tokens / 16)
-        new_tokens = min(room, lead + 2 * window.left_out + window.wanted + 8)
+        new_tokens = min(room, lead + 2 * window.left_out + window.wanted + SLACK)
         load = aligned_load(self.model, count, settings.prompt_tokens, new_tokens)
         return run_engine(self.model, load, self.left, window, max_running=count)
 

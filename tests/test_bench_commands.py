@@ -55,7 +55,8 @@ def test_a_mistake_is_one_sentence_of_the_command_s_own(name, argument, said, ca
     ("name", "option", "said"),
     [
         ("memory", "--only=llama", "No shape has 'llama' in its name"), ("quality", "--words=0", "--words is 0"),
-        ("requests", "--shapes=openelm-7b", "no shape 'openelm-7b'"), ("requests", "--requests=0", "--requests is '0'"),
+        ("requests", "--shapes=openelm-7b", "There is no shape 'openelm-7b'"),
+        ("requests", "--requests=0", "--requests is '0'"),
         ("speculation", "--rounds=0", "--rounds is 0"), ("streaming", "--cache=hot", "--cache is 'hot'"),
     ],
 )  # fmt: skip

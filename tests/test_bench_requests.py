@@ -302,9 +302,9 @@ def test_bench_requests_of_a_source_prints_json(capsys):
     ("options", "said"),
     [
         (["--requests", "0"], "--requests is '0'"), (["--requests", "two"], "--requests is 'two'"),
-        (["--requests", "2000"], "from 1 to 1,024"), (["--mixed"], "--mixed: that is for --requests"),
-        (["--requests", "2", "--apart", "--random", "openelm-270m"], "--apart: --requests has no such thing"),
-        (["--requests", "2", "--chart", "x.png"], "--chart: --requests has no such thing"),
+        (["--requests", "2000"], "from 1 to 1,024"), (["--mixed"], "--mixed: only for --requests"),
+        (["--requests", "2", "--apart", "--random", "openelm-270m"], "--apart: not with --requests"),
+        (["--requests", "2", "--chart", "x.png"], "--chart: not with --requests"),
         (["--requests", "2", "--rounds", "0"], "--rounds is 0"), (["--requests", "2", "--bits", "4"], "--random"),
         (["--requests", "2", "--long-context", "-1"], "--long-context is -1"),
         (["--requests", "2", "--random", "gpt-5"], "gpt-oss-20b"),

@@ -268,7 +268,7 @@ def mlx_lm_model(source: SourceName, preset: str | None) -> object:
         from mlx_lm.utils import load_model
     except ImportError as error:
         raise SettingError(
-            "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or leave out --against mlx-lm."
+            "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or add --against nothing."
         ) from error
     model, packing = load_model(locate(source))[0], dense_packing(preset_bits(preset))
     if packing is None:

@@ -154,7 +154,7 @@ def _check_combination(args: argparse.Namespace) -> None:
 def _check_has_mlx_lm(args: argparse.Namespace) -> None:
     if args.against == "mlx-lm" and importlib.util.find_spec("mlx_lm") is None:
         raise SettingError(
-            "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or leave out --against mlx-lm."
+            "Comparing with mlx-lm needs mlx-lm: pip install 'openelm_mlx[bench]', or add --against nothing."
         )
 
 

@@ -148,14 +148,14 @@ LIES = {
     "a tensor twice": (header([], [ONE, ONE]) + bytes(64), "twice"),
     "an offset behind the end": (header([], [tensor("a", [2, 8], 0, 2**40)]) + bytes(64), "ends at byte"),
     "an offset at the end": (header([], [tensor("a", [2, 8], 0, 32)]) + bytes(64), "ends at byte"),
-    "an offset that is no multiple": (header([], [tensor("a", [2, 8], 0, 8)]) + bytes(128), "no multiple"),
-    "tensors over each other": (header([], [ONE, tensor("b", [2, 8], 0, 32)]) + bytes(128), "lies over"),
+    "an offset that is no multiple": (header([], [tensor("a", [2, 8], 0, 8)]) + bytes(128), "not a multiple"),
+    "tensors over each other": (header([], [ONE, tensor("b", [2, 8], 0, 32)]) + bytes(128), "overlaps"),
     "cut short": (header([], [ONE]) + bytes(63), "ends at byte"),
     "a shape of nothing": (header([], [tensor("a", [0, 8], 0, 0)]), "shape"),
     "a shape beyond all": (header([], [tensor("a", [2**40, 2**40], 0, 0)]), "shape"),
     "dimensions": (header([], [tensor("a", [1] * 9, 0, 0)]), "9 dimensions"),
     "half a block": (header([], [tensor("a", [2, 8], 8, 0)]) + bytes(64), "32 in a block"),
-    "a type of llama.cpp's own": (header([], [tensor("a", [1, 256], 12, 0)]) + bytes(200), "Q4_K, which MLX has no equal"),
+    "a type of llama.cpp's own": (header([], [tensor("a", [1, 256], 12, 0)]) + bytes(200), "Q4_K, which MLX has no equivalent"),
     "a type of no one": (header([], [tensor("a", [1, 256], 999, 0)]) + bytes(200), "number 999"),
     "an alignment": (header([field("general.alignment", 4, struct.pack("<I", 33))], [ONE]) + bytes(64), "alignment is 33"),
     "one part of several": (header([field("split.count", 2, struct.pack("<H", 4))]), "one of 4 files"),
@@ -188,7 +188,7 @@ def test_every_prefix_of_a_header_is_cut_short(tmp_path):
 def test_another_architecture_is_refused(tmp_path, name):
     path = tmp_path / "m.gguf"
     path.write_bytes(header([field("general.architecture", 8, text(name))]))
-    with pytest.raises(CheckpointError, match="openelm and gpt-oss are read"):
+    with pytest.raises(CheckpointError, match="only openelm and gpt-oss are"):
         GgufCheckpoint(path)
 
 
@@ -215,7 +215,7 @@ def test_version_2_and_another_alignment_are_read_too(sound, tmp_path):
     [
         (b"openelm.block_count", b"openelm.block_kount", 'no field "openelm.block_count"'),
         (b"token_embd.weight", b"token_emba.weight", "token_embd"),
-        (b"blk.1.ffn_up.weight", b"blk.1.ffn_ub.weight", "gate and up"),
+        (b"blk.1.ffn_up.weight", b"blk.1.ffn_ub.weight", "lacks gate or up"),
         (b"blk.1.attn_qkv.weight", b"blk.1.attn_qkw.weight", "qkv_proj"),
         (b"openelm.rope.freq_base", b"openelm.rope.freq_bas_", None),  # has a default
     ],

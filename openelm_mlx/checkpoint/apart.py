@@ -1,6 +1,6 @@
-"""Parameters that other programs keep apart: q, k and v of one projection, gate and up of another.
+"""Splitting fused parameters: q, k and v of one projection, gate and up of another, as other programs store them.
 
-A canonical parameter is cut into its pieces as it is read; nothing is read here.
+Each piece is a slice of a canonical parameter, taken when that is read; nothing is read here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .layouts import Contents, Parameter
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of an array: from `start` to `stop` of one axis, each `step`th."""
+    """A slice of one axis of an array: from `start` to `stop`, in steps of `step`."""
 
     axis: int
     start: int
@@ -25,7 +25,7 @@ class Rows:
     step: int = 1
 
     def of(self, array: mx.array) -> mx.array:
-        """Those rows alone, in memory of their own: a view would keep the whole array alive."""
+        """A copy of those rows: a view would keep the whole array alive."""
         chosen = (slice(None),) * self.axis + (slice(self.start, self.stop, self.step),)
         return mx.contiguous(array[chosen])
 
@@ -35,12 +35,12 @@ class Rows:
         return (*whole[: self.axis], count, *whole[self.axis + 1 :])
 
 
-# A module's path and its own spec -> the pieces' paths and rows; None: it stays whole.
+# A module's path and the spec -> the paths and rows of its pieces; None if the module is not split.
 Cut = Callable[[str, ModelSpec], "list[tuple[str, Rows]] | None"]
 
 
 def gpt_oss_pieces(module: str, spec: ModelSpec) -> list[tuple[str, Rows]] | None:
-    """q, k and v; and gate and up, whose rows alternate: the names are those of mlx-lm."""
+    """Split gpt-oss as mlx-lm does: q, k and v; gate and up, whose rows alternate."""
     layer = spec.layers[0]
     if module.endswith(".qkv_proj"):
         prefix, position, pieces = module.removesuffix("qkv_proj"), 0, []
@@ -59,7 +59,7 @@ def gpt_oss_pieces(module: str, spec: ModelSpec) -> list[tuple[str, Rows]] | Non
 
 
 def openelm_pieces(module: str, spec: ModelSpec) -> list[tuple[str, Rows]] | None:
-    """The first feed-forward matrix is gate above up; GGUF has the two apart."""
+    """Split OpenELM's first feed-forward matrix, gate above up, as GGUF stores it."""
     if not module.endswith(".ffn.proj_1"):
         return None
     width = spec.layers[int(module.split(".")[2])].intermediate_size
@@ -68,7 +68,7 @@ def openelm_pieces(module: str, spec: ModelSpec) -> list[tuple[str, Rows]] | Non
 
 
 def apart(contents: Contents, cut: Cut) -> tuple[Contents, Shapes]:
-    """The same checkpoint with the modules that `cut` names in pieces, and the shapes of its parameters, unpacked."""
+    """The same checkpoint with modules split by `cut`, and the unpacked shapes of all its parameters."""
     spec = contents.spec
     parameters: dict[str, Parameter] = {}
     quantized = {}

@@ -1,15 +1,15 @@
-"""The block formats of GGUF that MLX has an equal of, and the way between the two, by codes and scales alone.
+"""GGUF's block formats that MLX has an equivalent of, converted both ways by moving codes and scales, without rounding.
 
-A block is 32 numbers of a row. Of a packed pair of bytes, ggml puts number i of the first half low and number i of the
-second half high; MLX, as OpenAI, puts neighbours together. What a number is stays the same to the bit:
+A block holds 32 numbers of a row. A byte of 4-bit codes holds number i of the first half (low) and of the second half
+(high) in ggml, and two neighbours in MLX and in OpenAI's files. The numbers stay the same to the bit:
 
     type        bytes  layout                              number                MLX
     MXFP4          17  scale (E8M0), 16 x two codes        E2M1 * 2^(e - 127)    mxfp4, groups of 32
-    Q4_1, Q5_1  20 24  scale, least (float16), codes       code * d + m          affine, 4 and 5 bits
+    Q4_1, Q5_1  20 24  scale, min (float16), codes         code * d + m          affine, 4 and 5 bits
     Q4_0, Q5_0  18 22  scale (float16), codes              (code - 8 or 16) * d  affine, bias = -8 d, -16 d
     Q8_0           34  scale (float16), 32 signed bytes    code * d              affine, 8 bits, bias = -128 d
 
-NumPy alone: what arrives and leaves are rows of bytes, a slice of a tensor at a time.
+Only NumPy is used here, on a slice of a tensor at a time.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Bytes = np.ndarray[Any, Any]  # of uint8
 
 @dataclass(frozen=True)
 class GgmlType:
-    """A type of GGUF's tensors. number: as files have it. block_bytes: of `block` numbers.
+    """A tensor type of GGUF. number: its id in files. block_bytes: the size of `block` numbers.
 
-    bits: of a code, None for a floating type. centre: the code that stands for 0 where the type has no least number of
-    its own; safetensors: the same floating type's name there.
+    bits: of a code; None for a floating type. centre: the code of 0, for types without a minimum. safetensors: the
+    name of the same floating type in safetensors.
     """
 
     name: str
@@ -44,7 +44,7 @@ class GgmlType:
 
     @property
     def packing(self) -> Quantization | None:
-        """How MLX packs the same numbers; None for a floating type."""
+        """MLX's packing of the same numbers; None for a floating type."""
         if self.bits is None:
             return None
         return Quantization(4, BLOCK, "mxfp4") if self.name == "MXFP4" else Quantization(self.bits, BLOCK)
@@ -76,7 +76,7 @@ TYPES = {
     )
 }
 TYPE_OF_NUMBER = {kind.number: kind for kind in TYPES.values()}
-# Names of the others, for errors.
+# Types without an equivalent in MLX, for error messages.
 OTHER_TYPES = {
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS",
     18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
@@ -94,7 +94,7 @@ def codes_of(words: npt.NDArray[np.uint32], bits: int) -> Bytes:
         return data
     if bits == 4:
         return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
-    # The codes of a row lie bit behind bit, the lowest first.
+    # A row is one stream of bits, lowest bit first.
     each = np.unpackbits(data, axis=-1, bitorder="little").reshape(*data.shape[:-1], -1, bits)
     weights = (1 << np.arange(bits)).astype(np.uint8)
     return (each * weights).sum(axis=-1, dtype=np.uint8)
@@ -121,7 +121,7 @@ def to_blocks(
 ) -> Bytes:  # fmt: skip
     """Rows packed by MLX -> the same numbers in ggml's blocks, (..., columns / 32 * block_bytes).
 
-    scales: E8M0 bytes, or numbers that float16 has (`carrier` says which type that is); so are biases.
+    scales, biases: E8M0 bytes, or numbers that fit float16 exactly (`carrier` checks that and chooses the type).
     """
     columns: list[Bytes] = []
     if kind.name == "MXFP4":
@@ -133,7 +133,7 @@ def to_blocks(
             assert each is not None
             repeated = np.repeat(each.astype(np.float16), repeats, axis=-1)
             columns.append(np.ascontiguousarray(repeated[..., None]).view(np.uint8))
-    if packing.bits == 4:  # a whole nibble each: no code has to be looked at alone
+    if packing.bits == 4:  # nibbles are moved bytewise, which is much faster than code by code
         return _joined([*columns, _to_halves(np.ascontiguousarray(words).view(np.uint8))])
     codes = codes_of(words, packing.bits)
     codes = codes.reshape(*codes.shape[:-1], -1, BLOCK)
@@ -146,9 +146,9 @@ def to_blocks(
 
 
 def from_blocks(kind: GgmlType, blocks: Bytes, part: str) -> npt.NDArray[np.generic]:
-    """A part, "weight", "scales" or "biases", of MLX's packing of rows (..., n * block_bytes): the same numbers.
+    """One part of MLX's packing, "weight", "scales" or "biases", of rows of blocks (..., n * block_bytes).
 
-    Raises ValueError for scales beyond what MLX has.
+    Raises ValueError when a scale is too large for MLX's packing.
     """
     each = blocks.reshape(*blocks.shape[:-1], -1, kind.block_bytes)
     if kind.name == "MXFP4":
@@ -169,7 +169,7 @@ def from_blocks(kind: GgmlType, blocks: Bytes, part: str) -> npt.NDArray[np.gene
 def carrier(
     packing: Quantization, scales: npt.NDArray[np.float32], biases: npt.NDArray[np.float32] | None
 ) -> GgmlType | None:
-    """The type that holds exactly the numbers of a packing with such scales and biases; None where none does."""
+    """The GGUF type that represents a packing with these scales and biases exactly; None if there is none."""
     if packing.mode == "mxfp4":
         return TYPES["MXFP4"]
     if packing.mode != "affine" or packing.group_size % BLOCK or biases is None:
@@ -196,11 +196,11 @@ def _scales(kind: GgmlType, each: Bytes, part: str) -> npt.NDArray[np.generic]:
     scales: npt.NDArray[np.float16] = np.ascontiguousarray(each[..., :2]).view(np.float16)[..., 0]
     if part == "scales":
         return scales
-    # Times a power of two, which is exact until it is too large.
+    # Multiplying by a power of two is exact unless it overflows.
     with np.errstate(over="ignore"):
         biases: npt.NDArray[np.float16] = scales * np.float16(-(kind.centre or 0))
     if np.any(np.isinf(biases) & np.isfinite(scales)):
-        raise ValueError("a scale is too large for the same numbers in MLX")
+        raise ValueError("a scale is too large for MLX's packing")
     return biases
 
 
@@ -215,7 +215,7 @@ def _to_halves(data: Bytes) -> Bytes:
 
 
 def _to_neighbours(blocks: Bytes) -> Bytes:
-    """The way back, (..., n, 16) -> (..., n, 16)."""
+    """The inverse of `_to_halves`, (..., n, 16) -> (..., n, 16)."""
     even, odd = blocks[..., ::2], blocks[..., 1::2]
     return np.concatenate([(even & 15) | (odd << 4), (even >> 4) | (odd & 240)], axis=-1)
 

@@ -1,7 +1,7 @@
-"""A GGUF file as a checkpoint of ours: each tensor under MLX's name, its blocks as MLX packs the same numbers.
+"""A GGUF file as a checkpoint: its tensors under MLX's names, its blocks in MLX's packing.
 
-gpt-oss shows the tensors of mlx-lm's layout, OpenELM the canonical ones, gate and up joined. The config comes from the
-metadata; what GGUF cannot say of gpt-oss is as OpenAI released it.
+gpt-oss appears in mlx-lm's layout, OpenELM with canonical names, gate and up joined. The config is made from the
+metadata; fields that GGUF does not have get the values of OpenAI's release.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .gguf_file import GgufFile, GgufTensor, read_gguf
 from .gguf_names import FAMILIES, mlx_name
 from .reader import ITEM_SIZES, TensorEntry
 
-# Numbers that are unpacked at a time.
+# How many numbers are converted at a time.
 _SLICE_ELEMENTS = 4 * 2**20
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _ARRAYS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
@@ -29,9 +29,9 @@ _ARRAYS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.
 
 @dataclass(frozen=True)
 class _Source:
-    """What a tensor of ours is made of: GGUF's tensors, rows above rows, and which part of their packing.
+    """What a tensor is made from: GGUF tensors whose rows are concatenated, and the part of their packing.
 
-    part: None for numbers as they are; where the tensors are packed, those are unpacked to float32.
+    part: None for plain numbers; packed tensors are then unpacked to float32.
     """
 
     tensors: tuple[GgufTensor, ...]
@@ -39,7 +39,7 @@ class _Source:
 
 
 class GgufCheckpoint:
-    """The tensors of a GGUF file of one of the two families, under the names and in the types of MLX's folders.
+    """The tensors of a GGUF file of OpenELM or gpt-oss, with the names and types of MLX checkpoints.
 
     Raises CheckpointError for another architecture, and what `read_gguf` raises.
     """
@@ -53,11 +53,11 @@ class GgufCheckpoint:
         family = FAMILIES.get(self.gguf.architecture)
         if family is None:
             raise CheckpointError(
-                f"{path} holds a model of the architecture {shown(self.gguf.architecture)}: {' and '.join(FAMILIES)} are "
-                "read here."
+                f"{path} holds a model of the architecture {shown(self.gguf.architecture)}, which is not supported: only "
+                f"{' and '.join(FAMILIES)} are."
             )
         self.family = family
-        # Module in this library's config -> how MLX packs it.
+        # Module path -> GGUF type of its packed weight.
         self.packings: dict[str, GgmlType] = {}
         self._sources: dict[str, _Source] = {}
         for name, tensors in _joined(family, self.gguf).items():
@@ -65,13 +65,13 @@ class GgufCheckpoint:
         self.entries = {name: self._entry(name, source) for name, source in self._sources.items()}
 
     def read(self, name: str) -> mx.array:
-        """The tensor of that name, read now, a slice at a time."""
+        """The tensor of that name, read at once, a slice at a time."""
         entry, source = self.entries[name], self._sources[name]
         array, position = mx.zeros(entry.shape, _ARRAYS[entry.dtype]), 0
         for tensor in source.tensors:
             for rows in self._rows(tensor, source.part):
                 array[position : position + len(rows)] = rows
-                mx.eval(array)  # now, while nothing else holds it: it is changed in place
+                mx.eval(array)  # evaluated while nothing else refers to it, so that it is updated in place
                 position += len(rows)
         return array
 
@@ -101,7 +101,7 @@ class GgufCheckpoint:
         return TensorEntry(name, dtype, shape, self.files[0], source.tensors[0].start, count)
 
     def _rows(self, tensor: GgufTensor, part: str | None) -> Iterator[mx.array]:
-        """Some rows of a tensor after the others, of its first dimension."""
+        """The tensor in slices of its first dimension."""
         columns = 1
         for length in tensor.shape[1:]:
             columns *= length
@@ -114,9 +114,7 @@ class GgufCheckpoint:
                     count = min(step, tensor.shape[0] - start)
                     data = stream.read(count * row_bytes)
                     if len(data) != count * row_bytes:
-                        raise CheckpointError(
-                            f"{self.files[0]} ends inside of {tensor.name}: download or copy it again."
-                        )
+                        raise CheckpointError(f"{self.files[0]} ends within {tensor.name}: download or copy it again.")
                     yield self._array(tensor, part, np.frombuffer(data, np.uint8), count)
         except OSError as error:
             raise unreadable(self.files[0], error, CheckpointError) from error
@@ -151,7 +149,7 @@ class GgufCheckpoint:
 
 
 def _joined(family: str, gguf: GgufFile) -> dict[str, tuple[GgufTensor, ...]]:
-    """Name of ours -> the tensors whose rows it has. What has no name of ours keeps its own, and is refused later."""
+    """MLX name -> its GGUF tensors. Unknown tensors keep their names and are refused later."""
     found: dict[str, tuple[GgufTensor, ...]] = {}
     halves: dict[str, dict[str, GgufTensor]] = {}
     for tensor in gguf.tensors.values():
@@ -164,7 +162,7 @@ def _joined(family: str, gguf: GgufFile) -> dict[str, tuple[GgufTensor, ...]]:
     for prefix, pair in halves.items():
         if pair.keys() != {"gate", "up"} or pair["gate"].shape != pair["up"].shape:
             raise CheckpointError(
-                f"{gguf.path} has gate and up of {prefix} not both, or not alike: download or copy it again."
+                f"{gguf.path} lacks gate or up of {prefix}, or their shapes differ: download or copy it again."
             )
         found[f"{prefix}.proj_1.weight"] = (pair["gate"], pair["up"])
     return found
@@ -252,7 +250,7 @@ class _Fields:
         return values
 
     def number(self, name: str, default: float) -> float:
-        """A number, which GGUF has in float32, in the fewest digits that give it: 1e-06, and not 9.99999997e-07."""
+        """A number, stored as float32, in its shortest form: 1e-06 instead of 9.99999997e-07."""
         value = self._get(name)
         if value is None:
             return default
@@ -279,7 +277,7 @@ class _Fields:
             "original_max_position_embeddings": self.whole("rope.scaling.original_context_length"),
             "beta_fast": self.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": self.number("rope.scaling.yarn_beta_slow", 1.0),
-            "truncate": False,  # GGUF has no field for it
+            "truncate": False,  # GGUF has no such field
         }
 
     def _vocab_size(self) -> int:
@@ -293,7 +291,7 @@ class _Fields:
 
     def _wrong(self, name: str, value: Any) -> CheckpointError:
         return CheckpointError(
-            f'The field "{self._gguf.architecture}.{name}" in {self._gguf.path} is {shown(value)}, which no such model has: '
+            f'The field "{self._gguf.architecture}.{name}" in {self._gguf.path} is {shown(value)}, which is not possible: '
             "download or copy it again."
         )
 

@@ -1,7 +1,7 @@
-"""What a GGUF file says of itself: its metadata, and where each tensor lies. No byte of a tensor is read.
+"""Reading the header of a GGUF file: its metadata, and where each tensor is. No tensor is read.
 
-Everything is checked against the size of the file before it is believed: counts, lengths, types, offsets. Versions 2 and
-3, little-endian, are read, which is what every program writes.
+Counts, lengths, types and offsets are checked against the size of the file before they are used. Versions 2 and 3,
+little-endian, are supported, which is what every program writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .gguf_blocks import OTHER_TYPES, TYPE_OF_NUMBER, GgmlType
 MAGIC = b"GGUF"
 ALIGNMENT = 32
 _VERSIONS = (2, 3)
-# The vocabulary of gpt-oss, with its merges, takes some 10 MB; a model has hundreds of tensors.
+# The vocabulary of gpt-oss with its merges takes about 10 MB; a model has hundreds of tensors.
 _MOST_HEADER_BYTES = 2**28
 _MOST_TENSORS = 2**16
 _MOST_FIELDS = 2**16
@@ -60,8 +60,8 @@ class GgufFile:
 def read_gguf(path: Path) -> GgufFile:
     """The header of the GGUF file at `path`.
 
-    Raises CheckpointError for what is no such file, cut short, or contradicts itself, and for a tensor whose type MLX has
-    no equal of.
+    Raises CheckpointError when it is not a GGUF file, truncated or inconsistent, and when a tensor has a type that MLX
+    has no equivalent of.
     """
     try:
         with open_regular(path, CheckpointError) as stream:
@@ -71,7 +71,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 class _Reader:
-    """Reads a header from its start to its end; every length is compared with what the file has left."""
+    """Reads a header from beginning to end; every length is checked against the rest of the file."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self._path, self._stream = path, stream
@@ -86,7 +86,7 @@ class _Reader:
         self._position = len(MAGIC)
         version = self._number("<I")
         if version not in _VERSIONS:
-            raise self._damaged(f"its version is {version:,}, and {' and '.join(map(str, _VERSIONS))} are read")
+            raise self._damaged(f"its version is {version:,}; only {' and '.join(map(str, _VERSIONS))} are supported")
         num_tensors, num_fields = self._number("<Q"), self._number("<Q")
         if num_tensors > _MOST_TENSORS or num_fields > _MOST_FIELDS:
             raise self._damaged(f"it claims {num_tensors:,} tensors and {num_fields:,} fields")
@@ -94,7 +94,7 @@ class _Reader:
         for _ in range(num_fields):
             key = self._string()
             if key in metadata:
-                raise self._damaged(f"the field {shown(key)} stands there twice")
+                raise self._damaged(f"the field {shown(key)} occurs twice")
             metadata[key] = self._value(self._number("<I"))
         if metadata.get("split.count", 1) not in (0, 1):
             raise CheckpointError(
@@ -124,7 +124,7 @@ class _Reader:
         if kind is None:
             known = OTHER_TYPES.get(number, f"number {number}")
             raise CheckpointError(
-                f"Tensor {shown(name)} in {self._path} has the type {known}, which MLX has no equal of: get the model in "
+                f"Tensor {shown(name)} in {self._path} has the type {known}, which MLX has no equivalent of: get the model in "
                 f"{', '.join(each.name for each in TYPE_OF_NUMBER.values())}, or as safetensors."
             )
         if not kind.fits(shape):
@@ -134,19 +134,21 @@ class _Reader:
         return name, kind, shape, offset
 
     def _placed(self, found: list[tuple[str, GgmlType, tuple[int, ...], int]], alignment: int) -> dict[str, GgufTensor]:
-        """The tensors where the file has them; they lie within it, apart from each other."""
+        """The tensors with their positions, which must be inside the file and must not overlap."""
         data_start = -(-self._position // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         for name, kind, shape, offset in found:
             if name in tensors:
-                raise self._damaged(f"tensor {shown(name)} stands there twice")
+                raise self._damaged(f"tensor {shown(name)} occurs twice")
             if offset % alignment:
-                raise self._damaged(f"tensor {shown(name)} begins at {offset:,}, no multiple of {alignment:,}")
+                raise self._damaged(
+                    f"tensor {shown(name)} begins at {offset:,}, which is not a multiple of {alignment:,}"
+                )
             tensors[name] = GgufTensor(name, kind, shape, data_start + offset, kind.nbytes(shape))
         end = data_start
         for tensor in sorted(tensors.values(), key=lambda each: each.start):
             if tensor.start < end:
-                raise self._damaged(f"tensor {shown(tensor.name)} lies over the one before it")
+                raise self._damaged(f"tensor {shown(tensor.name)} overlaps the one before it")
             end = tensor.start + tensor.nbytes
             if end > self._size:
                 raise self._damaged(f"tensor {shown(tensor.name)} ends at byte {end:,} and the file has {self._size:,}")
@@ -187,7 +189,7 @@ class _Reader:
 
     def _string(self) -> str:
         length = self._number("<Q")
-        # A piece of a vocabulary may be half a character.
+        # A token may be an incomplete character.
         return self._take(length).decode("utf-8", errors="surrogateescape")
 
     def _number(self, layout: str) -> Any:

@@ -1,7 +1,7 @@
-"""How GGUF names the tensors of both families, beside the names that they have in MLX's folders.
+"""GGUF's tensor names for both families, and the corresponding names in MLX checkpoints.
 
-The names of gpt-oss are those of mlx-lm, with q, k and v and gate and up apart (apart.py); OpenELM's gate and up are apart
-in GGUF alone. A tensor that is no module's, gpt-oss's sinks, is one in GGUF.
+The MLX names are those of split modules (apart.py): q, k, v and gate, up in gpt-oss, gate and up in OpenELM. gpt-oss's
+sinks, a parameter without a module of its own, get the suffix .weight in GGUF.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 ARCHITECTURES = {"openelm": "openelm", "gpt_oss": "gpt-oss"}
 FAMILIES = {architecture: family for family, architecture in ARCHITECTURES.items()}
 
-# A module's path in pieces -> GGUF's name without .weight or .bias.
+# Path of a split module -> GGUF's name without .weight or .bias.
 _GPT_OSS = {
     "model.embed_tokens": "token_embd",
     "model.layers.{i}.input_layernorm": "blk.{i}.attn_norm",
@@ -45,7 +45,7 @@ _SINKS = ("model.layers.{i}.self_attn.sinks", "blk.{i}.attn_sinks.weight")
 
 
 def gguf_name(family: str, name: str) -> str:
-    """GGUF's name of a parameter in pieces: "blk.0.attn_q.bias"."""
+    """GGUF's name of a parameter of a split module: "blk.0.attn_q.bias"."""
     number = next((part for part in name.split(".") if part.isdigit()), "")
     general = name.replace(f".{number}.", ".{i}.", 1) if number else name
     if general == _SINKS[0]:
@@ -55,7 +55,7 @@ def gguf_name(family: str, name: str) -> str:
 
 
 def mlx_name(family: str, name: str) -> str | None:
-    """The parameter in pieces that a tensor of GGUF is; None for a tensor that is none of the family's."""
+    """The MLX name of a GGUF tensor; None if the family has no such tensor."""
     number = next((part for part in name.split(".") if part.isdigit()), "")
     general = name.replace(f".{number}.", ".{i}.", 1) if number else name
     if family == "gpt_oss" and general == _SINKS[1]:

@@ -1,7 +1,7 @@
-"""Writing one GGUF file in bounded memory: its header by the `gguf` package, its tensors as they come, shown when whole.
+"""Writing one GGUF file in bounded memory; it appears at its destination when it is complete.
 
-The way is that of every checkpoint (writer.py): beside the destination, resumable, checked by a journal. A tensor's bytes
-here are its blocks and what fills them up to the next multiple of the alignment.
+The `gguf` package makes the header. The rest is as for every checkpoint (writer.py): a partial folder beside the
+destination, a journal, resuming. A tensor's bytes include its padding to the next multiple of the alignment.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .gguf_file import ALIGNMENT
 from .safetensors_plan import OutputFile, OutputTensor
 from .writer import CheckpointWriter
 
-# What a disk says that knows no second name for a file.
+# Errors of file systems without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 
 
 def gguf_package() -> Any:
-    """The package `gguf`. Raises ConversionError with what to install where it is not there."""
+    """The package `gguf`. Raises ConversionError with the install command when it is missing."""
     try:
         import gguf
     except ImportError as error:
@@ -38,11 +38,11 @@ def gguf_package() -> Any:
 
 @dataclass(frozen=True)
 class GgufOutputTensor(OutputTensor):
-    """A tensor to be written: `dtype` is ggml's name of its type, the shape has rows first."""
+    """A tensor to be written: `dtype` is the name of a GGUF type, the shape is row-major."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, what fills up to the next tensor included."""
+        """Bytes in the file, padding included."""
         return -(-TYPES[self.dtype].nbytes(self.shape) // ALIGNMENT) * ALIGNMENT
 
 
@@ -60,10 +60,9 @@ class GgufOutputFile(OutputFile):
 def output_file(
     name: str, architecture: str, fields: Mapping[str, Any], tensors: Sequence[GgufOutputTensor]
 ) -> OutputFile:
-    """The file of that name with these fields and tensors.
+    """The file with these metadata fields and tensors.
 
-    fields: text, truth values, whole numbers (uint32), other numbers (float32), and lists of one of them (of whole numbers:
-    int32; of text: str or bytes).
+    fields: str, bool, int (stored as uint32), float (float32), and lists of one of these (int as int32; str or bytes).
     """
     gguf = gguf_package()
     kinds = gguf.GGUFValueType
@@ -97,7 +96,7 @@ class GgufWriter(CheckpointWriter):
         return self
 
     def finish(self) -> Path:
-        """The file, whole, and not yet at its place."""
+        """The complete file, still in the partial folder."""
         assert not self.remaining
         (file,) = self._files
         with self._explained():
@@ -107,7 +106,7 @@ class GgufWriter(CheckpointWriter):
         return whole
 
     def publish(self) -> None:
-        """Name the file as the destination: from one moment to the next it is there, and whole; nothing is overwritten."""
+        """Give the complete file its final name, atomically; nothing is overwritten."""
         (file,) = self._files
         whole = self._output / file.name
         with self._explained():

@@ -1,4 +1,4 @@
-"""A GGUF file as a source: its tensors as a checkpoint, its small files in a folder for as long as it is open."""
+"""A GGUF file as a source: its tensors as a checkpoint, its tokenizer and licences in a temporary folder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .to_gguf import is_gguf
 def open_source(
     source: SourceName, revision: str | None = None, progress: Progress | None = None, own_tokenizer: bool = True
 ) -> Iterator[Source]:
-    """`Source.open` by headers alone; a GGUF file here is read too, its tokenizer and licences unpacked into a folder.
+    """`Source.open` with `headers_only`, or a local GGUF file as a source.
 
-    own_tokenizer: whether the tokenizer in a GGUF file is wanted. Raises what `Source.open` and `GgufCheckpoint` raise.
+    own_tokenizer: whether to use the tokenizer in a GGUF file. Raises the errors of `Source.open` and `GgufCheckpoint`.
     """
     path = path_here(source) if is_gguf(str(source)) else None
     if path is None or path.is_dir():
@@ -46,7 +46,7 @@ def open_source(
 
 
 def _licences(stored: object) -> dict[str, bytes]:
-    """Name -> text of the licences that this library put there; what else stands under that key is no file."""
+    """Name -> text of the licences that this library stored; anything else under that key is ignored."""
     if not isinstance(stored, list) or not all(isinstance(each, str) for each in stored):
         return {}
     pairs = dict(zip(stored[::2], stored[1::2], strict=False))

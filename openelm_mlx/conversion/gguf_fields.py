@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file: the model's shape under llama.cpp's keys, the tokenizer, the template, where it came from."""
+"""The metadata of a GGUF file: the model's shape under llama.cpp's keys, tokenizer, chat template, origin, licence."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..text.gguf_vocabulary import CHAT_TEMPLATE, vocabulary_of
 from ..text.tokenizer import Tokenizer
 from .card import licence_files
 
-# Our own keys; other programs pass over them.
+# Keys of this library; other programs ignore them.
 TEMPLATE_NAME = "openelm_mlx.chat_template"
 LICENCES = "openelm_mlx.licences"
-# llama.cpp's numbers for what most of a file is (enum llama_ftype).
+# llama.cpp's numbers for a file's main type (enum llama_ftype).
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "MXFP4": 38,
 }  # fmt: skip
@@ -35,7 +35,7 @@ def gguf_fields(
     repo: str | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """Key -> value, but for the architecture. template: the name of OpenELM's; folder: where the source's licence lies."""
+    """Key -> value, without the architecture. template: the name of OpenELM's template. folder: with the source's licence."""
     fields: dict[str, Any] = {
         "general.type": "model",
         "general.name": name.split("/")[-1],
@@ -111,7 +111,7 @@ def _gpt_oss(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _template(spec: ModelSpec, tokenizer: Tokenizer, template: str | None) -> str | None:
-    """The Jinja text that other programs go by; None for a base model."""
+    """The chat template in Jinja for other programs; None for a base model."""
     if spec.family == "openelm":
         return jinja.OPENELM_INSTRUCT if template == OPENELM_INSTRUCT else None
     files: Mapping[str, Path] = {path.name: path for path in tokenizer.files}

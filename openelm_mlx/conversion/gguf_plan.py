@@ -1,7 +1,7 @@
-"""What a GGUF file will hold, known before it is written: each tensor's type, and what it is made of.
+"""Planning a GGUF file: the type of each tensor, and what it is made from.
 
-llama.cpp wants vectors, biases and routers in float32. Matrices keep the type they have, MLX's packed groups where ggml has
-the same numbers in a type of its own, and are rounded only where a type was asked for.
+llama.cpp needs vectors, biases and routers in float32. Matrices keep their type, packed ones if GGUF has a type for the
+same numbers; they are rounded only when a type was requested.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _CUTS = {"openelm": openelm_pieces, "gpt_oss": gpt_oss_pieces}
 
 @dataclass(frozen=True)
 class GgufWeight:
-    """One tensor of the file. weight: what it is made of; it gives numbers, which `kind` packs.
+    """One tensor of the file. weight: what it is made from. kind: its GGUF type.
 
-    packing: of the source's parts, where those go over as they are.
+    packing: the source's, if its codes are taken unchanged. was_free: no type was requested for it.
     """
 
     weight: PlannedWeight
@@ -55,7 +55,7 @@ class GgufWeight:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the file's numbers are those of the source."""
+        """Whether the file has exactly the source's numbers."""
         if self.packing is not None or self.kind.name == "F32":
             return True
         if self.weight.unpack is not None:
@@ -64,11 +64,11 @@ class GgufWeight:
 
     @property
     def is_unpacked(self) -> bool:
-        """Whether packed groups are written as float32, for want of a type that holds them."""
+        """Whether packed groups become float32 because no GGUF type can hold them."""
         return self.weight.unpack is not None and self.kind.name == "F32" and self.was_free
 
     def pieces(self, checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
-        """The tensor's bytes, some rows at a time, filled up to the alignment. Raises what `PlannedWeight.slices` does."""
+        """The tensor's bytes, some rows at a time, padded to the alignment. Raises the errors of `PlannedWeight.slices`."""
         rows = self._carried(checkpoint) if self.packing is not None else self._rounded(checkpoint)
         count = 0
         for piece in rows:
@@ -80,7 +80,7 @@ class GgufWeight:
         for (array,) in self.weight.slices(checkpoint):
             if self.kind.safetensors is not None:
                 data = np.array(mx.contiguous(array).view(mx.uint8), copy=False)
-            elif self.kind.name == "MXFP4":  # as this library rounds
+            elif self.kind.name == "MXFP4":  # rounded by MLX, as `convert` does for folders
                 packing = self.kind.packing
                 assert packing is not None
                 parts = packing.quantize(array)
@@ -96,14 +96,14 @@ class GgufWeight:
         arrays = self.weight.read(checkpoint)
         step = rows_in_a_slice(self.tensor.shape)
         for start in range(0, self.tensor.shape[0], step):
-            # Of padding rows only those before `stop` are written.
+            # Padding rows after the last one are left out.
             stop = min(start + step, self.tensor.shape[0])
             words, *others = [array[start:stop] for array in arrays]
             scales, *biases = [_numbers(each) for each in others]
             bad = scales == NOT_A_SCALE if scales.dtype == np.uint8 else ~np.isfinite(scales)
             if np.any(bad) or any(not np.all(np.isfinite(each)) for each in biases):
                 raise CheckpointError(
-                    f"The scales of {self.weight.sources[0].name} hold what stands for no number: the file is damaged; "
+                    f"The scales of {self.weight.sources[0].name} contain NaN or infinity: the file is damaged; "
                     "download or copy it again."
                 )
             blocks = to_blocks(self.kind, np.array(words), scales, biases[0] if biases else None, self.packing)
@@ -112,7 +112,7 @@ class GgufWeight:
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """What a GGUF file will hold. spec: the model's, in the rows that are written."""
+    """The contents of a GGUF file to be written. spec: the source's."""
 
     spec: ModelSpec
     weights: tuple[GgufWeight, ...]
@@ -142,7 +142,7 @@ class GgufPlan:
 
     @property
     def main_type(self) -> str:
-        """The type in which most numbers of the matrices are."""
+        """The type of most of the matrices' numbers."""
         count: Counter[str] = Counter()
         for tensor in self.tensors:
             if len(tensor.shape) > 1:
@@ -150,7 +150,7 @@ class GgufPlan:
         return count.most_common(1)[0][0]
 
     def fingerprint(self, source_files: Sequence[Path], header: bytes) -> str:
-        """A name for all that the written bytes depend on: the header, the plan, the source and the programs."""
+        """A hash of everything that the written bytes depend on: header, plan, source files, versions of mlx and gguf."""
         from importlib.metadata import version
 
         try:
@@ -171,13 +171,12 @@ def plan_gguf(
     gguf_type: str | None = None,
     gguf_experts: str | None = None,
 ) -> GgufPlan:
-    """Plan a GGUF file of a checkpoint that is understood.
+    """Plan a GGUF file.
 
-    checkpoint: where the scales of packed groups are read, to see whether they fit; None takes it that they do. gguf_type:
-    of the matrices; None keeps their numbers. gguf_experts: of gpt-oss's experts; None keeps MXFP4 where they have it, and
-    is `gguf_type` otherwise.
+    checkpoint: to check whether scales of packed groups fit float16; None assumes that they do. gguf_type: for matrices;
+    None keeps their numbers. gguf_experts: for gpt-oss's experts; None keeps MXFP4, and means `gguf_type` for others.
 
-    Raises SettingError for unknown types, ConversionError for a model that llama.cpp cannot run, and for a type that a
+    Raises SettingError for unknown types, ConversionError for a model that llama.cpp cannot run and for a type that a
     matrix cannot have.
     """
     asked = _checked_type("gguf_type", gguf_type)
@@ -189,7 +188,7 @@ def plan_gguf(
     usable = contents.spec.usable_vocab_size
     weights = []
     for name, shape in shapes.items():
-        # Rows that pad a vocabulary were never trained, and other programs would take them for tokens.
+        # Padding rows of a vocabulary were never trained, and other programs would treat them as tokens.
         rows = (usable, *shape[1:]) if gguf_name(contents.spec.family, name) in _VOCABULARY else shape
         weights.append(_weight(name, rows, cut, checkpoint, experts if ".experts." in name else None, asked))
     return GgufPlan(contents.spec, tuple(weights))
@@ -243,16 +242,16 @@ def _chosen(
     if experts is not None:
         return experts
     if ".experts." in name and packing is not None and packing.mode == "mxfp4":
-        return TYPES["MXFP4"]  # as the model was trained; whoever wants them otherwise says so
+        return TYPES["MXFP4"]  # as the model was trained, unless --gguf-experts says otherwise
     return exact if asked is None else asked
 
 
 def _exact_type(parts: Sequence[Parameter], packing: Quantization | None, checkpoint: Checkpoint | None) -> GgmlType:
-    """The smallest type with the very numbers of a weight."""
+    """The smallest type that holds a weight exactly."""
     if packing is None:
         return next(kind for kind in TYPES.values() if kind.safetensors == parts[0].dtype)
     if packing.mode != "affine":
-        # Few digits times a scale of few digits: bfloat16 has them all.
+        # 8-bit and 4-bit floats times a power of two or an 8-bit float fit bfloat16 exactly.
         return carrier(packing, np.ones(1, np.float32), None) or TYPES["BF16"]
     scales = biases = np.ones(1, np.float32)
     if checkpoint is not None:
@@ -270,7 +269,7 @@ def _checked_type(option: str, value: str | None) -> GgmlType | None:
 
 
 def _check_llama_cpp(spec: ModelSpec) -> None:
-    """Raise ConversionError for what llama.cpp's code of the family has as constants, and this model has otherwise."""
+    """Raise ConversionError if the model differs from what is hard-coded in llama.cpp for its family."""
     reason = _openelm_reason(spec) if spec.family == "openelm" else _gpt_oss_reason(spec)
     if reason is not None:
         raise ConversionError(f"llama.cpp cannot run this model: {reason}. Convert it to a folder instead.")
@@ -278,21 +277,21 @@ def _check_llama_cpp(spec: ModelSpec) -> None:
 
 def _openelm_reason(spec: ModelSpec) -> str | None:
     if not spec.tied_head:
-        return "its OpenELM has the embedding as its head, and this model has a head of its own"
+        return "its OpenELM uses the embedding as output head, and this model has an untied head"
     if not spec.qk_norm:
-        return "its OpenELM norms queries and keys, and this model does not"
+        return "its OpenELM normalizes queries and keys, and this model does not"
     return None
 
 
 def _gpt_oss_reason(spec: ModelSpec) -> str | None:
     if spec.tied_head:
-        return "its gpt-oss has a head of its own, and this model's head is its embedding"
+        return "its gpt-oss needs an untied output head, and this model's head is its embedding"
     if any((layer.window is None) != bool(i % 2) for i, layer in enumerate(spec.layers)):
-        return "its gpt-oss slides in every other layer from the first on, and this model in others"
+        return "its gpt-oss has a sliding window in every other layer from the first on, and this model in other layers"
     if (spec.swiglu_limit, spec.swiglu_alpha) != _SWIGLU:
-        return "its activation always has limit 7 and slope 1.702, and this model's has others"
+        return "its activation has limit 7 and slope 1.702, and this model has other values"
     if spec.yarn is not None and not _is_usual(spec.yarn):
-        return "its YaRN always has the usual concentration and bounds, and this model's has others"
+        return "its YaRN has the usual concentration and bounds, and this model has other values"
     return None
 
 

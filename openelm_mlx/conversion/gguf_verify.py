@@ -1,4 +1,4 @@
-"""A GGUF file read back by the package's own reader, and every tensor compared with the source's numbers."""
+"""Verifying a GGUF file: read back with the `gguf` package, every tensor is compared with the source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import ConversionError
 from .gguf_plan import GgufPlan, GgufWeight
 from .plan import PARTS, rows_in_a_slice, unpacked
 
-# The most that rounding to a type may move a matrix, as rms of the difference over rms of the numbers.
+# The largest relative rms error that rounding to a type may cause.
 _MOST_ERROR = {
     "F16": 1e-3,
     "BF16": 5e-3,
@@ -28,16 +28,16 @@ _MOST_ERROR = {
     "Q4_1": 0.2,
     "MXFP4": 0.35,
 }
-# Code times scale plus least number, in two orders of the same float32 operations.
+# code * scale + bias in float32 may differ in the last bit, depending on the order of operations.
 _LAST_DIGIT = 2.0**-21
 
 
 @dataclass(frozen=True)
 class GgufVerification:
-    """What reading a GGUF file back gave.
+    """The result of verifying a GGUF file.
 
-    checksums: SHA-256 of the file, the same as when it was written. num_exact: how many of the num_tensors hold the
-    source's numbers. errors: type -> the largest relative rms error of a tensor that was rounded to it.
+    checksums: SHA-256 of the file, the same as when it was written. num_exact: how many of the num_tensors equal the
+    source. errors: type -> the largest relative rms error of a tensor that was rounded to it.
     """
 
     checksums: Mapping[str, str]
@@ -55,8 +55,8 @@ def verify_gguf(
 ) -> GgufVerification:
     """Compare every tensor of the file with the source's.
 
-    Raises ConversionError when a byte, a name, a shape or a type is not as it was meant, or a number farther from the
-    source's than its type makes it.
+    Raises ConversionError when the checksum, a name, a shape or a type is wrong, or a number differs by more than its
+    type explains.
     """
     if file_checksum(path) != checksum:
         raise ConversionError(
@@ -65,14 +65,14 @@ def verify_gguf(
         )
     gguf = gguf_package()
     reader = gguf.GGUFReader(path)
-    # Where tensors lie is what the reader says; their bytes are read slice by slice, so that no file is mapped whole.
+    # The reader says where the tensors are; their bytes are read in slices, so that the file is never in memory as a whole.
     places = {
         tensor.name: (tensor.data_offset, tensor.tensor_type.name, _rows_first(tensor)) for tensor in reader.tensors
     }
     del reader
     wanted = {weight.tensor.name: weight for weight in plan.weights}
     if places.keys() != wanted.keys():
-        raise ConversionError(f"{path.name} has other tensors than were written: convert again.")
+        raise ConversionError(f"{path.name} does not have the tensors that were written: convert again.")
     errors: dict[str, float] = {}
     num_exact = 0
     for number, (name, weight) in enumerate(wanted.items()):
@@ -92,7 +92,7 @@ def verify_gguf(
 
 
 def _error(path: Path, start: int, weight: GgufWeight, checkpoint: Checkpoint, gguf: Any) -> float:
-    """How far a tensor of the file is from the source's numbers. Raises ConversionError where that is too far."""
+    """The relative rms error of a tensor. Raises ConversionError if it is too large."""
     kind, shape = weight.kind, weight.tensor.shape
     ggml = gguf.GGMLQuantizationType[kind.name]
     arrays = weight.weight.read(checkpoint)
@@ -118,8 +118,8 @@ def _error(path: Path, start: int, weight: GgufWeight, checkpoint: Checkpoint, g
     allowed = largest * _LAST_DIGIT if is_affine else 0.0
     if (weight.is_exact and most > allowed) or error > _MOST_ERROR.get(kind.name, 0.0) + _LAST_DIGIT:
         raise ConversionError(
-            f"{weight.tensor.name} in {path.name} is not what it was made from (relative error {error:.1e} as {kind.name}): "
-            "convert again, and open an issue if it stays so."
+            f"{weight.tensor.name} in {path.name} differs from the source (relative error {error:.1e} as {kind.name}): "
+            "convert again, and open an issue if that does not help."
         )
     return error
 

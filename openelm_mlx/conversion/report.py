@@ -1,4 +1,4 @@
-"""What a conversion tells: its report at the end, and its progress on the way."""
+"""The report and the progress of a conversion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ConversionReport:
     is not packed when some is; of a GGUF file the type of most matrices. quantization: as config.json has it. files: name
     -> bytes of all that was written; checksums: SHA-256 of the files of weights. tokenizer: the files that were stored, ()
     when none was found. num_resumed: tensors that an interrupted conversion had already written. gguf_types: type -> number
-    of a GGUF file's tensors. notes: sentences that a user of the result should know.
+    of a GGUF file's tensors. notes: what a user of the result should know.
     """
 
     source: str
@@ -80,5 +80,5 @@ def no_buffer_cache() -> Iterator[None]:
 
 
 def stage(name: str, progress: StageProgress | None) -> hub.Progress | None:
-    """What a stage calls with what is done and of how much."""
+    """The progress callback of one stage."""
     return None if progress is None else partial(progress, name)

@@ -1,4 +1,4 @@
-"""The whole way from a source that is open to a GGUF file."""
+"""Converting an open source to a GGUF file."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .report import ByteCount, ConversionReport, StageProgress, no_buffer_cache,
 
 SUFFIX = ".gguf"
 
-# Which the summaries and the documentation tell as well (docs/export.md has how they were measured).
+# docs/export.md says how these were measured.
 _YARN_NOTE = (
-    "llama.cpp rounds the two bounds of YaRN, which OpenAI's code does not, and GGUF has no field to say so: with it gpt-oss "
-    "turns some frequencies otherwise, and after a long prompt (some hundred tokens) its answers part from the original's."
+    "llama.cpp rounds YaRN's two bounds, OpenAI's code does not, and GGUF has no field for it: some rotary frequencies of "
+    "gpt-oss differ there, so that answers deviate from the original's, after a long prompt more than after a short one."
 )
 _MXFP4_NOTE = (
-    "llama.cpp's product with MXFP4 rounds what it multiplies to 8 bits: answers differ a little from this library's even "
-    'after a short prompt; gguf_experts="f32" (four to eight times the size) avoids it.'
+    "llama.cpp rounds activations to 8 bits before it multiplies them with MXFP4 weights, so that answers deviate from this "
+    'library\'s even after a short prompt; gguf_experts="f32" avoids that, at eight times the size of the experts.'
 )
 
 
 @dataclass(frozen=True)
 class GgufOptions:
-    """What may be asked of a GGUF file; see `convert`."""
+    """Options for a GGUF file; see `convert`."""
 
     gguf_type: str | None = None
     gguf_experts: str | None = None
@@ -47,7 +47,7 @@ def is_gguf(path: str | Path | None) -> bool:
 
 
 def refuse_folder_options(**options: object) -> None:
-    """Raise SettingError for the first option that was given and means nothing to a GGUF file."""
+    """Raise SettingError for the first given option that does not apply to a GGUF file."""
     for name, value in options.items():
         if value is not None and value is not False:
             instead = "gguf_type" if name in ("quantize", "preset", "dtype", "group_size") else None
@@ -77,7 +77,7 @@ def convert_to_gguf(
     if target is None:
         return report
     source = source.fetch(target, plan.nbytes, stage("download", progress))
-    if not source_is_here:  # the scales can be looked at only now
+    if not source_is_here:  # the scales can be checked only now
         plan = plan_gguf(source.contents, source.checkpoint, options.gguf_type, options.gguf_experts)
         report = _report(source, plan, tokenizer, template)
     fields = gguf_fields(plan.spec, tokenizer, template, plan.main_type, source.name, source.repo, source.folder)
@@ -137,11 +137,11 @@ def _report(source: Source, plan: GgufPlan, tokenizer: Tokenizer | None, templat
 
 def _notes(spec: ModelSpec, plan: GgufPlan, tokenizer: Tokenizer | None) -> Iterator[str]:
     if tokenizer is None:
-        yield "There is no tokenizer in the file, and llama.cpp needs one: give it with tokenizer=."
+        yield "The file has no tokenizer, and llama.cpp needs one: add it with tokenizer=."
     if any(weight.is_unpacked for weight in plan.weights):
         yield (
-            "ggml has no type with these packed numbers, so that they are float32 in the file, which has them all; "
-            'gguf_type="q8_0" is a quarter of the size.'
+            "GGUF has no type for some of these packed weights, so they are stored as float32, without rounding; "
+            'gguf_type="q8_0" makes the file about a quarter of the size.'
         )
     if spec.family == "gpt_oss" and spec.yarn is not None and not spec.yarn.truncate:
         yield _YARN_NOTE

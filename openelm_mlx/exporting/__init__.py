@@ -1,7 +1,7 @@
-"""Exporting a model as a graph that runs without this library: in C++, in C, and in Python, by MLX alone.
+"""Exporting a model as a graph that runs without this library, in C++, C or Python, with MLX alone.
 
-`export` below is the whole way: load, lay the parameters out, trace (graph.py), write the program beside it (program.py),
-read the file back, compare its tokens with the model's, and only then give the folder its name.
+`export` loads the model, makes its parameters contiguous, traces it (graph.py), reads the file back and compares its
+tokens with the model's, writes the C++ program beside it (program.py), and only then names the folder.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from ..text.tokenizer_files import SENTENCEPIECE_FILE
 from .graph import ExportedModel, cache_type, make_contiguous, write_graph
 from .program import SENTENCEPIECE, TOKENIZERS, program_files
 
-# Tokens that the file and the model must agree on, and the text that they follow.
+# How many tokens the file and the model must agree on, and the text they continue.
 NUM_COMPARED = 32
 _SAMPLE = "What is a banjo? It is an instrument with strings, and whoever plays it"
 _CONFIGS = {"openelm": openelm_config, "gpt_oss": gpt_oss_config}
 _GRAPH = "model.mlxfn"
-# In 16 bits two tokens may be as likely as each other, to the last digit of the numbers that are compared.
+# In 16 bits two logits may differ by less than rounding; such near ties, relative to the largest logit, are accepted.
 _TIE = {mx.float32: 0.0, mx.bfloat16: 2.0**-6, mx.float16: 2.0**-8}
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported. files: name -> bytes. num_compared: tokens that the file's answer and the model's have in common.
+    """What was exported. files: name -> bytes. num_compared: how many greedy tokens were compared and found equal.
 
-    places, lengths: the fixed sizes that there are steps for: keys and values that fit, and new tokens at a time.
+    places, lengths: the traced sizes: cached tokens at most, and new tokens in one call.
     """
 
     destination: Path
@@ -84,15 +84,15 @@ def export(
 ) -> ExportReport:
     """Export a model to a folder with a graph (.mlxfn), model.json, and a C++ program that runs it.
 
-    The graph holds the weights and one step for each number of `places` and of new tokens. A file is for the kind of machine
-    that it was made on: for Metal it has to be made on a Mac. Files of one MLX version may not load in another.
+    The graph holds the weights once, and a trace for each number of places and of new tokens. It runs on the backend
+    that it was traced on: for Metal, export on a Mac. A file of one MLX version may not load in another.
 
     Args:
         source: As in `load`.
-        destination: A folder that does not exist yet; it appears when the file was read back and answered as the model
-            does.
-        places: How long prompt and answer together may be: a step for each of these sizes; weights are there once.
-        chunk: New tokens that go through at once while a prompt is read; beside it there are steps for 8 and for 1.
+        destination: A folder that does not exist yet; it appears when the file was read back and gave the model's
+            tokens.
+        places: The possible lengths of prompt and answer together; each is traced.
+        chunk: How many tokens of a prompt are processed in one call; calls of 8 and 1 tokens are traced too.
         dtype, preset, memory_limit, tokenizer, chat_template, revision, progress: As in `load`.
 
     Raises the errors of `openelm_mlx.errors`; ConversionError for a model whose experts stay on disk.
@@ -153,7 +153,7 @@ def _check_folder(target: Path) -> None:
 
 
 def _checked_sizes(places: Sequence[int], chunk: int, context_length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The places in order, none beyond the model's context, and the numbers of new tokens."""
+    """The places in order, limited to the model's context, and the lengths of a call."""
     is_list = isinstance(places, (list, tuple)) and 0 < len(places) <= 16
     if not is_list or not all(is_whole(each) and 1 < each <= 2**20 for each in places):
         raise SettingError(f"places is {shown(places)}: give whole numbers above 1, such as (512, 2048).")
@@ -168,7 +168,7 @@ def _checked_sizes(places: Sequence[int], chunk: int, context_length: int) -> tu
 
 @contextmanager
 def _folder_beside(target: Path) -> Iterator[Path]:
-    """A folder beside the destination, which becomes it when the block ends well and is gone when it does not."""
+    """A temporary folder beside the destination: renamed to it at the end of the block, removed after an error."""
     place = Path(os.path.realpath(target))
     try:
         unfinished = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
@@ -180,7 +180,7 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         _rename(unfinished, place)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, RuntimeError):  # of MLX, which has no other for a full disk
+        if isinstance(error, RuntimeError):  # MLX raises it, for a full disk too
             raise ConversionError(f"The graph could not be written ({one_line(error)}).") from error
         if isinstance(error, OSError):
             raise destination_error(error, place) from error
@@ -190,7 +190,7 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 def _rename(unfinished: Path, place: Path) -> None:
     try:
         if place.is_dir():
-            os.rmdir(place)  # an empty one: what has anything in it was refused
+            os.rmdir(place)  # it is empty: a folder with files was refused before
         os.rename(unfinished, place)
     except OSError as error:
         if not os.path.lexists(place):
@@ -210,7 +210,7 @@ def _umask() -> int:
 def _describe(
     model: LanguageModel, name: str, places: Sequence[int], lengths: Sequence[int], tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """model.json: what a program in any language needs to call the graph."""
+    """The contents of model.json: all that a program needs to call the graph."""
     spec, dtype = model.spec, str(cache_type(model)).removeprefix("mlx.core.")
     caches = [[1, layer.num_kv_heads, "places", layer.head_dim] for layer in spec.layers]
     stops = spec.eos_tokens if tokenizer is None else (*spec.eos_tokens, *tokenizer.eos_tokens)
@@ -243,7 +243,7 @@ def _describe(
 
 
 def _bos(tokenizer: Tokenizer) -> int | None:
-    """The token that a prompt begins with, where it begins with one."""
+    """The token that every prompt begins with, if any."""
     return tokenizer.bos_token if tokenizer.encode_prompt("")[:1] == [tokenizer.bos_token] else None
 
 
@@ -276,7 +276,7 @@ def _write_others(
 def _compare(
     path: Path, model: LanguageModel, places: Sequence[int], lengths: Sequence[int], tokenizer: Tokenizer | None
 ) -> int:
-    """How many tokens the file's answer and the model's have in common, in each size. Raises ConversionError otherwise."""
+    """How many tokens were compared and found equal for each number of places. Raises ConversionError if one differs."""
     count = NUM_COMPARED
     for each in places:
         prompt = _prompt(model, tokenizer, max(1, min(each - NUM_COMPARED, max(lengths) + 11)))
@@ -298,15 +298,15 @@ def _compare_one(
             gap, largest = float(ours[chosen] - ours[other]), float(mx.max(mx.abs(ours)))
             if not gap <= _TIE.get(cache_type(model), 0.0) * largest:
                 raise ConversionError(
-                    f"The exported graph does not answer as the model does (token {number + 1} of {count} is {other} "
-                    f"instead of {chosen}), and nothing was kept: please open an issue "
+                    f"The exported graph does not give the model's tokens (token {number + 1} of {count} is {other} "
+                    f"instead of {chosen}), so nothing was kept: please open an issue "
                     f"with MLX's version, {version('mlx')}, and the model's name."
                 )
         new = [chosen]
 
 
 def _prompt(model: LanguageModel, tokenizer: Tokenizer | None, length: int) -> list[int]:
-    """So many tokens to begin with: of a text, again and again, or without a tokenizer some numbers."""
+    """A prompt of `length` tokens: a repeated text, or arbitrary tokens without a tokenizer."""
     if tokenizer is None:
         return [1 + i * 7919 % (model.spec.usable_vocab_size - 1) for i in range(length)]
     tokens = tokenizer.encode_prompt(_SAMPLE)

@@ -2,8 +2,8 @@
 
     (tokens (1, L) int32, offset () int32, K_0, V_0, K_1, V_1, ...) -> (logits (V,) float32, K_0, V_0, ...)
 
-K_i and V_i are (1, K, S, D): `places` S for keys and values, of which those before `offset` are filled. A layer with a
-window has S places too, and looks at the last ones of them alone. Nothing is written here; the shapes are traced once each.
+K_i and V_i are (1, K, S, D): S places for keys and values, filled up to `offset`. A layer with a window has S places too,
+and masks all but the last ones.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Step = Callable[..., "list[mx.array] | tuple[mx.array, ...]"]
 
 
 def make_contiguous(model: LanguageModel) -> None:
-    """Lay every parameter out row by row, in place.
+    """Make every parameter contiguous (row-major), in place.
 
-    MLX (0.32.4) writes a constant's buffer as it lies: a matrix that is kept by columns, as the CPU loader keeps float32
-    ones, or a view of a table, as the experts' biases are, would come back as other numbers, without an error.
+    MLX 0.32.4 exports a constant's raw buffer without its strides. A matrix stored by columns, as the CPU loader stores
+    float32 ones, or a view of a table, as the experts' biases are, would be read back as other numbers, without an error.
     """
     model.update(tree_map(mx.contiguous, model.parameters()))
     mx.eval(model.parameters())
-    for layer in model.layers:  # made anew from what was replaced, before a trace would do it
+    for layer in model.layers:  # derived from parameters; must not be made within a trace
         mx.eval(layer.prepare_constants())
 
 
 def step_of(model: LanguageModel) -> Step:
-    """The step of a model whose parameters are contiguous."""
+    """The function to trace, of a model whose parameters are contiguous."""
 
     def step(tokens: mx.array, offset: mx.array, *caches: mx.array) -> list[mx.array]:
         length, places = tokens.shape[1], caches[0].shape[2]
@@ -57,7 +57,7 @@ def step_of(model: LanguageModel) -> Step:
 
 
 def empty_caches(model: LanguageModel, places: int, dtype: mx.Dtype) -> list[mx.array]:
-    """Keys and values for each layer, all of them zeros."""
+    """Zeros for the keys and values of each layer."""
     caches: list[mx.array] = []
     for spec in model.spec.layers:
         caches += [mx.zeros((1, spec.num_kv_heads, places, spec.head_dim), dtype) for _ in range(2)]
@@ -65,7 +65,7 @@ def empty_caches(model: LanguageModel, places: int, dtype: mx.Dtype) -> list[mx.
 
 
 def cache_type(model: LanguageModel) -> mx.Dtype:
-    """The type in which the model's keys come out of its first layer."""
+    """The type of the model's keys."""
     h = model.embed(mx.zeros((1, 1), mx.int32))
     found: mx.Dtype = model.layers[0].before_attention(h, 0)[1].dtype
     return found
@@ -74,7 +74,7 @@ def cache_type(model: LanguageModel) -> mx.Dtype:
 def write_graph(
     path: Path, model: LanguageModel, places: Sequence[int], lengths: Sequence[int], metadata: dict[str, Any]
 ) -> None:
-    """Trace a model's step for each number of places and of new tokens, into one file whose weights are there once."""
+    """Trace a model's step for each combination of places and lengths into one file; they share the weights."""
     dtype = cache_type(model)
     with mx.exporter(str(path), step_of(model), metadata=json.dumps(metadata)) as trace:
         for each in places:
@@ -83,7 +83,7 @@ def write_graph(
 
 
 class ExportedModel:
-    """An exported graph, run from Python: what a program in C++ does with it, and what an export is checked by."""
+    """An exported graph run from Python, in the same way as the C++ program runs it."""
 
     def __init__(self, path: Path, model: LanguageModel, places: int, lengths: Sequence[int]) -> None:
         self._step = cast("Step", mx.import_function(str(path)))
@@ -92,7 +92,7 @@ class ExportedModel:
         self.offset = 0
 
     def __call__(self, tokens: Sequence[int]) -> mx.array:
-        """Logits (V,) after these new tokens, which go in in the largest pieces that there are traces for."""
+        """Logits (V,) after these new tokens, processed in the largest traced lengths."""
         rest, logits = list(tokens), mx.array(0.0)
         while rest:
             length = next(each for each in self._lengths if each <= len(rest))
@@ -100,6 +100,6 @@ class ExportedModel:
             logits, *self._caches = self._step(
                 mx.array([new], mx.int32), mx.array(self.offset, mx.int32), *self._caches
             )
-            mx.eval(logits, self._caches)  # a piece at a time, so that the old caches can be written over
+            mx.eval(logits, self._caches)  # each call, so that the old caches' memory is reused
             self.offset += length
         return logits

@@ -1,4 +1,4 @@
-"""The texts beside an exported graph: a C++ program that runs it, its build file, and the numbers that both need."""
+"""The files beside an exported graph: a C++ program that runs it, its header, and its CMake file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..specs import ModelSpec
 
-# Which C++ library reads which tokenizer.
+# The C++ libraries for tokenizer.model and tokenizer.json.
 SENTENCEPIECE, TOKENIZERS = "sentencepiece", "tokenizers"
 
 PROGRAM = """\
@@ -24,7 +24,7 @@ PROGRAM = """\
 #endif
 namespace mx = mlx::core;
 
-// Runs the model over new tokens, in the largest pieces that there are steps for; gives the likeliest next token.
+// Runs the model on new tokens, in the largest traced lengths, and returns the most likely next token.
 struct Runner {
   mx::ImportedFunction step = mx::import_function(std::string(FOLDER) + "/model.mlxfn");
   std::vector<mx::array> caches;
@@ -32,7 +32,7 @@ struct Runner {
 
   explicit Runner(int wanted) {
     for (int each : kPlaces) places = places == 0 && each >= wanted ? each : places;
-    if (places == 0) throw std::runtime_error("so many tokens have no place in this export");
+    if (places == 0) throw std::runtime_error("prompt and answer have more tokens than this export has places for");
     for (const auto& layer : kLayers)
       for (int part = 0; part < 2; part++) caches.push_back(mx::zeros({1, layer.heads, places, layer.size}, kType));
   }
@@ -43,7 +43,7 @@ struct Runner {
       for (int each : kLengths) length = each <= int(tokens.size() - done) ? std::max(length, each) : length;
       std::vector<mx::array> inputs = {mx::array(tokens.data() + done, {1, length}, mx::int32), mx::array(offset)};
       for (auto& cache : caches) inputs.push_back(std::move(cache));
-      caches.clear();  // nothing else may hold the old ones, so that the new ones take their place in memory
+      caches.clear();  // no other reference to the old caches: the new ones reuse their memory
       auto outputs = step(inputs);
       inputs.clear();
       mx::eval(outputs);
@@ -138,7 +138,7 @@ add_executable(generate generate.cpp)
 target_compile_definitions(generate PRIVATE FOLDER="${CMAKE_CURRENT_SOURCE_DIR}")
 target_include_directories(generate PRIVATE ${MLX_INCLUDE_DIRS})
 target_link_libraries(generate PRIVATE mlx)
-# On Linux the wheel keeps what MLX itself needs beside it.
+# On Linux the wheel has the libraries that MLX needs in a folder beside it.
 get_target_property(mlx_library mlx IMPORTED_LOCATION)
 if(NOT mlx_library)
   get_target_property(mlx_library mlx IMPORTED_LOCATION_RELEASE)
@@ -185,7 +185,7 @@ def program_files(
     stops: Sequence[int],
     tokenizer: str | None,
 ) -> dict[str, str]:
-    """Name -> text of the program, its header with the model's numbers, and its CMake file.
+    """Name -> text of the program, its header with the model's dimensions, and its CMake file.
 
     tokenizer: SENTENCEPIECE, TOKENIZERS, or None where there is none.
     """

@@ -1,7 +1,7 @@
-"""A tokenizer as GGUF's metadata has it, and back: the same tokens by the same numbers, and text split in the same way.
+"""Tokenizers in GGUF metadata: written from a tokenizer's files, and converted back to such files.
 
-Two kinds are known to llama.cpp and to both families: "llama" (pieces merged by score, unknown characters as bytes), and
-"gpt2" with the splitting rule "gpt-4o" (bytes as printable characters, pairs merged by rank).
+Two kinds are supported: "llama" (SentencePiece BPE: pairs merged by score, unknown characters as bytes), and "gpt2" with
+the pre-tokenizer "gpt-4o" (byte-level BPE: pairs merged by rank).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from openelm_mlx.text.tokenizer_files import LARGEST_VOCABULARY, SENTENCEPIECE_F
 
 PREFIX = "tokenizer.ggml."
 CHAT_TEMPLATE = "tokenizer.chat_template"
-# Our own key, which says what the tokenizer itself does.
+# A key of this library: whether the tokenizer itself adds the space.
 _ADDS_SPACE = "openelm_mlx.add_space_prefix"
-# The splitting rule of OpenAI's o200k vocabularies, as tokenizer.json files have it; llama.cpp calls it gpt-4o.
+# The regular expression of OpenAI's o200k vocabularies, as in tokenizer.json; llama.cpp calls it gpt-4o.
 _O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _RULE = "gpt-4o"
-# Rows of the model beyond its vocabulary.
+# Names for rows of the model beyond the vocabulary.
 _PADDING = "[PAD{}]"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens and what is known of each, by their numbers. kind: "llama" or "gpt2". types: those of SentencePiece.
+    """A vocabulary. kind: "llama" or "gpt2". types: SentencePiece's piece types.
 
-    scores: of a "llama"; merges: of a "gpt2", pairs with a space between them.
+    scores: for "llama". merges: for "gpt2", pairs separated by a space.
     """
 
     kind: str
@@ -65,8 +65,8 @@ class Vocabulary:
     def fields(self, for_chat: bool = False) -> dict[str, Any]:
         """Key -> value, as GGUF has them.
 
-        for_chat: texts come through a chat template, which has the space before the first one. llama.cpp would put one
-        behind every control token too, where OpenELM was trained with none: demo-openelm then says other things.
+        for_chat: prompts come from a chat template, which contains the leading space itself. llama.cpp would add a space
+        after every control token too, where OpenELM was trained without one, and demo-openelm answers wrongly then.
         """
         fields: dict[str, Any] = {"model": self.kind, "pre": _RULE if self.kind == "gpt2" else "default"}
         fields |= {"tokens": list(self.tokens), "token_type": list(self.types)}
@@ -89,7 +89,7 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """The vocabulary of a tokenizer. Raises TokenizerError for one whose way to split text llama.cpp does not know."""
+    """The vocabulary of a tokenizer. Raises TokenizerError if llama.cpp would split text differently."""
     file = tokenizer.files[0]
     data = read_bytes(file, TokenizerError, LARGEST_VOCABULARY)
     found = _of_pieces(file, data, tokenizer) if file.name == SENTENCEPIECE_FILE else _of_json(file, data)
@@ -121,7 +121,7 @@ def _of_json(file: Path, data: bytes) -> Vocabulary:
         size = max([*vocab.values(), *special]) + 1
         texts = {token: text for text, token in vocab.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _unknown_rule(file, "it is no list of pairs to merge") from error
+        raise _unknown_rule(file, "it is not a BPE vocabulary") from error
     tokens, types = [], []
     for token in range(size):
         text, is_special = special.get(token, (texts.get(token), False))
@@ -133,12 +133,12 @@ def _of_json(file: Path, data: bytes) -> Vocabulary:
         _check_rule(file, content.get("pre_tokenizer"), merges)
         return found
     if not model.get("byte_fallback"):
-        raise _unknown_rule(file, "it spells bytes in neither of the two ways")
+        raise _unknown_rule(file, "it has neither byte-level tokens nor byte fallback")
     return _scored(found, model.get("unk_token"), content)
 
 
 def _scored(found: Vocabulary, unknown: str | None, content: Mapping[str, Any]) -> Vocabulary:
-    """Llama's vocabulary from its tokenizer.json: what was merged first had the highest score."""
+    """Llama's vocabulary from its tokenizer.json: the earlier a merge, the higher its score."""
     ranks: dict[bytes, int] = {}
     for rank, pair in enumerate(found.merges):
         ranks.setdefault(pair.replace(" ", "").encode(), rank)
@@ -157,7 +157,7 @@ def _scored(found: Vocabulary, unknown: str | None, content: Mapping[str, Any]) 
 
 
 def _check_rule(file: Path, pre_tokenizer: Any, merges: Sequence[str]) -> None:
-    """Raise TokenizerError unless text is split as o200k's is; digit by digit is the same where no merge joins digits."""
+    """Raise TokenizerError unless the pre-tokenizer is o200k's. Single digits are equivalent if no merge joins digits."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, Mapping) else []
     rules = [step["pattern"].get("Regex") for step in steps if isinstance(step, Mapping) and "pattern" in step]
     digit_by_digit = _O200K.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -165,13 +165,13 @@ def _check_rule(file: Path, pre_tokenizer: Any, merges: Sequence[str]) -> None:
         first[-1:].isdigit() and second[:1].isdigit() for first, _, second in (m.partition(" ") for m in merges)
     )
     if rules != [_O200K] and (rules != [digit_by_digit] or joins_digits):
-        raise _unknown_rule(file, "it splits text by a rule of its own")
+        raise _unknown_rule(file, "it has a pre-tokenizer of its own")
 
 
 def _unknown_rule(file: Path, reason: str) -> TokenizerError:
     return TokenizerError(
-        f"The tokenizer {file} cannot be put into GGUF, because llama.cpp would split text otherwise ({reason}): give the "
-        "model's own, Llama 2's or gpt-oss's, with tokenizer=."
+        f"The tokenizer {file} cannot be stored in GGUF, because llama.cpp would split text differently ({reason}): give "
+        "Llama 2's or gpt-oss's with tokenizer=."
     )
 
 
@@ -179,9 +179,9 @@ def _unknown_rule(file: Path, reason: str) -> TokenizerError:
 
 
 def tokenizer_files(metadata: Mapping[str, Any], origin: str) -> dict[str, bytes]:
-    """Name -> content of the files of the tokenizer in a GGUF file's metadata; {} where it has none.
+    """Name -> content of the tokenizer files for a GGUF file's metadata; {} if it has no tokenizer.
 
-    Raises TokenizerError where its parts contradict each other, and for kinds that neither family has.
+    Raises TokenizerError for inconsistent metadata, and for kinds that neither family uses.
     """
     if PREFIX + "tokens" not in metadata:
         return {}
@@ -210,8 +210,8 @@ def _stored(metadata: Mapping[str, Any], origin: str) -> Vocabulary:
     kind, rule = metadata.get(PREFIX + "model"), metadata.get(PREFIX + "pre", "default")
     if kind not in ("llama", "gpt2") or (kind == "gpt2" and rule != _RULE):
         raise TokenizerError(
-            f"The tokenizer in {origin} is of the kind {shown(kind)} with the splitting rule {shown(rule)}, which neither "
-            "family has: give the model's own with tokenizer=."
+            f"The tokenizer in {origin} is of the kind {shown(kind)} with the pre-tokenizer {shown(rule)}, which neither "
+            "family uses: give the right one with tokenizer=."
         )
     tokens = [text.encode("utf-8", "surrogateescape") for text in _list(metadata, "tokens", str, origin)]
     count = len(tokens)
@@ -250,8 +250,8 @@ def _list(metadata: Mapping[str, Any], name: str, kind: type, origin: str, count
 
 def _contradiction(origin: str, name: str) -> TokenizerError:
     return TokenizerError(
-        f"The tokenizer in {origin} contradicts itself in its {name}: download or copy the file again, or give the model's "
-        "own with tokenizer=."
+        f"The tokenizer in {origin} is inconsistent in its {name}: download or copy the file again, or give a tokenizer "
+        "with tokenizer=."
     )
 
 
@@ -260,7 +260,7 @@ def _name_of(found: Vocabulary, token: int | None) -> str | None:
 
 
 def _as_json(found: Vocabulary) -> bytes:
-    """A byte-level tokenizer.json of Hugging Face's."""
+    """A byte-level tokenizer.json in Hugging Face's format."""
     added, vocab = [], {}
     for token, (text, kind) in enumerate(zip(found.tokens, found.types, strict=True)):
         name = text.decode("utf-8", "replace")

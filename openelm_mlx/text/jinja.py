@@ -1,11 +1,11 @@
-"""The chat formats of both families as Jinja, for programs that go by a template: llama.cpp, Ollama, LM Studio.
+"""Chat templates of both families in Jinja, for other programs such as llama.cpp and LM Studio.
 
-This library renders conversations itself (chat.py, harmony.py) and runs no template.
+This library renders conversations itself (chat.py, harmony.py) and does not use them.
 """
 
 from __future__ import annotations
 
-# The space is the one that Llama's tokenizer puts before a text; gguf_vocabulary.py says why it stands here.
+# The space is the one that Llama's tokenizer adds before a text; gguf_vocabulary.py says why it is in the template.
 OPENELM_INSTRUCT = (
     "{{- bos_token + ' ' -}}"
     "{%- for message in messages -%}"
@@ -14,7 +14,7 @@ OPENELM_INSTRUCT = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
 )
 
-# Text alone: a program that calls tools with gpt-oss brings OpenAI's own template, which is kept where the source has it.
+# Without tools. A source's own template, such as OpenAI's, is preferred to this one.
 HARMONY = (
     "{{- '<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\\n"
     "Knowledge cutoff: 2024-06\\n' -}}"

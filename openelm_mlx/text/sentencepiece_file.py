@@ -1,4 +1,4 @@
-"""SentencePiece's `tokenizer.model` as what it is, a protobuf message: its pieces read and written without a compiler.
+"""Reading and writing SentencePiece's `tokenizer.model`, a protobuf message, without a protobuf library.
 
 Of sentencepiece_model.proto only these fields matter here: ModelProto { pieces = 1, trainer_spec = 2,
 normalizer_spec = 3 }, SentencePiece { piece = 1, score = 2, type = 3 }.
@@ -19,10 +19,9 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 @dataclass(frozen=True)
 class Pieces:
-    """A vocabulary: texts, scores and types of its pieces, and how text is prepared.
+    """A SentencePiece vocabulary: texts, scores and types of its pieces, and how text is prepared.
 
-    is_bpe: pairs are merged by score, as llama.cpp does; SentencePiece's other models work otherwise.
-    is_verbatim: text is taken as it is, but for the space before it; nothing is normalized or folded.
+    is_bpe: whether it merges pairs by score. is_verbatim: text is neither normalized nor are its spaces folded.
     """
 
     texts: tuple[bytes, ...]
@@ -34,7 +33,7 @@ class Pieces:
 
 
 def parse_pieces(data: bytes, origin: str) -> Pieces:
-    """The vocabulary in a tokenizer.model. Raises TokenizerError where it is none."""
+    """The vocabulary in a tokenizer.model. Raises TokenizerError if it is not one."""
     texts, scores, types = [], [], []
     model_type, adds_space, folds, table = 1, True, True, b""
     try:
@@ -51,12 +50,12 @@ def parse_pieces(data: bytes, origin: str) -> Pieces:
                 adds_space, folds = bool(inner.get(3, 1)), bool(inner.get(4, 1))
                 table = _data(inner.get(2, b""))
     except (ValueError, IndexError, struct.error) as error:
-        raise TokenizerError(f"{origin} is damaged or no SentencePiece model: fetch it again.") from error
+        raise TokenizerError(f"{origin} is damaged or not a SentencePiece model: fetch it again.") from error
     return Pieces(tuple(texts), tuple(scores), tuple(types), model_type == BPE, adds_space, not folds and not table)
 
 
 def write_pieces(pieces: Pieces, unknown: int, bos: int, eos: int) -> bytes:
-    """A tokenizer.model with these pieces, merged by score, spaces written as U+2581, unknown characters as bytes."""
+    """A tokenizer.model of type BPE with these pieces, and byte fallback if they include byte pieces."""
     out = bytearray()
     for text, score, kind in zip(pieces.texts, pieces.scores, pieces.types, strict=True):
         piece = _field(1, text) + _tag(2, _FIXED32) + struct.pack("<f", score)
@@ -72,7 +71,7 @@ def write_pieces(pieces: Pieces, unknown: int, bos: int, eos: int) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field of a message. Raises ValueError or IndexError where it is none."""
+    """(number, value) of each field of a message. Raises ValueError or IndexError if it is malformed."""
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)

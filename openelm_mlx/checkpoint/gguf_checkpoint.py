@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..files import open_regular, shown, unreadable
-from .gguf_blocks import TYPES, GgmlType, from_blocks
+from .gguf_blocks import GgmlType, from_blocks
 from .gguf_file import GgufFile, GgufTensor, read_gguf
 from .gguf_names import FAMILIES, mlx_name
 from .reader import ITEM_SIZES, TensorEntry
@@ -294,8 +294,3 @@ class _Fields:
             f'The field "{self._gguf.architecture}.{name}" in {self._gguf.path} is {shown(value)}, which is not possible: '
             "download or copy it again."
         )
-
-
-def kind_of_dtype(dtype: str) -> GgmlType:
-    """The type of GGUF with the numbers of a floating type of safetensors."""
-    return next(kind for kind in TYPES.values() if kind.safetensors == dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -302,8 +302,3 @@ def _is_usual(yarn: YarnSpec) -> bool:
 
 def _numbers(array: mx.array) -> np.ndarray[Any, Any]:
     return np.array(array if array.dtype == mx.uint8 else array.astype(mx.float32))
-
-
-def counted(types: Mapping[str, int]) -> str:
-    """For people: 74 F32, 24 MXFP4."""
-    return ", ".join(f"{count} {name}" for name, count in types.items())

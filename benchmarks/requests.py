@@ -42,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of each request (default: 128)")
     parser.add_argument("--completion-tokens", type=int, default=64, metavar="N", help="of each request (default: 64)")
     parser.add_argument(
-        "--long-context", type=int, default=8192, metavar="N", help="length of the long prompt (default: 8,192)"
+        "--long-context",
+        type=int,
+        default=0,
+        metavar="N",
+        help="length of the long prompt (default: 8,192; 2,048 on a CPU)",
     )
     parser.add_argument("--mixed-requests", type=int, default=64, metavar="N", help="in the mixed load (default: 64)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs whose median counts (default: 3)")

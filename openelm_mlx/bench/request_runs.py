@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ..engine.handle import Handle
 from ..engine.many import Engine
+from ..models.precision import runs_on_cpu
 from .against import usable_tokens
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ POLL = 1e-3
 # Prompt lengths of a mixed load, and how many tokens are answered, where the context holds as many.
 SHORTEST, LONGEST, FEWEST, MOST = 64, 2048, 32, 192
 MIXED_SEED = 1794
+# The longest prompt on MLX's CPU backend, which takes minutes for more.
+LONGEST_ON_CPU = 512
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ def aligned_load(model: Model, count: int, prompt_tokens: int, new_tokens: int, 
     return Load(_prompts(model, [prompt_tokens] * count, seed), [new_tokens] * count)
 
 
-def mixed_load(model: Model, count: int = 64, seed: int = MIXED_SEED) -> Load:
-    """Requests of many lengths: most prompts short, few long; all shorter where the model's context is below 2,048 tokens.
+def mixed_load(model: Model, count: int = 64, seed: int = MIXED_SEED, longest: int | None = None) -> Load:
+    """Requests of many lengths: most prompts short, few long. The same seed gives the same load.
 
-    The same seed gives the same load: the usual one has 31,950 prompt and 7,176 new tokens.
+    longest: tokens of the longest prompt, after which all lengths go, those of answers too; 2,048 on a GPU and 512 on a CPU
+    when it is None, and never more than the context. With 2,048 there are 31,950 prompt and 7,176 new tokens.
     """
-    drawn, scale = random.Random(seed), min(1.0, model.context_length / LONGEST)
+    if longest is None:
+        longest = LONGEST_ON_CPU if runs_on_cpu() else LONGEST
+    drawn, scale = random.Random(seed), min(longest, model.context_length) / LONGEST
     lengths, new = [], []
     for _ in range(count):
         length = math.exp(drawn.uniform(math.log(SHORTEST), math.log(LONGEST)))

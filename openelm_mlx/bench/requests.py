@@ -19,6 +19,7 @@ import mlx.core as mx
 from ..engine.many import Engine
 from ..errors import SettingError
 from ..generate import stream_generate
+from ..models.precision import runs_on_cpu
 from .against import LEFT_OUT
 from .request_runs import (
     Load,
@@ -41,8 +42,8 @@ SHARES = {"decode": 0.38, "mixed": 0.32, "one": 0.08, "gap": 0.08, "together": 0
 PARTS = tuple(SHARES)
 # One after the other, so many requests say how fast that is.
 MOST_IN_TURN = 8
-# A run is given so many seconds, however few are left.
-LEAST_SECONDS = 2.0
+# A run is given this part of what its part of the whole has, and so many seconds, however few are left.
+LEAST_SHARE, LEAST_SECONDS = 0.25, 2.0
 # A run is looked at from outside, and on a busy machine late: nobody may have come to an end meanwhile.
 SLACK = 256
 NO_TIME = "not measured, no time was left: give more --seconds"
@@ -52,21 +53,24 @@ USUAL_GAPS = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. numbers: of requests at once. Tokens are those of each request; long_prompt: of the one that comes
-    in while another decodes. All are cut to what the context holds. seconds: in all; rounds: at most.
+    """What to measure.
+
+    numbers: of requests at once. prompt_tokens, completion_tokens: of each. long_prompt: tokens of the prompt that comes in
+    while another request decodes; 0: 8,192, or 2,048 on a CPU. All are cut to what the context holds. rounds: at most.
+    seconds: in all.
     """
 
     numbers: Sequence[int] = (1, 4, 8, 16, 32)
     prompt_tokens: int = 128
     completion_tokens: int = 64
-    long_prompt: int = 8192
+    long_prompt: int = 0
     num_mixed: int = 64
     rounds: int = 3
     seconds: float = 60.0
     parts: Sequence[str] = PARTS
 
     def __post_init__(self) -> None:
-        least_of = {"prompt_tokens": 2, "completion_tokens": 2, "long_prompt": 2, "rounds": 1, "num_mixed": 1}
+        least_of = {"prompt_tokens": 2, "completion_tokens": 2, "long_prompt": 0, "rounds": 1, "num_mixed": 1}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise SettingError(f"{name} is {getattr(self, name)}: it must be at least {least}.")
@@ -166,7 +170,7 @@ def fitting(model: Model, settings: Settings) -> Settings:
     changed = {
         "prompt_tokens": max(2, min(settings.prompt_tokens, room // 4)),
         "completion_tokens": max(2, min(settings.completion_tokens, room // 4)),
-        "long_prompt": max(2, min(settings.long_prompt, room - 8)),
+        "long_prompt": max(2, min(settings.long_prompt or (2048 if runs_on_cpu() else 8192), room - 8)),
     }
     return Settings(**{**vars(settings), **changed})
 
@@ -176,11 +180,12 @@ class _Part:
 
     def __init__(self, model: Model, other: Any, settings: Settings, say: Callable[[str], None], end: float) -> None:
         self.model, self.other, self.settings, self.say, self.end = model, other, settings, say, end
+        self.whole = max(0.0, end - time.perf_counter())
 
     @property
     def left(self) -> float:
         """Seconds that a run may take."""
-        return max(LEAST_SECONDS, self.end - time.perf_counter())
+        return max(LEAST_SECONDS, LEAST_SHARE * self.whole, self.end - time.perf_counter())
 
     def rounds(self, sides: Sequence[str], end: float, most: int) -> Iterator[tuple[int, str]]:
         """Whose turn it is, and in which round; round 0 warms up. Who goes first alternates; none begins after the end but
@@ -272,7 +277,11 @@ class _Part:
         for turn, side in self.rounds(sides, self.end, self.settings.rounds):
             if side in is_slow:
                 continue
-            timeline = self._answer(side, load if turn else load.first(4, 8))
+            timeline = (
+                self._answer(side, load, self.whole)
+                if turn
+                else self._answer(side, load.first(4, 8), LEAST_SHARE * self.whole)
+            )
             if not turn:
                 continue
             if not timeline.is_complete:
@@ -282,10 +291,11 @@ class _Part:
             self._count_mixed(rows, side, load, timeline)
         yield from rows
 
-    def _answer(self, side: str, load: Load) -> Timeline:
+    def _answer(self, side: str, load: Load, seconds: float) -> Timeline:
+        seconds = max(LEAST_SECONDS, seconds)
         if side == OURS:
-            return run_engine(self.model, load, self.left)
-        return run_batches(self.other, load, self.left)
+            return run_engine(self.model, load, seconds)
+        return run_batches(self.other, load, seconds)
 
     def _count_mixed(self, rows: Sequence[Row], side: str, load: Load, timeline: Timeline) -> None:
         seconds = timeline.seconds if timeline.given_up_after is None else timeline.given_up_after

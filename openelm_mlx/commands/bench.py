@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="with --random: decode after N tokens as well; with --requests: length of the long prompt (default: 8,192)",
+        help="with --random: decode after N tokens as well; with --requests: length of the long prompt (default: 8,192, on a "
+        "CPU 2,048)",
     )
     parser.add_argument(
         "--seconds",
@@ -211,7 +212,7 @@ def run_requests(args: argparse.Namespace) -> int:
         numbers_of(args.requests),
         args.prompt_tokens,
         args.completion_tokens,
-        args.long_context or Settings.long_prompt,
+        args.long_context,
         rounds=args.rounds,
         seconds=args.seconds,
         parts=[each for each in PARTS if args.mixed or each != "mixed"],

@@ -192,11 +192,17 @@ def choose_model_files(files: list[RepoFile]) -> list[str]:
     """The files of a repository that loading and converting need: one layout's weights, config, tokenizer, licence.
 
     Weights in subfolders are other layouts' copies of the same model, and pickles repeat what safetensors hold.
+    Raises CheckpointError if there are only GGUF files.
     """
     top = [file.name for file in files if "/" not in file.name and not is_macos_own(file.name)]
     weights = [name for name in top if name.endswith(".safetensors")]
     if not weights:
         weights = [name for name in top if name.endswith((".pt", ".pth"))]
+    if not weights and (packed := [name for name in top if name.endswith(".gguf")]):
+        raise CheckpointError(
+            f"The repository has its weights as GGUF only ({', '.join(packed[:3])}): download one file, for example with "
+            f"`hf download OWNER/NAME {packed[0]} --local-dir .`, and convert that."
+        )
     others = [
         name
         for name in top

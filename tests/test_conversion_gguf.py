@@ -664,6 +664,14 @@ def test_a_repository_is_planned_by_its_headers_and_fetched_for_the_file(tmp_pat
     assert same(tensors_of(tmp_path / "m.gguf"), tensors_of(tmp_path / "here.gguf"))
 
 
+def test_a_repository_with_nothing_but_gguf(tmp_path, hub):
+    hub.add_repo("me/it-GGUF", {"it-q8_0.gguf": b"GGUF", "it-f16.gguf": b"GGUF", "README.md": b"# It"})
+    for call in (lambda: convert("me/it-GGUF", tmp_path / "out"), lambda: om.load("me/it-GGUF")):
+        with pytest.raises(CheckpointError, match=r"GGUF only \(it.*hf download OWNER/NAME it"):
+            call()
+    assert hub.sent("it-q8_0.gguf") == 0
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 MEASURE = """

@@ -41,7 +41,7 @@ class StageBars:
         """Move the bar of `stage` to `done` of `total`."""
         if stage != self._stage or self._bar is None:
             self.close()
-            self._bar = output.bar(stage, total, "layer" if stage == "verify" else "B", done)
+            self._bar = output.bar(stage, total, "part" if stage == "verify" else "B", done)
             self._stage = stage
         self._bar.update(done - self._bar.n)
 

@@ -344,6 +344,13 @@ def test_a_full_disk(tmp_path, openelm, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_mlx_that_is_too_old(tmp_path, openelm, monkeypatch):
+    monkeypatch.setattr(mx, "exporter", lambda file, function, shapeless=False: None)
+    with pytest.raises(ConversionError, match=r"MLX 0\.32\.2 or later"):
+        om.export(openelm[0], tmp_path / "out", places=(32,), chunk=8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupted_leaves_nothing(tmp_path, openelm, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from ..errors import ConversionError
 from ..models.base import LanguageModel
 
 Step = Callable[..., "list[mx.array] | tuple[mx.array, ...]"]
@@ -74,9 +76,18 @@ def cache_type(model: LanguageModel) -> mx.Dtype:
 def write_graph(
     path: Path, model: LanguageModel, places: Sequence[int], lengths: Sequence[int], metadata: dict[str, Any]
 ) -> None:
-    """Trace a model's step for each combination of places and lengths into one file; they share the weights."""
+    """Trace a model's step for each combination of places and lengths into one file; they share the weights.
+
+    Raises ConversionError if MLX is too old to export with metadata.
+    """
     dtype = cache_type(model)
-    with mx.exporter(str(path), step_of(model), metadata=json.dumps(metadata)) as trace:
+    try:
+        exporter = mx.exporter(str(path), step_of(model), metadata=json.dumps(metadata))
+    except TypeError as error:
+        raise ConversionError(
+            f"Exporting needs MLX 0.32.2 or later, and this is {version('mlx')}: run `pip install -U mlx`."
+        ) from error
+    with exporter as trace:
         for each in places:
             for length in lengths:
                 trace(mx.zeros((1, length), mx.int32), mx.array(0, mx.int32), *empty_caches(model, each, dtype))

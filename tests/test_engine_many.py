@@ -14,6 +14,7 @@ from conftest import FIXTURES, load_fixture, random_model
 
 import openelm_mlx as om
 from openelm_mlx.errors import EngineClosedError, EngineFullError, MemoryLimitError, PromptError, SettingError
+from openelm_mlx.models import slots
 
 WINDOW = 16  # of the gpt-oss fixture's sliding layers
 
@@ -294,11 +295,13 @@ def test_a_handle_that_is_dropped_cancels_its_request(models):
         assert engine.num_running == 0
 
 
-@pytest.fixture(params=["kernel", "products"])
+@pytest.fixture(params=["kernel", "products", "marks", "marks and products"])
 def with_slots(models, monkeypatch, request):
     """The models as on a GPU, where decoding requests share buffers; as on CUDA, with products where a mask is needed."""
     for model in models.values():
-        choices = replace(model.choices, slots=True, products_from=1_000 if request.param == "products" else 0)
+        monkeypatch.setitem(slots.SPARE_DIMS, model.spec.layers[0].head_dim, 16)
+        products_from = 1_000 if "products" in request.param else 0
+        choices = replace(model.choices, slots=True, products_from=products_from, marks_keys="marks" in request.param)
         monkeypatch.setattr(model, "choices", choices)
     return models
 

@@ -44,7 +44,7 @@ class Runner:
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None, scheduler: Scheduler[ActiveRequest]) -> None:
         self.model, self.tokenizer, self.scheduler = model, tokenizer, scheduler
-        self.bank = SlotBank(model.spec, model.choices.spare_places, mx.eval, model.choices.products_from)
+        self.bank = slot_bank(model)
         self.memory = BatchMemory(model, self.bank)
         self._batch_step = BatchStep(model)
         self.num_steps = 0
@@ -449,6 +449,12 @@ class Runner:
             mx.clear_cache()
         if self.scheduler.decoding:
             self.scheduler.pace.step_took(time.perf_counter() - began, chunk_length)
+
+
+def slot_bank(model: Model) -> SlotBank:
+    """Slots as the model's choices have them."""
+    choices = model.choices
+    return SlotBank(model.spec, choices.spare_places, mx.eval, choices.products_from, choices.marks_keys)
 
 
 def _arrays_of(request: ActiveRequest) -> list[mx.array]:

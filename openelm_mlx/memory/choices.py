@@ -14,7 +14,8 @@ SUBJECT = "choices"
 # Valid values: a file with others was not written by this program.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rows_in_a_tile": (1, 32, 64, 128), "spare_places": (0, 8), "compiled_step": (False, True),
-    "fuse_residual_add": (False, True), "bias_apart": (False, True), "slots": (False, True), "products_from": (0, 1_000_000),
+    "fuse_residual_add": (False, True), "bias_apart": (False, True), "slots": (False, True),
+    "marks_keys": (False, True), "products_from": (0, 1_000_000),
 }  # fmt: skip
 
 

@@ -105,11 +105,11 @@ def attend_by_products(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    mask: mx.array,
+    mask: mx.array | None,
     scale: float | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """`attend` for one query a row, (B, H, 1, D), with a boolean mask (B, 1, 1, T), as two products and a softmax.
+    """`attend` for one query a row, (B, H, 1, D), with a boolean mask (B, 1, 1, T) or none, as two products and a softmax.
 
     MLX's CUDA backend has no kernel for one query with a mask, and its kernel without one reads the keys once for every
     query head.
@@ -118,10 +118,11 @@ def attend_by_products(
     K = keys.shape[1]
     scale = D**-0.5 if scale is None else scale
     scores = (queries * scale).reshape(B, K, H // K, D) @ keys.swapaxes(-1, -2)
+    scores = scores.astype(mx.float32) if mask is None else _masked(scores, mask)
     if sinks is None:
-        weights = mx.softmax(_masked(scores, mask), axis=-1).astype(values.dtype)
+        weights = mx.softmax(scores, axis=-1).astype(values.dtype)
     else:
-        weights = _softmax_with_sinks(scores, mask, sinks.reshape(1, K, H // K, 1)).astype(values.dtype)
+        weights = _softmax_with_sinks(scores, sinks.reshape(1, K, H // K, 1)).astype(values.dtype)
     return (weights @ values).reshape(B, H, 1, values.shape[-1])
 
 
@@ -131,8 +132,7 @@ def _masked(scores: mx.array, mask: mx.array) -> mx.array:
     return mx.where(mask, scores.astype(mx.float32), _UNSEEN)
 
 
-def _softmax_with_sinks(scores: mx.array, mask: mx.array, sinks: mx.array) -> mx.array:
-    scores = _masked(scores, mask)
+def _softmax_with_sinks(scores: mx.array, sinks: mx.array) -> mx.array:
     sinks = sinks.astype(mx.float32)
     largest = mx.maximum(mx.max(scores, axis=-1, keepdims=True), sinks)
     weights = mx.exp(scores - largest)

@@ -29,6 +29,7 @@ class KernelChoices:
     places a cache's buffer has at least. compiled_step: decode in compiled pieces. fuse_residual_add: the residual
     stream is added in the product's own kernel. bias_apart: the bias of a single row is added in a kernel of its own.
     slots: decoding requests keep their keys and values side by side, and their attention is one call (models/slots.py).
+    marks_keys: keys in slots, of heads of 64 numbers, say themselves who sees them, in half as much memory again.
     products_from: attention over slots is two products and a softmax where there are so many scores, and wherever a mask is
     needed; 0: never. expert_ways: which way so many rows at once go through their experts (models/routing_ways.py).
     """
@@ -39,6 +40,7 @@ class KernelChoices:
     fuse_residual_add: bool = False
     bias_apart: bool = False
     slots: bool = True
+    marks_keys: bool = False
     products_from: int = 0
     expert_ways: ExpertWays = BY_SORTING
 
@@ -60,7 +62,12 @@ def default_choices() -> KernelChoices:
         return KernelChoices(compiled_step=False, slots=False)
     if mx.cuda.is_available():
         return KernelChoices(
-            rows_in_a_tile=128, spare_places=8, bias_apart=True, products_from=1_000_000, expert_ways=IN_BLOCKS
+            rows_in_a_tile=128,
+            spare_places=8,
+            bias_apart=True,
+            marks_keys=True,
+            products_from=1_000_000,
+            expert_ways=IN_BLOCKS,
         )
     return KernelChoices(fuse_residual_add=True)
 

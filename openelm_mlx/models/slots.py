@@ -12,9 +12,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast, final
 
 import mlx.core as mx
+import numpy as np
 
 from ..specs import ModelSpec, kv_capacity
-from .attention import Mask, attend_by_products
+from .attention import Mask, attend, attend_by_products
 from .block import BlockAttention
 from .cache import Cache, KVCache, SlidingKVCache
 
@@ -34,12 +35,20 @@ def fits_in_slots(cache: Cache, spec: ModelSpec) -> bool:
     )
 
 
+# MLX's CUDA kernel for one query has no masks; it takes heads of 64, 96 and 128 numbers. Where heads have 64, one more
+# number of each key says whether its request may see it: the query has a 1 there, so that a key with _UNSEEN gets a score
+# whose exponential is 0.
+SPARE_DIMS = {64: 32}
+_UNSEEN = -30_000.0
+
+
 @final
 class SlotBank:
     """See the module. owners: who has which slot, None where nobody has. lengths: tokens of each.
 
-    products_from: see `KernelChoices`. evaluate: given what has been moved, one layer after the other, so that only one is
-    there twice (`mx.eval`). A step is `begin`, `attend` for every layer, and `end`; without its end it has not been.
+    products_from, marks_keys: see `KernelChoices`. evaluate: given what has been moved, one layer after the other, so that
+    only one is there twice (`mx.eval`). A step is `begin`, `attend` for every layer, and `end`; without its end it has not
+    been.
     """
 
     def __init__(
@@ -48,8 +57,12 @@ class SlotBank:
         spare_places: int = 0,
         evaluate: Callable[[Any], None] = lambda arrays: None,
         products_from: int = 0,
+        marks_keys: bool = False,
     ) -> None:
         self._products_from = products_from
+        sizes = {each.head_dim for each in spec.layers}
+        self._spare_dims = SPARE_DIMS.get(max(sizes), 0) if marks_keys and len(sizes) == 1 else 0
+        self._tails: dict[tuple[int, ...], mx.array] = {}
         self.owners: list[Hashable | None] = []
         self.lengths: list[int] = []
         self._spec, self._spare, self._evaluate = spec, spare_places, evaluate
@@ -85,7 +98,9 @@ class SlotBank:
         places = max(self._places, self._capacity(max(length, self.longest)))
         columns = (places if each.window is None else each.window for each in self._spec.layers)
         tokens = zip(self._spec.layers, columns, strict=True)
-        return slots * sum(count * each.kv_bytes_per_token(itemsize) for each, count in tokens)
+        needed = slots * sum(count * each.kv_bytes_per_token(itemsize) for each, count in tokens)
+        size = self._spec.layers[0].head_dim
+        return needed * (size + self._spare_dims) // size
 
     # --- joining and leaving ------------------------------------------------------------------------------------------
 
@@ -100,9 +115,11 @@ class SlotBank:
             for buffers, new in ((self._keys, keys), (self._values, values)):
                 if buffers[i] is None:
                     _, heads, _, head_dim = new.shape
-                    shape = (len(self), heads, self._columns(i), head_dim)
+                    shape = (len(self), heads, self._columns(i), head_dim + self._spare_dims)
                     buffers[i] = mx.zeros(shape, new.dtype)
                 self._write_before(i, cast(mx.array, buffers[i]), slot, new)
+            if self._spare_dims:
+                self._mark(i, cast(mx.array, self._keys[i]), slot, keys.shape[2])
             self._evaluate([self._keys[i], self._values[i]])
             layer.clear()
         self.owners[slot], self.lengths[slot] = owner, length
@@ -139,7 +156,8 @@ class SlotBank:
         self._whole_masks.clear()
         for window in {each.window for each in self._spec.layers}:
             seen = self._num_seen(window)
-            self._masks[window] = None if self._sees_all(window, seen) else self._mask(window, seen)
+            needs_none = self._spare_dims > 0 or self._sees_all(window, seen)
+            self._masks[window] = None if needs_none else self._mask(window, seen)
 
     def _mask(self, window: int | None, seen: int) -> mx.array:
         """Which of the first columns each request sees, (S, 1, 1, seen)."""
@@ -161,20 +179,56 @@ class SlotBank:
     ) -> mx.array:
         """Put the new keys and values (S, K, 1, D) into layer `i`; what the queries (S, H, 1, D) see of all, the same shape."""
         window = self._spec.layers[i].window
-        column = self._column(window) % self._columns(i)
-        for buffers, new in ((self._keys, keys), (self._values, values)):
-            cast(mx.array, buffers[i])[:, :, column : column + 1, :] = new
+        columns = self._columns(i)
+        column = self._column(window) % columns
         all_keys, all_values = cast(mx.array, self._keys[i]), cast(mx.array, self._values[i])
+        seen = self._num_seen(window)
+        if self._spare_dims:
+            size = queries.shape[-1]
+            all_keys[:, :, column : column + 1, :size] = keys
+            all_values[:, :, column : column + 1, :size] = values
+            if self._column(window) >= columns and not self._sees_all(window, columns + 1):
+                # It goes round, and the column was nobody's, or not everybody's.
+                all_keys[:, :, column : column + 1, size : size + 1] = 0
+            queries = mx.concatenate([queries, self._tail(queries)], axis=-1)
+            scale = size**-0.5 if attention.scale is None else attention.scale
+            if seen < columns:
+                all_keys, all_values = all_keys[:, :, :seen], all_values[:, :, :seen]
+            if self._uses_products(queries.shape[1] * columns, None):
+                out = attend_by_products(queries, all_keys, all_values, None, scale, attention.sinks)
+            else:
+                out = attend(queries, all_keys, all_values, None, scale, attention.sinks)
+            return out[..., :size]
+        all_keys[:, :, column : column + 1, :] = keys
+        all_values[:, :, column : column + 1, :] = values
         mask = self._masks[window]
-        if self._uses_products(queries.shape[1] * self._columns(i), mask):
+        if self._uses_products(queries.shape[1] * columns, mask):
             # Over all columns, so that shapes stay the same for many steps.
             return attend_by_products(
                 queries, all_keys, all_values, self._whole_mask(window), attention.scale, attention.sinks
             )
-        seen = self._num_seen(window)
-        if seen < self._columns(i):
+        if seen < columns:
             all_keys, all_values = all_keys[:, :, :seen], all_values[:, :, :seen]
         return attention.attend_over(queries, all_keys, all_values, mask)
+
+    def _tail(self, queries: mx.array) -> mx.array:
+        """What follows each query's own numbers: a 1, which meets the keys' marks, and zeros. (S, H, 1, spare)"""
+        shape = (*queries.shape[:-1], self._spare_dims)
+        if shape not in self._tails:
+            self._tails[shape] = mx.zeros(shape, queries.dtype) + (mx.arange(shape[-1]) == 0).astype(queries.dtype)
+            self._evaluate(self._tails[shape])
+        return self._tails[shape]
+
+    def _mark(self, i: int, keys: mx.array, slot: int, count: int) -> None:
+        """Of the columns up to now only the last `count` are this request's; those to come are, once they are written."""
+        columns, column = self._columns(i), self._column(self._spec.layers[i].window)
+        places = np.arange(columns)
+        is_seen = (column - 1 - places) % columns < count
+        if column < columns:
+            is_seen |= places >= column
+        size = keys.shape[-1] - self._spare_dims
+        marks = mx.array(np.where(is_seen, 0, _UNSEEN)).astype(keys.dtype)[:, None]
+        keys[slot : slot + 1, :, :, size : size + 1] = mx.broadcast_to(marks, (1, keys.shape[1], columns, 1))
 
     def end(self) -> None:
         """The step has been dispatched: everybody is one token longer."""
@@ -219,11 +273,12 @@ class SlotBank:
         start = 0
         for run in self._runs(i, new.shape[2]):
             count = run.stop - run.start
-            buffer[slot : slot + 1, :, run, :] = new[:, :, start : start + count]
+            buffer[slot : slot + 1, :, run, : new.shape[3]] = new[:, :, start : start + count]
             start += count
 
     def _read_before(self, i: int, buffer: mx.array, slot: int, count: int) -> mx.array:
-        pieces = [buffer[slot : slot + 1, :, run, :] for run in self._runs(i, count)]
+        size = buffer.shape[-1] - self._spare_dims
+        pieces = [buffer[slot : slot + 1, :, run, :size] for run in self._runs(i, count)]
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
 
     # --- sizes --------------------------------------------------------------------------------------------------------
@@ -254,11 +309,21 @@ class SlotBank:
 
     def _go_round(self, length: int) -> None:
         """Let so many columns before the current ones count as written: a longer request joins, and goes round the end."""
+        gone_round: set[int | None] = set()
         while self._full_column < length:
             self._full_column += self._places
+            gone_round.add(None)
         for window in {each.window for each in self._spec.layers if each.window is not None}:
             while self._ring_column < min(length, window):
                 self._ring_column += window
+                gone_round.add(window)
+        if self._spare_dims:  # what was still to be written is looked at from now on
+            for i, layer in enumerate(self._spec.layers):
+                keys = self._keys[i]
+                if layer.window in gone_round and keys is not None:
+                    for slot, owner in enumerate(self.owners):
+                        if owner is not None:
+                            self._mark(i, keys, slot, min(self.lengths[slot], self._columns(i)))
 
     def _in_order(self, buffer: mx.array, columns: int) -> mx.array:
         """Of a buffer with so many columns those that hold anything, the oldest first."""

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="length of the long prompt (default: 8,192; 2,048 on a CPU)",
+        help="length of the long prompt (default: 8,192; 512 on a CPU)",
     )
     parser.add_argument("--mixed-requests", type=int, default=64, metavar="N", help="in the mixed load (default: 64)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs whose median counts (default: 3)")

@@ -63,7 +63,7 @@ def test_the_usual_mixed_load_is_always_the_same_and_as_large_as_it_says(pair):
     load, again = (mixed_load(model, longest=2048) for _ in range(2))
     assert load == again
     assert mixed_load(model, seed=1, longest=2048) != load
-    assert mixed_load(model).num_prompt_tokens < 31_950 / 4 * 1.01  # on a CPU
+    assert mixed_load(model).num_prompt_tokens < 31_950 / 16 * 1.02  # on a CPU
     assert all(
         len(prompt) + new <= model.context_length for prompt, new in zip(load.prompts, load.new_tokens, strict=True)
     )

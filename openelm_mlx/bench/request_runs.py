@@ -29,7 +29,7 @@ POLL = 1e-3
 SHORTEST, LONGEST, FEWEST, MOST = 64, 2048, 32, 192
 MIXED_SEED = 1794
 # The longest prompt on MLX's CPU backend, which takes minutes for more.
-LONGEST_ON_CPU = 512
+LONGEST_ON_CPU = 128
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def aligned_load(model: Model, count: int, prompt_tokens: int, new_tokens: int, 
 def mixed_load(model: Model, count: int = 64, seed: int = MIXED_SEED, longest: int | None = None) -> Load:
     """Requests of many lengths: most prompts short, few long. The same seed gives the same load.
 
-    longest: tokens of the longest prompt, after which all lengths go, those of answers too; 2,048 on a GPU and 512 on a CPU
+    longest: tokens of the longest prompt, after which all lengths go, those of answers too; 2,048 on a GPU and 128 on a CPU
     when it is None, and never more than the context. With 2,048 there are 31,950 prompt and 7,176 new tokens.
     """
     if longest is None:

@@ -56,7 +56,7 @@ class Settings:
     """What to measure.
 
     numbers: of requests at once. prompt_tokens, completion_tokens: of each. long_prompt: tokens of the prompt that comes in
-    while another request decodes; 0: 8,192, or 2,048 on a CPU. All are cut to what the context holds. rounds: at most.
+    while another request decodes; 0: 8,192, or 512 on a CPU. All are cut to what the context holds. rounds: at most.
     seconds: in all.
     """
 
@@ -170,7 +170,7 @@ def fitting(model: Model, settings: Settings) -> Settings:
     changed = {
         "prompt_tokens": max(2, min(settings.prompt_tokens, room // 4)),
         "completion_tokens": max(2, min(settings.completion_tokens, room // 4)),
-        "long_prompt": max(2, min(settings.long_prompt or (2048 if runs_on_cpu() else 8192), room - 8)),
+        "long_prompt": max(2, min(settings.long_prompt or (512 if runs_on_cpu() else 8192), room - 8)),
     }
     return Settings(**{**vars(settings), **changed})
 

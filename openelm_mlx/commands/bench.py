@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="with --random: decode after N tokens as well; with --requests: length of the long prompt (default: 8,192, on a "
-        "CPU 2,048)",
+        "CPU 512)",
     )
     parser.add_argument(
         "--seconds",

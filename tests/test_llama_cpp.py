@@ -18,6 +18,7 @@ from test_conversion_gguf import TEXTS
 
 import openelm_mlx as om
 from openelm_mlx.conversion import convert
+from openelm_mlx.conversion.gguf_plan import GGUF_TYPES
 from openelm_mlx.sources import DEMOS
 from openelm_mlx.text.chat import render_chat
 from openelm_mlx.text.harmony import HarmonyFormat
@@ -166,8 +167,36 @@ def test_demo_gpt_oss_answers_as_ours_does_with_rounded_bounds(gpt_oss, rounded_
     assert [greedy(exact, tokens, 48) for tokens in prompts] != theirs  # what the report warns of
 
 
-def test_a_converted_file_answers_as_its_folder_does(openelm, tmp_path):
-    """GGUF -> MLX, and what comes back out of it."""
-    convert(openelm, tmp_path / "back")
-    convert(tmp_path / "back", tmp_path / "again.gguf", gguf_type="q8_0")
-    assert len(llama_cpp(tmp_path / "again.gguf", tokenize=["What is a banjo?"])["tokenized"][0]) == 8
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_every_type_is_run_with_the_numbers_that_it_has_here(tmp_path, kind):
+    """GGUF -> MLX gives a model that answers as llama.cpp does with the file."""
+    convert("demo-openelm", tmp_path / "m.gguf", gguf_type=kind)
+    convert(tmp_path / "m.gguf", tmp_path / "back")
+    model, tokenizer = om.load(tmp_path / "back", dtype="float32")
+    chats = [[{"role": "user", "content": f"What is a {noun}?"}] for noun in NOUNS[:2]]
+    prompts = [render_chat(chat, tokenizer, "openelm-instruct") for chat in chats]
+    ours, theirs = answers(model, tmp_path / "m.gguf", prompts, 12)
+    assert ours == theirs
+
+
+def test_gpt_oss_as_it_is_released_with_the_rest_in_8_bits(tmp_path):
+    """Experts in MXFP4: where the model is sure of its words, 8-bit activations do not change them."""
+    convert("demo-gpt-oss", tmp_path / "m.gguf", gguf_type="q8_0")
+    convert(tmp_path / "m.gguf", tmp_path / "back")
+    model, tokenizer = om.load(tmp_path / "back", dtype="float32")
+    harmony = HarmonyFormat(tokenizer)
+    prompts = [harmony.render_for_completion(conversation(f"What is a {noun}?")) for noun in NOUNS[:2]]
+    ours, theirs = answers(model, tmp_path / "m.gguf", prompts, 24)
+    assert ours == theirs
+
+
+def test_mlx_s_4_bit_groups_are_run_as_they_are(tmp_path):
+    convert("demo-openelm", tmp_path / "plain", dtype="float16")
+    convert(tmp_path / "plain", tmp_path / "packed", quantize=4, group_size=64)
+    report = convert(tmp_path / "packed", tmp_path / "m.gguf", verify=True)
+    assert report.verification.num_exact == len(report.tensors)
+    assert report.gguf_types["Q4_1"] > 10
+    model, tokenizer = om.load(tmp_path / "packed", dtype="float32")
+    prompts = [render_chat([{"role": "user", "content": "What is a river?"}], tokenizer, "openelm-instruct")]
+    ours, theirs = answers(model, tmp_path / "m.gguf", prompts, 12)
+    assert ours == theirs

@@ -364,6 +364,36 @@ def test_a_tokenizer_comes_back_with_the_same_tokens(tmp_path, name, for_chat):
         assert after.decode(before.encode(text)) == before.decode(before.encode(text))
 
 
+def test_as_many_tokens_as_rows():
+    """llama.cpp takes their number for the embedding's, whether the tokenizer has fewer or more."""
+    vocabulary = vocabulary_of(load_tokenizer(TOKENIZERS / "llama"))
+    for num_rows in (590, 600, 640):
+        padded = vocabulary.padded(num_rows)
+        assert len(padded.tokens) == len(padded.types) == len(padded.scores) == num_rows
+        assert len(set(padded.tokens)) == num_rows
+
+
+def test_what_is_packed_in_a_file_can_be_unpacked_and_not_packed_again(tmp_path, source):
+    convert(source, tmp_path / "m.gguf", gguf_type="q8_0")
+    report = convert(tmp_path / "m.gguf", tmp_path / "out", dtype="float16")
+    assert (report.quantization, report.dtype) == (None, "float16")
+    with pytest.raises(ConversionError, match="quantized already"):
+        convert(tmp_path / "m.gguf", tmp_path / "again", quantize=4)
+    with pytest.raises(ConversionError, match="mlx-swift-lm"):
+        convert(tmp_path / "m.gguf", tmp_path / "again", target="swift")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_tokenizer_of_the_user_s_own_takes_the_place_of_the_file_s(tmp_path, source, demo_gguf):
+    report = convert(demo_gguf, tmp_path / "out", tokenizer=DEMOS["demo-gpt-oss"])
+    before = (DEMOS["demo-gpt-oss"] / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == before
+    assert "tokenizer.json" in report.tokenizer
+    with pytest.raises(TokenizerError, match="belongs to another model"):
+        convert(demo_gguf, tmp_path / "again", tokenizer=TOKENIZERS / "llama")
+    assert convert(demo_gguf, tmp_path / "swift", target="swift", verify=True).verification.layers[0].stream == 0
+
+
 def test_a_tokenizer_that_llama_cpp_would_split_otherwise_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match="would split text differently"):
         vocabulary_of(load_tokenizer(TOKENIZERS / "folding"))

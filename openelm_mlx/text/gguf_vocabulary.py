@@ -53,13 +53,13 @@ class Vocabulary:
     adds_space: bool = True
 
     def padded(self, num_rows: int) -> Vocabulary:
-        """With a name for every row of the model."""
+        """With a name for every row of the model, and none beyond."""
         missing = range(len(self.tokens), num_rows)
         return replace(
             self,
-            tokens=[*self.tokens, *(_PADDING.format(i).encode() for i in missing)],
-            types=[*self.types, *(UNUSED for _ in missing)],
-            scores=[*self.scores, *(-1e9 for _ in missing)] if self.scores else (),
+            tokens=[*self.tokens[:num_rows], *(_PADDING.format(i).encode() for i in missing)],
+            types=[*self.types[:num_rows], *(UNUSED for _ in missing)],
+            scores=[*self.scores[:num_rows], *(-1e9 for _ in missing)] if self.scores else (),
         )
 
     def fields(self, for_chat: bool = False) -> dict[str, Any]:

@@ -563,6 +563,22 @@ def test_blocks_that_are_wrong_are_found_by_verification(tmp_path, source, monke
     assert [each.name for each in tmp_path.iterdir()] == ["packed"]
 
 
+def test_one_code_of_a_carried_matrix_that_is_wrong_is_found(tmp_path, source, monkeypatch):
+    """Far less than rounding would move it: what is exact has to be exact."""
+    convert(source, tmp_path / "packed", quantize=4, group_size=32)
+    pack = gguf_plan_module.to_blocks
+
+    def one_wrong(*arguments):
+        blocks = pack(*arguments)
+        blocks.reshape(-1)[10] ^= 1  # a low bit of a code, behind scale and bias
+        return blocks
+
+    monkeypatch.setattr(gguf_plan_module, "to_blocks", one_wrong)
+    with pytest.raises(ConversionError, match="differs from the source"):
+        convert(tmp_path / "packed", tmp_path / "m.gguf", verify=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["packed"]
+
+
 def test_a_full_disk(tmp_path, source, monkeypatch):
     def full(stream, data):
         raise OSError(28, "No space left on device")
@@ -692,6 +708,15 @@ def test_a_repository_is_planned_by_its_headers_and_fetched_for_the_file(tmp_pat
     assert fields_of(tmp_path / "m.gguf")["general.source.url"] == "https://huggingface.co/me/OpenELM-x-Instruct"
     convert(tmp_path / "packed", tmp_path / "here.gguf")
     assert same(tensors_of(tmp_path / "m.gguf"), tensors_of(tmp_path / "here.gguf"))
+
+
+def test_scales_of_a_repository_are_looked_at_when_they_are_here(tmp_path, hub, source):
+    convert(source, tmp_path / "packed", quantize=4, group_size=32, dtype="float32")
+    hub.add_repo("me/x", {path.name: path for path in (tmp_path / "packed").iterdir()})
+    assert convert("me/x", tmp_path / "m.gguf", dry_run=True).gguf_types["Q4_1"] > 10
+    report = convert("me/x", tmp_path / "m.gguf", verify=True)
+    assert set(report.gguf_types) == {"F32"}  # float16 has not one of these scales
+    assert report.verification.num_exact == len(report.tensors)
 
 
 def test_a_repository_with_nothing_but_gguf(tmp_path, hub):

@@ -18,7 +18,7 @@ from openelm_mlx.conversion import convert, plan_conversion
 from openelm_mlx.conversion.for_swift import check_swift
 from openelm_mlx.errors import ConversionError, SettingError
 from openelm_mlx.sources import DEMOS
-from openelm_mlx.specs import spec_from_config
+from openelm_mlx.specs import openelm_config, spec_from_config
 
 F = np.float32
 GPT_OSS = FIXTURES / "gpt_oss_odd"
@@ -74,6 +74,16 @@ def test_swift_computes_the_shapes_of_every_released_size(size, target):
         assert written["ffn_dim_divisor"] == 256
         assert swift_shapes(written) == spec_shapes(source)
         assert spec_shapes({k: v for k, v in written.items() if k != "num_query_heads"}) == spec_shapes(source)
+
+
+@pytest.mark.parametrize("size", ["270M", "450M", "1.1B", "3B"])
+def test_a_config_that_is_written_for_a_shape_alone_has_apple_s_fields(size):
+    """As random checkpoints and exports have it."""
+    spec = spec_from_config(released_openelm_config(size))
+    written = openelm_config(spec)
+    assert written["ffn_dim_divisor"] == 256
+    assert spec_from_config(written) == spec
+    assert swift_shapes(written) == spec_shapes(written)
 
 
 def test_a_divisor_of_1_is_what_swift_misreads():

@@ -79,6 +79,9 @@ class ActiveRequest(HasJob):
         self.source: Source | None = None
         self.forward: Forward | None = None
         self.work: Future[Any] | None = None
+        self.work_began = 0.0
+        # Seconds that its work on the host takes at a time: the longest, which counts less and less. Unknown: long.
+        self.work_seconds = 4e-3
         # Tokens of the answer that are to be computed again, since the cache was given up for others.
         self.replay: deque[int] = deque()
         # Those who wait for this one's prompt, which is theirs too.
@@ -165,6 +168,11 @@ class ActiveRequest(HasJob):
     @property
     def has_begun(self) -> bool:
         return self._has_begun
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether its first token has been chosen, also where its prompt is being computed again."""
+        return bool(self.replay or self.pending is not None or self.source is not None)
 
     def begin_again(self, model: Model) -> None:
         """Admitted again after it gave way: everything is computed once more, and then it goes on where it was."""

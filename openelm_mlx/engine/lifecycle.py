@@ -64,7 +64,7 @@ class Lifecycle:
             return
         key = request.prompt_key
         for other in self._scheduler.prompts:
-            if other is not request and other.has_begun and not other.replay and other.prompt_key == key:
+            if other is not request and other.has_begun and other.prompt_key == key:
                 other.followers.append(request)
                 self._scheduler.follow(request)
                 return
@@ -86,7 +86,8 @@ class Lifecycle:
         self._scheduler.forget(request)
         self._groups.leave(request)
         if request.work is not None:
-            wait([request.work])  # it is at work on what the request's end takes away
+            request.work.cancel()  # where it has begun, its result is dropped: nobody waits for it
+            request.work = None
         cache = None if request.turn is None else request.cache
         is_kept = error is None and request.sequence.request.prefix_cache is not None
         try:
@@ -117,8 +118,15 @@ class Lifecycle:
                 self._scheduler.put_back(each)
             return
         heir, *others = heirs
+        del request.turn.tokens[request.turn.num_prompt_tokens :]  # the answer, where its prompt was computed again
+        try:
+            heir.begin_with(self._model, self._tokenizer, request.turn)
+        except Exception as error:
+            for each in others:
+                self._scheduler.put_back(each)
+            self.end(heir, error=error)
+            raise
         heir.followers = others
-        heir.begin_with(self._model, self._tokenizer, request.turn)
         heir.job.chunks = request.job.chunks
         self._scheduler.compute_prompt(heir)
 
@@ -150,10 +158,10 @@ class Lifecycle:
 
     def let_youngest_give_way(self, finish_host_work: Callable[[], None]) -> bool:
         """Who came last waits again, with its cache given up. False where only one is running."""
-        request = self._scheduler.youngest()
+        request = self._scheduler.youngest(lambda each: each.work is None) or self._scheduler.youngest()
         if request is not None and request.work is not None:
             wait([request.work])
-            finish_host_work()  # its source stands where it asks for logits then, or it has ended
+            finish_host_work()  # its source has gone on with the token that is in the cache, or it has ended
             request = self._scheduler.youngest()
         if request is None:
             return False

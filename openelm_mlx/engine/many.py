@@ -79,7 +79,7 @@ class Engine:
         self._shared = _Shared()
         # What the thread must not evaluate for the first time while others look at it.
         mx.eval([layer.prepare_constants() for layer in model.layers])
-        self._runner = Runner(model, tokenizer, self._scheduler)
+        self._runner = Runner(model, tokenizer, self._scheduler, self._shared.wake)
         self._thread = threading.Thread(
             target=_run, args=(self._runner, self._scheduler, self._shared), name="openelm_mlx engine", daemon=True
         )

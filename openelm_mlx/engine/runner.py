@@ -7,8 +7,9 @@ becomes, by the request's `Sequence`.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -34,15 +35,28 @@ if TYPE_CHECKING:
 
 # Seconds that a step waits for constraints before it goes on without the requests that they belong to.
 LONGEST_WAIT = 2e-3
+# Constraints that are worked on at once; more of them wait for each other, and nobody else for them.
+MOST_WORKERS = 8
 # Drafts are checked beside so many other requests at most: with more, a pass shares what a draft would save.
 MOST_BESIDE_DRAFTS = 4
 
 
 @final
 class Runner:
-    """See the module. Every method is called from the engine's thread."""
+    """See the module. Every method is called from the engine's thread.
 
-    def __init__(self, model: Model, tokenizer: Tokenizer | None, scheduler: Scheduler[ActiveRequest]) -> None:
+    wake: set when something has come from elsewhere (a request, a cancellation, work on the host that is done), and
+    cleared before it is looked at.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        scheduler: Scheduler[ActiveRequest],
+        wake: threading.Event | None = None,
+    ) -> None:
+        self._wake = threading.Event() if wake is None else wake
         self.model, self.tokenizer, self.scheduler = model, tokenizer, scheduler
         self.bank = slot_bank(model)
         self.memory = BatchMemory(model, self.bank)
@@ -57,7 +71,17 @@ class Runner:
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One pass, if there is anything to compute, and all that follows from it."""
+        """One pass, if there is anything to compute, and all that follows from it.
+
+        An error that is nobody's in particular (memory that was to be got for the pass) ends those who run, or whoever was
+        to be admitted, and not the engine.
+        """
+        try:
+            self._step()
+        except Exception as error:
+            self._failed(list(self.scheduler.running()) or self.scheduler.waiting[:1], error)
+
+    def _step(self) -> None:
         began = time.perf_counter()
         self.life.drop_cancelled()
         self.life.admit()
@@ -73,9 +97,12 @@ class Runner:
         parts = self._parts(prompts)
         before = [(each, each.pending) for each in self.scheduler.decoding if each.pending and not each.replay]
         chunk_length = sum(length for _, length in prompts)
-        if (parts or any(in_slots)) and not self._pass(in_slots, parts):
+        has_work = bool(parts) or any(in_slots)
+        if has_work and not self._pass(in_slots, parts):
             return
         self._hand_over(before)
+        if not has_work:
+            return
         if chunk_length and self.scheduler.decoding:
             self._evaluated([each.pending for each in self.scheduler.decoding if each.pending is not None])
         self._note_time(began, chunk_length)
@@ -95,7 +122,7 @@ class Runner:
         """Every request ends here, its caller is told `error`, and nothing is left behind."""
         self.life.end_all([*self.scheduler.waiting, *self.scheduler.running()], lambda: error)
         if self._pool is not None:
-            self._pool.shutdown(wait=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
         mx.clear_cache()
 
     # --- the pass -----------------------------------------------------------------------------------------------------
@@ -255,16 +282,16 @@ class Runner:
         assert logits is not None
         followers, request.followers = request.followers, []
         self.scheduler.prompt_is_done(request)
-        if request.replay or request.pending is not None or request.source is not None:
-            return  # it has begun its answer before
-        self._start_answer(request, logits[0])
-        for each in followers:
+        beginning = [] if request.has_answered else [request]
+        for each in followers:  # before the first answer begins, or ends
             try:
                 self.life.fork(request, each)
             except Exception as error:
                 self.life.end(each, error=error)
             else:
-                self._start_answer(each, logits[0])
+                beginning.append(each)
+        for each in beginning:
+            self._start_answer(each, logits[0])
 
     def _start_answer(self, request: ActiveRequest, logits: mx.array) -> None:
         """The first token, from the logits (V,) after the prompt."""
@@ -339,10 +366,10 @@ class Runner:
                         return
                     wanted = request.source.send(None)
                 elif isinstance(wanted, HostWork):
-                    if self.scheduler.num_running > 1:
-                        request.work = self._workers().submit(wanted.call)
+                    if self.scheduler.num_running > 1 or request.work_seconds > LONGEST_WAIT:
+                        self._start_host_work(request, wanted)
                         return
-                    wanted = request.source.send(wanted.call())
+                    wanted = request.source.send(_timed(request, wanted.call))
         except StopIteration:
             self.life.end(request)
         except Exception as error:
@@ -350,22 +377,27 @@ class Runner:
         else:
             request.forward = wanted
 
+    def _start_host_work(self, request: ActiveRequest, wanted: HostWork) -> None:
+        request.work_began = time.perf_counter()
+        request.work = self._workers().submit(_timed, request, wanted.call)
+        request.work.add_done_callback(lambda _: self._wake.set())
+
     def _finish_host_work(self) -> None:
-        """Let those go on whose work on the host is done. It is waited for a moment, or where nothing else is to be done."""
-        working = {each.work: each for each in self.scheduler.decoding if each.work is not None}
-        deadline = time.perf_counter() + LONGEST_WAIT
-        while working:
-            left: float | None = max(0.0, deadline - time.perf_counter())
-            if not self._has_other_work(working):
-                left = None
-            done, _ = wait(cast("Any", list(working)), timeout=left, return_when=FIRST_COMPLETED)
+        """Let those go on whose work on the host is done.
+
+        Others wait a moment for it, once. Where nothing else is to be done, it is waited for, or for whoever comes.
+        """
+        while working := {each.work: each for each in self.scheduler.decoding if each.work is not None}:
+            left = max(each.work_began for each in working.values()) + LONGEST_WAIT - time.perf_counter()
+            done, _ = wait(cast("Any", list(working)), timeout=max(0.0, left), return_when=FIRST_COMPLETED)
             if not done:
+                if not self._has_other_work(working):
+                    self._wake.wait()
                 return
             for future in done:
-                request = working.pop(future)
+                request = working[future]
                 request.work = None
                 self._resume(request, future)
-            working = {each.work: each for each in self.scheduler.decoding if each.work is not None}
 
     def _resume(self, request: ActiveRequest, future: Future[Any]) -> None:
         try:
@@ -381,7 +413,7 @@ class Runner:
 
     def _workers(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="openelm_mlx constraints")
+            self._pool = ThreadPoolExecutor(MOST_WORKERS, thread_name_prefix="openelm_mlx constraints")
         return self._pool
 
     # --- failures -----------------------------------------------------------------------------------------------------
@@ -398,8 +430,8 @@ class Runner:
             request.leave_slot()
         for part in [*(decoding_part(each) for each in together), *parts]:
             request = part.request
-            if request.turn is None or (request.job.chunks and not part.is_prompt):
-                continue
+            if request.turn is None or part.rows.cache[0].offset != part.offset:
+                continue  # it has ended, or is computed once more from the beginning
             before = request.pending
             try:
                 logits = compute(self.model, self._batch_step, self.bank, (), [part])
@@ -415,14 +447,18 @@ class Runner:
         """A pass has failed for all of them together. can_recompute: before any token was chosen from it."""
         errors = (error, *empty_stream())
         found = next((each for each in errors if is_out_of_memory(each)), error)
-        self._groups.forget()  # their arrays may be part of what failed
+        is_retried = is_watchdog(found) and can_recompute and not self._has_failed_before
+        if is_retried:
+            self._groups.release()  # as they were before the pass, which has chosen nothing yet
+        else:
+            self._groups.forget()  # their arrays may be part of what failed
         if is_out_of_memory(found):
             text = (str(found).strip().splitlines() or [type(found).__name__])[0]
             self.life.end_all(requests, lambda: MemoryLimitError(
                 "The memory ran out while several requests were being computed, and they were ended: ask again, with fewer "
                 f"requests at once (max_running), shorter ones, or a smaller memory_limit. (MLX says: {text})"
             ))  # fmt: skip
-        elif is_watchdog(found) and can_recompute and not self._has_failed_before:
+        elif is_retried:
             self._has_failed_before = True
             self.scheduler.pace.halve()
             for each in requests:
@@ -459,3 +495,12 @@ def slot_bank(model: Model) -> SlotBank:
 
 def _arrays_of(request: ActiveRequest) -> list[mx.array]:
     return [] if request.pending is None else request.pending.arrays
+
+
+def _timed(request: ActiveRequest, call: Callable[[], Any]) -> Any:
+    """What `call`, its work on the host, gives."""
+    began = time.perf_counter()
+    try:
+        return call()
+    finally:
+        request.work_seconds = max(time.perf_counter() - began, 0.9 * request.work_seconds)

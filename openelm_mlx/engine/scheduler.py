@@ -217,10 +217,10 @@ class Scheduler(Generic[J]):
         self.forget(request)
         _insert(self.waiting, request)
 
-    def youngest(self) -> J | None:
-        """Who gives way when memory is short; None while fewer than two are running."""
-        running = list(self.running())
-        return max(running, key=_number) if len(running) > 1 else None
+    def youngest(self, may: Callable[[J], bool] = lambda _: True) -> J | None:
+        """Who gives way when memory is short, among those who `may`; never the oldest that is running."""
+        running = sorted(self.running(), key=_number)
+        return next((each for each in reversed(running[1:]) if may(each)), None)
 
     def forget(self, request: J) -> None:
         """It has ended, or has been cancelled, wherever it is."""

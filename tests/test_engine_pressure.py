@@ -100,7 +100,7 @@ def read_all(handles, seconds=60):
     def read(at):
         try:
             found[at] = seen(handles[at])
-        except Exception as error:
+        except (ValueError, RuntimeError, OSError) as error:
             found[at] = error
 
     threads = [threading.Thread(target=read, args=(at,), daemon=True) for at in range(len(handles))]

@@ -2,7 +2,8 @@
 
 `convert` below is the whole way: source, plan, tokenizer, weights one after the other, the files beside them, a look at
 what was written, and the rename that makes it visible. `plan.py` decides, `checkpoint/writer.py` writes, `verify.py`
-compares, `card.py` carries the licence along.
+compares, `card.py` carries the licence along. A GGUF file is written by `to_gguf.py` and read by `from_gguf.py`;
+`for_swift.py` says which models a Swift app can run.
 """
 
 from __future__ import annotations

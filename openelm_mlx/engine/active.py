@@ -26,6 +26,7 @@ from ..models.quantized_cache import QuantizedKVCache
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
+from .expert_shares import ExpertShare
 from .handle import Channel
 from .request import usable_vocab_size
 from .scheduler import HasJob, Job
@@ -100,6 +101,7 @@ class ActiveRequest(HasJob):
     step: Step
     budget: Budget
     lease: LimitsLease
+    experts: ExpertShare | None
 
     @property
     def cache(self) -> Cache:
@@ -150,14 +152,13 @@ class ActiveRequest(HasJob):
     def begin_with(self, model: Model, tokenizer: Tokenizer | None, turn: Turn) -> None:
         """Admitted, with a cache that is there already."""
         request = self.sequence.request
-        plan = runtime_of(model).plan
+        runtime = runtime_of(model)
         self.turn = turn
-        self.lease = self._stack.enter_context(generating(plan))
+        self.experts = None if runtime.residency is None else ExpertShare(len(runtime.residency.layers))
+        self.lease = self._stack.enter_context(generating(runtime.plan))
         self.budget = Budget(model, turn.cache, self.lease)
         queued = time.perf_counter() - self.submitted
-        self.sequence.clock = Clock(
-            request, turn.num_reused, self.lease, runtime_of(model).residency, time_queued=queued
-        )
+        self.sequence.clock = Clock(request, turn.num_reused, self.lease, self.experts, time_queued=queued)
         usable = usable_vocab_size(model, tokenizer)
         self.sampler = Sampler(request.sampling, model.spec.vocab_size, usable, request.prompt_tokens)
         self.sampler_form = self.sampler.form

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast, final
 
 import mlx.core as mx
@@ -22,8 +23,10 @@ from ..decoding.tokens import Choice, Forward, HostWork, computed
 from ..errors import MemoryLimitError, SettingError
 from ..models.rows import Rows
 from ..models.slots import LONGEST_IN_SLOTS, SlotBank, fits_in_slots
+from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest, Pending
+from .expert_shares import ExpertShares
 from .flat_pass import Part, SamplerGroups, compute, decoding_part, prompt_part
 from .lifecycle import Lifecycle
 from .memory import BatchMemory
@@ -61,6 +64,8 @@ class Runner:
         self.bank = slot_bank(model)
         self.memory = BatchMemory(model, self.bank)
         self._batch_step = BatchStep(model)
+        residency = runtime_of(model).residency
+        self._shares = None if residency is None else ExpertShares(residency)
         self.num_steps = 0
         self._chunk = chunk_of_plan(model)
         self._groups = SamplerGroups()
@@ -165,7 +170,8 @@ class Runner:
         if request.forward is not None:
             forward, request.forward = request.forward, None
             try:
-                reply = computed(request.step, forward)
+                with self._shared([(request, max(1, forward.tokens.size))]):
+                    reply = computed(request.step, forward)
             except Exception as error:
                 self._failed([request], error)
                 return
@@ -181,7 +187,8 @@ class Runner:
                 return
             self._hand_over([(request, pending)])
             if request.turn is not None:
-                request.pending = request.chosen(*request.step.choose(pending.token, request.sampler))
+                with self._shared([(request, 1)]):
+                    request.pending = request.chosen(*request.step.choose(pending.token, request.sampler))
                 mx.async_eval(request.pending.arrays)
         except Exception as error:
             self._failed([request], error)
@@ -224,7 +231,7 @@ class Runner:
     def _pass(self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> bool:
         """Compute the flat pass, and let each go on with its logits. False where it failed."""
         try:
-            logits = compute(self.model, self._batch_step, self.bank, in_slots, parts)
+            logits = self._compute(in_slots, parts)
         except Exception as error:
             self.life.take_back(parts)
             self._pass_failed(in_slots, parts, error)
@@ -237,6 +244,24 @@ class Runner:
             self._failed(list(self.scheduler.running()), error)
             return False
         return True
+
+    def _compute(self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> mx.array | None:
+        """The logits of the flat pass; see `compute`."""
+        rows = [(part.request, part.rows.length) for part in parts]
+        with self._shared([*((each, 1) for each in in_slots if each is not None), *rows]):
+            return compute(self.model, self._batch_step, self.bank, in_slots, parts)
+
+    @contextmanager
+    def _shared(self, rows: Sequence[tuple[ActiveRequest, int]]) -> Iterator[None]:
+        """What is read of experts on disk meanwhile is for these, each with so many rows; also what a failed pass read."""
+        if self._shares is None:
+            yield
+            return
+        self._shares.begin()
+        try:
+            yield
+        finally:
+            self._shares.divide([(each.experts, count) for each, count in rows if each.experts is not None])
 
     def _distribute(
         self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part], logits: mx.array | None
@@ -295,6 +320,8 @@ class Runner:
 
     def _start_answer(self, request: ActiveRequest, logits: mx.array) -> None:
         """The first token, from the logits (V,) after the prompt."""
+        if request.sequence.clock is not None:
+            request.sequence.clock.prompt_is_done()
         is_finite = mx.all(mx.isfinite(logits))
         if request.is_plain:
             pending = request.chosen(logits, request.sampler(logits))
@@ -434,7 +461,7 @@ class Runner:
                 continue  # it has ended, or is computed once more from the beginning
             before = request.pending
             try:
-                logits = compute(self.model, self._batch_step, self.bank, (), [part])
+                logits = self._compute((), [part])
             except Exception as own:
                 self.life.take_back([part])
                 self.life.end(request, error=own)

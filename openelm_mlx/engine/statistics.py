@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..decoding.speculation_gain import Counts
-from ..experts.residency import Residency
 from ..experts.statistics import ExpertStatistics
 from ..memory.limits import LimitsLease
 from ..text.streams import REASONING
+from .expert_shares import Counted
 
 if TYPE_CHECKING:
     from .request import Request
@@ -34,8 +34,9 @@ class Statistics:
         drafted_tokens: How many tokens a draft proposed (speculative decoding).
         accepted_tokens: How many of them were accepted.
         speculation_speedup: Speed relative to plain steps; None where it was not measured.
-        prompt_experts: What was read from disk for the prompt, in total and by layer, if experts are on disk (for
-        two answers at a time from one model, of both); else None.
+        prompt_experts: What was read from disk for the prompt, in total and by layer, if experts are on disk; else
+        None. Requests of one engine share what a pass reads by the tokens that each has in it; of two
+        `stream_generate` at a time from one model, each has what was read for both.
         answer_experts: The same for the answer.
     """
 
@@ -61,7 +62,7 @@ class Statistics:
 class Clock:
     """Times and memory of one request, from its prompt's first chunk on.
 
-    num_cached_tokens: of the prompt, from a prefix cache. speculation: the acceptance so far, if a draft is used.
+    num_cached_tokens: of the prompt, from a prefix cache. experts: counts what is read from disk. speculation: the acceptance so far, if a draft is used.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Clock:
         request: Request,
         num_cached_tokens: int,
         lease: LimitsLease,
-        residency: Residency | None = None,
+        experts: Counted | None = None,
         time_queued: float = 0.0,
     ) -> None:
         self._time_queued = time_queued
@@ -79,16 +80,21 @@ class Clock:
         self.speculation = Counts()
         self._started = self._first = self._last = time.perf_counter()
         self._num_tokens = 0
-        self._residency = residency
-        self._experts = [] if residency is None else [residency.statistics()]
+        self._counted = experts
+        # Before the prompt, and between prompt and answer.
+        self._experts = [] if experts is None else [experts.statistics()]
+
+    def prompt_is_done(self) -> None:
+        """What is read from now on is for the answer; at the first token, where nobody has said so before."""
+        if self._counted is not None and len(self._experts) == 1:
+            self._experts.append(self._counted.statistics())
 
     def token_arrived(self) -> None:
         """One more token is on the host."""
         self._last = time.perf_counter()
         if self._num_tokens == 0:
             self._first = self._last
-            if self._residency is not None:
-                self._experts.append(self._residency.statistics())
+            self.prompt_is_done()
         self._num_tokens += 1
 
     def token_is_answer(self) -> None:
@@ -100,8 +106,8 @@ class Clock:
         request, num_prompt_tokens = self._request, len(self._request.prompt_tokens)
         prefill, decode = self._first - self._started, self._last - self._first
         experts: dict[str, ExpertStatistics] = {}
-        if self._residency is not None:
-            start, first, last = *self._experts, self._residency.statistics()
+        if self._counted is not None:
+            start, first, last = *self._experts, self._counted.statistics()
             experts = {"prompt_experts": first.since(start), "answer_experts": last.since(first)}
         return Statistics(
             prompt_tokens=num_prompt_tokens,

@@ -30,7 +30,7 @@ from .engine.many import answers, option_names
 from .engine.prompt import Prompt
 from .engine.sequence import Chunk
 from .engine.single import new_sequence, run
-from .errors import NoAnswerWarning
+from .errors import NoAnswerWarning, PromptError
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def generate(
     """The model's answer to `prompt`, as one string, without its reasoning. Takes the options of `stream_generate`.
 
     A list of prompts (texts, or lists of token ids or of chat messages) gives a list of answers: they are computed
-    together by an `om.Engine`, and each is the one that its prompt gets alone.
+    together by an `om.Engine`, and each is the one that its prompt gets alone. What is wrong with one of them is raised
+    with its number.
 
     When gpt-oss gives no answer, because its reasoning used up the tokens or it called a tool, the string is empty and a
     `NoAnswerWarning` says why and what to change.
@@ -67,8 +68,24 @@ def generate(
 
 
 def is_list_of_prompts(prompt: Any) -> bool:
-    """Whether it is several prompts: texts, or lists. Token ids and chat messages in a list are one."""
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(each, (str, list)) for each in prompt)
+    """Whether it is several prompts: texts, or lists. Token ids and chat messages in a list are one.
+
+    Raises PromptError where some of a list are prompts, and others are not.
+    """
+    if not isinstance(prompt, (list, tuple)):
+        return False
+    others = [at for at, each in enumerate(prompt) if not _may_be_a_prompt(each)]
+    if others and len(others) < len(prompt):
+        other = prompt[others[0]]
+        raise PromptError(
+            f"Number {others[0] + 1} in the list of {len(prompt)} prompts is of type {type(other).__name__}: each has to be "
+            "text, a list of token ids, or a list of chat messages."
+        )
+    return bool(prompt) and not others
+
+
+def _may_be_a_prompt(each: Any) -> bool:
+    return isinstance(each, (str, list, tuple)) or (hasattr(each, "tolist") and each.ndim > 0)
 
 
 def _depth_of_caller() -> int:

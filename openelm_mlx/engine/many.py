@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import threading
 import weakref
+from collections.abc import Iterator
 from collections.abc import Sequence as ManyOf
 from typing import TYPE_CHECKING, Any, final
 
@@ -15,7 +16,7 @@ import mlx.core as mx
 from ..arguments import checked_call, refuse_unknown
 from ..checks import whole_number
 from ..decoding.arguments import check_model
-from ..errors import EngineClosedError
+from ..errors import EngineClosedError, MemoryLimitError, PromptError
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
 from .handle import Channel, Handle, wake_readers
@@ -215,7 +216,22 @@ def _stop(shared: _Shared, thread: threading.Thread) -> None:
 def answers(
     model: Model, tokenizer: Tokenizer | None, prompts: ManyOf[Prompt], **options: Any
 ) -> list[tuple[str, Statistics | None]]:
-    """The text of an answer to each prompt, computed together, and what it took."""
+    """The text of an answer to each prompt, computed together, and what it took. Errors say which prompt's they are."""
     with Engine(model, tokenizer, max_waiting=max(MAX_WAITING, len(prompts))) as engine:
-        handles = [engine.submit(prompt, **options) for prompt in prompts]
-        return [(handle.text(), handle.statistics) for handle in handles]
+        handles = []
+        for at, prompt in enumerate(prompts):
+            with _numbered(at, len(prompts)):
+                handles.append(engine.submit(prompt, **options))
+        found = []
+        for at, handle in enumerate(handles):
+            with _numbered(at, len(prompts)):
+                found.append((handle.text(), handle.statistics))
+        return found
+
+
+@contextlib.contextmanager
+def _numbered(at: int, count: int) -> Iterator[None]:
+    try:
+        yield
+    except (PromptError, MemoryLimitError) as error:  # what differs from prompt to prompt
+        raise type(error)(f"Prompt {at + 1} of {count}: {error}") from None

@@ -101,6 +101,11 @@ def _checked_tokens(model: Model, prompt: Sequence[int]) -> list[int]:
             number = -1 if isinstance(token, bool) else operator.index(token)
         except TypeError:
             number = -1
+        if isinstance(token, (str, list, tuple)):
+            raise PromptError(
+                f"The prompt is a list with {shown(token)} in it, where token ids are wanted: give one prompt here; "
+                "om.generate takes a list of them."
+            )
         if not 0 <= number < model.spec.vocab_size:
             raise PromptError(
                 f"The prompt has token {token!r}; the model's tokens are 0 to {model.spec.vocab_size - 1}."

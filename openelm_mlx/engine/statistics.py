@@ -62,7 +62,8 @@ class Statistics:
 class Clock:
     """Times and memory of one request, from its prompt's first chunk on.
 
-    num_cached_tokens: of the prompt, from a prefix cache. experts: counts what is read from disk. speculation: the acceptance so far, if a draft is used.
+    num_cached_tokens: of the prompt, from a prefix cache. experts: counts what is read from disk.
+    speculation: the acceptance so far, if a draft is used.
     """
 
     def __init__(

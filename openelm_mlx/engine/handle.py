@@ -25,7 +25,7 @@ class Channel:
         self.is_cancelled = False
         self.is_done = False
         self.statistics: Statistics | None = None
-        self.waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._wake_engine = wake_engine
         self._lock = threading.Lock()
 
@@ -44,6 +44,19 @@ class Channel:
             self.items.put(last)
         self.items.put(error)  # None: the end
 
+    def add_waiter(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+        """Resolve the loop's future when something has come."""
+        with self._lock:
+            self._waiters.append((loop, future))
+
+    def take_waiters(self) -> list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]:
+        """Those who are to be told that something has come."""
+        if not self._waiters:  # whoever comes after this look finds the item
+            return []
+        with self._lock:
+            found, self._waiters = self._waiters, []
+        return found
+
     def cancel(self) -> None:
         """Ask the engine to give the request up."""
         if not self.is_done and not self.is_cancelled:
@@ -55,9 +68,8 @@ def wake_readers(channels: Iterable[Channel]) -> None:
     """Wake the tasks that wait for these, with one call into each event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for channel in channels:
-        waiter, channel.waiter = channel.waiter, None
-        if waiter is not None:
-            by_loop.setdefault(waiter[0], []).append(waiter[1])
+        for loop, future in channel.take_waiters():
+            by_loop.setdefault(loop, []).append(future)
     for loop, futures in by_loop.items():
         try:
             loop.call_soon_threadsafe(_resolve, futures)
@@ -76,7 +88,7 @@ class Handle:
     """A request that an engine answers: iterate it, with `for` or `async for`, for its chunks.
 
     Each chunk comes once; who stops reading early calls `cancel`. A handle that is dropped before its end cancels the
-    request. An error of the request (MemoryLimitError and others) is raised where its next chunk would have come.
+    request. Several threads or tasks that read one handle share its chunks. An error of the request (MemoryLimitError and others) is raised where its next chunk would have come.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -107,7 +119,7 @@ class Handle:
 
                 loop = asyncio.get_running_loop()
                 future: asyncio.Future[None] = loop.create_future()
-                channel.waiter = loop, future
+                channel.add_waiter(loop, future)
                 if channel.items.empty():  # else it came between the two looks
                     await future
             else:
@@ -118,7 +130,7 @@ class Handle:
         return "".join(chunk.text for chunk in self)
 
     def cancel(self) -> None:
-        """Give the request up: its memory is free within one step of the engine. No chunk comes any more."""
+        """Give the request up: its memory is free within one step of the engine. What had come before can still be read."""
         self.channel.cancel()
 
     @property
@@ -140,6 +152,8 @@ class Handle:
         if isinstance(item, Chunk):
             return item
         self._is_over, self._error = True, item
+        self.channel.items.put(item)  # whoever else reads it comes to the end, too
+        wake_readers([self.channel])
         raise item or end
 
     def _raise_end(self, end: type[Exception]) -> NoReturn:

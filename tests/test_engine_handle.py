@@ -33,7 +33,7 @@ def test_several_readers_share_a_handle_and_all_come_to_its_end(model):
     with om.Engine(model) as engine:
         handle = engine.submit(prompt_of(9), max_tokens=40)
         parts = in_threads(lambda _: seen(handle), 3)
-        assert sorted(sum(parts, []), key=str) == sorted(expected, key=str)
+        assert sorted([each for part in parts for each in part], key=str) == sorted(expected, key=str)
         assert list(handle) == []
 
 

@@ -87,8 +87,9 @@ def _resolve(futures: list[asyncio.Future[None]]) -> None:
 class Handle:
     """A request that an engine answers: iterate it, with `for` or `async for`, for its chunks.
 
-    Each chunk comes once; who stops reading early calls `cancel`. A handle that is dropped before its end cancels the
-    request. Several threads or tasks that read one handle share its chunks. An error of the request (MemoryLimitError and others) is raised where its next chunk would have come.
+    Each chunk comes once; several threads or tasks that read one handle share them. Who stops reading early calls
+    `cancel`; a handle that is dropped before its end cancels the request. An error of the request (MemoryLimitError and
+    others) is raised where its next chunk would have come.
     """
 
     def __init__(self, channel: Channel) -> None:

@@ -105,12 +105,13 @@ class Runner:
         has_work = bool(parts) or any(in_slots)
         if has_work and not self._pass(in_slots, parts):
             return
+        was_first = not before
         self._hand_over(before)
         if not has_work:
             return
         if chunk_length and self.scheduler.decoding:
             self._evaluated([each.pending for each in self.scheduler.decoding if each.pending is not None])
-        self._note_time(began, chunk_length)
+        self._note_time(began, chunk_length, was_first)
 
     def touched(self) -> list[ActiveRequest]:
         """Those for whom something has come since the last call."""
@@ -198,8 +199,9 @@ class Runner:
         if not self.model.choices.slots:
             return []
         bank = self.bank
+        are_too_long = bank.longest > LONGEST_IN_SLOTS
         for each in self.scheduler.decoding:
-            if each.bank is not None and (each.pending is None or each.replay or bank.longest > LONGEST_IN_SLOTS):
+            if each.bank is not None and (each.pending is None or each.replay or are_too_long):
                 each.leave_slot()
         new = [each for each in self.scheduler.decoding if self._can_join(each)]
         if bank.num_owners + len(new) > 1:
@@ -506,12 +508,16 @@ class Runner:
         except RuntimeError as error:
             self._failed(list(self.scheduler.running()), error)
 
-    def _note_time(self, began: float, chunk_length: int) -> None:
+    def _note_time(self, began: float, chunk_length: int, was_first: bool = False) -> None:
+        """was_first: nobody decoded before this step."""
         self.num_steps += 1
         if self.num_steps % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
-        if self.scheduler.decoding:
-            self.scheduler.pace.step_took(time.perf_counter() - began, chunk_length)
+        seconds = time.perf_counter() - began
+        if self.scheduler.decoding and not was_first:
+            self.scheduler.pace.step_took(seconds, chunk_length)
+        elif chunk_length:
+            self.scheduler.pace.prompt_took(seconds, chunk_length)
 
 
 def slot_bank(model: Model) -> SlotBank:

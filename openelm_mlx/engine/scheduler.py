@@ -63,13 +63,18 @@ class Job:
 
 @final
 class ChunkPace:
-    """How long a chunk of a prompt may be while others decode, learned from the steps' times (seconds)."""
+    """How long a chunk of a prompt may be while others decode, learned from the steps' times (seconds).
+
+    first: the first chunk beside somebody who decodes, where nothing is known of what a prompt's token takes.
+    """
 
     def __init__(self, first: int = 64) -> None:
         self.longest = 2**20  # whatever the times say
         self.last = first
         self._length = float(first)
         self._usual: float | None = None  # of a step without a chunk
+        self._per_token: float | None = None  # of a prompt that nobody decoded beside
+        self._is_measured = False  # whether a chunk beside somebody has been timed
 
     @property
     def usual_step(self) -> float | None:
@@ -77,12 +82,22 @@ class ChunkPace:
         return self._usual
 
     def length(self, most: int) -> int:
-        """The chunk's length now, at most `most`: a multiple of 16, so that shapes are few."""
-        return max(LEAST_CHUNK, min(most, int(self._length) // LEAST_CHUNK * LEAST_CHUNK))
+        """The chunk's length now, at most `most`: a multiple of 16, or a power of two below, so that shapes are few."""
+        length = self._length
+        if not self._is_measured and self._usual is not None and self._per_token is not None:
+            length = min(length, (_AIM - 1) * self._usual / self._per_token)
+        if length < LEAST_CHUNK:  # a device for which a prompt's token costs as much as one of an answer
+            return min(most, 1 << max(1, int(length).bit_length() - 1))
+        return max(LEAST_CHUNK, min(most, int(length) // LEAST_CHUNK * LEAST_CHUNK))
 
     def halve(self) -> None:
         """The last chunk was too long for the device: from now on, none is longer than half of it."""
         self.longest = max(LEAST_CHUNK, self.last // 2)
+
+    def prompt_took(self, seconds: float, length: int) -> None:
+        """Learn from a step in which nobody decoded what a token of a prompt takes."""
+        found = seconds / max(1, length)
+        self._per_token = found if self._per_token is None else min(found, 0.5 * (found + self._per_token))
 
     def step_took(self, seconds: float, chunk_length: int) -> None:
         """Learn from a step in which somebody decoded. chunk_length: 0 for a step without a prompt."""
@@ -91,11 +106,13 @@ class ChunkPace:
             return
         if self._usual is None or seconds <= 0:
             return
+        if not self._is_measured:
+            self._length, self._is_measured = float(chunk_length), True
         wanted = _AIM * self._usual
         # Less at once when it was too long, more by steps: one step that was short by chance means little.
         if seconds > wanted:
-            self._length = max(LEAST_CHUNK, min(self._length, chunk_length) * max(0.25, wanted / seconds))
-        elif chunk_length >= self._length * 0.75:
+            self._length = max(2.0, min(self._length, chunk_length) * max(0.25, wanted / seconds))
+        elif chunk_length >= self._length * 0.5:
             self._length = min(2.0**20, self._length * min(1.5, wanted / seconds))
 
 

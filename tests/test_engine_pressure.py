@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
@@ -10,7 +11,7 @@ from test_engine_many import prompt_of, random_request, seen
 
 import openelm_mlx as om
 from openelm_mlx.decoding.constraint import PlainConstraint
-from openelm_mlx.errors import MemoryLimitError
+from openelm_mlx.errors import CheckpointError, MemoryLimitError
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +43,7 @@ def answers_of(engine, requests):
     engine._runner.life.admit = lambda: all_here.wait() and admit()
     handles = [engine.submit(prompt, **options) for prompt, options in requests]
     all_here.set()
-    found = [None] * len(handles)
-
-    def read(at):
-        found[at] = seen(handles[at])
-
-    threads = [threading.Thread(target=read, args=(at,), daemon=True) for at in range(len(handles))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert None not in found, "somebody waits for ever"
-    return found
+    return read_all(handles)
 
 
 @pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
@@ -246,3 +236,31 @@ def test_a_prompt_beside_a_request_whose_pass_raises(models, monkeypatch):
         found = read_all([first, second])
         assert has_failed
         assert found == [alone[0][1:], alone[1]], chunk
+
+
+@pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
+def test_who_gives_way_out_of_a_slot_answers_as_alone(models, monkeypatch, family):
+    model, draw = models[family], random.Random(7)
+    monkeypatch.setattr(model, "choices", replace(model.choices, slots=True))
+    requests = [random_request(draw, family) for _ in range(8)]
+    alone = [seen(om.stream_generate(model, None, prompt, **options)) for prompt, options in requests]
+    with om.Engine(model) as engine:
+        given = give_way_at_random(engine, draw)
+        found = answers_of(engine, requests)
+        assert [[each[0] for each in one] for one in found] == [[each[0] for each in one] for one in alone]
+        assert given[0] >= 3
+        assert len(engine._runner.bank) == 0
+        assert engine._runner.memory.held_bytes == 0
+
+
+def test_logits_that_are_no_numbers_end_their_request_alone():
+    """Also of requests that share a prompt."""
+    model = load_fixture(FIXTURES / "gpt_oss_tiny")
+    weight = model.model.embed_tokens.weight
+    model.update({"model": {"embed_tokens": {"weight": weight.at[500].add(float("nan"))}}})
+    prompts = [[5, 6, 7], [5, 500, 7], [9, 8], [5, 500, 7]]
+    alone = {at: seen(om.stream_generate(model, None, prompts[at], max_tokens=6)) for at in (0, 2)}
+    with om.Engine(model) as engine:
+        found = answers_of(engine, [(prompt, {"max_tokens": 6}) for prompt in prompts])
+        assert [found[0], found[2]] == [alone[0], alone[2]]
+        assert [type(found[at]) for at in (1, 3)] == [CheckpointError] * 2

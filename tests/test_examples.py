@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
+    "many_requests.py": "banjo: a stringed instrument",
     "memory_peak.py": "planned",
     "make_random_checkpoint.py": "parameters",
     "calculator_agent.py": "12 + 30 = 42",

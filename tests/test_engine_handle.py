@@ -16,6 +16,7 @@ from test_engine_many import prompt_of, seen
 import openelm_mlx as om
 from openelm_mlx.engine.handle import Channel, Handle, wake_readers
 from openelm_mlx.engine.sequence import Chunk
+from openelm_mlx.errors import SettingError
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,36 @@ def test_replaced_weights_are_used_by_the_next_request():
                 first.update(weights)
             handles = [engine.submit(prompt_of(9), max_tokens=8, prefix_cache=store) for _ in range(3)]
             assert [seen(handle) for handle in handles] == [wanted] * 3
+
+
+def test_what_cannot_go_together_is_refused_before_it_waits(model, rings):
+    store = om.PrefixCache()
+    list(om.stream_generate(rings, None, prompt_of(9), max_tokens=2, prefix_cache=store))
+    other = random_model(vocab_size=500, context_length=256)
+    with pytest.raises(SettingError, match="belongs to another model"):
+        om.stream_generate(model, None, prompt_of(9), max_tokens=2, prefix_cache=store)
+    with om.Engine(model) as engine:
+        for told, options in (
+            ("belongs to another model", {"prefix_cache": store}),
+            ("The draft model has 500 tokens and the model 600", {"draft": om.DraftModel(other)}),
+            ("cannot be quantized", {"kv_bits": 8}),
+        ):
+            with pytest.raises(SettingError, match=told):
+                engine.submit(prompt_of(9), max_tokens=2, **options)
+        assert engine.num_waiting == engine.num_running == 0
+
+
+def test_several_answers_take_seeds_up_to_the_largest_and_no_other_sampling(model):
+    last = om.SamplingParams(temperature=1.2, seed=2**64 - 1)
+    expected = [
+        seen(om.stream_generate(model, None, prompt_of(9), max_tokens=5, sampling=last.with_seed(seed)))
+        for seed in (2**64 - 1, 0)
+    ]
+    with om.Engine(model) as engine:
+        handles = engine.submit_several(prompt_of(9), 2, max_tokens=5, sampling=last)
+        assert [seen(handle) for handle in handles] == expected
+        with pytest.raises(SettingError, match="sampling is a int"):
+            engine.submit_several(prompt_of(9), 2, sampling=3)
 
 
 READING = """

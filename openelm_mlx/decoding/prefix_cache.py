@@ -217,9 +217,13 @@ class PrefixCache:
             for entry in found:
                 self.keep(entry)
 
-    def _check_model(self, model: Model) -> None:
+    def check_model(self, model: Model) -> None:
+        """Raise SettingError where what is kept was computed by another model."""
         if self._model is not None and self._model is not model:
             raise SettingError("This PrefixCache belongs to another model: make one for each model.")
+
+    def _check_model(self, model: Model) -> None:
+        self.check_model(model)
         version = weights_version(model)
         if self._model is not None and version != self._weights_version:
             self._entries.clear()

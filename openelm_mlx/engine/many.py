@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..arguments import checked_call, refuse_unknown
 from ..checks import whole_number
 from ..decoding.arguments import check_model
+from ..decoding.sampling import SamplingParams
 from ..errors import EngineClosedError, MemoryLimitError, PromptError
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
@@ -113,10 +114,11 @@ class Engine:
         """`count` requests of one prompt, which is computed once. With a seed, the answers have seed, seed + 1, ..."""
         whole_number("count", count)
         sampling = options.get("sampling")
+        first_seed = sampling.seed if isinstance(sampling, SamplingParams) else None
         handles = []
         for i in range(count):
-            if sampling is not None and sampling.seed is not None:
-                options["sampling"] = sampling.with_seed(sampling.seed + i)
+            if first_seed is not None:
+                options["sampling"] = sampling.with_seed((first_seed + i) % 2**64)
             handles.append(self.submit(prompt, **options))
         return handles
 
@@ -132,11 +134,14 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._shared.incoming) + len(self._scheduler.waiting)
+        with self._shared.lock:
+            return len(self._shared.incoming) + len(self._scheduler.waiting)
 
     def place_in_queue(self, handle: Handle) -> int | None:
         """How many requests are before this one in the queue; None once it has been admitted."""
-        for place, request in enumerate([*self._scheduler.waiting, *self._shared.incoming]):
+        with self._shared.lock:
+            waiting = [*self._scheduler.waiting, *self._shared.incoming]
+        for place, request in enumerate(waiting):
             if request.channel is handle.channel:
                 return place
         return None
@@ -170,8 +175,9 @@ def _run(runner: Runner, scheduler: Scheduler[ActiveRequest], shared: _Shared) -
     try:
         while not shared.is_closing:
             shared.wake.clear()
-            while shared.incoming:
-                scheduler.waiting.append(shared.incoming.popleft())
+            with shared.lock:  # whoever counts finds a request in one of the two
+                while shared.incoming:
+                    scheduler.waiting.append(shared.incoming.popleft())
             if shared.is_closing:
                 break
             if runner.has_work:

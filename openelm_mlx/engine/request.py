@@ -66,6 +66,8 @@ class Request:
         self.sampling.check_tokens(usable_vocab_size(model, tokenizer))
         if self.sliding_window is not None:
             whole_number("sliding_window", self.sliding_window, high=model.context_length)
+        if self.prefix_cache is not None:
+            self.prefix_cache.check_model(model)
         if self.draft is not None:
             if not isinstance(self.draft, Drafts):
                 raise SettingError(

@@ -114,11 +114,10 @@ class Engine:
         """`count` requests of one prompt, which is computed once. With a seed, the answers have seed, seed + 1, ..."""
         whole_number("count", count)
         sampling = options.get("sampling")
-        first_seed = sampling.seed if isinstance(sampling, SamplingParams) else None
         handles = []
         for i in range(count):
-            if first_seed is not None:
-                options["sampling"] = sampling.with_seed((first_seed + i) % 2**64)
+            if isinstance(sampling, SamplingParams) and sampling.seed is not None:
+                options["sampling"] = sampling.with_seed((sampling.seed + i) % 2**64)
             handles.append(self.submit(prompt, **options))
         return handles
 

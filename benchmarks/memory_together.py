@@ -7,7 +7,6 @@ what is planned for is what `memory.admission` says of these requests before the
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -214,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
     from openelm_mlx.errors import SettingError
 
     if args.measure:
-        sys.stdout.write(json.dumps(measure(*args.measure)))
+        report_json(measure(*args.measure))
         return 0
     names = [name for name in MIXTURES if args.only is None or args.only in name]
     if not names:

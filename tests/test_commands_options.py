@@ -183,7 +183,10 @@ ELSEWHERE = {
     },
     "convert": {"--json": "test_commands_convert.py", "--quiet": "test_commands_convert.py"},
     "export": {"--json": "test_exporting.py", "--quiet": "test_exporting.py"},
-    "bench": {"--chart": "test_bench_benchmark.py", "--json": "test_bench_benchmark.py"},
+    "bench": {
+        "--chart": "test_bench_benchmark.py", "--json": "test_bench_benchmark.py", "--mixed": "test_bench_requests.py",
+        "--requests": "test_bench_requests.py",
+    },
     "info": {"--layers": "test_commands.py", "--json": "test_commands.py"},
     "selfcheck": {
         "--no-timings": "test_bench_selfcheck.py", "--keep": "test_bench_selfcheck.py", "--output": "test_bench_selfcheck.py",

@@ -53,14 +53,14 @@ def test_a_pass_is_shared_by_rows_and_nothing_is_lost_in_rounding():
     now = LayerStatistics()
     shares = ExpertShares(SimpleNamespace(statistics=lambda: ExpertStatistics.of([now])))
     long, short = ExpertShare(1), ExpertShare(1)
-    for _ in range(7):
+    for _ in range(8):
         now.misses += 5  # between passes: somebody else's
         shares.begin()
         now.hits, now.bytes_read, now.seconds_waited = now.hits + 10, now.bytes_read + 1001, now.seconds_waited + 0.5
         shares.divide([(long, 20), (short, 3)])
-    assert (long.layers[0].hits, short.layers[0].hits) == (7 * 8, 7 * 2)
-    assert long.layers[0].bytes_read + short.layers[0].bytes_read == 7 * 1001
-    assert long.layers[0].seconds_waited == pytest.approx(7 * 0.5 * 20 / 23)
+    assert (long.layers[0].hits, short.layers[0].hits) == (8 * 8 + 4, 8 * 1 + 4)
+    assert long.layers[0].bytes_read + short.layers[0].bytes_read == 8 * 1001
+    assert long.layers[0].seconds_waited == pytest.approx(8 * 0.5 * 20 / 23)
     assert long.layers[0].misses == short.layers[0].misses == 0
 
 

@@ -41,6 +41,7 @@ class ExpertShares:
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self._before = residency.statistics()
+        self._num_passes = 0
 
     def begin(self) -> None:
         """A pass begins. What was read since the last one was for somebody else."""
@@ -51,6 +52,10 @@ class ExpertShares:
         now = self._residency.statistics()
         before, self._before = self._before, now
         total = sum(count for _, count in rows)
+        # What is rounded falls to whoever stands last: another one in every pass.
+        first = self._num_passes % max(1, len(rows))
+        self._num_passes += 1
+        rows = [*rows[first:], *rows[:first]]
         has_begun_anew = now.read_backs < before.read_backs  # `reset_statistics`
         for i, layer in enumerate(now.layers):
             read = layer if has_begun_anew else layer.since(before.layers[i])

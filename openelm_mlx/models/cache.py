@@ -83,7 +83,8 @@ class KVCache:
         """Bytes allocated once it holds `num_tokens` in all, of one row with numbers of `itemsize` bytes."""
         if self.keys is not None and num_tokens <= self.keys.shape[2]:
             return self.nbytes
-        return kv_capacity(num_tokens, self.context_length) * layer.kv_bytes_per_token(itemsize)
+        places = kv_capacity(num_tokens, self.context_length) + self.spare_places
+        return places * layer.kv_bytes_per_token(itemsize)
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""

@@ -43,7 +43,8 @@ class QuantizedKVCache:
         """Bytes allocated once it holds `num_tokens` in all, of one row."""
         if self.keys is not None and num_tokens <= self.keys.weight.shape[2]:
             return self.nbytes
-        return kv_capacity(num_tokens, self.context_length) * layer.kv_bytes_per_token(itemsize, BITS)
+        places = kv_capacity(num_tokens, self.context_length) + self.spare_places
+        return places * layer.kv_bytes_per_token(itemsize, BITS)
 
     def clear(self) -> None:
         """Drop everything and free the memory."""

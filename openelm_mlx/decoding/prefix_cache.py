@@ -147,7 +147,7 @@ class PrefixCache:
                 return None
             cache = self._cache_for(entry, checkpoint, num_reused)
             kept = [each for each in entry.checkpoints if each.offset <= num_reused and each.arrays]
-            return Turn(self, tokens, kind, cache, (*borders, num_shared), kept)
+            return Turn(self, tokens, kind, cache, (*borders, num_shared), kept, cache is not entry.cache)
 
     def borders_for(self, tokens: Sequence[int], kind: tuple[object, ...]) -> tuple[int, ...]:
         """Where earlier prompts start to differ from this one: good positions for snapshots, as the next may differ there."""
@@ -262,7 +262,8 @@ class PrefixCache:
 class Turn:
     """One running request: `cache` has the first `num_reused` of its prompt's tokens already.
 
-    tokens: prompt and answer so far; the loop appends to it. stops: offsets at which the prompt's chunks end.
+    tokens: prompt and answer so far; the loop appends to it. stops: offsets at which the prompt's chunks end. is_fork:
+    whether the cache shares what it has with another one, until it is written to.
     """
 
     def __init__(
@@ -273,8 +274,9 @@ class Turn:
         cache: Cache,
         borders: Sequence[int] = (),
         checkpoints: Sequence[TurnCheckpoint] = (),
+        is_fork: bool = False,
     ) -> None:
-        self.cache, self.tokens = cache, list(prompt)
+        self.cache, self.tokens, self.is_fork = cache, list(prompt), is_fork
         self.num_reused, self.num_prompt_tokens = cache[0].offset, len(prompt)
         self.stops = sorted({border for border in borders if self.num_reused < border < len(prompt)})
         self._store, self._kind = store, kind
@@ -286,6 +288,11 @@ class Turn:
     def new_tokens(self) -> list[int]:
         """The part of the prompt that is left to be computed; at least one token."""
         return self.tokens[self.num_reused : self.num_prompt_tokens]
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Snapshots that it holds so far."""
+        return len(self._checkpoints)
 
     def at_border(self) -> None:
         """Take a snapshot here: where the cached part of the prompt ends, or after a chunk of it."""
@@ -302,7 +309,7 @@ class Turn:
     def forked(self) -> Turn:
         """Another request with the same prompt, which is in the cache: what is written to one is not seen by the other."""
         cache = [layer.fork(layer.snapshot()) for layer in self.cache]
-        new = Turn(self._store, self.tokens[: self.num_prompt_tokens], self._kind, cache)
+        new = Turn(self._store, self.tokens[: self.num_prompt_tokens], self._kind, cache, is_fork=True)
         new._checkpoints = list(self._checkpoints)
         return new
 

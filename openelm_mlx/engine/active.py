@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import mlx.core as mx
 
-from ..decoding.budget import Budget, chunk_of_plan
+from ..decoding.budget import chunk_of_plan
 from ..decoding.compiled_step import make_step
 from ..decoding.prefix_cache import Turn
 from ..decoding.sampling import Sampler, log_probabilities
@@ -99,7 +99,6 @@ class ActiveRequest(HasJob):
     sampler: Sampler
     sampler_form: tuple[object, ...]
     step: Step
-    budget: Budget
     lease: LimitsLease
     experts: ExpertShare | None
 
@@ -156,7 +155,6 @@ class ActiveRequest(HasJob):
         self.turn = turn
         self.experts = None if runtime.residency is None else ExpertShare(len(runtime.residency.layers))
         self.lease = self._stack.enter_context(generating(runtime.plan))
-        self.budget = Budget(model, turn.cache, self.lease)
         queued = time.perf_counter() - self.submitted
         self.sequence.clock = Clock(request, turn.num_reused, self.lease, self.experts, time_queued=queued)
         usable = usable_vocab_size(model, tokenizer)

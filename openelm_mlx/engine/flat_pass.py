@@ -77,8 +77,6 @@ def compute(
             used.end()
         if prompts:
             mx.eval([layer.buffers for each in prompts for layer in each.rows.cache])
-    for each in prompts:
-        each.request.budget.chunk_is_done(total)
     if prompts and (runs_on_cpu() or total >= THROTTLED_FROM):
         mx.clear_cache()
     return logits

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, final
 
 import mlx.core as mx
 
-from ..errors import MemoryLimitError
 from ..memory.admission import TOKENS_AT_ONCE
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
@@ -143,17 +142,14 @@ class Lifecycle:
         growing = [each for each in self._scheduler.decoding if len(each.sequence.tokens) % TOKENS_AT_ONCE == 0]
         if not growing:
             return
-        while not self._memory.can_grow(growing, list(self._scheduler.running())):
+        while not self._memory.can_grow(running := list(self._scheduler.running())):
             if not self.let_youngest_give_way(finish_host_work):
+                for each in running:  # the only one
+                    self.end(each, error=self._memory.refusal(each))
                 break
-            growing = [each for each in growing if each in self._scheduler.decoding]
         for each in growing:
-            if each.bank is not None:
-                continue
-            try:
-                each.budget.before_tokens(len(each.sequence.tokens), each.sequence.request.limit)
-            except MemoryLimitError as error:
-                self.end(each, error=error)
+            if each in self._scheduler.decoding:
+                self._memory.reserve(each)
         self._memory.changed(self._scheduler.running())
 
     def let_youngest_give_way(self, finish_host_work: Callable[[], None]) -> bool:

@@ -21,6 +21,7 @@ from ..errors import EngineClosedError, MemoryLimitError, PromptError
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
 from .handle import Channel, Handle, wake_readers
+from .memory import usual_number
 from .prompt import Prompt
 from .runner import Runner
 from .scheduler import Scheduler
@@ -30,8 +31,8 @@ from .statistics import Statistics
 if TYPE_CHECKING:
     from ..models import Model
 
-# Requests at once where nobody says and no plan has an opinion; and in the queue.
-MAX_RUNNING, MAX_WAITING = 32, 1024
+# Requests in the queue where nobody says.
+MAX_WAITING = 1024
 
 
 class _Shared:
@@ -62,7 +63,9 @@ class Engine:
     on where it was. Safe to use from several threads, and from asyncio (`async for chunk in handle`).
 
     Args:
-        max_running: Requests that are computed at once; 32 when it is None.
+        max_running: Requests that are computed at once. None: as many as the model was loaded for (`batch_size`);
+            where nobody said, as many requests of 2,048 tokens as fit beside the weights, at most 32. Memory may
+            still let fewer run, when they are long.
         max_waiting: Requests in the queue; 1,024 when it is None. One more is refused with EngineFullError.
     """
 
@@ -74,7 +77,9 @@ class Engine:
         max_waiting: int | None = None,
     ) -> None:
         check_model(model, tokenizer)
-        max_running = MAX_RUNNING if max_running is None else whole_number("max_running", max_running, high=4096)
+        max_running = (
+            usual_number(model) if max_running is None else whole_number("max_running", max_running, high=4096)
+        )
         max_waiting = MAX_WAITING if max_waiting is None else whole_number("max_waiting", max_waiting, low=0)
         self.model, self.tokenizer = model, tokenizer
         self._scheduler: Scheduler[ActiveRequest] = Scheduler(max_running, max_waiting)
@@ -98,9 +103,7 @@ class Engine:
         refuse_unknown("engine.submit", {name: each for name, each in options.items() if name not in known}, known)
         shared = self._shared
         self._check_open()
-        sequence = new_sequence(
-            self.model, self.tokenizer, prompt, active_memory=self._runner.memory.without_requests, **options
-        )
+        sequence = new_sequence(self.model, self.tokenizer, prompt, memory=self._runner.memory, **options)
         channel = Channel(shared.wake.set)
         with shared.lock:
             self._check_open()
@@ -165,7 +168,7 @@ class Engine:
 def option_names() -> list[str]:
     """The keywords of a request."""
     parameters = inspect.signature(new_sequence).parameters.values()
-    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "active_memory"]
+    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "memory"]
 
 
 def _run(runner: Runner, scheduler: Scheduler[ActiveRequest], shared: _Shared) -> None:

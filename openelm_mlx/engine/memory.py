@@ -1,18 +1,37 @@
-"""What many requests may take together: asked before one is admitted, and every few tokens of those that run."""
+"""What many requests may take together: asked before one is admitted, before a prompt's chunk, and every few tokens.
+
+The arithmetic is the plan's (memory/admission.py); here it is told what the requests of an engine really hold. Counted are
+the memory in use now, what caches and slots grow by, and the arrays of the next pass.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 import mlx.core as mx
 
-from ..decoding.budget import Budget
-from ..decoding.prefix_cache import PrefixCache
-from ..memory.admission import TOKENS_AT_ONCE
+from ..checks import size
+from ..decoding.prefix_cache import MAX_CHECKPOINTS, PrefixCache
+from ..errors import MemoryLimitError
+from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, Admission, Held
+from ..memory.cache_bytes import CacheBytes, Growth
+from ..memory.plan import DEFAULT_CHUNK, USUAL_CONTEXT
+from ..memory.plan_types import MemoryPlan
+from ..memory.scratch import slots_bytes
+from ..models.cache import Cache, KVCache
+from ..models.precision import runs_on_cpu
+from ..models.quantized_cache import QuantizedKVCache
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
+from ..specs import KV_STEP, checked_kv_bits
 from .active import ActiveRequest
+from .request import Request
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -20,6 +39,13 @@ if TYPE_CHECKING:
 # A request is admitted when so many tokens of its answer have room beside all others' next ones. More are not kept
 # ready: most answers end long before their limit, and who comes last gives way when it gets tight.
 ADMITTED_TOKENS = 4 * TOKENS_AT_ONCE
+# Requests at once where nobody says.
+MAX_RUNNING = 32
+# Of more requests, only how long they are in steps of the caches is looked at.
+_LOOKED_AT = 4
+
+# A pass: tokens of a request, and how many are cached before them.
+_Part = tuple[int, int, CacheBytes]
 
 
 @final
@@ -34,36 +60,115 @@ class BatchMemory:
         self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
         self._active_memory = mx.get_active_memory if active_memory is None else active_memory
         self.held_bytes = 0
+        # What a pass has taken beyond its plan, as far as that was seen; until nobody runs.
+        self._excess = 0
+        # In use when nobody ran, kept prefixes left out.
+        self._without_requests = self._active_memory()
+        self._kinds: dict[tuple[int | None, int | None, int], CacheBytes] = {}
+        self._stores: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._admission: tuple[MemoryPlan, Admission] | None = None
+        self._computing: dict[tuple[object, ...], int] = {}
 
     @property
     def limit(self) -> int | None:
         plan = runtime_of(self._model).plan
         return None if plan is None else plan.budget_bytes
 
+    @property
+    def admission(self) -> Admission:
+        """The plan's arithmetic."""
+        plan = runtime_of(self._model).plan
+        if self._admission is None or self._admission[0] is not plan:
+            made = admission_of(self._model, plan, self._itemsize)
+            if plan is None:
+                return made
+            self._admission = plan, made
+            self._computing.clear()
+        return self._admission[1]
+
+    # --- a request by itself: called from any thread ---
+
     def without_requests(self) -> int:
-        """Bytes in use, but for what running requests hold: what a request would find if it were alone."""
-        return max(0, self._active_memory() - self.held_bytes)
+        """Bytes that are in use whoever runs: what requests hold, compute with, or kept for later ones is not among them."""
+        return min(self._without_requests, max(0, self._active_memory() - self.held_bytes - self._kept_bytes()))
+
+    def check(self, request: Request, max_tokens: int) -> None:
+        """Raise MemoryLimitError for a request that can never fit, whoever runs now, with what would."""
+        if (failure := runtime_of(self._model).failure) is not None:
+            raise MemoryLimitError(failure)
+        self._know(request.prefix_cache)
+        self._alone(request).check(len(request.prompt_tokens), max_tokens, self.without_requests())
+
+    def room_for_answer(self, request: Request, most: int) -> int:
+        """How many tokens of an answer would fit if nobody else ran, at most `most`; 0 if none does."""
+        if self.limit is None:
+            return most
+        longest = self._alone(request).longest(self.without_requests(), [], Held(0, 0))
+        return max(0, min(most, longest - len(request.prompt_tokens)))
+
+    # --- those that run: called from the engine's thread ---
 
     def changed(self, running: Iterable[ActiveRequest]) -> None:
         """Somebody's keys and values have grown, or are gone."""
+        running = list(running)
         self.held_bytes = self._bank.nbytes + sum(
             layer.nbytes for each in running if each.turn is not None for layer in each.cache
         )
+        if not running:
+            self._excess = 0
+            in_use = self._active_memory() - self.held_bytes - self._kept_bytes()
+            self._without_requests = min(self._without_requests, max(0, in_use))
 
     def has_room_for(self, request: ActiveRequest, running: Sequence[ActiveRequest]) -> bool:
         """Whether one more fits beside those that run. Kept prefixes give way first."""
         if self.limit is None:
             return True
         checked = request.sequence.request
-        cache = checked.make_cache(self._model)
-        wanted = len(checked.prompt_tokens) + len(request.sequence.tokens) + min(request.num_left, ADMITTED_TOKENS)
-        new = Budget(self._model, cache, active_memory=self._active_memory)
-        chunk = min(len(checked.prompt_tokens), new.planned_chunk)
-        return self._fits([*self._growing(running), (new, wanted)], chunk + len(running), [*running, request])
+        self._know(checked.prefix_cache)
+        length = len(checked.prompt_tokens)
+        chunk = min(length, checked.prefill_chunk or self.admission.chunk)
+        caches = self._caches_of(checked)
+        new = self._held(request, ADMITTED_TOKENS)._replace(snapshots=self._num_snapshots(checked))
+        rows = [self._row(each) for each in running]
+        return self._fits(
+            [*(self._held(each) for each in running), new], [*rows, (chunk, length - chunk, caches)], len(rows)
+        )
 
-    def can_grow(self, growing: Sequence[ActiveRequest], running: Sequence[ActiveRequest]) -> bool:
-        """Whether the next tokens of these have room. Kept prefixes give way first."""
-        return self.limit is None or self._fits(self._growing(growing), len(running), running)
+    def can_grow(self, running: Sequence[ActiveRequest]) -> bool:
+        """Whether the next tokens of all have room beside each other. Kept prefixes give way first."""
+        if self.limit is None:
+            return True
+        rows = [self._row(each) for each in running]
+        return self._fits([self._held(each) for each in running], rows, len(rows))
+
+    def longest_piece(self, request: ActiveRequest, wanted: int, decoding: Sequence[ActiveRequest]) -> int:
+        """How many tokens of a prompt to compute beside those who decode: `wanted`, or half of it, or a quarter ...
+
+        Kept prefixes give way before it is less than a chunk of the plan is at least; 0 when not even that fits.
+        """
+        length = wanted
+        while not self.has_room_for_pieces([(request, length)], decoding):
+            if length <= LEAST_CHUNK:
+                if not self.forget_kept():
+                    return 0
+                length = wanted
+            else:
+                length = max(LEAST_CHUNK, length // 2)
+        return length
+
+    def has_room_for_pieces(
+        self, pieces: Sequence[tuple[ActiveRequest, int]], decoding: Sequence[ActiveRequest]
+    ) -> bool:
+        """Whether these pieces of prompts fit into one pass, beside those who decode."""
+        if self.limit is None:
+            return True
+        held, parts = [self._held(each) for each in decoding], [self._row(each) for each in decoding]
+        for request, length in pieces:
+            offset, caches = request.position, self._caches_of(request.sequence.request)
+            held.append(self._held(request)._replace(reserved=offset + length))
+            parts.append((length, offset, caches))
+        return self._needed(held, parts, len(decoding) + len(pieces)) <= self.limit
 
     def has_slot_for(self, request: ActiveRequest) -> bool:
         """Whether the bank of slots has room for one more, its own cache being there until it has joined."""
@@ -76,41 +181,209 @@ class BatchMemory:
         copied = 2 * self._bank.nbytes // max(1, len(self._model.spec.layers))
         return self._active_memory() + max(0, more) + copied <= limit
 
-    def forget_kept(self, requests: Iterable[ActiveRequest]) -> bool:
-        """Forget the oldest of the kept prefixes. False when none is left."""
-        stores: dict[int, PrefixCache] = {}
-        for each in requests:
-            store = each.sequence.request.prefix_cache
-            if store is not None:
-                stores[id(store)] = store
-        found = any(store.forget_oldest() for store in stores.values())
-        if found:
+    def reserve(self, request: ActiveRequest, num_tokens: int | None = None) -> None:
+        """Let its caches grow, one layer after the other, so that only one is in memory twice while it is copied.
+
+        num_tokens: in all; up to where it is looked at again when that is None.
+        """
+        if request.turn is None or request.bank is not None:
+            return
+        num_tokens = self._held(request).reserved if num_tokens is None else num_tokens
+        for layer in request.cache:
+            mx.eval(layer.reserve(num_tokens))  # before the next layer's copy is made
+
+    def in_use(self) -> int:
+        """Bytes in use now."""
+        return self._active_memory()
+
+    def pass_took(self, computed: int, parts: Sequence[tuple[ActiveRequest, int, int]]) -> None:
+        """Learn from a pass: `computed` bytes beside what was in use. parts: requests, their tokens, cached ones before."""
+        if self.limit is not None:
+            made = [(length, cached, self._caches_of(each.sequence.request)) for each, length, cached in parts]
+            self._excess = max(self._excess, computed - self._pass_bytes(made, len(made)))
+
+    def forget_kept(self) -> bool:
+        """Forget the oldest of the kept prefixes of every store. False when none is left."""
+        found = [store.forget_oldest() for store in self._known_stores()]
+        if any(found):
             mx.clear_cache()
-        return found
+        return any(found)
 
-    def _growing(self, requests: Iterable[ActiveRequest]) -> list[tuple[Budget, int]]:
-        """Those that have a cache, and how many tokens each is to have room for."""
-        found = []
-        for each in requests:
-            if each.turn is None or each.bank is not None:
-                continue
-            total = each.turn.num_prompt_tokens + len(each.sequence.tokens)
-            found.append((each.budget, total + min(each.num_left, TOKENS_AT_ONCE + 1)))
-        return found
+    def refusal(self, request: ActiveRequest) -> MemoryLimitError:
+        """Why a request cannot go on though nobody else runs."""
+        held = self._held(request)
+        count = len(request.sequence.tokens)
+        if request.job.chunks and not count:
+            what = f"The prompt was stopped after {request.position:,} tokens"
+            advice = "shorten the prompt"
+        else:
+            what, advice = f"The answer was stopped after {count:,} tokens", "ask for fewer tokens"
+        growth = self._growth([held])
+        needed = self._needed([held], [self._row(request)], 1)
+        in_use = self._active_memory()
+        return MemoryLimitError(
+            f"{what}, before it would pass the memory limit: {size(in_use)} are in use, the keys and values of "
+            f"{held.most:,} tokens take {size(growth.more)} more and computing takes "
+            f"{size(needed - in_use - growth.more)}, together {size(needed)} of the {size(self.limit or 0)} allowed. "
+            f"The model can be used again: {advice}, or raise memory_limit (--memory-limit)."
+        )
 
-    def _fits(self, growing: Sequence[tuple[Budget, int]], num_rows: int, requests: Sequence[ActiveRequest]) -> bool:
+    # --- what they hold ---
+
+    def _held(self, request: ActiveRequest, answer: int = TOKENS_AT_ONCE + 1) -> Held:
+        """A request as admission sees it, with so many tokens of its answer to come."""
+        checked = request.sequence.request
+        total = len(checked.prompt_tokens) + len(request.sequence.tokens) + min(request.num_left, answer)
+        caches = self._caches_of(checked)
+        turn = request.turn
+        if turn is None:  # it waits, or another computes its prompt
+            return Held(0, total, 0, 0, caches)
+        if request.bank is not None:  # the bank grows for all
+            return Held(request.position, total, max(total, request.position), 0, caches)
+        position, places = request.cache[0].offset, _places(request.cache)
+        snapshots = 0
+        if checked.prefix_cache is not None and request.job.chunks:
+            snapshots = max(0, min(len(request.job.chunks) - 1, MAX_CHECKPOINTS + 1 - turn.num_checkpoints))
+        if position and position == turn.num_reused:  # nothing has been written yet, and what is there may be shared
+            if turn.is_fork and places <= position:
+                places = 0
+            else:
+                snapshots += 1
+        return Held(position, total, places, snapshots, caches)
+
+    def _row(self, request: ActiveRequest) -> _Part:
+        """Its part of a pass in which it decodes."""
+        held = self._held(request)
+        return 1, held.most, self._caches_of(request.sequence.request)
+
+    def _num_snapshots(self, request: Request) -> int:
+        """How many snapshots of its rings a request will take that has not begun."""
+        if request.prefix_cache is None:
+            return 0
+        chunk = request.prefill_chunk or self.admission.chunk
+        return min(MAX_CHECKPOINTS, -(-len(request.prompt_tokens) // chunk))
+
+    def _caches_of(self, request: Request) -> CacheBytes:
+        window, room = request.sliding_window, request.room
+        kv_bits = request.kv_bits or (None if window else self._model.kv_bits)
+        key = kv_bits, window, room
+        if key not in self._kinds:
+            bits = checked_kv_bits(self._model.spec, kv_bits, window)
+            made = _cache_bytes(self._model, self._itemsize)
+            self._kinds[key] = replace(made, kv_bits=bits, window=window, room=room)
+        return self._kinds[key]
+
+    def _alone(self, request: Request) -> Admission:
+        return replace(self.admission, caches=self._caches_of(request))
+
+    # --- the sum ---
+
+    def _growth(self, held: Sequence[Held]) -> Growth:
+        """Of the requests' own caches, and of the slots."""
+        growth = self.admission.growth(held)
+        bank = self._bank
+        if not bank.longest:
+            return growth
+        more = bank.nbytes_with(0, bank.longest + TOKENS_AT_ONCE + 1, self._itemsize) - bank.nbytes
+        if more <= 0:
+            return growth
+        copied = 2 * bank.nbytes // max(1, len(self._model.spec.layers))
+        return Growth(growth.more + more, max(growth.copied, copied))
+
+    def _needed(self, held: Sequence[Held], parts: Sequence[_Part], num_logits: int) -> int:
+        growth = self._growth(held)
+        computing = self._pass_bytes(parts, num_logits) + self._excess
+        return self._active_memory() + growth.more + max(growth.copied, computing)
+
+    def _fits(self, held: Sequence[Held], parts: Sequence[_Part], num_logits: int) -> bool:
         limit = self.limit
         assert limit is not None
-        longest = self._bank.longest + TOKENS_AT_ONCE + 1
-        more = (
-            max(0, self._bank.nbytes_with(0, longest, self._itemsize) - self._bank.nbytes) if self._bank.longest else 0
-        )
-        copied = scratch = 0
-        for budget, total in growing:
-            grown, twice = budget.growth(total)
-            more, copied = more + grown, max(copied, twice)
-            scratch = max(scratch, budget.scratch(num_rows))
-        while self._active_memory() + more + copied + scratch > limit:
-            if not self.forget_kept(requests):
+        if self._needed(held, parts, num_logits) <= limit:
+            return True
+        with contextlib.suppress(RuntimeError):  # of work that had failed, which whoever reads its results is told
+            mx.synchronize()  # what is being computed now is not there then
+        while self._needed(held, parts, num_logits) > limit:
+            if not self.forget_kept():
                 return False
         return True
+
+    def _pass_bytes(self, parts: Sequence[_Part], num_logits: int) -> int:
+        """The arrays of a pass."""
+        is_long = len(parts) > _LOOKED_AT
+        counts = Counter(
+            (length, -(-cached // KV_STEP) * KV_STEP if is_long else cached, id(caches), caches.kv_bits, caches.window)
+            for length, cached, caches in parts
+        )
+        in_slots = len(self._bank) if self._model.choices.products_from else 0
+        columns = -(-(self._bank.longest + 1) // KV_STEP) * KV_STEP
+        key = (tuple(sorted(counts.items(), key=str)), num_logits, in_slots, columns)
+        admission = self.admission
+        if key not in self._computing:
+            if len(self._computing) > 4096:
+                self._computing.clear()
+            kinds = {id(caches): caches for _, _, caches in parts}
+            made = [
+                admission.part(length, cached, kinds[kind])._replace(number=number)
+                for (length, cached, kind, *_), number in counts.items()
+            ]
+            computing = admission.parts_bytes(made, num_logits)
+            if in_slots:
+                computing += slots_bytes(self._model.spec, in_slots, columns, self._itemsize, admission.backend)
+            self._computing[key] = computing
+        return self._computing[key]
+
+    # --- kept prefixes ---
+
+    def _know(self, store: PrefixCache | None) -> None:
+        """A request came with a store, which this engine may empty when memory is short."""
+        if store is None:
+            return
+        with self._lock:
+            if store not in self._stores:
+                self._stores.add(store)
+                self._without_requests = max(0, self._without_requests - store.nbytes)
+
+    def _known_stores(self) -> list[PrefixCache]:
+        with self._lock:
+            return list(self._stores)
+
+    def _kept_bytes(self) -> int:
+        return sum(store.nbytes for store in self._known_stores())
+
+
+def usual_number(model: Model) -> int:
+    """How many requests an engine runs at once where nobody says: as many as the model was loaded for (`batch_size`), or as
+    the plan has room for at a usual length, at most 32 then; 32 without a plan.
+    """
+    plan = runtime_of(model).plan
+    if plan is None:
+        return MAX_RUNNING
+    if plan.batch_size > 1:
+        return plan.batch_size
+    itemsize = model.embed(mx.array([[0]])).dtype.size
+    length = min(model.context_length, USUAL_CONTEXT // 4)
+    return max(1, admission_of(model, plan, itemsize).most_requests(length, MAX_RUNNING))
+
+
+def admission_of(model: Model, plan: MemoryPlan | None, itemsize: int) -> Admission:
+    """The arithmetic of a model's plan, for requests with its own settings."""
+    backend = "cpu" if runs_on_cpu() else "metal" if mx.metal.is_available() else "cuda"
+    chunk = DEFAULT_CHUNK if plan is None else plan.prefill_chunk
+    return Admission.of(plan, _cache_bytes(model, itemsize), backend, chunk)
+
+
+def _cache_bytes(model: Model, itemsize: int) -> CacheBytes:
+    kv_bits = checked_kv_bits(model.spec, model.kv_bits)
+    return CacheBytes(
+        model.spec, itemsize, kv_bits, context_length=model.context_length, spare_places=model.choices.spare_places
+    )
+
+
+def _places(cache: Cache) -> int:
+    """How many places the layers have that keep everything; 1 where there are only rings, 0 before the first token."""
+    for layer in cache:
+        if isinstance(layer, KVCache):
+            return 0 if layer.keys is None else layer.keys.shape[2]
+        if isinstance(layer, QuantizedKVCache):
+            return 0 if layer.keys is None else layer.keys.weight.shape[2]
+    return int(bool(cache[0].buffers))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from ..checks import whole_number
 from ..decoding.budget import check_room, room_in_memory
@@ -30,6 +30,16 @@ DEFAULT_MAX_TOKENS = 256
 _LONG_ANSWER = 4096
 
 
+class Memory(Protocol):
+    """Memory that several requests share. A request is measured as if it were alone there."""
+
+    def check(self, request: Request, max_tokens: int) -> None:
+        """Raise MemoryLimitError when it can never fit."""
+
+    def room_for_answer(self, request: Request, most: int) -> int:
+        """How many tokens of an answer fit, at most `most`."""
+
+
 @dataclass(frozen=True)
 class Request:
     """The options of a `stream_generate` call, checked before anything runs."""
@@ -50,12 +60,10 @@ class Request:
     limit: int = 0  # of tokens, and by what: set when the rest is checked
     limited_by: Literal["max_tokens", "context", "memory"] = "max_tokens"
 
-    def checked(
-        self, model: Model, tokenizer: Tokenizer | None, active_memory: Callable[[], int] | None = None
-    ) -> Request:
+    def checked(self, model: Model, tokenizer: Tokenizer | None, memory: Memory | None = None) -> Request:
         """The request with its limit of tokens. Raises SettingError, PromptError or MemoryLimitError.
 
-        active_memory: the bytes in use that it will find; as MLX says when it is None.
+        memory: where others may be at work; None: it has what is in use now beside itself.
         """
         if self.max_tokens is not None:
             whole_number("max_tokens", self.max_tokens)
@@ -83,28 +91,34 @@ class Request:
         if limit < wanted or (self.max_tokens is None and self.ends_by_itself):
             limited_by = "context"
         if self.max_tokens is None:
-            in_memory = self._limit_in_memory(model, limit, active_memory)
+            in_memory = self._limit_in_memory(model, limit, memory)
             limit, limited_by = in_memory, limited_by if in_memory == limit else "memory"
         else:
-            self._check_room(model, limit, active_memory)
+            self._check_room(model, limit, memory)
         return replace(self, limit=limit, limited_by=cast(Any, limited_by))
 
-    def _limit_in_memory(self, model: Model, most: int, active: Callable[[], int] | None) -> int:
+    def _limit_in_memory(self, model: Model, most: int, memory: Memory | None) -> int:
         """`most`, or as many tokens as memory allows. Cached requests are evicted only for an answer of usual length."""
-        self._check_room(model, min(most, DEFAULT_MAX_TOKENS), active)
-        room = self._room_in_memory(model, most, active)
+        self._check_room(model, min(most, DEFAULT_MAX_TOKENS), memory)
+        room = self._room_in_memory(model, most, memory)
         if room < min(most, _LONG_ANSWER):
             with suppress(MemoryLimitError):
-                self._check_room(model, min(most, _LONG_ANSWER), active)
-            room = self._room_in_memory(model, most, active)
+                self._check_room(model, min(most, _LONG_ANSWER), memory)
+            room = self._room_in_memory(model, most, memory)
         return max(1, room)
 
-    def _room_in_memory(self, model: Model, most: int, active: Callable[[], int] | None) -> int:
-        return room_in_memory(model, self.make_cache(model), len(self.prompt_tokens), most, active)
+    def _room_in_memory(self, model: Model, most: int, memory: Memory | None) -> int:
+        if memory is not None:
+            return memory.room_for_answer(self, most)
+        return room_in_memory(model, self.make_cache(model), len(self.prompt_tokens), most)
 
-    def _check_room(self, model: Model, max_tokens: int, active: Callable[[], int] | None) -> None:
+    def _check_room(self, model: Model, max_tokens: int, memory: Memory | None) -> None:
+        if memory is not None:
+            memory.check(self, max_tokens)
+            return
+
         def check() -> None:
-            check_room(model, self.make_cache(model), len(self.prompt_tokens), max_tokens, active)
+            check_room(model, self.make_cache(model), len(self.prompt_tokens), max_tokens)
 
         # Requests in the prefix cache never block a new one.
         check() if self.prefix_cache is None else self.prefix_cache.make_room(check)

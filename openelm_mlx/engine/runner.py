@@ -139,20 +139,20 @@ class Runner:
         if not wanted:
             return []
         first, length = wanted[0]
-        try:
-            fitting = first.job.piece(first.budget.chunk_of_prompt(length, length))
-        except MemoryLimitError as error:
-            has_room = self.memory.forget_kept(list(self.scheduler.running()))
-            if not has_room and not self.life.let_youngest_give_way(self._finish_host_work):
-                self.life.end(first, error=error)
+        decoding = self.scheduler.decoding
+        fitting = self.memory.longest_piece(first, length, decoding)
+        if not fitting:
+            if not self.life.let_youngest_give_way(self._finish_host_work):
+                self.life.end(first, error=self.memory.refusal(first))
             return self._next_prompts()
-        found, total = [(first, fitting)], fitting
-        for request, piece in wanted[1:] if fitting == length else ():
-            if not request.budget.has_room_for_chunk(piece, total + piece):
+        found = [(first, first.job.piece(fitting))]
+        for each in wanted[1:] if fitting == length else ():
+            if not self.memory.has_room_for_pieces([*found, each], decoding):
                 break
-            request.budget.chunk_of_prompt(piece, piece)
-            found.append((request, piece))
-            total += piece
+            found.append(each)
+        for request, piece in found:
+            self.memory.reserve(request, request.position + piece)
+        self.memory.changed(self.scheduler.running())
         return found
 
     def _single(self, prompts: Sequence[tuple[ActiveRequest, int]]) -> ActiveRequest | None:
@@ -232,12 +232,19 @@ class Runner:
 
     def _pass(self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> bool:
         """Compute the flat pass, and let each go on with its logits. False where it failed."""
+        measured = next((part.request.lease for part in parts if part.is_prompt), None)
+        before = self.memory.in_use()
+        if measured is not None:
+            measured.lap()
         try:
             logits = self._compute(in_slots, parts)
         except Exception as error:
             self.life.take_back(parts)
             self._pass_failed(in_slots, parts, error)
             return False
+        if measured is not None:
+            took = measured.lap() - max(before, self.memory.in_use())
+            self.memory.pass_took(took, [(part.request, part.rows.length, part.offset) for part in parts])
         self._distribute(in_slots, parts, logits)
         try:
             requests = [*(each for each in in_slots if each is not None), *(part.request for part in parts)]

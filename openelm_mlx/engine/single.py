@@ -28,7 +28,7 @@ from ..text.chat import HARMONY
 from ..text.streams import HarmonyStream, PlainStream, SilentStream, TextStream
 from ..text.tokenizer import Tokenizer
 from .prompt import EncodedPrompt, Prompt, encode_prompt, message_borders
-from .request import Request, checked_stops, constraint_on, usable_vocab_size
+from .request import Memory, Request, checked_stops, constraint_on, usable_vocab_size
 from .sequence import Chunk, Sequence
 from .statistics import Clock
 
@@ -60,11 +60,11 @@ def new_sequence(
     tool_schemas: Mapping[str, Any] | None = None,
     prefix_cache: PrefixCache | None = None,
     draft: Drafts | None = None,
-    active_memory: abc.Callable[[], int] | None = None,
+    memory: Memory | None = None,
 ) -> Sequence:
     """The sequence of a request, before any token. Options and errors are those of `stream_generate`.
 
-    active_memory: see `Request.checked`.
+    memory: see `Request.checked`.
     """
     check_model(model, tokenizer)
     check_prefix_cache(prefix_cache)
@@ -95,7 +95,7 @@ def new_sequence(
         borders=message_borders(tokenizer, encoded),
         notes=() if answer is None else answer.notes,
         ends_by_itself=encoded.template == HARMONY,
-    ).checked(model, tokenizer, active_memory)
+    ).checked(model, tokenizer, memory)
     constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.limit)
     request = replace(request, constraint=constraint)
     end_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}

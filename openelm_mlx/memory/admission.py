@@ -15,9 +15,9 @@ from typing import NamedTuple
 from ..checks import size
 from ..errors import MemoryLimitError
 from ..specs import ModelSpec
-from .cache_bytes import CacheBytes, most_that
+from .cache_bytes import CacheBytes, Growth, most_that
 from .plan_types import MemoryPlan
-from .scratch import flat_pass_bytes, logits_bytes
+from .scratch import PassPart, flat_pass_bytes, logits_bytes, parts_bytes
 
 # Chunks of a prompt are not made smaller than this: each reads all weights once more.
 LEAST_CHUNK = 16
@@ -32,14 +32,21 @@ class Held(NamedTuple):
 
     num_tokens: in its cache now, 0 before its first chunk. reserved: how many tokens it may come to have before it is asked
     for again, prompt and answer. places: what its full layers have room for, where that is not what a cache of `num_tokens`
-    has: one that was forked has fewer, one that was rewound more. snapshots: how many of its rings it may still take, where
-    it is to be kept for prompts that begin alike (decoding/prefix_cache.py).
+    has: one that was rewound has more, and 0 is one that has none of its own yet, such as a fork before its first token.
+    snapshots: how many of its rings it may still take, where it is to be kept for prompts that begin alike
+    (decoding/prefix_cache.py). caches: of another kind than the others'.
     """
 
     num_tokens: int
     reserved: int
     places: int | None = None
     snapshots: int = 0
+    caches: CacheBytes | None = None
+
+    @property
+    def most(self) -> int:
+        """Tokens that it comes to have."""
+        return max(self.reserved, self.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -83,24 +90,44 @@ class Admission:
         scratch = flat_pass_bytes(spec, rows, chunk, offset, itemsize, self.backend, self.caches.kv_bits)
         return int(self.scratch_factor * max(scratch, logits_bytes(spec, max(1, len(rows)))))
 
+    def parts_bytes(self, parts: Sequence[PassPart], num_logits: int) -> int:
+        """Of one pass of these parts, and of `num_logits` rows of logits."""
+        scratch = parts_bytes(self.caches.spec, parts, self.caches.itemsize, self.backend)
+        return int(self.scratch_factor * max(scratch, logits_bytes(self.caches.spec, max(1, num_logits))))
+
+    def part(self, length: int, cached: int, caches: CacheBytes | None = None) -> PassPart:
+        """A request's part of a pass: `length` tokens after `cached` ones."""
+        caches = self.caches if caches is None else caches
+        return PassPart(length, cached, caches.layers, caches.kv_bits)
+
+    def growth(self, requests: Sequence[Held]) -> Growth:
+        """What the requests' caches grow by until they have what is reserved for them; snapshots are a part of it."""
+        more = copied = 0
+        for each in requests:
+            caches = self.caches if each.caches is None else each.caches
+            places = caches.places(each.num_tokens) if each.places is None else each.places
+            growth = caches.growth(places, each.most)
+            more, copied = more + growth.more + each.snapshots * caches.rings, max(copied, growth.copied)
+            if not places:  # chunk by chunk
+                copied = max(copied, caches.copied_while_growing(each.most))
+        return Growth(more, copied)
+
     def needed(self, in_use: int, requests: Sequence[Held], chunk: int = 0) -> int:
         """The most that will be in use while the requests come to have what is reserved for them.
 
         in_use: now, the caches of those that are at work included. chunk: of the longest one's prompt. Caches are expected
         to be grown before a pass, one layer after the other (`reserve`).
         """
-        more = copied = 0
-        for each in requests:
-            places = self.caches.places(each.num_tokens) if each.places is None else each.places
-            growth = self.caches.growth(places, max(each.reserved, each.num_tokens))
-            more, copied = more + growth.more, max(copied, growth.copied)
-            more += each.snapshots * self.snapshot_bytes()
-        rows = sorted(max(each.reserved, each.num_tokens) for each in requests)
-        computing = self.pass_bytes(rows)
+        growth = self.growth(requests)
+        ordered = sorted(requests, key=lambda each: each.most)
+        rows = [self.part(1, each.most, each.caches) for each in ordered]
+        computing = self.parts_bytes(rows, len(rows))
         if chunk and rows:
-            chunk = min(chunk, rows[-1])
-            computing = max(computing, self.pass_bytes(rows[:-1], chunk, rows[-1] - chunk))
-        return in_use + more + max(copied, computing)
+            longest = ordered[-1]
+            chunk = min(chunk, longest.most)
+            rows[-1] = self.part(chunk, longest.most - chunk, longest.caches)
+            computing = max(computing, self.parts_bytes(rows, len(rows) - 1))
+        return in_use + growth.more + max(growth.copied, computing)
 
     @cached_property
     def _spec(self) -> ModelSpec:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from ..specs import LayerSpec, ModelSpec, kv_capacity
+from ..specs import KV_STEP, LayerSpec, ModelSpec, kv_capacity
 
 
 class Growth(NamedTuple):
@@ -76,6 +76,10 @@ class CacheBytes:
             return Growth(0, 0)
         more = self.places(num_tokens) - places
         return Growth(self._per_place * more, max(self._full) * places)
+
+    def copied_while_growing(self, num_tokens: int) -> int:
+        """Bytes of the largest layer before its last growth, where caches grow up to `num_tokens` by steps."""
+        return max(self._full, default=0) * max(0, self.places(num_tokens) - KV_STEP)
 
     @cached_property
     def layers(self) -> tuple[LayerSpec, ...]:

@@ -12,9 +12,10 @@ several steps; their internal memory was measured on CUDA and is assumed for Met
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from ..models.routing_ways import BY_SORTING, IN_BLOCKS, MOST_ROUTES_OF_A_TABLE, ExpertWays, most_places
 from ..specs import KV_SCORES_BYTES, KV_STEP, KV_UNPACK_FROM, LayerSpec, ModelSpec, kv_capacity
@@ -310,31 +311,59 @@ def flat_pass_bytes(
     latter has. Products are over all of these rows together; the attentions are each request's own, and their arrays may
     all be there at the same time.
     """
-    requests = Counter(rows)
-    L = sum(requests.values()) + chunk
+    alone = [PassPart(1, cached, spec.layers, kv_bits, number) for cached, number in Counter(rows).items()]
+    if chunk:
+        alone.append(PassPart(chunk, offset, spec.layers, kv_bits))
+    return parts_bytes(spec, alone, itemsize, backend)
+
+
+class PassPart(NamedTuple):
+    """What a request brings to a pass: `length` tokens after `cached` ones, in caches of its own kind.
+
+    layers: the model's, with the windows that its caches have. kv_bits: of those that keep everything. number: of such
+    requests.
+    """
+
+    length: int
+    cached: int
+    layers: Sequence[LayerSpec]
+    kv_bits: int | None = None
+    number: int = 1
+
+
+def parts_bytes(spec: ModelSpec, parts: Sequence[PassPart], itemsize: int, backend: str) -> int:
+    """Bytes that a pass over several requests takes, as `flat_pass_bytes`, where their caches may be of different kinds."""
+    L = sum(part.number * part.length for part in parts)
     if not L:
         return 0
-    kinds = list(dict.fromkeys(spec.layers))
-    alone = [(1, cached, number) for cached, number in requests.items()]
-    if chunk:
-        alone.append((chunk, offset, 1))
 
-    def layer_of(layer: LayerSpec) -> LayerScratch:
-        together = _counting(spec, layer, L, 0, itemsize, backend, kv_bits)
+    def layer_of(layers: Sequence[LayerSpec]) -> LayerScratch:
+        together = _counting(spec, layers[0], L, 0, itemsize, backend, parts[0].kv_bits)
         attention = itemsize * together.queries  # what each request's gives, side by side
         attention += sum(
-            number * _counting(spec, layer, length, cached, itemsize, backend, kv_bits).attention()
-            for length, cached, number in alone
+            part.number * _counting(spec, layer, part.length, part.cached, itemsize, backend, part.kv_bits).attention()
+            for layer, part in zip(layers, parts, strict=True)
         )
         kept = itemsize * (together.qkv + together.rotated)
         return LayerScratch(together.before(), attention, together.after(), kept, itemsize * together.queries)
 
     stream = L * spec.hidden_size * (FLOAT32 if spec.layers[0].num_experts else itemsize)
-    layers = [layer_of(layer) for layer in kinds]
+    # Many layers have the same shape: each is counted once.
+    kinds = dict.fromkeys(zip(*(part.layers for part in parts), strict=True))
+    scratch = [layer_of(layers) for layers in kinds]
     if backend == "cpu":
         tables = 4 * FLOAT32 * L * max(layer.head_dim for layer in spec.layers)
-        return stream + tables + max(_largest_part(each) for each in layers)
-    return stream + min(LAYERS_IN_FLIGHT[backend], len(spec.layers)) * max(each.all for each in layers)
+        return stream + tables + max(_largest_part(each) for each in scratch)
+    return stream + min(LAYERS_IN_FLIGHT[backend], len(spec.layers)) * max(each.all for each in scratch)
+
+
+def slots_bytes(spec: ModelSpec, slots: int, columns: int, itemsize: int, backend: str) -> int:
+    """Bytes of one attention of all slots by products (models/slots.py): scores, hidden ones far below, weights.
+
+    columns: of the layers that keep everything.
+    """
+    scores = max(layer.num_heads * min(columns, layer.window or columns) for layer in spec.layers)
+    return LAYERS_IN_FLIGHT.get(backend, 1) * slots * scores * (2 * itemsize + FLOAT32)
 
 
 def _largest_part(layer: LayerScratch) -> int:

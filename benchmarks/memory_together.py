@@ -28,6 +28,7 @@ class Mixture:
     """Requests that run together. model: of `_MODELS`, or a demo. requests: tokens of each one's prompt and answer.
 
     options: of every request; load: of the model. kept: tokens of a prompt that was kept before, and that all begin with.
+    chunk: of a prompt. A long prompt stands last: it comes when all others decode, who go on until it has been read.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Mixture:
     options: Mapping[str, Any] = field(default_factory=dict)
     load: Mapping[str, Any] = field(default_factory=dict)
     kept: int = 0
+    chunk: int = 64
 
 
 _MODELS: Mapping[str, dict[str, Any]] = {
@@ -55,8 +57,8 @@ MIXTURES: Mapping[str, Mixture] = {
     "demo-gpt-oss, eight short ones": Mixture("demo-gpt-oss", [(200, 40)] * 8),
     "OpenELM, eight short ones": Mixture("OpenELM", [(120, 40)] * 8),
     "gpt-oss, eight short ones past the window": Mixture("gpt-oss", [(200, 40)] * 8),
-    "OpenELM, a long one among short ones": Mixture("OpenELM", [(1100, 80)] + [(100, 30)] * 5),
-    "gpt-oss, a long one among short ones": Mixture("gpt-oss", [(1100, 80)] + [(100, 30)] * 5),
+    "OpenELM, a long one among short ones": Mixture("OpenELM", [(100, 130)] * 5 + [(1100, 80)], chunk=16),
+    "gpt-oss, a long one among short ones": Mixture("gpt-oss", [(100, 130)] * 5 + [(1100, 80)], chunk=16),
     "OpenELM, keys and values in 8 bits": Mixture("OpenELM", [(300, 40)] * 6, {"kv_bits": 8}),
     "gpt-oss, keys and values in 8 bits": Mixture("gpt-oss", [(300, 40)] * 6, {"kv_bits": 8}),
     "OpenELM, windows of 128": Mixture("OpenELM", [(300, 40)] * 6, {"sliding_window": 128}),
@@ -64,7 +66,7 @@ MIXTURES: Mapping[str, Mixture] = {
     "gpt-oss, a kept prompt": Mixture("gpt-oss", [(330, 30)] * 6, kept=256),
     "gpt-oss, five of eight experts on disk": Mixture("gpt-oss", [(200, 40)] * 6, load={"expert_slots": 3}),
 }
-CHUNK, LONG = 64, 1000
+LONG = 1000
 
 
 @dataclass(frozen=True)
@@ -151,26 +153,27 @@ def measure(name: str, source: str) -> dict[str, int]:
     if mixture.kept:
         options["prefix_cache"] = store = om.PrefixCache()
         # It goes on in another way, so that the requests take copies of it and it stays.
-        other = [*common, *_prompt(model.spec.vocab_size, CHUNK, 99)]
-        list(om.stream_generate(model, None, other, max_tokens=1, prefill_chunk=CHUNK, **options))
+        other = [*common, *_prompt(model.spec.vocab_size, mixture.chunk, 99)]
+        list(om.stream_generate(model, None, other, max_tokens=1, prefill_chunk=mixture.chunk, **options))
     kept = 0 if store is None else store.nbytes
     held = [
-        Held(0, prompt + answer, snapshots=_borders(prompt, mixture.kept) if mixture.kept else 0)
+        Held(0, prompt + answer, snapshots=_borders(prompt, mixture) if mixture.kept else 0)
         for prompt, answer in mixture.requests
     ]
-    planned = admission.needed(model.plan.weights_bytes + kept, held, CHUNK)
+    planned = admission.needed(model.plan.weights_bytes + kept, held, mixture.chunk)
     keys_values = sum(admission.kv_bytes(each.reserved) for each in held) + kept
     prompts = [
         common + _prompt(model.spec.vocab_size, prompt - len(common), seed)
         for seed, (prompt, _) in enumerate(mixture.requests, 1)
     ]
-    # The answers are long enough that all prompts have been read before the first of them ends; a long prompt comes first.
+    # The answers are long enough that all prompts have been read before the first of them ends.
     with om.Engine(model, None) as engine:
         handles = []
         for prompt, (_, answer) in zip(prompts, mixture.requests, strict=True):
-            handles.append(engine.submit(prompt, max_tokens=answer, prefill_chunk=CHUNK, **options))
             if len(prompt) > LONG:
-                next(iter(handles[-1]))
+                for each in handles:
+                    next(each)
+            handles.append(engine.submit(prompt, max_tokens=answer, prefill_chunk=mixture.chunk, **options))
         used = 0
         for handle in handles:
             for _ in handle:
@@ -183,11 +186,11 @@ def measure(name: str, source: str) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _borders(prompt: int, kept: int) -> int:
+def _borders(prompt: int, mixture: Mixture) -> int:
     """How many snapshots of its rings a request holds that is kept itself: one after each chunk of what is new to it."""
     from openelm_mlx.decoding.prefix_cache import MAX_CHECKPOINTS
 
-    return min(MAX_CHECKPOINTS, -(-(prompt - kept // CHUNK * CHUNK) // CHUNK))
+    return min(MAX_CHECKPOINTS, -(-(prompt - mixture.kept // mixture.chunk * mixture.chunk) // mixture.chunk))
 
 
 def _prompt(vocab_size: int, length: int, seed: int) -> list[int]:

@@ -145,30 +145,22 @@ class BatchMemory:
     def longest_piece(self, request: ActiveRequest, wanted: int, decoding: Sequence[ActiveRequest]) -> int:
         """How many tokens of a prompt to compute beside those who decode: `wanted`, or half of it, or a quarter ...
 
-        Kept prefixes give way before it is less than a chunk of the plan is at least; 0 when not even that fits.
+        Kept prefixes give way first, where that is enough; 0 when not even 16 tokens fit.
         """
         length = wanted
-        while not self.has_room_for_pieces([(request, length)], decoding):
+        while short := self._shortage(*self._pass_of([(request, length)], decoding)):
+            if short <= self._kept_bytes() and self.forget_kept():
+                continue
             if length <= LEAST_CHUNK:
-                if not self.forget_kept():
-                    return 0
-                length = wanted
-            else:
-                length = max(LEAST_CHUNK, length // 2)
+                return 0
+            length = max(LEAST_CHUNK, length // 2)
         return length
 
     def has_room_for_pieces(
         self, pieces: Sequence[tuple[ActiveRequest, int]], decoding: Sequence[ActiveRequest]
     ) -> bool:
         """Whether these pieces of prompts fit into one pass, beside those who decode."""
-        if self.limit is None:
-            return True
-        held, parts = [self._held(each) for each in decoding], [self._row(each) for each in decoding]
-        for request, length in pieces:
-            offset, caches = request.position, self._caches_of(request.sequence.request)
-            held.append(self._held(request)._replace(reserved=offset + length))
-            parts.append((length, offset, caches))
-        return self._needed(held, parts, len(decoding) + len(pieces)) <= self.limit
+        return not self._shortage(*self._pass_of(pieces, decoding))
 
     def has_slot_for(self, request: ActiveRequest) -> bool:
         """Whether the bank of slots has room for one more, its own cache being there until it has joined."""
@@ -295,17 +287,32 @@ class BatchMemory:
         computing = self._pass_bytes(parts, num_logits) + self._excess
         return self._active_memory() + growth.more + max(growth.copied, computing)
 
-    def _fits(self, held: Sequence[Held], parts: Sequence[_Part], num_logits: int) -> bool:
+    def _shortage(self, held: Sequence[Held], parts: Sequence[_Part], num_logits: int) -> int:
+        """By how many bytes that is above the limit; 0 when it fits."""
         limit = self.limit
-        assert limit is not None
-        if self._needed(held, parts, num_logits) <= limit:
-            return True
+        if limit is None or self._needed(held, parts, num_logits) <= limit:
+            return 0
         with contextlib.suppress(RuntimeError):  # of work that had failed, which whoever reads its results is told
             mx.synchronize()  # what is being computed now is not there then
-        while self._needed(held, parts, num_logits) > limit:
+        return max(0, self._needed(held, parts, num_logits) - limit)
+
+    def _fits(self, held: Sequence[Held], parts: Sequence[_Part], num_logits: int) -> bool:
+        """Whether that fits, once as many kept prefixes are gone as it takes."""
+        while self._shortage(held, parts, num_logits):
             if not self.forget_kept():
                 return False
         return True
+
+    def _pass_of(
+        self, pieces: Sequence[tuple[ActiveRequest, int]], decoding: Sequence[ActiveRequest]
+    ) -> tuple[list[Held], list[_Part], int]:
+        """What a pass of these pieces of prompts and of those who decode grows, computes and gives logits of."""
+        held, parts = [self._held(each) for each in decoding], [self._row(each) for each in decoding]
+        for request, length in pieces:
+            offset, caches = request.position, self._caches_of(request.sequence.request)
+            held.append(self._held(request)._replace(reserved=offset + length))
+            parts.append((length, offset, caches))
+        return held, parts, len(parts)
 
     def _pass_bytes(self, parts: Sequence[_Part], num_logits: int) -> int:
         """The arrays of a pass."""

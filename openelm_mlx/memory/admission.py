@@ -185,8 +185,8 @@ class Admission:
             staying = running[: len(running) - leaving]
             if leaving:
                 last = running[len(running) - leaving]
-                places = self.caches.places(last.num_tokens) if last.places is None else last.places
-                in_use -= self.caches.bytes_of(places)
+                caches = self.caches if last.caches is None else last.caches
+                in_use -= caches.bytes_of(caches.places(last.num_tokens) if last.places is None else last.places)
             if not self.shortage(in_use, staying, chunk):
                 return leaving
         return max(0, len(running) - 1)

@@ -10,6 +10,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def measure(name: str, source: str) -> dict[str, int]:
     import mlx.core as mx
 
     import openelm_mlx as om
+    from openelm_mlx.decoding.prefill import lock_of
     from openelm_mlx.memory.admission import Admission, Held
     from openelm_mlx.memory.cache_bytes import CacheBytes
 
@@ -160,20 +162,29 @@ def measure(name: str, source: str) -> dict[str, int]:
         Held(0, prompt + answer, snapshots=_borders(prompt, mixture) if mixture.kept else 0)
         for prompt, answer in mixture.requests
     ]
-    planned = admission.needed(model.plan.weights_bytes + kept, held, mixture.chunk)
+    in_use = model.plan.weights_bytes + kept
+    planned = admission.needed(in_use, held, mixture.chunk)
+    if kept == 0 and max(prompt for prompt, _ in mixture.requests) < LONG:
+        # While nobody decodes, as many prompts share a pass as the plan's chunk has tokens for.
+        first = max(1, model.plan.prefill_chunk // mixture.chunk)
+        together = [admission.part(mixture.chunk, 0)] * min(first, len(held))
+        planned = max(planned, in_use + admission.growth(held).more + admission.parts_bytes(together, len(held)))
     keys_values = sum(admission.kv_bytes(each.reserved) for each in held) + kept
     prompts = [
         common + _prompt(model.spec.vocab_size, prompt - len(common), seed)
         for seed, (prompt, _) in enumerate(mixture.requests, 1)
     ]
     # The answers are long enough that all prompts have been read before the first of them ends.
-    with om.Engine(model, None) as engine:
+    with om.Engine(model, None) as engine, ExitStack() as together:
+        together.enter_context(lock_of(model))  # nothing is computed before all have come
         handles = []
         for prompt, (_, answer) in zip(prompts, mixture.requests, strict=True):
             if len(prompt) > LONG:
+                together.close()
                 for each in handles:
                     next(each)
             handles.append(engine.submit(prompt, max_tokens=answer, prefill_chunk=mixture.chunk, **options))
+        together.close()
         used = 0
         for handle in handles:
             for _ in handle:

@@ -139,7 +139,9 @@ class Lifecycle:
 
     def make_room(self, finish_host_work: Callable[[], None]) -> None:
         """Let the caches of those grow who need it; who came last gives way where there is no room."""
-        growing = [each for each in self._scheduler.decoding if len(each.sequence.tokens) % TOKENS_AT_ONCE == 0]
+        growing = [
+            each for each in self._scheduler.decoding if each.replay or len(each.sequence.tokens) % TOKENS_AT_ONCE == 0
+        ]
         if not growing:
             return
         while not self._memory.can_grow(running := list(self._scheduler.running())):

@@ -245,10 +245,13 @@ class Runner:
         if measured is not None:
             took = measured.lap() - max(before, self.memory.in_use())
             self.memory.pass_took(took, [(part.request, part.rows.length, part.offset) for part in parts])
+        # Nobody reads the logits of a token that is computed again: without this, all of its steps would pile up.
+        replayed = [part.rows.cache for part in parts if part.request.replay and not part.is_prompt]
         self._distribute(in_slots, parts, logits)
         try:
             requests = [*(each for each in in_slots if each is not None), *(part.request for part in parts)]
-            mx.async_eval([array for each in requests for array in _arrays_of(each)])
+            arrays = [array for each in requests for array in _arrays_of(each)]
+            mx.async_eval([*arrays, *(layer.buffers for cache in replayed for layer in cache)])
         except RuntimeError as error:
             self._failed(list(self.scheduler.running()), error)
             return False

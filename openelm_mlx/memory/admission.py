@@ -115,7 +115,7 @@ class Admission:
     def needed(self, in_use: int, requests: Sequence[Held], chunk: int = 0) -> int:
         """The most that will be in use while the requests come to have what is reserved for them.
 
-        in_use: now, the caches of those that are at work included. chunk: of the longest one's prompt. Caches are expected
+        in_use: now, the caches of those that are at work included. chunk: of the longest ones' prompts. Caches are expected
         to be grown before a pass, one layer after the other (`reserve`).
         """
         growth = self.growth(requests)
@@ -123,9 +123,12 @@ class Admission:
         rows = [self.part(1, each.most, each.caches) for each in ordered]
         computing = self.parts_bytes(rows, len(rows))
         if chunk and rows:
-            longest = ordered[-1]
-            chunk = min(chunk, longest.most)
-            rows[-1] = self.part(chunk, longest.most - chunk, longest.caches)
+            for at, each in reversed(list(enumerate(ordered))):  # prompts that are shorter than the chunk share it
+                piece = min(chunk, each.most)
+                rows[at] = self.part(piece, each.most - piece, each.caches)
+                chunk -= piece
+                if not chunk:
+                    break
             computing = max(computing, self.parts_bytes(rows, len(rows) - 1))
         return in_use + growth.more + max(growth.copied, computing)
 

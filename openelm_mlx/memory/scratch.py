@@ -265,9 +265,10 @@ def scratch_bytes(
     """The largest scratch memory of all passes over a prompt's chunks, or over one token.
 
     chunk, context: tokens at once, and in total, from an empty cache on: full chunks and a remainder. batch_size:
-    how many requests are at work, each with so long a context: all decode, or one has a chunk of its prompt instead.
+    how many requests are at work, each with so long a context: all decode, or one has a chunk of its prompt instead, or
+    several prompts that are shorter share a chunk.
     """
-    chunk = min(chunk, context)
+    shared, chunk = min(chunk, batch_size * context), min(chunk, context)
     full = context // chunk * chunk
     guessed = min(GUESSED, context)
     passes = [(chunk, full - chunk, True), (context - full, full, True), (guessed, context - guessed, False)]
@@ -287,6 +288,11 @@ def scratch_bytes(
             if is_prompt and length
         ]
         flat.append(({context - 1: batch_size}, 0, 0))
+        if shared > chunk:  # several prompts in one pass
+            parts = [PassPart(context, 0, spec.layers, kv_bits, shared // context)]
+            if shared % context:
+                parts.append(PassPart(shared % context, 0, spec.layers, kv_bits))
+            largest = max(largest, parts_bytes(spec, parts, itemsize, backend))
         largest = max(largest, *(flat_pass_bytes(spec, *each, itemsize, backend, kv_bits) for each in flat))
     return max(largest, logits_bytes(spec, batch_size))
 

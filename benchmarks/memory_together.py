@@ -175,16 +175,16 @@ def measure(name: str, source: str) -> dict[str, int]:
         for seed, (prompt, _) in enumerate(mixture.requests, 1)
     ]
     # The answers are long enough that all prompts have been read before the first of them ends.
-    with om.Engine(model, None) as engine, ExitStack() as together:
-        together.enter_context(lock_of(model))  # nothing is computed before all have come
+    with om.Engine(model, None) as engine, ExitStack() as waiting:
+        waiting.enter_context(lock_of(model))  # nothing is computed before all have come
         handles = []
         for prompt, (_, answer) in zip(prompts, mixture.requests, strict=True):
             if len(prompt) > LONG:
-                together.close()
+                waiting.close()
                 for each in handles:
                     next(each)
             handles.append(engine.submit(prompt, max_tokens=answer, prefill_chunk=mixture.chunk, **options))
-        together.close()
+        waiting.close()
         used = 0
         for handle in handles:
             for _ in handle:

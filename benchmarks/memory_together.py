@@ -177,7 +177,7 @@ def measure(name: str, source: str) -> dict[str, int]:
     # The answers are long enough that all prompts have been read before the first of them ends.
     with om.Engine(model, None) as engine, ExitStack() as waiting:
         waiting.enter_context(lock_of(model))  # nothing is computed before all have come
-        handles = []
+        handles: list[om.Handle] = []
         for prompt, (_, answer) in zip(prompts, mixture.requests, strict=True):
             if len(prompt) > LONG:
                 waiting.close()

@@ -194,7 +194,7 @@ def test_a_failed_allocation_beside_a_pass_leaves_the_engine_alive(models, monke
     """Room for keys and values is made before a pass; what fails there ends who runs, not the engine."""
     model = models["openelm"]
     expected = seen(om.stream_generate(model, None, prompt_of(9), max_tokens=12))
-    from openelm_mlx.decoding.budget import Budget
+    from openelm_mlx.engine.memory import BatchMemory
 
     with om.Engine(model) as engine:
         handles = [engine.submit(prompt_of(9, seed), max_tokens=150) for seed in range(2)]
@@ -205,7 +205,7 @@ def test_a_failed_allocation_beside_a_pass_leaves_the_engine_alive(models, monke
             raise RuntimeError("[malloc_or_wait] Unable to allocate 123 bytes.")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Budget, "_make_room", no_memory)
+            patch.setattr(BatchMemory, "reserve", no_memory)
             found = read_all([*handles, engine.submit(prompt_of(9), max_tokens=4)])
         assert all(isinstance(each, MemoryLimitError) for each in found), found
         assert seen(engine.submit(prompt_of(9), max_tokens=12)) == expected

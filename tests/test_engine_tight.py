@@ -68,7 +68,7 @@ def test_nobody_fails_where_each_has_room_alone(model, monkeypatch, lengths, max
     alone = [seen(om.stream_generate(model, None, prompt, **options)) for prompt, options in requests]
     mx.clear_cache()
     runtime_of(model).plan = dataclasses.replace(plan_with(model, kv(model, places)), prefill_chunk=64)
-    with om.Engine(model) as engine:
+    with om.Engine(model, max_running=8) as engine:
         given = spied(engine)
         found = read_all([engine.submit(prompt, **options) for prompt, options in requests])
         assert engine._runner.memory.held_bytes == 0
@@ -83,7 +83,7 @@ def test_kept_prefixes_give_way_before_requests_do(model):
         list(om.stream_generate(model, None, prompt_of(200, seed + 10), max_tokens=2, prefix_cache=store))
     assert len(store) == 4
     requests = requests_of((100, 100, 100), 60)
-    with om.Engine(model) as engine:
+    with om.Engine(model, max_running=8) as engine:
         given = spied(engine)
         found = read_all([engine.submit(prompt, prefix_cache=store, **options) for prompt, options in requests])
     assert [len(each) for each in found] == [60] * 3
@@ -95,6 +95,6 @@ def test_a_request_that_can_never_fit_is_told_what_would(model):
     runtime_of(model).plan = dataclasses.replace(plan_with(model, kv(model, 700)), prefill_chunk=64)
     with om.Engine(model) as engine:
         first = engine.submit(prompt_of(100), max_tokens=200, sampling=om.SamplingParams(logit_bias=ENDLESS))
-        with pytest.raises(MemoryLimitError, match=r"do not fit into the memory.*or raise memory_limit"):
+        with pytest.raises(MemoryLimitError, match=r"can never fit into the memory.*or raise memory_limit"):
             engine.submit(prompt_of(900), max_tokens=100)
         assert len(list(first)) == 200

@@ -60,7 +60,7 @@ def spied(engine):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "max_tokens", "places"), [((180, 190, 170), 110, 700), ((40, 400, 60, 30), 50, 900)]
+    ("lengths", "max_tokens", "places"), [((180, 190, 170), 110, 1350), ((40, 400, 60, 30), 230, 1900)]
 )
 def test_nobody_fails_where_each_has_room_alone(model, monkeypatch, lengths, max_tokens, places):
     monkeypatch.setattr(memory, "ADMITTED_TOKENS", 0)  # admitted early, so that it gets tight

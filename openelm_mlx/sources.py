@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,8 +134,8 @@ def locate(source: SourceName, revision: str | None = None, progress: Progress |
             raise CheckpointError(f"{source} is {kind}: give a folder, a weight file, or a repository.")
         if path.suffix.lower() == ".gguf" and not path.is_dir():
             raise CheckpointError(
-                f"{source} is a GGUF file, which is not run as it is: `openelm_mlx convert {source} FOLDER` makes a folder of "
-                "it that is."
+                f"{source} is a GGUF file, which is not run as it is: `openelm_mlx convert {shlex.quote(str(source))} "
+                "FOLDER` makes a folder of it that is."
             )
         return path
     found = repository(source, revision)

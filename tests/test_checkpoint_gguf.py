@@ -1,5 +1,7 @@
 """GGUF's blocks against the package's own arithmetic, and headers that lie."""
 
+import re
+import shlex
 import struct
 
 import gguf
@@ -238,3 +240,15 @@ def test_a_gguf_file_is_converted_before_it_is_run(sound, tmp_path, call):
     (tmp_path / "it.gguf").symlink_to(sound)
     with pytest.raises(om.UserError, match=r"convert .*it\.gguf FOLDER"):
         call(tmp_path)
+
+
+def test_the_way_to_a_folder_can_be_pasted_whatever_the_file_is_called(sound, tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    path = folder / "my model.gguf"
+    path.symlink_to(sound)
+    for source in (path, folder):
+        with pytest.raises(om.UserError) as caught:
+            om.load(source)
+        (command,) = re.findall("`(.*)`", str(caught.value))
+        assert shlex.split(command) == ["openelm_mlx", "convert", str(path), "FOLDER"]

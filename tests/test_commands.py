@@ -70,7 +70,9 @@ FLAGS = {
         ("context_length is 0: it", "--context-length is 0: it"), ("stop is '': give", "--stop is '': give"),
         ("replace it with overwrite=True.", "replace it with --overwrite."),
         ('with reasoning_effort="low".', "with --reasoning-effort low."), ("raise memory_limit= so", "raise --memory-limit so"),
+        ("leave out dense_bits.", "leave out --dense-bits."), ("use memory_limit.\nThen", "use --memory-limit.\nThen"),
         # What only looks like one stays.
+        ("dense_bits.txt is there", "dense_bits.txt is there"), ("memory_limit/x is", "memory_limit/x is"),
         ("it would stop there", "it would stop there"), ("'dense_bits=8' is there", "'dense_bits=8' is there"),
         ("/tmp/dense_bits is a folder", "/tmp/dense_bits is a folder"), ("other_name=3", "other_name=3"),
         ("my_dense_bits=8", "my_dense_bits=8"), ("the model's dense_bits and Apple's", "the model's --dense-bits and Apple's"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -244,7 +245,9 @@ def test_the_program_is_built_and_answers_as_the_model_does(request, tmp_path, n
     too_long = run(program, 60, *range(1, 10))
     assert too_long.returncode == 2
     assert "places" in too_long.stderr
-    assert run(program).returncode == 2
+    for words in ((), (5,), ("many", 1), (-1, 1), (5, "a"), (5, -1), (5, 2**31), (5, model.spec.vocab_size), (5, "")):
+        wrong = run(program, *words)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1), (words, wrong)
 
 
 def has_sentencepiece() -> bool:
@@ -289,9 +292,11 @@ def test_experts_that_stay_on_disk_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"places": ()}, "places is"), ({"places": (0,)}, "places is"), ({"places": 512}, "places is"),
-        ({"places": ("512",)}, "places is"), ({"places": (True,)}, "places is"), ({"chunk": 0}, "chunk is 0"),
-        ({"chunk": 2.5}, "chunk is 2.5"), ({"places": (16,), "chunk": 17}, "smallest of places"),
+        ({"places": ()}, "places has 0 numbers"), ({"places": [9] * 17}, "places has 17 numbers: give 1 to 16"),
+        ({"places": 512}, "places is 512: give a list"), ({"places": (32, 0)}, "places has 0 in it.* from 2 to 1,048,576"),
+        ({"places": (32, 2**21)}, "places has 2097152 in it"), ({"places": ("512",)}, "places has '512' in it"),
+        ({"places": (True,)}, "places has True in it"), ({"chunk": 0}, "chunk is 0"), ({"chunk": 2.5}, "chunk is 2.5"),
+        ({"places": (16,), "chunk": 17}, "from 1 to 16, the smallest of places"),
     ],
 )  # fmt: skip
 def test_sizes_that_cannot_be(tmp_path, openelm, options, match):
@@ -359,6 +364,28 @@ def test_interrupted_leaves_nothing(tmp_path, openelm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         om.export(openelm[0], tmp_path / "out", places=(32,), chunk=8)
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_what_is_left(tmp_path, openelm, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "_compare", stop)
+    out = str(tmp_path / "out")
+    assert main(["export", str(openelm[0]), out, "--places", "32", "--chunk", "8"]) == 130
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"Interrupted: {out} was not written" in told.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_way_to_build_can_be_pasted_whatever_the_folder_is_called(tmp_path, openelm, capsys):
+    out = tmp_path / "it's a $graph"
+    assert main(["export", str(openelm[0]), str(out), "--places", "32", "--chunk", "8"]) == 0
+    (line,) = (each for each in capsys.readouterr().out.splitlines() if each.startswith("to build: "))
+    words = shlex.split(line.removeprefix("to build: "))
+    assert words[:5] == ["cmake", "-S", str(out), "-B", str(out / "build")]
+    assert words[-2:] == ["--build", str(out / "build")]
 
 
 def test_the_command(tmp_path, openelm, capsys):

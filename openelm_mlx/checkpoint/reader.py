@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,9 @@ def weight_files(folder: Path) -> list[Path]:
             "look for the model's safetensors files."
         )
     others = files_in(folder, "*.gguf", CheckpointError)
-    advice = f"; `openelm_mlx convert {others[0]} FOLDER` makes a folder of its GGUF file" if others else ""
+    advice = ""
+    if others:
+        advice = f"; `openelm_mlx convert {shlex.quote(str(others[0]))} FOLDER` makes a folder of its GGUF file"
     raise CheckpointError(f"{folder} holds no weights: there is no safetensors or PyTorch file in it{advice}.")
 
 
@@ -218,7 +221,8 @@ def read_config(path: Path) -> dict[str, Any]:
         return _read_object(file)
     if others := files_in(folder, "*.gguf", ConfigError):
         raise ConfigError(
-            f"{folder} has no config.json, and a GGUF file: `openelm_mlx convert {others[0]} FOLDER` makes a folder of it."
+            f"{folder} has no config.json, and a GGUF file: `openelm_mlx convert {shlex.quote(str(others[0]))} FOLDER` makes a "
+            "folder of it."
         )
     raise ConfigError(
         f"{folder} has no config.json (nor CoreNet's YAML file): a model's folder holds one beside its weights."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -127,7 +128,8 @@ def interruption(args: argparse.Namespace) -> str:
     if args.dry_run:
         return "Interrupted: a dry run leaves nothing."
     if args.upload and os.path.exists(os.path.join(os.path.expanduser(args.destination), "config.json")):
-        return f"Interrupted: {args.destination} is complete; `hf upload {args.upload} {args.destination}` sends it."
+        again = f"hf upload {args.upload} {shlex.quote(args.destination)}"
+        return f"Interrupted: {args.destination} is complete; `{again}` sends it."
     return f"Interrupted: {args.destination} was not written; the same command resumes where this one stopped."
 
 

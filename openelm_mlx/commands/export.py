@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import asdict
 
+from . import INTERRUPTED
 from .options import add_preset_argument
-from .output import report, report_json
+from .output import report, report_json, say
 
 HELP = "export a model as a graph for C++ programs"
 
@@ -45,30 +47,32 @@ def run(args: argparse.Namespace) -> int:
     from ..exporting import export
     from .progress import byte_bar
 
-    result = export(
-        args.source,
-        args.destination,
-        places=_numbers(args.places),
-        chunk=args.chunk,
-        dtype=args.dtype,
-        preset=args.preset,
-        memory_limit=args.memory_limit,
-        tokenizer=args.tokenizer,
-        chat_template=args.chat_template,
-        revision=args.revision,
-        progress=None if args.quiet else byte_bar(args.source),
-    )
+    try:
+        result = export(
+            args.source,
+            args.destination,
+            places=_numbers(args.places),
+            chunk=args.chunk,
+            dtype=args.dtype,
+            preset=args.preset,
+            memory_limit=args.memory_limit,
+            tokenizer=args.tokenizer,
+            chat_template=args.chat_template,
+            revision=args.revision,
+            progress=None if args.quiet else byte_bar(args.source),
+        )
+    except KeyboardInterrupt:
+        say(f"\nInterrupted: {args.destination} was not written; the same command begins anew.")
+        return INTERRUPTED
     if args.json:
         report_json(asdict(result))
         return 0
+    folder, build = (shlex.quote(str(each)) for each in (result.destination, result.destination / "build"))
     total = sum(result.files.values())
     report(f"{result.destination}: {len(result.files)} files, {total:,} bytes, {result.dtype}")
     report(f"steps for {_listed(result.places)} places and {_listed(result.lengths)} new tokens")
     report(f"read back: {result.num_compared} of {result.num_compared} tokens as the model answers, in each size")
-    report(
-        f'to build: cmake -S {result.destination} -B {result.destination}/build -DMLX_ROOT="$(python -m mlx --cmake-dir)" && '
-        f"cmake --build {result.destination}/build"
-    )
+    report(f'to build: cmake -S {folder} -B {build} -DMLX_ROOT="$(python -m mlx --cmake-dir)" && cmake --build {build}')
     return 0
 
 

@@ -26,9 +26,7 @@ _OTHER_NAMES = {
 _QUOTED = r"(?<!\w)'[^'\n]*'(?!\w)" + r'|"[^"\n]*"'
 _VALUE = r"'[^'\n]*'" + r'|"[^"\n]*"'
 # name=value, name= alone, or a name that is not an English word.
-_NAME = (
-    rf"""(?<![\w./\\'"=-])(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>{_VALUE}|[\w.+-]*[\w%]|(?=\W|$))|(?![\w./\\'"=-]))"""
-)
+_NAME = rf"""(?<![\w./\\'"=-])(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>{_VALUE}|[\w.+-]*[\w%]|(?=\W|$))|(?![\w/\\'"=-]|\.\w))"""
 # A sentence that begins with a name is about the option, even if the name is an English word.
 _FOUND = re.compile(rf"^(?P<first>[a-z]+)(?= (?:is|has|must)\b)|(?:{_QUOTED})|{_NAME}")
 

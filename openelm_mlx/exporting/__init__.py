@@ -45,6 +45,7 @@ NUM_COMPARED = 32
 _SAMPLE = "What is a banjo? It is an instrument with strings, and whoever plays it"
 _CONFIGS = {"openelm": openelm_config, "gpt_oss": gpt_oss_config}
 _GRAPH = "model.mlxfn"
+_MOST_SIZES, _MOST_PLACES = 16, 2**20
 # In 16 bits two logits may differ by less than rounding; such near ties, relative to the largest logit, are accepted.
 _TIE = {mx.float32: 0.0, mx.bfloat16: 2.0**-6, mx.float16: 2.0**-8}
 
@@ -154,11 +155,17 @@ def _check_folder(target: Path) -> None:
 
 def _checked_sizes(places: Sequence[int], chunk: int, context_length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The places in order, limited to the model's context, and the lengths of a call."""
-    is_list = isinstance(places, (list, tuple)) and 0 < len(places) <= 16
-    if not is_list or not all(is_whole(each) and 1 < each <= 2**20 for each in places):
-        raise SettingError(f"places is {shown(places)}: give whole numbers above 1, such as (512, 2048).")
+    if not isinstance(places, (list, tuple)):
+        raise SettingError(f"places is {shown(places)}: give a list of whole numbers, such as (512, 2048).")
+    if not 0 < len(places) <= _MOST_SIZES:
+        raise SettingError(f"places has {len(places):,} numbers: give 1 to {_MOST_SIZES} of them.")
+    for each in places:
+        if not is_whole(each) or not 1 < each <= _MOST_PLACES:
+            raise SettingError(f"places has {shown(each)} in it: give whole numbers from 2 to {_MOST_PLACES:,}.")
     if not is_whole(chunk) or not 1 <= chunk <= min(places):
-        raise SettingError(f"chunk is {shown(chunk)}: it must be a whole number from 1 to the smallest of places.")
+        raise SettingError(
+            f"chunk is {shown(chunk)}: it must be a whole number from 1 to {min(places):,}, the smallest of places."
+        )
     sizes = sorted({min(each, context_length) for each in places})
     return tuple(sizes), tuple(sorted({1, min(8, chunk), min(chunk, sizes[0])}))
 

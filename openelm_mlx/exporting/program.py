@@ -13,7 +13,6 @@ PROGRAM = """\
 // Generates text with an exported model: ./generate COUNT "a text", or COUNT TOKEN TOKEN ... without a tokenizer.
 // Greedy: the likeliest token each time. model.h has the model's numbers, model.mlxfn its weights and its steps.
 #include <algorithm>
-#include <cstdlib>
 #include <iostream>
 #include <string>
 #include <vector>
@@ -55,17 +54,24 @@ struct Runner {
   }
 };
 
+int number(const std::string& word, int most) {
+  const bool digits = !word.empty() && word.size() < 10 && word.find_first_not_of("0123456789") == std::string::npos;
+  if (digits && std::stoi(word) <= most) return std::stoi(word);
+  throw std::runtime_error(word + " is not a whole number from 0 to " + std::to_string(most));
+}
+
 int main(int count, char** words) try {
   if (count < 3) throw std::runtime_error("usage: generate COUNT TEXT, or generate COUNT TOKEN ...");
-  const int wanted = std::atoi(words[1]);
+  const int wanted = number(words[1], 1 << 20);
   std::vector<int> prompt;
 #ifdef WITH_TOKENIZER
   Tokenizer tokenizer(FOLDER);
   prompt = tokenizer.encode(words[2]);
   if (kBos >= 0) prompt.insert(prompt.begin(), kBos);
 #else
-  for (int i = 2; i < count; i++) prompt.push_back(std::atoi(words[i]));
+  for (int i = 2; i < count; i++) prompt.push_back(number(words[i], kTokens - 1));
 #endif
+  if (prompt.empty()) throw std::runtime_error("the prompt is empty");
   Runner run(int(prompt.size()) + wanted);
   std::vector<int> answer;
   for (int token = run(prompt); int(answer.size()) < wanted; token = run({token})) {
@@ -202,6 +208,7 @@ inline const std::vector<Layer> kLayers = {{{layers}}};
 inline const std::vector<int> kPlaces = {{{", ".join(map(str, sorted(places)))}}};
 inline const std::vector<int> kLengths = {{{", ".join(map(str, sorted(lengths)))}}};
 inline const std::vector<int> kStops = {{{", ".join(map(str, stops))}}};
+inline const int kTokens = {spec.vocab_size};
 inline const int kBos = {-1 if bos is None else bos};
 inline const mlx::core::Dtype kType = mlx::core::{dtype};
 """

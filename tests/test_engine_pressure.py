@@ -124,7 +124,7 @@ def test_a_prompt_that_is_computed_again_is_shared(models):
         def give_way_once(_):
             request = scheduler.youngest()
             if len(handles) == 2 and request is not None and request.pending is not None and not request.replay:
-                runner.life.let_youngest_give_way(runner._finish_host_work)
+                runner.life.let_youngest_give_way(runner._delivery.finish_host_work)
                 handles.append(engine.submit(prompt, max_tokens=6))
                 handles.append(engine.submit(prompt, max_tokens=6))
 

@@ -1,6 +1,7 @@
 """An engine under a memory limit that not all of its requests have room in: nobody fails, and the limit holds."""
 
 import dataclasses
+import threading
 
 import mlx.core as mx
 import pytest
@@ -70,7 +71,11 @@ def test_nobody_fails_where_each_has_room_alone(model, monkeypatch, lengths, max
     runtime_of(model).plan = dataclasses.replace(plan_with(model, kv(model, places)), prefill_chunk=64)
     with om.Engine(model, max_running=8) as engine:
         given = spied(engine)
-        found = read_all([engine.submit(prompt, **options) for prompt, options in requests])
+        admit, all_are_there = engine._runner.life.admit, threading.Event()
+        engine._runner.life.admit = lambda: admit() if all_are_there.is_set() else None
+        handles = [engine.submit(prompt, **options) for prompt, options in requests]
+        all_are_there.set()  # whoever comes alone and ends soon takes nobody's room
+        found = read_all(handles)
         assert engine._runner.memory.held_bytes == 0
     assert found == alone
     assert given

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -19,13 +18,14 @@ import mlx.core as mx
 from ..decoding.batch_step import BatchStep
 from ..decoding.budget import chunk_of_plan
 from ..decoding.gpu_errors import empty_stream, is_out_of_memory, is_watchdog
-from ..decoding.tokens import Choice, Forward, HostWork, computed
+from ..decoding.tokens import computed
 from ..errors import MemoryLimitError, SettingError
 from ..models.rows import Rows
 from ..models.slots import LONGEST_IN_SLOTS, SlotBank, fits_in_slots
 from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest, Pending
+from .delivery import Delivery
 from .expert_shares import ExpertShares
 from .flat_pass import Part, SamplerGroups, compute, decoding_part, prompt_part
 from .lifecycle import Lifecycle
@@ -36,10 +36,6 @@ from .single import CLEAR_CACHE_EVERY, not_finite
 if TYPE_CHECKING:
     from ..models import Model
 
-# Seconds that a step waits for constraints before it goes on without the requests that they belong to.
-LONGEST_WAIT = 2e-3
-# Constraints that are worked on at once; more of them wait for each other, and nobody else for them.
-MOST_WORKERS = 8
 # Drafts are checked beside so many other requests at most: with more, a pass shares what a draft would save.
 MOST_BESIDE_DRAFTS = 4
 
@@ -70,7 +66,7 @@ class Runner:
         self._chunk = chunk_of_plan(model)
         self._groups = SamplerGroups()
         self.life = Lifecycle(model, tokenizer, scheduler, self.memory, self._groups)
-        self._pool: ThreadPoolExecutor | None = None
+        self._delivery = Delivery(scheduler, self.life, self._failed, self._wake)
         self._has_failed_before = False
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -90,8 +86,8 @@ class Runner:
         began = time.perf_counter()
         self.life.drop_cancelled()
         self.life.admit()
-        self._finish_host_work()
-        self.life.make_room(self._finish_host_work)
+        self._delivery.finish_host_work()
+        self.life.make_room(self._delivery.finish_host_work)
         prompts = self._next_prompts()
         single = self._single(prompts)
         if single is not None:
@@ -106,7 +102,7 @@ class Runner:
         if has_work and not self._pass(in_slots, parts):
             return
         was_first = not before
-        self._hand_over(before)
+        self._delivery.hand_over(before)
         if not has_work:
             return
         if chunk_length and self.scheduler.decoding:
@@ -127,8 +123,7 @@ class Runner:
     def close(self, error: BaseException) -> None:
         """Every request ends here, its caller is told `error`, and nothing is left behind."""
         self.life.end_all([*self.scheduler.waiting, *self.scheduler.running()], lambda: error)
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._delivery.close()
         mx.clear_cache()
 
     # --- the pass -----------------------------------------------------------------------------------------------------
@@ -142,7 +137,7 @@ class Runner:
         decoding = self.scheduler.decoding
         fitting = self.memory.longest_piece(first, length, decoding)
         if not fitting:
-            if not self.life.let_youngest_give_way(self._finish_host_work):
+            if not self.life.let_youngest_give_way(self._delivery.finish_host_work):
                 self.life.end(first, error=self.memory.refusal(first))
             return self._next_prompts()
         found = [(first, first.job.piece(fitting))]
@@ -176,7 +171,7 @@ class Runner:
             except Exception as error:
                 self._failed([request], error)
                 return
-            self._go_on(request, reply)
+            self._delivery.go_on(request, reply)
             return
         pending = request.pending
         assert pending is not None
@@ -184,9 +179,9 @@ class Runner:
             if request.step.runs_ahead:
                 request.pending = request.chosen(*request.step.choose(pending.token, request.sampler))
                 mx.async_eval(request.pending.arrays)
-                self._hand_over([(request, pending)])
+                self._delivery.hand_over([(request, pending)])
                 return
-            self._hand_over([(request, pending)])
+            self._delivery.hand_over([(request, pending)])
             if request.turn is not None:
                 with self._shared([(request, 1)]):
                     request.pending = request.chosen(*request.step.choose(pending.token, request.sampler))
@@ -305,7 +300,7 @@ class Runner:
         reply: Any = logits if forward.tokens.ndim else logits[0]
         if forward.sampler is not None:
             reply = reply, forward.sampler(reply)
-        self._go_on(request, reply)
+        self._delivery.go_on(request, reply)
 
     def _prompt_went_on(self, request: ActiveRequest, rows: Rows, logits: mx.array | None) -> None:
         job = request.job
@@ -346,114 +341,10 @@ class Runner:
         except Exception as error:
             self.life.end(request, error=error)
             return
-        self._go_on(request, None)
+        self._delivery.go_on(request, None)
 
     def _may_guess(self) -> bool:
         return self.scheduler.num_running <= 1 + MOST_BESIDE_DRAFTS
-
-    # --- tokens -------------------------------------------------------------------------------------------------------
-
-    def _hand_over(self, chosen: Iterable[tuple[ActiveRequest, Pending | None]]) -> None:
-        """Tokens that have been computed meanwhile, to their requests."""
-        on_host: dict[int, Any] = {}
-        for request, pending in chosen:
-            if pending is None or request.turn is None:
-                continue
-            try:
-                if pending.is_finite is not None and not pending.is_finite.item():
-                    raise not_finite()
-                key = id(pending.tokens)
-                if key not in on_host:
-                    on_host[key] = pending.tokens.tolist()
-                values = on_host[key]
-                token = cast(int, values if pending.tokens.ndim == 0 else values[pending.at])
-                scores = (None, None) if pending.choice is None else pending.choice.logprob_values()
-            except RuntimeError as error:  # the device's
-                self._failed(list(self.scheduler.running()), error)
-                return
-            except Exception as error:
-                self.life.end(request, error=error)
-                continue
-            self._accept(request, token, *scores)
-
-    def _accept(self, request: ActiveRequest, token: int, logprob: float | None, top: dict[int, float] | None) -> bool:
-        """Hand one token over. False where it was the last."""
-        assert request.turn is not None
-        try:
-            request.turn.tokens.append(token)
-            chunk = request.sequence.accept(token, logprob, top)
-        except Exception as error:
-            self.life.end(request, error=error)
-            return False
-        self.life.touched[request] = None
-        if chunk.finish_reason is None:
-            request.channel.put(chunk)
-            return True
-        self.life.end(request, last=chunk)
-        return False
-
-    # --- sources: requests with a constraint or a draft ---------------------------------------------------------------
-
-    def _go_on(self, request: ActiveRequest, reply: Any) -> None:
-        """Let a source go on, up to where it needs the next pass or longer work of the host."""
-        assert request.source is not None
-        try:
-            wanted = request.source.send(reply)
-            while not isinstance(wanted, Forward):
-                if isinstance(wanted, Choice):
-                    if not self._accept(request, wanted.item(), *wanted.logprob_values()):
-                        return
-                    wanted = request.source.send(None)
-                elif isinstance(wanted, HostWork):
-                    if self.scheduler.num_running > 1 or request.work_seconds > LONGEST_WAIT:
-                        self._start_host_work(request, wanted)
-                        return
-                    wanted = request.source.send(_timed(request, wanted.call))
-        except StopIteration:
-            self.life.end(request)
-        except Exception as error:
-            self.life.end(request, error=error)
-        else:
-            request.forward = wanted
-
-    def _start_host_work(self, request: ActiveRequest, wanted: HostWork) -> None:
-        request.work_began = time.perf_counter()
-        request.work = self._workers().submit(_timed, request, wanted.call)
-        request.work.add_done_callback(lambda _: self._wake.set())
-
-    def _finish_host_work(self) -> None:
-        """Let those go on whose work on the host is done.
-
-        Others wait a moment for it, once. Where nothing else is to be done, it is waited for, or for whoever comes.
-        """
-        while working := {each.work: each for each in self.scheduler.decoding if each.work is not None}:
-            left = max(each.work_began for each in working.values()) + LONGEST_WAIT - time.perf_counter()
-            done, _ = wait(cast("Any", list(working)), timeout=max(0.0, left), return_when=FIRST_COMPLETED)
-            if not done:
-                if not self._has_other_work(working):
-                    self._wake.wait()
-                return
-            for future in done:
-                request = working[future]
-                request.work = None
-                self._resume(request, future)
-
-    def _resume(self, request: ActiveRequest, future: Future[Any]) -> None:
-        try:
-            result = future.result()
-        except Exception as error:
-            self.life.end(request, error=error)
-            return
-        self._go_on(request, result)
-
-    def _has_other_work(self, working: Any) -> bool:
-        busy = set(working.values())
-        return bool(self.scheduler.prompts) or any(each not in busy for each in self.scheduler.decoding)
-
-    def _workers(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(MOST_WORKERS, thread_name_prefix="openelm_mlx constraints")
-        return self._pool
 
     # --- failures -----------------------------------------------------------------------------------------------------
 
@@ -480,7 +371,7 @@ class Runner:
                 continue
             self._distribute((), [part], logits)
             if part.tokens is None:
-                self._hand_over([(request, before)])
+                self._delivery.hand_over([(request, before)])
 
     def _failed(self, requests: Sequence[ActiveRequest], error: Exception, can_recompute: bool = False) -> None:
         """A pass has failed for all of them together. can_recompute: before any token was chosen from it."""
@@ -538,12 +429,3 @@ def slot_bank(model: Model) -> SlotBank:
 
 def _arrays_of(request: ActiveRequest) -> list[mx.array]:
     return [] if request.pending is None else request.pending.arrays
-
-
-def _timed(request: ActiveRequest, call: Callable[[], Any]) -> Any:
-    """What `call`, its work on the host, gives."""
-    began = time.perf_counter()
-    try:
-        return call()
-    finally:
-        request.work_seconds = max(time.perf_counter() - began, 0.9 * request.work_seconds)

@@ -62,7 +62,7 @@ CONVERT = {
     "--gguf-experts": ("f16", "convert", "gguf_experts", "f16"),
     "--dtype": ("float16", "convert", "dtype", "float16"),
     "--revision": ("v1", "convert", "revision", "v1"),
-    "--max-file-size": ("500MB", "convert", "max_file_bytes", 500_000_000),
+    "--max-file-size": ("500MB", "convert", "max_file_bytes", "500MB"),
     "--tokenizer": ("demo-openelm", "convert", "tokenizer", "demo-openelm"),
     "--chat-template": ("plain", "convert", "chat_template", "plain"),
     "--dry-run": (None, "convert", "dry_run", True),

@@ -1,5 +1,6 @@
 """GGUF out and in: the same numbers and the same tokens, resumed = uninterrupted, nothing half written, nothing overwritten."""
 
+import errno
 import json
 import os
 import re
@@ -589,6 +590,19 @@ def test_a_full_disk(tmp_path, source, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["m.gguf", "m"])
+def test_a_disk_that_holds_no_file_so_large(tmp_path, source, monkeypatch, name):
+    """FAT32 ends a file at 4 GB: the folder can be written to, and the disk is not full."""
+
+    def too_large(stream, data):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(writer_module, "_append", too_large)
+    with pytest.raises(DestinationError, match=r'larger than a file may be .*max_file_bytes="4GB"'):
+        convert(source, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -603,6 +617,7 @@ def test_a_full_disk(tmp_path, source, monkeypatch):
         ({"dtype": "float16"}, "dtype is for a folder"),
         ({"target": "swift"}, "target is for a folder.*leave it out"),
         ({"upload": "me/it"}, "upload is for a folder"),
+        ({"max_file_bytes": "2MB"}, "max_file_bytes is for a folder"),
     ],
 )
 def test_options_that_cannot_be(tmp_path, source, options, match):
@@ -777,6 +792,8 @@ def test_the_command_says_what_it_wrote(tmp_path, capsys):
     [
         (["demo-openelm", "m.gguf", "--gguf-type", "q4_k"], "--gguf-type is 'q4_k'"),
         (["demo-openelm", "m.gguf", "--dtype", "float16"], "--dtype is for a folder"),
+        (["demo-openelm", "m.gguf", "--quantize", "4"], "--quantize is for a folder.*: use --gguf-type\\.\n"),
+        (["demo-openelm", "m.gguf", "--max-file-size", "1MB"], "--max-file-size is for a folder"),
         (["demo-openelm", "old.gguf"], "is there already"),
         (["other.gguf", "m"], "'llama', which is not supported: only openelm and gpt-oss are"),
         (["cut.gguf", "m"], "damaged"),
@@ -796,3 +813,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, capsys, monkeypatch
     assert captured.err.count("\n") == 1
     assert re.search(match, captured.err), captured.err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("size", ["1MB", "1000kB", "1000000B"])
+def test_the_smallest_file_size_is_taken(tmp_path, size):
+    assert main(["convert", "demo-openelm", str(tmp_path / "out"), "--max-file-size", size, "--dry-run"]) == 0

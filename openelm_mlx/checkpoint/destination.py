@@ -47,6 +47,11 @@ def destination_error(error: OSError, destination: Path) -> DestinationError:
             f"The disk of {destination.parent} is full; what was written of {destination.name} has been removed: "
             "make room, or choose a destination on another disk."
         )
+    if error.errno == errno.EFBIG:  # FAT32, which many memory sticks have, holds no file above 4 GB
+        return DestinationError(
+            f"{destination} is larger than a file may be on the disk of {destination.parent}: choose a destination on another "
+            'disk, or divide a folder\'s files with max_file_bytes="4GB".'
+        )
     reason = error.strerror or str(error)
     if error.errno in DISK_IS_GONE:
         return DestinationError(

@@ -133,15 +133,15 @@ def interruption(args: argparse.Namespace) -> str:
     return f"Interrupted: {args.destination} was not written; the same command resumes where this one stopped."
 
 
-def max_file_bytes(text: str) -> int:
-    """Bytes of --max-file-size; a number without a unit means gigabytes. Raises SettingError."""
+def max_file_bytes(text: str) -> str:
+    """--max-file-size with its unit; a number without one means gigabytes. Raises SettingError."""
     from ..errors import SettingError
     from ..memory.sizes import parse_size
 
-    found = parse_size(f"{text}GB" if text.strip(" .0123456789") == "" else text, "--max-file-size")
-    if found < 10**6:
+    size = f"{text}GB" if text.strip(" .0123456789") == "" else text
+    if parse_size(size, "--max-file-size") < 10**6:
         raise SettingError(f"--max-file-size is {text}: give at least 1MB.")
-    return found
+    return size
 
 
 def print_plan(result: ConversionReport) -> None:

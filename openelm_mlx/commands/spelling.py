@@ -18,6 +18,7 @@ _OTHER_NAMES = {
     "schema": "--json-schema",
     "prefix_cache": "--prompt-cache",
     "draft": "--draft-model",
+    "max_file_bytes": "--max-file-size",
     "instructions": "--system",
     "allow_unsandboxed": "--allow-unsandboxed",
 }

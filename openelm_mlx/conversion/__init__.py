@@ -130,7 +130,13 @@ def convert(
     to_gguf = is_gguf(destination)
     if to_gguf:
         refuse_folder_options(
-            quantize=quantize, dtype=dtype, group_size=group_size, target=target, upload=upload, private=private
+            quantize=quantize,
+            dtype=dtype,
+            group_size=group_size,
+            target=target,
+            max_file_bytes=None if most_bytes == MAX_FILE_BYTES else most_bytes,
+            upload=upload,
+            private=private,
         )
         place = None if dry_run else checked_output(str(destination), "The GGUF file", overwrite=None)
     else:

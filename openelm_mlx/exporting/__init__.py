@@ -188,7 +188,10 @@ def _folder_beside(target: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, RuntimeError):  # MLX raises it, for a full disk too
-            raise ConversionError(f"The graph could not be written ({one_line(error)}).") from error
+            raise ConversionError(
+                f"The graph could not be written ({one_line(error)}): make room on the disk of {place.parent}, or choose "
+                "another destination."
+            ) from error
         if isinstance(error, OSError):
             raise destination_error(error, place) from error
         raise

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict
 
 from . import INTERRUPTED
-from .options import add_preset_argument
+from .options import add_preset_argument, bits_asked_for
 from .output import report, report_json, say
 
 HELP = "export a model as a graph for C++ programs"
@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)"
     )
     add_preset_argument(parser)
+    parser.add_argument(
+        "--dense-bits",
+        type=int,
+        choices=[8, 6, 5, 4],
+        help="instead of a preset: quantize matrices that are not quantized yet to N bits",
+    )
     parser.add_argument(
         "--memory-limit", metavar="SIZE", help="keep to so much memory, for example 8GB (default: what there is)"
     )
@@ -54,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             places=_numbers(args.places),
             chunk=args.chunk,
             dtype=args.dtype,
-            preset=args.preset,
+            dense_bits=bits_asked_for(args),
             memory_limit=args.memory_limit,
             tokenizer=args.tokenizer,
             chat_template=args.chat_template,

@@ -77,6 +77,7 @@ def export(
     chunk: int = 64,
     dtype: str | mx.Dtype | None = None,
     preset: str | None = None,
+    dense_bits: int | None = None,
     memory_limit: int | str | None = None,
     tokenizer: SourceName | None = None,
     chat_template: str | None = None,
@@ -94,7 +95,7 @@ def export(
             tokens.
         places: The possible lengths of prompt and answer together; each is traced.
         chunk: How many tokens of a prompt are processed in one call; calls of 8 and 1 tokens are traced too.
-        dtype, preset, memory_limit, tokenizer, chat_template, revision, progress: As in `load`.
+        dtype, preset, dense_bits, memory_limit, tokenizer, chat_template, revision, progress: As in `load`.
 
     Raises the errors of `openelm_mlx.errors`; ConversionError for a model whose experts stay on disk.
     """
@@ -108,6 +109,7 @@ def export(
         context_length=sizes[-1],  # keys and values beyond it are never held
         dtype=dtype,
         preset=preset,
+        dense_bits=dense_bits,
         memory_limit=memory_limit,
         tokenizer=tokenizer,
         chat_template=chat_template,

@@ -401,7 +401,7 @@ def test_what_is_wrong_is_said_before_anything_runs():
     model, tokenizer = demo("demo-openelm")
     with pytest.raises(SettingError, match="takes 19 tokens"):
         stream_generate(model, tokenizer, "What is a cat?", schema=SCHEMAS["word"], max_tokens=5)
-    with pytest.raises(SettingError, match="no end"):
+    with pytest.raises(SettingError, match="No answer in this format was found"):
         stream_generate(model, tokenizer, "Hi", grammar='start: "a" start')
     with pytest.raises(SettingError, match="tool_schemas"):
         stream_generate(model, tokenizer, "Hi", tool_schemas={"functions.f": WORD})

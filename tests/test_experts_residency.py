@@ -1103,5 +1103,5 @@ def test_layouts_that_cannot_be_read_in_place(folders, residents, tmp_path):
     mx.save_safetensors(str(split / "model.safetensors"), parts)
     (split / "config.json").write_text(json.dumps(config))
     assert mx.array_equal(om.load(split, dtype="float32")[0](mx.array([[1]])), residents[32](mx.array([[1]])))
-    with pytest.raises(CheckpointError, match=r"keeps gate and up apart: convert it once, `python convert.py"):
+    with pytest.raises(CheckpointError, match=r"stores gate and up separately: convert it once, `python convert.py"):
         om.load(split, expert_slots=4)

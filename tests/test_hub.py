@@ -945,7 +945,7 @@ def test_a_range_is_all_that_travels(hub: HubServer, tmp_path: Path) -> None:
     assert read_range("owner/name", "model.safetensors", 8, 300) == WEIGHTS[8:308]
     assert hub.sent("model.safetensors") == 300
     assert not (tmp_path / "hf_home/hub").exists()
-    with pytest.raises(HubError, match=r"model\.safetensors of owner/name ends before"):
+    with pytest.raises(HubError, match=r"model\.safetensors of owner/name is shorter than its listing says"):
         read_range("owner/name", "model.safetensors", len(WEIGHTS) + 1, 8)
 
 
@@ -1026,7 +1026,7 @@ def test_a_failed_upload_says_what_to_do(hub: HubServer, folder: Path, monkeypat
     with pytest.raises(HubError) as error:
         upload(folder, "owner/new")
     text = message_of(error)
-    assert text.startswith("The upload to owner/new failed (you are not logged in; `hf auth login`")
+    assert text.startswith("The upload to owner/new failed (you are not logged in; run `hf auth login`")
     assert f"the files in {folder} are as they were" in text
     assert f"`hf upload owner/new '{folder}'` tries again" in text
 

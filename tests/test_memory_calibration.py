@@ -126,7 +126,7 @@ def test_the_command_s_words_for_people(monkeypatch, capsys):
     assert "gpt_oss: 178 us a layer, weights at 288 GB/s, keys and values at 84 GB/s; prompts at 4 TFLOPS" in out
     assert "gpt_oss: not kept, plans stay as before: rounds of one run differ by 40 %" in out
     assert calibrated(this_machine()).calibration.rates == KNOWN
-    assert "Computing with openelm takes 1.50 times what its shapes say." in out
+    assert "Computing with openelm takes 1.50 times the memory that its shapes predict." in out
     assert "The process itself takes 60 MB." in out
     assert stored.load_stored("memory")["scratch"] == {"openelm": 1.5, "gpt_oss": 1.0}
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_is_refused():
     slow = [replace(row, seconds=row.seconds * (4 if i == 0 else 1)) for i, row in enumerate(rows)]
     assert "miss a run by" in checked_rates([*slow, rows[0]])[1]["gpt_oss"]
     for never in (0.0, float("nan"), float("inf")):
-        assert "no time" in checked_rates([replace(row, seconds=never) for row in rows])[1]["gpt_oss"]
+        assert "do not explain the time" in checked_rates([replace(row, seconds=never) for row in rows])[1]["gpt_oss"]
 
 
 def test_no_round_begins_after_the_time_but_the_first_three():
@@ -329,7 +329,7 @@ def test_the_disk_gives_back_what_was_written(tmp_path, monkeypatch):
     assert disk.cold_rate([disk.DiskRate(1, 2e9, 9e9), disk.DiskRate(8, 3e9, 9e9)]) == 3e9
     assert disk.cold_rate([disk.DiskRate(1, 8.9e9, 9e9)]) is None  # it came out of the cache
     monkeypatch.setattr(disk, "_digest", lambda piece, seen=[]: seen.append(1) or len(seen))
-    with pytest.raises(ValueError, match="other bytes"):
+    with pytest.raises(ValueError, match="the bytes read differ"):
         disk.disk_rates(2 * disk.PIECE_BYTES, (1,), tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_links_are_not_followed(folder):
         (["*** Update File: b.txt", "*** Move to: a.py", "@@", " one"], "already"),
         (["*** Add File: c.txt", "x"], "'+'"),
         (["*** Update File: b.txt", "@@", "x"], "' ', '+' or '-'"),
-        (["*** Update File: b.txt"], "nothing"),
+        (["*** Update File: b.txt"], "has no changes for it"),
         (["*** Change File: b.txt"], "Line 6"),
         ([], "no file"),
     ],

@@ -257,7 +257,7 @@ def test_an_end_between_two_scripts_is_told_and_the_next_one_runs(inside):
     assert inside("x = 1; import signal; signal.setitimer(signal.ITIMER_REAL, 1.0)[0]") == "0.0"
     time.sleep(2.0)  # the answer is here long before the alarm, and the end long before the next script
     text = inside("'x' in globals()")
-    assert text.startswith("[Python ended (killed by SIGALRM), since the script before; its variables are gone")
+    assert text.startswith("[Python ended (killed by SIGALRM), since the last script; its variables are gone")
     assert text.endswith("\nFalse")
 
 

@@ -284,7 +284,7 @@ def test_what_changed_meanwhile_is_not_overwritten(folder, monkeypatch):
     assert (folder / "a.py").read_text() == "mine, and longer\n"
     (folder / "a.py").write_text("one\n")
     meanwhile(lambda: (folder / "n").write_text("mine\n"))
-    with pytest.raises(ToolError, match="n has come into being"):
+    with pytest.raises(ToolError, match="n was created meanwhile"):
         apply_patch(EDIT, folder)
     assert (folder / "n").read_text() == "mine\n"
     assert (folder / "a.py").read_text() == "one\n"
@@ -359,7 +359,7 @@ def test_names_that_no_file_can_have(folder, path):
 
 
 def test_half_characters_are_refused_and_not_replaced(folder):
-    refused(folder, patch_of("*** Update File: a.py", "@@", "-one", "+\ud83d"), "half a character")
+    refused(folder, patch_of("*** Update File: a.py", "@@", "-one", "+\ud83d"), "half of a surrogate pair")
 
 
 @pytest.mark.parametrize(

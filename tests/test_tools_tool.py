@@ -173,7 +173,7 @@ UNFOLLOWED = {"type": "object", "properties": {"a": {"type": "string", "not": {"
 
 def test_a_schema_that_calls_cannot_be_held_to_is_refused_before_anything_is_generated():
     with pytest.raises(
-        ToolError, match=r"functions\.show could not be held to its arguments' schema.*Use simpler types"
+        ToolError, match=r"arguments' schema of the tool functions\.show cannot be enforced.*Use simpler types"
     ):
         ToolSet([FunctionTool(print, "show", "", UNFOLLOWED, None)])
 

@@ -14,9 +14,11 @@ SUBJECT = "choices"
 # Valid values: a file with others was not written by this program.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rows_in_a_tile": (1, 32, 64, 128), "spare_places": (0, 8), "compiled_step": (False, True),
-    "fuse_residual_add": (False, True), "bias_apart": (False, True), "slots": (False, True),
-    "marks_keys": (False, True), "products_from": (0, 1_000_000),
+    "fuse_residual_add": (False, True), "bias_apart": (False, True),
 }  # fmt: skip
+
+# What nobody times, and what is therefore the backend's default whatever is stored.
+BY_BACKEND = {"slots", "marks_keys", "products_from"}
 
 
 def stored_choices() -> KernelChoices | None:
@@ -33,10 +35,10 @@ def stored_choices() -> KernelChoices | None:
 def _is_allowed(name: str, found: dict[str, Any]) -> bool:
     if name == "expert_ways":
         return is_checked(found.get(name))
-    value, allowed = found.get(name), _ALLOWED[name]
+    value, allowed = found.get(name), _ALLOWED.get(name, ())
     return value in allowed and type(value) is type(allowed[0])
 
 
 def store_choices(chosen: KernelChoices) -> Path:
     """Store the choices for this machine and return the file. Raises DestinationError."""
-    return store(SUBJECT, asdict(chosen))
+    return store(SUBJECT, {name: value for name, value in asdict(chosen).items() if name not in BY_BACKEND})

@@ -52,6 +52,7 @@ CONVERT = {
     "gguf_type": NOT_TEXT, "gguf_experts": NOT_TEXT,
 }  # fmt: skip
 EXPORT = {
+    "dense_bits": LOAD["dense_bits"],
     **{
         name: LOAD[name]
         for name in ("source", "dtype", "preset", "memory_limit", "tokenizer", "chat_template", "revision", "progress")

@@ -52,13 +52,12 @@ CONVERT = {
     "gguf_type": NOT_TEXT, "gguf_experts": NOT_TEXT,
 }  # fmt: skip
 EXPORT = {
-    "dense_bits": LOAD["dense_bits"],
     **{
         name: LOAD[name]
         for name in ("source", "dtype", "preset", "memory_limit", "tokenizer", "chat_template", "revision", "progress")
     },
     "destination": (*NOT_A_PATH, None, ""), "places": (5, "x", b"x", [], {}, ODD, True, None, [0], ["x"], [1.5], [True]),
-    "chunk": (*NOT_A_NUMBER, None),
+    "chunk": (*NOT_A_NUMBER, None), "dense_bits": LOAD["dense_bits"],
 }  # fmt: skip
 GENERATE = {
     "model": NOT_A_MODEL, "tokenizer": NOT_ONE_OF_OURS, "prompt": (5, 1.5, b"x", [], {}, ODD, True, None, ""),

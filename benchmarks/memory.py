@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from openelm_mlx.commands.output import report, report_json
-
-from .command import run_benchmark
+from .command import existing_folder, run_benchmark, show_rows
 
 HELP = "measure how far the planner's figures are from what models of many shapes use"
 
@@ -26,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print a row as it is known. Returns 0."""
-    from openelm_mlx.bench.benchmark import machine_description
     from openelm_mlx.bench.memory import HEADING, SHAPES, rows
     from openelm_mlx.errors import SettingError
     from openelm_mlx.models.precision import runs_on_cpu
@@ -37,19 +33,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompt_tokens.split(",")
     if not all(each.isdecimal() and int(each) > 0 for each in prompts):
         raise SettingError(f"--prompt-tokens is {args.prompt_tokens!r}: give whole numbers above 0, with commas.")
-    folder = None if args.folder is None else Path(args.folder)
-    if folder is not None and not folder.is_dir():
-        raise SettingError(f"--folder is {args.folder!r}, which is not a folder: name one that exists.")
-    found = []
-    if not args.json:
-        report(f"{machine_description()}\n{HEADING}")
-    for row in rows(shapes, [int(each) for each in prompts], runs_on_cpu(), folder):
-        found.append(row)
-        if not args.json:
-            report(row.line())
-    if args.json:
-        report_json({"machine": machine_description(), "rows": [row.as_dict() for row in found]})
-    return 0
+    found = rows(shapes, [int(each) for each in prompts], runs_on_cpu(), existing_folder(args.folder))
+    return show_rows(HEADING, found, args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.commands.output import report, report_json
+from openelm_mlx.commands.output import report_json
 
-from .command import run_benchmark
+from .command import existing_folder, run_benchmark, show_rows
 
 HELP = "measure how far what is planned for several requests at once is from what they use"
 
@@ -223,7 +223,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print a row as it is known. Returns 0."""
-    from openelm_mlx.bench.benchmark import machine_description
     from openelm_mlx.errors import SettingError
 
     if args.measure:
@@ -232,19 +231,7 @@ def run(args: argparse.Namespace) -> int:
     names = [name for name in MIXTURES if args.only is None or args.only in name]
     if not names:
         raise SettingError(f"No mixture has {args.only!r} in its name; there are: {'; '.join(MIXTURES)}.")
-    folder = None if args.folder is None else Path(args.folder)
-    if folder is not None and not folder.is_dir():
-        raise SettingError(f"--folder is {args.folder!r}, which is not a folder: name one that exists.")
-    found = []
-    if not args.json:
-        report(f"{machine_description()}\n{HEADING}")
-    for row in rows(names, folder):
-        found.append(row)
-        if not args.json:
-            report(row.line())
-    if args.json:
-        report_json({"machine": machine_description(), "rows": [row.as_dict() for row in found]})
-    return 0
+    return show_rows(HEADING, rows(names, existing_folder(args.folder)), args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -159,14 +159,18 @@ def prepare(
     chat_template: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    opened: Source | None = None,
 ) -> Prepared:
-    """Everything that `load` does except reading the tensors, with the same arguments and errors."""
+    """Everything that `load` does except reading the tensors, with the same arguments and errors.
+
+    opened: the source, where it has been opened already.
+    """
     dense_bits = preset_bits(preset, dense_bits)
     wanted_type = parse_dtype(dtype)
     allow_open_files()
     keep_float32()
     use_device()
-    opened = Source.open(source, revision, progress)
+    opened = Source.open(source, revision, progress) if opened is None else opened
     spec, contents = opened.spec, opened.contents
     request = PlanRequest(
         memory_limit=parse_memory(memory_limit),

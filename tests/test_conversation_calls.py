@@ -49,7 +49,7 @@ def test_calls_follow_their_schema_whatever_the_model_would_write(demo, monkeypa
     from openelm_mlx.decoding.grammar import answer_format, engine_of
     from openelm_mlx.decoding.sampling import Sampler
     from openelm_mlx.decoding.step import PlainStep
-    from openelm_mlx.decoding.tokens import constrained
+    from openelm_mlx.decoding.tokens import constrained_source, drive
     from openelm_mlx.generate import prefill
 
     constraint = HarmonyConstraint(harmony, engine_of(tokenizer), None, {"functions.w": answer_format(schema)}, 80)
@@ -59,7 +59,7 @@ def test_calls_follow_their_schema_whatever_the_model_would_write(demo, monkeypa
     step = PlainStep(model, model.make_cache())
     logits = prefill(model, [*prompt, *header], step.cache, 512)
     sampler = Sampler(sampling, model.spec.vocab_size, tokenizer.vocab_size)
-    tokens = [choice.item() for choice in constrained(step, sampler, logits, 60, constraint)]
+    tokens = [choice.item() for choice in drive(step, constrained_source(step, sampler, logits, 60, constraint))]
     assert tokens[-1] == harmony.call
     arguments = json.loads(tokenizer.decode(tokens[:-1], continuation=True))
     assert arguments["city"] in ("Oslo", "Rome")

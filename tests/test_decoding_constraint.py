@@ -18,7 +18,7 @@ from openelm_mlx.decoding.constraint import HarmonyConstraint, PlainConstraint
 from openelm_mlx.decoding.grammar import answer_format, engine_of
 from openelm_mlx.decoding.sampling import Sampler, SamplingParams, unpacked
 from openelm_mlx.decoding.step import PlainStep
-from openelm_mlx.decoding.tokens import constrained
+from openelm_mlx.decoding.tokens import constrained_source, drive
 from openelm_mlx.errors import SettingError, TokenizerError
 from openelm_mlx.generate import prefill, stream_generate
 from openelm_mlx.text.harmony import HarmonyFormat
@@ -304,7 +304,8 @@ def test_the_loop_is_the_naive_loop(harmony, options, has_format):
     expected = naive(model, prompt, constraint(), Sampler(params, vocab_size, vocab_size), 40)
     step = PlainStep(model, model.make_cache())
     logits = prefill(model, prompt, step.cache, 512)
-    choices = constrained(step, Sampler(params, vocab_size, vocab_size), logits, 40, constraint())
+    source = constrained_source(step, Sampler(params, vocab_size, vocab_size), logits, 40, constraint())
+    choices = drive(step, source)
     assert [choice.item() for choice in choices] == expected
     assert (expected[0] == harmony.message) == has_format
 
@@ -339,7 +340,9 @@ def test_a_step_with_a_token_that_is_not_accepted_is_taken_back(monkeypatch, see
     assert refused
     step = PlainStep(model, model.make_cache())
     logits = prefill(model, prompt, step.cache, 512)
-    assert [choice.item() for choice in run(lambda c, s: constrained(step, s, logits, 20, c))] == expected
+    assert [
+        choice.item() for choice in run(lambda c, s: drive(step, constrained_source(step, s, logits, 20, c)))
+    ] == expected
     assert step.cache[0].offset - len(prompt) in (len(expected) - 1, len(expected))
 
 
@@ -354,7 +357,7 @@ def test_the_next_step_is_dispatched_before_the_mask_is_computed(monkeypatch):
     monkeypatch.setattr(PlainConstraint, "mask", lambda self: (events.append("mask"), mask())[1])
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: (events.append("dispatch"), evaluate(*arrays))[1])
     sampler = Sampler(SamplingParams(), tokenizer.vocab_size, tokenizer.vocab_size)
-    assert len(list(constrained(step, sampler, logits, 4, constraint))) == 4
+    assert len(list(drive(step, constrained_source(step, sampler, logits, 4, constraint)))) == 4
     # A mask and a choice; then for each token the next step, its mask while that is computed, and the choice.
     assert events == ["mask", "dispatch"] + ["dispatch", "mask", "dispatch"] * 3
 

@@ -128,7 +128,7 @@ def test_a_fork_is_planned_for_as_what_it_really_comes_to_take(openelm):
 
 def test_a_kept_prefix_and_the_snapshots_to_come_are_part_of_what_is_planned(gpt_oss):
     memory, store = memory_of(gpt_oss), om.PrefixCache()
-    rings = memory.admission.snapshot_bytes()
+    rings = memory.admission.caches.rings
     assert rings
     new = active(gpt_oss, prompt_of(100), max_tokens=20, prefix_cache=store, prefill_chunk=30)
     assert memory._held(new).snapshots == 4  # after 30, 60, 90 and 99 tokens

@@ -5,7 +5,7 @@ from collections import deque
 
 import pytest
 
-from openelm_mlx.engine.active import prompt_chunks
+from openelm_mlx.decoding.prefill import prompt_chunks
 from openelm_mlx.engine.scheduler import LONGEST_GAP, ChunkPace, Job, Scheduler
 from openelm_mlx.errors import EngineFullError
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from openelm_mlx.bench.against import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.errors import MemoryLimitError
-from openelm_mlx.memory.admission import Admission, Held
+from openelm_mlx.memory.admission import LEAST_CHUNK, Admission, Held
 from openelm_mlx.memory.cache_bytes import CacheBytes, Growth, growth_of, most_that
 from openelm_mlx.memory.machine import find_mac
 from openelm_mlx.memory.measured import Calibration
@@ -27,6 +27,50 @@ GPT_OSS = spec_from_config({
 })  # fmt: skip
 OPENELM = spec_from_config({**shape_config("openelm-270m", 3), "vocab_size": 320})
 SPECS = {"gpt-oss": GPT_OSS, "OpenELM": OPENELM}
+
+
+# --- what the simulated engine below decides by the arithmetic ---
+
+
+def longest_chunk(found, in_use, running, prompt, wanted=None):
+    """How many tokens of a prompt to read at once: `wanted`, or half of it, or a quarter ...; 0 when not even 16 fit.
+
+    prompt: the request that reads it, `reserved` tokens of it in all.
+    """
+    chunk = found.chunk if wanted is None else wanted
+    while found.limit is not None and found.shortage(in_use, [*running, prompt], chunk):
+        if chunk <= LEAST_CHUNK:
+            return 0
+        chunk = max(LEAST_CHUNK, chunk // 2)
+    return chunk
+
+
+def to_put_back(found, in_use, running, kept=0, chunk=0):
+    """How many of the youngest requests have to leave so that the others can go on; never the oldest one.
+
+    running: the oldest first. kept: bytes of kept prompts, all of which are gone before a request leaves.
+    """
+    in_use -= kept
+    for leaving in range(len(running)):
+        staying = running[: len(running) - leaving]
+        if leaving:
+            last = running[len(running) - leaving]
+            caches = found.caches if last.caches is None else last.caches
+            in_use -= caches.bytes_of(caches.places(last.num_tokens) if last.places is None else last.places)
+        if not found.shortage(in_use, staying, chunk):
+            return leaving
+    return max(0, len(running) - 1)
+
+
+def seen(found, computed, rows, chunk=0, offset=0):
+    """What to go on with after a pass that took `computed` bytes beside what was in use: itself, or a larger factor."""
+    planned = found.pass_bytes(rows, chunk, offset)
+    if computed <= planned:
+        return found
+    return replace(found, scratch_factor=found.scratch_factor * computed / planned)
+
+
+# --- tests ---
 
 
 def allocated(cache):
@@ -150,7 +194,7 @@ def test_the_longest_that_a_request_may_become_is_the_longest(name, running, lim
 def test_as_few_of_the_youngest_leave_as_it_takes_and_never_the_oldest(name, running, limit, kept):
     found = admission(limit, name)
     in_use = kept + sum(found.kv_bytes(each.num_tokens) for each in running)
-    leaving = found.to_put_back(in_use, running, kept)
+    leaving = to_put_back(found, in_use, running, kept)
     assert 0 <= leaving < len(running)
 
     def fits(count):
@@ -174,7 +218,7 @@ def test_a_fork_has_the_places_that_it_was_cut_to():
 
 def test_rings_do_not_grow_and_8_bits_take_less():
     window = admission(None, "OpenELM", window=16)
-    assert window.kv_bytes(1) == window.kv_bytes(2000) == window.snapshot_bytes()
+    assert window.kv_bytes(1) == window.kv_bytes(2000) == window.caches.rings
     assert window.needed(0, [Held(20, 2000)]) == window.pass_bytes([2000])
     assert admission(None, "OpenELM", kv_bits=8).kv_bytes(2000) < 0.4 * kv("OpenELM", 2000)
 
@@ -183,8 +227,8 @@ def test_snapshots_of_rings_count_while_a_request_is_to_be_kept():
     found = admission(None)
     running = [Held(100, 200)] * 2
     kept = [each._replace(snapshots=3) for each in running]
-    assert found.needed(0, kept) == found.needed(0, running) + 6 * found.snapshot_bytes()
-    assert admission(None, "OpenELM").snapshot_bytes() == 0
+    assert found.needed(0, kept) == found.needed(0, running) + 6 * found.caches.rings
+    assert admission(None, "OpenELM").caches.rings == 0
 
 
 def test_a_window_that_was_asked_for_is_attended_to_as_one():
@@ -196,21 +240,21 @@ def test_a_window_that_was_asked_for_is_attended_to_as_one():
 
 def test_a_chunk_is_halved_until_it_fits():
     free = admission(None)
-    assert free.longest_chunk(0, [], Held(0, 900)) == 64
+    assert longest_chunk(free, 0, [], Held(0, 900)) == 64
     prompt, running = Held(0, 900), [Held(100, 200)] * 3
     needs = {chunk: free.needed(0, [*running, prompt], chunk) for chunk in (16, 32, 64)}
     assert needs[16] < needs[32] < needs[64]
     for chunk, needed in needs.items():
-        assert admission(needed).longest_chunk(0, running, prompt) == chunk
-    assert admission(needs[64]).longest_chunk(0, running, prompt, wanted=32) == 32
-    assert admission(needs[16] - 1).longest_chunk(0, running, prompt) == 0
+        assert longest_chunk(admission(needed), 0, running, prompt) == chunk
+    assert longest_chunk(admission(needs[64]), 0, running, prompt, wanted=32) == 32
+    assert longest_chunk(admission(needs[16] - 1), 0, running, prompt) == 0
 
 
 def test_what_a_pass_really_took_counts_from_then_on():
     found = admission(10**9)
     planned = found.pass_bytes([100, 200], 64, 300)
-    assert found.seen(planned, [100, 200], 64, 300) is found
-    wiser = found.seen(2 * planned, [100, 200], 64, 300)
+    assert seen(found, planned, [100, 200], 64, 300) is found
+    wiser = seen(found, 2 * planned, [100, 200], 64, 300)
     assert wiser.pass_bytes([100, 200], 64, 300) == pytest.approx(2 * planned, rel=1e-6)
     assert wiser.needed(0, [Held(0, 500)], 64) > found.needed(0, [Held(0, 500)], 64)
 
@@ -302,7 +346,7 @@ class Simulated:
     def step(self, waiting):
         while waiting and self.room(self.running, self.state(waiting[0])):
             self.running.append(waiting.pop(0))
-        leaving = self.admission.to_put_back(self.in_use, [*map(self.state, self.running)], self.kept, 16)
+        leaving = to_put_back(self.admission, self.in_use, [*map(self.state, self.running)], self.kept, 16)
         for _ in range(leaving):
             put_back = self.running.pop()
             waiting.insert(0, {**put_back, "tokens": 0, "prompt": max(put_back["prompt"], put_back["tokens"])})
@@ -313,7 +357,7 @@ class Simulated:
         if prompts:
             first = prompts[0]
             others = [self.state(each) for each in self.running if each is not first]
-            wanted = self.admission.longest_chunk(self.in_use, others, self.state(first))
+            wanted = longest_chunk(self.admission, self.in_use, others, self.state(first))
             assert wanted
             chunk, offset = min(wanted, first["prompt"] - first["tokens"]), first["tokens"]
         rows = [each for each in self.running if each not in prompts]

@@ -6,8 +6,6 @@ turns; the default stays unless the other one is clearly faster. On the CPU back
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,7 @@ from ..decoding.step import PlainStep
 from ..models import build_model
 from ..models.precision import KernelChoices, default_choices, runs_on_cpu
 from ..specs import spec_from_config
-from .expert_layer import LayerShape
+from .expert_layer import LayerShape, in_turns
 from .expert_ways import ROWS, WaysTiming, time_expert_ways
 
 if TYPE_CHECKING:
@@ -88,13 +86,13 @@ def time_alternatives(sizes: Sizes | None = None) -> list[Timing | WaysTiming]:
     found: list[Timing | WaysTiming] = []
     for name, make in _ALTERNATIVES.items():
         ways = make(sizes)
-        seconds = _in_turns(ways)
+        seconds = in_turns(ways, _ROUNDS)
         default = getattr(defaults, name)
         fastest = min(seconds, key=lambda way: seconds[way])
         is_clear = seconds[fastest] < (1 - MARGIN) * seconds[default]
         found.append(Timing(name, seconds, default, fastest if is_clear else default))
     for name, (make, default) in _TOLD.items():
-        seconds = _in_turns(make(sizes))
+        seconds = in_turns(make(sizes), _ROUNDS)
         fastest = min(seconds, key=lambda way: seconds[way])
         is_clear = seconds[fastest] < (1 - MARGIN) * seconds[default]
         found.append(Timing(name, seconds, default, fastest if is_clear else default, is_chosen=False))
@@ -106,18 +104,6 @@ def winners(timings: Sequence[Timing | WaysTiming]) -> KernelChoices:
     """The kernel choices that won."""
     found: dict[str, Any] = {each.name: each.winner for each in timings if each.is_chosen}
     return replace(default_choices(), **found)
-
-
-def _in_turns(ways: Mapping[Any, Callable[[], None]]) -> dict[Any, float]:
-    times: dict[Any, list[float]] = {way: [] for way in ways}
-    for number in range(_ROUNDS + 1):
-        for way in sorted(ways, reverse=bool(number % 2)):
-            mx.synchronize()
-            started = time.perf_counter()
-            ways[way]()
-            if number:  # the first one compiles
-                times[way].append(time.perf_counter() - started)
-    return {way: statistics.median(each) for way, each in times.items()}
 
 
 def _rows(sizes: Sizes) -> dict[Any, Callable[[], None]]:

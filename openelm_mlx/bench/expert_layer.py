@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,8 @@ from ..models.moe import Experts, QuantizedExpertLinear, weighted_sum
 from ..models.precision import runs_on_cpu
 from ..models.routing_ways import way_for
 from ..specs import LayerSpec, ModelSpec, spec_from_config
+
+W = TypeVar("W", bound="str | int | bool")  # the name of a way
 
 # How far apart two ways may be, in half precision, of the largest number.
 NEAR = 2e-2
@@ -136,9 +138,9 @@ def passes_of(experts: Experts, rows: Rows) -> Callable[[], None]:
     return lambda: mx.eval(compiled(rows.x, list(rows.chosen), rows.weights))
 
 
-def in_turns(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def in_turns(ways: Mapping[W, Callable[[], None]], rounds: int) -> dict[W, float]:
     """Seconds of each call, medians; the first round compiles and does not count."""
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[W, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way in sorted(ways, reverse=bool(number % 2)):
             mx.synchronize()

@@ -27,7 +27,6 @@ from ..checkpoint.writer import CheckpointWriter
 from ..errors import (
     CheckpointError,
     ConfigError,
-    ConversionError,
     DestinationError,
     HubError,
     SettingError,
@@ -47,6 +46,7 @@ from .from_gguf import open_source
 from .gguf_verify import GgufVerification
 from .plan import TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
 from .report import ByteCount, ConversionReport, StageProgress, bytes_of, no_buffer_cache, stage
+from .source_state import source_changed
 from .to_gguf import GgufOptions, convert_to_gguf, is_gguf, refuse_folder_options
 from .verify import LayerError, Verification
 from .verify import verify as verify_files
@@ -175,10 +175,7 @@ def _write_folder(
         num_resumed = writer.num_finished
         _write_weights(plan, opened, writer, progress)
         if plan.fingerprint(opened.checkpoint.files, opened.config) != fingerprint:
-            raise ConversionError(
-                f"The files of {opened.name} changed while they were converted, and nothing was kept: let them be, and convert "
-                "again."
-            )
+            raise source_changed(opened.name)
         folder = writer.assemble(_other_files(opened, plan, found, report.chat_template))
         verification = None
         if verify:

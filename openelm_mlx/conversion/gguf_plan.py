@@ -30,6 +30,7 @@ from ..errors import CheckpointError, ConversionError, SettingError
 from ..files import shown
 from ..specs import ModelSpec, YarnSpec
 from .plan import PARTS, PlannedTensor, PlannedWeight, rows_in_a_slice
+from .source_state import source_state
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")
 _SWIGLU = (7.0, 1.702)
@@ -153,15 +154,8 @@ class GgufPlan:
         """A hash of everything that the written bytes depend on: header, plan, source files, versions of mlx and gguf."""
         from importlib.metadata import version
 
-        try:
-            found = [(file.name, file.stat()) for file in source_files]
-        except OSError as error:
-            raise CheckpointError(
-                f"{error.filename} cannot be read any more ({error.strerror}): put it back."
-            ) from error
-        stats = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found]
         recipe = [(w.tensor, str(w.weight.dtype), w.weight.unpack, w.packing) for w in self.weights]
-        text = repr([stats, recipe, version("mlx"), version("gguf")])
+        text = repr([source_state(source_files), recipe, version("mlx"), version("gguf")])
         return hashlib.sha256(header + text.encode()).hexdigest()
 
 

@@ -31,6 +31,7 @@ from ..finder import disk_trouble
 from ..placement import DTYPES, parse_dtype
 from ..specs import ModelSpec, apple_shape, gpt_oss_config, openelm_config, spec_from_config
 from .for_swift import check_swift
+from .source_state import source_state
 
 Shape = tuple[int, ...]
 
@@ -175,21 +176,13 @@ class ConversionPlan:
         return self.config.get("quantization")
 
     def fingerprint(self, source_files: tuple[Path, ...], source_config: Mapping[str, Any]) -> str:
-        """A name for everything that the written bytes depend on: the plan, the source, and MLX's version.
-
-        The time of the last change (ctime) is among it: unlike that of modification no program can set it back.
-        """
-        try:
-            found = [(file.name, file.stat()) for file in source_files]
-        except OSError as error:
-            raise CheckpointError(
-                f"{error.filename} cannot be read any more ({error.strerror}): put it back."
-            ) from error
-        stats = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found]
+        """A name for everything that the written bytes depend on: the plan, the source, and MLX's version."""
         recipe = [
             (weight.tensors, weight.shape, str(weight.dtype), weight.unpack, weight.pack) for weight in self.weights
         ]
-        text = repr([stats, recipe, [file.name for file in self.files], version("mlx")]) + json.dumps(source_config)
+        text = repr(
+            [source_state(source_files), recipe, [file.name for file in self.files], version("mlx")]
+        ) + json.dumps(source_config)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint.gguf_names import ARCHITECTURES
 from ..checkpoint.gguf_writer import GgufWriter, gguf_package, output_file
-from ..errors import ConversionError, SettingError
+from ..errors import SettingError
 from ..outputs import checked_output
 from ..sources import Source
 from ..specs import ModelSpec
@@ -17,6 +17,7 @@ from .gguf_fields import gguf_fields
 from .gguf_plan import GgufPlan, plan_gguf
 from .gguf_verify import verify_gguf
 from .report import ByteCount, ConversionReport, StageProgress, no_buffer_cache, stage
+from .source_state import source_changed
 
 SUFFIX = ".gguf"
 
@@ -94,10 +95,7 @@ def convert_to_gguf(
         for tensor in remaining:
             writer.write(tensor.name, _counted(plan, tensor.name, source, counter))
         if plan.fingerprint(source.checkpoint.files, file.header) != fingerprint:
-            raise ConversionError(
-                f"The files of {source.name} changed while they were converted, and nothing was kept: let them be, and convert "
-                "again."
-            )
+            raise source_changed(source.name)
         whole = writer.finish()
         verification = None
         if options.verify:

@@ -8,11 +8,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..models.precision import runs_on_cpu
-from .sampling import Sampler
+from .sampling import CompiledChoices, Sampler
 
-# Compiled choices kept, one for each form of sampler.
-_MOST_FORMS = 32
-_compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
+_choices = CompiledChoices()
 
 
 class SamplerGroup:
@@ -23,19 +21,14 @@ class SamplerGroup:
 
     def __init__(self, samplers: Sequence[Sampler]) -> None:
         self.samplers = list(samplers)
-        first = self.samplers[0]
-        self._form = first.with_arrays([mx.array(0)] * len(first.arrays))
+        self._form = self.samplers[0].without_arrays()
         columns = [list(column) for column in zip(*(each.arrays for each in self.samplers), strict=True)]
         self._arrays = [_stacked(column) for column in columns]
 
-    def holds(self, samplers: Sequence[Sampler]) -> bool:
-        """Whether these are its samplers, in this order."""
-        mine = self.samplers
-        return len(mine) == len(samplers) and all(a is b for a, b in zip(mine, samplers, strict=True))
-
     def __call__(self, logits: mx.array) -> mx.array:
         """The next token of each row, (n,) uint32, from its logits (n, V). Lazy."""
-        tokens, *state = _choice_of(self._form)(logits, self._arrays)
+        choose = _batch_choice(self._form) if runs_on_cpu() else _choices.of(self._form, _batch_choice)
+        tokens, *state = choose(logits, self._arrays)
         self._arrays[: len(state)] = state
         return cast(mx.array, tokens)
 
@@ -51,17 +44,6 @@ def _stacked(arrays: list[mx.array]) -> mx.array:
     """(n, ...); a bias that all have in common stays one."""
     is_common = len(arrays) > 1 and all(each is arrays[0] for each in arrays)
     return arrays[0] if is_common else mx.stack(arrays)
-
-
-def _choice_of(form: Sampler) -> Callable[..., Any]:
-    if runs_on_cpu():
-        return _batch_choice(form)
-    choose = _compiled.get(form.form)
-    if choose is None:
-        while len(_compiled) >= _MOST_FORMS:
-            _compiled.pop(next(iter(_compiled)), None)  # the oldest
-        choose = _compiled[form.form] = mx.compile(_batch_choice(form))
-    return choose
 
 
 def _batch_choice(form: Sampler) -> Callable[..., Any]:

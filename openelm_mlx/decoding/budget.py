@@ -42,13 +42,7 @@ class Budget:
         self._limit = None if plan is None else plan.budget_bytes
         self._scratch_per_token = 0.0 if plan is None else plan.scratch_bytes / max(1, plan.prefill_chunk)
         self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
-        self._chunk = DEFAULT_CHUNK if plan is None else plan.prefill_chunk
         self._before_chunk = 0
-
-    @property
-    def planned_chunk(self) -> int:
-        """How many tokens of a prompt the plan has in flight at once."""
-        return self._chunk
 
     @property
     def num_tokens(self) -> int:
@@ -96,13 +90,6 @@ class Budget:
         if self._lease is not None:
             self._lease.lap()
         return length
-
-    def has_room_for_chunk(self, length: int, pass_length: int) -> bool:
-        """Whether a chunk of `length` tokens fits, in a pass of `pass_length` tokens of several prompts."""
-        if self._limit is None:
-            return True
-        growth = sum(self.growth(self.num_tokens + length))
-        return self._active_memory() + growth + self.scratch(pass_length) <= self._limit
 
     def chunk_is_done(self, length: int) -> None:
         """Learn from a computed chunk how much scratch memory each of its tokens took."""

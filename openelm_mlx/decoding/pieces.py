@@ -55,7 +55,7 @@ class Pieces:
 
     def _make_head(self, sampler: Sampler | None) -> Callable[..., tuple[Any, ...]]:
         # Only the form of this sampler stays with the piece: its arrays are as large as the vocabulary.
-        form = None if sampler is None else sampler.with_arrays([mx.array(0)] * len(sampler.arrays))
+        form = None if sampler is None else sampler.without_arrays()
 
         def head(state: Sequence[mx.array], arrays: Sequence[mx.array]) -> tuple[Any, ...]:
             logits = self.model.head(self.last_layer(*state))[0]

@@ -14,7 +14,7 @@ from ..errors import SettingError
 from ..memory.machine import give_back_freed
 from ..memory.scratch import LAYERS_IN_FLIGHT
 from ..models.block import LayerThrottle
-from ..models.cache import Cache, SlidingKVCache
+from ..models.cache import Cache, seen_by_last
 from ..models.precision import runs_on_cpu
 from ..runtime import runtime_of
 from .budget import Budget, drop
@@ -88,8 +88,8 @@ def fill(
     start, before = 0, cache[0].offset
     logits = None
     while start < len(tokens):
-        stop = min((each - before for each in stops if before + start < each), default=len(tokens))
-        length = budget.chunk_of_prompt(chunk_length, min(stop, len(tokens)) - start)
+        stop = _next_border(before + start, stops, before + len(tokens)) - before
+        length = budget.chunk_of_prompt(chunk_length, stop - start)
         if wants_logits and start + length == len(tokens):
             logits = _last_logits(model, tokens[start:], cache)
             mx.eval([[logits], *(layer.buffers for layer in cache)])
@@ -103,6 +103,24 @@ def fill(
     return logits
 
 
+def prompt_chunks(start: int, stop: int, length: int, borders: Sequence[int], last_apart: bool) -> list[int]:
+    """The lengths of the chunks in which `prefill` computes prompt tokens start ... stop - 1, where memory is not short.
+
+    borders: offsets at which a chunk ends. last_apart: whether the last token has a pass of its own.
+    """
+    chunks = []
+    end = stop - 1 if last_apart else stop
+    while start < end:
+        chunks.append(min(length, _next_border(start, borders, end) - start))
+        start += chunks[-1]
+    return [*chunks, 1] if last_apart else chunks
+
+
+def _next_border(position: int, borders: Sequence[int], end: int) -> int:
+    """The first of the borders behind a position; `end` where that comes before it."""
+    return min((each for each in borders if position < each < end), default=end)
+
+
 def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
     """The logits (V,) of the last of `tokens`, all of which go into the cache; the last layer computes that one alone."""
     if len(tokens) == 1:
@@ -110,9 +128,7 @@ def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
     last_block, last_cache = model.layers[-1], cache[-1]
     with lock_of(model):
         h, queries, keys, values = _through_the_layers(model, tokens, cache, in_turn(cache, len(cache)))
-        if isinstance(last_cache, SlidingKVCache):  # in the order of positions: the last token sees the end
-            keys, values = keys[..., -last_cache.window :, :], values[..., -last_cache.window :, :]
-        out = last_block.attention.attend_over(queries[:, :, -1:], keys, values, None)
+        out = last_block.attention.attend_over(queries[:, :, -1:], *seen_by_last(last_cache, keys, values), None)
         return model.head(last_block.after_attention(h[:, -1], out))[0]
 
 

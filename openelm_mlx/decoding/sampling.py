@@ -159,6 +159,10 @@ class Sampler:
             new._bias = rest.pop(0)
         return new
 
+    def without_arrays(self) -> Sampler:
+        """A sampler of the same form with nothing in it: its own arrays are as large as the vocabulary."""
+        return self.with_arrays([mx.array(0)] * len(self.arrays))
+
     def adjusted(self, logits: mx.array) -> mx.array:
         """The logits (V,) in float32 after penalties and bias, with -inf for ids that are not tokens."""
         logits = logits.astype(mx.float32)
@@ -194,9 +198,26 @@ def unpacked(words: mx.array, vocab_size: int) -> mx.array:
     return allowed[:vocab_size]
 
 
-# How many compiled choices with a mask are kept.
-_MOST_CHOICES = 32
-_choices: dict[tuple[object, ...], Callable[..., Any]] = {}
+class CompiledChoices:
+    """Functions that choose tokens, compiled once for each form of sampler. The oldest go where there are many."""
+
+    MOST = 32
+
+    def __init__(self) -> None:
+        self._compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def of(self, sampler: Sampler, make: Callable[[Sampler], Callable[..., Any]]) -> Callable[..., Any]:
+        """The function that `make` gives for a sampler of this form without its arrays, compiled."""
+        form = sampler.form
+        choose = self._compiled.get(form)
+        if choose is None:
+            while len(self._compiled) >= self.MOST:
+                self._compiled.pop(next(iter(self._compiled)), None)
+            choose = self._compiled[form] = mx.compile(make(sampler.without_arrays()))
+        return choose
+
+
+_choices = CompiledChoices()
 
 
 def choice_among(sampler: Sampler, logits: mx.array, words: mx.array) -> mx.array:
@@ -207,12 +228,7 @@ def choice_among(sampler: Sampler, logits: mx.array, words: mx.array) -> mx.arra
     """
     if runs_on_cpu():
         return sampler(logits, unpacked(words, logits.size))
-    form = sampler.form
-    choose = _choices.get(form)
-    if choose is None:
-        while len(_choices) >= _MOST_CHOICES:
-            _choices.pop(next(iter(_choices)), None)  # the oldest
-        choose = _choices[form] = mx.compile(_masked_choice(sampler.with_arrays([mx.array(0)] * len(sampler.arrays))))
+    choose = _choices.of(sampler, _masked_choice)
     token, *state = choose(logits, words, sampler.arrays)
     sampler.state = tuple(state)
     return cast(mx.array, token)

@@ -118,18 +118,6 @@ def plain_source(
     yield choice
 
 
-def constrained(
-    step: Step,
-    sampler: Sampler,
-    logits: mx.array,
-    max_tokens: int,
-    constraint: TokenConstraint,
-    num_logprobs: int | None = None,
-) -> Iterator[Choice]:
-    """As `one_by_one`, every token one that `constraint` accepts."""
-    return drive(step, constrained_source(step, sampler, logits, max_tokens, constraint, num_logprobs))
-
-
 def constrained_source(
     step: Step,
     sampler: Sampler,

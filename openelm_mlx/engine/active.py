@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as ManyOf
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import mlx.core as mx
 
 from ..decoding.budget import chunk_of_plan
 from ..decoding.compiled_step import make_step
+from ..decoding.prefill import prompt_chunks
 from ..decoding.prefix_cache import Turn
 from ..decoding.sampling import Sampler, log_probabilities
 from ..decoding.step import Step
@@ -92,7 +92,7 @@ class ActiveRequest(HasJob):
         self.bank: SlotBank | None = None
         self.wants_scores = sequence.request.logprobs is not None
         self._stack = ExitStack()
-        self._has_begun = False
+        self.has_begun = False  # whether it has been admitted before
 
     # --- what it is made of once it has been admitted ---
 
@@ -161,12 +161,8 @@ class ActiveRequest(HasJob):
         self.sampler = Sampler(request.sampling, model.spec.vocab_size, usable, request.prompt_tokens)
         self.sampler_form = self.sampler.form
         self.step = make_step(model, turn.cache)
-        self._has_begun = True
+        self.has_begun = True
         self._plan_chunks(model)
-
-    @property
-    def has_begun(self) -> bool:
-        return self._has_begun
 
     @property
     def has_answered(self) -> bool:
@@ -234,17 +230,3 @@ class ActiveRequest(HasJob):
         self.job.chunks = deque(
             prompt_chunks(turn.cache[0].offset, turn.num_prompt_tokens, length, turn.stops, has_borders)
         )
-
-
-def prompt_chunks(start: int, stop: int, length: int, borders: ManyOf[int], last_apart: bool) -> list[int]:
-    """The lengths of the chunks in which a request alone computes prompt tokens start ... stop - 1 (decoding/prefill.py).
-
-    borders: offsets at which a chunk ends. last_apart: whether the last token has a pass of its own.
-    """
-    chunks = []
-    end = stop - 1 if last_apart else stop
-    while start < end:
-        border = min((each for each in borders if each > start), default=end)
-        chunks.append(min(length, border - start, end - start))
-        start += chunks[-1]
-    return [*chunks, 1] if last_apart else chunks

@@ -43,7 +43,6 @@ class _Shared:
         self.wake = threading.Event()
         self.incoming: collections.deque[ActiveRequest] = collections.deque()
         self.is_closing = False
-        self.is_closed = False
         self.num_submitted = 0
         self.failure: BaseException | None = None
 
@@ -211,7 +210,6 @@ def _end(runner: Runner, shared: _Shared, failure: BaseException | None) -> None
         with contextlib.suppress(RuntimeError):  # of work that had failed
             mx.synchronize()
         mx.clear_streams()
-        shared.is_closed = True
 
 
 def _stop(shared: _Shared, thread: threading.Thread) -> None:

@@ -21,11 +21,11 @@ from ..decoding.prefix_cache import MAX_CHECKPOINTS, PrefixCache
 from ..errors import MemoryLimitError
 from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, Admission, Held
 from ..memory.cache_bytes import CacheBytes, Growth
+from ..memory.machine import backend_name
 from ..memory.plan import DEFAULT_CHUNK, USUAL_CONTEXT
 from ..memory.plan_types import MemoryPlan
 from ..memory.scratch import slots_bytes
 from ..models.cache import Cache, KVCache
-from ..models.precision import runs_on_cpu
 from ..models.quantized_cache import QuantizedKVCache
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
@@ -113,7 +113,7 @@ class BatchMemory:
         """Somebody's keys and values have grown, or are gone."""
         running = list(running)
         self.held_bytes = self._bank.nbytes + sum(
-            layer.nbytes for each in running if each.turn is not None for layer in each.cache
+            layer.nbytes for each in running if each.turn is not None and each.bank is None for layer in each.cache
         )
         if not running:
             self._excess = 0
@@ -168,10 +168,7 @@ class BatchMemory:
         if limit is None:
             return True
         length = request.position + min(request.num_left, TOKENS_AT_ONCE + 1)
-        more = self._bank.nbytes_with(1, length, self._itemsize) - self._bank.nbytes
-        # A buffer that grows is there twice, one layer at a time.
-        copied = 2 * self._bank.nbytes // max(1, len(self._model.spec.layers))
-        return self._active_memory() + max(0, more) + copied <= limit
+        return self._active_memory() + sum(self._bank_growth(1, length)) <= limit
 
     def reserve(self, request: ActiveRequest, num_tokens: int | None = None) -> None:
         """Let its caches grow, one layer after the other, so that only one is in memory twice while it is copied.
@@ -276,11 +273,15 @@ class BatchMemory:
         bank = self._bank
         if not bank.longest:
             return growth
-        more = bank.nbytes_with(0, bank.longest + TOKENS_AT_ONCE + 1, self._itemsize) - bank.nbytes
-        if more <= 0:
-            return growth
-        copied = 2 * bank.nbytes // max(1, len(self._model.spec.layers))
-        return Growth(growth.more + more, max(growth.copied, copied))
+        more, copied = self._bank_growth(0, bank.longest + TOKENS_AT_ONCE + 1)
+        return growth if not more else Growth(growth.more + more, max(growth.copied, copied))
+
+    def _bank_growth(self, num_more: int, length: int) -> Growth:
+        """Of the slots, with so many more requests, the longest of all of `length` tokens."""
+        bank = self._bank
+        more = bank.nbytes_with(num_more, length, self._itemsize) - bank.nbytes
+        # A buffer that grows is there twice, one layer at a time.
+        return Growth(max(0, more), 2 * bank.nbytes // max(1, len(self._model.spec.layers)))
 
     def _needed(self, held: Sequence[Held], parts: Sequence[_Part], num_logits: int) -> int:
         growth = self._growth(held)
@@ -374,9 +375,8 @@ def usual_number(model: Model) -> int:
 
 def admission_of(model: Model, plan: MemoryPlan | None, itemsize: int) -> Admission:
     """The arithmetic of a model's plan, for requests with its own settings."""
-    backend = "cpu" if runs_on_cpu() else "metal" if mx.metal.is_available() else "cuda"
     chunk = DEFAULT_CHUNK if plan is None else plan.prefill_chunk
-    return Admission.of(plan, _cache_bytes(model, itemsize), backend, chunk)
+    return Admission.of(plan, _cache_bytes(model, itemsize), backend_name(), chunk)
 
 
 def _cache_bytes(model: Model, itemsize: int) -> CacheBytes:

@@ -76,11 +76,6 @@ class ChunkPace:
         self._per_token: float | None = None  # of a prompt that nobody decoded beside
         self._is_measured = False  # whether a chunk beside somebody has been timed
 
-    @property
-    def usual_step(self) -> float | None:
-        """Seconds that a step without a chunk takes now; None before the first."""
-        return self._usual
-
     def length(self, most: int) -> int:
         """The chunk's length now, at most `most`: a multiple of 16, or a power of two below, so that shapes are few."""
         length = self._length

@@ -114,6 +114,7 @@ def export(
         tokenizer=tokenizer,
         chat_template=chat_template,
         revision=revision,
+        opened=opened,
     )
     plan = runtime_of(prepared.model).plan
     assert plan is not None

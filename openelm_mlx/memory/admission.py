@@ -80,10 +80,6 @@ class Admission:
         """Of the caches of one request that has grown to `num_tokens`."""
         return self.caches.total(num_tokens)
 
-    def snapshot_bytes(self) -> int:
-        """Of a snapshot of the rings, which a prompt that is kept has several of; full layers need none."""
-        return self.caches.rings
-
     def pass_bytes(self, rows: Sequence[int], chunk: int = 0, offset: int = 0) -> int:
         """Of one pass: a token behind each of `rows` cached ones, `chunk` tokens of a prompt after `offset`."""
         spec, itemsize = self._spec, self.caches.itemsize
@@ -152,18 +148,6 @@ class Admission:
         requests = running if new is None else [*running, new]
         return self.shortage(in_use - kept, requests, chunk) == 0
 
-    def longest_chunk(self, in_use: int, running: Sequence[Held], prompt: Held, wanted: int | None = None) -> int:
-        """How many tokens of a prompt to read at once: `wanted`, or half of it, or a quarter ...; 0 when not even 16 fit.
-
-        prompt: the request that reads it, `reserved` tokens of it in all.
-        """
-        chunk = self.chunk if wanted is None else wanted
-        while self.limit is not None and self.shortage(in_use, [*running, prompt], chunk):
-            if chunk <= LEAST_CHUNK:
-                return 0
-            chunk = max(LEAST_CHUNK, chunk // 2)
-        return chunk
-
     def longest(self, in_use: int, running: Sequence[Held], request: Held, kept: int = 0) -> int:
         """How many tokens, prompt and answer, a request may come to have beside those at work; 0 when it has no room."""
         most = self.caches.spec.context_length
@@ -177,29 +161,6 @@ class Admission:
             return most
         new = Held(0, num_tokens)
         return most_that(lambda n: self.shortage(self.weights, [new] * n, self.chunk) == 0, most)
-
-    def to_put_back(self, in_use: int, running: Sequence[Held], kept: int = 0, chunk: int = 0) -> int:
-        """How many of the youngest requests have to leave so that the others can go on; never the oldest one.
-
-        running: the oldest first. kept: bytes of kept prompts, all of which are gone before a request leaves.
-        """
-        in_use -= kept
-        for leaving in range(len(running)):
-            staying = running[: len(running) - leaving]
-            if leaving:
-                last = running[len(running) - leaving]
-                caches = self.caches if last.caches is None else last.caches
-                in_use -= caches.bytes_of(caches.places(last.num_tokens) if last.places is None else last.places)
-            if not self.shortage(in_use, staying, chunk):
-                return leaving
-        return max(0, len(running) - 1)
-
-    def seen(self, computed: int, rows: Sequence[int], chunk: int = 0, offset: int = 0) -> Admission:
-        """What to go on with after a pass that took `computed` bytes beside what was in use: itself, or a larger factor."""
-        planned = self.pass_bytes(rows, chunk, offset)
-        if computed <= planned:
-            return self
-        return replace(self, scratch_factor=self.scratch_factor * computed / planned)
 
     def check(self, num_prompt_tokens: int, max_tokens: int, in_use: int | None = None) -> None:
         """Raise MemoryLimitError for a request that can never fit, not even alone, with what would.

@@ -120,7 +120,7 @@ def this_machine(
         import mlx.core as mx
 
         device_info = mx.device_info() if device_info is None else device_info
-        backend = _backend(mx) if backend is None else backend
+        backend = backend_name() if backend is None else backend
     run = output if run is None else run
     name = str(device_info.get("device_name") or "this machine")
     is_mac = on_macos() if is_mac is None else is_mac
@@ -192,7 +192,10 @@ def give_back_freed() -> None:
         trim(0)
 
 
-def _backend(mx: Any) -> str:
+def backend_name() -> str:
+    """What MLX computes with now: "cpu", "metal" or "cuda"."""
+    import mlx.core as mx
+
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"

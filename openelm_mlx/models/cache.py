@@ -361,3 +361,10 @@ class SlidingKVCache:
 
     def empty(self) -> bool:
         return self.keys is None
+
+
+def seen_by_last(cache: LayerCache, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    """Of the keys and values that `cache` gave for several new tokens those that the last token sees."""
+    if isinstance(cache, SlidingKVCache):  # they are in the order of positions
+        return keys[..., -cache.window :, :], values[..., -cache.window :, :]
+    return keys, values

@@ -17,7 +17,7 @@ import numpy as np
 from .attention import Mask
 from .base import LanguageModel, LayerWalk
 from .block import LayerThrottle, Projected
-from .cache import Cache, SlidingKVCache
+from .cache import Cache, seen_by_last
 from .slots import SlotBank
 
 
@@ -170,9 +170,8 @@ class RowsWalk(LayerWalk):
         )
         if not rows.wants_logits:
             return None
-        if isinstance(cache, SlidingKVCache):  # in the order of positions: the last token sees the end
-            seen_keys, seen_values = seen_keys[..., -cache.window :, :], seen_values[..., -cache.window :, :]
-        return self.layers[i].attention.attend_over(queries[-1:], seen_keys, seen_values, None)
+        seen = seen_by_last(cache, seen_keys, seen_values)
+        return self.layers[i].attention.attend_over(queries[-1:], *seen, None)
 
 
 def _joined(outs: Sequence[mx.array]) -> mx.array:

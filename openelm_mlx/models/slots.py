@@ -236,10 +236,6 @@ class SlotBank:
         self._full_column += 1
         self._ring_column += 1
 
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [each for each in [*self._keys, *self._values] if each is not None]
-
     # --- columns ------------------------------------------------------------------------------------------------------
 
     @property

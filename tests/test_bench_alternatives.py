@@ -74,7 +74,7 @@ def test_both_ways_give_the_same_numbers(name, on_a_gpu, monkeypatch):
 def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monkeypatch):
     monkeypatch.setattr(
         alternatives, "in_turns",
-        lambda ways, rounds: {1: 1.0, 512: 0.8} if 512 in ways else {0: 1.0, 8: 0.94} if 8 in ways else {False: 0.96, True: 1.0},
+        lambda ways, _: {1: 1.0, 512: 0.8} if 512 in ways else {0: 1.0, 8: 0.94} if 8 in ways else {False: 0.96, True: 1.0},
     )  # fmt: skip
     monkeypatch.setattr(alternatives, "_ALTERNATIVES", {
         "spare_places": lambda _: {0: None, 8: None}, "fuse_residual_add": lambda _: {False: None, True: None},

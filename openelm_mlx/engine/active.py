@@ -131,6 +131,11 @@ class ActiveRequest(HasJob):
         return self.sequence.request.limit - len(self.sequence.tokens)
 
     @property
+    def has_token_to_feed(self) -> bool:
+        """Whether a pass may be given its pending token: it is not the last one, and all before it are in the cache."""
+        return self.pending is not None and not self.replay and self.num_left > 1
+
+    @property
     def is_plain(self) -> bool:
         request = self.sequence.request
         return request.constraint is None and request.draft is None

@@ -156,9 +156,7 @@ class Runner:
         if prompts or len(decoding) != 1 or decoding[0].replay:
             return None
         request = decoding[0]
-        if request.is_plain:
-            return request if request.pending is not None and request.num_left > 1 else None
-        return request if request.forward is not None else None
+        return request if request.has_token_to_feed or request.forward is not None else None
 
     def _step_alone(self, request: ActiveRequest) -> None:
         self._groups.release()
@@ -208,16 +206,13 @@ class Runner:
         return [cast("ActiveRequest | None", owner) for owner in bank.owners]
 
     def _can_join(self, request: ActiveRequest) -> bool:
-        if request.bank is not None or request.pending is None or request.replay or request.num_left < 2:
-            return False
-        return fits_in_slots(request.cache, self.model.spec)
+        return request.bank is None and request.has_token_to_feed and fits_in_slots(request.cache, self.model.spec)
 
     def _parts(self, prompts: Sequence[tuple[ActiveRequest, int]]) -> list[Part]:
         """What everybody who is in no slot brings to the next pass, plain requests first."""
         decoding = self.scheduler.decoding
         apart = [each for each in decoding if each.bank is None]
-        feeding = [each for each in apart if each.pending is not None and not each.replay and each.num_left > 1]
-        parts = [decoding_part(each) for each in feeding]
+        parts = [decoding_part(each) for each in apart if each.has_token_to_feed]
         for each in apart:
             if each.replay:
                 parts.append(decoding_part(each, mx.array(each.replay[0])))

@@ -1,0 +1,93 @@
+"""The server as a Starlette application: its routes, and its errors as bodies that clients understand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+
+from .failures import ApiError, api_error
+from .generation import Generations
+from .log import log
+from .sse import ClientGone
+
+# nginx's number for it: nobody reads the answer, but the log has it.
+CLIENT_CLOSED_REQUEST = 499
+
+
+@dataclass
+class Services:
+    """What the routes need: `services(request)`."""
+
+    generations: Generations
+    registry: Any = None
+    settings: Any = None
+
+
+def services(request: Request) -> Services:
+    """The services of the application that the request came to."""
+    found: Services = request.app.state.services
+    return found
+
+
+def make_app(own: Services, routes: Sequence[BaseRoute]) -> Starlette:
+    """An application of these routes."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+
+    app = Starlette(
+        routes=list(routes),
+        lifespan=lifespan,
+        exception_handlers={
+            ApiError: _answer_error,
+            HTTPException: _answer_error,
+            ClientGone: _answer_error,
+            Exception: _answer_error,
+        },
+    )
+    app.state.services = own
+    return app
+
+
+class Json(Response):
+    """A body of JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientGone):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers = dict(error.headers or {})
+        error = _http_error(request, error)
+    found = api_error(error)
+    if found.status >= 500 and not isinstance(error, ApiError):
+        log.error("a request to %s failed", request.url.path, exc_info=error)
+    body = found.openai_body()
+    if request.url.path.startswith("/v1/messages"):
+        body = found.anthropic_body(request.scope.get("request_id"))
+    return Json(body, found.status, {**headers, **found.headers})
+
+
+def _http_error(request: Request, error: HTTPException) -> ApiError:
+    method, path = request.method, request.url.path
+    if error.status_code == 404:
+        return ApiError(404, f"There is nothing at {method} {path}.", code="unknown_url")
+    if error.status_code == 405:
+        return ApiError(405, f"{path} cannot be asked with {method}.", code="method_not_allowed")
+    return ApiError(error.status_code, str(error.detail))

@@ -1,0 +1,120 @@
+"""A request to a model, without the words of any API, and its answers as a stream of parts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+from ..decoding.sampling import SamplingParams
+from ..text.schema import Tool
+from .parts import Answer, AnswerBuilder, Part
+
+AUTO, NONE, REQUIRED = "auto", "none", "required"
+Effort = Literal["none", "low", "medium", "high"]
+
+
+@dataclass(frozen=True)
+class NamedTool:
+    """tool_choice: this function has to be called."""
+
+    name: str
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedTool
+
+
+@dataclass(frozen=True)
+class AnswerSchema:
+    """The JSON Schema of an answer. schema: {"type": "object"} where any object will do (json_object)."""
+
+    schema: Mapping[str, Any]
+    name: str = "answer"
+    description: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What an API asks of a model.
+
+    Attributes:
+        model: A name that the registry knows.
+        messages: Chat dicts as text/openai_chat.py reads them (reasoning, tool_calls, results of tools).
+        prompt: Instead of messages: text or tokens that the model goes on with, without a template.
+        tools: Functions that may be called. lenient_tools: names of those whose schema need not be enforced where the
+            engine cannot follow it; others are then refused.
+        answer_schema: What the answer has to be. Reasoning stays free.
+        max_tokens: For reasoning and answer together; None: the model's own limit.
+        logprobs: How many likely tokens are told with each token of the answer; None: no log-probabilities.
+        n: How many answers.
+        reasoning_effort: "none", "low", "medium", "high", or None for the model's own.
+        parallel_tool_calls: Taken, and without effect: gpt-oss makes one call a turn.
+    """
+
+    model: str
+    messages: Sequence[Mapping[str, Any]] | None = None
+    prompt: str | Sequence[int] | None = None
+    tools: tuple[Tool, ...] = ()
+    lenient_tools: frozenset[str] = frozenset()
+    tool_choice: ToolChoice = "auto"
+    answer_schema: AnswerSchema | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    n: int = 1
+    reasoning_effort: Effort | None = None
+    parallel_tool_calls: bool = True
+
+
+class Progress(NamedTuple):
+    """How far a request is that has no text yet. place: how many are before it in the queue; None: it is computed."""
+
+    place: int | None
+    prompt_tokens_done: int
+    prompt_tokens: int
+
+
+class Generation(Protocol):
+    """The running answers to one request.
+
+        async with await generations.start(request) as generation:
+            async for parts in generation.batches():
+                ...
+
+    Leaving the block cancels what still runs; its memory is free within one step of the engine. A failure is raised as
+    ApiError by whoever waits for parts.
+    """
+
+    prompt_tokens: int
+
+    def batches(self, every: float | None = None) -> AsyncIterator[list[Part]]:
+        """All parts that are there, as soon as there is one; an empty list where none came for `every` seconds."""
+
+    def progress(self) -> Progress:
+        """How far the prompt is."""
+
+    async def __aenter__(self) -> Generation:
+        """The generation itself."""
+
+    async def __aexit__(self, *_: object) -> None:
+        """Cancel what still runs."""
+
+
+class Generations(Protocol):
+    """Where requests are answered: the models of a registry, or a script in tests."""
+
+    async def start(self, request: GenerationRequest) -> Generation:
+        """Submit a request. Raises ApiError for what is wrong with it."""
+
+    async def count_tokens(self, request: GenerationRequest) -> int:
+        """The tokens of its prompt. Raises ApiError."""
+
+
+async def collected(generation: Generation) -> list[Answer]:
+    """The whole answers, waited for."""
+    builder = AnswerBuilder()
+    async for parts in generation.batches():
+        for part in parts:
+            builder.add(part)
+    return builder.answers

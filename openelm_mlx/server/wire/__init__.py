@@ -1,0 +1,1 @@
+"""What goes over the wire, one file an API: its requests, its answers, its events."""

@@ -10,10 +10,10 @@ from openelm_mlx.server.parts import Finished, ItemDone, ItemStarted, ItemText, 
 USAGE = Usage(prompt_tokens=12, cached_tokens=4, completion_tokens=9, reasoning_tokens=5)
 
 
-def item(kind: str, *texts: str, name: str | None = None, index: int = 0) -> list[Part]:
+def item(kind: str, *texts: str, name: str | None = None, index: int = 0, is_preamble: bool = False) -> list[Part]:
     """One item, its text in pieces."""
     pieces = [ItemText(index, text) for text in texts if text]
-    return [ItemStarted(index, kind, name), *pieces, ItemDone(index, "".join(texts))]
+    return [ItemStarted(index, kind, name, is_preamble), *pieces, ItemDone(index, "".join(texts))]
 
 
 def end(reason: str = "stop", index: int = 0, stop_string: str | None = None) -> Finished:
@@ -23,7 +23,7 @@ def end(reason: str = "stop", index: int = 0, stop_string: str | None = None) ->
 THOUGHT_AND_ANSWER = [*item("reasoning", "Let me ", "think."), *item("message", "2 + 2", " = 4."), end()]
 CALL = [
     *item("reasoning", "I need the tool."),
-    *item("message", "One moment."),
+    *item("message", "One moment.", is_preamble=True),
     *item("call", '{"expression"', ': "2+2"}', name="calculator"),
     end("tool_calls"),
 ]

@@ -44,12 +44,14 @@ class Usage:
 class ItemStarted:
     """name: of the function that is called, as the client defined it; None in other items.
 
-    A preamble (what gpt-oss says before a call) is a message of its own.
+    is_preamble: a message on the commentary channel, which gpt-oss writes before a call. It is a message of its own, and
+    has no format: OpenAI's client reads every message as JSON that is not marked as such.
     """
 
     index: int
     kind: Kind
     name: str | None = None
+    is_preamble: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from .hub import Progress
 from .memory.admission import MOST_REQUESTS
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
-from .memory.machine import allow_open_files, this_machine
+from .memory.machine import Machine, allow_open_files, this_machine
 from .memory.plan import make_plan
 from .memory.plan_types import PlanRequest
 from .memory.presets import preset_bits
@@ -160,10 +160,11 @@ def prepare(
     revision: str | None = None,
     progress: Progress | None = None,
     opened: Source | None = None,
+    machine: Machine | None = None,
 ) -> Prepared:
     """Everything that `load` does except reading the tensors, with the same arguments and errors.
 
-    opened: the source, where it has been opened already.
+    opened: the source, where it has been opened already. machine: this one, as far as it is known.
     """
     dense_bits = preset_bits(preset, dense_bits)
     wanted_type = parse_dtype(dtype)
@@ -184,7 +185,7 @@ def prepare(
     placement = Placement.of(contents, wanted_type, dense_packing(dense_bits))
     weights, itemsize = placement.weights(opened.folder), placement.dtype.size
     packed = partial(packed_weights, contents, wanted_type) if dense_bits is None else None
-    plan = make_plan(str(source), spec, weights, calibrated(this_machine()), request, itemsize, packed)
+    plan = make_plan(str(source), spec, weights, calibrated(this_machine() if machine is None else machine), request, itemsize, packed)
     if not plan.fits:
         raise plan.refusal()
     slots = plan.expert_slots

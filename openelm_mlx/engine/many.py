@@ -21,7 +21,7 @@ from ..errors import EngineClosedError, MemoryLimitError, PromptError
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
 from .handle import Channel, Handle, wake_readers
-from .memory import usual_number
+from .memory import Neighbours, usual_number
 from .prompt import Prompt
 from .runner import Runner
 from .scheduler import Scheduler
@@ -146,6 +146,20 @@ class Engine:
             if request.channel is handle.channel:
                 return place
         return None
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the engine's thread has ended, if it has ended by itself: requests are refused from then on."""
+        return self._shared.failure
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the keys and values of those that are being computed."""
+        return self._runner.memory.held_bytes
+
+    def share_memory(self, neighbours: Neighbours | None) -> None:
+        """From now on leave room for other engines in the same memory, and let their kept prefixes give way; None: alone."""
+        self._runner.memory.neighbours = neighbours
 
     def __enter__(self) -> Engine:
         return self

@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Protocol, final
 
 import mlx.core as mx
 
@@ -48,6 +48,18 @@ _LOOKED_AT = 4
 _Part = tuple[int, int, CacheBytes]
 
 
+class Neighbours(Protocol):
+    """Other engines in the same memory. stores: their kept prefixes, which give way to this one's requests, too."""
+
+    stores: Sequence[PrefixCache]
+
+    def reserved(self) -> int:
+        """Bytes that are not in use, and that they must be able to use."""
+
+    def are_computing(self) -> bool:
+        """Whether what is seen of MLX's memory may be theirs."""
+
+
 @final
 class BatchMemory:
     """The plan's budget, as all requests of an engine share it. Without a plan everything fits.
@@ -58,7 +70,8 @@ class BatchMemory:
     def __init__(self, model: Model, bank: SlotBank, active_memory: Callable[[], int] | None = None) -> None:
         self._model, self._bank = model, bank
         self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
-        self._active_memory = mx.get_active_memory if active_memory is None else active_memory
+        self._own_view = mx.get_active_memory if active_memory is None else active_memory
+        self.neighbours: Neighbours | None = None
         self.held_bytes = 0
         # What a pass has taken beyond its plan, as far as that was seen; until nobody runs.
         self._excess = 0
@@ -183,11 +196,12 @@ class BatchMemory:
 
     def in_use(self) -> int:
         """Bytes in use now."""
-        return self._active_memory()
+        return self._own_view()
 
     def pass_took(self, computed: int, parts: Sequence[tuple[ActiveRequest, int, int]]) -> None:
         """Learn from a pass: `computed` bytes beside what was in use. parts: requests, their tokens, cached ones before."""
-        if self.limit is not None:
+        neighbours = self.neighbours
+        if self.limit is not None and (neighbours is None or not neighbours.are_computing()):
             made = [(length, cached, self._caches_of(each.sequence.request)) for each, length, cached in parts]
             self._excess = max(self._excess, computed - self._pass_bytes(made, len(made)))
 
@@ -352,8 +366,14 @@ class BatchMemory:
                 self._without_requests = max(0, self._without_requests - store.nbytes)
 
     def _known_stores(self) -> list[PrefixCache]:
+        neighbours = self.neighbours
         with self._lock:
-            return list(self._stores)
+            return [*self._stores, *(() if neighbours is None else neighbours.stores)]
+
+    def _active_memory(self) -> int:
+        """Bytes in use now, and what other engines must be able to use."""
+        neighbours = self.neighbours
+        return self._own_view() + (0 if neighbours is None else neighbours.reserved())
 
     def _kept_bytes(self) -> int:
         return sum(store.nbytes for store in self._known_stores())

@@ -89,12 +89,9 @@ class _Planner:
         self.limit = machine.available_bytes if request.memory_limit is None else request.memory_limit
         self.is_gpu = machine.backend != "cpu"
         self.short_chunk = SHORT_CHUNK_ON_CUDA if machine.backend == "cuda" else SHORT_CHUNK
-        process = PROCESS_BYTES if self.is_gpu else PROCESS_BYTES_ON_CPU
         calibration = machine.calibration
         self.scratch_factor = 1.0 if calibration is None else calibration.scratch.get(spec.family, 1.0)
-        if calibration is not None and calibration.process_bytes is not None:
-            process = calibration.process_bytes
-        self.process = process + TOKENIZER_FACTOR * weights.tokenizer
+        self.process = process_bytes(machine) + TOKENIZER_FACTOR * weights.tokenizer
         layer = spec.layers[0]
         self.num_experts, self.per_token = layer.num_experts, layer.experts_per_token
         self.rates = rates_of(machine, spec, self._dense_bits())
@@ -388,6 +385,14 @@ class _Planner:
 
     def advice(self, plan: MemoryPlan) -> str | None:
         return wired_limit_advice(self.machine, plan.process_bytes) if self.request.memory_limit is None else None
+
+
+def process_bytes(machine: Machine) -> int:
+    """What the process takes beside MLX's memory and any model's tokenizer."""
+    calibration = machine.calibration
+    if calibration is not None and calibration.process_bytes is not None:
+        return calibration.process_bytes
+    return PROCESS_BYTES_ON_CPU if machine.backend == "cpu" else PROCESS_BYTES
 
 
 def kv_cache_bytes(

@@ -29,7 +29,7 @@ from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import Machine, allow_open_files, this_machine
 from .memory.plan import make_plan
-from .memory.plan_types import PlanRequest
+from .memory.plan_types import MemoryPlan, PlanRequest
 from .memory.presets import preset_bits
 from .memory.sizes import parse_memory
 from .models import build_model
@@ -133,6 +133,11 @@ class Prepared:
     tokenizer: Tokenizer | None
     _read: Callable[[], Model]
 
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """What the model will take."""
+        return runtime_of(self.model).plan
+
     def read(self) -> tuple[Model, Tokenizer | None]:
         """The model with its weights, and the tokenizer: what `load` returns."""
         model, shape = self._read(), self.model
@@ -185,7 +190,15 @@ def prepare(
     placement = Placement.of(contents, wanted_type, dense_packing(dense_bits))
     weights, itemsize = placement.weights(opened.folder), placement.dtype.size
     packed = partial(packed_weights, contents, wanted_type) if dense_bits is None else None
-    plan = make_plan(str(source), spec, weights, calibrated(this_machine() if machine is None else machine), request, itemsize, packed)
+    plan = make_plan(
+        str(source),
+        spec,
+        weights,
+        calibrated(this_machine() if machine is None else machine),
+        request,
+        itemsize,
+        packed,
+    )
     if not plan.fits:
         raise plan.refusal()
     slots = plan.expert_slots

@@ -159,7 +159,7 @@ class Engine:
 
     def share_memory(self, neighbours: Neighbours | None) -> None:
         """From now on leave room for other engines in the same memory, and let their kept prefixes give way; None: alone."""
-        self._runner.memory.neighbours = neighbours
+        self._runner.memory.share(neighbours)
 
     def __enter__(self) -> Engine:
         return self

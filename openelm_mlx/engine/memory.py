@@ -53,8 +53,11 @@ class Neighbours(Protocol):
 
     stores: Sequence[PrefixCache]
 
+    def takes(self) -> int:
+        """All bytes that they may use: weights, requests and computing."""
+
     def reserved(self) -> int:
-        """Bytes that are not in use, and that they must be able to use."""
+        """Of those, what is not in use now."""
 
     def are_computing(self) -> bool:
         """Whether what is seen of MLX's memory may be theirs."""
@@ -71,7 +74,7 @@ class BatchMemory:
         self._model, self._bank = model, bank
         self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
         self._own_view = mx.get_active_memory if active_memory is None else active_memory
-        self.neighbours: Neighbours | None = None
+        self._neighbours: Neighbours | None = None
         self.held_bytes = 0
         # What a pass has taken beyond its plan, as far as that was seen; until nobody runs.
         self._excess = 0
@@ -82,6 +85,12 @@ class BatchMemory:
         self._lock = threading.Lock()
         self._admission: tuple[MemoryPlan, Admission] | None = None
         self._computing: dict[tuple[object, ...], int] = {}
+
+    def share(self, neighbours: Neighbours | None) -> None:
+        """Other engines are in the same memory from now on; None: no more."""
+        more, less = (0 if each is None else each.takes() for each in (neighbours, self._neighbours))
+        self._neighbours = neighbours
+        self._without_requests += more - less
 
     @property
     def limit(self) -> int | None:
@@ -200,7 +209,7 @@ class BatchMemory:
 
     def pass_took(self, computed: int, parts: Sequence[tuple[ActiveRequest, int, int]]) -> None:
         """Learn from a pass: `computed` bytes beside what was in use. parts: requests, their tokens, cached ones before."""
-        neighbours = self.neighbours
+        neighbours = self._neighbours
         if self.limit is not None and (neighbours is None or not neighbours.are_computing()):
             made = [(length, cached, self._caches_of(each.sequence.request)) for each, length, cached in parts]
             self._excess = max(self._excess, computed - self._pass_bytes(made, len(made)))
@@ -366,13 +375,13 @@ class BatchMemory:
                 self._without_requests = max(0, self._without_requests - store.nbytes)
 
     def _known_stores(self) -> list[PrefixCache]:
-        neighbours = self.neighbours
+        neighbours = self._neighbours
         with self._lock:
             return [*self._stores, *(() if neighbours is None else neighbours.stores)]
 
     def _active_memory(self) -> int:
         """Bytes in use now, and what other engines must be able to use."""
-        neighbours = self.neighbours
+        neighbours = self._neighbours
         return self._own_view() + (0 if neighbours is None else neighbours.reserved())
 
     def _kept_bytes(self) -> int:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
@@ -92,13 +92,18 @@ class Neighbours:
 
     def __init__(self, others: Sequence[Loaded], extra: int) -> None:
         self._engines = [each.engine for each in others]
-        self._needs = [0 if each.plan is None else each.plan.kv_cache_bytes for each in others]
-        scratch = sum(0 if each.plan is None else each.plan.scratch_bytes for each in others)
-        self._always = extra + scratch
-        self.stores = [each.prefix_cache for each in others]
+        plans = [each.plan for each in others]
+        self._needs = [0 if plan is None else plan.kv_cache_bytes for plan in plans]
+        self._always = extra + sum(0 if plan is None else plan.scratch_bytes for plan in plans)
+        self._takes = extra + sum(0 if plan is None else plan.total_bytes for plan in plans)
+        self.stores: Sequence[PrefixCache] = [each.prefix_cache for each in others]
+
+    def takes(self) -> int:
+        """All bytes that they may use: weights, requests and computing."""
+        return self._takes
 
     def reserved(self) -> int:
-        """Bytes that are not in use, and that the others must be able to use."""
+        """Of those, what is not in use now."""
         held = (max(0, need - engine.held_bytes) for need, engine in zip(self._needs, self._engines, strict=True))
         return self._always + sum(held)
 
@@ -218,8 +223,3 @@ def end_streams() -> None:
     with contextlib.suppress(RuntimeError):  # of work that had failed
         mx.synchronize()
     mx.clear_streams()
-
-
-def stores_of(loaded: Iterable[Loaded]) -> list[PrefixCache]:
-    """The kept prefixes of all models."""
-    return [each.prefix_cache for each in loaded]

@@ -55,7 +55,10 @@ class Names:
         if name in self._models:
             return name
         released = known_name(name)
-        wanted = {name.casefold(), *(() if released is None else (released.casefold(), released.split("/")[1].casefold()))}
+        wanted = {
+            name.casefold(),
+            *(() if released is None else (released.casefold(), released.split("/")[1].casefold())),
+        }
         found = [
             each for each in self._models if each.casefold() in wanted or each.rpartition("/")[2].casefold() in wanted
         ]
@@ -91,7 +94,9 @@ def served_model(value: str) -> ServedModel:
 def _local_model(name: str, path: Path) -> ServedModel:
     whole = path.resolve()
     if whole.is_dir() and not any((whole / each).exists() for each in _CONFIGS):
-        raise CheckpointError(f"{path} has no config.json: give the folder of a model, or --models-folder {path} for many.")
+        raise CheckpointError(
+            f"{path} has no config.json: give the folder of a model, or --models-folder {path} for many."
+        )
     own = whole.name if whole.is_dir() else whole.stem
     return ServedModel(name or own, str(whole), created=_time_of(whole))
 
@@ -113,7 +118,9 @@ def models_in(folder: str | Path) -> list[ServedModel]:
         if _is_model(each):
             found.append(_named(each, each.name))
         else:
-            found += [_named(inner, f"{each.name}/{inner.name}") for inner in sorted(_folders(each)) if _is_model(inner)]
+            found += [
+                _named(inner, f"{each.name}/{inner.name}") for inner in sorted(_folders(each)) if _is_model(inner)
+            ]
     if not found:
         raise SettingError(f"--models-folder {folder} holds no folder with a config.json: put models into it.")
     return found
@@ -147,9 +154,13 @@ def parse_aliases(values: Iterable[str]) -> dict[str, str]:
     for value in values:
         alias, equals, name = value.partition("=")
         if not equals or not alias.strip() or not name.strip():
-            raise SettingError(f"--alias {shown(value)} is not of the form ALIAS=NAME, for example gpt-4o-mini=demo-gpt-oss.")
+            raise SettingError(
+                f"--alias {shown(value)} is not of the form ALIAS=NAME, for example gpt-4o-mini=demo-gpt-oss."
+            )
         if aliases.get(alias, name) != name:
-            raise SettingError(f"--alias {alias} is given twice, for {aliases[alias]} and for {name}: give one of them.")
+            raise SettingError(
+                f"--alias {alias} is given twice, for {aliases[alias]} and for {name}: give one of them."
+            )
         aliases[alias] = name
     return aliases
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 from ..errors import UserError
 from .failures import ApiError
-from .log import log
 from .loading import Loaded, Loader, in_thread
+from .log import log
 from .names import Names
 from .settings import ServedModel, ServerSettings
 
@@ -144,9 +144,7 @@ class Registry:
     loader, clock: can be injected.
     """
 
-    def __init__(
-        self, settings: ServerSettings, loader: Loader | None = None, clock: Any = time.monotonic
-    ) -> None:
+    def __init__(self, settings: ServerSettings, loader: Loader | None = None, clock: Any = time.monotonic) -> None:
         self.settings = settings
         self._names = Names(settings.models, settings.aliases)
         self._slots = {each.name: _Slot(each) for each in settings.models}
@@ -335,7 +333,7 @@ class Registry:
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
-    async def _make_room(self, slot: _Slot, plan: MemoryPlan) -> None:
+    async def _make_room(self, slot: _Slot, plan: MemoryPlan | None) -> None:
         """Give back the least recently used models until this one fits beside the others. Raises _Unwanted."""
         try:
             while True:
@@ -367,10 +365,12 @@ class Registry:
         else:
             self._begin_loading(slot)
 
-    def _victims(self, slot: _Slot, plan: MemoryPlan) -> list[_Slot]:
+    def _victims(self, slot: _Slot, plan: MemoryPlan | None) -> list[_Slot]:
         """Who has to leave so that a model of this plan fits: those not in use first, the least recently used first."""
         others = [each for each in self._slots.values() if each.loaded is not None and each is not slot]
-        others.sort(key=lambda each: (each.loaded.num_leases > 0, each.loaded.last_used) if each.loaded else (False, 0.0))
+        others.sort(
+            key=lambda each: (each.loaded.num_leases > 0, each.loaded.last_used) if each.loaded else (False, 0.0)
+        )
         victims: list[_Slot] = []
         while others and not self._loader.fits(plan, [each.loaded for each in others if each.loaded is not None]):
             victims.append(others.pop(0))
@@ -453,4 +453,6 @@ def _note(slot: _Slot, done: int, total: int) -> None:
 
 
 def _closing() -> ApiError:
-    return ApiError(503, "The server is being shut down.", "server_error", code="shutting_down", retry_after=RETRY_AFTER_LOADING)
+    return ApiError(
+        503, "The server is being shut down.", "server_error", code="shutting_down", retry_after=RETRY_AFTER_LOADING
+    )

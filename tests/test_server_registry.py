@@ -2,7 +2,6 @@
 
 import asyncio
 
-import mlx.core as mx
 import pytest
 
 from openelm_mlx.server.failures import ApiError

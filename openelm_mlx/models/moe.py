@@ -78,8 +78,8 @@ class MoE(nn.Module):
         logits = linear(self["router"], x, self.bias_apart)
         k = self.experts_per_token
         expert_indices = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
-        if self.training:  # which experts are chosen has no derivative; how much they weigh has one
-            expert_indices = mx.stop_gradient(expert_indices)
+        # Which experts are chosen has no derivative, and MLX raises an error where one is asked for; how much they weigh has one.
+        expert_indices = mx.stop_gradient(expert_indices)
         chosen = mx.take_along_axis(logits, expert_indices, axis=-1)
         return expert_indices, mx.softmax(chosen, axis=-1, precise=True)
 

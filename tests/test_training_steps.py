@@ -1,0 +1,202 @@
+"""Gradients and steps against PyTorch's, and every way to compute them against the plain one."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import FIXTURES, load_fixture, max_difference, oracle
+from mlx.utils import tree_flatten, tree_map
+
+from openelm_mlx.training.batches import Row, divided, make_batch, rounded_up, rows_of_step
+from openelm_mlx.training.optimizer import Schedule, adamw, clipped, global_norm, set_rate
+from openelm_mlx.training.steps import Gradients, Objective, add_gradients, divided_by
+
+CASES = FIXTURES / "adapters"
+
+
+def case_of(name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    return json.loads((CASES / name / "case.json").read_text()), oracle(CASES / name)
+
+
+def rows_of(tokens: np.ndarray, mask: np.ndarray) -> list[Row]:
+    """The rows of an oracle's batch, without their padding."""
+    lengths = [int(row.nonzero()[0].max()) + 1 for row in mask]
+    return [Row.of(t[:n], m[:n]) for t, m, n in zip(tokens, mask, lengths, strict=True)]
+
+
+def relative(found: dict, wanted: dict) -> float:
+    """The worst distance of an array from the wanted one, over that one's norm."""
+    assert found.keys() == wanted.keys()
+    return max(float(mx.linalg.norm(found[k] - v) / mx.maximum(mx.linalg.norm(v), 1e-12)) for k, v in wanted.items())
+
+
+def mean_gradients(gradients: Gradients, parameters: dict, rows: list[Row], parts: list[list[int]] | None = None):
+    """(loss, gradients) of the rows, a mean over their targets, in one batch or several."""
+    loss, total = 0.0, None
+    for part in parts or [list(range(len(rows)))]:
+        each, more = gradients(parameters, make_batch([rows[i] for i in part]))
+        loss, total = loss + float(each), add_gradients(total, more)
+    count = sum(row.num_targets for row in rows)
+    return loss / count, divided_by(total, count)
+
+
+def some_rows(vocab_size: int, lengths: list[int], seed: int = 0) -> list[Row]:
+    """Random rows of which the second half is learned."""
+    rng = np.random.default_rng(seed)
+    return [Row.of(rng.integers(3, vocab_size, n), np.arange(n) >= n // 2) for n in lengths]
+
+
+def test_all_weights_are_trained_as_pytorch_trains_them():
+    case, expected = case_of("openelm_full")
+    model = load_fixture(FIXTURES / case["base"])
+    initial = dict(tree_flatten(model.parameters()))
+    model.train()
+    parameters = model.trainable_parameters()
+    gradients = Gradients(model, Objective(z_loss=case["z_loss"], at_once=8))
+    settings = case["optimizer"]
+    optimizer = adamw(tuple(settings["betas"]), settings["eps"], settings["weight_decay"])
+    for step, rate in enumerate(case["lr"]):
+        rows = rows_of(expected["tokens"][step], expected["loss_mask"][step])
+        loss, mean = mean_gradients(gradients, parameters, rows)
+        norm = global_norm(mean)
+        if step == 0:
+            wanted = mx.load(str(CASES / "openelm_full" / "grads.safetensors"))
+            assert relative(dict(tree_flatten(mean)), wanted) < 1e-4
+        assert abs(loss - expected["losses"][step]) < 1e-4
+        assert abs(float(norm) / expected["grad_norms"][step] - 1) < 2e-4
+        set_rate(optimizer, rate)
+        parameters = optimizer.apply_gradients(clipped(mean, norm, case["clip"]), parameters)
+        mx.eval(parameters, optimizer.state)
+    final = mx.load(str(CASES / "openelm_full" / "final.safetensors"))
+    moved = dict(tree_flatten(parameters))
+    for name, wanted in final.items():
+        assert float(mx.linalg.norm(moved[name] - wanted) / mx.linalg.norm(wanted - initial[name])) < 2e-3, name
+    model.update(parameters)
+    assert max_difference(model(mx.array(expected["eval_tokens"])), expected["logits_final"]) < 1e-2
+
+
+FAMILIES = ["openelm_tiny", "openelm_untied", "gpt_oss_tiny", "gpt_oss_odd"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    model = load_fixture(FIXTURES / request.param)
+    model.train()
+    for layer in model.layers:
+        if "mlp" in layer:  # the packed experts cannot be trained
+            layer.mlp.experts.freeze()
+    rows = some_rows(model.spec.vocab_size, [33, 7, 150, 16, 41])
+    parameters = model.trainable_parameters()
+    loss, plain = mean_gradients(Gradients(model, Objective(z_loss=1e-4)), parameters, rows, [[i] for i in range(5)])
+    mx.eval(plain)
+    return model, rows, loss, dict(tree_flatten(plain))
+
+
+def test_rows_side_by_side_have_the_gradients_of_rows_alone(family):
+    """Packed = separate: in one flat array, in two, and padded to rows of one length."""
+    model, rows, loss, plain = family
+    gradients, parameters = Gradients(model, Objective(z_loss=1e-4)), model.trainable_parameters()
+    for parts in (None, [[2, 0], [4, 1, 3]], [[0, 4], [2], [1], [3]]):
+        found, packed = mean_gradients(gradients, parameters, rows, parts)
+        assert abs(found - loss) < 1e-5 * loss
+        assert relative(dict(tree_flatten(packed)), plain) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("at_once", [None, 16])
+def test_recomputed_layers_and_losses_in_pieces_change_nothing(family, checkpointing, at_once):
+    model, rows, loss, plain = family
+    gradients = Gradients(model, Objective(z_loss=1e-4, at_once=at_once), checkpointing=checkpointing)
+    found, other = mean_gradients(gradients, model.trainable_parameters(), rows)
+    assert abs(found - loss) < 1e-5 * loss
+    assert relative(dict(tree_flatten(other)), plain) < 1e-5
+
+
+def test_recomputing_changes_no_class_and_leaves_the_parameters_alone(family):
+    """mlx-lm's replaces the layer class's `__call__` in the whole process."""
+    model, rows, _, _ = family
+    before = {name: id(a) for name, a in tree_flatten(model.parameters())}
+    call = type(model.layers[0]).__call__
+    gradients = Gradients(model, Objective(), checkpointing=True)
+    mx.eval(gradients(model.trainable_parameters(), make_batch(rows)))
+    assert type(model.layers[0]).__call__ is call
+    assert {name: id(a) for name, a in tree_flatten(model.parameters())} == before
+
+
+def test_gradients_need_no_training_mode():
+    """In evaluation mode the router's choice was differentiated too, which MLX refuses."""
+    model = load_fixture(FIXTURES / "gpt_oss_tiny")
+    model.eval()
+    tokens = mx.array([[5, 6, 7]])
+    gradient = mx.grad(lambda h: model.head(model.run_layers(h)).sum())(model.embed(tokens))
+    assert mx.isfinite(gradient).all()
+
+
+def test_half_precision_is_computed_from_float32_weights():
+    """Weights that are kept in float32 are rounded for computing only, and their gradients are float32."""
+    model = load_fixture(FIXTURES / "openelm_tiny")
+    model.train()
+    rows = some_rows(model.spec.vocab_size, [20, 12])
+    parameters = model.trainable_parameters()
+    loss, _ = mean_gradients(Gradients(model, Objective()), parameters, rows)
+    rounded, gradients = mean_gradients(Gradients(model, Objective(), dtype=mx.bfloat16), parameters, rows)
+    assert {a.dtype for _, a in tree_flatten(gradients)} == {mx.float32}
+    assert 1e-5 * loss < abs(rounded - loss) < 0.02 * loss
+
+
+def test_compiled_gradients_are_the_same():
+    model = load_fixture(FIXTURES / "openelm_untied")
+    model.train()
+    rows, parameters = some_rows(model.spec.vocab_size, [20, 12, 9]), model.trainable_parameters()
+    _, plain = mean_gradients(Gradients(model, Objective()), parameters, rows)
+    compiled = Gradients(model, Objective(), checkpointing=True, compiled=True)
+    moved = tree_map(lambda p: p + 0.01, parameters)
+    mean_gradients(compiled, moved, rows)
+    _, again = mean_gradients(compiled, parameters, rows)
+    assert relative(dict(tree_flatten(again)), dict(tree_flatten(plain))) < 1e-5
+
+
+def test_the_schedule_is_corenets():
+    case, _ = case_of("openelm_full")
+    assert Schedule(0.003, 5).rate(4) == case["lr"][4]
+    schedule = Schedule(peak=0.01, steps=5, warmup=2, final=0.001)
+    wanted = [1e-06, 0.0050005, 0.01, 0.00775, 0.00325]  # computed by CoreNet's formula for `openelm_lora_patterns`
+    assert [schedule.rate(i) for i in range(5)] == pytest.approx(wanted)
+    assert schedule.rate(99) == pytest.approx(0.001)
+
+
+def test_every_row_is_seen_once_before_any_is_seen_again():
+    steps = [rows_of_step(i, 4, 10, seed=3) for i in range(5)]
+    seen = sum(steps, [])
+    assert all(len(each) == 4 for each in steps)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert sum([rows_of_step(i, 25, 10, seed=3) for i in range(2)], [])[:20] == seen
+
+
+def test_batches_keep_to_their_places_and_to_few_shapes():
+    lengths = [5, 90, 17, 30, 200, 8]
+    parts = divided(lengths, 100)
+    assert sorted(sum(parts, [])) == list(range(6))
+    assert all(len(part) == 1 or sum(lengths[i] for i in part) <= 100 for part in parts)
+    pairs = divided(lengths, 250, together=2)
+    assert all(set(part) == {i ^ 1 for i in part} for part in pairs)
+    sizes = {rounded_up(n) for n in range(1, 2049)}
+    assert len(sizes) <= 32
+    assert all(n <= rounded_up(n) <= 1.25 * n for n in range(16, 2049))
+
+
+def test_weights_say_how_much_a_row_counts():
+    """The mean of batches' means, as some trainers accumulate, is a matter of weights."""
+    model = load_fixture(FIXTURES / "openelm_untied")
+    rows, gradients = some_rows(model.spec.vocab_size, [20, 30]), Gradients(model, Objective())
+    model.train()
+    parameters = model.trainable_parameters()
+    alone = [gradients(parameters, make_batch([row])) for row in rows]
+    counts = [row.num_targets for row in rows]
+    mean = sum(float(loss) / n for (loss, _), n in zip(alone, counts, strict=True)) / 2
+    loss, _ = gradients(parameters, make_batch(rows, [1 / (2 * n) for n in counts]))
+    assert float(loss) == pytest.approx(mean, rel=1e-5)
+
+

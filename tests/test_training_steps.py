@@ -168,17 +168,17 @@ def test_the_schedule_is_corenets():
 
 def test_every_row_is_seen_once_before_any_is_seen_again():
     steps = [rows_of_step(i, 4, 10, seed=3) for i in range(5)]
-    seen = sum(steps, [])
+    seen = [i for step in steps for i in step]
     assert all(len(each) == 4 for each in steps)
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
-    assert sum([rows_of_step(i, 25, 10, seed=3) for i in range(2)], [])[:20] == seen
+    assert [i for step in range(2) for i in rows_of_step(step, 25, 10, seed=3)][:20] == seen
 
 
 def test_batches_keep_to_their_places_and_to_few_shapes():
     lengths = [5, 90, 17, 30, 200, 8]
     parts = divided(lengths, 100)
-    assert sorted(sum(parts, [])) == list(range(6))
+    assert sorted([i for part in parts for i in part]) == list(range(6))
     assert all(len(part) == 1 or sum(lengths[i] for i in part) <= 100 for part in parts)
     pairs = divided(lengths, 250, together=2)
     assert all(set(part) == {i ^ 1 for i in part} for part in pairs)
@@ -198,5 +198,3 @@ def test_weights_say_how_much_a_row_counts():
     mean = sum(float(loss) / n for (loss, _), n in zip(alone, counts, strict=True)) / 2
     loss, _ = gradients(parameters, make_batch(rows, [1 / (2 * n) for n in counts]))
     assert float(loss) == pytest.approx(mean, rel=1e-5)
-
-

@@ -78,8 +78,10 @@ class MoE(nn.Module):
         logits = linear(self["router"], x, self.bias_apart)
         k = self.experts_per_token
         expert_indices = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
-        # Which experts are chosen has no derivative, and MLX raises an error where one is asked for; how much they weigh has one.
-        expert_indices = mx.stop_gradient(expert_indices)
+        # Which experts are chosen has no derivative, and MLX raises an error where one is asked for; how much they weigh has
+        # one. A single token in evaluation mode is a step of decoding, which is spared the operation.
+        if self.training or x.size != x.shape[-1]:
+            expert_indices = mx.stop_gradient(expert_indices)
         chosen = mx.take_along_axis(logits, expert_indices, axis=-1)
         return expert_indices, mx.softmax(chosen, axis=-1, precise=True)
 

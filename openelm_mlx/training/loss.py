@@ -1,7 +1,7 @@
 """Losses over the tokens that are learned: cross entropy in pieces, z-loss, and preferences (DPO).
 
-Logits are large (gpt-oss has 201,088 columns, 0.8 MB a token), so they are made for a piece of the targets at a time, and a piece
-is differentiated before the next one is made: nothing of it stays but its loss and the gradient of its inputs.
+Logits are large (gpt-oss has 201,088 columns, 0.8 MB a token), so they are made for a piece of the targets at a time, and
+a piece is differentiated before the next one is made: nothing of it stays but its loss and the gradient of its inputs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ LOGITS_BYTES = 64 * 2**20
 
 
 class HeadLoss(NamedTuple):
-    """Of all targets: sum of weighted losses (), each target's log-probability (M,), gradient of the hidden states (M, hidden_size),
-    and gradients of the head's own parameters (a tree, empty where they are frozen).
+    """Of all targets: the sum of weighted losses (), each target's log-probability (M,), the gradient of the hidden states
+    (M, hidden_size), and gradients of the head's own parameters (a tree, empty where they are frozen).
     """
 
     loss: mx.array
@@ -35,9 +35,7 @@ def targets_at_once(vocab_size: int) -> int:
     return 2 ** max(4, (LOGITS_BYTES // (4 * vocab_size)).bit_length() - 1)
 
 
-def token_losses(
-    logits: mx.array, targets: mx.array, z_loss: float = 0.0
-) -> tuple[mx.array, mx.array]:
+def token_losses(logits: mx.array, targets: mx.array, z_loss: float = 0.0) -> tuple[mx.array, mx.array]:
     """Each target's loss, and its log-probability, both (M,) in float32, from logits (M, V) and targets (M,).
 
     z_loss: so many times the square of logsumexp is added to the loss (CoreNet's, which keeps logits from drifting).
@@ -73,7 +71,9 @@ def head_loss(
 
     differentiated = mx.value_and_grad(piece, argnums=(0, 1))
     hidden, parameters = mx.stop_gradient(hidden), _stopped(parameters)
-    losses, logprobs, gradients_of_hidden = [], [], []
+    losses: list[mx.array] = []
+    logprobs: list[mx.array] = []
+    gradients_of_hidden: list[mx.array] = []
     gradients: dict[str, Any] = {}
     for start in range(0, count, at_once):
         part = slice(start, start + at_once)
@@ -94,7 +94,8 @@ def head_logprobs(
 ) -> mx.array:
     """Each target's log-probability, (M,) in float32, without a gradient."""
     at_once = hidden.shape[0] if at_once is None else at_once
-    hidden, parameters, found = mx.stop_gradient(hidden), _stopped(parameters), []
+    hidden, parameters = mx.stop_gradient(hidden), _stopped(parameters)
+    found: list[mx.array] = []
     for start in range(0, hidden.shape[0], at_once):
         inputs = hidden[start : start + at_once]
         if found:
@@ -104,7 +105,7 @@ def head_logprobs(
 
 
 def surrogate(found: HeadLoss, hidden: mx.array, parameters: dict[str, Any]) -> mx.array:
-    """A number without a meaning whose gradient, with respect to whatever `hidden` and `parameters` come from, is the loss's."""
+    """A number without a meaning whose gradient, with respect to what `hidden` and `parameters` come from, is the loss's."""
     from mlx.utils import tree_flatten
 
     total = (mx.stop_gradient(found.hidden_gradient) * hidden).sum()

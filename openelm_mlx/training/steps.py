@@ -39,8 +39,8 @@ class Objective:
 class Gradients:
     """Sums of losses and gradients over batches, with respect to a model's trainable parameters.
 
-    dtype: the type that trained weights are computed in, where they are kept in float32 (all weights are trained); None: as they
-    are. checkpointing: see `hidden_states`. The model's own arrays are those handed in, whenever it is not called.
+    dtype: the type that trained weights are computed in, where they are kept in float32 (all weights are trained); None: as
+    they are. checkpointing: see `hidden_states`. The model's own arrays are those handed in, whenever it is not called.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Gradients:
     ) -> tuple[mx.array, Tree]:
         """The weighted sum of the losses of a batch's targets, (), and its gradients; nothing is evaluated.
 
-        reference: for preferences, the reference's log-probability of each row, (rows,); rows alternate, chosen and rejected, and
-        the loss is the sum over pairs. key: of random numbers, where there is dropout.
+        reference: for preferences, the reference's log-probability of each row, (rows,); rows alternate, chosen and
+        rejected, and the loss is the sum over pairs. key: of random numbers, where there is dropout.
         """
         function = self._function(batch, reference is not None)
         arrays = [mx.array(each) for each in batch]
@@ -109,9 +109,7 @@ class Gradients:
         weights = arrays[6]
         if self.objective.preference is not None:
             weights, loss = self._preference(selected, of_head, arrays)
-        found: HeadLoss = head_loss(
-            self._head, of_head, selected, arrays[5], weights, self._z_loss(), self.at_once
-        )
+        found: HeadLoss = head_loss(self._head, of_head, selected, arrays[5], weights, self._z_loss(), self.at_once)
         model.update(of_head)
         if self.objective.preference is None:
             loss = found.loss
@@ -120,9 +118,7 @@ class Gradients:
     def _z_loss(self) -> float:
         return self.objective.z_loss if self.objective.preference is None else 0.0
 
-    def _preference(
-        self, selected: mx.array, of_head: Tree, arrays: list[mx.array]
-    ) -> tuple[mx.array, mx.array]:
+    def _preference(self, selected: mx.array, of_head: Tree, arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
         """How much each target's log-probability counts, as a loss's weight (M,), and the pairs' loss itself."""
         logprobs = head_logprobs(self._head, of_head, selected, arrays[5], self.at_once)
         reference, is_target = arrays[8], arrays[6]
@@ -145,16 +141,12 @@ class Gradients:
         if self.dtype is None:
             return parameters
         dtype, spec = self.dtype, self.model.spec
-        cast: Tree = tree_map_with_path(
-            lambda name, p: p if spec.keeps_float32(name) else p.astype(dtype), parameters
-        )
+        cast: Tree = tree_map_with_path(lambda name, p: p if spec.keeps_float32(name) else p.astype(dtype), parameters)
         return cast
 
     def _hidden(self, batch: Batch, arrays: list[mx.array]) -> tuple[mx.array]:
         is_rows = batch.is_rows
-        where = Places(
-            arrays[1], None if is_rows else arrays[2], None if is_rows else arrays[3], batch.rows.shape
-        )
+        where = Places(arrays[1], None if is_rows else arrays[2], None if is_rows else arrays[3], batch.rows.shape)
         return (hidden_states(self.model, arrays[0], where)[arrays[4]],)
 
     def _logprobs(self, selected: mx.array, arrays: list[mx.array]) -> mx.array:
@@ -195,4 +187,4 @@ def _sums(values: mx.array, owners: mx.array, count: int) -> mx.array:
 
 def all_finite(values: Sequence[mx.array]) -> bool:
     """Whether none of these numbers is NaN or infinite; waits for them."""
-    return bool(np.isfinite([float(each.item()) for each in values]).all())
+    return bool(mx.isfinite(mx.stack(list(values))).all().item())

@@ -73,16 +73,22 @@ def _first_of(error: ValidationError) -> ApiError:
     return bad_request(f"{param} is {shown(first['input'])}: {wanted}.", param, "invalid_value")
 
 
+# How pydantic names the forms of a field that may have several; those of lists and the like are no words.
+_TYPES = ("str", "int", "float", "bool")
+
+
 def field_name(location: Sequence[str | int]) -> str:
     """The name of a field as OpenAI writes it: `messages[1].content`.
 
     >>> field_name(("messages", 1, "content"))
     'messages[1].content'
+    >>> field_name(("input", "str"))
+    'input'
     """
     name = ""
     for part in location:
         if isinstance(part, int):
             name += f"[{part}]"
-        elif part.isidentifier():  # the others are pydantic's names of types
+        elif part.isidentifier() and part not in _TYPES:
             name += f".{part}" if name else part
     return name

@@ -1,0 +1,185 @@
+"""What a Responses request may have, and the generation that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ...decoding.sampling import SamplingParams
+from ...errors import UserError
+from ...files import shown
+from ..bodies import WholeNumber, Wire
+from ..failures import ApiError, bad_request
+from ..generation import AnswerSchema, Effort, GenerationRequest
+from .responses_items import ADDITIONAL_TOOLS, Item, chat
+from .responses_tools import Tools, read_tools
+
+# OpenAI's words beyond those that gpt-oss was trained with.
+_EFFORTS: dict[str, Effort] = {
+    "none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high",
+}  # fmt: skip
+LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
+
+
+class ReasoningConfig(Wire):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class TextFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextConfig(Wire):
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class CountTokens(Wire):
+    """The part of a request that makes its prompt."""
+
+    model: str
+    input: str | list[Any] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning: ReasoningConfig | None = None
+    text: TextConfig | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+
+class CreateResponse(CountTokens):
+    """`POST /v1/responses`. The last block is not OpenAI's: clients send these fields to local servers."""
+
+    background: bool | None = None
+    include: list[str] | None = None
+    max_output_tokens: Annotated[WholeNumber, Field(ge=1)] | None = None
+    max_tool_calls: WholeNumber | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_logprobs: Annotated[WholeNumber, Field(ge=0, le=20)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    user: str | None = None
+
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, float] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    seed: WholeNumber | None = None
+    stop: str | list[str] | None = None
+    top_k: Annotated[WholeNumber, Field(ge=0)] | None = None
+
+
+def check_offered(body: CountTokens) -> None:
+    """Raise ApiError for what this server does not have, with what to do instead."""
+    if body.conversation is not None:
+        raise _not_offered("conversation", "conversations are not kept here: use previous_response_id")
+    if body.prompt is not None:
+        raise _not_offered("prompt", "prompt templates are kept by OpenAI only: send instructions and input")
+    if isinstance(body, CreateResponse) and body.background:
+        reason = "an answer ends when whoever asked for it goes away: leave background out, and use stream"
+        raise _not_offered("background", reason)
+    if body.input is None and body.previous_response_id is None:
+        raise bad_request("input is missing.", "input", "missing_required_parameter")
+
+
+def _not_offered(param: str, reason: str) -> ApiError:
+    return ApiError(400, f"{param} is not offered: {reason}.", param=param, code="unsupported_parameter")
+
+
+def tools_of(body: CountTokens, items: Iterable[Item]) -> Tools:
+    """The tools of the request, and those that items of its conversation bring."""
+    definitions = [(f"tools[{number}]", tool) for number, tool in enumerate(body.tools or ())]
+    for item in items:
+        if item["type"] == ADDITIONAL_TOOLS:
+            definitions += [(f"input.tools[{number}]", tool) for number, tool in enumerate(item["tools"])]
+    return read_tools(definitions, body.tool_choice)
+
+
+def prompt_request(body: CountTokens, items: list[Item], tools: Tools) -> GenerationRequest:
+    """The request whose prompt these items are."""
+    effort = None if body.reasoning is None or body.reasoning.effort is None else _EFFORTS[body.reasoning.effort]
+    return GenerationRequest(
+        model=body.model,
+        messages=chat(body.instructions, items, tools),
+        tools=tools.functions,
+        lenient_tools=tools.lenient,
+        tool_choice=tools.choice,
+        answer_schema=_schema(body.text),
+        reasoning_effort=effort,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+    )
+
+
+def _schema(text: TextConfig | None) -> AnswerSchema | None:
+    form = None if text is None else text.format
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return AnswerSchema({"type": "object"})
+    for key, value in (("name", form.name), ("schema", form.schema_)):
+        if value is None:
+            param = f"text.format.{key}"
+            raise bad_request(f"{param} is missing.", param, "missing_required_parameter")
+    return AnswerSchema(form.schema_ or {}, form.name or "answer", form.description)
+
+
+def generation_request(body: CreateResponse, items: list[Item], tools: Tools) -> GenerationRequest:
+    """The whole request. Raises ApiError."""
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return replace(
+        prompt_request(body, items, tools),
+        sampling=_sampling(body),
+        max_tokens=body.max_output_tokens,
+        stop=stop,
+        logprobs=wanted_logprobs(body),
+    )
+
+
+def wanted_logprobs(body: CreateResponse) -> int | None:
+    """How many likely tokens each token of a message comes with; None: messages have no log-probabilities."""
+    if body.top_logprobs or LOGPROBS in (body.include or ()):
+        return body.top_logprobs or 0
+    return None
+
+
+def _sampling(body: CreateResponse) -> SamplingParams:
+    given = {
+        name: value
+        for name in (
+            "frequency_penalty", "min_p", "presence_penalty", "repetition_penalty", "seed", "temperature", "top_k", "top_p",
+        )
+        if (value := getattr(body, name)) is not None
+    }  # fmt: skip
+    if body.top_p == 0:
+        given |= {"top_p": 1.0, "top_k": 1}  # OpenAI takes it for the likeliest token alone
+    if body.logit_bias:
+        given["logit_bias"] = {_token(name): bias for name, bias in body.logit_bias.items()}
+    try:
+        return SamplingParams(**{"temperature": 1.0, **given})
+    except UserError as error:
+        param = next((name for name in given if str(error).startswith(name)), None)
+        raise bad_request(str(error), param) from None
+
+
+def _token(name: str) -> int:
+    if not name.isdecimal():
+        raise bad_request(f"logit_bias has the key {shown(name)}: it should be the number of a token.", "logit_bias")
+    return int(name)

@@ -316,6 +316,14 @@ def test_chat_of_every_kind():
     ]
 
 
+def test_a_preamble_without_its_calls():
+    """Reasoning may stand between the two. Taken for an answer, it would end the turn, and its reasoning would go."""
+    said = {"role": "assistant", "reasoning": "Hm.", "content": "One moment."}
+    assert [m.channel for m in conversation([said])[1:]] == ["analysis", "final"]
+    assert [m.channel for m in conversation([{**said, "phase": "commentary"}])[1:]] == ["analysis", "commentary"]
+    assert [m.channel for m in conversation([{**said, "phase": "final_answer"}])[1:]] == ["analysis", "final"]
+
+
 def test_chat_of_messages_and_dicts():
     """What a chat session keeps: the parsed messages of the model between the user's dicts."""
     chat = [

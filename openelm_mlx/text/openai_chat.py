@@ -36,7 +36,8 @@ def conversation(
 
     `chat` is a question, or OpenAI-style dicts, or messages (passed through as they are), or dicts and messages mixed.
     Leading dicts of role "system" or "developer" become the instructions; later ones become developer messages where
-    they stand. An assistant dict may have `thinking` (or `reasoning`, `reasoning_content`), `content` and `tool_calls`.
+    they stand. An assistant dict may have `thinking` (or `reasoning`, `reasoning_content`), `content` and `tool_calls`;
+    its content is a preamble where it has calls or the `phase` "commentary", and an answer elsewhere.
     A content is text, a list of text parts as OpenAI writes them, or None for no text. A tool dict has a
     `tool_call_id`, which means the open call with that id, or a `name`; without either it answers the first call still
     open. A chat that starts with a system Message keeps that one, and `system` is not used.
@@ -143,7 +144,8 @@ class _ChatReader:
         messages += [self._call(call, number) for call in calls]
         # Reasoning with an empty answer is a turn that was cut off; an empty answer would end the turn.
         if not calls and (content or (content is not None and not thinking)):
-            messages.append(Message("assistant", _text(item, number), channel="final"))
+            channel = "commentary" if item.get("phase") == "commentary" else "final"
+            messages.append(Message("assistant", _text(item, number), channel=channel))
         if not messages and "content" not in item:
             raise PromptError(f"Message {number} of the assistant has no content, no thinking and no tool_calls.")
         return messages

@@ -8,14 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ...decoding.sampling import SamplingParams
-from ...errors import UserError
-from ...files import shown
 from ..bodies import WholeNumber, Wire
 from ..failures import ApiError, bad_request
 from ..generation import AnswerSchema, Effort, GenerationRequest
 from .responses_items import ADDITIONAL_TOOLS, Item, chat
 from .responses_tools import Tools, read_tools
+from .sampling import SamplingFields, sampling_params
 
 # OpenAI's words beyond those that gpt-oss was trained with.
 _EFFORTS: dict[str, Effort] = {
@@ -60,8 +58,8 @@ class CountTokens(Wire):
     truncation: Literal["auto", "disabled"] | None = None
 
 
-class CreateResponse(CountTokens):
-    """`POST /v1/responses`. The last block is not OpenAI's: clients send these fields to local servers."""
+class CreateResponse(CountTokens, SamplingFields):
+    """`POST /v1/responses`."""
 
     background: bool | None = None
     include: list[str] | None = None
@@ -72,19 +70,9 @@ class CreateResponse(CountTokens):
     safety_identifier: str | None = None
     store: bool | None = None
     stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_logprobs: Annotated[WholeNumber, Field(ge=0, le=20)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     user: str | None = None
-
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, float] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    seed: WholeNumber | None = None
-    stop: str | list[str] | None = None
-    top_k: Annotated[WholeNumber, Field(ge=0)] | None = None
+    stop: str | list[str] | None = None  # not OpenAI's here, but some clients send it
 
 
 def check_offered(body: CountTokens) -> None:
@@ -146,7 +134,7 @@ def generation_request(body: CreateResponse, items: list[Item], tools: Tools) ->
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return replace(
         prompt_request(body, items, tools),
-        sampling=_sampling(body),
+        sampling=sampling_params(body),
         max_tokens=body.max_output_tokens,
         stop=stop,
         logprobs=wanted_logprobs(body),
@@ -158,28 +146,3 @@ def wanted_logprobs(body: CreateResponse) -> int | None:
     if body.top_logprobs or LOGPROBS in (body.include or ()):
         return body.top_logprobs or 0
     return None
-
-
-def _sampling(body: CreateResponse) -> SamplingParams:
-    given = {
-        name: value
-        for name in (
-            "frequency_penalty", "min_p", "presence_penalty", "repetition_penalty", "seed", "temperature", "top_k", "top_p",
-        )
-        if (value := getattr(body, name)) is not None
-    }  # fmt: skip
-    if body.top_p == 0:
-        given |= {"top_p": 1.0, "top_k": 1}  # OpenAI takes it for the likeliest token alone
-    if body.logit_bias:
-        given["logit_bias"] = {_token(name): bias for name, bias in body.logit_bias.items()}
-    try:
-        return SamplingParams(**{"temperature": 1.0, **given})
-    except UserError as error:
-        param = next((name for name in given if str(error).startswith(name)), None)
-        raise bad_request(str(error), param) from None
-
-
-def _token(name: str) -> int:
-    if not name.isdecimal():
-        raise bad_request(f"logit_bias has the key {shown(name)}: it should be the number of a token.", "logit_bias")
-    return int(name)

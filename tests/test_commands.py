@@ -35,7 +35,7 @@ def refused(capsys, *arguments: str) -> str:
     [
         ("--verison", "there is no option --verison: did you mean --version? (see openelm_mlx -h)"),
         ("genrate x", "there is no command 'genrate': did you mean generate? (see openelm_mlx -h)"),
-        ("", "there is no command: give generate, chat, plan"),
+        ("", "there is no command: give generate, chat, serve"),
         ("--temperature", "there is no option --temperature"),
         ("xyz", "there is no command 'xyz': give generate, chat"),
         ("generate --temprature 1 x", "did you mean --temperature? (see openelm_mlx generate -h)"),
@@ -82,7 +82,7 @@ def test_advice_is_in_the_command_line_s_spelling(sentence, typed):
     assert in_flags(sentence, FLAGS) == typed
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "plan", "convert", "export", "bench"])
+@pytest.mark.parametrize("name", ["generate", "chat", "serve", "plan", "convert", "export", "bench"])
 def test_every_option_with_a_name_of_its_own_is_spelled_as_the_command_has_it(name):
     parser = (
         build_parser("openelm_mlx", [name])

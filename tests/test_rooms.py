@@ -177,6 +177,7 @@ def imported_files(name: str, file: Path) -> set[str]:
 PACKAGE_OF = {
     "yaml": "pyyaml",
     "pydantic_core": "pydantic", "filelock": "huggingface_hub", "anyio": "mcp", "mcp_types": "mcp",
+    "h11": "uvicorn",
 }  # fmt: skip
 # Extras for who works on the package: nothing that a user runs may need them.
 OF_DEVELOPERS = ("test", "dev", "docs", "train")

@@ -27,6 +27,7 @@ from . import completion, output
 COMMANDS = {
     "generate": "generate",
     "chat": "chat",
+    "serve": "serve",
     "plan": "plan",
     "convert": "convert",
     "export": "export",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class Services:
     generations: Generations
     registry: Any = None
     settings: Any = None
+    metrics: Any = None
 
 
 def services(request: Request) -> Services:
@@ -38,12 +39,15 @@ def services(request: Request) -> Services:
     return found
 
 
-def make_app(own: Services, routes: Sequence[BaseRoute]) -> Starlette:
-    """An application of these routes."""
+def make_app(
+    own: Services, routes: Sequence[BaseRoute], models: AbstractAsyncContextManager[Any] | None = None
+) -> Starlette:
+    """An application of these routes. models: what is entered when it starts, and left when it ends."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
+        async with nullcontext() if models is None else models:
+            yield
 
     app = Starlette(
         routes=list(routes),

@@ -186,6 +186,57 @@ class Registry:
             )  # fmt: skip
         return self._slots[found]
 
+    # --- how it is ----------------------------------------------------------------------------------------------------
+
+    def health(self) -> Literal["ok", "loading", "failed", "dead"]:
+        """Whether requests can be answered.
+
+        dead: an engine has died, and is not replaced yet. failed: nothing is in memory, and the last model that was asked for
+        could not be loaded; the next request tries again. loading: nothing is in memory yet.
+        """
+        slots = list(self._slots.values())
+        if any(slot.dead or (slot.loaded is not None and slot.loaded.failure is not None) for slot in slots):
+            return "dead"
+        states = {slot.state for slot in slots}
+        if "ready" in states:
+            return "ok"
+        return "loading" if "loading" in states else "failed" if "failed" in states else "ok"
+
+    def status(self) -> dict[str, Any]:
+        """Every model with its state, plan and load, and the memory; sizes in bytes."""
+        import mlx.core as mx
+
+        return {
+            "models": [self._status_of(name, slot) for name, slot in self._slots.items()],
+            "aliases": dict(self._names.aliases),
+            "memory": {"active": mx.get_active_memory(), "cache": mx.get_cache_memory()},
+        }
+
+    def _status_of(self, name: str, slot: _Slot) -> dict[str, Any]:
+        found: dict[str, Any] = {"id": name, "state": slot.state}
+        if slot.failure is not None:
+            found["failure"] = slot.failure
+        if slot.state == "loading":
+            found["seconds"] = round(self._clock() - slot.began, 1)
+            if slot.progress is not None:
+                found["downloaded"], found["total"] = slot.progress
+        loaded = slot.loaded
+        if loaded is not None:
+            engine, plan = loaded.engine, loaded.plan
+            found |= {
+                "running": engine.num_running, "waiting": engine.num_waiting, "held_bytes": engine.held_bytes,
+                "kept_bytes": loaded.prefix_cache.nbytes, "family": loaded.model.spec.family,
+                "context_length": loaded.model.context_length, "has_chat": loaded.tokenizer is not None,
+            }  # fmt: skip
+            if plan is not None:
+                found["plan"] = {
+                    "weights_bytes": plan.weights_bytes, "kv_cache_bytes": plan.kv_cache_bytes,
+                    "scratch_bytes": plan.scratch_bytes, "total_bytes": plan.total_bytes, "memory_limit": plan.memory_limit,
+                    "context_length": plan.context_length, "max_context_length": plan.max_context_length,
+                    "expert_slots": plan.expert_slots,
+                }  # fmt: skip
+        return found
+
     # --- using a model ------------------------------------------------------------------------------------------------
 
     async def acquire(self, name: str) -> Lease:
@@ -239,7 +290,9 @@ class Registry:
     # --- loading ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin with the first model, and look after idle ones. Within the event loop."""
+        """Begin with the first model, and look after idle ones. Within the event loop; may be called again."""
+        if self._housekeeping is not None:
+            return
         self.startup_failure = asyncio.get_running_loop().create_future()
         self._housekeeping = asyncio.create_task(self._look_after())
         for slot in list(self._slots.values())[:1]:

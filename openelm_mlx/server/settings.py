@@ -61,7 +61,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
-    max_body: int = 32_000_000
+    max_body: int = 8_000_000
     header_timeout: float = 20.0
     body_timeout: float = 60.0
     write_timeout: float = 120.0

@@ -1,0 +1,270 @@
+"""`python -m openelm_mlx serve`: OpenAI's and Anthropic's APIs on this machine, and a page to chat on.
+
+What has to be known is checked first, then the server listens, and only then MLX is imported and a model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import stat
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SettingError
+from ..files import expanded
+from . import INTERRUPTED, output
+from .options import add_preset_argument, bits_asked_for
+from .output import say
+
+if TYPE_CHECKING:
+    from ..server.settings import ServerSettings
+
+HELP = "serve models over HTTP: OpenAI's and Anthropic's APIs, and a page to chat on"
+KEY_VARIABLE = "OPENELM_MLX_API_KEY"
+DEFAULT_MODEL = "demo-gpt-oss"
+LARGEST_KEY_FILE = 2**16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="a model to serve (repeatable): demo-gpt-oss (the default), demo-openelm, a folder, a weight file, or a Hugging "
+        "Face repository as owner/name; NAME=SOURCE gives it another name. The first one is loaded at the start, others when "
+        "they are asked for",
+    )
+    models.add_argument("--models-folder", metavar="DIR", help="serve the models in the folders of DIR, too")
+    models.add_argument(
+        "--alias", action="append", default=[], metavar="ALIAS=NAME", help="another name of a model (repeatable)"
+    )
+    models.add_argument(
+        "--keep-alive",
+        default="forever",
+        metavar="TIME",
+        help="give back a model that nobody has used for so long: 5m, 90s, 1h, 0 for at once (default: forever; when another "
+        "one needs the memory, the least recently used is given back anyway)",
+    )
+    loading = parser.add_argument_group("loading (every model)")
+    loading.add_argument(
+        "--memory-limit", metavar="SIZE", help="memory limit for all models together, for example 8GB (default: what the "
+        "machine has)",
+    )  # fmt: skip
+    loading.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of a model's context")
+    loading.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)"
+    )
+    add_preset_argument(loading)
+    loading.add_argument(
+        "--dense-bits", type=int, choices=[8, 6, 5, 4], help="instead of a preset: quantize dense matrices to N bits"
+    )
+    loading.add_argument("--kv-bits", type=int, choices=[8, 16], help="8: keys and values in half the memory")
+    loading.add_argument(
+        "--expert-slots", type=int, metavar="N", help="keep N of each layer's experts in memory, the others on disk"
+    )
+    loading.add_argument(
+        "--wire",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="wire the models' memory (default: if needed)",
+    )
+    requests = parser.add_argument_group("requests")
+    requests.add_argument(
+        "--max-running", type=int, metavar="N", help="requests that are computed at once (default: what memory allows)"
+    )
+    requests.add_argument(
+        "--max-waiting",
+        type=int,
+        metavar="N",
+        help="requests in a model's queue; one more is refused (default: 1024)",
+    )
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS",
+        help="listen on this address (default: 127.0.0.1, this machine alone; others need a key)",
+    )  # fmt: skip
+    network.add_argument("--port", type=int, default=8080, metavar="N", help="the port (default: 8080; 0: a free one)")
+    network.add_argument(
+        "--api-key-file", metavar="FILE",
+        help=f"ask requests for a key: one a line in FILE, which only you may read (or one in the variable {KEY_VARIABLE})",
+    )  # fmt: skip
+    network.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="another name of this machine (repeatable)"
+    )
+    network.add_argument(
+        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="let web pages of this origin use the server, for example http://localhost:3000 (repeatable)",
+    )  # fmt: skip
+    shown = parser.add_argument_group("output")
+    shown.add_argument("--quiet", "-q", action="store_true", help="no line for each request")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Listen until Ctrl-C. Returns the exit code."""
+    settings = settings_of(args)
+    from ..server.connections import listening_socket
+
+    listening = listening_socket(settings.host, settings.port)
+    import asyncio
+
+    from ..server.running import serve
+
+    _log_to_stderr(args.quiet)
+    told = Told()
+    with listening:
+        failure = asyncio.run(serve(settings, listening, told))
+    if failure is not None:
+        raise SettingError(failure)
+    return INTERRUPTED if told.was_hurried else 0
+
+
+def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None = None) -> ServerSettings:
+    """What the options say, checked. Raises SettingError, and CheckpointError for what cannot be a model."""
+    from ..server.hosts import checked_hosts, checked_origins, is_loopback
+    from ..server.names import Names, models_in, parse_aliases, served_model
+    from ..server.settings import ServerSettings
+
+    environment = os.environ if environment is None else environment
+    keys = _keys(args.api_key_file, environment)
+    if not 0 <= args.port <= 65535:
+        raise SettingError(f"--port is {args.port}: it must be a whole number, at least 0 and at most 65,535.")
+    if not keys and not is_loopback(args.host):
+        raise SettingError(
+            f"--host {args.host} lets other machines use this server: give it a key first, in a file with --api-key-file, or "
+            f"in the variable {KEY_VARIABLE}."
+        )
+    for name in ("max_running", "max_waiting"):
+        value = getattr(args, name)
+        least = int(name == "max_running")
+        if value is not None and value < least:
+            raise SettingError(f"{name} is {value}: it must be a whole number, at least {least}.")
+    sources = args.model or ([] if args.models_folder else [DEFAULT_MODEL])
+    models = [served_model(each) for each in sources]
+    if args.models_folder is not None:
+        models += models_in(args.models_folder)
+    aliases = parse_aliases(args.alias)
+    Names(models, aliases)  # says whether two of them have one name
+    return ServerSettings(
+        models=tuple(models), aliases=aliases, host=args.host, port=args.port, keep_alive=seconds_of(args.keep_alive),
+        load_options=_load_options(args), max_running=args.max_running, max_waiting=args.max_waiting, api_keys=keys,
+        allow_hosts=checked_hosts(args.allow_host), allow_origins=checked_origins(args.allow_origin, bool(keys)),
+    )  # fmt: skip
+
+
+def _load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `om.load` for every model."""
+    return {
+        "context_length": args.context_length, "dtype": args.dtype, "dense_bits": bits_asked_for(args),
+        "kv_bits": args.kv_bits, "expert_slots": args.expert_slots, "memory_limit": _memory_limit(args.memory_limit),
+        "wire": args.wire, "batch_size": args.max_running or 1,
+    }  # fmt: skip
+
+
+def _memory_limit(text: str | None) -> int | None:
+    from ..memory.sizes import parse_memory
+
+    return parse_memory(text)
+
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds_of(text: str) -> float | None:
+    """Seconds of a time such as 5m; None for "forever". Raises SettingError."""
+    text = text.strip().lower()
+    if text in ("forever", "-1"):
+        return None
+    number, unit = (text[:-1], text[-1]) if text and text[-1] in "smhd" else (text, "")
+    if not number.isascii() or not number.isdecimal():
+        raise SettingError(f"--keep-alive is {text!r}: give a time such as 5m, 90s or 1h, 0 for at once, or forever.")
+    return int(number) * _UNITS[unit]
+
+
+def _keys(name: str | None, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys of the file and of the environment. Raises SettingError for a file that others may read."""
+    found = []
+    if name is not None:
+        found += [line.strip() for line in _read_private(name).splitlines() if line.strip()]
+        if not found:
+            raise SettingError(
+                f"--api-key-file {name} holds no key: write one into it, as `openssl rand -hex 24` makes them."
+            )
+    if environment.get(KEY_VARIABLE, "").strip():
+        found.append(environment[KEY_VARIABLE].strip())
+    for key in found:
+        if not key.isascii() or not key.isprintable() or " " in key:
+            where = KEY_VARIABLE if name is None else f"--api-key-file {name}"
+            raise SettingError(
+                f"A key of {where} has characters that a header cannot carry: use letters, digits, - and _."
+            )
+    return tuple(dict.fromkeys(found))
+
+
+def _read_private(name: str) -> str:
+    path = expanded(name, SettingError)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise SettingError(f"--api-key-file {name} cannot be read: {error.strerror or error}.") from None
+    with os.fdopen(descriptor, "rb") as stream:
+        facts = os.fstat(stream.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise SettingError(f"--api-key-file {name} is no ordinary file: give one with a key a line.")
+        if facts.st_mode & 0o077:
+            raise SettingError(
+                f"--api-key-file {name} can be read by others (mode {stat.S_IMODE(facts.st_mode):o}): run `chmod 600 {name}`."
+            )
+        if facts.st_size > LARGEST_KEY_FILE:
+            raise SettingError(f"--api-key-file {name} is larger than a file of keys: give one with a key a line.")
+        try:
+            return stream.read().decode()
+        except (OSError, UnicodeDecodeError):
+            raise SettingError(f"--api-key-file {name} is not text: give a file with a key a line.") from None
+
+
+class Told:
+    """What is said at the terminal while the server runs."""
+
+    def __init__(self) -> None:
+        self.was_hurried = False
+
+    def listening(self, settings: ServerSettings, host: str, port: int) -> None:
+        """The address, and what to point a client at."""
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        first = settings.models[0].name
+        key = "your API key" if settings.api_keys else "any API key"
+        others = f" and {len(settings.models) - 1} more" if len(settings.models) > 1 else ""
+        output.report(f"Serving {first}{others} at {address} (open it in a browser to chat).")
+        say(f"Clients of OpenAI: base URL {address}/v1, model {first}, {key}. Of Anthropic: {address}. Ctrl-C ends it.")
+
+    def stopping(self, num_answers: int, seconds: float) -> None:
+        """After the first Ctrl-C."""
+        if num_answers:
+            answers = "1 answer is" if num_answers == 1 else f"{num_answers} answers are"
+            say(f"{answers} still being written, and may take {seconds:g} seconds. Ctrl-C again ends everything now.")
+
+    def hurried(self) -> None:
+        """After the second."""
+        self.was_hurried = True
+
+
+def _log_to_stderr(quiet: bool) -> None:
+    """Lines of the server's log, each with its request's id."""
+    from ..server.log import log, request_id
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            of = request_id.get()
+            say(f"{f'{of} ' if of else ''}{self.format(record)}")
+
+    handler = Lines()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for logger in (log, logging.getLogger("uvicorn.error")):
+        logger.handlers, logger.propagate = [handler], False
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

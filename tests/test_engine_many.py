@@ -301,7 +301,13 @@ def with_slots(models, monkeypatch, request):
     for model in models.values():
         monkeypatch.setitem(slots.SPARE_DIMS, model.spec.layers[0].head_dim, 16)
         products_from = 1_000 if "products" in request.param else 0
-        choices = replace(model.choices, slots=True, products_from=products_from, marks_keys="marks" in request.param)
+        choices = replace(
+            model.choices,
+            slots=True,
+            products_from=products_from,
+            prompt_products_to=30 * products_from,  # not for the longest chunks
+            marks_keys="marks" in request.param,
+        )
         monkeypatch.setattr(model, "choices", choices)
     return models
 

@@ -134,6 +134,39 @@ def test_decoders_wait_at_most_so_long_for_a_prompt(token_seconds, fixed):
     assert max(lengths) >= min(2048, affordable) / 4  # and it uses the time there is
 
 
+@pytest.mark.parametrize("compiling", [0.0, 0.8], ids=["at-once", "compiled-first"])
+def test_short_chunks_that_save_no_time_are_not_taken(compiling):
+    """A step with any chunk takes three times the usual one, whatever its length, on a device that is slow to be told."""
+    draw = random.Random(5)
+    usual, fixed, token_seconds = 0.008, 0.016, 2e-5
+    scheduler = scheduler_with([])
+    scheduler.decoding.append(Request(0))
+    for _ in range(20):
+        scheduler.pace.step_took(usual * draw.uniform(0.9, 1.1), 0)
+    scheduler.waiting.append(Request(1, [2048] * 4))
+    prompt = scheduler.admit(lambda _: True)
+    compiled, lengths = set(), []
+    while found := scheduler.next_prompts(2048):
+        [(_, length)] = found
+        seconds = (usual + fixed + token_seconds * length) * draw.uniform(0.9, 1.1)
+        scheduler.pace.step_took(seconds + (compiling if length not in compiled else 0), length)
+        compiled.add(length)
+        prompt.job.take(length)
+        lengths.append(length)
+    assert len(lengths) <= 75
+    assert max(lengths) >= 192
+    for _ in range(3):  # and later prompts begin with what was learned
+        scheduler.waiting.append(Request(2, [512]))
+        prompt = scheduler.admit(lambda _: True)
+        count = 0
+        while found := scheduler.next_prompts(2048):
+            [(_, length)] = found
+            scheduler.pace.step_took((usual + fixed + token_seconds * length) * draw.uniform(0.9, 1.1), length)
+            prompt.job.take(length)
+            count += 1
+        assert count <= 8
+
+
 def test_a_chunk_the_device_stopped_is_halved():
     pace = ChunkPace()
     pace.last = 512

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from statistics import median
 from typing import Generic, TypeVar, final
 
 from ..errors import EngineFullError
@@ -65,25 +67,39 @@ class Job:
 class ChunkPace:
     """How long a chunk of a prompt may be while others decode, learned from the steps' times (seconds).
 
+    A chunk adds a fixed time to the usual step and another for each token; both are estimated by rank, so that a step
+    that was long once (a kernel was compiled) means little. Where the fixed time alone is more than decoders should wait,
+    short chunks would make them wait more often and not less: a chunk is then at least so long that its tokens take as
+    much as what is fixed.
+
     first: the first chunk beside somebody who decodes, where nothing is known of what a prompt's token takes.
     """
 
     def __init__(self, first: int = 64) -> None:
         self.longest = 2**20  # whatever the times say
         self.last = first
-        self._length = float(first)
+        self._first = first
         self._usual: float | None = None  # of a step without a chunk
-        self._per_token: float | None = None  # of a prompt that nobody decoded beside
-        self._is_measured = False  # whether a chunk beside somebody has been timed
+        self._per_token_alone: float | None = None  # of a prompt that nobody decoded beside
+        self._added: deque[tuple[int, float]] = deque(maxlen=16)  # by the last chunks: their lengths, and seconds
+        self._fixed, self._per_token = 0.0, 0.0
 
     def length(self, most: int) -> int:
-        """The chunk's length now, at most `most`: a multiple of 16, or a power of two below, so that shapes are few."""
-        length = self._length
-        if not self._is_measured and self._usual is not None and self._per_token is not None:
-            length = min(length, (_AIM - 1) * self._usual / self._per_token)
-        if length < LEAST_CHUNK:  # a device for which a prompt's token costs as much as one of an answer
-            return min(most, 1 << max(1, int(length).bit_length() - 1))
-        return max(LEAST_CHUNK, min(most, int(length) // LEAST_CHUNK * LEAST_CHUNK))
+        """The chunk's length now, at most `most`, in coarse steps, so that shapes are few."""
+        return min(most, _in_coarse_steps(self._wanted()))
+
+    def _wanted(self) -> float:
+        usual = self._usual
+        if not self._added or usual is None:
+            if usual is None or self._per_token_alone is None:
+                return self._first
+            return min(self._first, (_AIM - 1) * usual / self._per_token_alone)
+        seconds = (_AIM - 1) * usual - self._fixed
+        most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
+        seconds = max(seconds, min(self._fixed, most_seconds) if most_seconds > 0 else self._fixed)
+        length = seconds / max(self._per_token, 1e-9)
+        last = self._added[-1][0]
+        return max(last / 4, min(2 * last, length))  # what has not been tried is only an estimate
 
     def halve(self) -> None:
         """The last chunk was too long for the device: from now on, none is longer than half of it."""
@@ -91,8 +107,8 @@ class ChunkPace:
 
     def prompt_took(self, seconds: float, length: int) -> None:
         """Learn from a step in which nobody decoded what a token of a prompt takes."""
-        found = seconds / max(1, length)
-        self._per_token = found if self._per_token is None else min(found, 0.5 * (found + self._per_token))
+        found, known = seconds / max(1, length), self._per_token_alone
+        self._per_token_alone = found if known is None else min(found, 0.5 * (found + known))
 
     def step_took(self, seconds: float, chunk_length: int) -> None:
         """Learn from a step in which somebody decoded. chunk_length: 0 for a step without a prompt."""
@@ -101,14 +117,24 @@ class ChunkPace:
             return
         if self._usual is None or seconds <= 0:
             return
-        if not self._is_measured:
-            self._length, self._is_measured = float(chunk_length), True
-        wanted = _AIM * self._usual
-        # Less at once when it was too long, more by steps: one step that was short by chance means little.
-        if seconds > wanted:
-            self._length = max(2.0, min(self._length, chunk_length) * max(0.25, wanted / seconds))
-        elif chunk_length >= self._length * 0.5:
-            self._length = min(2.0**20, self._length * min(1.5, wanted / seconds))
+        self._added.append((chunk_length, max(0.0, seconds - self._usual)))
+        slopes = sorted(
+            (y - other_y) / (x - other_x)
+            for (x, y), (other_x, other_y) in combinations(self._added, 2)
+            if max(x, other_x) >= 1.4 * min(x, other_x)
+        )
+        if slopes:
+            # The lower quartile: what is hidden in the noise is found out by longer chunks, and not by shorter ones.
+            self._per_token = max(0.0, slopes[len(slopes) // 4])
+        elif len(self._added) == 1:
+            self._per_token = self._added[0][1] / chunk_length
+        self._fixed = max(0.0, median(y - self._per_token * x for x, y in self._added))
+
+
+def _in_coarse_steps(length: float) -> int:
+    """A power of two, or one and a half of it, but below `LEAST_CHUNK` only the former: at most `length`, at least 2."""
+    power = 1 << max(1, int(length).bit_length() - 1)
+    return power + power // 2 if length >= power + power // 2 and power >= 2 * LEAST_CHUNK else power
 
 
 J = TypeVar("J", bound="HasJob")

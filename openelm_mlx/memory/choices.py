@@ -18,7 +18,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 # What nobody times, and what is therefore the backend's default whatever is stored.
-BY_BACKEND = {"slots", "marks_keys", "products_from"}
+BY_BACKEND = {"slots", "marks_keys", "products_from", "prompt_products_to"}
 
 
 def stored_choices() -> KernelChoices | None:

@@ -109,21 +109,22 @@ def attend_by_products(
     scale: float | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """`attend` for one query a row, (B, H, 1, D), with a boolean mask (B, 1, 1, T) or none, as two products and a softmax.
+    """`attend` as two products and a softmax, with a boolean mask (L, T) or (B, 1, L, T), or none.
 
-    MLX's CUDA backend has no kernel for one query with a mask, and its kernel without one reads the keys once for every
-    query head.
+    For MLX's CUDA backend. It has no kernel for one query with a mask, and its kernel without one reads the keys once for
+    every query head; for several queries cuDNN builds a program for every shape.
     """
-    B, H, _, D = queries.shape
+    B, H, L, D = queries.shape
     K = keys.shape[1]
     scale = D**-0.5 if scale is None else scale
-    scores = (queries * scale).reshape(B, K, H // K, D) @ keys.swapaxes(-1, -2)
+    scores = ((queries * scale).reshape(B, K, -1, D) @ keys.swapaxes(-1, -2)).reshape(B, H, L, -1)
     scores = scores.astype(mx.float32) if mask is None else _masked(scores, mask)
     if sinks is None:
-        weights = mx.softmax(scores, axis=-1).astype(values.dtype)
+        weights = mx.softmax(scores, axis=-1)
     else:
-        weights = _softmax_with_sinks(scores, sinks.reshape(1, K, H // K, 1)).astype(values.dtype)
-    return (weights @ values).reshape(B, H, 1, values.shape[-1])
+        weights = _softmax_with_sinks(scores, sinks[:, None, None])
+    weights = weights.astype(values.dtype).reshape(B, K, -1, keys.shape[2])
+    return (weights @ values).reshape(B, H, L, values.shape[-1])
 
 
 @one_kernel

@@ -31,7 +31,8 @@ class KernelChoices:
     slots: decoding requests keep their keys and values side by side, and their attention is one call (models/slots.py).
     marks_keys: keys in slots, of heads of 64 numbers, say themselves who sees them, in half as much memory again.
     products_from: attention over slots is two products and a softmax where there are so many scores, and wherever a mask is
-    needed; 0: never. expert_ways: which way so many rows at once go through their experts (models/routing_ways.py).
+    needed; 0: never. prompt_products_to: a chunk of a prompt that goes beside others attends so, up to so many scores a
+    layer; 0: never. expert_ways: which way so many rows at once go through their experts (models/routing_ways.py).
     """
 
     rows_in_a_tile: int = 1
@@ -42,6 +43,7 @@ class KernelChoices:
     slots: bool = True
     marks_keys: bool = False
     products_from: int = 0
+    prompt_products_to: int = 0
     expert_ways: ExpertWays = BY_SORTING
 
 
@@ -53,6 +55,7 @@ def default_choices() -> KernelChoices:
     bias goes through cublasLt, which takes longer than MLX's own kernel for one row and the sum. Few rows and their experts:
     a route took as long as the 16 rows of a tile, sorted or not, and experts with all their rows side by side half of that
     from 16 rows on; blocks of 16 are the same kernel for fewer tiles (`python -m benchmarks.experts_for_few_rows`).
+    cuDNN builds a program for each shape of a prompt's chunk, which took 40 ms and more a shape; products do not.
     Attention over caches apart costs a GPU some calls a layer for each request (docs/benchmarks.md). Metal: nothing is
     measured; its product with one row is written so that a sum costs nothing. The CPU backend is slower
     compiled, its BLAS would add each product to the residual stream itself, which is larger: less exact; and it computes
@@ -67,6 +70,7 @@ def default_choices() -> KernelChoices:
             bias_apart=True,
             marks_keys=True,
             products_from=1_000_000,
+            prompt_products_to=2**25,
             expert_ways=IN_BLOCKS,
         )
     return KernelChoices(fuse_residual_add=True)

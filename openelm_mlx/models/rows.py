@@ -14,10 +14,11 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from .attention import Mask
+from .attention import Mask, attend_by_products
 from .base import LanguageModel, LayerWalk
 from .block import LayerThrottle, Projected
 from .cache import Cache, seen_by_last
+from .quantized_cache import QuantizedKVCache
 from .slots import SlotBank
 
 
@@ -85,7 +86,8 @@ class RowsWalk(LayerWalk):
         self.positions = positions_of(rows, bank)
         self._rows, self._throttle, self._bank = rows, throttle, bank
         self._num_slots = 0 if bank is None else len(bank)
-        self._masks_of: list[dict[int | None, Mask]] = [{} for _ in rows]
+        self._masks_of: list[dict[tuple[int | None, bool], Mask]] = [{} for _ in rows]
+        self._products_to = model.choices.prompt_products_to
         self._buffers_of_prompts = [each.cache for each in rows if each.is_prompt]
 
     def through_all(self) -> mx.array | None:
@@ -151,14 +153,26 @@ class RowsWalk(LayerWalk):
         """The attention of one request's tokens, (n, H, 1, D), over its own cache."""
         rows = self._rows[at]
         cache, window = rows.cache[i], self._specs[i].window
+        uses_products = self._uses_products(rows, i)
         masks = self._masks_of[at]
-        if window not in masks:
-            masks[window] = cache.make_mask(rows.length, return_array=False, window_size=window)
+        if (window, uses_products) not in masks:
+            masks[window, uses_products] = cache.make_mask(rows.length, uses_products, window)
+        mask = masks[window, uses_products]
         attention = self.layers[i].attention
         if rows.length == 1:
-            return attention.attend(queries, keys, values, masks[window], cache)
+            return attention.attend(queries, keys, values, mask, cache)
         queries, keys, values = (each.swapaxes(0, 2) for each in (queries, keys, values))
-        return attention.attend(queries, keys, values, masks[window], cache).swapaxes(0, 2)
+        if uses_products:
+            seen = cast("tuple[mx.array, mx.array]", cache.update_and_fetch(keys, values))
+            out = attend_by_products(queries, *seen, cast(mx.array, mask), attention.scale, attention.sinks)
+            return out.swapaxes(0, 2)
+        return attention.attend(queries, keys, values, mask, cache).swapaxes(0, 2)
+
+    def _uses_products(self, rows: Rows, i: int) -> bool:
+        """Whether layer `i` attends to a chunk of a prompt by products: see `KernelChoices.prompt_products_to`."""
+        num_scores = self._specs[i].num_heads * rows.length * (rows.cache[i].offset + rows.length)
+        is_plain = not isinstance(rows.cache[i], QuantizedKVCache)
+        return rows.is_prompt and 1 < rows.length and num_scores <= self._products_to and is_plain
 
     def _end_of_prompt(
         self, i: int, rows: Rows, queries: mx.array, keys: mx.array, values: mx.array

@@ -172,7 +172,7 @@ class RowsWalk(LayerWalk):
         """Whether layer `i` attends to a chunk of a prompt by products: see `KernelChoices.prompt_products_to`."""
         num_scores = self._specs[i].num_heads * rows.length * (rows.cache[i].offset + rows.length)
         is_plain = not isinstance(rows.cache[i], QuantizedKVCache)
-        return rows.is_prompt and 1 < rows.length and num_scores <= self._products_to and is_plain
+        return rows.is_prompt and rows.length > 1 and num_scores <= self._products_to and is_plain
 
     def _end_of_prompt(
         self, i: int, rows: Rows, queries: mx.array, keys: mx.array, values: mx.array

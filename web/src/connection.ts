@@ -1,0 +1,106 @@
+// Whether the server is there, loading, busy or gone: asked for by a timer, and told by each request that succeeds or fails.
+import { health, key, models, ServerError, Unreachable, type Model } from "./api";
+
+export type State = "connecting" | "loading" | "ready" | "busy" | "gone" | "locked";
+
+export interface Status {
+  state: State;
+  models: Model[];
+  health: Health | null;
+}
+
+/** What the page shows of /health. */
+export interface Health {
+  loading: string[];
+  failed: { name: string; error: string }[];
+  running: number;
+  waiting: number;
+  memory: { used: number; limit: number } | null;
+}
+
+// ms until the next question
+const EVERY: Record<State, number> = { connecting: 500, loading: 1_000, ready: 10_000, busy: 2_000, gone: 1_000, locked: 30_000 };
+const LONGEST = 8_000;
+const ANSWER_WITHIN = 10_000;
+
+export class Connection {
+  status: Status = { state: "connecting", models: [], health: null };
+  private timer = 0;
+  private failures = 0;
+  private asking: Promise<void> | null = null;
+
+  constructor(private listener: (status: Status) => void) {
+    addEventListener("online", () => void this.check());
+    addEventListener("focus", () => void this.check());
+    document.addEventListener("visibilitychange", () => !document.hidden && void this.check());
+  }
+
+  /** Asks now; whoever asks at the same time shares the answer. */
+  check(): Promise<void> {
+    this.asking ??= this.look().finally(() => (this.asking = null));
+    return this.asking;
+  }
+
+  /** A request found nobody: shown at once, and asked again soon. */
+  lost(): void {
+    this.set({ ...this.status, state: "gone" });
+    this.later();
+  }
+
+  private async look(): Promise<void> {
+    const within = AbortSignal.timeout(ANSWER_WITHIN);
+    try {
+      const found = readHealth(await health(within));
+      const known = await models();
+      const busy = found.waiting > 0;
+      const nobody = found.loading.length > 0 && !known.some((model) => model.state === "ready");
+      this.failures = 0;
+      this.set({ state: nobody ? "loading" : busy ? "busy" : "ready", models: known, health: found });
+    } catch (error) {
+      if (error instanceof ServerError && error.status === 401) this.set({ ...this.status, state: "locked" });
+      else if (error instanceof ServerError && error.status === 503) this.set({ ...this.status, state: "loading" });
+      else if (error instanceof ServerError || error instanceof Unreachable || within.aborted) {
+        this.failures += 1;
+        this.set({ ...this.status, state: "gone" });
+      } else throw error;
+    } finally {
+      this.later();
+    }
+  }
+
+  private later(): void {
+    clearTimeout(this.timer);
+    const state = this.status.state;
+    const slower = state === "gone" ? 1.5 ** Math.min(this.failures, 10) : 1;
+    const wait = Math.min(EVERY[state] * slower, Math.max(LONGEST, EVERY[state]));
+    this.timer = window.setTimeout(() => (document.hidden && state === "ready" ? this.later() : void this.check()), wait);
+  }
+
+  private set(status: Status): void {
+    this.status = status;
+    this.listener(status);
+  }
+
+  /** Takes a key and says whether the server does. */
+  async unlock(value: string, keep: boolean): Promise<boolean> {
+    key.set(value, keep);
+    await this.asking;
+    await this.check();
+    return this.status.state !== "locked";
+  }
+}
+
+function readHealth(body: Record<string, any>): Health {
+  const entries = Object.entries<any>(Array.isArray(body.models) ? Object.fromEntries(body.models.map((each: any) => [each.id ?? each.name, each])) : (body.models ?? {}));
+  const stateOf = (value: any) => (typeof value === "string" ? value : value?.state);
+  const sum = (name: string) => entries.reduce((total, [, value]) => total + (Number(value?.[name]) || 0), Number(body[name]) || 0);
+  const used = Number(body.memory?.used_bytes);
+  const limit = Number(body.memory?.limit_bytes);
+  return {
+    loading: entries.filter(([, value]) => stateOf(value) === "loading").map(([name]) => name),
+    failed: entries.filter(([, value]) => stateOf(value) === "failed").map(([name, value]) => ({ name, error: String(value?.error ?? "") })),
+    running: sum("running"),
+    waiting: sum("waiting"),
+    memory: limit > 0 ? { used: used || 0, limit } : null,
+  };
+}

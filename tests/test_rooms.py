@@ -180,7 +180,7 @@ PACKAGE_OF = {
     "h11": "uvicorn",
 }  # fmt: skip
 # Extras for who works on the package: nothing that a user runs may need them.
-OF_DEVELOPERS = ("test", "dev", "docs", "train")
+OF_DEVELOPERS = ("test", "dev", "docs", "train", "browser")
 
 
 def test_every_library_that_is_imported_is_asked_for():

@@ -1,8 +1,9 @@
 // Rebuilds the page's files in the package from src/: `npm ci && npm run build`. The result is committed, so that an
 // installation needs no npm; the same sources and lock file give the same bytes.
 import { build } from "esbuild";
+import { createHash } from "node:crypto";
 import { cpSync, mkdirSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 
 const here = dirname(fileURLToPath(import.meta.url));
@@ -35,7 +36,21 @@ const style = await build({
 });
 for (const name of ["index.html", "icon.svg"]) cpSync(join(here, "src", name), join(target, name));
 writeFileSync(join(target, "LICENSES.txt"), licences([script, theme, style]));
+writeFileSync(join(target, "sources.sha256"), `${hashOfSources()}\n`);
 for (const name of readdirSync(target, { recursive: true }).sort()) console.log(name);
+
+// Tells, also where there is no npm, whether the committed files are those of the committed sources.
+function hashOfSources() {
+  const names = readdirSync(join(here, "src"), { recursive: true, withFileTypes: true })
+    .filter((each) => each.isFile())
+    .map((each) => join(each.parentPath, each.name));
+  const all = [...names, ...["build.mjs", "package-lock.json", "licences/katex-fonts.txt"].map((name) => join(here, name))];
+  const hash = createHash("sha256");
+  for (const name of all.map((path) => relative(here, path).replaceAll("\\", "/")).sort()) {
+    hash.update(`${name}\n`).update(readFileSync(join(here, name)));
+  }
+  return hash.digest("hex");
+}
 
 // KaTeX names each font as woff2, woff and ttf. Every browser that runs this page reads woff2.
 function onlyWoff2() {
@@ -71,7 +86,8 @@ function licences(results) {
   return [
     "Libraries in app.js and app.css, and the fonts of KaTeX in fonts/, with their licences.",
     ...parts.map(({ title }) => `  ${title}`),
+    "  KaTeX's fonts (OFL-1.1)",
     ...parts.map(({ title, url, text }) => `${line}\n${[title, url].filter(Boolean).join("\n")}\n\n${text.replace(/\r\n/g, "\n")}`),
-    "",
+    `${line}\n${readFileSync(join(here, "licences/katex-fonts.txt"), "utf8")}`,
   ].join("\n\n").replace(/\n\n  /g, "\n  ");
 }

@@ -84,12 +84,13 @@ def page_files() -> dict[str, PageFile]:
             KEPT if name.startswith("fonts/") else ASKED_AGAIN,
         )
         for name, body in found.items()
+        if name.rsplit(".", 1)[-1] in TYPES
     }
 
 
 def page_routes() -> list[Route]:
     """`/` and what the page loads from `/page/…`. They have no secrets: a key guards the API alone."""
-    return [Route("/", _index), Route("/page/{name:path}", _file)]
+    return [Route("/", _index), Route("/page/{name:path}", _file)]  # GET and HEAD
 
 
 async def _index(request: Request) -> Response:

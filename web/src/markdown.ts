@@ -53,6 +53,8 @@ const ALLOWED = {
   ],
   ALLOWED_ATTR: ["class", "href", "dir", "start", "title", "data-display", "data-language"],
   ALLOWED_URI_REGEXP: SAFE_LINK,
+  // All others have to look like a link
+  ADD_URI_SAFE_ATTR: ["dir", "start", "data-display", "data-language"],
   ALLOW_DATA_ATTR: false,
   RETURN_DOM_FRAGMENT: true as const,
 };

@@ -2,7 +2,7 @@
 import { speed, type Live } from "./answering";
 import { announce, copyButton, h, icon, iconButton } from "./dom";
 import { MarkdownView } from "./markdown_view";
-import { count, seconds, statisticsLine, waitingText } from "./status_text";
+import { count, rate, seconds, statisticsLine, waitingText } from "./status_text";
 import { isLive, type Message, type ToolCall } from "./types";
 
 export interface Actions {
@@ -192,7 +192,7 @@ class AnswerView implements MessageView {
   private showStatistics(message: Message, live: Live | null): void {
     if (live) {
       const now = live.first === null ? null : speed(live);
-      this.statistics.textContent = now === null ? "" : `${now.toFixed(1)} tokens/s · ${count(live.pieces)} tokens`;
+      this.statistics.textContent = now === null ? "" : `${rate(now)} · ${count(live.pieces)} tokens`;
     } else this.statistics.textContent = statisticsLine(message);
   }
 
@@ -239,7 +239,7 @@ class ReasoningView {
     const going = message.state === "reasoning";
     const took = message.reasoningSeconds;
     this.element.classList.toggle("going", going);
-    this.label.textContent = going ? `Thinking${took && took >= 1 ? ` · ${seconds(Math.floor(took))}` : ""}` : took ? `Thought for ${seconds(took)}` : "Thought";
+    this.label.textContent = going ? `Thinking${took && took >= 1 ? ` · ${seconds(Math.floor(took))}` : ""}` : took && took >= 1 ? `Thought for ${seconds(took)}` : "Thought for a moment";
     this.last.textContent = going ? (message.reasoning ?? "").slice(-120).replace(/\s+/g, " ") : "";
     this.show();
   }

@@ -4,15 +4,19 @@ import type { Health, Status } from "./connection";
 import type { Message } from "./types";
 
 const plain = new Intl.NumberFormat();
+const whole = new Intl.NumberFormat(undefined, { maximumFractionDigits: 0 });
 const short = new Intl.NumberFormat(undefined, { maximumFractionDigits: 1 });
 
 export const count = (value: number): string => plain.format(value);
 
 export function seconds(value: number): string {
+  if (value < 0.1) return "less than 0.1 s";
   if (value < 10) return `${short.format(value)} s`;
   if (value < 90) return `${Math.round(value)} s`;
   return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
 }
+
+export const rate = (perSecond: number): string => `${(perSecond < 100 ? short : whole).format(perSecond)} tokens/s`;
 
 export function gigabytes(bytes: number): string {
   return bytes < 1e9 ? `${plain.format(Math.round(bytes / 1e6))} MB` : `${short.format(bytes / 1e9)} GB`;
@@ -22,7 +26,7 @@ export function gigabytes(bytes: number): string {
 export function statisticsLine(message: Message): string {
   const { statistics: found, model, state } = message;
   const parts: string[] = model ? [model] : [];
-  if (found?.tokensPerSecond) parts.push(`${short.format(found.tokensPerSecond)} tokens/s`);
+  if (found?.tokensPerSecond) parts.push(rate(found.tokensPerSecond));
   if (found?.completionTokens) parts.push(`${count(found.completionTokens)} ${found.completionTokens === 1 ? "token" : "tokens"}`);
   if (found?.promptTokens) {
     const cached = found.cachedTokens ? `, ${count(found.cachedTokens)} of them cached` : "";

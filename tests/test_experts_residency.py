@@ -283,9 +283,9 @@ def test_rows_are_added_where_a_bank_would_fall_below_the_tiles(folders, residen
     sizes = []
     feed_forward = Experts.feed_forward
 
-    def spy(self, x, experts, slots=None, sorted_slots=False):
-        sizes.append(experts.size)
-        return feed_forward(self, x, experts, slots, sorted_slots)
+    def spy(self, x, routes):
+        sizes.append(routes.experts.size)
+        return feed_forward(self, x, routes)
 
     monkeypatch.setattr(Experts, "feed_forward", spy)
     model, _ = om.load(folders[32], dtype="float32", expert_slots=24)
@@ -345,8 +345,8 @@ def test_blocks_equal_one_sorted_call(folders, residents):
     x = mx.random.normal((1, 37, 64), key=mx.random.key(3))
     experts = residents[32].layers[1].mlp.experts
     chosen = mx.array(np.random.default_rng(1).integers(0, 32, (1, 37, 4)).astype(np.uint32))
-    rows, sorted_experts, inverse = sort_routes(x, chosen)
-    expected = experts.feed_forward(rows, sorted_experts, sorted_slots=True)[inverse].reshape(1, 37, 4, 64)
+    rows, routes, inverse = sort_routes(x, chosen)
+    expected = experts.feed_forward(rows, routes._replace(is_sorted=True))[inverse].reshape(1, 37, 4, 64)
     assert mx.array_equal(model.layers[1].mlp.experts(x, chosen), expected)
 
 

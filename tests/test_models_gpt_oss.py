@@ -27,7 +27,7 @@ from openelm_mlx.errors import ConfigError
 from openelm_mlx.models import build_model, precision
 from openelm_mlx.models.attention import attend, block_mask, causal_mask, visible_keys
 from openelm_mlx.models.gpt_oss import GptOss
-from openelm_mlx.models.moe import SORT_FROM_ROUTES, Experts, clamped_swiglu
+from openelm_mlx.models.moe import SORT_FROM_ROUTES, Experts, Routes, clamped_swiglu
 from openelm_mlx.models.norm import RMSNorm
 from openelm_mlx.models.rope import Rotation, rotary_periods, rotate, yarn_inverse_frequencies
 from openelm_mlx.specs import ModelSpec, YarnSpec, gpt_oss_config, spec_from_config
@@ -480,10 +480,10 @@ def test_sorting_starts_where_it_says(tiny, monkeypatch):
     promised = []
     feed_forward = Experts.feed_forward
 
-    def spy(self, x, experts, slots=None, sorted_slots=False):
-        promised.append(sorted_slots)
-        assert not sorted_slots or np.all(np.diff(np.array(experts)) >= 0)
-        return feed_forward(self, x, experts, slots, sorted_slots)
+    def spy(self, x, routes):
+        promised.append(routes.is_sorted)
+        assert not routes.is_sorted or np.all(np.diff(np.array(routes.experts)) >= 0)
+        return feed_forward(self, x, routes)
 
     monkeypatch.setattr(Experts, "feed_forward", spy)
     for tokens in (1, 15, 16, 17):
@@ -559,7 +559,7 @@ class TwoSlots:
             self.banks[name] = type(whole)(weight, scales, None, whole.bias, 32, 4, "mxfp4")
         slot_of = mx.zeros(100, mx.int32)
         slot_of[mx.array(wanted)] = mx.arange(len(wanted))
-        return self.banks.feed_forward(x[..., None, :], expert_indices, slot_of[expert_indices])
+        return self.banks.feed_forward(x[..., None, :], Routes(expert_indices, slot_of[expert_indices]))
 
 
 def test_experts_can_be_replaced(folder):

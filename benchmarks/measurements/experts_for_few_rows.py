@@ -83,8 +83,8 @@ def form_of(name: str) -> Form:
     if name == PROMISED:
 
         def promised(experts: Experts, x: mx.array, chosen: mx.array) -> mx.array:
-            rows, each, inverse = sort_routes(x, chosen)
-            outputs = experts.feed_forward(rows, each, sorted_slots=True)
+            rows, routes, inverse = sort_routes(x, chosen)
+            outputs = experts.feed_forward(rows, routes._replace(is_sorted=True))
             return outputs[inverse].reshape(*chosen.shape, -1)
 
         return promised

@@ -12,7 +12,7 @@ import numpy as np
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.reader import TensorEntry
 from ..models.groups import groups_on_host, make_groups
-from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, uses_tiles
+from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, Routes, uses_tiles
 from ..models.routing_ways import SORTED, UNSORTED
 from .bank import ExpertBank, Lock
 from .records import HostTarget, Record, RecordFile, RecordReader
@@ -52,7 +52,7 @@ class StreamedExperts:
         """The chosen experts' outputs, from the slots in the bank's `table`: correct if all of them are resident then."""
         way, slots = self.experts.way_for(expert_indices.shape), table[expert_indices]
         if way in (UNSORTED, SORTED):  # without tiles, which need more routes, both are the same kernel
-            return self.experts.feed_forward(x[..., None, :], expert_indices, slots)
+            return self.experts.feed_forward(x[..., None, :], Routes(expert_indices, slots))
         groups = make_groups(expert_indices, way, self.bank.num_slots, slots)
         return self.experts.of_groups(x.reshape(-1, x.shape[-1]), groups).reshape(*expert_indices.shape, -1)
 
@@ -98,9 +98,9 @@ class StreamedExperts:
             filler = max(0, max(SORT_FROM_ROUTES, TILE_FROM_ROWS * self.bank.num_slots) - count)
             mine = np.concatenate([mine, np.repeat(mine[-1:], filler)])
             slots = np.concatenate([slots, np.repeat(slots[-1:], filler)])
-        inputs = rows[mx.array((mine // k).astype(np.uint32))]
+        numbers = mx.array((mine // k).astype(np.uint32))
         experts = mx.array(routes[mine].astype(np.uint32))
-        outputs = self.experts.feed_forward(inputs, experts, mx.array(slots), sorted_slots=tiles)[:count]
+        outputs = self.experts.feed_forward(rows[numbers], Routes(experts, mx.array(slots), numbers, tiles))[:count]
         return self._started(outputs, slots)
 
     def _groups(

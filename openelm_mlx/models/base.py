@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx import nn
 
 from ..specs import ModelSpec
+from .adapter_sets import AdapterSet
 from .attention import Mask, causal_mask
 from .block import Block, LayerThrottle, Projected
 from .cache import Cache, make_cache
@@ -40,6 +41,9 @@ class LanguageModel(nn.Module):
         self.model_type = spec.family
         self.context_length = spec.context_length
         self.choices = default_choices() if choices is None else choices
+        # Adapters beside its matrices (models/adapters.py): those it serves, and the one in training.
+        self.adapters = AdapterSet()
+        self.attached: Any = None
         # How often parameters or modules were replaced through this module; see `decoding.pieces.weights_version`.
         self.num_updates = 0
 

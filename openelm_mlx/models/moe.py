@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +35,24 @@ def uses_tiles(num_routes: int, num_experts: int) -> bool:
     num_experts: the model's, however many of them are in memory.
     """
     return num_routes >= max(SORT_FROM_ROUTES, TILE_FROM_ROWS * num_experts)
+
+
+class Routes(NamedTuple):
+    """Where rows go that are multiplied by a matrix of their own expert.
+
+    experts (..., n): which expert each goes through. slots (..., n): where that one's weights lie; None: at its own number.
+    rows (..., n): which row of the whole pass each one is; None: they are in their order. is_sorted: slots do not decrease.
+    """
+
+    experts: mx.array
+    slots: mx.array | None = None
+    rows: mx.array | None = None
+    is_sorted: bool = False
+
+    @property
+    def places(self) -> mx.array:
+        """Where each one's weights lie."""
+        return self.experts if self.slots is None else self.slots
 
 
 class RoutedExperts(Protocol):
@@ -135,11 +153,11 @@ class Experts(nn.Module):
     def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
         way = self.way_for(expert_indices.shape)
         if way == UNSORTED:
-            return self.feed_forward(x[..., None, :], expert_indices)
+            return self.feed_forward(x[..., None, :], Routes(expert_indices))
         if way == SORTED:
-            rows, experts, inverse = sort_routes(x, expert_indices)
-            tiles = uses_tiles(experts.size, self.num_experts)
-            outputs = self.feed_forward(rows, experts, sorted_slots=tiles)
+            inputs, routes, inverse = sort_routes(x, expert_indices)
+            tiles = uses_tiles(routes.experts.size, self.num_experts)
+            outputs = self.feed_forward(inputs, routes._replace(is_sorted=tiles))
             return outputs[inverse].reshape(*expert_indices.shape, -1)
         groups = make_groups(expert_indices, way, self.num_experts)
         return self.of_groups(x.reshape(-1, x.shape[-1]), groups).reshape(*expert_indices.shape, -1)
@@ -149,32 +167,28 @@ class Experts(nn.Module):
         k = shape[-1]
         return way_for(math.prod(shape) // k, k, self.num_experts, self.ways)
 
-    def feed_forward(
-        self, x: mx.array, experts: mx.array, slots: mx.array | None = None, sorted_slots: bool = False
-    ) -> mx.array:
-        """Each row through its expert. x (..., n or 1, hidden_size), experts (..., n) -> (..., n, hidden_size).
+    def feed_forward(self, x: mx.array, routes: Routes) -> mx.array:
+        """Each row through its expert: x (..., n or 1, hidden_size) -> (..., n, hidden_size).
 
-        slots (..., n): where each expert's weights lie, when that is not at its own number; biases always lie there.
-        sorted_slots promises that they do not decrease.
+        Biases lie at each expert's own number, wherever its weights are.
         """
-        slots = experts if slots is None else slots
-        gate_up_bias, down_bias = self._biases(experts)
-        gate_up = self.gate_up_proj(x, slots, sorted_slots)
+        gate_up_bias, down_bias = self._biases(routes.experts)
+        gate_up = self.gate_up_proj(x, routes)
         hidden = clamped_swiglu(
             gate_up[..., ::2], gate_up[..., 1::2], gate_up_bias[..., ::2], gate_up_bias[..., 1::2],
             self.swiglu_limit, self.swiglu_alpha,
         )  # fmt: skip
-        return self.down_proj(hidden, slots, sorted_slots) + down_bias
+        return self.down_proj(hidden, routes) + down_bias
 
     def of_groups(self, rows: mx.array, groups: Groups) -> mx.array:
         """`feed_forward` of routes that stand in groups. rows (N, hidden_size) -> each route's output (R, hidden_size)."""
         gate_up_bias, down_bias = (each[:, None] for each in self._biases(groups.experts))
-        gate_up = self.gate_up_proj.of_groups(rows[groups.rows], groups.slots)
+        gate_up = self.gate_up_proj.of_groups(rows[groups.rows], groups)
         hidden = clamped_swiglu(
             gate_up[..., ::2], gate_up[..., 1::2], gate_up_bias[..., ::2], gate_up_bias[..., 1::2],
             self.swiglu_limit, self.swiglu_alpha,
         )  # fmt: skip
-        outputs = self.down_proj.of_groups(hidden, groups.slots) + down_bias
+        outputs = self.down_proj.of_groups(hidden, groups) + down_bias
         return outputs.reshape(-1, outputs.shape[-1])[groups.places]
 
     def _biases(self, experts: mx.array) -> tuple[mx.array, mx.array]:
@@ -212,22 +226,21 @@ class ExpertLinear(nn.Module):
         self.weight = mx.zeros((num_experts, rows, columns))
         self.bias = mx.zeros((num_experts, rows))
 
-    def __call__(self, x: mx.array, slots: mx.array, sorted_slots: bool = False) -> mx.array:
-        """weight[slots] x, without the bias. x (..., n or 1, columns), slots (..., n) -> (..., n, rows of the bias)."""
+    def __call__(self, x: mx.array, routes: Routes) -> mx.array:
+        """Each row by its expert's matrix, without the bias. x (..., n or 1, columns) -> (..., n, rows of the bias)."""
+        slots = routes.places
         y = mx.gather_mm(
             widen(x[..., None, :]),
             widen(self.weight).swapaxes(-1, -2),
-            lhs_indices=None if sorted_slots else numbers(x.shape[:-1], slots.shape),
+            lhs_indices=None if routes.is_sorted else numbers(x.shape[:-1], slots.shape),
             rhs_indices=slots,
-            sorted_indices=sorted_slots,
+            sorted_indices=routes.is_sorted,
         )
         return y.squeeze(-2)[..., : self.bias.shape[-1]].astype(x.dtype)
 
-    def of_groups(self, x: mx.array, slots: mx.array | None) -> mx.array:
-        """weight[slots] x, without the bias, of groups x (G, M, columns): (G, M, rows of the bias).
-
-        slots (G,): where each group's weights are; None for all of them, one after the other.
-        """
+    def of_groups(self, x: mx.array, groups: Groups) -> mx.array:
+        """Each group by its expert's matrix, without the bias. x (G, M, columns) -> (G, M, rows of the bias)."""
+        slots = groups.slots
         weight = widen(self.weight).swapaxes(-1, -2)
         if slots is None:
             y = widen(x) @ weight
@@ -267,25 +280,27 @@ class QuantizedExpertLinear(nn.Module):
         self.group_size, self.bits, self.mode = group_size, bits, mode
         self.freeze(keys=["weight", "scales", "biases"])
 
-    def __call__(self, x: mx.array, slots: mx.array, sorted_slots: bool = False) -> mx.array:
+    def __call__(self, x: mx.array, routes: Routes) -> mx.array:
         """As `ExpertLinear`'s."""
+        slots = routes.places
         y = mx.gather_qmm(
             widen(x[..., None, :]),
             self.weight,
             self.scales,
             self.get("biases"),
-            lhs_indices=None if sorted_slots else numbers(x.shape[:-1], slots.shape),
+            lhs_indices=None if routes.is_sorted else numbers(x.shape[:-1], slots.shape),
             rhs_indices=slots,
             transpose=True,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
-            sorted_indices=sorted_slots,
+            sorted_indices=routes.is_sorted,
         )
         return y.squeeze(-2)[..., : self.bias.shape[-1]].astype(x.dtype)
 
-    def of_groups(self, x: mx.array, slots: mx.array | None) -> mx.array:
+    def of_groups(self, x: mx.array, groups: Groups) -> mx.array:
         """As `ExpertLinear`'s."""
+        slots = groups.slots
         weights = self.weight, self.scales, self.get("biases")
         packing: dict[str, Any] = {
             "transpose": True,
@@ -299,6 +314,23 @@ class QuantizedExpertLinear(nn.Module):
             own = numbers(slots.shape, slots.shape)
             y = mx.gather_qmm(widen(x), *weights, lhs_indices=own, rhs_indices=slots, **packing)
         return y[..., : self.bias.shape[-1]].astype(x.dtype)
+
+
+def expert_product(x: mx.array, matrices: mx.array, which: mx.array, is_sorted: bool = False) -> mx.array:
+    """Each row by its own matrix. x (..., n or 1, k), matrices (N, k, m), which (..., n) -> (..., n, m)."""
+    y = mx.gather_mm(
+        x[..., None, :],
+        matrices,
+        lhs_indices=None if is_sorted else numbers(x.shape[:-1], which.shape),
+        rhs_indices=which,
+        sorted_indices=is_sorted,
+    )
+    return y.squeeze(-2)
+
+
+def group_product(x: mx.array, matrices: mx.array, which: mx.array) -> mx.array:
+    """The same with one matrix for all rows of a group. x (G, M, k), which (G,) -> (G, M, m)."""
+    return mx.gather_mm(x, matrices, lhs_indices=numbers(which.shape, which.shape), rhs_indices=which)
 
 
 def numbers(shape: tuple[int, ...], broadcast_to: tuple[int, ...]) -> mx.array:
@@ -319,16 +351,16 @@ def _new_numbers(shape: tuple[int, ...], broadcast_to: tuple[int, ...]) -> mx.ar
 _few_numbers = lru_cache(maxsize=64)(_new_numbers)
 
 
-def sort_routes(x: mx.array, expert_indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def sort_routes(x: mx.array, expert_indices: mx.array) -> tuple[mx.array, Routes, mx.array]:
     """All (token, expert) routes in the order of their experts. x (B, L, hidden_size), expert_indices (B, L, k).
 
-    Gives each route's input row (R, hidden_size), its expert (R,), and (R,) where each route of the original order
-    went, R = B * L * k: `outputs[inverse]` brings results back into the order of `expert_indices`.
+    Gives each route's input (R, hidden_size), the routes, and (R,) where each route of the original order went,
+    R = B * L * k: `outputs[inverse]` brings results back into the order of `expert_indices`.
     """
     experts = expert_indices.flatten()
     order = mx.argsort(experts)
-    rows = x.reshape(-1, x.shape[-1])[order // expert_indices.shape[-1]]
-    return rows, experts[order], mx.argsort(order)
+    rows = order // expert_indices.shape[-1]
+    return x.reshape(-1, x.shape[-1])[rows], Routes(experts[order], None, rows), mx.argsort(order)
 
 
 @one_kernel

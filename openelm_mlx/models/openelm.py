@@ -11,6 +11,7 @@ from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
 from . import block
+from .adapter_sites import AdaptedLinear
 from .attention import merge_heads, split_heads
 from .base import LanguageModel
 from .precision import KernelChoices, one_kernel
@@ -76,12 +77,16 @@ class Block(block.Block):
         return self._plus(h, feed_forward["proj_2"], feed_forward.hidden(self["ffn_norm"](h)))
 
     def _plus(self, residual: mx.array, module: nn.Module, x: mx.array) -> mx.array:
-        """residual + module(x): one kernel, which rounds once, where the matrix is neither packed nor adapted.
+        """residual + module(x): one kernel, which rounds once, where the matrix is not packed.
 
         That is for Metal. The CPU's BLAS would add each product to the residual itself, which is larger: less exact, and
         no faster; CUDA would leave its fast kernel for one row and be slower (docs/LOG.md).
         """
-        if self.fuse_residual_add and type(module) is nn.Linear and "bias" not in module:
+        if not self.fuse_residual_add:
+            return residual + module(x)
+        if isinstance(module, AdaptedLinear):
+            return module.beside(self._plus(residual, module.base, x), x, residual)
+        if type(module) is nn.Linear and "bias" not in module:
             return mx.addmm(residual, x, module["weight"].T)
         return residual + module(x)
 

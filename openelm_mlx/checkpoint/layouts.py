@@ -18,7 +18,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -26,6 +26,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import shown
 from ..specs import ModelSpec
 from .gpt_oss_layouts import gpt_oss_contents
+from .patterns import fits
 from .quantize import Quantization, stored_quantization
 from .reader import Checkpoint, TensorEntry
 
@@ -220,7 +221,7 @@ def merge_dora(weight: mx.array, a: mx.array, b: mx.array, magnitude: mx.array, 
 def _adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / r (or alpha / sqrt(r)) of the first entry of the config's adapter list whose pattern fits the module."""
     for entry in _adapter_entries(config):
-        if _begins_with(str(entry.get("regex", "")), module):
+        if fits(f"^(?:{str(entry.get('regex', ''))[:1000]})", module):
             params = entry.get("params", {})
             if not isinstance(params, Mapping):
                 raise ConfigError(
@@ -241,26 +242,6 @@ def _adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
         f"The checkpoint has an adapter on {module} and the config names no lora_alpha for it: put CoreNet's adapter "
         'config (the YAML with "lora: config:") beside the weights.'
     )
-
-
-def _begins_with(pattern: str, module: str) -> bool:
-    """Whether a config's pattern matches the beginning of a module's path, in linear time.
-
-    A hostile pattern would keep Python's own engine busy for years; pydantic's engine is linear, without look-around.
-    """
-    from pydantic import StringConstraints, TypeAdapter, ValidationError
-    from pydantic_core import SchemaError
-
-    try:
-        adapter = TypeAdapter(Annotated[str, StringConstraints(pattern=f"^(?:{pattern[:1000]})")])
-        adapter.validate_python(module)
-    except ValidationError:
-        return False
-    except SchemaError as error:
-        raise ConfigError(
-            f"The config's adapter pattern {shown(pattern)} is not a supported regular expression: correct it."
-        ) from error
-    return True
 
 
 def _adapter_entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

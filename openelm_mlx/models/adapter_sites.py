@@ -217,4 +217,3 @@ def put_module(model: Any, path: str, module: Any) -> None:
     """Put `module` at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(module_at(model, parent) if parent else model, name, module)
-

@@ -62,8 +62,10 @@ class Target:
             return True
         if pattern == ALL_LINEAR:
             return self.group in (ATTENTION, FEED_FORWARD)
-        return self.name.endswith(f".{pattern}") or fnmatchcase(self.name, f"*.{pattern}") or fnmatchcase(
-            self.name, pattern
+        return (
+            self.name.endswith(f".{pattern}")
+            or fnmatchcase(self.name, f"*.{pattern}")
+            or fnmatchcase(self.name, pattern)
         )
 
 

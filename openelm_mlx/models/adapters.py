@@ -160,9 +160,7 @@ def trained_adapter(model: LanguageModel) -> Adapter:
     attached = _attached(model)
     if attached is None:
         raise SettingError("The model has no adapter in training: put one beside it with `attach`.")
-    pairs = {
-        part.target.name: part.pair for site in attached.sites for part in module_at(model, site).trained.values()
-    }
+    pairs = {part.target.name: part.pair for site in attached.sites for part in module_at(model, site).trained.values()}
     config, initial = attached.config, attached.initial
     order = [name for name in targets_of(model.spec) if name in pairs]
     rslora = config.use_rslora if initial is None else initial.use_rslora

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, SettingError
 from ..files import shown
 from ..models.adapter_targets import Target, targets_of
 from ..models.low_rank import Adapter, Pair, factor
@@ -156,8 +156,15 @@ def _refuse_settings(config: Mapping[str, Any]) -> None:
 
 
 def peft_files(adapter: Adapter, spec: ModelSpec) -> tuple[bytes, dict[str, mx.array]]:
-    """What PEFT's two files hold: the config, and the tensors by name."""
+    """What PEFT's two files hold: the config, and the tensors by name. Raises SettingError for what it cannot say."""
     targets = targets_of(spec)
+    plain = next((name for name, pair in adapter.pairs.items() if pair.magnitude is None), None)
+    if adapter.is_dora and plain is not None:
+        raise SettingError(f"PEFT has DoRA beside all matrices or none, and {plain} has LoRA: write it as CoreNet's.")
+    if adapter.ties_head:
+        raise SettingError(
+            "In PEFT a tied head goes on without the embedding's adapter, and in this one it does not: write it as mlx-lm's."
+        )
     tensors: dict[str, mx.array] = {}
     experts = {name.rpartition(".")[0] for name in adapter.pairs if targets[name].num_experts}
     for name, pair in adapter.pairs.items():

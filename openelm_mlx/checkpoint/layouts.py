@@ -111,7 +111,7 @@ def _understand_openelm(checkpoint: Checkpoint, config: Mapping[str, Any], spec:
     quantized: dict[str, Quantization] = {}
     for name, shape in spec.parameter_shapes().items():
         module = name.removesuffix(".weight")
-        stored = module if has_prefix else _corenet_name(module)
+        stored = module if has_prefix else corenet_name(module)
         expected: Mapping[str, tuple[str | None, tuple[int, ...]]] = {"weight": (None, shape)}
         if f"{stored}.scales" in entries:
             quantization = stored_quantization(config, stored, shape, entries)
@@ -154,9 +154,9 @@ def _understand_adapters(checkpoint: Checkpoint, config: Mapping[str, Any], spec
     merged_spec = dataclasses.replace(spec, tied_head=spec.tied_head and not adapts_embedding)
     parameters: dict[str, Parameter] = {}
     for name, shape in merged_spec.parameter_shapes().items():
-        stored = _corenet_name(name.removesuffix(".weight"))
+        stored = corenet_name(name.removesuffix(".weight"))
         if name == "lm_head.weight" and spec.tied_head:
-            base = f"{_corenet_name('transformer.token_embeddings')}.base_layer.weight"
+            base = f"{corenet_name('transformer.token_embeddings')}.base_layer.weight"
             entry = _checked(entries.get(base), base, shape, None, checkpoint)
             parameters[name] = Parameter(name, shape, entry.dtype, (base,))
             continue
@@ -194,7 +194,7 @@ def _merged_parameter(
     sources = [base]
     for part, part_shape in zip(pair, pair_shapes, strict=True):
         sources.append(_checked(entries.get(f"{stored}.{part}"), f"{stored}.{part}", part_shape, None, checkpoint).name)
-    scale = _adapter_scale(config, stored, rank)
+    scale = adapter_scale(config, stored, rank)
     magnitude = f"{stored}.lora_magnitude_vector.lora"
     if magnitude in entries:
         sources.append(_checked(entries[magnitude], magnitude, (rows,), None, checkpoint).name)
@@ -218,8 +218,22 @@ def merge_dora(weight: mx.array, a: mx.array, b: mx.array, magnitude: mx.array, 
     return (magnitude.astype(mx.float32)[:, None] * v / norm).astype(weight.dtype)
 
 
-def _adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r (or alpha / sqrt(r)) of the first entry of the config's adapter list whose pattern fits the module."""
+def adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r (or alpha / sqrt(r)) of a module's adapter, named as CoreNet does. Raises ConfigError, CheckpointError."""
+    params = adapter_settings(config, module)
+    if params.get("r") not in (None, rank):
+        raise CheckpointError(
+            f"The adapter of {module} has rank {rank} and its config says {shown(params['r'])}: the config belongs to "
+            "another checkpoint."
+        )
+    alpha = params.get("lora_alpha", rank)
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
+        raise ConfigError(f"The config's lora_alpha of {module} is {shown(alpha)}: it must be a number above 0.")
+    return alpha / math.sqrt(rank) if params.get("use_rslora") else alpha / rank
+
+
+def adapter_settings(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The settings of the first entry of the config's adapter list whose pattern fits the module. Raises ConfigError."""
     for entry in _adapter_entries(config):
         if fits(f"^(?:{str(entry.get('regex', ''))[:1000]})", module):
             params = entry.get("params", {})
@@ -227,17 +241,7 @@ def _adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
                 raise ConfigError(
                     f"The config's settings of the adapter of {module} are {shown(params)}: expected numbers by name."
                 )
-            if params.get("r") not in (None, rank):
-                raise CheckpointError(
-                    f"The adapter of {module} has rank {rank} and its config says {shown(params['r'])}: the config belongs to "
-                    "another checkpoint."
-                )
-            alpha = params.get("lora_alpha", rank)
-            if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
-                raise ConfigError(
-                    f"The config's lora_alpha of {module} is {shown(alpha)}: it must be a number above 0."
-                )
-            return alpha / math.sqrt(rank) if params.get("use_rslora") else alpha / rank
+            return params
     raise ConfigError(
         f"The checkpoint has an adapter on {module} and the config names no lora_alpha for it: put CoreNet's adapter "
         'config (the YAML with "lora: config:") beside the weights.'
@@ -288,7 +292,16 @@ def _refuse_leftovers(entries: Mapping[str, TensorEntry], checkpoint: Checkpoint
         )
 
 
-def _corenet_name(module: str) -> str:
+def canonical_name(stored: str) -> str | None:
+    """Our name of a module that CoreNet names so; None for a module that no OpenELM has."""
+    number = next((part for part in stored.split(".") if part.isdigit()), None)
+    pattern = stored if number is None else stored.replace(f".{number}.", ".{i}.", 1)
+    found = next((ours for ours, theirs in OPENELM_CORENET_NAMES.items() if theirs == pattern), None)
+    return None if found is None else found.format(i=number)
+
+
+def corenet_name(module: str) -> str:
+    """CoreNet's name of a module."""
     number = next((part for part in module.split(".") if part.isdigit()), None)
     pattern = module if number is None else module.replace(f".{number}.", ".{i}.", 1)
     return OPENELM_CORENET_NAMES[pattern].format(i=number)

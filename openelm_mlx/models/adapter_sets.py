@@ -223,7 +223,8 @@ class AdapterSet:
     def select(self, names: Sequence[str | None]) -> Selection:
         """The selection for flat rows with these adapters, one a row; None: none. Raises KeyError for one that is gone."""
         served = self.served
-        places = {None: -1, **{name: place for place, name in enumerate(served.names)}}
+        places: dict[str | None, int] = {None: -1}
+        places.update((name, place) for place, name in enumerate(served.names))
         rows = [places[name] for name in names]
         if len(set(rows)) <= 1:
             return Selection(served, rows[0] if rows and rows[0] >= 0 else None)

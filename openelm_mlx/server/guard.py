@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import re
 import secrets
 import time
@@ -26,6 +27,8 @@ from .settings import ServerSettings
 # What the page needs to be shown, and to ask for a key.
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDERS = ("/page/",)
+# What programs ask all the time is not logged where it goes well.
+ASKED_OFTEN = ("/health", "/status", "/metrics")
 
 # JSON deeper than that is nobody's request; what reads it later may go down by recursion.
 MAX_DEPTH = 100
@@ -80,6 +83,8 @@ class Guard:
         body: bytes | None = None
         try:
             headers = _headers(scope)
+            if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
+                raise ApiError(400, "This is no HTTP/1.1 request that can be read.", code="invalid_http")
             answer.origin = self._checked_origin(headers, self._checked_host(headers))
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await answer.empty(self._preflight(headers))
@@ -102,7 +107,8 @@ class Guard:
 
     def _log(self, scope: Scope, answer: _Answer) -> None:
         seconds = time.perf_counter() - answer.began
-        log.info("%s %s %s %.3f s", scope["method"], scope["path"], answer.status or "client gone", seconds)
+        level = logging.DEBUG if scope["path"] in ASKED_OFTEN and answer.status == 200 else logging.INFO
+        log.log(level, "%s %s %s %.3f s", scope["method"], scope["path"], answer.status or "client gone", seconds)
         if self._observer is not None:
             self._observer.request_done(scope["method"], scope["path"], answer.status, seconds)
 

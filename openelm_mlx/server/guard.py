@@ -28,7 +28,7 @@ from .settings import ServerSettings
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDERS = ("/page/",)
 # What programs ask all the time is not logged where it goes well.
-ASKED_OFTEN = ("/health", "/status", "/metrics")
+ASKED_OFTEN = ("/health", "/metrics")
 
 # JSON deeper than that is nobody's request; what reads it later may go down by recursion.
 MAX_DEPTH = 100
@@ -151,7 +151,8 @@ class Guard:
 
     def _check_key(self, scope: Scope, headers: Mapping[str, list[str]]) -> None:
         """Raise ApiError, a 401, where a key is asked for and none of the right ones is given."""
-        if not self._keys or (scope["method"] in ("GET", "HEAD") and is_open(scope["path"])):
+        scope["has_key"] = not self._keys
+        if not self._keys:
             return
         given = [*headers.get("x-api-key", []), *map(_bearer, headers.get("authorization", []))]
         is_right = False
@@ -159,7 +160,8 @@ class Guard:
             digest = hashlib.sha256(each.encode("utf-8", "surrogateescape")).digest()
             for key in self._keys:
                 is_right |= hmac.compare_digest(digest, key)
-        if not is_right:
+        scope["has_key"] = bool(is_right)
+        if not is_right and not (scope["method"] in ("GET", "HEAD") and is_open(scope["path"])):
             what = "is not one that this server takes" if any(given) else "is missing"
             raise ApiError(
                 401, f"The API key {what}: send it as Authorization: Bearer KEY, or as x-api-key.",

@@ -116,7 +116,11 @@ class Loader:
     """Loads and gives back models as the settings say. Every method may be slow, and is called from a thread of its own."""
 
     def __init__(self, settings: ServerSettings) -> None:
+        import mlx.core as mx
+
         self._settings = settings
+        # What the program had in memory before, and keeps.
+        self._others = mx.get_active_memory()
 
     def prepare(self, served: ServedModel, progress: Progress) -> Prepared:
         """The model's plan, for all the memory that this process may use, and all else but its tensors."""
@@ -158,7 +162,8 @@ class Loader:
         plans = [each.plan for each in others if each.plan is not None]
         if plan is None or not plans:
             return True
-        return plan.process_bytes + sum(each.total_bytes + own_bytes(each) for each in plans) <= plan.memory_limit
+        needed = plan.process_bytes + sum(each.total_bytes + own_bytes(each) for each in plans)
+        return self._others + needed <= plan.memory_limit
 
     def forget_kept(self, plan: MemoryPlan | None, others: Sequence[Loaded]) -> None:
         """Forget kept prefixes of others until there is room for the weights of a model of this plan."""

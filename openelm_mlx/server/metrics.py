@@ -133,7 +133,7 @@ class Metrics:
         yield from (running, waiting, loaded, kept_bytes)
         memory = GaugeMetricFamily("openelm_mlx_memory_bytes", "MLX's memory", labels=("kind",))
         for kind, value in status["memory"].items():
-            memory.add_metric((kind,), value)
+            memory.add_metric((kind.removesuffix("_bytes"),), value)
         yield memory
         yield GaugeMetricFamily("openelm_mlx_start_time_seconds", "When the server began, since 1970", value=self.began)
 
@@ -158,17 +158,16 @@ def path_kind(path: str) -> str:
 
 
 async def health(request: Request) -> Response:
-    """Whether requests can be answered: 200, also while a model is being loaded; 503 where an engine has died."""
-    registry: Registry = services(request).registry
-    status = registry.health()
-    headers = {"Retry-After": "5"} if status == "dead" else {}
-    return Json({"status": status}, 503 if status == "dead" else 200, headers)
+    """Whether requests can be answered: 200, also while a model is being loaded; 503 where an engine has died.
 
-
-async def status(request: Request) -> Response:
-    """What the server is doing, for the page and for whoever has the key."""
+    With the key, or where none is asked for, the body says what the server is doing.
+    """
     registry: Registry = services(request).registry
-    return Json({"status": registry.health(), **registry.status()})
+    found: dict[str, Any] = {"status": registry.health()}
+    if request.scope.get("has_key"):
+        found |= registry.status()
+    is_dead = found["status"] == "dead"
+    return Json(found, 503 if is_dead else 200, {"Retry-After": "5"} if is_dead else {})
 
 
 async def metrics_text(request: Request) -> Response:
@@ -179,9 +178,8 @@ async def metrics_text(request: Request) -> Response:
 
 
 def routes() -> list[Route]:
-    """`/health`, `/status` and `/metrics`."""
+    """`/health` and `/metrics`."""
     return [
         Route("/health", health, methods=["GET"]),
-        Route("/status", status, methods=["GET"]),
         Route("/metrics", metrics_text, methods=["GET"]),
     ]

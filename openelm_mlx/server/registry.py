@@ -110,7 +110,11 @@ class Lease:
 
 @dataclass
 class _Slot:
-    """One name. waiting: who is told when it is in memory. is_leaving: another model needs its memory."""
+    """One name.
+
+    waiting: who is told when it is in memory. is_preloaded: it is loaded although nobody waits. needs_memory: others are in
+    use that would have to leave first. is_leaving: another model needs its memory.
+    """
 
     served: ServedModel
     state: State = "unloaded"
@@ -120,6 +124,7 @@ class _Slot:
     task: asyncio.Task[None] | None = None
     is_leaving: bool = False
     is_preloaded: bool = False
+    needs_memory: bool = False
     failure: str | None = None
     progress: tuple[int, int] | None = None
     began: float = 0.0
@@ -206,16 +211,25 @@ class Registry:
         """Every model with its state, plan and load, and the memory; sizes in bytes."""
         import mlx.core as mx
 
+        plans = [loaded.plan for loaded in self._all_loaded()]
+        limit = max(
+            (plan.memory_limit for plan in plans if plan is not None),
+            default=self.settings.load_options.get("memory_limit"),
+        )
         return {
             "models": [self._status_of(name, slot) for name, slot in self._slots.items()],
             "aliases": dict(self._names.aliases),
-            "memory": {"active": mx.get_active_memory(), "cache": mx.get_cache_memory()},
+            "memory": {
+                "used_bytes": mx.get_active_memory(),
+                "cached_bytes": mx.get_cache_memory(),
+                "limit_bytes": limit or 0,
+            },
         }
 
     def _status_of(self, name: str, slot: _Slot) -> dict[str, Any]:
         found: dict[str, Any] = {"id": name, "state": slot.state}
         if slot.failure is not None:
-            found["failure"] = slot.failure
+            found["error"] = slot.failure
         if slot.state == "loading":
             found["seconds"] = round(self._clock() - slot.began, 1)
             if slot.progress is not None:
@@ -280,12 +294,14 @@ class Registry:
         self.something_changed()
 
     def _why_not(self, slot: _Slot) -> str:
-        if slot.state == "loading":
-            if slot.progress is not None:
-                done, total = slot.progress
-                return f"{100 * done // max(1, total)} % of it have been downloaded"
+        if slot.needs_memory:
+            return "others are being used, and there is no memory for one more"
+        if slot.state != "loading":
+            return "another one is being loaded"
+        if slot.progress is None:
             return "it is being loaded"
-        return "others are being used, and there is no memory for one more"
+        done, total = slot.progress
+        return f"{100 * done // max(1, total)} % of it have been downloaded"
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
@@ -329,11 +345,11 @@ class Registry:
         """Bring a model into memory, and hand it to whoever waits; those who wait are told what went wrong."""
         try:
             async with self._turn:
+                if slot.loaded is not None:  # it was to leave for another model, and has stayed
+                    self._hand_out(slot)
+                    return
                 slot.state, slot.began, slot.progress = "loading", self._clock(), None
                 await self._bury_dead(slot)
-                if slot.loaded is not None:  # given back for another model, which is there now
-                    await self._give_back(slot)
-                slot.state = "loading"
                 name = slot.served.name
                 prepared = await in_thread(partial(self._loader.prepare, slot.served, partial(_note, slot)))
                 await self._make_room(slot, prepared.plan)
@@ -403,8 +419,10 @@ class Registry:
                     log.info("%s is given back: %s needs its memory", each.served.name, slot.served.name)
                     await self._give_back(each)
                 if not idle:
+                    slot.needs_memory = True
                     await self._changed.wait()
         finally:
+            slot.needs_memory = False
             for each in self._slots.values():
                 each.is_leaving = False
                 if each.waiting and each is not slot:

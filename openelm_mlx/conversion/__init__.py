@@ -1,7 +1,7 @@
 """Converting a checkpoint: any layout in, Apple's names out, cast and quantized, in the memory of one tensor.
 
-`convert` below is the whole way: source, plan, tokenizer, weights one after the other, the files beside them, a look at
-what was written, and the rename that makes it visible. `plan.py` decides, `checkpoint/writer.py` writes, `verify.py`
+`convert` below goes through all of it: source, plan, tokenizer, weights one by one, the other files, verification, and
+the rename that makes the result visible. `plan.py` decides, `checkpoint/writer.py` writes, `verify.py`
 compares, `card.py` carries the licence along. A GGUF file is written by `to_gguf.py` and read by `from_gguf.py`;
 `for_swift.py` says which models a Swift app can run.
 """
@@ -169,7 +169,7 @@ def _write_folder(
     verify: bool,
     progress: StageProgress | None,
 ) -> ConversionReport:
-    """Write what was planned, and say in the report what was."""
+    """Write the planned files, and return the report."""
     fingerprint = plan.fingerprint(opened.checkpoint.files, opened.config)
     with no_buffer_cache(), CheckpointWriter(place, plan.files, fingerprint) as writer:
         num_resumed = writer.num_finished
@@ -200,7 +200,7 @@ def _refuse_gguf_options(gguf_type: str | None, gguf_experts: str | None) -> Non
 
 
 def _checked_request(destination: str | Path | None, dry_run: bool, upload: str | None, private: bool) -> Path | None:
-    """The folder to write, None for a dry run; everything that can be wrong with it is found before any work."""
+    """The folder to write, or None for a dry run. All that can be checked is checked before any work."""
     if private and upload is None:
         raise SettingError("private is about an upload, and there is none: name a repository to upload to.")
     if upload is not None and not (isinstance(upload, str) and hub.is_repo_name(upload)):
@@ -212,7 +212,7 @@ def _checked_request(destination: str | Path | None, dry_run: bool, upload: str 
     target = expanded(destination, DestinationError)
     check_destination(target)
     parent = target.absolute().parent
-    if not parent.exists():  # most often a slip in the path
+    if not parent.exists():  # usually a typo in the path
         raise DestinationError(
             f"{target} cannot be written: there is no folder {parent} to hold it; make it first, or correct the path."
         )
@@ -306,7 +306,7 @@ def _other_files(
     if plan.spec.family == "gpt_oss":
         stops = list(dict.fromkeys((*plan.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens))))
         config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
-        # The other programs go by this file, and not by the config, for what ends an answer.
+        # Other programs read the end tokens from this file, not from the config.
         for path in copied:
             named = read_object(path, ConfigError)
             if named.get("eos_token_id") != config["eos_token_id"]:
@@ -357,7 +357,7 @@ def _tokenizer_note(tokenizer: Tokenizer | None, family: str) -> str:
 
 
 def _changes(source: Source, plan: ConversionPlan) -> list[str]:
-    """What the conversion did to the weights, a line each."""
+    """What the conversion changed in the weights, one line each."""
     before, after = source.contents.spec, plan.spec
     changes = []
     if source.contents.layout == "corenet-adapters":

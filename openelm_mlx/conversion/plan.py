@@ -35,7 +35,7 @@ from .source_state import source_state
 
 Shape = tuple[int, ...]
 
-# A weight is cast and packed this many numbers at a time, so that only the source's tensor is whole in memory.
+# A weight is cast and packed this many numbers at a time: only the source's tensor is in memory as a whole.
 SLICE_ELEMENTS = 4 * 2**20
 
 # Programs that a folder can be written for.
@@ -97,7 +97,7 @@ class PlannedWeight:
             cast = plain if self.dtype is None else plain.astype(self.dtype)
             arrays = [cast] if self.pack is None else list(self.pack.quantize(cast).values())
             finite = mx.all(cast != NOT_A_SCALE if self._is_byte_scales else mx.isfinite(cast))
-            mx.eval(finite, arrays)  # a slice at a time: what it takes is given back before the next one
+            mx.eval(finite, arrays)  # slice by slice: each one's memory is freed before the next
             if not finite.item():
                 raise self._not_finite(plain, checkpoint)
             yield arrays
@@ -176,7 +176,7 @@ class ConversionPlan:
         return self.config.get("quantization")
 
     def fingerprint(self, source_files: tuple[Path, ...], source_config: Mapping[str, Any]) -> str:
-        """A name for everything that the written bytes depend on: the plan, the source, and MLX's version."""
+        """A hash of everything that the written bytes depend on: the plan, the source, and MLX's version."""
         recipe = [
             (weight.tensors, weight.shape, str(weight.dtype), weight.unpack, weight.pack) for weight in self.weights
         ]
@@ -242,7 +242,7 @@ def check_target(target: str) -> None:
 
 
 class _Choices:
-    """What the user asked for, checked against the source, and what follows from it for each parameter."""
+    """The user's options, checked against the source, and what they mean for each parameter."""
 
     def __init__(
         self,
@@ -370,7 +370,7 @@ def _output_config(
         written |= kept
         if spec_from_config({**kept, "vocab_size": spec.vocab_size}) != spec or not _has_lists(kept, spec):
             written |= canonical
-    # Where two spellings are in use, both are written, and they agree.
+    # Where two spellings are in use, both are written with the same value.
     if spec.family == "gpt_oss":
         written |= {name: canonical[name] for name in _BOTH_SPELLINGS}
     written |= apple_shape(spec) or {} if spec.family == "openelm" else {}

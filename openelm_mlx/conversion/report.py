@@ -71,7 +71,7 @@ def bytes_of(array: mx.array) -> memoryview:
 
 @contextmanager
 def no_buffer_cache() -> Iterator[None]:
-    """MLX keeps freed buffers for the next array of that size; here every tensor has another one."""
+    """MLX caches freed buffers by size, and here nearly every tensor has a size of its own."""
     limit = mx.set_cache_limit(0)
     try:
         yield

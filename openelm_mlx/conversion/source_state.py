@@ -9,9 +9,9 @@ from ..errors import CheckpointError, ConversionError
 
 
 def source_state(files: Sequence[Path]) -> list[tuple[str, int, int, int, int]]:
-    """What changes with the files: name, size, times and inode of each. Raises CheckpointError when one is gone.
+    """Name, size, times and inode of each file, to detect changes. Raises CheckpointError when one is gone.
 
-    The time of the last change (ctime) is among it: unlike that of modification no program can set it back.
+    The ctime is included: unlike the mtime, no program can set it back.
     """
     try:
         found = [(file.name, file.stat()) for file in files]

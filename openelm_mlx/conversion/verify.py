@@ -142,7 +142,7 @@ def kl_divergence(logits: mx.array, other: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class _Part:
-    """The embedding, one layer, or the head: which weights it has, and the way through it in a model that has no others.
+    """The embedding, one layer, or the head: its weights, and its forward pass in a model that has no other parts.
 
     names: in that model -> in the checkpoint.
     """
@@ -157,7 +157,7 @@ class _Part:
 
 
 class _Half:
-    """One of the two models: where its weights are, and its residual stream so far, (1, L, hidden_size) float32."""
+    """One of the two models: the source of its weights, and its residual stream so far, (1, L, hidden_size) float32."""
 
     def __init__(self, contents: Contents, checkpoint: Checkpoint) -> None:
         self.contents, self.checkpoint = contents, checkpoint
@@ -200,7 +200,7 @@ class _Half:
         model.load_weights(list(weights.items()), strict=False)  # what the part does not use is never allocated
         model.eval()
         self.stream = part.run(model, self.stream)
-        mx.eval(self.stream)  # now, so that these weights can go before the next ones come
+        mx.eval(self.stream)  # evaluated now, so that these weights are freed before the next ones are read
 
 
 def _run(
@@ -225,7 +225,7 @@ def _run_part(part: _Part, original: _Half, converted: _Half) -> LayerError:
     for name, stored in part.names.items():
         ours = converted.weight(stored)
         weights_error.add(weights[name][: ours.shape[0]], ours)
-        weights[name] = ours  # the original's goes: one layer is in memory, not two
+        weights[name] = ours  # frees the original's layer: one is in memory, not two
     converted.run(part, weights)
     _check_finite(part, original, converted)
     stream_error = _Error()

@@ -116,6 +116,8 @@ def stream_generate(
     regex: str | None = None,
     grammar: str | None = None,
     tool_schemas: Mapping[str, Any] | None = None,
+    tools: Sequence[Any] = (),
+    tool_choice: str | None = None,
     prefix_cache: PrefixCache | None = None,
     draft: Drafts | None = None,
 ) -> Iterator[Chunk]:
@@ -133,7 +135,7 @@ def stream_generate(
             at 256.
         stop: Strings that end the answer and are not part of it.
         logprobs: Report each token's log-probability and this many of the likeliest alternatives.
-        reasoning_effort: "low", "medium" or "high", how long gpt-oss thinks.
+        reasoning_effort: "low", "medium" or "high", how long gpt-oss thinks; with "none" it answers at once.
         sliding_window: Keep only this many tokens of context, so that generation can go on past its end.
         prefill_chunk: Tokens of the prompt in flight at once; the plan's (512 without one), and fewer where
             memory is short, when it is None.
@@ -145,6 +147,9 @@ def stream_generate(
         regex: See schema.
         grammar: See schema.
         tool_schemas: The same for the arguments of gpt-oss's calls, by recipient: {"functions.f": schema}.
+        tools: Functions that gpt-oss may call, as OpenAI writes them; a call's arguments follow its schema, and
+            `chunk.arguments` has them. om.Chat runs tools.
+        tool_choice: "auto", "none", "required", or one function that has to be called, "functions.f".
         prefix_cache: An `om.PrefixCache`, where what earlier requests computed of a prompt that begins alike is
             taken from and this one's is kept in; the answer is the same.
         draft: `om.PromptLookup()` or `om.DraftModel(small_model)` guesses tokens that the model checks several
@@ -159,7 +164,7 @@ def stream_generate(
         model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, logprobs=logprobs, raw=raw,
         chat_template=chat_template, reasoning_effort=reasoning_effort, sliding_window=sliding_window,
         prefill_chunk=prefill_chunk, kv_bits=kv_bits, schema=schema, regex=regex, grammar=grammar,
-        tool_schemas=tool_schemas, prefix_cache=prefix_cache, draft=draft,
+        tool_schemas=tool_schemas, tools=tools, tool_choice=tool_choice, prefix_cache=prefix_cache, draft=draft,
     )  # fmt: skip
     return run(model, tokenizer, sequence)
 

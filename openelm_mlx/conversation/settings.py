@@ -18,7 +18,16 @@ from ..text.conversation import check_conversation
 from ..tokenizers import missing_tokenizer_message
 
 # Options of `stream_generate` that a chat decides itself.
-_OWN_OPTIONS = ("max_tokens", "tool_schemas", "raw", "chat_template", "reasoning_effort", "logprobs")
+_OWN_OPTIONS = (
+    "max_tokens",
+    "tool_schemas",
+    "tools",
+    "tool_choice",
+    "raw",
+    "chat_template",
+    "reasoning_effort",
+    "logprobs",
+)
 
 _C = TypeVar("_C")
 

@@ -18,6 +18,7 @@ from ..text.harmony_header import LONGEST_HEADER, Place, follow
 from ..text.streams import FINAL
 from .completion import LONGEST_COMPLETION
 from .grammar import AnswerFormat, Engine, Matcher
+from .headers import HeaderRule, Headers, Node
 
 
 class TokenConstraint(Protocol):
@@ -186,10 +187,15 @@ class Span:
 
 
 class _Spot(NamedTuple):
-    """A position in a Harmony completion, and the format that its text must have there, if any."""
+    """A position in a Harmony completion, and the format that its text must have there, if any.
+
+    node: in a header that a rule is for, where in the allowed headers. num_messages: that were begun before.
+    """
 
     place: Place = Place()
     span: Span | None = None
+    node: Node | None = None
+    num_messages: int = 0
 
 
 @final
@@ -199,6 +205,8 @@ class HarmonyConstraint:
     calls: the formats of arguments by recipient, "functions.f" for example. With `answer`, the completion ends with a final
     message or a call: `<|return|>` elsewhere, or a header without a message, would end it without an answer. A header is
     ended before it is so long that the parser would take it for an answer.
+    rule: which headers there may be, for requests with tools; messages and their ends are then well formed, too.
+    channel: the message that the prompt has begun for the model, if it has.
     Headers and reasoning are otherwise unconstrained.
     """
 
@@ -209,13 +217,15 @@ class HarmonyConstraint:
         answer: AnswerFormat | None,
         calls: Mapping[str, AnswerFormat],
         max_tokens: int,
+        rule: HeaderRule | None = None,
+        channel: str | None = None,
     ) -> None:
         self.is_finished = False
         self._harmony, self._engine, self._answer, self._calls = harmony, engine, answer, calls
-        self._spots = [
-            _Spot()
-        ]  # the last one is the current one; one is added per token, so that tokens can be taken back
         self._max_tokens = max_tokens
+        self._headers = None if rule is None else Headers(rule, harmony, engine.vocabulary)
+        # The last one is the current one; one is added per token, so that tokens can be taken back.
+        self._spots = [self._first_spot(channel)]
         if answer is not None:
             check_room(Span(engine.matcher(answer), ()), max_tokens)
         everything = np.packbits(np.ones(engine.vocab_size, bool), bitorder="little")
@@ -227,17 +237,33 @@ class HarmonyConstraint:
         self._in_header = self._without(ends)
         self._between = self._without(harmony.end_tokens)
         self._header_end = bits([harmony.message], engine.vocab_size)
+        self._start = bits([harmony.start], engine.vocab_size)
+        self._in_thought = self._without(harmony.control_tokens - {harmony.end})
+        # Where nothing may be thought, nothing comes after the answer either.
+        may_go_on = rule is None or rule.may_think
+        no_ends = {harmony.call} if may_go_on else {harmony.call, harmony.end}
+        self._in_answer = self._without(harmony.control_tokens - harmony.end_tokens | no_ends)
+        self._in_arguments = self._without(harmony.control_tokens - {harmony.call})
+
+    def _first_spot(self, channel: str | None) -> _Spot:
+        if channel is None:
+            return _Spot(node=None if self._headers is None else self._headers.begin(True, 0))
+        message = Message("assistant", "", channel=channel)
+        return _Spot(Place(message=message), self._span(message), None, 1)
 
     def _without(self, tokens: Iterable[int]) -> np.ndarray:
         return self._any & ~bits(tokens, self._engine.vocab_size)
 
     def is_free(self) -> bool:
-        return self._spots[-1].span is None
+        spot = self._spots[-1]
+        return spot.span is None and (self._headers is None or spot.place.message is not None)
 
     def mask(self) -> np.ndarray | None:
-        place, span = self._spots[-1]
+        place, span, node, _ = self._spots[-1]
         if span is not None:
             return span.mask()
+        if self._headers is not None:
+            return self._ruled(self._headers, place, node)
         if self._answer is None:
             return None
         if place.message is not None:
@@ -245,6 +271,19 @@ class HarmonyConstraint:
         if len(place.header) >= LONGEST_HEADER - 1:
             return self._header_end  # one more, and it would be taken for an answer
         return self._between if place.is_between or (not place.header and place.role is None) else self._in_header
+
+    def _ruled(self, headers: Headers, place: Place, node: Node | None) -> np.ndarray:
+        """The mask where no format applies, and a rule says which headers there may be."""
+        message = place.message
+        if message is not None:
+            if message.recipient is not None:
+                return self._in_arguments
+            return self._in_answer if message.channel == FINAL else self._in_thought
+        if node is None:  # between two messages
+            return self._start
+        if node.words is None:
+            node.words = bits(headers.tokens(node), self._engine.vocab_size)
+        return node.words
 
     def accept(self, token: int) -> bool:
         spot = self._spots[-1]
@@ -254,11 +293,25 @@ class HarmonyConstraint:
             self.is_finished = spot.span.is_ended
             self._spots.append(spot)
             return True
+        if self._headers is not None and not self._is_ruled_in(token):
+            return False
         place = follow(spot.place, token, self._harmony)
         # A message without `<|message|>` began in its header, where no format applied.
         begins = token == self._harmony.message and place.message is not spot.place.message
-        self._spots.append(_Spot(place, self._span(place.message) if begins else None))
+        node, num_messages = None, spot.num_messages + begins
+        if self._headers is not None and place.message is None:
+            node = self._node_after(self._headers, spot, token)
+        self._spots.append(_Spot(place, self._span(place.message) if begins else None, node, num_messages))
         return True
+
+    def _is_ruled_in(self, token: int) -> bool:
+        words = self.mask()
+        return words is not None and bool(words[token >> 5] >> (token & 31) & 1)
+
+    def _node_after(self, headers: Headers, spot: _Spot, token: int) -> Node | None:
+        if token == self._harmony.start:
+            return headers.begin(False, spot.num_messages)
+        return None if spot.node is None else headers.after(spot.node, token)
 
     def rewind(self, count: int) -> None:
         for _ in range(count):

@@ -31,9 +31,10 @@ _WHITESPACE = " ?"
 def answer_format(schema: Any = None, regex: str | None = None, grammar: str | None = None) -> AnswerFormat | None:
     """The requested format, None if there is none.
 
-    schema: a JSON Schema (a dictionary) or a Pydantic model class. regex: a regular expression in Rust's syntax that the
-    whole answer matches. grammar: in Lark's syntax, as llguidance reads it, beginning at `start`. Raises SettingError
-    when it is invalid, when the engine cannot express it, or when there is more than one.
+    schema: a JSON Schema (a dictionary), a Pydantic model class, or an AnswerFormat, which is returned as it is. regex: a
+    regular expression in Rust's syntax that the whole answer matches. grammar: in Lark's syntax, as llguidance reads it,
+    beginning at `start`. Raises SettingError when it is invalid, when the engine cannot express it, or when there is more
+    than one.
     """
     given = {"schema": schema, "regex": regex, "grammar": grammar}
     names = [name for name, value in given.items() if value is not None]
@@ -41,6 +42,8 @@ def answer_format(schema: Any = None, regex: str | None = None, grammar: str | N
         raise SettingError(f"An answer has one format, and {' and '.join(names)} are given: leave all but one out.")
     if not names:
         return None
+    if isinstance(schema, AnswerFormat):
+        return schema
     from llguidance import LLMatcher
 
     if schema is not None:

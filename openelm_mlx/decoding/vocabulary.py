@@ -32,7 +32,7 @@ class Vocabulary:
         self._tokenizer = ref(tokenizer)
         self._special = special = frozenset(self.special_token_ids)
         self._by_bytes = {data: token for token, data in reversed(list(enumerate(tokens))) if token not in special}
-        self._longest = min(max(map(len, self._by_bytes)), 32)
+        self.longest = min(max(map(len, self._by_bytes)), 32)
         # A token for each printable character that has one: completions are written in these first.
         ordinary = ((chr(byte), self._by_bytes.get(bytes([byte]))) for byte in (*range(0x20, 0x7F), 0x0A))
         self.characters = {character: token for character, token in ordinary if token is not None}
@@ -44,6 +44,10 @@ class Vocabulary:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         return tokenizer.encode(text, continuation=True)
 
+    def token_of(self, data: bytes) -> int | None:
+        """The token with exactly these bytes."""
+        return self._by_bytes.get(data)
+
     def encode(self, data: bytes) -> list[int]:
         """Tokens with exactly these bytes; for whole characters those that the tokenizer gives."""
         tokens = self(data)
@@ -54,7 +58,7 @@ class Vocabulary:
         """Tokens with these bytes, always the longest that fits; bytes without a token are skipped."""
         tokens, start = [], 0
         while start < len(data):
-            for length in range(min(self._longest, len(data) - start), 0, -1):
+            for length in range(min(self.longest, len(data) - start), 0, -1):
                 token = self._by_bytes.get(data[start : start + length])
                 if token is not None:
                     tokens.append(token)

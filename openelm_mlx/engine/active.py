@@ -165,6 +165,7 @@ class ActiveRequest(HasJob):
         usable = usable_vocab_size(model, tokenizer)
         self.sampler = Sampler(request.sampling, model.spec.vocab_size, usable, request.prompt_tokens)
         self.sampler_form = self.sampler.form
+        self.channel.num_prompt_tokens_done = turn.num_reused
         self.step = make_step(model, turn.cache)
         self.has_begun = True
         self._plan_chunks(model)

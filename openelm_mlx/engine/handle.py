@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, final
 
 from .sequence import Chunk
@@ -20,7 +20,8 @@ class Channel:
     many as its tokens, and all of them have a place.
     """
 
-    def __init__(self, wake_engine: Callable[[], None]) -> None:
+    def __init__(self, wake_engine: Callable[[], None], num_prompt_tokens: int = 0) -> None:
+        self.num_prompt_tokens, self.num_prompt_tokens_done = num_prompt_tokens, 0
         self.items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
         self.is_cancelled = False
         self.is_done = False
@@ -77,6 +78,27 @@ def wake_readers(channels: Iterable[Channel]) -> None:
             continue  # the loop has been closed: nobody waits any more
 
 
+async def something_came(handles: Sequence[Handle], within: float | None = None) -> bool:
+    """Wait until one of these has something to take, or has come to its end. False after `within` seconds."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    for handle in handles:
+        handle.channel.add_waiter(loop, future)
+    if not all(handle.channel.items.empty() for handle in handles):  # it came between the two looks
+        return True
+    if within is None:
+        await future
+        return True
+    timer = loop.call_later(within, _resolve, [future])
+    try:
+        await future
+    finally:
+        timer.cancel()
+    return not all(handle.channel.items.empty() for handle in handles)
+
+
 def _resolve(futures: list[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():
@@ -125,6 +147,41 @@ class Handle:
                     await future
             else:
                 return self._taken(item, StopAsyncIteration)
+
+    def take(self) -> list[Chunk]:
+        """The chunks that have come and have not been read, without waiting for more; none where `is_over`.
+
+        An error of the request is raised once everything before it has been taken.
+        """
+        found: list[Chunk] = []
+        while not self._is_over:
+            try:
+                item = self.channel.items.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(item, Chunk):
+                found.append(item)
+            else:
+                self._is_over, self._error = True, item
+                self.channel.items.put(item)
+        if self._is_over and not found and self._error is not None:
+            raise self._error
+        return found
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everything has been read."""
+        return self._is_over
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self.channel.num_prompt_tokens
+
+    @property
+    def num_prompt_tokens_done(self) -> int:
+        """How many of the prompt's tokens have been computed so far, those from a prefix cache included."""
+        return self.channel.num_prompt_tokens_done
 
     def text(self) -> str:
         """The rest of the answer, waited for, without reasoning."""

@@ -103,7 +103,7 @@ class Engine:
         shared = self._shared
         self._check_open()
         sequence = new_sequence(self.model, self.tokenizer, prompt, memory=self._runner.memory, **options)
-        channel = Channel(shared.wake.set)
+        channel = Channel(shared.wake.set, len(sequence.request.prompt_tokens))
         with shared.lock:
             self._check_open()
             self._scheduler.check_room(len(shared.incoming))

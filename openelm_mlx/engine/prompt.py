@@ -14,21 +14,30 @@ from ..text.chat import HARMONY, PLAIN, render_chat
 from ..text.conversation import ResponseFormat, SystemContent
 from ..text.harmony import HarmonyFormat
 from ..text.openai_chat import conversation
+from ..text.streams import FINAL
 from ..text.tokenizer import Tokenizer
 from ..tokenizers import missing_tokenizer_message
+from .calling import Calling
 
 if TYPE_CHECKING:
     from ..models import Model
+
+# The effort with which gpt-oss does not think at all.
+NO_REASONING = "none"
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt's tokens, the template they went through, and whether the answer continues the prompt's own text."""
+    """A prompt's tokens, the template they went through, and whether the answer continues the prompt's own text.
+
+    channel: of the message that the prompt begins for gpt-oss; None: it begins none.
+    """
 
     tokens: list[int]
     template: str
     continues_text: bool
+    channel: str | None = None
 
 
 def encode_prompt(
@@ -39,10 +48,12 @@ def encode_prompt(
     chat_template: str | None = None,
     reasoning_effort: str | None = None,
     answer: AnswerFormat | None = None,
+    calling: Calling | None = None,
 ) -> EncodedPrompt:
     """The tokens of a prompt in any of its forms. Token ids are taken as they are, already through the template.
 
     answer: the format of the answer. gpt-oss is told a JSON Schema in its prompt, as it was trained.
+    calling: the functions that gpt-oss may call.
 
     Raises PromptError when the prompt is empty or has ids that the model lacks, TokenizerError when text needs a tokenizer.
     """
@@ -51,11 +62,18 @@ def encode_prompt(
         raise SettingError(
             f"reasoning_effort is {shown(reasoning_effort)}, and only gpt-oss's chat format has one: leave it out."
         )
+    if calling is not None and template != HARMONY:
+        raise SettingError(
+            "The request has tools, and only gpt-oss's chat format has calls: this model was not trained to write them, "
+            "so leave tools out, or ask a gpt-oss model."
+        )
     if hasattr(prompt, "tolist"):  # an array of mlx or NumPy
         prompt = cast("Prompt", prompt.tolist())
     if not isinstance(prompt, (str, list, tuple)):
         raise PromptError(f"The prompt is a {type(prompt).__name__}: give text, a list of token ids, or chat messages.")
     if not isinstance(prompt, str) and not any(type(item) is not int and isinstance(item, Mapping) for item in prompt):
+        if calling is not None:
+            raise SettingError("tools are told to the model in a chat's prompt, and this one is token ids already.")
         return EncodedPrompt(_checked_tokens(model, cast("Sequence[int]", prompt)), template, True)
     if tokenizer is None:
         raise TokenizerError(missing_tokenizer_message(model.spec))
@@ -72,11 +90,17 @@ def encode_prompt(
         # The text of an answer in a format is exactly what its tokens spell, including a leading space.
         return EncodedPrompt(render_chat(chat, tokenizer, template), template, answer is not None)
     # The model was trained with the current date in its prompt, as OpenAI's own template prints it.
-    system = SystemContent(current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=reasoning_effort or "medium")
+    may_think = reasoning_effort != NO_REASONING
+    effort = (reasoning_effort or "medium") if may_think else "low"
+    system = SystemContent(current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=effort)
     schema = None if answer is None else answer.schema
     formats = [] if schema is None else [ResponseFormat("answer", schema)]
-    messages = conversation(chat, system=system, response_formats=formats)
-    return EncodedPrompt(HarmonyFormat(tokenizer).render_for_completion(messages), template, False)
+    tools = () if calling is None else calling.tools
+    messages = conversation(chat, system=system, tools=tools, response_formats=formats)
+    # With nothing to call, its answer is begun for it. Where it may call, what it may write is decided in its headers.
+    channel = None if may_think or tools else FINAL
+    tokens = HarmonyFormat(tokenizer).render_for_completion(messages, channel=channel)
+    return EncodedPrompt(tokens, template, False, channel)
 
 
 def message_borders(tokenizer: Tokenizer | None, prompt: EncodedPrompt) -> list[int]:

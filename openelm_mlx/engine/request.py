@@ -12,6 +12,7 @@ from ..decoding.budget import check_room, room_in_memory
 from ..decoding.constraint import HarmonyConstraint, PlainConstraint, TokenConstraint
 from ..decoding.drafts import Drafts
 from ..decoding.grammar import AnswerFormat, answer_format, engine_of
+from ..decoding.headers import HeaderRule
 from ..decoding.prefix_cache import PrefixCache, Turn, begin_turn
 from ..decoding.sampling import SamplingParams
 from ..errors import MemoryLimitError, PromptError, SettingError, TokenizerError
@@ -159,9 +160,14 @@ def constraint_on(
     answer: AnswerFormat | None,
     tool_schemas: Mapping[str, Any],
     max_tokens: int,
+    rule: HeaderRule | None = None,
+    channel: str | None = None,
 ) -> TokenConstraint | None:
-    """The constraint that enforces a completion's formats, None if it has none. Raises SettingError or TokenizerError."""
-    if answer is None and not tool_schemas:
+    """The constraint that enforces a completion's formats, None if it has none. Raises SettingError or TokenizerError.
+
+    rule, channel: see `HarmonyConstraint`.
+    """
+    if answer is None and not tool_schemas and rule is None:
         return None
     if tokenizer is None:
         raise TokenizerError(
@@ -170,7 +176,8 @@ def constraint_on(
     if template == HARMONY:
         calls = {name: answer_format(schema) for name, schema in tool_schemas.items() if schema is not None}
         checked = cast("dict[str, AnswerFormat]", calls)
-        return HarmonyConstraint(HarmonyFormat(tokenizer), engine_of(tokenizer), answer, checked, max_tokens)
+        engine = engine_of(tokenizer)
+        return HarmonyConstraint(HarmonyFormat(tokenizer), engine, answer, checked, max_tokens, rule, channel)
     if answer is None:
         raise SettingError(
             "tool_schemas are for gpt-oss's calls, and this model has no format for calls: leave them out."

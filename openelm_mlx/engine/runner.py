@@ -301,6 +301,8 @@ class Runner:
         job = request.job
         num_chunks = len(job.chunks)
         job.take(rows.length)
+        for each in (request, *request.followers):
+            each.channel.num_prompt_tokens_done = request.position
         assert request.turn is not None
         if len(job.chunks) < num_chunks and request.sequence.request.prefix_cache is not None and job.chunks:
             request.turn.at_border()

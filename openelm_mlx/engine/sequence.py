@@ -23,9 +23,10 @@ class Chunk:
         arguments: Of a call, whose tool is `recipient`.
         channel: Of the message that the token belongs to ("analysis", "commentary" or "final"); None in models
             without channels, and in headers.
-            recipient: Of that message: the tool that it calls ("functions.f"), or None.
+        recipient: Of that message: the tool that it calls ("functions.f"), or None.
         finish_reason: None, "stop" (end of text, or a stop string), or "length" (max_tokens or the context
             ended it).
+        stop: The stop string that ended the answer, in the last chunk; None where it was something else.
         logprob: The token's log-probability, if logprobs were requested.
         top_logprobs: The likeliest alternatives by token, if requested.
         statistics: In the last chunk.
@@ -42,6 +43,7 @@ class Chunk:
     preamble: str = ""
     arguments: str = ""
     recipient: str | None = None
+    stop: str | None = None
 
 
 @final
@@ -89,6 +91,7 @@ class Sequence:
             top_logprobs=top_logprobs,
             finish_reason=self.finish_reason,
             statistics=statistics,
+            stop=piece.stop,
         )
 
     def close(self) -> None:

@@ -27,7 +27,8 @@ from ..runtime import runtime_of
 from ..text.chat import HARMONY
 from ..text.streams import HarmonyStream, PlainStream, SilentStream, TextStream
 from ..text.tokenizer import Tokenizer
-from .prompt import EncodedPrompt, Prompt, encode_prompt, message_borders
+from .calling import calling_of, rule_of
+from .prompt import NO_REASONING, EncodedPrompt, Prompt, encode_prompt, message_borders
 from .request import Memory, Request, checked_stops, constraint_on, usable_vocab_size
 from .sequence import Chunk, Sequence
 from .statistics import Clock
@@ -58,6 +59,8 @@ def new_sequence(
     regex: str | None = None,
     grammar: str | None = None,
     tool_schemas: Mapping[str, Any] | None = None,
+    tools: abc.Sequence[Any] = (),
+    tool_choice: str | None = None,
     prefix_cache: PrefixCache | None = None,
     draft: Drafts | None = None,
     memory: Memory | None = None,
@@ -81,7 +84,9 @@ def new_sequence(
     if not isinstance(sampling, (SamplingParams, type(None))):
         raise SettingError(f"sampling is a {type(sampling).__name__}: give om.SamplingParams(temperature=0.7, ...).")
     answer = answer_format(schema, regex, grammar)
-    encoded = encode_prompt(model, tokenizer, prompt, raw, chat_template, reasoning_effort, answer)
+    calling = calling_of(tools, tool_choice)
+    encoded = encode_prompt(model, tokenizer, prompt, raw, chat_template, reasoning_effort, answer, calling)
+    schemas: Mapping[str, Any] = (tool_schemas or {}) if calling is None else calling.schemas(tool_schemas)
     request = Request(
         prompt_tokens=encoded.tokens,
         max_tokens=max_tokens,
@@ -96,7 +101,12 @@ def new_sequence(
         notes=() if answer is None else answer.notes,
         ends_by_itself=encoded.template == HARMONY,
     ).checked(model, tokenizer, memory)
-    constraint = constraint_on(model, tokenizer, encoded.template, answer, tool_schemas or {}, request.limit)
+    rule = None
+    if encoded.template == HARMONY:
+        rule = rule_of(calling, tool_choice, answer is not None, reasoning_effort != NO_REASONING)
+    constraint = constraint_on(
+        model, tokenizer, encoded.template, answer, schemas, request.limit, rule, encoded.channel
+    )
     request = replace(request, constraint=constraint)
     end_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
     return Sequence(request, text_stream(tokenizer, encoded, stops), end_tokens)
@@ -116,7 +126,7 @@ def text_stream(tokenizer: Tokenizer | None, prompt: EncodedPrompt, stop: abc.Se
             raise TokenizerError("Stop strings need a tokenizer, and this model has none: load it with tokenizer=...")
         return SilentStream()
     if prompt.template == HARMONY:
-        return HarmonyStream(tokenizer, stop)
+        return HarmonyStream(tokenizer, stop, prompt.channel)
     return PlainStream(tokenizer, stop, prompt.continues_text)
 
 

@@ -66,7 +66,8 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
     if isinstance(error, MemoryLimitError):
         return ApiError(400, str(error), param=param, code="memory_limit_exceeded")
     if isinstance(error, PromptError) and "context holds" in str(error):
-        return ApiError(400, str(error), param=param or "messages", code="context_length_exceeded")
+        message = str(error).split(", or ask for")[0].rstrip(".")  # what else there is, is not asked for over HTTP
+        return ApiError(400, f"{message}.", param=param or "messages", code="context_length_exceeded")
     if isinstance(error, UserError):
         return bad_request(str(error), param)
     return ApiError(500, "The server failed on this request; its log has the error.", "server_error")

@@ -40,20 +40,21 @@ class GenerationRequest:
     Attributes:
         model: A name that the registry knows.
         messages: Chat dicts as text/openai_chat.py reads them (reasoning, tool_calls, results of tools).
-        prompt: Instead of messages: text or tokens that the model goes on with, without a template.
+        prompts: Instead of messages: texts, or tokens, that the model goes on with, without a template. Each has n answers,
+            the first n of the answers are the first one's.
         tools: Functions that may be called. lenient_tools: names of those whose schema need not be enforced where the
             engine cannot follow it; others are then refused.
         answer_schema: What the answer has to be. Reasoning stays free.
         max_tokens: For reasoning and answer together; None: the model's own limit.
         logprobs: How many likely tokens are told with each token of the answer; None: no log-probabilities.
-        n: How many answers.
+        n: How many answers to a prompt. With a seed, they have seed, seed + 1, ...
         reasoning_effort: "none", "low", "medium", "high", or None for the model's own.
         parallel_tool_calls: Taken, and without effect: gpt-oss makes one call a turn.
     """
 
     model: str
     messages: Sequence[Mapping[str, Any]] | None = None
-    prompt: str | Sequence[int] | None = None
+    prompts: Sequence[str | Sequence[int]] = ()
     tools: tuple[Tool, ...] = ()
     lenient_tools: frozenset[str] = frozenset()
     tool_choice: ToolChoice = "auto"

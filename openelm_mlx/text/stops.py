@@ -33,6 +33,7 @@ class StopStrings:
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self._stopped = False
+        self.found: str | None = None  # the stop string that ended the text
 
     def feed(self, piece: str) -> tuple[str, bool]:
         """Take the next piece; return the text that may be shown now, and whether a stop string was completed.
@@ -42,7 +43,8 @@ class StopStrings:
         if self._stopped:
             return "", True
         text = self._held + piece
-        if (start := self._first_stop(text)) is not None:
+        if (first := self._first_stop(text)) is not None:
+            start, self.found = first
             self._stopped, self._held = True, ""
             return text[:start], True
         shown = len(text) - self._undecided(text)
@@ -54,10 +56,10 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _first_stop(self, text: str) -> int | None:
-        """Where the stop string that is completed first begins, or None."""
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        return min(found)[1] if found else None
+    def _first_stop(self, text: str) -> tuple[int, str] | None:
+        """Where the stop string that is completed first begins, and which one it is; None if there is none."""
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        return min(found)[1:] if found else None
 
     def _undecided(self, text: str) -> int:
         """Length of the longest end of `text` that is the beginning of a stop string."""

@@ -16,7 +16,7 @@ REASONING = "reasoning"
 
 
 class Piece(NamedTuple):
-    """The text that may be shown after one more token, by its kind, and whether a stop string ended the answer.
+    """The text that may be shown after one more token, by its kind, and the stop string that ended the answer, if one did.
 
     text: of the answer. reasoning: of the analysis channel. preamble: said to the user before a call. arguments: of the call
     to `recipient`. channel, recipient: of the message that the token belongs to; None in models without channels.
@@ -28,7 +28,12 @@ class Piece(NamedTuple):
     arguments: str = ""
     channel: str | None = None
     recipient: str | None = None
-    is_stopped: bool = False
+    stop: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string ended the answer."""
+        return self.stop is not None
 
     @property
     def is_empty(self) -> bool:
@@ -44,7 +49,7 @@ class Piece(NamedTuple):
             arguments=self.arguments + rest.arguments,
             channel=place.channel,
             recipient=place.recipient,
-            is_stopped=self.is_stopped or rest.is_stopped,
+            stop=self.stop or rest.stop,
         )
 
 
@@ -112,30 +117,32 @@ class PlainStream:
 
     def add(self, token: int) -> Piece:
         text, self._is_stopped = self._stops.feed(self._detokenizer.add(token))
-        return Piece(text, is_stopped=self._is_stopped)
+        return Piece(text, stop=self._stops.found)
 
     def finish(self, end: int | None = None) -> Piece:
         if self._is_stopped:
             return Piece()
         text, is_stopped = self._stops.feed(self._detokenizer.finish())
-        return Piece(text if is_stopped else text + self._stops.finish(), is_stopped=is_stopped)
+        return Piece(text if is_stopped else text + self._stops.finish(), stop=self._stops.found)
 
 
 @final
 class HarmonyStream:
     """gpt-oss's completion, parsed as Harmony. Stop strings apply to the final channel only: in the reasoning they would
     end the request without an answer.
+
+    channel: of the message that the prompt has begun, if it has.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], channel: str | None = None) -> None:
         harmony = HarmonyFormat(tokenizer)
         self.stop_tokens = harmony.stop_tokens
-        self._parser = harmony.parser()
+        self._parser = harmony.parser(channel=channel)
         self._stop = stop
         self._stops: StopStrings | None = None  # of the final message that is being written
         self._is_stopped = False
         self._num_shown = 0  # characters of the answer
-        self.ended_in: str | None = REASONING
+        self.ended_in: str | None = None if channel == FINAL else REASONING
 
     @property
     def messages(self) -> list[Message]:
@@ -189,7 +196,7 @@ class HarmonyStream:
             self._stops = StopStrings(self._stop)
         shown, self._is_stopped = self._stops.feed(text)
         self._num_shown += len(shown)
-        return Piece(shown, channel=FINAL, is_stopped=self._is_stopped)
+        return Piece(shown, channel=FINAL, stop=self._stops.found)
 
     def _released(self) -> Piece:
         """Text that was held back as a possible stop string, in a final message that has ended."""

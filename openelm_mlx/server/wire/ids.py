@@ -5,6 +5,6 @@ from __future__ import annotations
 import secrets
 
 
-def new_id(kind: str) -> str:
+def new_id(kind: str, between: str = "_") -> str:
     """A name that no other has: `new_id("resp")` is "resp_" and 48 hexadecimal digits."""
-    return f"{kind}_{secrets.token_hex(24)}"
+    return f"{kind}{between}{secrets.token_hex(24)}"

@@ -17,13 +17,13 @@ from ..failures import bad_request
 class SamplingFields(Wire):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[WholeNumber, Field(ge=0)] | None = None
+    top_k: Annotated[WholeNumber, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     logit_bias: dict[str, float] | None = None
-    seed: WholeNumber | None = None
+    seed: Annotated[WholeNumber, Field(ge=-(2**63), lt=2**64)] | None = None
 
 
 def sampling_params(fields: SamplingFields) -> SamplingParams:
@@ -31,6 +31,10 @@ def sampling_params(fields: SamplingFields) -> SamplingParams:
     given: dict[str, Any] = {
         name: value for name in SamplingFields.model_fields if (value := getattr(fields, name)) is not None
     }
+    if fields.seed is not None:
+        given["seed"] = fields.seed % 2**64
+    if fields.top_k == -1:  # other servers' word for all tokens
+        given["top_k"] = 0
     if fields.top_p == 0:
         given |= {"top_p": 1.0, "top_k": 1}  # OpenAI takes it for the likeliest token alone
     if fields.logit_bias is not None:

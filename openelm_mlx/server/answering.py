@@ -1,0 +1,281 @@
+"""Requests to models: each is prepared in a thread, answered by the model's engine, and read as a stream of parts."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
+
+from ..decoding.grammar import AnswerFormat, answer_format
+from ..engine.calling import NO_ARGUMENTS, calling_of
+from ..engine.handle import Handle, something_came
+from ..engine.prompt import encode_prompt
+from ..engine.sequence import Chunk
+from ..errors import MemoryLimitError, PromptError, SettingError, UserError
+from ..text.chat import HARMONY, PLAIN
+from ..text.schema import Tool
+from .failures import RETRY_AFTER, ApiError, api_error
+from .generation import NONE, Generation, GenerationRequest, NamedTool, Progress
+from .log import log
+from .parts import Part
+from .reading import AnswerReader, TokenTexts
+
+if TYPE_CHECKING:
+    from ..decoding.prefix_cache import PrefixCache
+    from ..engine.many import Engine
+    from ..models import Model
+    from ..text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+# Requests that are prepared at once.
+MOST_PREPARED = 4
+
+
+class ModelLease(Protocol):
+    """A loaded model, which stays loaded until it is released; the registry's."""
+
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def model(self) -> Model: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def prefix_cache(self) -> PrefixCache | None: ...
+    def release(self) -> None: ...
+
+
+class Models(Protocol):
+    """Where models come from; the registry."""
+
+    async def acquire(self, name: str) -> ModelLease:
+        """The model of that name, in memory. Raises ApiError."""
+
+
+@final
+class ModelGenerations:
+    """Answers by the models of a registry, each through its engine."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        # Encoding a prompt and compiling a schema take a while, and the loop has others to serve.
+        self._pool = ThreadPoolExecutor(MOST_PREPARED, thread_name_prefix="openelm_mlx request")
+
+    async def start(self, request: GenerationRequest) -> Generation:
+        """See `Generations`."""
+        lease = await self._models.acquire(request.model)
+        try:
+            handles, recipients = await self._in_thread(_submitted, lease, request)
+            return _Running(lease, request, handles, recipients)
+        except BaseException:
+            lease.release()
+            raise
+
+    async def count_tokens(self, request: GenerationRequest) -> int:
+        """See `Generations`."""
+        lease = await self._models.acquire(request.model)
+        try:
+            return await self._in_thread(_count, lease, request)
+        finally:
+            lease.release()
+
+    def close(self) -> None:
+        """No more requests."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(
+        self, call: Callable[[ModelLease, GenerationRequest], T], lease: ModelLease, request: GenerationRequest
+    ) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, call, lease, request)
+        except UserError as error:
+            raise api_error(error, _param_of(error, request)) from error
+
+
+@final
+class _Running(Generation):
+    """Answers that an engine writes, one a handle."""
+
+    def __init__(
+        self, lease: ModelLease, request: GenerationRequest, handles: list[Handle], recipients: Collection[str]
+    ) -> None:
+        self.prompt_tokens = sum(each.num_prompt_tokens for each in handles[:: request.n])
+        self._lease, self._handles, self._engine, self._n = lease, handles, lease.engine, request.n
+        texts, has_channels = TokenTexts(lease.tokenizer), is_harmony(lease) and request.messages is not None
+        self._readers = [
+            AnswerReader(index, recipients, texts, has_channels, len(request.stop)) for index in range(len(handles))
+        ]
+
+    async def batches(self, every: float | None = None) -> AsyncIterator[list[Part]]:
+        while True:
+            parts: list[Part] = []
+            running = []
+            for handle, reader in zip(self._handles, self._readers, strict=True):
+                if not reader.is_finished:
+                    parts += reader.read(self._taken(handle))
+                if not reader.is_finished:
+                    running.append(handle)
+            if parts:
+                yield parts
+            if not running:
+                return
+            if any(handle.is_over for handle in running):  # cancelled from elsewhere
+                raise ApiError(503, "The request was given up.", "server_error", retry_after=RETRY_AFTER)
+            if not parts and not await something_came(running, every):
+                yield []
+
+    def _taken(self, handle: Handle) -> list[Chunk]:
+        try:
+            return handle.take()
+        except MemoryLimitError as error:  # it fitted when it was submitted
+            raise ApiError(
+                503, str(error), "server_error", code="memory_limit_exceeded", retry_after=RETRY_AFTER
+            ) from error
+        except Exception as error:
+            if not isinstance(error, UserError):
+                log.error("a request failed", exc_info=error)
+            raise api_error(error) from error
+
+    def progress(self) -> Progress:
+        first = self._handles[0]
+        done = min(sum(each.num_prompt_tokens_done for each in self._handles[:: self._n]), self.prompt_tokens)
+        return Progress(self._engine.place_in_queue(first), done, self.prompt_tokens)
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.cancel()
+        self._lease.release()
+
+
+# Settings whose errors come from the engine, and begin with their name.
+_SETTINGS = ("max_tokens", "stop", "logit_bias", "logprobs", "tool_choice", "tools", "reasoning_effort")
+
+
+def _param_of(error: UserError, request: GenerationRequest) -> str | None:
+    """The field that an error of the engine is about, in the words of Chat Completions."""
+    if isinstance(error, PromptError):
+        return "prompt" if request.messages is None else "messages"
+    first = str(error).split(maxsplit=1)[0]
+    if first in _SETTINGS:
+        return first
+    return None
+
+
+def is_harmony(lease: ModelLease) -> bool:
+    """Whether a model writes gpt-oss's format."""
+    return lease.tokenizer is not None and lease.tokenizer.chat_template == HARMONY
+
+
+# --- In a thread of the pool ------------------------------------------------------------------------------------------
+
+
+def _submitted(lease: ModelLease, request: GenerationRequest) -> tuple[list[Handle], Collection[str]]:
+    """The engine's requests, and the functions that their answers may call."""
+    options, recipients = _options(lease, request)
+    handles: list[Handle] = []
+    for prompt in _prompts(lease, request):
+        handles += lease.engine.submit_several(prompt, request.n, **options)
+    return handles, recipients
+
+
+def _options(lease: ModelLease, request: GenerationRequest) -> tuple[dict[str, Any], Collection[str]]:
+    """The options of an engine's request, and the functions that its answer may call."""
+    answer = _answer_format(request)
+    options: dict[str, Any] = {
+        "max_tokens": request.max_tokens, "sampling": request.sampling, "stop": request.stop,
+        "logprobs": request.logprobs, "schema": answer, "prefix_cache": lease.prefix_cache,
+        "raw": request.messages is None,
+    }  # fmt: skip
+    if request.messages is not None and lease.tokenizer is not None and lease.tokenizer.chat_template == PLAIN:
+        raise ApiError(
+            400,
+            f"The model {request.model} has no chat template: it goes on with text, so ask for /v1/completions, or use its "
+            "Instruct model.",
+            param="model",
+            code="unsupported_model",
+        )
+    if not is_harmony(lease):
+        if request.tools and request.tool_choice != NONE:
+            raise ApiError(
+                400,
+                f"The model {request.model} was not trained to call functions, so tools cannot be used with it: leave "
+                "tools out, or ask a gpt-oss model.",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        if request.reasoning_effort not in (None, "none"):
+            raise ApiError(
+                400,
+                f"The model {request.model} does not reason, so it has no reasoning effort: leave it out.",
+                param="reasoning_effort",
+                code="unsupported_parameter",
+            )
+        return options, ()
+    options["reasoning_effort"] = None if request.messages is None else request.reasoning_effort
+    if not request.tools:
+        options["tool_choice"] = NONE if answer is not None and request.messages is not None else None
+        return options, ()
+    options["tools"] = request.tools
+    choice = request.tool_choice
+    options["tool_choice"] = f"functions.{choice.name}" if isinstance(choice, NamedTool) else choice
+    options["tool_schemas"] = {f"functions.{tool.name}": _arguments(tool, request) for tool in request.tools}
+    return options, () if choice == NONE else options["tool_schemas"]
+
+
+def _arguments(tool: Tool, request: GenerationRequest) -> AnswerFormat:
+    if tool.parameters is None:
+        return schema_format(NO_ARGUMENTS)
+    try:
+        return schema_format(tool.parameters)
+    except SettingError as error:
+        if tool.name not in request.lenient_tools:
+            raise api_error(error, "tools") from error
+        return schema_format({"type": "object"})
+
+
+def _answer_format(request: GenerationRequest) -> AnswerFormat | None:
+    if request.answer_schema is None:
+        return None
+    try:
+        return schema_format(request.answer_schema.schema)
+    except SettingError as error:
+        raise api_error(error, "response_format") from error
+
+
+def schema_format(schema: Mapping[str, Any]) -> AnswerFormat:
+    """A schema for the engine; those used last are kept, since clients send theirs with every request."""
+    return _compiled(json.dumps(schema))
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(text: str) -> AnswerFormat:
+    found = answer_format(json.loads(text))
+    assert found is not None
+    return found
+
+
+def _prompts(lease: ModelLease, request: GenerationRequest) -> Sequence[Any]:
+    if request.messages is None:
+        return request.prompts
+    if is_harmony(lease):
+        return [request.messages]
+    roles = {"developer": "system"}  # OpenELM's template has one name for both
+    return [[{**each, "role": roles.get(each.get("role", ""), each.get("role"))} for each in request.messages]]
+
+
+def _count(lease: ModelLease, request: GenerationRequest) -> int:
+    answer = _answer_format(request)
+    calling = calling_of(request.tools, NONE if request.tool_choice == NONE else None)
+    effort = request.reasoning_effort if is_harmony(lease) else None
+    raw = request.messages is None
+    return sum(
+        len(encode_prompt(lease.model, lease.tokenizer, prompt, raw, None, effort, answer, calling).tokens)
+        for prompt in _prompts(lease, request)
+    )

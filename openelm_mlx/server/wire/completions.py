@@ -1,0 +1,201 @@
+"""OpenAI's Completions: POST /v1/completions, text that a model goes on with. No template: the form for base models."""
+
+from __future__ import annotations
+
+from json.encoder import encode_basestring
+from typing import Annotated, Any, final
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ...files import shown
+from ..app import Json, services
+from ..bodies import WholeNumber, read_body
+from ..failures import ApiError, bad_request
+from ..generation import GenerationRequest, Progress, collected
+from ..parts import Answer, Finished, ItemText, Part, TokenLogprob, Usage
+from ..sse import EventStream, comment, unless_gone
+from .ids import new_id
+from .sampling import SamplingFields, sampling_params
+from .shared import MOST_ANSWERS, StopField, StreamOptions, json_text, now, stops_of, usage_object
+
+# OpenAI's.
+DEFAULT_MAX_TOKENS = 16
+MOST_PROMPTS = 1024
+
+Prompt = str | list[int]
+
+
+class CompletionRequest(SamplingFields):
+    """The fields that are read."""
+
+    model: str
+    prompt: Any = None
+    max_tokens: Annotated[WholeNumber, Field(ge=1)] = DEFAULT_MAX_TOKENS
+    n: Annotated[WholeNumber, Field(ge=1, le=MOST_ANSWERS)] = 1
+    best_of: Annotated[WholeNumber, Field(ge=1)] | None = None
+    echo: bool = False
+    suffix: Any = None
+    logprobs: Annotated[WholeNumber, Field(ge=0, le=20)] | None = None
+    stop: StopField = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    def generation(self) -> GenerationRequest:
+        """What it asks of a model. Raises ApiError."""
+        if self.suffix:
+            raise bad_request(
+                "suffix is given, and these models were not trained to fill in the middle of a text: leave it out.",
+                "suffix",
+            )
+        if self.best_of is not None and self.best_of != self.n:
+            raise bad_request(
+                f"best_of is {self.best_of} and n is {self.n}: all answers are given, so leave it out.", "best_of"
+            )
+        return GenerationRequest(
+            model=self.model,
+            prompts=self.prompts,
+            sampling=sampling_params(self),
+            max_tokens=self.max_tokens,
+            stop=stops_of(self.stop),
+            logprobs=self.logprobs,
+            n=self.n,
+        )
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts: one, or several in a list. Raises ApiError."""
+        given = self.prompt
+        if given is None:
+            raise bad_request("prompt is missing.", "prompt", "missing_required_parameter")
+        if isinstance(given, str) or _are_tokens(given):
+            return [given]
+        if not isinstance(given, list) or not all(isinstance(each, str) or _are_tokens(each) for each in given):
+            raise bad_request(f"prompt is {shown(given)}: give text, tokens, or a list of those.", "prompt")
+        if not 0 < len(given) <= MOST_PROMPTS:
+            raise bad_request(f"prompt is a list of {len(given)}: give 1 to {MOST_PROMPTS:,} of them.", "prompt")
+        return given
+
+
+def _are_tokens(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(each) is int for each in prompt)
+
+
+@final
+class _Scores:
+    """OpenAI's `logprobs` of a text, and where each of its tokens begins."""
+
+    def __init__(self) -> None:
+        self._offset = 0
+
+    def of(self, tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any]:
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token.token)
+        return {
+            "tokens": [token.token for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{each.token: each.logprob for each in (*token.top, token)} for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+def completion(answers: list[Answer], asked: CompletionRequest, created: int) -> dict[str, Any]:
+    """A whole `text_completion`."""
+    return {
+        "id": new_id("cmpl", "-"),
+        "object": "text_completion",
+        "created": created,
+        "model": asked.model,
+        "choices": [_choice(answer, asked) for answer in answers],
+        "usage": usage_object(_usage([answer.usage for answer in answers], asked.n)),
+    }
+
+
+def _choice(answer: Answer, asked: CompletionRequest) -> dict[str, Any]:
+    text = "".join(item.text for item in answer.items)
+    logprobs = None
+    if asked.logprobs is not None:
+        logprobs = _Scores().of([token for item in answer.items for token in item.logprobs])
+    return {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": answer.reason}
+
+
+def _usage(usages: list[Usage], n: int) -> Usage:
+    """Of all answers; each prompt counts once."""
+    firsts = usages[::n]
+    return Usage(
+        sum(each.prompt_tokens for each in firsts),
+        sum(each.cached_tokens for each in firsts),
+        sum(each.completion_tokens for each in usages),
+        0,
+    )
+
+
+@final
+class CompletionEvents:
+    """A streamed `text_completion`."""
+
+    def __init__(self, asked: CompletionRequest, created: int) -> None:
+        self._num_answers, self._n = len(asked.prompts) * asked.n, asked.n
+        self._wants_usage = asked.stream_options.include_usage
+        head = {"id": new_id("cmpl", "-"), "object": "text_completion", "created": created, "model": asked.model}
+        self._head = "data: " + json_text(head)[:-1] + ',"choices":['
+        self._tail = ',"usage":null}\n\n' if self._wants_usage else "}\n\n"
+        self._scores = None if asked.logprobs is None else [_Scores() for _ in range(self._num_answers)]
+        self._usages: dict[int, Usage] = {}
+
+    def start(self) -> bytes:
+        return b""
+
+    def more(self, parts: list[Part]) -> bytes:
+        return "".join(map(self._event, parts)).encode("utf-8", "replace")
+
+    def keep_alive(self, progress: Progress | None) -> bytes:
+        return comment(progress)
+
+    def failure(self, error: ApiError) -> bytes:
+        return f"data: {json_text(error.openai_body())}\n\n".encode("utf-8", "replace")
+
+    def _event(self, part: Part) -> str:
+        if isinstance(part, ItemText):
+            logprobs = "null"
+            if self._scores is not None:
+                logprobs = json_text(self._scores[part.index].of(part.logprobs))
+            return self._chunk(part.index, part.text, logprobs)
+        if not isinstance(part, Finished):
+            return ""
+        self._usages[part.index] = part.usage
+        end = self._chunk(part.index, "", finish=f'"{part.reason}"')
+        return end if len(self._usages) < self._num_answers else end + self._end()
+
+    def _chunk(self, index: int, text: str, logprobs: str = "null", finish: str = "null") -> str:
+        return (
+            f'{self._head}{{"index":{index},"text":{encode_basestring(text)},"logprobs":{logprobs},'
+            f'"finish_reason":{finish}}}]{self._tail}'
+        )
+
+    def _end(self) -> str:
+        end = "data: [DONE]\n\n"
+        if not self._wants_usage:
+            return end
+        usage = _usage([self._usages[index] for index in range(self._num_answers)], self._n)
+        return f'{self._head}],"usage":{json_text(usage_object(usage))}}}\n\n{end}'
+
+
+async def create(request: Request) -> Response:
+    """POST /v1/completions."""
+    asked = await read_body(request, CompletionRequest)
+    wanted = asked.generation()
+    created = now()
+    generation = await unless_gone(request, services(request).generations.start(wanted))
+    if asked.stream:
+        return EventStream(generation, CompletionEvents(asked, created))
+    async with generation:
+        answers = await unless_gone(request, collected(generation))
+    return Json(completion(answers, asked, created))
+
+
+ROUTES = [Route("/v1/completions", create, methods=["POST"])]

@@ -1,0 +1,87 @@
+"""The demos behind HTTP, for tests: a registry of models that are loaded already, and a server on a free port."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+import uvicorn
+
+import openelm_mlx as om
+from openelm_mlx.server.answering import ModelGenerations
+from openelm_mlx.server.app import Services, make_app
+from openelm_mlx.server.failures import ApiError
+
+
+class LoadedModel:
+    """A lease of a model that is never given back."""
+
+    def __init__(self, name: str, max_waiting: int | None = None) -> None:
+        self.name = name
+        self.model, self.tokenizer = om.load(name, context_length=1024)
+        self.engine = om.Engine(self.model, self.tokenizer, max_waiting=max_waiting)
+        self.prefix_cache = om.PrefixCache()
+        self.num_leases = 0
+
+    def release(self) -> None:
+        self.num_leases -= 1
+
+
+@dataclass
+class Card:
+    id: str
+    created: int = 1_700_000_000
+    owned_by: str = "openelm_mlx"
+    state: str = "ready"
+
+
+class LoadedModels:
+    """A registry without loading."""
+
+    def __init__(self, *names: str, **options) -> None:
+        self.models = {name: LoadedModel(name, **options) for name in names}
+
+    def names(self) -> list[Card]:
+        return [Card(name) for name in self.models]
+
+    async def acquire(self, name: str) -> LoadedModel:
+        if name not in self.models:
+            raise ApiError(404, f"There is no model {name!r}.", param="model", code="model_not_found")
+        self.models[name].num_leases += 1
+        return self.models[name]
+
+    def close(self) -> None:
+        for model in self.models.values():
+            model.engine.close()
+
+
+@contextlib.contextmanager
+def served(app):
+    """The address of a server with this application, in a thread."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def served_demos(routes, *names: str, **options):
+    """The address, and the registry, of a server of demos."""
+    registry = LoadedModels(*names, **options)
+    generations = ModelGenerations(registry)
+    try:
+        with served(make_app(Services(generations, registry), routes)) as address:
+            yield address, registry
+    finally:
+        generations.close()
+        registry.close()

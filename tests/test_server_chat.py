@@ -1,0 +1,360 @@
+"""Chat Completions with the trained demos behind a real server, and every answer against OpenAI's own types."""
+
+import json
+
+import pytest
+from httpx import Client
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from server_app import served_demos
+
+import openelm_mlx as om
+from openelm_mlx.server.wire import chat
+
+CALCULATOR = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Evaluates arithmetic.",
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+    },
+}
+OTHER = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+SUM = [{"role": "user", "content": "What is 12 * 34?"}]
+WORD = [{"role": "user", "content": "What is a banjo?"}]
+
+
+@pytest.fixture(scope="module")
+def demos():
+    with served_demos(chat.ROUTES, "demo-gpt-oss", "demo-openelm") as (address, registry):
+        with Client(base_url=address, timeout=300) as client:
+            yield client, registry
+        for model in registry.models.values():
+            assert model.num_leases == 0
+            assert model.engine.num_running == model.engine.num_waiting == 0
+
+
+def post(demos, **body):
+    body = {"model": "demo-gpt-oss", "messages": WORD, "temperature": 0, **body}
+    return demos[0].post("/v1/chat/completions", json=body)
+
+
+def ask(demos, **body):
+    answer = post(demos, **body)
+    assert answer.status_code == 200, answer.text
+    ChatCompletion.model_validate(answer.json())
+    return answer.json()
+
+
+def stream(demos, **body):
+    """The chunks, checked: their form, their order, and the end."""
+    body = {"model": "demo-gpt-oss", "messages": WORD, "temperature": 0, "stream": True, **body}
+    chunks, lines = [], []
+    with demos[0].stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        for line in answer.iter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                chunks.append(json.loads(line[6:]))
+                ChatCompletionChunk.model_validate(chunks[-1])
+            if line and not line.startswith(":"):
+                lines.append(line)
+    assert lines[-1] == "data: [DONE]"
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    return chunks
+
+
+def put_together(chunks):
+    """What a client makes of the chunks, by answer: message, finish_reason, logprobs; and the usage."""
+    answers, usage = {}, None
+    for chunk in chunks:
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            found = answers.setdefault(choice["index"], {"content": "", "reasoning": "", "calls": [], "logprobs": []})
+            delta = choice["delta"]
+            found["content"] += delta.get("content") or ""
+            found["reasoning"] += delta.get("reasoning") or ""
+            assert delta.get("reasoning") == delta.get("reasoning_content")
+            for call in delta.get("tool_calls", ()):
+                if "id" in call:
+                    assert call["index"] == len(found["calls"])
+                    found["calls"].append({"name": call["function"]["name"], "arguments": ""})
+                found["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
+            if choice["logprobs"] is not None:
+                found["logprobs"] += choice["logprobs"]["content"]
+            assert "finish" not in found, "a chunk came after the last one"
+            if choice["finish_reason"] is not None:
+                assert delta == {}
+                found["finish"] = choice["finish_reason"]
+    return answers, usage
+
+
+def whole(answer):
+    """The same of an answer that was not streamed."""
+    answers = {}
+    for choice in answer["choices"]:
+        message = choice["message"]
+        assert message.get("reasoning") == message.get("reasoning_content")
+        answers[choice["index"]] = {
+            "content": message["content"] or "",
+            "reasoning": message.get("reasoning") or "",
+            "calls": [call["function"] for call in message.get("tool_calls", ())],
+            "logprobs": (choice["logprobs"] or {"content": []})["content"],
+            "finish": choice["finish_reason"],
+        }
+    return answers, answer["usage"]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "size": {"type": "integer"}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+REQUESTS = {
+    "a word": {},
+    "a call": {"messages": SUM, "tools": [CALCULATOR]},
+    "a call that has to be": {"tools": [CALCULATOR], "tool_choice": "required", "max_tokens": 80},
+    "a schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}},
+    "cut in its reasoning": {"max_tokens": 5},
+    "a stop string": {"stop": ["instrument", "kind"], "max_tokens": 60},
+    "log-probabilities": {"logprobs": True, "top_logprobs": 2},
+    "three answers": {"n": 3, "seed": 5, "temperature": 1.0, "max_tokens": 24},
+    "without reasoning": {"reasoning_effort": "none", "max_tokens": 12},
+    "OpenELM": {"model": "demo-openelm", "max_tokens": 24, "logprobs": True},
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_streamed_is_whole(demos, name):
+    body = REQUESTS[name]
+    found, usage = put_together(stream(demos, stream_options={"include_usage": True}, **body))
+    wanted, wanted_usage = whole(ask(demos, **body))
+    assert found == wanted
+    for each in (usage, wanted_usage):
+        each["prompt_tokens_details"].pop("cached_tokens")  # the second one finds the first one's prompt
+    assert usage == wanted_usage
+
+
+@pytest.mark.parametrize("model", ["demo-gpt-oss", "demo-openelm"])
+def test_greedy_text_is_that_of_generate(demos, model):
+    loaded = demos[1].models[model]
+    for messages in (WORD, [{"role": "system", "content": "Be brief."}, *SUM]):
+        answer = ask(demos, model=model, messages=messages, max_tokens=60)
+        handle = loaded.engine.submit(messages, max_tokens=60)
+        assert answer["choices"][0]["message"]["content"] == handle.text()
+        assert answer["usage"]["completion_tokens"] == handle.statistics.completion_tokens
+    assert answer["choices"][0]["message"]["content"] == om.generate(
+        loaded.model, loaded.tokenizer, messages, max_tokens=60
+    )
+
+
+def test_a_call_and_its_result(demos):
+    answer = ask(demos, messages=SUM, tools=[CALCULATOR])
+    message = answer["choices"][0]["message"]
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    assert message["content"] is None
+    assert "reasoning" in message
+    [call] = message["tool_calls"]
+    assert call["type"] == "function"
+    assert call["id"].startswith("call_")
+    assert call["function"]["name"] == "calculator"
+    assert json.loads(call["function"]["arguments"]) == {"expression": "12 * 34"}
+    for name in ("reasoning", "reasoning_content"):
+        said = {key: value for key, value in message.items() if not key.startswith("reasoning")}
+        said[name] = message["reasoning"]
+        result = {"role": "tool", "tool_call_id": call["id"], "content": "408"}
+        last = ask(demos, messages=[*SUM, said, result], tools=[CALCULATOR])
+        assert "408" in last["choices"][0]["message"]["content"]
+        assert last["choices"][0]["finish_reason"] == "stop"
+        # The call's prompt and what was written of it are known; the result is new.
+        assert last["usage"]["prompt_tokens_details"]["cached_tokens"] > answer["usage"]["prompt_tokens"]
+
+
+def test_every_tool_choice(demos):
+    tools = [OTHER, CALCULATOR]
+
+    def called(messages, choice):
+        answer = ask(demos, messages=messages, tools=tools, tool_choice=choice, max_tokens=90)
+        return [call["function"]["name"] for call in answer["choices"][0]["message"].get("tool_calls", ())]
+
+    assert called(SUM, "auto") == ["calculator"]
+    assert called(SUM, "none") == []
+    assert len(called(WORD, "required")) == 1
+    assert called(WORD, {"type": "function", "function": {"name": "look_up"}}) == ["look_up"]
+    assert called(SUM, {"type": "function", "function": {"name": "look_up"}}) == ["look_up"]
+    only = {"mode": "required", "tools": [{"type": "function", "function": {"name": "look_up"}}]}
+    assert called(SUM, {"type": "allowed_tools", "allowed_tools": only}) == ["look_up"]
+
+
+def test_a_call_s_arguments_follow_its_schema_and_end_within_the_limit(demos):
+    size = {
+        "type": "object",
+        "properties": {"size": {"enum": [3, 5]}},
+        "required": ["size"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "resize", "parameters": size, "strict": True}}
+    for seed in range(3):
+        answer = ask(demos, tools=[tool], tool_choice="required", temperature=1.5, seed=seed, max_tokens=100)
+        choice = answer["choices"][0]
+        if choice["finish_reason"] == "length":  # it was still thinking
+            assert "tool_calls" not in choice["message"]
+            continue
+        assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])["size"] in (3, 5)
+
+
+def test_json_is_enforced_and_reasoning_stays_free(demos):
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    message = ask(demos, response_format=form)["choices"][0]["message"]
+    assert set(json.loads(message["content"])) == {"name", "size"}
+    assert message["reasoning"]
+    anything = ask(demos, response_format={"type": "json_object"}, max_tokens=80)["choices"][0]["message"]
+    assert isinstance(json.loads(anything["content"]), dict)
+    with_tools = ask(demos, messages=SUM, tools=[CALCULATOR], response_format=form, tool_choice="required")["choices"][
+        0
+    ]
+    assert with_tools["finish_reason"] == "tool_calls"
+    plain = ask(demos, model="demo-openelm", response_format=form, max_tokens=60)["choices"][0]["message"]
+    assert set(json.loads(plain["content"])) == {"name", "size"}
+
+
+def test_logprobs_are_of_the_answer_alone(demos):
+    answer = ask(demos, logprobs=True, top_logprobs=3)
+    choice = answer["choices"][0]
+    tokens = choice["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == choice["message"]["content"]
+    for token in tokens:
+        assert len(token["top_logprobs"]) == 3
+        assert token["token"] == token["top_logprobs"][0]["token"]
+        assert token["logprob"] == pytest.approx(token["top_logprobs"][0]["logprob"])
+    assert ask(demos)["choices"][0]["logprobs"] is None
+
+
+def test_a_stop_string_ends_the_answer_and_not_the_reasoning(demos):
+    text = ask(demos)["choices"][0]["message"]
+    stop = text["content"].split()[3]
+    message = ask(demos, stop=stop)["choices"][0]["message"]
+    assert message["content"] == text["content"][: text["content"].index(stop)]
+    within = text["reasoning"].split()[1]
+    assert ask(demos, stop=[within])["choices"][0]["message"]["reasoning"] == text["reasoning"]
+
+
+def test_several_answers_come_of_one_prompt_and_a_seed_repeats_them(demos):
+    body = {"n": 3, "seed": 7, "temperature": 1.0, "max_tokens": 20}
+    first, second = ask(demos, **body), ask(demos, **body)
+    assert [each["index"] for each in first["choices"]] == [0, 1, 2]
+    texts = [each["message"] for each in first["choices"]]
+    assert texts == [each["message"] for each in second["choices"]]
+    assert len({json.dumps(text) for text in texts}) > 1
+    one = ask(demos, n=1, seed=8, temperature=1.0, max_tokens=20)
+    assert one["choices"][0]["message"] == texts[1]
+
+
+def test_the_second_turn_computes_only_what_is_new(demos):
+    talk = [{"role": "user", "content": "What is a cello? " + "Tell me in a few words. " * 40}]
+    first = ask(demos, messages=talk, max_tokens=40)
+    said = first["choices"][0]["message"]
+    again = [*talk, {"role": "assistant", "content": said["content"]}, {"role": "user", "content": "And a horse?"}]
+    second = ask(demos, messages=again, max_tokens=20)
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    # The reasoning is not told again, so the first turn's prompt is what can be known, up to its last token.
+    assert first["usage"]["prompt_tokens"] - 8 <= cached <= first["usage"]["prompt_tokens"]
+
+
+def test_reasoning_tokens_are_the_reasoning(demos):
+    usage = ask(demos)["usage"]
+    details = usage["completion_tokens_details"]
+    assert 0 < details["reasoning_tokens"] < usage["completion_tokens"]
+    assert (
+        ask(demos, reasoning_effort="none", max_tokens=8)["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
+    )
+    assert ask(demos, max_tokens=5)["choices"][0]["message"]["content"] == ""
+
+
+def test_penalties_and_biases_reach_the_sampler(demos):
+    tokenizer = demos[1].models["demo-gpt-oss"].tokenizer
+    word = ask(demos)["choices"][0]["message"]["content"].split()[0]
+    bias = {str(token): -100 for token in tokenizer.encode(word, continuation=True)}
+    assert not ask(demos, logit_bias=bias)["choices"][0]["message"]["content"].startswith(word)
+    plain, penalized = ask(demos), ask(demos, repetition_penalty=50.0, max_tokens=40)
+    assert penalized["choices"][0]["message"]["reasoning"] != plain["choices"][0]["message"]["reasoning"]
+
+
+def test_nulls_are_not_given_and_unknown_fields_are_passed_over(demos):
+    wanted = ask(demos, max_tokens=30)["choices"]
+    nulls = dict.fromkeys(
+        ("tools", "tool_choice", "stream", "stream_options", "response_format", "n", "stop", "logprobs", "top_logprobs", "seed",
+         "logit_bias", "presence_penalty", "top_p", "user", "metadata", "reasoning_effort", "max_completion_tokens")
+    )  # fmt: skip
+    unknown = {
+        "mirostat": 2,
+        "options": {"num_ctx": 1},
+        "service_tier": "auto",
+        "store": False,
+        "tools": [{"type": "web_search"}],
+    }
+    assert ask(demos, max_tokens=30, **nulls)["choices"] == wanted
+    assert ask(demos, max_tokens=30, **unknown)["choices"] == wanted
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "a banjo?"}]}]
+    assert ask(demos, max_tokens=30, messages=parts)["choices"][0]["finish_reason"]
+
+
+WRONG = [
+    ({"temperature": 3}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"n": 0}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"messages": []}, "messages"),
+    ({"messages": "Hi"}, "messages"),
+    ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "1"}]}, "messages"),
+    ({"tools": ["f"]}, "tools[0]"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function"),
+    ({"tools": [CALCULATOR, CALCULATOR]}, "tools"),
+    ({"tools": [CALCULATOR], "tool_choice": "sometimes"}, "tool_choice"),
+    ({"tools": [CALCULATOR], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wrong"}}}}, "response_format"),
+    ({"reasoning_effort": "enormous"}, "reasoning_effort"),
+    ({"chat_template_kwargs": {"reasoning_effort": 3}}, "chat_template_kwargs.reasoning_effort"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": 5}, "stop"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"99999999": 1}}, "logit_bias"),
+    ({"seed": 2**70}, "seed"),
+    ({"stream": "yes"}, "stream"),
+    ({"model": "demo-openelm", "tools": [CALCULATOR]}, "tools"),
+    ({"model": "demo-openelm", "reasoning_effort": "low"}, "reasoning_effort"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "param"), WRONG, ids=lambda value: json.dumps(value)[:60])
+def test_what_is_wrong_is_a_400_that_names_the_field(demos, body, param):
+    for stream in (False, True):
+        answer = post(demos, **{"stream": stream, **body})
+        error = answer.json()["error"]
+        assert answer.status_code == 400, error
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["param"] == param, error
+        assert error["message"].endswith(".")
+
+
+def test_errors_that_clients_look_for(demos):
+    missing = post(demos, model="gpt-6")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+    long = post(demos, messages=[{"role": "user", "content": "banjo " * 1000}])
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    client = demos[0]
+    for body in (b"", b"{", b"[]", b"\xff", b'{"model": NaN}', b"[" * 100_000):
+        answer = client.post("/v1/chat/completions", content=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    assert client.get("/v1/nothing").json()["error"]["code"] == "unknown_url"
+    assert client.get("/v1/chat/completions").status_code == 405

@@ -20,7 +20,7 @@ class LoadedModel:
 
     def __init__(self, name: str, max_waiting: int | None = None) -> None:
         self.name = name
-        self.model, self.tokenizer = om.load(name, context_length=1024)
+        self.model, self.tokenizer = om.load(name, context_length=1024 if name == "demo-gpt-oss" else None)
         self.engine = om.Engine(self.model, self.tokenizer, max_waiting=max_waiting)
         self.prefix_cache = om.PrefixCache()
         self.num_leases = 0

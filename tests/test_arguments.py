@@ -65,6 +65,7 @@ GENERATE = {
     "logprobs": NOT_A_NUMBER, "raw": (*NOT_A_FLAG, None), "chat_template": NOT_TEXT, "reasoning_effort": NOT_TEXT,
     "sliding_window": NOT_A_NUMBER, "prefill_chunk": NOT_A_NUMBER, "kv_bits": NOT_A_NUMBER, "schema": (5, b"x", [5], ODD),
     "regex": NOT_TEXT, "grammar": NOT_TEXT, "tool_schemas": (5, "x", b"x", [5], ODD, True), "prefix_cache": NOT_ONE_OF_OURS,
+    "tools": (5, "x", b"x", {}, [5], ["x"], ODD, True), "tool_choice": (5, 1.5, "x", b"x", [], {}, ODD, True),
     "draft": NOT_ONE_OF_OURS,
 }  # fmt: skip
 CHAT = {

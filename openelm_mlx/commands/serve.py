@@ -211,20 +211,19 @@ def _read_private(name: str) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise SettingError(f"--api-key-file {name} cannot be read: {error.strerror or error}.") from None
-    with os.fdopen(descriptor, "rb") as stream:
-        facts = os.fstat(stream.fileno())
+    try:
+        facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise SettingError(f"--api-key-file {name} is no ordinary file: give one with a key a line.")
         if facts.st_mode & 0o077:
             raise SettingError(
                 f"--api-key-file {name} can be read by others (mode {stat.S_IMODE(facts.st_mode):o}): run `chmod 600 {name}`."
             )
-        if facts.st_size > LARGEST_KEY_FILE:
-            raise SettingError(f"--api-key-file {name} is larger than a file of keys: give one with a key a line.")
-        try:
-            return stream.read().decode()
-        except (OSError, UnicodeDecodeError):
-            raise SettingError(f"--api-key-file {name} is not text: give a file with a key a line.") from None
+        return os.read(descriptor, LARGEST_KEY_FILE).decode()
+    except (OSError, UnicodeDecodeError):
+        raise SettingError(f"--api-key-file {name} is not text: give a file with a key a line.") from None
+    finally:
+        os.close(descriptor)
 
 
 class Told:

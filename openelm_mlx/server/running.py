@@ -43,6 +43,9 @@ async def serve(settings: ServerSettings, listening: socket.socket, voice: Voice
             voice.listening(settings, *address_of(listening))
         return await _until_the_end(running, server, registry)
     finally:
+        if not running.done():  # this task was cancelled
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
         if server.is_hurried:
             voice.hurried()
         await registry.close()

@@ -46,7 +46,6 @@ class ServerSettings:
         keep_alive_timeout: How long a connection stays open between two requests.
         max_connections: At once; one more is told to come back.
         shutdown_time: How long answers may go on after Ctrl-C.
-        max_stored: How many responses are kept for `previous_response_id`.
     """
 
     models: tuple[ServedModel, ...] = ()
@@ -68,4 +67,3 @@ class ServerSettings:
     keep_alive_timeout: float = 75.0
     max_connections: int = 512
     shutdown_time: float = 30.0
-    max_stored: int = 1000

@@ -58,6 +58,10 @@ class EngineClosedError(UserError):
     """An engine was asked for something after it had been closed, or while it was being closed."""
 
 
+class WorkerError(UserError):
+    """A machine that computes some of a model's layers is not there, was lost, or is not the one that it should be."""
+
+
 class ToolError(UserError):
     """A tool's definition, a schema, or the place a tool should run in is not usable."""
 

@@ -6,7 +6,8 @@ Read `prepare` first: it opens the source (sources.py), decides how each paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -24,6 +25,8 @@ from .experts.residency import Streaming, checked_slots
 from .files import hears_the_disk, shown
 from .finder import disk_trouble
 from .hub import Progress
+from .link.several import Several, checked_workers, spread_out
+from .link.team import DEADLINE
 from .memory.admission import MOST_REQUESTS
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
@@ -69,6 +72,10 @@ def load(
     chat_template: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    workers: str | Sequence[str] | None = None,
+    secret_file: str | os.PathLike[str] | None = None,
+    layers: str | Sequence[int] | None = None,
+    worker_timeout: float = DEADLINE,
 ) -> tuple[Model, Tokenizer | None]:
     """The model and the tokenizer of `source`, ready to generate.
 
@@ -99,7 +106,13 @@ def load(
             be token ids.
         chat_template: "openelm-instruct", "plain", or gpt-oss's "harmony"; else what conversion stored, else
             what the source's name says.
-        progress: Called with (bytes so far, total bytes) while something is downloaded.
+        progress: Called with (bytes so far, total bytes) while something is downloaded, and while several machines
+            read their layers.
+        workers: Other machines that have the layers which this one has no room for, as "host:port"; each runs
+            `openelm_mlx serve-layers` and has its own copy of the files (docs/several-macs.md).
+        secret_file: A file with the secret that all of them share; without it only this very machine is reached.
+        layers: How many layers each machine gets, this one first, such as (20, 16); None: the fastest is filled first.
+        worker_timeout: Seconds of silence after which a worker is given up. It says every second that it is at work.
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
@@ -118,6 +131,10 @@ def load(
         chat_template=chat_template,
         revision=revision,
         progress=progress,
+        workers=workers,
+        secret_file=secret_file,
+        layers=layers,
+        worker_timeout=worker_timeout,
     ).read()
 
 
@@ -166,6 +183,10 @@ def prepare(
     progress: Progress | None = None,
     opened: Source | None = None,
     machine: Machine | None = None,
+    workers: str | Sequence[str] | None = None,
+    secret_file: str | os.PathLike[str] | None = None,
+    layers: str | Sequence[int] | None = None,
+    worker_timeout: float = DEADLINE,
 ) -> Prepared:
     """Everything that `load` does except reading the tensors, with the same arguments and errors.
 
@@ -173,6 +194,7 @@ def prepare(
     """
     dense_bits = preset_bits(preset, dense_bits)
     wanted_type = parse_dtype(dtype)
+    addresses = checked_workers(workers, secret_file, layers)
     allow_open_files()
     keep_float32()
     use_device()
@@ -188,6 +210,14 @@ def prepare(
         wire=checked_wire(wire),
     )
     placement = Placement.of(contents, wanted_type, dense_packing(dense_bits))
+    if addresses is not None:
+        several = spread_out(opened, placement, request, addresses, secret_file, layers, worker_timeout, machine)
+        template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
+        found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
+        shape = build_model(several.own.spec)
+        return _prepared(
+            shape, several.plan, found, context_length, kv_bits, partial(_read_several, source, several, progress)
+        )
     weights, itemsize = placement.weights(opened.folder), placement.dtype.size
     packed = partial(packed_weights, contents, wanted_type) if dense_bits is None else None
     plan = make_plan(
@@ -206,13 +236,45 @@ def prepare(
     # Before the tensors are read: a tokenizer that does not fit is reported at once.
     template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
     found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
-    shape = build_model(spec)  # lazy: its arrays are never evaluated
-    runtime_of(shape).plan = plan
-    shape.context_length = checked_context_length(context_length, spec)
-    shape.kv_bits = kv_bits
-    runtime_of(shape).tokenizer = found
     read = partial(_read, source, placement, opened.checkpoint, streaming)
-    return Prepared(shape, found, read)
+    return _prepared(build_model(spec), plan, found, context_length, kv_bits, read)
+
+
+def _prepared(
+    shape: Model,
+    plan: MemoryPlan,
+    tokenizer: Tokenizer | None,
+    context_length: int | None,
+    kv_bits: int | None,
+    read: Callable[[], Model],
+) -> Prepared:
+    """shape: lazy, its arrays are never evaluated."""
+    shape.context_length = checked_context_length(context_length, shape.spec)
+    shape.kv_bits = kv_bits
+    runtime = runtime_of(shape)
+    runtime.plan, runtime.tokenizer = plan, tokenizer
+    return Prepared(shape, tokenizer, read)
+
+
+@hears_the_disk(CheckpointError)
+def _read_several(source: SourceName, several: Several, progress: Progress | None) -> Model:
+    """The model of a source whose other layers are on other machines: they read theirs meanwhile."""
+    own, slots, found = several.own, several.plan.expert_slots, []
+    told = None if progress is None else several.share(progress)
+
+    def read_own(glance: Callable[[], None]) -> None:
+        def update(done: int, total: int) -> None:
+            if told is not None:
+                told(done, total)
+            glance()
+
+        streaming = None if slots is None else Streaming(own.placement.contents, several.checkpoint, slots)
+        found.append(read_model(own.placement, several.checkpoint, streaming, stored_choices(), update))
+
+    several.chain.read(read_own)
+    [model] = found
+    several.attach(model)
+    return model
 
 
 @hears_the_disk(CheckpointError)
@@ -238,11 +300,12 @@ def read_model(
     checkpoint: Checkpoint,
     streaming: Streaming | None = None,
     choices: KernelChoices | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """The module with the checkpoint's parameters, evaluated; they are never in memory twice.
 
     streaming: what stays on disk; None keeps everything in memory. choices: which of equivalent kernels it uses; None: the
-    backend's defaults.
+    backend's defaults. progress: called with (bytes read so far, all bytes).
     """
     model = build_model(placement.contents.spec, choices)
     packed = placement.packed
@@ -250,7 +313,7 @@ def read_model(
         nn.quantize(model, class_predicate=lambda path, _: path in packed and packed[path].as_config())
     if streaming is not None:
         placement = placement.leaving_on_disk(streaming.on_disk)
-    weights = _read_arrays(placement, checkpoint)
+    weights = _read_arrays(placement, checkpoint, progress)
     _check_scales(weights, placement.packings)
     if placement.unpacked:
         weights = _unpack(weights, {module: placement.packings[module] for module in placement.unpacked})
@@ -267,24 +330,31 @@ def read_model(
     return model
 
 
-def _read_arrays(placement: Placement, checkpoint: Checkpoint) -> list[tuple[str, mx.array]]:
+def _read_arrays(
+    placement: Placement, checkpoint: Checkpoint, progress: Progress | None = None
+) -> list[tuple[str, mx.array]]:
     """Name -> array of everything that is read, evaluated about 64 MiB at a time."""
     weights: list[tuple[str, mx.array]] = []
     pending: list[mx.array] = []
-    pending_bytes = 0
-    for decision in placement.decisions:
-        if decision.is_on_disk:
-            continue
+    pending_bytes = done = 0
+    wanted = [each for each in placement.decisions if not each.is_on_disk]
+    total = sum(each.stored_bytes for each in wanted)
+    for decision in wanted:
         parts = decision.read(checkpoint)
         if decision.is_by_columns:
             _evaluate(list(parts.values()), checkpoint)  # one at a time: only one has a second copy at any moment
         weights += parts.items()
         pending += parts.values()
         pending_bytes += max(decision.cast_bytes, sum(each.nbytes for each in parts.values()))
+        done += decision.stored_bytes
         if pending_bytes > LOAD_BATCH_BYTES:
             _evaluate(pending, checkpoint)
             pending, pending_bytes = [], 0
+            if progress is not None and done < total:
+                progress(done, total)
     _evaluate(pending, checkpoint)
+    if progress is not None:
+        progress(total, total)
     return weights
 
 

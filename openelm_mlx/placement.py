@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .checkpoint.layouts import FLOAT_TYPES, Contents, Parameter
+from .checkpoint.parts import part_name, part_of
 from .checkpoint.quantize import Quantization, quantization_of
 from .checkpoint.reader import ITEM_SIZES, Checkpoint
 from .checks import is_whole
@@ -157,6 +158,22 @@ class Placement:
     def packed(self) -> dict[str, Quantization]:
         """Module -> packing of what the model has packed."""
         return {module: each for module, each in self.packings.items() if module not in self.unpacked}
+
+    def part(self, start: int, stop: int) -> Placement:
+        """The same decisions for the model with layers start ... stop - 1 alone: what is decided is decided for the whole."""
+        decisions = [
+            replace(each, parameter=replace(each.parameter, name=name))
+            for each in self.decisions
+            if (name := part_name(each.parameter.name, start, stop)) is not None
+        ]
+        packings = {
+            name: each for module, each in self.packings.items() if (name := part_name(module, start, stop)) is not None
+        }
+        unpacked = (part_name(module, start, stop) for module in self.unpacked)
+        contents = part_of(self.contents, start, stop)
+        return Placement(
+            contents, self.dtype, packings, frozenset(each for each in unpacked if each is not None), tuple(decisions)
+        )
 
     def leaving_on_disk(self, names: Collection[str]) -> Placement:
         """The same with these parameters on disk."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .experts.residency import Residency
 from .memory.plan_types import MemoryPlan
+from .models.remote import RemoteLayers
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Runtime:
 
     plan: the memory plan that loading followed; None where nothing was planned, so no request is refused for memory.
     residency: reads experts that are not in memory; None when all are. failure: why the model has to be loaded again, if it
-    has. tokenizer: the one it was loaded with, for comparing two models.
+    has. tokenizer: the one it was loaded with, for comparing two models. remote: the layers that other machines have.
     """
 
     plan: MemoryPlan | None = None
@@ -39,6 +40,7 @@ class Runtime:
     failure: str | None = None
     tokenizer: Tokenizer | None = None
     traced: Traced = field(default_factory=Traced)
+    remote: RemoteLayers | None = None
 
 
 def runtime_of(model: Model) -> Runtime:

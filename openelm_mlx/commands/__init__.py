@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": "plan",
     "convert": "convert",
     "export": "export",
+    "serve-layers": "serve_layers",
     "info": "info",
     "bench": "bench",
     "selfcheck": "selfcheck",

@@ -26,6 +26,7 @@ def byte_bar(label: str) -> Progress | None:
         bar.refresh()
         if done >= total:
             bar.close()
+            bar = None  # what comes next has a bar of its own
 
     return update
 

@@ -39,7 +39,12 @@ class BatchStep:
         pieces = self._latest.get()
         walk = _CompiledRowsWalk(self._model, rows, tokens, pieces, bank)
         walk.run(0, len(walk.layers))
-        return pieces.head_of_rows(*walk.state)
+        found: mx.array = pieces.head_of_rows(*walk.state)
+        if self._model.remote is None:
+            return found
+        h = self._model.remote.rows(found, rows)
+        assert h is not None
+        return self._model.head(h)
 
 
 class _CompiledRowsWalk(RowsWalk):

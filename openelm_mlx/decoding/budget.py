@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 class Budget:
-    """The memory of one request on `model` with its `cache`. `active_memory` can be injected."""
+    """The memory of one request on `model` with its `cache`. `active_memory` can be injected.
+
+    itemsize: bytes of a number of keys and values, where the model has no embedding to tell it.
+    """
 
     def __init__(
         self,
@@ -35,13 +38,15 @@ class Budget:
         cache: Cache,
         lease: LimitsLease | None = None,
         active_memory: Callable[[], int] | None = None,
+        itemsize: int | None = None,
     ) -> None:
         self._spec, self._cache, self._lease = model.spec, cache, lease
         self._active_memory = mx.get_active_memory if active_memory is None else active_memory
         plan = runtime_of(model).plan
         self._limit = None if plan is None else plan.budget_bytes
         self._scratch_per_token = 0.0 if plan is None else plan.scratch_bytes / max(1, plan.prefill_chunk)
-        self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
+        # Lazy: nothing is computed.
+        self._itemsize = model.embed(mx.array([[0]])).dtype.size if itemsize is None else itemsize
         self._before_chunk = 0
 
     @property
@@ -91,6 +96,16 @@ class Budget:
             self._lease.lap()
         return length
 
+    def check_pass(self, num_tokens: int, length: int) -> None:
+        """Raise MemoryLimitError where a pass of `length` tokens has no room that fills the cache up to `num_tokens`."""
+        if self._limit is not None and self._needed(num_tokens, length) > self._limit:
+            self._refuse(
+                f"The request was stopped after {self.num_tokens:,} tokens, before it would pass the memory limit",
+                num_tokens,
+                length,
+                "Ask for fewer tokens, or raise memory_limit (--memory-limit).",
+            )
+
     def chunk_is_done(self, length: int) -> None:
         """Learn from a computed chunk how much scratch memory each of its tokens took."""
         if self._lease is not None:
@@ -125,7 +140,7 @@ class Budget:
 
     def growth(self, num_tokens: int) -> Growth:
         """Bytes that the keys and values grow by up to `num_tokens`, and of the one layer that is there twice meanwhile."""
-        layers = zip(self._spec.layers, self._cache, strict=True)
+        layers = zip(self._spec.layers, self._cache, strict=False)  # other machines' caches, which follow, are theirs
         return growth_of((layer.nbytes, layer.nbytes_for(num_tokens, spec, self._itemsize)) for spec, layer in layers)
 
     def scratch(self, chunk_length: int) -> int:

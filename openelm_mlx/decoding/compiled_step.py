@@ -12,7 +12,7 @@ from ..models.cache import Cache
 from ..runtime import runtime_of
 from .pieces import LatestPieces, ResidentPieces
 from .sampling import Sampler
-from .step import PlainStep, Step
+from .step import PlainStep, RemoteStep, Step
 from .streamed_step import StreamedStep
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class CompiledStep(Step):
 
     def many(self, tokens: mx.array) -> mx.array:
         """As every step's; the pieces are traced once more for each number of tokens, of which there are few."""
-        return self._pieces.head(self.run_layers(tokens[None]), None)[0]
+        return self._pieces.head(self.run_layers(tokens[None], tokens.shape[0]), None)[0]
 
     def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
         """As every step's; the choice is part of the last piece."""
@@ -44,13 +44,13 @@ class CompiledStep(Step):
         sampler.state = tuple(state)
         return logits, chosen
 
-    def run_layers(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    def run_layers(self, tokens: mx.array, length: int = 1) -> tuple[mx.array, mx.array]:
         """The last layer's input, (B, hidden_size), and its attention's output, (B, H, 1, D); tokens (B,).
 
-        For several tokens a row, (B, L), they are (B, L, hidden_size) and (B, H, L, D).
+        For several tokens a row, (B, length), they are (B, length, hidden_size) and (B, H, length, D).
         """
-        walk = _CompiledWalk(self.model, self.cache, tokens, self._pieces)
-        walk.run(0, len(self.cache))
+        walk = _CompiledWalk(self.model, self.cache, tokens, length, self._pieces)
+        walk.run(0, len(self.model.layers))
         return walk.state
 
     @property
@@ -66,8 +66,8 @@ class _CompiledWalk(LayerWalk):
 
     state: tuple[mx.array, mx.array]
 
-    def __init__(self, model: Model, cache: Cache, tokens: mx.array, pieces: ResidentPieces) -> None:
-        super().__init__(model, cache, 1 if tokens.ndim == 1 else tokens.shape[1])
+    def __init__(self, model: Model, cache: Cache, tokens: mx.array, length: int, pieces: ResidentPieces) -> None:
+        super().__init__(model, cache, length)
         self._tokens, self._pieces = tokens, pieces
         self._position = mx.array(cache[0].offset)
 
@@ -86,6 +86,11 @@ def make_step(model: Model, cache: Cache) -> Step:
     On the CPU backend that is the plain one, unless experts are streamed: there `mx.compile` calls the machine's C++
     compiler and saves nothing. On a GPU it is the compiled one, unless it was found slower (`selfcheck`).
     """
+    own = _own_step(model, cache)
+    return own if model.remote is None else RemoteStep(model, own)
+
+
+def _own_step(model: Model, cache: Cache) -> Step:
     if runtime_of(model).residency is not None:
         return StreamedStep(model, cache)
     return CompiledStep(model, cache) if model.choices.compiled_step else PlainStep(model, cache)

@@ -29,6 +29,8 @@ MOST_CHOICES = 32
 class Pieces:
     """The base of both kinds of pieces: a `head` after all layers, for each form of sampler.
 
+    Where other machines have the layers after the model's own, the residual stream takes the logits' place.
+
     The model's parameters are part of the pieces, so `pieces_of` makes new ones when a parameter has been replaced.
     compile: False leaves them uncompiled, for comparisons in tests.
     """
@@ -58,7 +60,7 @@ class Pieces:
         form = None if sampler is None else sampler.without_arrays()
 
         def head(state: Sequence[mx.array], arrays: Sequence[mx.array]) -> tuple[Any, ...]:
-            logits = self.model.head(self.last_layer(*state))[0]
+            logits = self.model.finish(self.last_layer(*state))[0]
             if form is None:
                 return (logits,)
             chooser = form.with_arrays(arrays)
@@ -88,7 +90,7 @@ class ResidentPieces(Pieces):
         self.first = self.compiled(first)
         self.between = [self.compiled(between(i)) for i in range(len(layers) - 1)]
         # The logits (M, V) of many rows.
-        self.head_of_rows = self.compiled(lambda x, out: model.head(layers[-1].after_attention(x, out)))
+        self.head_of_rows = self.compiled(lambda x, out: model.finish(layers[-1].after_attention(x, out)))
 
     def last_layer(self, *state: mx.array) -> mx.array:
         x, out = state

@@ -94,7 +94,7 @@ def fill(
             logits = _last_logits(model, tokens[start:], cache)
             mx.eval([[logits], *(layer.buffers for layer in cache)])
         else:
-            only_cache(model, tokens[start : start + length], cache, in_turn(cache, len(cache) - 1))
+            only_cache(model, tokens[start : start + length], cache, is_throttled=True)
         budget.chunk_is_done(length)
         if at_border is not None:
             at_border()
@@ -125,31 +125,51 @@ def _last_logits(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
     """The logits (V,) of the last of `tokens`, all of which go into the cache; the last layer computes that one alone."""
     if len(tokens) == 1:
         return make_step(model, cache)(mx.array(tokens[0]))
-    last_block, last_cache = model.layers[-1], cache[-1]
     with lock_of(model):
-        h, queries, keys, values = _through_the_layers(model, tokens, cache, in_turn(cache, len(cache)))
-        out = last_block.attention.attend_over(queries[:, :, -1:], *seen_by_last(last_cache, keys, values), None)
-        return model.head(last_block.after_attention(h[:, -1], out))[0]
+        h = through_chunk(model, model.embed(mx.array(list(tokens))[None]), cache, wants_last=True)
+    if model.remote is not None:
+        h = model.remote.prompt(h, cache, wants_last=True)
+    assert h is not None
+    return model.head(h)[0]
 
 
-def only_cache(model: Model, tokens: Sequence[int], cache: Cache, throttle: LayerThrottle | None = None) -> None:
-    """The keys and values of `tokens` into the cache, evaluated: of the last layer and the head nothing else is computed."""
+def only_cache(model: Model, tokens: Sequence[int], cache: Cache, is_throttled: bool = False) -> None:
+    """The keys and values of `tokens` into the cache, evaluated: of the last layer and the head nothing else is computed.
+
+    Other machines are not waited for: they compute their part while this one goes on with the next tokens.
+    """
     with lock_of(model):
-        _through_the_layers(model, tokens, cache, throttle)
+        h = through_chunk(model, model.embed(mx.array(list(tokens))[None]), cache, False, is_throttled)
         mx.eval([layer.buffers for layer in cache])
+    if model.remote is not None:
+        assert h is not None
+        model.remote.prompt(h, cache, wants_last=False)
 
 
-def _through_the_layers(
-    model: Model, tokens: Sequence[int], cache: Cache, throttle: LayerThrottle | None
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """What the last layer begins with, its queries, and the keys and values in its cache, to which the new ones belong."""
-    last_block, last_cache = model.layers[-1], cache[-1]
-    h = model.run_layers(model.embed(mx.array(list(tokens))[None]), cache, 0, len(cache) - 1, throttle=throttle)
+def through_chunk(
+    model: Model, h: mx.array, cache: Cache, wants_last: bool, is_throttled: bool = True
+) -> mx.array | None:
+    """A chunk of a prompt through the model's own layers; its keys and values are in the cache then. Lazy.
+
+    h (1, L, hidden_size): before the first layer. After the last one, of which nothing is computed that is not wanted,
+    it is that of all tokens where other machines go on with it, else (1, hidden_size) of the last one with `wants_last`.
+    """
+    num_layers = len(model.layers)
+    throttle = (
+        in_turn(cache, num_layers if wants_last or model.is_followed else num_layers - 1) if is_throttled else None
+    )
+    if model.is_followed:
+        return model.run_layers(h, cache, throttle=throttle)
+    last_block, last_cache = model.layers[-1], cache[num_layers - 1]
+    h = model.run_layers(h, cache, 0, num_layers - 1, throttle=throttle)
     queries, *new = last_block.before_attention(h, last_cache.offset)
     if throttle is not None:
         throttle([queries, *new], False)
     keys, values = cast("tuple[mx.array, mx.array]", last_cache.update_and_fetch(*new))
-    return h, queries, keys, values
+    if not wants_last:
+        return None
+    out = last_block.attention.attend_over(queries[:, :, -1:], *seen_by_last(last_cache, keys, values), None)
+    return last_block.after_attention(h[:, -1], out)
 
 
 def lock_of(model: Model) -> Any:

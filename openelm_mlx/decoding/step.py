@@ -39,7 +39,10 @@ class Step(Protocol):
 
 
 class PlainStep(Step):
-    """The model called on one token, without compiled pieces."""
+    """The model called on one token, without compiled pieces.
+
+    As every step of one machine it ends where the model's own layers do: `RemoteStep` goes on from there.
+    """
 
     runs_ahead = True
 
@@ -47,7 +50,27 @@ class PlainStep(Step):
         self.model, self.cache = model, cache
 
     def __call__(self, token: mx.array) -> mx.array:
-        return self.model(token[None], cache=self.cache)[0]
+        return self.model.own(token[None], self.cache)[0]
 
     def many(self, tokens: mx.array) -> mx.array:
-        return self.model(tokens[None], cache=self.cache)[0]
+        return self.model.own(tokens[None], self.cache)[0]
+
+
+class RemoteStep(Step):
+    """A step whose last layers are on other machines. own: what computes this machine's, up to the residual stream.
+
+    The host carries each token's residual stream to and fro, so that nothing runs ahead of it.
+    """
+
+    runs_ahead = False
+
+    def __init__(self, model: Model, own: Step) -> None:
+        assert model.remote is not None
+        self.cache, self._own = own.cache, own
+        self._head, self._remote = model.head, model.remote
+
+    def __call__(self, token: mx.array) -> mx.array:
+        return self._head(self._remote.step(self._own(token), self.cache)[None])[0]
+
+    def many(self, tokens: mx.array) -> mx.array:
+        return self._head(self._remote.many(self._own.many(tokens), self.cache)[None])[0]

@@ -66,7 +66,7 @@ class StreamedStep(Step):
 
     def many(self, tokens: mx.array) -> mx.array:
         with self.residency.lock:
-            return self.model(tokens[None], cache=self.cache)[0]
+            return self.model.own(tokens[None], self.cache)[0]
 
     def _run(self, token: mx.array, sampler: Sampler | None) -> tuple[mx.array, ...]:
         """The logits, and the sampler's choice."""
@@ -115,7 +115,7 @@ class _ForwardPass(LayerWalk):
     def __init__(self, model: GptOss, cache: Cache, pieces: StreamedPieces, token: mx.array) -> None:
         super().__init__(model, cache, length=1)
         self._pieces = pieces
-        self.num_layers = len(cache)
+        self.num_layers = len(model.layers)
         self._residency: Residency = model.residency
         self._position = mx.array(cache[0].offset)
         self._embedded = model.embed(token[None])

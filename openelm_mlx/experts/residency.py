@@ -194,8 +194,10 @@ def _expert_entries(contents: Contents, checkpoint: Checkpoint) -> dict[str, Ten
 
 def _embedding_entry(contents: Contents, checkpoint: Checkpoint) -> TensorEntry | None:
     """The embedding's tensor; None if it has to be in memory, because it is the head too, or is stored packed."""
+    if contents.spec.tied_head or contents.spec.only_layers:
+        return None
     parameter = contents.parameters[EMBEDDING]
-    if contents.spec.tied_head or parameter.dtype not in _STORED_TYPES:
+    if parameter.dtype not in _STORED_TYPES:
         return None
     return checkpoint.entries[parameter.sources[0]]
 

@@ -19,6 +19,7 @@ from .attention import Mask, causal_mask
 from .block import Block, LayerThrottle, Projected
 from .cache import Cache, make_cache
 from .precision import KernelChoices, default_choices
+from .remote import RemoteLayers
 
 # One token's masks may be None, so what has not been made yet needs a mark of its own.
 _NOT_MADE: Any = object()
@@ -34,6 +35,8 @@ class LanguageModel(nn.Module):
     runtime: Any = None
     # 8: new caches keep their keys and values in 8 bits, in the layers that keep them all.
     kv_bits: int | None = None
+    # Whether other machines go on where its own layers end: of a prompt they need every token.
+    is_followed = False
 
     def __init__(self, spec: ModelSpec, choices: KernelChoices | None = None) -> None:
         super().__init__()
@@ -53,7 +56,16 @@ class LanguageModel(nn.Module):
         cache: from `make_cache`, extended in place; with it, `tokens` are only the new ones. left_padding (B,): how many
         tokens at the start of each row are padding; a cache has its own.
         """
-        return self.head(self.run_layers(self.embed(tokens), cache, left_padding=left_padding))
+        h = self.own(tokens, cache, left_padding)
+        return h if self.remote is None else self.head(self.remote.whole(h, cache, left_padding))
+
+    def own(self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None) -> mx.array:
+        """What this machine computes in one go: the logits, or the residual stream where other machines go on with it."""
+        return self.finish(self.run_layers(self.embed(tokens), cache, left_padding=left_padding))
+
+    def finish(self, h: mx.array) -> mx.array:
+        """The logits after the model's own layers; h itself where other machines go on with it."""
+        return h if self.is_followed else self.head(h)
 
     @property
     def plan(self) -> Any:
@@ -65,8 +77,16 @@ class LanguageModel(nn.Module):
         """What reads experts that are not in memory; None when all are."""
         return None if self.runtime is None else self.runtime.residency
 
+    @property
+    def remote(self) -> RemoteLayers | None:
+        """The layers after its own, on other machines; None when it has them all."""
+        return None if self.runtime is None else self.runtime.remote
+
     def embed(self, tokens: mx.array) -> mx.array:
-        """The residual stream before the first layer. (B, L) -> (B, L, hidden_size), (B,) -> (B, hidden_size)"""
+        """The residual stream before the first layer. (B, L) -> (B, L, hidden_size), (B,) -> (B, hidden_size)
+
+        A part that has only layers is given the residual stream in the tokens' place, and gives it as it is.
+        """
         raise NotImplementedError
 
     def head(self, h: mx.array) -> mx.array:
@@ -105,13 +125,14 @@ class LanguageModel(nn.Module):
     ) -> Cache:
         """An empty cache for each layer; `window` makes a ring of that many tokens where a layer would keep them all.
 
-        kv_bits: 8 or 16 for the layers that keep everything; the model's own setting when it is None. room: how many
+        After those of its own layers comes one for each machine that has others. kv_bits: 8 or 16 for the layers that keep everything; the model's own setting when it is None. room: how many
         tokens beyond its window a ring keeps, so that they can be taken back.
         """
         if kv_bits is None and window is None:
             kv_bits = self.kv_bits
         spare = self.choices.spare_places
-        return make_cache(self.spec, window, left_padding, room, self.context_length, kv_bits, spare)
+        own = make_cache(self.spec, window, left_padding, room, self.context_length, kv_bits, spare)
+        return own if self.remote is None else [*own, *self.remote.caches(window, left_padding, kv_bits, room)]
 
     def update(self, parameters: dict[str, Any], strict: bool = True) -> nn.Module:
         """As every module's; compiled steps learn of it, and are made anew with the new parameters."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -10,11 +10,26 @@ from ..specs import kv_capacity
 
 
 class Snapshot(NamedTuple):
-    """An earlier state of a layer's cache. end: one past the newest position in a ring. arrays: a ring's buffers."""
+    """An earlier state of a layer's cache. end: one past the newest position in a ring. arrays: a ring's buffers.
+
+    kept: what another machine keeps of it, for as long as this is alive (remote.py).
+    """
 
     offset: int
     end: int
     arrays: tuple[mx.array, ...] = ()
+    kept: Any = None
+
+
+def seen_before(window: int, offset: int) -> range:
+    """The positions before `offset` that a token there sees through a window: window - 1 at most."""
+    return range(max(0, offset - window + 1), offset)
+
+
+def ring_reaches(window: int, capacity: int, snapshot: Snapshot, offset: int) -> bool:
+    """Whether a ring that is as it was at `snapshot` can be rewound to `offset`: nothing it needs was overwritten."""
+    needed = seen_before(window, offset)
+    return 0 <= offset <= snapshot.offset and not (needed and needed.start < snapshot.end - capacity)
 
 
 def appended(

@@ -14,10 +14,11 @@ import mlx.core as mx
 
 from ..specs import LayerSpec, ModelSpec, checked_kv_bits, kv_capacity
 from .attention import Mask, causal_mask, visible_keys
-from .buffers import Snapshot, appended, grown, write
+from .buffers import Snapshot, appended, grown, ring_reaches, seen_before, write
 from .quantized_cache import QuantizedKVCache
+from .remote_cache import RemoteCache
 
-LayerCache = Union["KVCache", "SlidingKVCache", QuantizedKVCache]
+LayerCache = Union["KVCache", "SlidingKVCache", QuantizedKVCache, RemoteCache]
 Cache = list[LayerCache]
 
 
@@ -255,8 +256,7 @@ class SlidingKVCache:
 
     def can_reach(self, snapshot: Snapshot, offset: int) -> bool:
         """Whether a ring brought back to `snapshot` can be rewound to `offset`: nothing it needs was overwritten."""
-        needed = self._positions_before(offset)
-        return 0 <= offset <= snapshot.offset and not (needed and needed.start < snapshot.end - self.capacity)
+        return ring_reaches(self.window, self.capacity, snapshot, offset)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be again what this ring was at an earlier `snapshot`, which stays as it is."""
@@ -328,7 +328,7 @@ class SlidingKVCache:
 
     def _positions_before(self, offset: int) -> range:
         """The positions before `offset` that a token there sees: window - 1 at most."""
-        return range(max(0, offset - self.window + 1), offset)
+        return seen_before(self.window, offset)
 
     def _ring_mask(self, window: int, return_array: bool) -> Mask:
         """Which slots the next token sees once it is in its own: (1, capacity), or (B, 1, 1, capacity)."""

@@ -27,13 +27,15 @@ class GptOss(LanguageModel):
     def __init__(self, spec: ModelSpec, choices: KernelChoices | None = None) -> None:
         super().__init__(spec, choices)
         self.model = Transformer(spec, self.choices)
-        if not spec.tied_head:
+        if not (spec.tied_head or spec.only_layers):
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        return self.model.embed_tokens(tokens)
+        return tokens if self.spec.only_layers else self.model.embed_tokens(tokens)
 
     def head(self, h: mx.array) -> mx.array:
+        if self.spec.only_layers:
+            return h
         h = self.model.norm(h, self.layers[0].self_attn.dtype if self.layers else None)
         return self.model.embed_tokens.as_linear(h) if self.spec.tied_head else self.lm_head(h)
 
@@ -47,10 +49,12 @@ class Transformer(nn.Module):
 
     def __init__(self, spec: ModelSpec, choices: KernelChoices) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if not spec.only_layers:
+            self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         rotation = Rotation(spec.rope_theta, spec.yarn)
         self.layers = [Block(spec, layer, rotation, choices) for layer in spec.layers]
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        if not spec.only_layers:
+            self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
 class Routed(NamedTuple):

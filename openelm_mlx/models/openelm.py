@@ -24,13 +24,15 @@ class OpenELM(LanguageModel):
     def __init__(self, spec: ModelSpec, choices: KernelChoices | None = None) -> None:
         super().__init__(spec, choices)
         self.transformer = Transformer(spec, self.choices)
-        if not spec.tied_head:
+        if not (spec.tied_head or spec.only_layers):
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        return self.transformer.token_embeddings(tokens)
+        return tokens if self.spec.only_layers else self.transformer.token_embeddings(tokens)
 
     def head(self, h: mx.array) -> mx.array:
+        if self.spec.only_layers:
+            return h
         h = self.transformer.norm(h)
         return self.transformer.token_embeddings.as_linear(h) if self.spec.tied_head else self.lm_head(h)
 
@@ -44,10 +46,12 @@ class Transformer(nn.Module):
 
     def __init__(self, spec: ModelSpec, choices: KernelChoices) -> None:
         super().__init__()
-        self.token_embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if not spec.only_layers:
+            self.token_embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
         rotation = Rotation(spec.rope_theta)
         self.layers = [Block(spec, layer, rotation, choices) for layer in spec.layers]
-        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        if not spec.only_layers:
+            self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
 
 class Block(block.Block):

@@ -56,7 +56,11 @@ def flat_logits(
     but for what the throttle waits for.
     """
     walk = RowsWalk(model, rows, model.embed(tokens), throttle, bank)
-    h = walk.through_all()
+    if not model.is_followed:
+        h = walk.through_all()
+    else:
+        walk.run(0, len(walk.layers))
+        h = walk.h if model.remote is None else model.remote.rows(walk.h, rows)
     return None if h is None else model.head(h)
 
 

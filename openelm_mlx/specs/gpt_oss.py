@@ -85,7 +85,7 @@ class GptOss:
     @staticmethod
     def parameter_shapes(spec: ModelSpec) -> Shapes:
         width = spec.hidden_size
-        shapes: Shapes = {"model.embed_tokens.weight": (spec.vocab_size, width)}
+        shapes: Shapes = {} if spec.only_layers else {"model.embed_tokens.weight": (spec.vocab_size, width)}
         for i, layer in enumerate(spec.layers):
             prefix, experts = f"model.layers.{i}", layer.num_experts
             qkv_width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
@@ -102,6 +102,8 @@ class GptOss:
             shapes[f"{prefix}.mlp.experts.gate_up_proj.bias"] = (experts, 2 * layer.intermediate_size)
             shapes[f"{prefix}.mlp.experts.down_proj.weight"] = (experts, width, layer.intermediate_size)
             shapes[f"{prefix}.mlp.experts.down_proj.bias"] = (experts, width)
+        if spec.only_layers:
+            return shapes
         shapes["model.norm.weight"] = (width,)
         if not spec.tied_head:
             shapes["lm_head.weight"] = (spec.vocab_size, width)

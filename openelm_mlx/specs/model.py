@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..errors import ConfigError, SettingError
@@ -85,6 +85,12 @@ class ModelSpec:
     # gpt-oss's activation: gate and up are clamped at the limit, alpha is the slope inside the sigmoid.
     swiglu_limit: float = math.inf
     swiglu_alpha: float = 1.0
+    # A part of a model whose layers lie on several machines: neither embedding nor last norm nor head are here.
+    only_layers: bool = field(default=False, repr=False)
+
+    def part(self, start: int, stop: int) -> ModelSpec:
+        """The model with layers start ... stop - 1 alone; the first part keeps embedding, last norm and head."""
+        return replace(self, layers=self.layers[start:stop], only_layers=start > 0)
 
     def parameter_shapes(self) -> Shapes:
         """Canonical name -> shape of every parameter, in the order of the forward pass."""
@@ -103,7 +109,7 @@ class ModelSpec:
 
         The head counts; so OpenAI counts too (arXiv 2508.10925, table 1).
         """
-        lookup = 0 if self.tied_head else self.vocab_size * self.hidden_size
+        lookup = 0 if self.tied_head or self.only_layers else self.vocab_size * self.hidden_size
         idle = sum(
             (layer.num_experts - layer.experts_per_token) * layer.parameters_per_expert(self.hidden_size)
             for layer in self.layers

@@ -111,7 +111,7 @@ class OpenELM:
     @staticmethod
     def parameter_shapes(spec: ModelSpec) -> Shapes:
         width = spec.hidden_size
-        shapes: Shapes = {"transformer.token_embeddings.weight": (spec.vocab_size, width)}
+        shapes: Shapes = {} if spec.only_layers else {"transformer.token_embeddings.weight": (spec.vocab_size, width)}
         for i, layer in enumerate(spec.layers):
             prefix = f"transformer.layers.{i}"
             qkv_heads = layer.num_heads + 2 * layer.num_kv_heads
@@ -124,6 +124,8 @@ class OpenELM:
             shapes[f"{prefix}.ffn_norm.weight"] = (width,)
             shapes[f"{prefix}.ffn.proj_1.weight"] = (2 * layer.intermediate_size, width)
             shapes[f"{prefix}.ffn.proj_2.weight"] = (width, layer.intermediate_size)
+        if spec.only_layers:
+            return shapes
         shapes["transformer.norm.weight"] = (width,)
         if not spec.tied_head:
             shapes["lm_head.weight"] = (spec.vocab_size, width)

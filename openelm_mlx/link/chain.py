@@ -1,0 +1,346 @@
+"""The layers after a model's own, on one worker after the other: `RemoteLayers` over connections.
+
+This machine sends the residual stream to the first worker, gets it back, sends it to the second, and so on. While a prompt
+is filled in, each computes a chunk of its own: the answer to chunk i is fetched when chunk i + 1 is there to be sent.
+
+An epoch is the time of one set of connections. Once one of them is lost all are closed, and the caches of that epoch are
+lost with it; the next request connects again, and its prompt is computed from its tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, cast, final
+
+import mlx.core as mx
+
+from ..errors import UserError, WorkerError
+from ..models.cache import Cache
+from ..models.remote import RemoteLayers, RequestRows
+from ..models.remote_cache import Keeper, RemoteCache
+from ..specs import ModelSpec
+from .arrays import packed, unpacked
+from .framing import LostConnectionError
+from .peer import MOST_CHANGES, Answer, Peer
+
+# Seconds: a worker that hears nothing for several of these gives the connection up.
+PING_SECONDS = 3.0
+# A connection that was silent for so long is looked at before a request relies on it.
+LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One request's part of a pass: its caches on all machines, and how many tokens they get."""
+
+    caches: Sequence[RemoteCache]
+    length: int
+    is_prompt: bool = False
+    wants: bool = True
+
+
+@final
+class Chain(RemoteLayers, Keeper):
+    """See the module. specs: of each worker's layers. connect: opens all connections, with the layers there ready to be used.
+
+    Any thread may use it, one after the other.
+    """
+
+    def __init__(self, peers: Sequence[Peer], specs: Sequence[ModelSpec], connect: Callable[[], None]) -> None:
+        assert len(peers) == len(specs)
+        self.peers, self.specs = list(peers), list(specs)
+        self._connect = connect
+        self._lock = threading.RLock()
+        self._numbers = itertools.count(1)
+        self._forgotten: deque[tuple[int, int, int, bool]] = deque()
+        self.epoch, self.is_up = 0, False
+        self._trouble: Exception | None = None
+        self._looked = 0.0
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connect, and begin an epoch. Raises WorkerError."""
+        with self._lock:
+            if self.is_up:
+                return
+            self.epoch += 1
+            self._forgotten.clear()
+            try:
+                self._connect()
+            except BaseException as error:
+                self._down(error)
+                raise
+            self.is_up = True
+            thread = threading.Thread(target=_keep_alive, args=(weakref.ref(self),), daemon=True)
+            thread.start()
+
+    def close(self) -> None:
+        """Give the workers up; they wait for the next one then."""
+        with self._lock:
+            for peer in self.peers:
+                if self.is_up and peer.connection is not None and not peer.awaited:
+                    with suppress(LostConnectionError):
+                        peer.connection.send({"op": "leave"})
+            self._down(WorkerError("The workers were given up."))
+
+    def read(self, read_own: Callable[[Callable[[], None]], None]) -> None:
+        """Have the workers read their tensors while `read_own` reads this machine's, calling what it is given now and then."""
+        with self._at_work():
+            answers = [peer.ask({"op": "read"}, b"", Answer()) for peer in self.peers]
+            for peer in self.peers:
+                peer.send_first()
+        read_own(self.glance)
+        with self._at_work():
+            for k, answer in enumerate(answers):
+                self._result(k, answer)
+
+    def glance(self) -> None:
+        """Take what the workers have said meanwhile."""
+        with self._at_work():
+            for peer in self.peers:
+                peer.glance()
+
+    def echo(self, k: int, body: bytes) -> None:
+        """To worker k and back, for measuring: so many bytes."""
+        with self._at_work():
+            self._result(k, self.peers[k].ask({"op": "echo"}, body, Answer()))
+
+    def _down(self, error: BaseException) -> None:
+        self.is_up, self._trouble = False, error if isinstance(error, Exception) else None
+        for peer in self.peers:
+            peer.forget(error if isinstance(error, Exception) else WorkerError("It was interrupted."))
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """What is sent and received within it is complete, or the connections are given up.
+
+        Ctrl-C while an answer is waited for leaves everything as it is: the answer is fetched before the next one.
+        """
+        with self._lock:
+            try:
+                yield
+            except UserError as error:
+                if isinstance(error, LostConnectionError):
+                    self._down(error)
+                raise  # another one is a worker's own, whose connection is as it was
+            except BaseException as error:
+                connections = [peer.connection for peer in self.peers if peer.connection is not None]
+                was_waiting = any(each.is_waiting for each in connections)
+                if isinstance(error, Exception) or not was_waiting:
+                    self._down(error)
+                for each in connections:
+                    each.is_waiting = False
+                raise
+
+    # --- Keeper -------------------------------------------------------------------------------------------------------
+
+    def new_number(self) -> int:
+        return next(self._numbers)
+
+    def is_here(self, epoch: int) -> bool:
+        return self.is_up and epoch == self.epoch
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if not self.is_up or now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        with suppress(LostConnectionError), self._at_work():
+            quiet = [
+                k for k, peer in enumerate(self.peers)
+                if not (peer.outbox or peer.awaited) and now - peer.open.heard > LOOK_SECONDS
+            ]  # fmt: skip
+            answers = [(k, self.peers[k].ask({"op": "ping"}, b"", Answer())) for k in quiet]
+            for k, answer in answers:
+                self._result(k, answer)
+
+    def tell(self, cache: RemoteCache, change: Mapping[str, Any]) -> None:
+        with self._lock:
+            self.peers[cache.machine].changes.append({"cache": cache.number, **change})
+
+    def forget(self, machine: int, epoch: int, number: int, is_snapshot: bool) -> None:
+        self._forgotten.append((machine, epoch, number, is_snapshot))  # without the lock: a collector may call it
+
+    # --- RemoteLayers -------------------------------------------------------------------------------------------------
+
+    def caches(self, window: int | None, left_padding: list[int] | None, kv_bits: int | None, room: int) -> Cache:
+        padding = None if left_padding is None or not any(left_padding) else list(left_padding)
+        settings = {"window": window, "left_padding": padding, "kv_bits": kv_bits, "room": room}
+        return [RemoteCache(self, k, spec, settings) for k, spec in enumerate(self.specs)]
+
+    def whole(self, h: mx.array, cache: Cache | None, left_padding: mx.array | None = None) -> mx.array:
+        if cache is None:
+            padding = None if left_padding is None else left_padding.tolist()
+            return self._wanted("whole", h, [], {"left_padding": padding})
+        return self._wanted("whole", h, [_Row(self._of(cache), 1 if h.ndim == 2 else h.shape[1])])
+
+    def step(self, h: mx.array, cache: Cache) -> mx.array:
+        return self._wanted("step", h, [_Row(self._of(cache), 1)])
+
+    def many(self, h: mx.array, cache: Cache) -> mx.array:
+        return self._wanted("many", h, [_Row(self._of(cache), h.shape[0])])
+
+    def prompt(self, h: mx.array | None, cache: Cache, wants_last: bool) -> mx.array | None:
+        assert h is not None
+        row = _Row(self._of(cache), h.shape[1], True, wants_last)
+        if wants_last:
+            return self._wanted("prompt", h, [row])
+        self._filled("prompt", h, [row])
+        return None
+
+    def rows(self, h: mx.array, rows: Sequence[RequestRows]) -> mx.array | None:
+        made = [_Row(self._of(each.cache), each.length, each.is_prompt, each.wants_logits) for each in rows]
+        is_wanted = any(each.wants or not each.is_prompt or each.length == 1 for each in made)
+        if is_wanted:
+            return self._wanted("rows", h, made)
+        self._filled("rows", h, made)
+        return None
+
+    def _of(self, cache: Cache) -> Sequence[RemoteCache]:
+        return cast("Sequence[RemoteCache]", cache[len(cache) - len(self.peers) :])
+
+    # --- a pass -------------------------------------------------------------------------------------------------------
+
+    def _wanted(self, form: str, h: mx.array, rows: Sequence[_Row], more: Mapping[str, Any] | None = None) -> mx.array:
+        """The residual stream after the last layer."""
+        header, body = packed(h)
+        header.update(more or {})
+        del h
+        with self._at_work():
+            last = self._submit(form, header, body, rows)
+            message = self._result(len(self.peers) - 1, last)
+            return unpacked(message.header, message.body)
+
+    def _filled(self, form: str, h: mx.array, rows: Sequence[_Row]) -> None:
+        """Only keys and values; they are computed there while this machine goes on."""
+        header, body = packed(h)
+        del h
+        with self._at_work():
+            self._submit(form, header, body, rows)
+            for peer in self.peers:
+                while peer.is_ready():
+                    peer.send_first()
+
+    def _submit(self, form: str, described: dict[str, Any], body: memoryview, rows: Sequence[_Row]) -> Answer:
+        """The pass into every worker's outbox; gives the last one's answer."""
+        self._make_ready(rows)
+        self._pass_on_forgotten()
+
+        def give_up(error: Exception) -> None:
+            for each in rows:
+                for cache in each.caches:
+                    cache.give_up(error)
+
+        given: memoryview | Answer = body
+        for k, peer in enumerate(self.peers):
+            new, parts = {}, []
+            for each in rows:
+                cache = each.caches[k]
+                settings = cache.begin(self.epoch)
+                if settings is not None:
+                    new[str(cache.number)] = settings
+                parts.append([cache.number, cache.offset, each.length, int(each.is_prompt), int(each.wants)])
+                cache.advance(each.length)
+            header = {"op": "pass", "form": form, "rows": parts, **described}
+            if new:
+                header["new"] = new
+            given = peer.ask(header, given, Answer(give_up))
+        assert isinstance(given, Answer)
+        return given
+
+    def _make_ready(self, rows: Sequence[_Row]) -> None:
+        """Raise the error of a cache that is lost; connect again where all of them are new."""
+        caches = [cache for each in rows for cache in each.caches]
+        failure = next((each.failure for each in caches if each.failure is not None), None)
+        if failure is not None:
+            raise failure
+        are_new = all(each.epoch is None for each in caches)
+        if are_new:
+            self.look()
+        if any(each.is_lost for each in caches):
+            raise self._lost()
+        if not self.is_up:
+            self.start()
+
+    def _lost(self) -> WorkerError:
+        reason = "" if self._trouble is None else f" ({self._trouble})"
+        return WorkerError(f"The keys and values on another machine were lost with its connection{reason}")
+
+    def _pass_on_forgotten(self) -> None:
+        while self._forgotten:
+            machine, epoch, number, is_snapshot = self._forgotten.popleft()
+            if epoch == self.epoch:
+                op = {"op": "forget", "snapshot": number} if is_snapshot else {"op": "forget", "cache": number}
+                self.peers[machine].changes.append(op)
+
+    def _result(self, k: int, answer: Answer) -> Any:
+        """Wait for an answer of worker k; what has to be sent before it is sent."""
+        peer = self.peers[k]
+        while not answer.is_here:
+            if peer.outbox:
+                body = peer.outbox[0].body
+                if isinstance(body, Answer) and not body.is_here:
+                    self._result_of_earlier(k - 1, body)
+                peer.send_first()
+            else:
+                peer.receive()
+        if answer.failure is not None:
+            raise answer.failure
+        return answer.message
+
+    def _result_of_earlier(self, k: int, answer: Answer) -> None:
+        """As `_result`, where an error is the later answer's too."""
+        peer = self.peers[k]
+        while not answer.is_here:
+            if peer.outbox:
+                body = peer.outbox[0].body
+                if isinstance(body, Answer) and not body.is_here:
+                    self._result_of_earlier(k - 1, body)
+                peer.send_first()
+            else:
+                peer.receive()
+
+    # --- while nobody asks --------------------------------------------------------------------------------------------
+
+    def tend(self) -> bool:
+        """Tell the workers that this machine is still there, and what they may forget. False once they are given up."""
+        is_idle = self._lock.acquire(blocking=False)
+        try:
+            if not self.is_up:
+                return False
+            if is_idle:
+                self._pass_on_forgotten()
+            for peer in self.peers:
+                connection = peer.connection
+                if connection is None:
+                    return False
+                changes: list[dict[str, Any]] = []
+                if is_idle and not peer.outbox:
+                    changes, peer.changes = peer.changes[:MOST_CHANGES], peer.changes[MOST_CHANGES:]
+                if changes or time.monotonic() - connection.sent > PING_SECONDS:
+                    connection.send({"op": "still here", "changes": changes})
+        except LostConnectionError:
+            return False  # whoever asks next finds out
+        finally:
+            if is_idle:
+                self._lock.release()
+        return True
+
+
+def _keep_alive(chain_of: weakref.ref[Chain]) -> None:
+    epoch = None
+    while True:
+        time.sleep(PING_SECONDS / 3)
+        chain = chain_of()
+        if chain is None or (epoch is not None and chain.epoch != epoch) or not chain.tend():
+            return
+        epoch = chain.epoch
+        del chain

@@ -1,0 +1,128 @@
+"""A model over several machines, from the addresses to the chain of its layers: what loading needs to know of it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.parts import identity
+from ..checkpoint.reader import Checkpoint
+from ..errors import SettingError
+from ..memory.calibration import calibrated
+from ..memory.machine import Machine, this_machine
+from ..memory.plan_types import MemoryPlan, PlanRequest
+from ..placement import Placement
+from ..runtime import runtime_of
+from ..sources import DEMOS, Source
+from ..specs import ModelSpec
+from .addresses import Address, parse_workers
+from .chain import Chain
+from .reading import Progress, SharedProgress
+from .secret import read_secret
+from .spread import Part, parse_counts, spread_over
+from .team import Team
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+
+@dataclass(frozen=True)
+class Several:
+    """Who has what. parts: of each machine, this one's first. plan: this machine's, with a chunk that suits all of them."""
+
+    team: Team
+    chain: Chain
+    parts: Sequence[Part]
+    plan: MemoryPlan
+    checkpoint: Checkpoint
+
+    @property
+    def own(self) -> Part:
+        return self.parts[0]
+
+    def share(self, progress: Progress) -> Progress:
+        """Have the workers' progress added to this machine's; gives what this machine's is told to."""
+        shared = SharedProgress(progress, len(self.parts))
+        for number, member in enumerate(self.team.members, 1):
+            member.peer.progress = shared.of(number)
+        return shared.of(0)
+
+    def attach(self, model: Model) -> None:
+        """This machine's part, read, becomes the whole model, whose other layers are on the workers."""
+        model.is_followed = True
+        # Requests keep their keys and values apart: the workers' are, too.
+        model.choices = replace(model.choices, slots=False)
+        runtime_of(model).remote = self.chain
+        self.team.has_read()
+        weakref.finalize(model, self.team.close)
+
+
+def checked_workers(
+    workers: str | Sequence[str] | None, secret_file: str | os.PathLike[str] | None, layers: Any
+) -> list[Address] | None:
+    """The workers' addresses; None where there are none. Raises SettingError, also for what is given without workers."""
+    if workers is None:
+        for name, value in (("secret_file", secret_file), ("layers", layers)):
+            if value is not None:
+                raise SettingError(f"{name} is for other machines, and there are none: give workers, or leave it out.")
+        return None
+    parse_counts(layers)
+    return parse_workers(workers)
+
+
+def spread_out(
+    opened: Source,
+    placement: Placement,
+    request: PlanRequest,
+    addresses: Sequence[Address],
+    secret_file: str | os.PathLike[str] | None,
+    layers: Any,
+    deadline: float,
+    machine: Machine | None = None,
+) -> Several:
+    """Meet the workers, decide who gets which layers, and have each of them check its own copy and its own memory.
+
+    placement: of the whole model. machine: this one, where it is not what it looks like. Raises WorkerError, SettingError, CheckpointError and MemoryLimitError.
+    """
+    secret = None if secret_file is None else read_secret(secret_file)
+    team = Team(addresses, secret, deadline)
+    try:
+        here = calibrated(this_machine() if machine is None else machine)
+        machines = [here, *(each.machine for each in team.members)]
+        parts = spread_over(opened.name, placement, machines, request, parse_counts(layers))
+        _check_kv_bits(request.kv_bits, parts[0].spec)
+        plan = parts[0].plan
+        asked = {
+            "name": opened.name, "demo": opened.name if opened.name in DEMOS else None, "repo": opened.repo,
+            "revision": opened.revision, "identity": identity(opened.checkpoint, opened.config),
+            "dtype": str(placement.dtype).removeprefix("mlx.core."), "dense_bits": request.dense_bits,
+            "kv_bits": request.kv_bits, "context_length": plan.context_length, "batch_size": request.batch_size,
+            "expert_slots": request.expert_slots, "prefill_chunk": request.prefill_chunk,
+            "longest": request.context_length or opened.spec.context_length,
+        }  # fmt: skip
+        wanted = [
+            {**asked, "start": part.start, "stop": part.stop, "is_followed": part is not parts[-1],
+             "kv_bits": request.kv_bits if _keeps_all(part.spec) else None}
+            for part in parts[1:]
+        ]  # fmt: skip
+        chain = team.form([part.spec for part in parts[1:]], wanted)
+        chunk = min([plan.prefill_chunk, *(int(each.plan["prefill_chunk"]) for each in team.members)])
+        return Several(team, chain, parts, replace(plan, prefill_chunk=chunk), opened.checkpoint)
+    except BaseException:
+        team.close()
+        raise
+
+
+def _keeps_all(spec: ModelSpec) -> bool:
+    return any(layer.window is None for layer in spec.layers)
+
+
+def _check_kv_bits(kv_bits: int | None, spec: ModelSpec) -> None:
+    if kv_bits == 8 and not _keeps_all(spec):
+        raise SettingError(
+            f"kv_bits=8 is for layers that keep all keys, and of the {len(spec.layers)} on this machine none does: give it one "
+            "more, layers=(2, ...) (--layers)."
+        )

@@ -1,0 +1,206 @@
+"""The machines that a model is spread over, as the first of them knows them: meeting, what each has, and who gets what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from ..errors import SettingError, WorkerError
+from ..memory.machine import Machine
+from ..specs import ModelSpec
+from .addresses import WORTH_CHANGING, Address, dial, is_loopback
+from .chain import Chain
+from .framing import Connection, Message
+from .handshake import NO_SECRET, meet_worker
+from .peer import Peer, Progress, error_of
+
+# Seconds of silence after which a worker is given up. It says every second that it is still at work.
+DEADLINE = 10.0
+_NUMBERS = ("memory_bytes", "working_set_bytes", "used_bytes")
+
+
+@dataclass
+class Member:
+    """A worker: where it is, what it says of itself, and what it is asked for whenever it is connected.
+
+    latency: seconds there and back. other_addresses: of its networks and cables, as it knows them itself.
+    """
+
+    address: Address
+    peer: Peer
+    machine: Machine
+    instance: str = ""
+    mlx_version: str = ""
+    latency: float = 0.0
+    other_addresses: Sequence[str] = ()
+    wanted: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+
+
+@final
+class Team:
+    """See the module. secret: None on this machine alone. deadline: seconds, of every answer.
+
+    Raises SettingError where a secret is needed, WorkerError where a worker is not there or refuses.
+    """
+
+    def __init__(self, addresses: Sequence[Address], secret: bytes | None, deadline: float = DEADLINE) -> None:
+        far = next((each for each in addresses if not is_loopback(each.host)), None)
+        if secret is None and far is not None:
+            raise SettingError(
+                f"{far} is another machine, and nothing is sent there without a shared secret: give both sides the same "
+                "file, secret_file=FILE (--secret-file)."
+            )
+        self._secret = NO_SECRET if secret is None else secret
+        self.deadline = deadline
+        self.members: list[Member] = []
+        self.chain: Chain | None = None
+        self.progress: list[Progress | None] = []
+        self._has_read = False
+        try:
+            for address in addresses:
+                peer = Peer(f"the worker {address}", str(address))
+                member = Member(address, peer, Machine("", "", 0, 0))
+                self.members.append(member)
+                self._meet(member)
+            self._check_different()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let the workers go."""
+        if self.chain is not None:
+            self.chain.close()
+        for each in self.members:
+            each.peer.forget(WorkerError("The workers were given up."))
+
+    def form(self, specs: Sequence[ModelSpec], wanted: Sequence[dict[str, Any]]) -> Chain:
+        """The chain of all workers, each with what it is `wanted` to have. Raises the error of one that cannot."""
+        for member, each in zip(self.members, wanted, strict=True):
+            member.wanted = each
+        self.chain = Chain([each.peer for each in self.members], specs, self._connect)
+        self.chain.start()
+        return self.chain
+
+    def has_read(self) -> None:
+        """From now on a worker that comes back reads its layers at once."""
+        self._has_read = True
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        for each in self.members:
+            if each.peer.connection is None:
+                self._meet(each)
+        for each in self.members:
+            answer = self._asked(each, {"op": "prepare", **each.wanted})
+            each.plan = answer.header["plan"]
+        if self._has_read:
+            for each in self.members:
+                each.peer.open.send({"op": "read"})
+            for each in self.members:
+                self._answer(each)
+
+    def _meet(self, member: Member) -> None:
+        peer, address = member.peer, member.address
+        peer.connection = self._opened(peer.name, dial(address, self.deadline))
+        self._learn(member)
+        for host in member.other_addresses:
+            self._change_to(member, Address(host, address.port))
+
+    def _opened(self, name: str, sock: Any) -> Connection:
+        connection = Connection(sock, name, self.deadline)
+        try:
+            meet_worker(connection, self._secret)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _learn(self, member: Member) -> None:
+        """What a worker says of itself, and how far away it is."""
+        facts = self._asked(member, {"op": "facts", "deadline": self.deadline}).header
+        member.machine, member.instance = machine_of(facts), str(facts.get("instance"))
+        member.mlx_version = str(facts.get("mlx"))
+        addresses = facts.get("addresses")
+        member.other_addresses = addresses if isinstance(addresses, list) else []
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            self._asked(member, {"op": "ping"})
+            times.append(time.perf_counter() - began)
+        member.latency = min(times)
+
+    def _change_to(self, member: Member, address: Address) -> None:
+        """By another of its addresses, where that is nearer: a cable beside a Wi-Fi."""
+        if is_loopback(member.address.host) or str(address.host) == member.address.host:
+            return
+        try:
+            began = time.perf_counter()
+            sock = dial(address, min(self.deadline, 1.0))
+            if time.perf_counter() - began > 1.0:
+                sock.close()
+                return
+            connection = self._opened(member.peer.name, sock)
+        except WorkerError:
+            return
+        other = Member(address, Peer(member.peer.name, str(address), connection), member.machine)
+        try:
+            self._learn(other)
+        except WorkerError:
+            connection.close()
+            return
+        if other.instance != member.instance or other.latency > WORTH_CHANGING * member.latency:
+            connection.close()
+            return
+        member.peer.open.close()
+        member.peer.connection, member.latency = connection, other.latency
+
+    def _asked(self, member: Member, header: dict[str, Any]) -> Message:
+        member.peer.open.send(header)
+        return self._answer(member)
+
+    def _answer(self, member: Member) -> Message:
+        while True:
+            message = member.peer.open.receive()
+            if message.op == "error":
+                raise error_of(message.header, member.peer.name)
+            if message.op not in ("alive", "progress"):
+                return message
+
+    def _check_different(self) -> None:
+        for i, each in enumerate(self.members):
+            same = next((other for other in self.members[:i] if other.instance == each.instance), None)
+            if same is not None:
+                raise SettingError(f"workers names the same worker twice, as {same.address} and as {each.address}.")
+
+
+def facts_of(machine: Machine) -> dict[str, Any]:
+    """What a worker says of its machine."""
+    return {
+        "machine": machine.name, "backend": machine.backend, "chip": machine.chip, "bandwidth": machine.bandwidth,
+        "flops": machine.flops, "ssd": machine.ssd, **{name: getattr(machine, name) for name in _NUMBERS},
+    }  # fmt: skip
+
+
+def machine_of(facts: dict[str, Any]) -> Machine:
+    """The machine that a worker describes. Raises WorkerError for what is no description."""
+    try:
+        ssd = facts["ssd"]
+        return Machine(
+            str(facts["machine"]), str(facts["backend"]), int(facts["memory_bytes"]),
+            int(facts["working_set_bytes"]), int(facts["used_bytes"]),
+            bandwidth=_number(facts["bandwidth"]), flops=_number(facts["flops"]),
+            ssd=None if ssd is None else (float(ssd[0]), float(ssd[1])), chip=str(facts["chip"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise WorkerError(
+            "A worker does not say what machine it is: install the same version on both machines."
+        ) from None
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -194,7 +194,7 @@ def prepare(
     """
     dense_bits = preset_bits(preset, dense_bits)
     wanted_type = parse_dtype(dtype)
-    addresses = checked_workers(workers, secret_file, layers)
+    addresses = checked_workers(workers, secret_file, layers, worker_timeout)
     allow_open_files()
     keep_float32()
     use_device()
@@ -215,6 +215,7 @@ def prepare(
         template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
         found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
         shape = build_model(several.own.spec)
+        several.until_read(shape)
         return _prepared(
             shape, several.plan, found, context_length, kv_bits, partial(_read_several, source, several, progress)
         )

@@ -39,6 +39,10 @@ LOAD = {
     "--wire": (None, "load", "wire", True),
     "--context-length": ("99", "load", "context_length", 99),
     "--chat-template": ("plain", "load", "chat_template", "plain"),
+    "--workers": ("mac2.local:7777", "load", "workers", "mac2.local:7777"),
+    "--secret-file": ("secret", "load", "secret_file", "secret"),
+    "--layers": ("3,5", "load", "layers", "3,5"),
+    "--worker-timeout": ("4", "load", "worker_timeout", 4.0),
 }
 PLAN = {
     "--revision": ("v1", "plan", "revision", "v1"),

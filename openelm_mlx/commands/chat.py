@@ -23,7 +23,14 @@ from .answering import (
 )
 from .generate import check_draft_options, experts_read, prepare_draft, read_form
 from .interrupts import Interrupts
-from .options import add_model_arguments, add_sampling_arguments, bits_asked_for, load_options, sampling_options
+from .options import (
+    add_model_arguments,
+    add_sampling_arguments,
+    add_worker_arguments,
+    bits_asked_for,
+    load_options,
+    sampling_options,
+)
 from .output import answer, dimmed, end_answer, end_dimmed, say, typed
 from .reader import Command, LineReader, Reader, reader_for_terminal
 
@@ -57,6 +64,7 @@ COMMANDS_HELP = "\n".join(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_arguments(parser.add_argument_group("model"))
+    add_worker_arguments(parser.add_argument_group("several machines"))
     chat = parser.add_argument_group("chat")
     chat.add_argument("--system", metavar="TEXT", help="instructions for the model (system prompt)")
     chat.add_argument(

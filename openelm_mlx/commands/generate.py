@@ -23,6 +23,7 @@ from .options import (
     add_model_arguments,
     add_overwrite,
     add_sampling_arguments,
+    add_worker_arguments,
     bits_asked_for,
     load_options,
     sampling_options,
@@ -48,6 +49,7 @@ LARGEST_PROMPT = 2**26
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_arguments(parser.add_argument_group("model"))
+    add_worker_arguments(parser.add_argument_group("several machines"))
 
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument("text", nargs="?", help="the prompt; the same as --prompt")

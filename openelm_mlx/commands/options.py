@@ -56,6 +56,35 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_worker_arguments(group: argparse._ActionsContainer) -> None:
+    """Other machines that have some of the layers."""
+    group.add_argument(
+        "--workers",
+        metavar="HOST:PORT,...",
+        help="run the model over this machine and these, where `openelm_mlx serve-layers` runs; or a file with one a line",
+    )
+    group.add_argument(
+        "--secret-file", metavar="FILE", help="the secret that all of them have a copy of, which nobody else can read"
+    )
+    group.add_argument(
+        "--layers",
+        metavar="N,N,...",
+        help="how many layers each machine gets, this one first (default: the fastest is filled first)",
+    )
+    group.add_argument(
+        "--worker-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="give up a worker that is silent for so long (default: 10)",
+    )
+
+
+def worker_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `openelm_mlx.load` for those options, where any is given."""
+    names = ("workers", "secret_file", "layers", "worker_timeout")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def add_overwrite(group: argparse._ActionsContainer) -> None:
     """For commands that write a file which the user names."""
     group.add_argument("--overwrite", action="store_true", help="replace an existing file, whatever wrote it")
@@ -88,6 +117,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "chat_template": args.chat_template,
         "revision": args.revision,
         "progress": None if args.quiet else byte_bar(args.model),
+        **worker_options(args),
     }
 
 

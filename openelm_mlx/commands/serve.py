@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SettingError
 from ..files import expanded
 from . import INTERRUPTED, output
-from .options import add_preset_argument, bits_asked_for
+from .options import add_preset_argument, add_worker_arguments, bits_asked_for, worker_options
 from .output import say
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="wire the models' memory (default: if needed)",
     )
+    add_worker_arguments(parser.add_argument_group("several machines (one model at a time)"))
     requests = parser.add_argument_group("requests")
     requests.add_argument(
         "--max-running", type=int, metavar="N", help="requests that are computed at once (default: what memory allows)"
@@ -161,7 +162,7 @@ def _load_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "context_length": args.context_length, "dtype": args.dtype, "dense_bits": bits_asked_for(args),
         "kv_bits": args.kv_bits, "expert_slots": args.expert_slots, "memory_limit": _memory_limit(args.memory_limit),
-        "wire": args.wire, "batch_size": args.max_running or 1,
+        "wire": args.wire, "batch_size": args.max_running or 1, **worker_options(args),
     }  # fmt: skip
 
 

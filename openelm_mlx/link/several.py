@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.parts import identity
 from ..checkpoint.reader import Checkpoint
+from ..checks import is_number
 from ..errors import SettingError
+from ..files import shown
 from ..memory.calibration import calibrated
 from ..memory.machine import Machine, this_machine
 from ..memory.plan_types import MemoryPlan, PlanRequest
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
     from ..models import Model
 
 
+# Seconds.
+SHORTEST_DEADLINE, LONGEST_DEADLINE = 0.2, 3600.0
+
+
 @dataclass(frozen=True)
 class Several:
     """Who has what. parts: of each machine, this one's first. plan: this machine's, with a chunk that suits all of them."""
@@ -38,6 +44,7 @@ class Several:
     parts: Sequence[Part]
     plan: MemoryPlan
     checkpoint: Checkpoint
+    _abandoned: list[Any] = field(default_factory=list)
 
     @property
     def own(self) -> Part:
@@ -57,11 +64,17 @@ class Several:
         model.choices = replace(model.choices, slots=False)
         runtime_of(model).remote = self.chain
         self.team.has_read()
+        for each in self._abandoned:
+            each.detach()
         weakref.finalize(model, self.team.close)
+
+    def until_read(self, shape: Model) -> None:
+        """Let the workers go when nobody has `shape` any more, which is there before anything is read."""
+        self._abandoned.append(weakref.finalize(shape, self.team.close))
 
 
 def checked_workers(
-    workers: str | Sequence[str] | None, secret_file: str | os.PathLike[str] | None, layers: Any
+    workers: str | Sequence[str] | None, secret_file: str | os.PathLike[str] | None, layers: Any, deadline: float
 ) -> list[Address] | None:
     """The workers' addresses; None where there are none. Raises SettingError, also for what is given without workers."""
     if workers is None:
@@ -70,6 +83,10 @@ def checked_workers(
                 raise SettingError(f"{name} is for other machines, and there are none: give workers, or leave it out.")
         return None
     parse_counts(layers)
+    if not is_number(deadline) or not SHORTEST_DEADLINE <= deadline <= LONGEST_DEADLINE:
+        raise SettingError(
+            f"worker_timeout is {shown(deadline)}: give seconds, from {SHORTEST_DEADLINE:g} to {LONGEST_DEADLINE:,g}."
+        )
     return parse_workers(workers)
 
 
@@ -85,7 +102,8 @@ def spread_out(
 ) -> Several:
     """Meet the workers, decide who gets which layers, and have each of them check its own copy and its own memory.
 
-    placement: of the whole model. machine: this one, where it is not what it looks like. Raises WorkerError, SettingError, CheckpointError and MemoryLimitError.
+    placement: of the whole model. machine: this one, where it is not what it looks
+    like. Raises WorkerError, SettingError, CheckpointError and MemoryLimitError.
     """
     secret = None if secret_file is None else read_secret(secret_file)
     team = Team(addresses, secret, deadline)

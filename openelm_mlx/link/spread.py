@@ -68,9 +68,8 @@ def spread_over(
     for _ in range(_ATTEMPTS):
         found = split_layers(layers, kept, rooms)
         if found is None:
-            if not placement.weights().can_stream:
-                if needs_fit:
-                    raise _too_little(source, machines, layers, kept, rooms)
+            if needs_fit and not placement.weights().can_stream:
+                raise _too_little(source, machines, layers, kept, rooms)
             found = split_evenly(layers, kept, rooms)
             parts = _parts(source, placement, machines, request, found)
             break

@@ -125,8 +125,9 @@ class LanguageModel(nn.Module):
     ) -> Cache:
         """An empty cache for each layer; `window` makes a ring of that many tokens where a layer would keep them all.
 
-        After those of its own layers comes one for each machine that has others. kv_bits: 8 or 16 for the layers that keep everything; the model's own setting when it is None. room: how many
-        tokens beyond its window a ring keeps, so that they can be taken back.
+        After those of its own layers comes one for each machine that has others. kv_bits: 8 or 16 for the layers that keep
+        everything; the model's own setting when it is None. room: how many tokens beyond its window a ring keeps, so that
+        they can be taken back.
         """
         if kv_bits is None and window is None:
             kv_bits = self.kv_bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, final
@@ -83,7 +84,7 @@ class Session:
             return {"op": "echo"}, message.body
         if message.op == "facts":
             self._beat.set_deadline(header.get("deadline"))
-            version = mx.__version__
+            version = importlib.metadata.version("mlx")
             facts = {
                 "mlx": version,
                 "instance": self._instance,

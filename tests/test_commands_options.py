@@ -18,7 +18,7 @@ class Reached(Exception):
 
 
 def options_of(command: str) -> set[str]:
-    place = f"openelm_mlx.commands.{command}" if command in COMMANDS else command
+    place = f"openelm_mlx.commands.{COMMANDS[command]}" if command in COMMANDS else command
     module = importlib.import_module(place)
     parser = argparse.ArgumentParser(add_help=False)
     module.add_arguments(parser)
@@ -140,6 +140,7 @@ BENCH = {
 }
 INFO = {"--revision": ("v1", "owner/name", "revision", "v1")}
 SELFCHECK = {"--only": ("sandbox", "", "checks", True)}  # those with this in their name, and no others
+SERVE_LAYERS = {"--memory-limit": ("8G", "", "memory_limit", 8 * 10**9)}
 STREAMING = {
     "--model": ("somewhere", "", "source", "somewhere"),
     "--slots": ("3,5", "", "slots", [3, 5]),
@@ -161,6 +162,7 @@ MEASURING = {
     "bench": (BENCH, ("openelm_mlx.bench.benchmark.Settings", "openelm_mlx.bench.against.compare")),
     "info": (INFO, ("openelm_mlx.sources.Source.open",)),
     "selfcheck": (SELFCHECK, ("openelm_mlx.bench.selfcheck.run_checks",)),
+    "serve-layers": (SERVE_LAYERS, ("openelm_mlx.workers.parts.Parts",)),
     "benchmarks.streaming": (STREAMING, ("benchmarks.measurements.streaming.Settings",)),
     "benchmarks.memory": (MEMORY, ("openelm_mlx.bench.memory.rows",)),
 }
@@ -196,6 +198,10 @@ ELSEWHERE = {
     "selfcheck": {
         "--no-timings": "test_bench_selfcheck.py", "--keep": "test_bench_selfcheck.py", "--output": "test_bench_selfcheck.py",
         "--json": "test_bench_selfcheck.py",
+    },
+    "serve-layers": {
+        "--model": "test_several_macs_faults.py", "--port": "worker_processes.py", "--host": "test_several_macs_faults.py",
+        "--secret-file": "test_several_macs_faults.py", "--quiet": "test_several_macs_faults.py",
     },
     "benchmarks.streaming": {
         "--random": "test_bench_routing.py", "--layers": "test_bench_routing.py", "--folder": "test_bench_routing.py",

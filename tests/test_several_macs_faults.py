@@ -1,0 +1,384 @@
+"""What goes wrong between machines is one sentence within a deadline, and the first machine can be used afterwards."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import random_model, save_folder
+from worker_processes import ROOT, Worker, workers
+
+import openelm_mlx as om
+from openelm_mlx.errors import CheckpointError, MemoryLimitError, SettingError, WorkerError
+from openelm_mlx.link.addresses import Address, dial, own_addresses, parse_workers
+from openelm_mlx.link.framing import Connection
+from openelm_mlx.link.handshake import NO_SECRET, PROTOCOL, meet_worker
+from openelm_mlx.link.secret import read_secret
+
+DEMO, LAYERS = "demo-openelm", (5, 3)
+# Seconds. A fault is known at once, or after this; on a loaded machine everything takes longer.
+DEADLINE, PATIENCE = 3.0, 60.0
+
+
+@pytest.fixture
+def worker():
+    with workers(1) as [made]:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return om.load(DEMO, dtype="float32")
+
+
+def load(*made: Worker, **options):
+    options = {"layers": LAYERS, "worker_timeout": DEADLINE, "dtype": "float32", **options}
+    return om.load(DEMO, workers=[each.address for each in made], **options)
+
+
+def answer(model, tokenizer, **options) -> str:
+    return om.generate(model, tokenizer, "What is a banjo?", max_tokens=4, **options)
+
+
+def took(call) -> float:
+    began = time.monotonic()
+    with pytest.raises(WorkerError):
+        call()
+    return time.monotonic() - began
+
+
+# --- a worker that goes -----------------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_is_an_error_and_its_successor_goes_on(worker, whole):
+    model, tokenizer = load(worker)
+    store = om.PrefixCache()
+    expected = answer(*whole)
+    assert answer(model, tokenizer, prefix_cache=store) == expected
+    worker.kill()
+    with pytest.raises(WorkerError, match=r"127\.0\.0\.1.*(gone|No worker answers)"):
+        answer(model, tokenizer, prefix_cache=store)
+    successor = Worker(port=worker.port)
+    try:
+        # What the first machine has kept of the prompt is of no use without the other half: it is computed again.
+        assert answer(model, tokenizer, prefix_cache=store) == expected
+        chunks = list(om.stream_generate(model, tokenizer, "What is a banjo?", max_tokens=4, prefix_cache=store))
+        assert chunks[-1].statistics.cached_tokens > 0
+    finally:
+        successor.kill()
+
+
+def test_a_worker_killed_in_an_answer(worker, whole):
+    model, tokenizer = load(worker)
+    chunks = om.stream_generate(model, tokenizer, "What is a banjo?", max_tokens=200)
+    next(chunks)
+    worker.kill()
+    with pytest.raises(WorkerError, match="is gone"):
+        list(chunks)
+    with pytest.raises(WorkerError, match="No worker answers at 127"):
+        answer(model, tokenizer)
+
+
+def test_a_stopped_worker_is_given_up_after_the_deadline(worker, whole):
+    model, tokenizer = load(worker)
+    chunks = om.stream_generate(model, tokenizer, "What is a banjo?", max_tokens=200)
+    next(chunks)
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    try:
+        assert DEADLINE * 0.5 < took(lambda: list(chunks)) < PATIENCE
+    finally:
+        os.kill(worker.process.pid, signal.SIGCONT)
+    worker.said("waits for the next one")
+    assert answer(model, tokenizer) == answer(*whole)
+
+
+def test_an_engine_s_requests_fail_and_the_engine_lives(worker, whole):
+    model, tokenizer = load(worker)
+    expected = answer(*whole)
+    with om.Engine(model, tokenizer) as engine:
+        handles = [engine.submit(f"What is a {each}?", max_tokens=300) for each in ("banjo", "piano", "cat")]
+        next(iter(handles[0]))
+        worker.kill()
+        for handle in handles:
+            with pytest.raises(WorkerError):
+                list(handle)
+        successor = Worker(port=worker.port)
+        try:
+            text = "".join(chunk.text for chunk in engine.submit("What is a banjo?", max_tokens=4))
+            assert text == expected
+        finally:
+            successor.kill()
+
+
+def interrupted(chunks):
+    list(chunks)
+    time.sleep(PATIENCE)
+
+
+def test_ctrl_c_here_leaves_a_worker_that_waits_for_the_next(worker, whole):
+    model, tokenizer = load(worker)
+    chunks = om.stream_generate(model, tokenizer, "What is a banjo?", max_tokens=300)
+    next(chunks)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(chunks)
+    assert answer(model, tokenizer) == answer(*whole)
+    before = len(worker.lines)
+    model.remote.close()
+    worker.said("waits for the next one", start=before - 1)
+    other, _ = load(worker)
+    assert answer(other, tokenizer) == answer(*whole)
+
+
+def test_ctrl_c_there_is_told_here(worker):
+    model, tokenizer = load(worker)
+    assert answer(model, tokenizer)
+    worker.process.send_signal(signal.SIGINT)
+    assert worker.process.wait(PATIENCE) == 130
+    with pytest.raises(WorkerError):
+        answer(model, tokenizer)
+
+
+def test_a_first_machine_that_is_killed_frees_the_worker(worker):
+    loading = f"kept = om.load({DEMO!r}, workers=[{worker.address!r}], layers=(5, 3))"
+    script = f"import openelm_mlx as om; {loading}; print('up'); input()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
+        with pytest.raises(WorkerError, match="busy with the machine at"):
+            load(worker)
+    finally:
+        child.kill()
+        child.wait(PATIENCE)
+    worker.said("waits for the next one")
+    assert answer(*load(worker))
+
+
+# --- a worker that is not there, or not the right one -----------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_a_worker_that_was_never_there():
+    port = free_port()
+    with pytest.raises(WorkerError, match=rf"No worker answers at 127\.0\.0\.1:{port}.*serve-layers --port {port}"):
+        om.load(DEMO, workers=[f"127.0.0.1:{port}"], worker_timeout=DEADLINE)
+    with pytest.raises(WorkerError, match=r"There is no machine nowhere\.invalid"):
+        dial(Address("nowhere.invalid", 7777), DEADLINE)
+
+
+@pytest.fixture(params=["silent", "talks", "half", "closes"])
+def stranger(request):
+    """Something else that listens on a port."""
+    server = socket.create_server(("127.0.0.1", 0))
+    kept = []
+
+    def listen():
+        while True:
+            try:
+                sock, _ = server.accept()
+            except OSError:
+                return
+            kept.append(sock)
+            if request.param == "talks":
+                sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(64))
+            elif request.param == "half":
+                sock.sendall(b"oelm\0\0")
+            elif request.param == "closes":
+                sock.close()
+
+    threading.Thread(target=listen, daemon=True).start()
+    yield server.getsockname()[1]
+    server.close()
+    for each in kept:
+        each.close()
+
+
+def test_what_else_answers_there(stranger):
+    assert took(lambda: om.load(DEMO, workers=[f"127.0.0.1:{stranger}"], worker_timeout=0.5)) < PATIENCE
+
+
+def test_a_folder_that_only_this_machine_has(worker, tmp_path):
+    folder = save_folder(tmp_path / "mine", random_model(), "llama")
+    with pytest.raises(WorkerError, match=r"is a folder or file of the first machine.*--model"):
+        om.load(folder, workers=[worker.address])
+
+
+def test_a_worker_with_a_model_of_its_own(tmp_path):
+    mine = save_folder(tmp_path / "mine", random_model(), "llama")
+    same = save_folder(tmp_path / "same", random_model(), "llama")
+    other = save_folder(tmp_path / "other", random_model(seed=1), "llama")
+    with workers(1, "--model", str(same), "--host", "127.0.0.1") as [worker]:
+        model, _ = om.load(mine, workers=[worker.address], layers=(1, 2))
+        alone, _ = om.load(mine)
+        tokens = mx.array([[5, 6, 7]])
+        assert mx.array_equal(alone(tokens), model(tokens)).item()
+        model.remote.close()
+        # The same shapes, and other weights: headers alone would not tell.
+        with pytest.raises(CheckpointError, match="same here is another model than other on the first machine"):
+            om.load(other, workers=[worker.address])
+        with pytest.raises(CheckpointError, match="another model"):
+            om.load(DEMO, workers=[worker.address])
+
+
+def test_another_version(worker, monkeypatch):
+    monkeypatch.setattr("openelm_mlx.link.handshake.__version__", "9.9.9")
+    with pytest.raises(WorkerError, match=r"has version 0\.\d.*and this machine has 9\.9\.9.*same version on both"):
+        load(worker)
+    monkeypatch.setattr("openelm_mlx.link.handshake.PROTOCOL", PROTOCOL + 1)
+    with pytest.raises(WorkerError, match="same version on both"):
+        load(worker)
+
+
+# --- the secret -------------------------------------------------------------------------------------------------------
+
+
+def secret_file(folder: Path, text: str = "a secret of some length", mode: int = 0o600) -> Path:
+    path = folder / f"secret-{len(list(folder.iterdir()))}"
+    path.write_text(text + "\n")
+    path.chmod(mode)
+    return path
+
+
+def test_only_who_knows_the_secret_gets_layers(tmp_path):
+    right, wrong = secret_file(tmp_path), secret_file(tmp_path, "another secret of some length")
+    with workers(1, "--secret-file", str(right)) as [worker]:
+        assert "every machine that has the secret" in worker.lines[0]
+        for given in (wrong, None):
+            with pytest.raises(WorkerError, match="another secret: give both machines the same --secret-file"):
+                load(worker, secret_file=given)
+        model, tokenizer = load(worker, secret_file=right)
+        assert answer(model, tokenizer)
+        command = Path(f"/proc/{worker.process.pid}/cmdline")
+        if command.exists():
+            assert b"a secret of" not in command.read_bytes()
+
+
+def test_a_recorded_session_is_refused(worker):
+    """Everything that a first machine sent, sent once more, is not what the worker's new nonce asks for."""
+    recorded = bytearray()
+    with socket.create_connection(("127.0.0.1", worker.port)) as sock:
+        connection = Connection(sock, "the worker", DEADLINE)
+        send = sock.sendmsg
+
+        class Recorder:
+            def __getattr__(self, name):
+                return getattr(sock, name)
+
+            def sendmsg(self, parts):
+                recorded.extend(b"".join(parts))
+                return send(parts)
+
+        connection._socket = Recorder()
+        meet_worker(connection, NO_SECRET)
+        connection.send({"op": "facts"})
+        assert connection.receive().op == "facts"
+    with socket.create_connection(("127.0.0.1", worker.port)) as sock:
+        sock.sendall(recorded)
+        connection = Connection(sock, "the worker", PATIENCE)
+        assert connection.receive().op == "hello"
+        answer = connection.receive()
+        assert (answer.op, "secret" in answer.header["reason"]) == ("refused", True)
+
+
+def test_secret_files(tmp_path):
+    assert read_secret(secret_file(tmp_path)) == b"a secret of some length"
+    with pytest.raises(SettingError, match=r"can be read by others \(mode 644\): run `chmod 600"):
+        read_secret(secret_file(tmp_path, mode=0o644))
+    with pytest.raises(SettingError, match="has 5 bytes, and at least 16"):
+        read_secret(secret_file(tmp_path, "short"))
+    with pytest.raises(SettingError, match=r"There is no secret file .*umask 077"):
+        read_secret(tmp_path / "nothing")
+    with pytest.raises(SettingError):
+        read_secret(tmp_path)
+
+
+# --- what a user gets wrong -------------------------------------------------------------------------------------------
+
+
+def test_addresses(tmp_path):
+    assert parse_workers("mac2.local:7000, mac3.local") == [Address("mac2.local", 7000), Address("mac3.local", 7777)]
+    assert parse_workers(["[fe80::1%en0]:80"]) == [Address("fe80::1%en0", 80)]
+    assert str(Address("::1", 80)) == "[::1]:80"
+    (tmp_path / "macs").write_text("mac2.local:7000  # upstairs\n\nmac3.local\n")
+    assert len(parse_workers(str(tmp_path / "macs"))) == 2
+    for wrong in ("", ",", "a:0", "a:99999", "a b", ["a", "a:7777"], ["x"] * 17, 3, [None], "a:b"):
+        with pytest.raises(SettingError):
+            parse_workers(wrong)
+    ifconfig = "lo0: inet 127.0.0.1 netmask\nen0: inet 192.168.1.7 x\nbridge0: inet 169.254.3.4 x\n"
+    assert own_addresses(lambda command: ifconfig if command[0] == "ifconfig" else "") == ["192.168.1.7", "169.254.3.4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": "mac2.local:7777"}, "secret_file=FILE"),
+        ({"workers": ["127.0.0.1:1"], "layers": "3,x"}, "layers is '3,x'"),
+        ({"workers": ["127.0.0.1:1"], "worker_timeout": -1}, "worker_timeout is -1"),
+        ({"layers": (3, 5)}, "layers is for other machines"),
+        ({"secret_file": "x"}, "secret_file is for other machines"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(SettingError, match=message):
+        om.load(DEMO, **options)
+
+
+def test_layers_that_do_not_add_up_and_too_little_memory(worker):
+    with pytest.raises(SettingError, match="layers is 3,4, together 7, and the model has 8 layers"):
+        load(worker, layers=(3, 4))
+    with pytest.raises(SettingError, match="layers has 3 numbers for 2 machines"):
+        load(worker, layers=(3, 4, 1))
+    with pytest.raises(SettingError, match="at least one layer"):
+        load(worker, layers=(8, 0))
+    with pytest.raises(MemoryLimitError, match=r"layers 0 to 4 on .*are missing"):
+        load(worker, memory_limit="1MB")
+    with (
+        workers(1, "--memory-limit", "1MB") as [small],
+        pytest.raises(MemoryLimitError, match=r"On the worker 127\.0\.0\.1"),
+    ):
+        load(small)
+
+
+def test_on_the_command_line(worker, tmp_path):
+    """One sentence and exit code 2, in the command line's words."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "openelm_mlx", *arguments]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+        )
+
+    done = run("generate", "Hi", "--workers", worker.address, "--layers", "5,3", "--max-tokens", "3", "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    alone = run("generate", "Hi", "--max-tokens", "3", "-q")
+    assert done.stdout == alone.stdout
+    failed = run("generate", "Hi", "--workers", f"127.0.0.1:{free_port()}", "--worker-timeout", "2", "-q")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.count("\n") == 1
+    assert "No worker answers" in failed.stderr
+    open_secret = secret_file(tmp_path, mode=0o640)
+    failed = run("serve-layers", "--secret-file", str(open_secret))
+    assert failed.returncode == 2
+    assert "chmod 600" in failed.stderr
+    failed = run("serve-layers", "--host", "0.0.0.0", "--port", "0")
+    assert failed.returncode == 2
+    assert "--secret-file" in failed.stderr
+    failed = run("serve-layers", "--quiet", "--port", str(worker.port))
+    assert failed.returncode == 2
+    assert "cannot be listened on" in failed.stderr

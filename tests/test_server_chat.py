@@ -25,7 +25,7 @@ WORD = [{"role": "user", "content": "What is a banjo?"}]
 
 @pytest.fixture(scope="module")
 def demos():
-    with served_demos(chat.ROUTES, "demo-gpt-oss", "demo-openelm") as (address, registry):
+    with served_demos(chat.routes(), "demo-gpt-oss", "demo-openelm") as (address, registry):
         with Client(base_url=address, timeout=300) as client:
             yield client, registry
         for model in registry.models.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
@@ -20,7 +21,7 @@ from ..text.schema import Tool
 from .failures import RETRY_AFTER, ApiError, api_error
 from .generation import NONE, Generation, GenerationRequest, NamedTool, Progress
 from .log import log
-from .parts import Part
+from .parts import Part, Usage
 from .reading import AnswerReader, TokenTexts
 
 if TYPE_CHECKING:
@@ -39,14 +40,27 @@ class ModelLease(Protocol):
     """A loaded model, which stays loaded until it is released; the registry's."""
 
     @property
-    def engine(self) -> Engine: ...
+    def name(self) -> str:
+        """The model's own, whatever a request called it."""
+
     @property
-    def model(self) -> Model: ...
+    def engine(self) -> Engine:
+        """That answers its requests."""
+
     @property
-    def tokenizer(self) -> Tokenizer | None: ...
+    def model(self) -> Model:
+        """The engine's."""
+
     @property
-    def prefix_cache(self) -> PrefixCache | None: ...
-    def release(self) -> None: ...
+    def tokenizer(self) -> Tokenizer | None:
+        """The engine's."""
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """Of all of its requests."""
+
+    def release(self) -> None:
+        """It is not used any more. May be called again."""
 
 
 class Models(Protocol):
@@ -58,19 +72,24 @@ class Models(Protocol):
 
 @final
 class ModelGenerations:
-    """Answers by the models of a registry, each through its engine."""
+    """Answers by the models of a registry, each through its engine.
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    answered: told of each request whose answers are finished, with the model's name, its usage, and the seconds that the
+    first part of them took.
+    """
+
+    def __init__(self, models: Models, answered: Callable[[str, Usage, float], None] | None = None) -> None:
+        self._models, self._answered = models, answered
         # Encoding a prompt and compiling a schema take a while, and the loop has others to serve.
         self._pool = ThreadPoolExecutor(MOST_PREPARED, thread_name_prefix="openelm_mlx request")
 
     async def start(self, request: GenerationRequest) -> Generation:
         """See `Generations`."""
+        asked = time.perf_counter()
         lease = await self._models.acquire(request.model)
         try:
             handles, recipients = await self._in_thread(_submitted, lease, request)
-            return _Running(lease, request, handles, recipients)
+            return _Running(lease, request, handles, recipients, asked, self._answered)
         except BaseException:
             lease.release()
             raise
@@ -101,8 +120,16 @@ class _Running(Generation):
     """Answers that an engine writes, one a handle."""
 
     def __init__(
-        self, lease: ModelLease, request: GenerationRequest, handles: list[Handle], recipients: Collection[str]
+        self,
+        lease: ModelLease,
+        request: GenerationRequest,
+        handles: list[Handle],
+        recipients: Collection[str],
+        asked: float,
+        answered: Callable[[str, Usage, float], None] | None,
     ) -> None:
+        self._asked, self._answered = asked, answered
+        self._first: float | None = None
         self.prompt_tokens = sum(each.num_prompt_tokens for each in handles[:: request.n])
         self._lease, self._handles, self._engine, self._n = lease, handles, lease.engine, request.n
         texts, has_channels = TokenTexts(lease.tokenizer), is_harmony(lease) and request.messages is not None
@@ -119,6 +146,10 @@ class _Running(Generation):
                     parts += reader.read(self._taken(handle))
                 if not reader.is_finished:
                     running.append(handle)
+            if parts and self._first is None:
+                self._first = time.perf_counter() - self._asked
+            if not running:
+                self._count()
             if parts:
                 yield parts
             if not running:
@@ -127,6 +158,17 @@ class _Running(Generation):
                 raise ApiError(503, "The request was given up.", "server_error", retry_after=RETRY_AFTER)
             if not parts and not await something_came(running, every):
                 yield []
+
+    def _count(self) -> None:
+        usages = [reader.usage for reader in self._readers]
+        usage = Usage(
+            self.prompt_tokens,
+            sum(each.cached_tokens for each in usages[:: self._n]),
+            sum(each.completion_tokens for each in usages),
+            sum(each.reasoning_tokens for each in usages),
+        )
+        if self._answered is not None:
+            self._answered(self._lease.name, usage, self._first or 0.0)
 
     def _taken(self, handle: Handle) -> list[Chunk]:
         try:

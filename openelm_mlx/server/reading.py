@@ -65,6 +65,7 @@ class AnswerReader:
         self._new: list[str] = []  # of the open item, since the last part
         self._parts: list[Part] = []
         self._num_reasoning_tokens = 0
+        self.usage = Usage(0, 0, 0, 0)  # at the end
         # Tokens of messages whose text has not come yet, the bytes of those that have gone, and of the text.
         self._waiting: list[TokenLogprob] = []
         self._scored: list[TokenLogprob] = []
@@ -164,10 +165,10 @@ class AnswerReader:
         reason: FinishReason = "length" if chunk.finish_reason == "length" else "stop"
         if reason == "stop" and self._last_kind == "call":
             reason = "tool_calls"
-        usage = Usage(
+        self.usage = Usage(
             prompt_tokens=statistics.prompt_tokens,
             cached_tokens=statistics.cached_tokens,
             completion_tokens=statistics.completion_tokens,
             reasoning_tokens=self._num_reasoning_tokens,
         )
-        self._parts.append(Finished(self.index, reason, chunk.stop, usage))
+        self._parts.append(Finished(self.index, reason, chunk.stop, self.usage))

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from . import metrics
+from .answering import ModelGenerations
 from .app import Services, make_app
 from .generation import Generations
 from .guard import Guard
 from .page import page_routes
 from .registry import Registry
 from .settings import ServerSettings
-from .wire import messages, models, responses
+from .wire import chat, completions, messages, models, responses
 
 
 def make_site(settings: ServerSettings, registry: Registry, generations: Generations | None = None) -> Guard:
     """The application that a server runs. Its models are there from the start of its lifespan until the end."""
     counted = metrics.Metrics()
-    own = Services(generations or _none(), registry, settings, counted)
-    app = make_app(
-        own, [*metrics.routes(), *models.routes(), *responses.routes(), *messages.routes(), *page_routes()], registry
-    )
+    own = Services(generations or ModelGenerations(registry, counted.answered), registry, settings, counted)
+    apis = (chat, completions, responses, messages, models, metrics)
+    app = make_app(own, [*(route for api in apis for route in api.routes()), *page_routes()], registry)
     return Guard(app, settings, counted)
-
-
-def _none() -> Generations:
-    return None  # type: ignore[return-value]

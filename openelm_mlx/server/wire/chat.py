@@ -371,4 +371,6 @@ async def create(request: Request) -> Response:
     return Json(completion(answers, asked, created))
 
 
-ROUTES = [Route("/v1/chat/completions", create, methods=["POST"])]
+def routes() -> list[Route]:
+    """The route of Chat Completions."""
+    return [Route("/v1/chat/completions", create, methods=["POST"])]

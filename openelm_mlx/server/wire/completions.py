@@ -198,4 +198,6 @@ async def create(request: Request) -> Response:
     return Json(completion(answers, asked, created))
 
 
-ROUTES = [Route("/v1/completions", create, methods=["POST"])]
+def routes() -> list[Route]:
+    """The route of Completions."""
+    return [Route("/v1/completions", create, methods=["POST"])]

@@ -15,7 +15,7 @@ from openelm_mlx.errors import SettingError
 from .command import run_benchmark
 
 if TYPE_CHECKING:
-    from openelm_mlx.bench.requests import Row, Settings
+    from openelm_mlx.bench.request_rows import Row, Settings
 
 HELP = (
     "measure many requests at once, a mixed load, one alone and one beside a long prompt, on random models of the released "
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """What is to be measured. Raises SettingError."""
-    from openelm_mlx.bench.requests import PARTS, Settings
+    from openelm_mlx.bench.request_rows import PARTS, Settings
 
     return Settings(
         numbers_of(args.requests),

@@ -13,6 +13,7 @@ from benchmarks import requests as command
 from openelm_mlx.bench import random_pair as pairs
 from openelm_mlx.bench import request_runs, requests
 from openelm_mlx.bench.random_pair import random_pair
+from openelm_mlx.bench.request_rows import PARTS, Row, Settings, titles
 from openelm_mlx.bench.request_runs import (
     Load,
     Timeline,
@@ -24,7 +25,7 @@ from openelm_mlx.bench.request_runs import (
     run_engine,
     without_ends,
 )
-from openelm_mlx.bench.requests import OURS, PARTS, THEIRS, Row, Settings, run_parts, titles
+from openelm_mlx.bench.requests import OURS, THEIRS, run_parts
 from openelm_mlx.commands import main
 from openelm_mlx.errors import SettingError
 from openelm_mlx.generate import stream_generate

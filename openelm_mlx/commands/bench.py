@@ -205,7 +205,7 @@ def run_random(args: argparse.Namespace, chart: Path | None) -> int:
 
 def run_requests(args: argparse.Namespace) -> int:
     """Measure many requests at once. Returns 0 when all that was asked for was measured."""
-    from ..bench.requests import PARTS, Settings
+    from ..bench.request_rows import PARTS, Settings
     from .bench_requests import models_of, numbers_of, show
 
     settings = Settings(

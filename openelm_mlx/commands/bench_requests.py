@@ -11,7 +11,7 @@ from .options import bits_asked_for
 from .output import report, say
 
 if TYPE_CHECKING:
-    from ..bench.requests import Row, Settings
+    from ..bench.request_rows import Row, Settings
     from ..models import Model
 
 # More rows than any server runs together.
@@ -59,7 +59,8 @@ def show(name: str, model: Model, other: Any, settings: Settings, is_silent: boo
     """Measure, and print every row as it is known, below its part's title, unless `is_silent`; samples go to stderr."""
     from ..bench.benchmark import machine_description
     from ..bench.conditions import disturbances
-    from ..bench.requests import fitting, run_parts, titles
+    from ..bench.request_rows import titles
+    from ..bench.requests import fitting, run_parts
 
     if not is_silent:
         report(f"{name} on {machine_description()}; medians [least to most], and the first over the second")

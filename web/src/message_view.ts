@@ -217,7 +217,7 @@ class AnswerView implements MessageView {
     else if (message.state === "reasoning") announce("The model is thinking");
     else if (message.state === "answering") announce("The answer is being written");
     else if (message.state === "stopped") announce("Stopped");
-    else if (message.state === "done") announce(`Answer: ${Array.from(this.text.element.textContent ?? "").slice(0, 2000).join("")}`);
+    else if (message.state === "done") announce(`Answer: ${Array.from(this.text.element.textContent?.trim() ?? "").slice(0, 2000).join("")}`);
   }
 }
 

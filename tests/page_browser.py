@@ -1,0 +1,151 @@
+"""The chat page in a real browser, for tests: Chromium without a window, and a server whose answers are scripts.
+
+Each test has a browser profile of its own. At its end nothing may have failed in the page, the policy may not have had to
+forbid anything, and no other host may have been asked for anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from page_server import PageServer
+
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+# A loaded machine may need long for what takes a moment. Nothing waits for this time to pass.
+PATIENCE = 60_000  # ms
+
+
+def browser_path() -> str | None:
+    """Chromium or Chrome on this machine."""
+    named = os.environ.get("OPENELM_MLX_CHROMIUM")
+    found = (shutil.which(each) or (each if Path(each).is_file() else None) for each in (named, *BROWSERS) if each)
+    return next((each for each in found if each), None)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    # One a file and not one for all: Playwright keeps an event loop on its thread, where other tests want their own.
+    path = browser_path()
+    if path is None:
+        pytest.skip("no Chromium or Chrome is installed here")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (openelm_mlx[browser])")
+    sync_api.expect.set_options(timeout=PATIENCE)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def server() -> Iterator[PageServer]:
+    running = PageServer()
+    yield running
+    running.stop()
+
+
+class Chat:
+    """A tab with the page, and what a person does there."""
+
+    def __init__(self, context: Any, server: PageServer) -> None:
+        self.context, self.server = context, server
+        self.page = context.new_page()
+        # What a test causes on purpose, as patterns of the browser's messages
+        self.expected: list[str] = []
+        self.messages: list[str] = []
+        self.hosts: set[str] = set()
+        self.page.on("console", lambda message: self.messages.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.messages.append(f"error: {error}"))
+        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+
+    def open(self, state: str = "ready") -> Chat:
+        self.page.goto(self.server.url)
+        self.wait_for_state(state)
+        return self
+
+    def wait_for_state(self, state: str) -> None:
+        self.page.wait_for_selector(f"#state[data-state={state}]")
+
+    def say(self, text: str, wait: bool = True) -> None:
+        """Types and sends a message; waits until it has been answered."""
+        self.page.fill("#prompt", text)
+        self.page.press("#prompt", "Enter")
+        if wait:
+            self.wait_until_answered()
+
+    def wait_until_answered(self) -> None:
+        self.page.wait_for_selector("#send[aria-label=Send]")
+
+    def answers(self) -> list[str]:
+        return [each.inner_text() for each in self.page.query_selector_all(".message.answer > .markdown")]
+
+    def sent(self) -> list[tuple[str, Any]]:
+        """Roles and contents of the newest request."""
+        return [(each["role"], each["content"]) for each in self.server.requests[-1]["messages"]]
+
+    def titles(self) -> list[str]:
+        return [each.inner_text() for each in self.page.query_selector_all("#conversations .open")]
+
+    def wait_for(self, expression: str, argument: Any = None) -> None:
+        """Waits until an expression of the page is true. (Playwright's own wait is forbidden by the page's policy.)"""
+        until = time.monotonic() + PATIENCE / 1000
+        while not self.page.evaluate(expression, argument):
+            assert time.monotonic() < until, f"{expression} has not become true"
+            self.page.wait_for_timeout(20)
+
+    def menu(self, title: str, item: str) -> None:
+        """Chooses from the menu of a conversation in the list."""
+        entry = self.page.locator("#conversations li", has_text=title)
+        entry.hover()
+        entry.locator("summary").click()
+        entry.get_by_role("button", name=item).click()
+
+    def take_in(self, file: Any) -> None:
+        """Imports a file: JSON, or bytes as they are."""
+        body = file if isinstance(file, bytes) else json.dumps(file).encode()
+        self.page.set_input_files("#import-file", {"name": "x.json", "mimeType": "application/json", "buffer": body})
+
+    def saved(self) -> None:
+        """Waits until the browser has stored all there is to store."""
+        self.page.evaluate("new Promise((done) => setTimeout(done, 600))")  # longer than writes are put off
+
+    def check(self) -> None:
+        """Nothing failed, nothing was forbidden, and nobody else was asked."""
+        known = [*self.expected, r"^(log|info|debug|warning): (?!.*(Content Security Policy|TrustedHTML))"]
+        assert [text for text in self.messages if not any(re.search(each, text) for each in known)] == []
+        assert self.hosts - {""} == {urlsplit(self.server.url).netloc}
+
+
+@pytest.fixture
+def new_chat(chromium: Any, server: PageServer) -> Iterator[Any]:
+    """Makes tabs, each in a profile with the given options; all are checked and closed at the end."""
+    chats: list[Chat] = []
+
+    def new(**options: Any) -> Chat:
+        context = chromium.new_context(**{"viewport": {"width": 1180, "height": 820}, "locale": "en-US", **options})
+        context.set_default_timeout(PATIENCE)
+        chats.append(Chat(context, server))
+        return chats[-1]
+
+    yield new
+    for chat in chats:
+        chat.check()
+        chat.context.close()
+
+
+@pytest.fixture
+def chat(new_chat: Any) -> Chat:
+    return new_chat().open()

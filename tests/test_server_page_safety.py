@@ -17,7 +17,7 @@ ATTACKS = [
     "<img src=x onerror='window.broken = 1'>",
     "<img src='https://evil.example/seen.png'>",
     "<svg onload='window.broken = 1'><script>window.broken = 1</script></svg>",
-    "<svg><animate xlink:href=#x attributeName=href values='javascript:window.broken=1' /><a id=x><text y=20>X</text></a></svg>",
+    "<svg><animate xlink:href=#x attributeName=href values='javascript:window.broken=1' /><a id=x><text>X</text></a></svg>",
     "<math><mtext><table><mglyph><style><img src=x onerror='window.broken=1'></style></mglyph></table></mtext></math>",
     "<iframe src='javascript:window.broken=1'></iframe><iframe src='https://evil.example'></iframe>",
     "<object data='https://evil.example/x.swf'></object><embed src='https://evil.example/x'>",
@@ -65,12 +65,13 @@ ATTACKS = [
 
 FINDINGS = """() => {
     const inside = document.querySelector("#messages");
-    const bad = "script, iframe, object, embed, style, link, meta, base, form:not(.results), input, img, video, audio, svg:not(.icon):not(.katex svg)";
-    const found = [...inside.querySelectorAll(bad)].map((each) => each.outerHTML);
+    const bad = "script, iframe, object, embed, style, link, meta, base, form:not(.results), input, img, video, audio";
+    const found = [...inside.querySelectorAll(`${bad}, svg:not(.icon):not(.katex svg)`)].map((each) => each.outerHTML);
     for (const each of inside.querySelectorAll("*")) {
         for (const { name, value } of each.attributes) {
-            if (name.startsWith("on") || (name === "href" && !/^(https?:|mailto:)/.test(value))) found.push(`${name}=${value}`);
-            if (name === "src" || name === "srcdoc" || name === "action" || /url\\(/.test(value)) found.push(`${name}=${value}`);
+            const isBad = name.startsWith("on") || ["src", "srcdoc", "action", "xlink:href"].includes(name);
+            const leads = name === "href" && !/^(https?:|mailto:)/.test(value);
+            if (isBad || leads || /url\\(/.test(value)) found.push(`${name}=${value}`);
         }
     }
     if (window.broken) found.push("a script ran");
@@ -105,14 +106,17 @@ def test_nothing_that_a_model_writes_becomes_markup(server, chat):
 
 
 def test_what_is_written_as_html_can_be_read(server, chat):
-    server.script = lambda body: [("text", "Use <b>bold</b> & `<i>`.\n\n```html\n<p onclick=\"x()\">Hi</p>\n```")]
+    server.script = lambda body: [("text", 'Use <b>bold</b> & `<i>`.\n\n```html\n<p onclick="x()">Hi</p>\n```')]
     chat.say("How?")
     assert chat.page.locator(".message.answer p").inner_text() == "Use <b>bold</b> & <i>."
     assert chat.page.locator(".message.answer pre").text_content() == '<p onclick="x()">Hi</p>\n'
 
 
 def test_links_leave_in_a_tab_that_knows_nothing_of_this_one(server, chat):
-    server.script = lambda body: [("text", "[site](https://example.org/a) <me@example.org> https://example.org/b ![picture](http://e.org/p.png) main.py")]
+    links = (
+        "[site](https://example.org/a) <me@example.org> https://example.org/b ![picture](http://e.org/p.png) main.py"
+    )
+    server.script = lambda body: [("text", links)]
     chat.say("Links?")
     links = chat.page.locator(".message.answer a")
     assert [each.get_attribute("href") for each in links.all()] == [
@@ -151,8 +155,9 @@ def test_names_of_models_and_errors_are_text(server, new_chat):
 
 
 HOSTILE_FILES = [
-    b"", b"null", b"[]", b"{", b"{}", b'{"conversations": 1}', b'{"conversations": []}', b'{"conversations": [null, 1, {}]}', b"\xff\xfe\x00",
-    b'{"conversations": [{"id": "a"}]}', b'{"conversations": [{"id": 1, "messages": {}}]}', b"[" * 100_000,
+    b"", b"null", b"[]", b"{", b"{}", b"\xff\xfe\x00", b"[" * 100_000,
+    b'{"conversations": 1}', b'{"conversations": []}', b'{"conversations": [null, 1, {}]}',
+    b'{"conversations": [{"id": "a"}]}', b'{"conversations": [{"id": 1, "messages": {}}]}',
 ]  # fmt: skip
 
 
@@ -167,13 +172,24 @@ def test_a_file_that_holds_no_conversations_is_refused_with_a_sentence(chat):
 
 def test_a_hostile_file_is_read_as_far_as_it_makes_sense(server, chat):
     attack = "<img src=x onerror=window.broken=1>"
-    circle = {"a": {"id": "a", "parent": "b", "role": "user", "content": "A"}, "b": {"id": "b", "parent": "a", "role": "assistant", "content": "B"}}
+    circle = {
+        "a": {"id": "a", "parent": "b", "role": "user", "content": "A"},
+        "b": {"id": "b", "parent": "a", "role": "assistant", "content": "B"},
+    }
+    calls = [1, {"id": "c", "name": attack}]
     odd = {
         "x": {"id": "x", "parent": "nobody", "role": "user", "content": attack, "created": "late"},
-        "y": {"id": "y", "parent": "x", "role": "assistant", "content": {"not": "text"}, "calls": [1, {"id": "c", "name": attack}], "state": "odd"},
+        "y": {
+            "id": "y",
+            "parent": "x",
+            "role": "assistant",
+            "content": {"not": "text"},
+            "calls": calls,
+            "state": "odd",
+        },
         "z": {"id": "z", "role": "root"},
         "__proto__": {"id": "__proto__", "parent": "y", "role": "user", "content": "polluted"},
-    }  # fmt: skip
+    }
     settings = {"temperature": "hot", "system": 7, "model": None, "polluted": True}
     chat.take_in(
         {
@@ -186,7 +202,7 @@ def test_a_hostile_file_is_read_as_far_as_it_makes_sense(server, chat):
     chat.page.locator(".notice", has_text="2 chats are imported").wait_for()
     assert sorted(chat.titles()) == sorted([attack, "New chat"])
     for title in chat.titles():
-        chat.page.get_by_role("button", name=title, exact=True).click()
+        chat.page.locator("#conversations .open", has_text=title).click()
         assert chat.page.evaluate(FINDINGS) == []
         chat.say("Go on")
         assert chat.page.evaluate(FINDINGS) == []

@@ -119,7 +119,11 @@ def test_export_and_import(answered, new_chat, tmp_path):
 
 
 def test_export_as_markdown(server, chat, tmp_path):
-    server.script = lambda body: [("reasoning", "Think."), ("text", "Use:\n\n```sh\nls\n```"), ("call", "c", "f", '{"a": "```"}')]
+    server.script = lambda body: [
+        ("reasoning", "Think."),
+        ("text", "Use:\n\n```sh\nls\n```"),
+        ("call", "c", "f", '{"a": "```"}'),
+    ]
     chat.say("How to list?")
     with chat.page.expect_download() as download:
         chat.menu("How to list?", "Export as Markdown")
@@ -130,7 +134,7 @@ def test_export_as_markdown(server, chat, tmp_path):
     assert text == (
         "# How to list?\n\n## You\n\nHow to list?\n\n## demo-gpt-oss\n\n"
         "<details><summary>Reasoning</summary>\n\nThink.\n\n</details>\n\n"
-        "Use:\n\n```sh\nls\n```\n\nCalled `f`:\n\n````json\n{\"a\": \"```\"}\n````\n"
+        'Use:\n\n```sh\nls\n```\n\nCalled `f`:\n\n````json\n{"a": "```"}\n````\n'
     )
 
 
@@ -172,9 +176,9 @@ def test_a_full_store_is_told_and_nothing_is_lost_until_the_tab_closes(server, n
 
 BROKEN = [
     "indexedDB.open = () => { throw new DOMException('no', 'SecurityError'); };",
-    "IDBFactory.prototype.open = function () { const r = {}; setTimeout(() => { r.error = new Error('x'); r.onerror(); }); return r; };",
+    "IDBFactory.prototype.open = () => { const asked = { error: 1 }; setTimeout(() => asked.onerror()); return asked; };",
     "Object.defineProperty(window, 'indexedDB', { value: undefined });",
-    "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } }); indexedDB.open = () => { throw 1; };",
+    "for (const name of ['localStorage', 'indexedDB']) Object.defineProperty(window, name, { get() { throw new Error(); } });",
 ]
 
 

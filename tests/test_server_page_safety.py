@@ -142,7 +142,7 @@ def test_names_and_arguments_of_calls_are_text(server, chat):
 def test_names_of_models_and_errors_are_text(server, new_chat):
     attack = "<img src=x onerror=window.broken=1>"
     server.models = [attack]
-    server.health = {"models": {attack: {"state": "failed", "error": attack}}}
+    server.health = {"models": [{"id": attack, "state": "failed", "error": attack}]}
     chat = new_chat().open()
     chat.page.locator("#failed-banner").wait_for()
     assert chat.page.locator("#failed-banner").inner_text() == f"{attack} could not be loaded: {attack}"

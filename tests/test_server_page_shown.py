@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from page_browser import library
 from page_server import PageServer, failure
 
 pytest_plugins = ["page_browser"]
@@ -15,6 +16,11 @@ ANSWER = [
     ("text", "# Title\n\nText with `code`, $x^2$ and [a link](https://example.org).\n\n> Quote\n\n"),
     ("text", "```python\n# comment\ndef f(x: int) -> str:\n    return 'a' + str(1.5)\n```\n\n| a | b |\n|--|--:|\n| 1 | 2 |\n"),
 ]  # fmt: skip
+
+PLAN = {"total_bytes": 13.2e9, "weights_bytes": 12.5e9, "kv_cache_bytes": 6e8, "scratch_bytes": 1e8}
+READY = {
+    "id": "demo-gpt-oss", "state": "ready", "running": 1, "waiting": 0, "context_length": 8192, "kept_bytes": 3e7, "plan": PLAN,
+}  # fmt: skip
 
 
 # --- what the server does
@@ -67,7 +73,7 @@ def test_an_answer_that_ends_without_its_end_is_told(server, chat):
 
 
 def test_loading_is_told_by_name_and_requests_wait(server, new_chat):
-    server.health = {"status": "loading", "models": {"demo-gpt-oss": {"state": "loading"}}}
+    server.health = {"status": "loading", "models": [{"id": "demo-gpt-oss", "state": "loading", "seconds": 1.0}]}
     chat = new_chat().open("loading")
     chat.expected.append("status of 503")
     assert chat.page.locator("#state-text").inner_text() == "Loading demo-gpt-oss"
@@ -77,22 +83,44 @@ def test_loading_is_told_by_name_and_requests_wait(server, new_chat):
     server.script = lambda body: next(answers)
     chat.say("Hi", wait=False)
     chat.wait_for("document.querySelector('.waiting-text')?.textContent.startsWith('The server is loading the model')")
-    server.health = {"status": "ok", "models": {"demo-gpt-oss": {"state": "ready"}}}
+    server.health = {"status": "ok", "models": [{"id": "demo-gpt-oss", "state": "ready"}]}
     chat.wait_until_answered()  # long before the 30 seconds are over
     assert chat.answers() == ["Ready now"]
     assert chat.page.locator("#state-text").inner_text() == "Ready"
 
 
 def test_busy_is_told(server, new_chat):
-    server.health = {"models": {"demo-gpt-oss": {"state": "ready", "running": 8, "waiting": 3}}}
+    server.health = {"models": [{"id": "demo-gpt-oss", "state": "ready", "running": 8, "waiting": 3}]}
     chat = new_chat().open("busy")
     assert chat.page.locator("#state-text").inner_text() == "Busy, 3 waiting"
 
 
-def test_memory_is_told(server, new_chat):
-    server.health = {"status": "ok", "memory": {"used_bytes": 12_100_000_000, "limit_bytes": 16_400_000_000}}
+def test_memory_and_the_plan_are_told(server, new_chat):
+    memory = {"used_bytes": 12_100_000_000, "cached_bytes": 0, "limit_bytes": 16_400_000_000}
+    server.health = {"status": "ok", "memory": memory, "models": [READY, {"id": "demo-openelm", "state": "unloaded"}]}
     chat = new_chat().open()
-    assert chat.page.locator("#memory").inner_text() == "Memory 12.1 GB of 16.4 GB"
+    line = chat.page.locator("#memory")
+    assert line.inner_text() == "Memory 12.1 GB of 16.4 GB, planned 13.2 GB"
+    plan = "A context of 8,192 tokens, weights 12.5 GB, keys and values 600 MB, scratch 100 MB, beginnings of prompts 30 MB"
+    assert line.get_attribute("title") == plan
+    chat.page.click("#settings")
+    assert chat.page.locator(".plan").inner_text() == f"demo-gpt-oss: {plan}."
+    chat.page.keyboard.press("Escape")
+    chat.page.select_option("#model", "demo-openelm")  # which is not in memory
+    assert line.inner_text() == "Memory 12.1 GB of 16.4 GB"
+
+
+def test_a_download_is_told(server, new_chat):
+    loading = {"id": "demo-gpt-oss", "state": "loading", "seconds": 3.0, "downloaded": 30, "total": 120}
+    server.health = {"status": "loading", "models": [loading]}
+    chat = new_chat().open("loading")
+    assert chat.page.locator("#state-text").inner_text() == "Loading demo-gpt-oss, 25 %"
+
+
+def test_without_the_key_the_state_alone_is_known(server, new_chat):
+    server.health = {"status": "loading"}
+    chat = new_chat().open("loading")
+    assert chat.page.locator("#state-text").inner_text() == "Loading the model"
 
 
 def test_a_key_is_asked_for_once(server, new_chat):
@@ -197,9 +225,7 @@ def test_dark_by_the_system_and_by_hand(server, new_chat):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessible_by_axe(server, new_chat, scheme):
-    axe = pytest.importorskip(
-        "axe_playwright_python.sync_playwright", reason="axe is not installed (openelm_mlx[browser])"
-    )
+    axe = library("axe_playwright_python.sync_playwright")
     chat = new_chat(color_scheme=scheme, bypass_csp=True, reduced_motion="reduce").open()
 
     def violations() -> list[str]:
@@ -321,8 +347,10 @@ def test_everything_can_be_reached_by_tab_and_is_seen_to_be(server, chat):
             seen.append(name)
         if name == "Message":
             break
-    for each in ("New chat", "Search the chats", "Hi", "More for Hi", "Export all", "Model", "Settings", "Conversation", "Copy this code",
-                 "Edit this message", "Answer again", "Copy this answer", "Message"):  # fmt: skip
+    for each in (
+        "New chat", "Search the chats", "Hi", "More for Hi", "Export all", "Model", "Settings", "Conversation",
+        "Copy this code", "Edit this message", "Answer again", "Copy this answer", "Message",
+    ):  # fmt: skip
         assert each in reached, (each, reached)
     assert seen == []
 

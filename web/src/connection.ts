@@ -9,13 +9,24 @@ export interface Status {
   health: Health | null;
 }
 
-/** What the page shows of /health. */
+/** What the page shows of /health. Sizes are in bytes. */
 export interface Health {
-  loading: string[];
-  failed: { name: string; error: string }[];
-  running: number;
+  isLoading: boolean;
+  models: ModelHealth[];
   waiting: number;
   memory: { used: number; limit: number } | null;
+}
+
+export interface ModelHealth {
+  id: string;
+  state: string;
+  error: string | null;
+  /** The share of a download that is done. */
+  share: number | null;
+  waiting: number;
+  contextLength: number | null;
+  kept: number;
+  plan: { total: number; weights: number; cache: number; scratch: number } | null;
 }
 
 // ms until the next question
@@ -53,9 +64,8 @@ export class Connection {
       const found = readHealth(await health(within));
       const known = await models();
       const busy = found.waiting > 0;
-      const nobody = found.loading.length > 0 && !known.some((model) => model.state === "ready");
       this.failures = 0;
-      this.set({ state: nobody ? "loading" : busy ? "busy" : "ready", models: known, health: found });
+      this.set({ state: found.isLoading ? "loading" : busy ? "busy" : "ready", models: known, health: found });
     } catch (error) {
       if (error instanceof ServerError && error.status === 401) this.set({ ...this.status, state: "locked" });
       else if (error instanceof ServerError && error.status === 503) this.set({ ...this.status, state: "loading" });
@@ -90,17 +100,32 @@ export class Connection {
   }
 }
 
+// Without the key the body has the status alone. "dead" is an engine that the next request replaces.
 function readHealth(body: Record<string, any>): Health {
-  const entries = Object.entries<any>(Array.isArray(body.models) ? Object.fromEntries(body.models.map((each: any) => [each.id ?? each.name, each])) : (body.models ?? {}));
-  const stateOf = (value: any) => (typeof value === "string" ? value : value?.state);
-  const sum = (name: string) => entries.reduce((total, [, value]) => total + (Number(value?.[name]) || 0), Number(body[name]) || 0);
-  const used = Number(body.memory?.used_bytes);
-  const limit = Number(body.memory?.limit_bytes);
+  const list: any[] = Array.isArray(body.models) ? body.models : [];
+  const models = list.filter((each) => typeof each?.id === "string").map(readModel);
+  const { used_bytes: used, limit_bytes: limit } = body.memory ?? {};
   return {
-    loading: entries.filter(([, value]) => stateOf(value) === "loading").map(([name]) => name),
-    failed: entries.filter(([, value]) => stateOf(value) === "failed").map(([name, value]) => ({ name, error: String(value?.error ?? "") })),
-    running: sum("running"),
-    waiting: sum("waiting"),
-    memory: limit > 0 ? { used: used || 0, limit } : null,
+    isLoading: body.status === "loading" || body.status === "dead",
+    models,
+    waiting: models.reduce((sum, each) => sum + each.waiting, 0),
+    memory: used > 0 ? { used: Number(used), limit: Number(limit) || 0 } : null,
+  };
+}
+
+function readModel(each: any): ModelHealth {
+  const { plan } = each;
+  return {
+    id: each.id,
+    state: String(each.state),
+    error: typeof each.error === "string" ? each.error : null,
+    share: each.total > 0 ? Number(each.downloaded) / Number(each.total) : null,
+    waiting: Number(each.waiting) || 0,
+    contextLength: Number(each.context_length) || null,
+    kept: Number(each.kept_bytes) || 0,
+    plan: plan && {
+      total: Number(plan.total_bytes), weights: Number(plan.weights_bytes),
+      cache: Number(plan.kv_cache_bytes), scratch: Number(plan.scratch_bytes),
+    },
   };
 }

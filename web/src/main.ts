@@ -6,7 +6,7 @@ import { byId, h, icon } from "./dom";
 import { askForKey, isMac, notice, showShortcuts } from "./dialogs";
 import { showSettings } from "./settings_view";
 import { Sidebar } from "./sidebar";
-import { memoryText, stateText } from "./status_text";
+import { memoryText, planText, stateText } from "./status_text";
 import { small, Store, type StoreEvent } from "./store";
 import { ThreadView } from "./thread_view";
 import { readSettings } from "./transfer";
@@ -179,10 +179,9 @@ class Page {
     const pill = byId("state");
     pill.dataset.state = status.state;
     byId("state-text").textContent = stateText(status);
-    byId("memory").textContent = memoryText(status.health);
     showBanner("gone-banner", status.state === "gone" ? "The server does not answer. This page tries again by itself." : null);
-    const failed = status.health?.failed[0];
-    showBanner("failed-banner", failed ? `${failed.name} could not be loaded: ${failed.error}` : null);
+    const failed = status.health?.models.find((model) => model.state === "failed");
+    showBanner("failed-banner", failed ? `${failed.id} could not be loaded: ${failed.error}` : null);
     this.showModels();
     // Once: who closes it is asked again only by a request that needs the key
     if (status.state === "locked" && !this.locked) void this.askForKey();
@@ -200,6 +199,9 @@ class Page {
     if (known.length && !known.includes(settings.model ?? "")) settings.model = known[0]!;
     const names = known.length ? known : settings.model ? [settings.model] : [];
     const field = byId<HTMLSelectElement>("model");
+    const memory = byId("memory");
+    memory.textContent = memoryText(this.connection.status.health, settings.model);
+    memory.title = planText(this.connection.status.health, settings.model) ?? "";
     const now = JSON.stringify([names, settings.model]);
     field.disabled = names.length === 0;
     if (field.dataset.shown === now) return; // drawing it anew would close it under the pointer
@@ -219,13 +221,15 @@ class Page {
     byId("model").addEventListener("change", (event) => {
       this.conversation.settings.model = (event.target as HTMLSelectElement).value;
       this.settingsChanged();
+      this.showModels();
     });
     for (const button of document.querySelectorAll<HTMLElement>("[data-icon]")) button.prepend(icon(button.dataset.icon!));
     this.toggleSidebar(!NARROW.matches && small.get("sidebar") !== "hidden");
   }
 
   private openSettings(): void {
-    showSettings(this.conversation.settings, () => this.settingsChanged());
+    const plan = planText(this.connection.status.health, this.conversation.settings.model);
+    showSettings(this.conversation.settings, plan, () => this.settingsChanged());
   }
 
   private settingsChanged(): void {

@@ -18,8 +18,8 @@ const EXAMPLE_TOOL = JSON.stringify([{
   },
 }], null, 2);
 
-/** Fields write into `settings` as they change; `changed` is called each time. */
-export function showSettings(settings: Settings, changed: () => void): void {
+/** Fields write into `settings` as they change; `changed` is called each time. plan: what the model's memory is made of. */
+export function showSettings(settings: Settings, plan: string | null, changed: () => void): void {
   const numeric = (id: string, label: string, name: "temperature" | "topP" | "maxTokens" | "seed", limits: Record<string, string>, hint: string) => {
     const field = h("input", {
       id, type: "number", inputmode: "decimal", placeholder: "Default", value: settings[name] ?? undefined, "aria-describedby": `${id}-hint`, ...limits,
@@ -50,7 +50,8 @@ export function showSettings(settings: Settings, changed: () => void): void {
         numeric("top-p", "Top-p", "topP", { min: "0", max: "1", step: "any" }, "The share of probability to choose from."),
         numeric("max-tokens", "Longest answer", "maxTokens", { min: "1", step: "1" }, "In tokens, reasoning included."),
         numeric("seed", "Seed", "seed", { min: "0", step: "1" }, "The same seed gives the same answer.")),
-      toolsField(settings, changed)),
+      toolsField(settings, changed),
+      plan && h("p", { class: "hint plan" }, `${settings.model}: ${plan}.`)),
     h("section", {},
       h("h3", {}, "This browser"),
       h("fieldset", { class: "themes" }, h("legend", {}, "Appearance"),

@@ -50,7 +50,7 @@ export function waitingText(progress: Progress | null): string {
 export function stateText(status: Status): string {
   switch (status.state) {
     case "connecting": return "Connecting";
-    case "loading": return `Loading ${status.health?.loading[0] ?? "the model"}`;
+    case "loading": return loadingText(status.health);
     case "busy": return `Busy, ${count(status.health?.waiting ?? 0)} waiting`;
     case "gone": return "Server gone";
     case "locked": return "Key needed";
@@ -58,7 +58,28 @@ export function stateText(status: Status): string {
   }
 }
 
-export function memoryText(health: Health | null): string {
+function loadingText(health: Health | null): string {
+  const loading = health?.models.find((model) => model.state === "loading");
+  const share = loading?.share != null ? `, ${Math.round(loading.share * 100)} %` : "";
+  return `Loading ${loading?.id ?? "the model"}${share}`;
+}
+
+export function memoryText(health: Health | null, model: string | null): string {
   const memory = health?.memory;
-  return memory ? `Memory ${gigabytes(memory.used)} of ${gigabytes(memory.limit)}` : "";
+  if (!memory) return "";
+  const plan = health.models.find((each) => each.id === model)?.plan;
+  const limit = memory.limit ? ` of ${gigabytes(memory.limit)}` : "";
+  return `Memory ${gigabytes(memory.used)}${limit}${plan ? `, planned ${gigabytes(plan.total)}` : ""}`;
+}
+
+/** What the plan is made of, and what is kept beside it; null for a model that is not in memory. */
+export function planText(health: Health | null, model: string | null): string | null {
+  const found = health?.models.find((each) => each.id === model);
+  if (!found?.contextLength) return null;
+  const { plan, kept, contextLength } = found;
+  const parts = plan ? [
+    `weights ${gigabytes(plan.weights)}`, `keys and values ${gigabytes(plan.cache)}`, `scratch ${gigabytes(plan.scratch)}`,
+  ] : [];
+  if (kept) parts.push(`beginnings of prompts ${gigabytes(kept)}`);
+  return [`A context of ${count(contextLength)} tokens`, ...parts].join(", ");
 }

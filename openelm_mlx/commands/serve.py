@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     listening = listening_socket(settings.host, settings.port)
     import asyncio
 
+    from ..server.loading import is_still_loading
     from ..server.running import serve
 
     _log_to_stderr(args.quiet)
@@ -121,7 +122,11 @@ def run(args: argparse.Namespace) -> int:
         failure = asyncio.run(serve(settings, listening, told))
     if failure is not None:
         raise SettingError(failure)
-    return INTERRUPTED if told.was_hurried else 0
+    code = INTERRUPTED if told.was_hurried else 0
+    if is_still_loading():
+        output.flush()
+        os._exit(code)
+    return code
 
 
 def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None = None) -> ServerSettings:

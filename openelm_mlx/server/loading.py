@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# The name of threads that load, and that nobody waits for when the server ends.
+THREAD = "openelm_mlx loading"
+
 
 @final
 class Loaded:
@@ -217,7 +220,7 @@ async def in_thread(work: Callable[[], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
             loop.call_soon_threadsafe(deliver, result, error)
 
-    threading.Thread(target=run, name="openelm_mlx loading", daemon=True).start()
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
     return await future
 
 
@@ -228,3 +231,8 @@ def end_streams() -> None:
     with contextlib.suppress(RuntimeError):  # of work that had failed
         mx.synchronize()
     mx.clear_streams()
+
+
+def is_still_loading() -> bool:
+    """Whether a thread is at work that cannot be stopped: the process must not take itself apart under it."""
+    return any(thread.name == THREAD for thread in threading.enumerate())

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .connections import Server, address_of
+from .counts import Metrics
+from .guard import Guard
+from .late import LateSite
 from .registry import Registry
 from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 
 class Voice(Protocol):
@@ -29,11 +35,16 @@ async def serve(settings: ServerSettings, listening: socket.socket, voice: Voice
 
     Models are given back, and every answer is whole or has been told that it will not be, before this returns.
     """
-    from .site import make_site
+    registry, counted = Registry(settings), Metrics()
 
-    registry = Registry(settings)
+    def make() -> Starlette:
+        from .site import make_inner_site
+
+        return make_inner_site(settings, registry, counted)
+
+    site = LateSite(make, registry)
     server = Server(
-        make_site(settings, registry), settings, lambda running: voice.stopping(running, settings.shutdown_time)
+        Guard(site, settings, counted), settings, lambda running: voice.stopping(running, settings.shutdown_time)
     )
     running = asyncio.create_task(server.serve(sockets=[listening]))
     try:
@@ -41,7 +52,7 @@ async def serve(settings: ServerSettings, listening: socket.socket, voice: Voice
             await asyncio.sleep(0.005)
         if server.started:
             voice.listening(settings, *address_of(listening))
-        return await _until_the_end(running, server, registry)
+        return await _until_the_end(running, server, registry, site)
     finally:
         if not running.done():  # this task was cancelled
             running.cancel()
@@ -51,12 +62,16 @@ async def serve(settings: ServerSettings, listening: socket.socket, voice: Voice
         await registry.close()
 
 
-async def _until_the_end(running: asyncio.Task[None], server: Server, registry: Registry) -> str | None:
-    failure = registry.startup_failure
-    if failure is None or len(registry.settings.models) > 1:
-        await running
-        return None
-    await asyncio.wait((running, failure), return_when=asyncio.FIRST_COMPLETED)
+async def _until_the_end(running: asyncio.Task[None], server: Server, registry: Registry, site: LateSite) -> str | None:
+    reason = registry.startup_failure
+    # With other models beside the first, the server goes on without it.
+    failure = reason if reason is not None and len(registry.settings.models) == 1 else None
+    ends: list[asyncio.Future[Any]] = [running, *(() if failure is None else (failure,))]
+    await asyncio.wait([*ends, site.made], return_when=asyncio.FIRST_COMPLETED)
+    if not site.made.done() or site.made.exception() is None:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.stop()
     await running
-    return failure.result() if failure.done() and not failure.cancelled() else None
+    if site.made.done() and (error := site.made.exception()) is not None:
+        raise error
+    return failure.result() if failure is not None and failure.done() else None

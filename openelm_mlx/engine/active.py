@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import mlx.core as mx
 
@@ -91,6 +91,7 @@ class ActiveRequest(HasJob):
         # Where its keys and values are while they are not in its own cache.
         self.bank: SlotBank | None = None
         self.wants_scores = sequence.request.logprobs is not None
+        self.wants_prompt_scores = sequence.request.prompt_logprobs is not None
         self._stack = ExitStack()
         self.has_begun = False  # whether it has been admitted before
 
@@ -146,7 +147,7 @@ class ActiveRequest(HasJob):
         request = self.sequence.request
         return (
             tuple(request.prompt_tokens), request.kv_bits, request.sliding_window, request.prefill_chunk, request.room,
-            None if request.prefix_cache is None else id(request.prefix_cache),
+            None if request.prefix_cache is None else id(request.prefix_cache), request.prompt_logprobs,
         )  # fmt: skip
 
     def begin(self, model: Model, tokenizer: Tokenizer | None) -> None:
@@ -196,6 +197,19 @@ class ActiveRequest(HasJob):
         assert self.turn is not None
         start = self.cache[0].offset
         return self.turn.tokens[start : start + length]
+
+    def score_prompt(self, logits: mx.array) -> None:
+        """Note the log-probabilities of the prompt's tokens that come after those in the cache's end; logits (n, V)."""
+        assert self.turn is not None
+        count = self.sequence.request.prompt_logprobs or 0
+        first = self.position - logits.shape[0] + 1
+        tokens = self.turn.tokens[first : min(self.position + 1, self.turn.num_prompt_tokens)]
+        known = self.channel.prompt_logprobs
+        del known[first - 1 :]  # where it is computed again
+        for row, token in enumerate(tokens):
+            choice = Choice(mx.array(token), *log_probabilities(logits[row], mx.array(token), count))
+            logprob, top = choice.logprob_values()
+            known.append((cast(float, logprob), top or {}))
 
     def start_answer(self, model: Model, logits: mx.array, may_guess: Callable[[], bool]) -> None:
         """The prompt is in the cache, and these are the logits (V,) after its last token.

@@ -25,16 +25,14 @@ class Part:
     """One request's share of a pass.
 
     tokens: a scalar or (n,); None where they are its pending one. offset: how many tokens its cache held before.
+    is_prompt: whether they are a piece of its prompt.
     """
 
     request: ActiveRequest
     rows: Rows
     offset: int
     tokens: mx.array | None = None
-
-    @property
-    def is_prompt(self) -> bool:
-        return self.rows.is_prompt
+    is_prompt: bool = False
 
 
 def decoding_part(request: ActiveRequest, tokens: mx.array | None = None) -> Part:
@@ -46,8 +44,9 @@ def decoding_part(request: ActiveRequest, tokens: mx.array | None = None) -> Par
 def prompt_part(request: ActiveRequest, length: int) -> Part:
     """The next piece of a request's prompt."""
     is_last = len(request.job.chunks) == 1 and request.job.chunks[0] == length
-    rows = Rows(request.cache, length, True, is_last)
-    return Part(request, rows, request.cache[0].offset, mx.array(request.prompt_piece(length)))
+    # Where all of a prompt's logits are wanted, it is no prompt for the pass, but tokens like those of a draft.
+    rows = Rows(request.cache, length, not request.wants_prompt_scores, is_last)
+    return Part(request, rows, request.cache[0].offset, mx.array(request.prompt_piece(length)), True)
 
 
 def compute(

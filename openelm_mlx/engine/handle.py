@@ -22,6 +22,7 @@ class Channel:
 
     def __init__(self, wake_engine: Callable[[], None], num_prompt_tokens: int = 0) -> None:
         self.num_prompt_tokens, self.num_prompt_tokens_done = num_prompt_tokens, 0
+        self.prompt_logprobs: list[tuple[float, dict[int, float]]] = []
         self.items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
         self.is_cancelled = False
         self.is_done = False
@@ -172,6 +173,14 @@ class Handle:
     def is_over(self) -> bool:
         """Whether everything has been read."""
         return self._is_over
+
+    @property
+    def prompt_logprobs(self) -> list[tuple[float, dict[int, float]]]:
+        """Of each token of the prompt but the first, as asked for: its log-probability, and the likeliest ones there.
+
+        Complete when there is a chunk.
+        """
+        return self.channel.prompt_logprobs
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -50,6 +50,7 @@ class Lifecycle:
         """One more answer to the leader's prompt, which has just been computed."""
         assert leader.turn is not None
         request.begin_with(self._model, self._tokenizer, leader.turn.forked())
+        request.channel.prompt_logprobs = list(leader.channel.prompt_logprobs)
         request.job.chunks.clear()
         self._scheduler.prompt_is_done(request)
 
@@ -125,6 +126,7 @@ class Lifecycle:
                 self._scheduler.put_back(each)
             self.end(heir, error=error)
             raise
+        heir.channel.prompt_logprobs = list(request.channel.prompt_logprobs)
         heir.followers = others
         heir.job.chunks = request.job.chunks
         self._scheduler.compute_prompt(heir)

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as ManyOf
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from .active import ActiveRequest
 from .handle import Channel, Handle, wake_readers
 from .memory import Neighbours, usual_number
 from .prompt import Prompt
+from .request import usable_vocab_size
 from .runner import Runner
 from .scheduler import Scheduler
 from .single import new_sequence
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 # Requests in the queue where nobody says.
 MAX_WAITING = 1024
+# Tokens of a prompt whose log-probabilities are wanted, in one pass: each has a row of logits as long as the vocabulary.
+SCORED_AT_ONCE = 16
 
 
 class _Shared:
@@ -92,8 +96,11 @@ class Engine:
         self._thread.start()
         self._stop = weakref.finalize(self, _stop, self._shared, self._thread)
 
-    def submit(self, prompt: Prompt | None = None, **options: Any) -> Handle:
+    def submit(self, prompt: Prompt | None = None, prompt_logprobs: int | None = None, **options: Any) -> Handle:
         """One more request; its handle gives the chunks as they come. Takes the options of `om.stream_generate`.
+
+        prompt_logprobs: report the log-probability of each of the prompt's tokens, and this many of the likeliest ones at
+        its place: `handle.prompt_logprobs` has them. All of the prompt is computed then, a few tokens at a time.
 
         What is wrong with the request is raised here (PromptError, SettingError, TokenizerError, MemoryLimitError where
         it could never fit), and EngineFullError when the queue is full.
@@ -102,7 +109,11 @@ class Engine:
         refuse_unknown("engine.submit", {name: each for name, each in options.items() if name not in known}, known)
         shared = self._shared
         self._check_open()
+        if prompt_logprobs is not None:
+            whole_number("prompt_logprobs", prompt_logprobs, low=0, high=usable_vocab_size(self.model, self.tokenizer))
+            options |= {"prefix_cache": None, "prefill_chunk": SCORED_AT_ONCE}
         sequence = new_sequence(self.model, self.tokenizer, prompt, memory=self._runner.memory, **options)
+        sequence.request = replace(sequence.request, prompt_logprobs=prompt_logprobs)
         channel = Channel(shared.wake.set, len(sequence.request.prompt_tokens))
         with shared.lock:
             self._check_open()

@@ -56,6 +56,7 @@ class Request:
     draft: Drafts | None = None
     borders: Sequence[int] = ()  # offsets in the prompt where messages begin
     notes: tuple[str, ...] = ()  # sentences about parts of the answer's format that are not enforced
+    prompt_logprobs: int | None = None  # the likeliest tokens told for each of the prompt's; None: no log-probabilities
     ends_by_itself: bool = False  # a model that reasons first and must not be cut off before its answer
     constraint: TokenConstraint | None = None  # set when the rest is checked: it counts the tokens
     limit: int = 0  # of tokens, and by what: set when the rest is checked

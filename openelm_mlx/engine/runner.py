@@ -301,6 +301,8 @@ class Runner:
         job = request.job
         num_chunks = len(job.chunks)
         job.take(rows.length)
+        if request.wants_prompt_scores and logits is not None:
+            request.score_prompt(logits)
         for each in (request, *request.followers):
             each.channel.num_prompt_tokens_done = request.position
         assert request.turn is not None
@@ -320,7 +322,7 @@ class Runner:
             else:
                 beginning.append(each)
         for each in beginning:
-            self._start_answer(each, logits[0])
+            self._start_answer(each, logits[-1])
 
     def _start_answer(self, request: ActiveRequest, logits: mx.array) -> None:
         """The first token, from the logits (V,) after the prompt."""

@@ -19,7 +19,7 @@ from ..errors import MemoryLimitError, PromptError, SettingError, UserError
 from ..text.chat import HARMONY, PLAIN
 from ..text.schema import Tool
 from .failures import RETRY_AFTER, ApiError, api_error
-from .generation import NONE, Generation, GenerationRequest, NamedTool, Progress
+from .generation import NONE, Generation, GenerationRequest, NamedTool, Progress, PromptText
 from .log import log
 from .parts import Part, Usage
 from .reading import AnswerReader, TokenTexts
@@ -132,7 +132,9 @@ class _Running(Generation):
         self._first: float | None = None
         self.prompt_tokens = sum(each.num_prompt_tokens for each in handles[:: request.n])
         self._lease, self._handles, self._engine, self._n = lease, handles, lease.engine, request.n
-        texts, has_channels = TokenTexts(lease.tokenizer), is_harmony(lease) and request.messages is not None
+        self._request = request
+        self._texts = texts = TokenTexts(lease.tokenizer)
+        has_channels = is_harmony(lease) and request.messages is not None
         self._readers = [
             AnswerReader(index, recipients, texts, has_channels, len(request.stop)) for index in range(len(handles))
         ]
@@ -187,6 +189,20 @@ class _Running(Generation):
         done = min(sum(each.num_prompt_tokens_done for each in self._handles[:: self._n]), self.prompt_tokens)
         return Progress(self._engine.place_in_queue(first), done, self.prompt_tokens)
 
+    def prompt_texts(self) -> list[PromptText]:
+        tokenizer = self._lease.tokenizer
+        assert tokenizer is not None
+        found = []
+        for prompt, handle in zip(self._request.prompts, self._handles[:: self._n], strict=True):
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt, continuation=True)
+            tokens = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+            texts, scores = self._texts, handle.prompt_logprobs
+            scored = tuple(texts.scored(token, *each) for token, each in zip(tokens[1:], scores, strict=False))
+            is_begin = isinstance(prompt, str) and tokens[:1] == [tokenizer.bos_token]
+            first = None if is_begin else texts.scored(tokens[0], 0.0).token
+            found.append(PromptText(text, first, scored))
+        return found
+
     async def __aenter__(self) -> Generation:
         return self
 
@@ -233,7 +249,7 @@ def _options(lease: ModelLease, request: GenerationRequest) -> tuple[dict[str, A
     options: dict[str, Any] = {
         "max_tokens": request.max_tokens, "sampling": request.sampling, "stop": request.stop,
         "logprobs": request.logprobs, "schema": answer, "prefix_cache": lease.prefix_cache,
-        "raw": request.messages is None,
+        "raw": request.messages is None, "prompt_logprobs": request.prompt_logprobs,
     }  # fmt: skip
     if request.messages is not None and lease.tokenizer is not None and lease.tokenizer.chat_template == PLAIN:
         raise ApiError(

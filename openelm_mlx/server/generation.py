@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from ..decoding.sampling import SamplingParams
 from ..text.schema import Tool
-from .parts import Answer, AnswerBuilder, Part
+from .parts import Answer, AnswerBuilder, Part, TokenLogprob
 
 AUTO, NONE, REQUIRED = "auto", "none", "required"
 Effort = Literal["none", "low", "medium", "high"]
@@ -47,6 +47,7 @@ class GenerationRequest:
         answer_schema: What the answer has to be. Reasoning stays free.
         max_tokens: For reasoning and answer together; None: the model's own limit.
         logprobs: How many likely tokens are told with each token of the answer; None: no log-probabilities.
+        prompt_logprobs: The same for the tokens of prompts.
         n: How many answers to a prompt. With a seed, they have seed, seed + 1, ...
         reasoning_effort: "none", "low", "medium", "high", or None for the model's own.
         parallel_tool_calls: Taken, and without effect: gpt-oss makes one call a turn.
@@ -63,6 +64,7 @@ class GenerationRequest:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     reasoning_effort: Effort | None = None
     parallel_tool_calls: bool = True
@@ -74,6 +76,18 @@ class Progress(NamedTuple):
     place: int | None
     prompt_tokens_done: int
     prompt_tokens: int
+
+
+class PromptText(NamedTuple):
+    """A prompt of a request as the model read it. first: its first token, before which there was nothing.
+
+    scored: the tokens after it, where their log-probabilities were asked for. A token that only says where a text begins is
+    in neither.
+    """
+
+    text: str
+    first: str | None = None
+    scored: tuple[TokenLogprob, ...] = ()
 
 
 class Generation(Protocol):
@@ -94,6 +108,9 @@ class Generation(Protocol):
 
     def progress(self) -> Progress:
         """How far the prompt is."""
+
+    def prompt_texts(self) -> list[PromptText]:
+        """The request's `prompts`; with their log-probabilities once there are parts."""
 
     async def __aenter__(self) -> Generation:
         """The generation itself."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from json.encoder import encode_basestring
 from typing import Annotated, Any, final
 
@@ -14,7 +16,7 @@ from ...files import shown
 from ..app import Json, services
 from ..bodies import WholeNumber, read_body
 from ..failures import ApiError, bad_request
-from ..generation import GenerationRequest, Progress, collected
+from ..generation import Generation, GenerationRequest, Progress, PromptText, collected
 from ..parts import Answer, Finished, ItemText, Part, TokenLogprob, Usage
 from ..sse import EventStream, comment, unless_gone
 from .ids import new_id
@@ -33,7 +35,7 @@ class CompletionRequest(SamplingFields):
 
     model: str
     prompt: Any = None
-    max_tokens: Annotated[WholeNumber, Field(ge=1)] = DEFAULT_MAX_TOKENS
+    max_tokens: Annotated[WholeNumber, Field(ge=0)] = DEFAULT_MAX_TOKENS
     n: Annotated[WholeNumber, Field(ge=1, le=MOST_ANSWERS)] = 1
     best_of: Annotated[WholeNumber, Field(ge=1)] | None = None
     echo: bool = False
@@ -54,13 +56,16 @@ class CompletionRequest(SamplingFields):
             raise bad_request(
                 f"best_of is {self.best_of} and n is {self.n}: all answers are given, so leave it out.", "best_of"
             )
+        if self.max_tokens == 0 and not self.echo:
+            raise bad_request("max_tokens is 0, and echo is not set: nothing would come back.", "max_tokens")
         return GenerationRequest(
             model=self.model,
             prompts=self.prompts,
             sampling=sampling_params(self),
-            max_tokens=self.max_tokens,
+            max_tokens=max(self.max_tokens, 1),
             stop=stops_of(self.stop),
             logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
             n=self.n,
         )
 
@@ -90,37 +95,76 @@ class _Scores:
     def __init__(self) -> None:
         self._offset = 0
 
-    def of(self, tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    def of(self, tokens: Iterable[TokenLogprob], first: str | None = None) -> dict[str, Any]:
+        """first: a token before these that has no log-probability."""
+        tokens = list(tokens)
+        unscored = [] if first is None else [first]
+        names = [*unscored, *(token.token for token in tokens)]
         offsets = []
-        for token in tokens:
+        for name in names:
             offsets.append(self._offset)
-            self._offset += len(token.token)
+            self._offset += len(name)
         return {
-            "tokens": [token.token for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{each.token: each.logprob for each in (*token.top, token)} for token in tokens],
+            "tokens": names,
+            "token_logprobs": [*(None for _ in unscored), *(token.logprob for token in tokens)],
+            "top_logprobs": [
+                *(None for _ in unscored),
+                *({each.token: each.logprob for each in (*token.top, token)} for token in tokens),
+            ],
             "text_offset": offsets,
         }
 
 
-def completion(answers: list[Answer], asked: CompletionRequest, created: int) -> dict[str, Any]:
-    """A whole `text_completion`."""
+@final
+class _Text:
+    """The text of one choice, from its echo on, piece by piece."""
+
+    def __init__(self, asked: CompletionRequest, echo: PromptText | None) -> None:
+        self._scores = None if asked.logprobs is None else _Scores()
+        self._is_shown = asked.max_tokens > 0  # the engine always writes one token
+        self._echo = echo
+
+    def begin(self) -> tuple[str, dict[str, Any] | None] | None:
+        """The echo, the first time; None where there is none."""
+        echo, self._echo = self._echo, None
+        if echo is None:
+            return None
+        return echo.text, None if self._scores is None else self._scores.of(echo.scored, echo.first)
+
+    def piece(self, text: str, tokens: Iterable[TokenLogprob]) -> tuple[str, dict[str, Any] | None] | None:
+        """More text; None where nothing but the echo is wanted."""
+        if not self._is_shown:
+            return None
+        return text, None if self._scores is None else self._scores.of(tokens)
+
+    def usage(self, usage: Usage) -> Usage:
+        return usage if self._is_shown else replace(usage, completion_tokens=0)
+
+
+def completion(
+    answers: list[Answer], echoes: list[PromptText], asked: CompletionRequest, created: int
+) -> dict[str, Any]:
+    """A whole `text_completion`. echoes: of the prompts, where they are wanted."""
+    texts = [_Text(asked, echoes[answer.index // asked.n] if asked.echo else None) for answer in answers]
+    usages = [text.usage(answer.usage) for text, answer in zip(texts, answers, strict=True)]
     return {
         "id": new_id("cmpl", "-"),
         "object": "text_completion",
         "created": created,
         "model": asked.model,
-        "choices": [_choice(answer, asked) for answer in answers],
-        "usage": usage_object(_usage([answer.usage for answer in answers], asked.n)),
+        "choices": [_choice(answer, text) for answer, text in zip(answers, texts, strict=True)],
+        "usage": usage_object(_usage(usages, asked.n)),
     }
 
 
-def _choice(answer: Answer, asked: CompletionRequest) -> dict[str, Any]:
-    text = "".join(item.text for item in answer.items)
-    logprobs = None
-    if asked.logprobs is not None:
-        logprobs = _Scores().of([token for item in answer.items for token in item.logprobs])
-    return {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": answer.reason}
+def _choice(answer: Answer, text: _Text) -> dict[str, Any]:
+    tokens = [token for item in answer.items for token in item.logprobs]
+    found = [text.begin(), text.piece("".join(item.text for item in answer.items), tokens)]
+    pieces = [piece for piece in found if piece is not None]
+    scores = [each for _, each in pieces if each is not None]
+    logprobs = {key: [value for each in scores for value in each[key]] for key in scores[0]} if scores else None
+    whole = "".join(piece for piece, _ in pieces)
+    return {"index": answer.index, "text": whole, "logprobs": logprobs, "finish_reason": answer.reason}
 
 
 def _usage(usages: list[Usage], n: int) -> Usage:
@@ -138,20 +182,27 @@ def _usage(usages: list[Usage], n: int) -> Usage:
 class CompletionEvents:
     """A streamed `text_completion`."""
 
-    def __init__(self, asked: CompletionRequest, created: int) -> None:
-        self._num_answers, self._n = len(asked.prompts) * asked.n, asked.n
+    def __init__(self, generation: Generation, asked: CompletionRequest, created: int) -> None:
+        self._generation, self._asked, self._n = generation, asked, asked.n
+        self._num_answers = len(asked.prompts) * asked.n
         self._wants_usage = asked.stream_options.include_usage
         head = {"id": new_id("cmpl", "-"), "object": "text_completion", "created": created, "model": asked.model}
         self._head = "data: " + json_text(head)[:-1] + ',"choices":['
         self._tail = ',"usage":null}\n\n' if self._wants_usage else "}\n\n"
-        self._scores = None if asked.logprobs is None else [_Scores() for _ in range(self._num_answers)]
+        self._texts: list[_Text] = []
         self._usages: dict[int, Usage] = {}
 
     def start(self) -> bytes:
         return b""
 
     def more(self, parts: list[Part]) -> bytes:
-        return "".join(map(self._event, parts)).encode("utf-8", "replace")
+        begun = ""
+        if not self._texts:  # from now on, the prompt's log-probabilities are known
+            echoes = self._generation.prompt_texts() if self._asked.echo else None
+            for index in range(self._num_answers):
+                self._texts.append(_Text(self._asked, None if echoes is None else echoes[index // self._n]))
+                begun += self._piece(index, self._texts[index].begin())
+        return (begun + "".join(map(self._event, parts))).encode("utf-8", "replace")
 
     def keep_alive(self, progress: Progress | None) -> bytes:
         return comment(progress)
@@ -161,15 +212,18 @@ class CompletionEvents:
 
     def _event(self, part: Part) -> str:
         if isinstance(part, ItemText):
-            logprobs = "null"
-            if self._scores is not None:
-                logprobs = json_text(self._scores[part.index].of(part.logprobs))
-            return self._chunk(part.index, part.text, logprobs)
+            return self._piece(part.index, self._texts[part.index].piece(part.text, part.logprobs))
         if not isinstance(part, Finished):
             return ""
-        self._usages[part.index] = part.usage
+        self._usages[part.index] = self._texts[part.index].usage(part.usage)
         end = self._chunk(part.index, "", finish=f'"{part.reason}"')
         return end if len(self._usages) < self._num_answers else end + self._end()
+
+    def _piece(self, index: int, piece: tuple[str, dict[str, Any] | None] | None) -> str:
+        if piece is None:
+            return ""
+        text, scores = piece
+        return self._chunk(index, text, "null" if scores is None else json_text(scores))
 
     def _chunk(self, index: int, text: str, logprobs: str = "null", finish: str = "null") -> str:
         return (
@@ -192,10 +246,11 @@ async def create(request: Request) -> Response:
     created = now()
     generation = await unless_gone(request, services(request).generations.start(wanted))
     if asked.stream:
-        return EventStream(generation, CompletionEvents(asked, created))
+        return EventStream(generation, CompletionEvents(generation, asked, created))
     async with generation:
         answers = await unless_gone(request, collected(generation))
-    return Json(completion(answers, asked, created))
+        echoes = generation.prompt_texts() if asked.echo else []
+    return Json(completion(answers, echoes, asked, created))
 
 
 def routes() -> list[Route]:

@@ -1,13 +1,9 @@
-"""The demos behind HTTP, for tests: a registry of models that are loaded already, and a server on a free port."""
+"""The demos behind HTTP, for tests, on a free port: a registry of models that are loaded already."""
 
-import asyncio
 import contextlib
-import socket
-import threading
-import time
 from dataclasses import dataclass
 
-import uvicorn
+from server_running import served
 
 import openelm_mlx as om
 from openelm_mlx.server.answering import ModelGenerations
@@ -55,23 +51,6 @@ class LoadedModels:
     def close(self) -> None:
         for model in self.models.values():
             model.engine.close()
-
-
-@contextlib.contextmanager
-def served(app):
-    """The address of a server with this application, in a thread."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
-"""A server that really listens: uvicorn on a free port of this machine, in a thread."""
+"""A server that really listens, for tests."""
 
+import asyncio
 import contextlib
+import socket
 import threading
 import time
 
@@ -8,17 +10,17 @@ import uvicorn
 
 
 @contextlib.contextmanager
-def running(app):
-    """The server's address, "http://127.0.0.1:PORT", while it runs."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="on"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
+def served(app):
+    """The address of a server with this application, in a thread."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+        thread.start()
         while not server.started:
-            assert thread.is_alive(), "the server has ended while it started"
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -8,7 +8,7 @@ from anthropic import Anthropic, APIStatusError, AsyncAnthropic
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import BaseModel, TypeAdapter
 from server_fakes import CALL, THOUGHT_AND_ANSWER, FakeGenerations, end, item
-from server_running import running
+from server_running import served
 from starlette.testclient import TestClient
 
 from openelm_mlx.server.app import Services, make_app
@@ -232,6 +232,7 @@ def test_a_strict_tool_is_enforced():
         ({"tools": [{"input_schema": {}}]}, "tools[0].name"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "a b"),
         ({"tools": [{"name": "f", "input_schema": {"type": 5}}]}, "'f'"),
+        ({"tools": [{"name": "f" * 129, "input_schema": {}}]}, "tools[0].name"),
         ({"tools": [CALCULATOR, CALCULATOR]}, "calculator"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
@@ -411,7 +412,7 @@ def address():
             return [*item("reasoning", "Hm."), *item("message", '{"sum":', " 4}"), end()]
         return THOUGHT_AND_ANSWER
 
-    with running(make_app(Services(FakeGenerations(script)), messages.routes())) as url:
+    with served(make_app(Services(FakeGenerations(script)), messages.routes())) as url:
         yield url
 
 

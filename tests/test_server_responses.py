@@ -8,7 +8,7 @@ from openai import APIStatusError, AsyncOpenAI, OpenAI
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 from server_fakes import CALL, THOUGHT_AND_ANSWER, FakeGenerations, end, item
-from server_running import running
+from server_running import served
 from starlette.testclient import TestClient
 
 from openelm_mlx.server.app import Services, make_app
@@ -204,11 +204,12 @@ def test_top_p_of_zero_is_the_likeliest_token_alone():
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"seed": -1}, "seed"),
+        ({"seed": "x"}, "seed"),
         ({"tools": [5]}, "tools[0]"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0]"),
         ({"tools": [{"type": "function", "name": "f", "parameters": {"type": 5}}]}, "tools[0].parameters"),
+        ({"tools": [{"type": "function", "name": "f" * 129}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "f"}] * 2}, "tools"),
         ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]}, "tools[0].tools[0].name"),
         ({"tools": [{"type": "custom", "name": "f", "format": {"type": "grammar"}}]}, "tools[0].format"),
@@ -619,7 +620,7 @@ def address():
             return [*item("reasoning", "Hm."), *item("message", '{"sum":', " 4}"), end()]
         return THOUGHT_AND_ANSWER
 
-    with running(make_app(Services(FakeGenerations(script)), responses.routes())) as url:
+    with served(make_app(Services(FakeGenerations(script)), responses.routes())) as url:
         yield f"{url}/v1"
 
 

@@ -36,8 +36,6 @@ from .shared import (
 
 # What comes between two texts of one answer, a few words before a call for example.
 BETWEEN = "\n\n"
-# The longest name of a function: its header stays shorter than what would be taken for an answer without a header.
-LONGEST_NAME = 128
 
 
 class ResponseFormat(Wire):
@@ -104,10 +102,6 @@ class ChatRequest(SamplingFields):
             function = tool.get("function")
             if not isinstance(function, dict):
                 raise bad_request(f"{param} is missing.", param, "missing_required_parameter")
-            name = function.get("name")
-            if isinstance(name, str) and len(name) > LONGEST_NAME:
-                message = f"{param}.name has {len(name)} characters: use at most {LONGEST_NAME}."
-                raise bad_request(message, f"{param}.name")
             definitions.append((param, {**function, "type": "function"}))
         return read_tools(definitions, _flat(self.tool_choice))
 

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ...errors import UserError
 from ...files import shown
 from ...text.schema import Tool
 from ..bodies import WholeNumber, Wire
 from ..failures import ApiError, bad_request
 from ..generation import AnswerSchema, Effort, GenerationRequest, NamedTool, ToolChoice
+from .functions import function_of
 from .messages_content import KnownReasoning, chat
 from .sampling import SamplingFields, sampling_params
 
@@ -127,11 +127,8 @@ def _tools(definitions: list[Any]) -> tuple[tuple[Tool, ...], frozenset[str]]:
         for key in ("name", "input_schema"):
             if definition.get(key) is None:
                 raise bad_request(f"{place}.{key} is missing.", f"{place}.{key}", "missing_required_parameter")
-        try:
-            tool = Tool(definition["name"], definition.get("description") or "", definition["input_schema"])
-        except UserError as error:
-            at = f"{place}.input_schema" if "parameters" in str(error) else place
-            raise bad_request(str(error), at) from None
+        description, schema = definition.get("description"), definition["input_schema"]
+        tool = function_of(definition["name"], description, schema, place, "input_schema")
         if tool.name in tools:
             raise bad_request(f"Two tools are called {shown(tool.name)}: rename one of them.", f"{place}.name")
         tools[tool.name] = tool

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ...errors import UserError
 from ...files import shown
 from ...text.schema import Tool
 from ..failures import ApiError, bad_request
 from ..generation import NamedTool, ToolChoice
 from .custom_input import as_function
+from .functions import function_of
 
 FUNCTION, CUSTOM, NAMESPACE = "function", "custom", "namespace"
 
@@ -111,15 +111,11 @@ def _tool(place: str, definition: Mapping[str, Any], namespace: str | None, is_u
     """A name alone is what the model reads in its other instructions; two namespaces may have the same one."""
     name = definition["name"]
     called = name if is_unique or namespace is None else f"{namespace}__{name}"
-    description, parameters = definition.get("description") or "", definition.get("parameters")
+    description, parameters = definition.get("description"), definition.get("parameters")
     is_custom = definition["type"] == CUSTOM
     if is_custom:
         description, parameters = as_function(definition, place)
-    try:
-        function = Tool(called, description, parameters)
-    except UserError as error:
-        at = f"{place}.parameters" if "parameters" in str(error) else place
-        raise bad_request(str(error), at) from None
+    function = function_of(called, description, parameters, place)
     return ClientTool(
         "custom" if is_custom else "function", name, namespace, function, definition.get("strict") is True
     )

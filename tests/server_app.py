@@ -14,10 +14,10 @@ from openelm_mlx.server.failures import ApiError
 class LoadedModel:
     """A lease of a model that is never given back."""
 
-    def __init__(self, name: str, max_waiting: int | None = None) -> None:
+    def __init__(self, name: str, **options) -> None:
         self.name = name
         self.model, self.tokenizer = om.load(name, context_length=1024 if name == "demo-gpt-oss" else None)
-        self.engine = om.Engine(self.model, self.tokenizer, max_waiting=max_waiting)
+        self.engine = om.Engine(self.model, self.tokenizer, **options)
         self.prefix_cache = om.PrefixCache()
         self.num_leases = 0
 

@@ -13,6 +13,7 @@ import uvicorn
 def served(app):
     """The address of a server with this application, in a thread."""
     with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # who does not read is noticed soon
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)

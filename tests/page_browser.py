@@ -68,6 +68,12 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture
+def axe() -> Any:
+    """Deque's checks of accessibility."""
+    return library("axe_playwright_python.sync_playwright").Axe()
+
+
+@pytest.fixture
 def server() -> Iterator[PageServer]:
     running = PageServer()
     yield running

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 
 import pytest
-from page_browser import library
 from page_server import PageServer, failure
 
 pytest_plugins = ["page_browser"]
@@ -224,12 +223,11 @@ def test_dark_by_the_system_and_by_hand(server, new_chat):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessible_by_axe(server, new_chat, scheme):
-    axe = library("axe_playwright_python.sync_playwright")
+def test_accessible_by_axe(server, new_chat, axe, scheme):
     chat = new_chat(color_scheme=scheme, bypass_csp=True, reduced_motion="reduce").open()
 
     def violations() -> list[str]:
-        found = axe.Axe().run(chat.page).response["violations"]
+        found = axe.run(chat.page).response["violations"]
         return [f"{each['id']}: {node['html'][:120]} {node['any'][:1]}" for each in found for node in each["nodes"]]
 
     assert violations() == []

@@ -216,3 +216,26 @@ def test_two_tabs_know_of_each_other(server, chat):
     other.locator("#conversations summary").click()
     other.get_by_role("button", name="Delete").click()
     chat.page.get_by_text("No chats yet").wait_for()
+
+
+def test_two_tabs_that_do_not_hear_each_other_lose_nothing(server, new_chat):
+    chat = new_chat()
+    chat.context.add_init_script("delete window.BroadcastChannel")
+    chat.open()
+    server.script = lambda body: [("text", f"About {body['messages'][-1]['content']}")]
+    chat.say("cats")
+    chat.saved()
+    other = chat.context.new_page()
+    other.goto(server.url)
+    other.locator(".message.answer", has_text="About cats").wait_for()
+    for page, text in ((chat.page, "dogs"), (other, "mice")):
+        page.fill("#prompt", text)
+        page.press("#prompt", "Enter")
+        page.locator(".message.answer", has_text=f"About {text}").wait_for()
+        page.wait_for_selector("#send[aria-label=Send]")
+        chat.saved()
+    chat.page.reload()
+    chat.page.locator(".versions").wait_for()
+    assert chat.answers() == ["About cats", "About mice"]
+    chat.page.get_by_role("button", name="Version before").click()
+    assert chat.answers() == ["About cats", "About dogs"]

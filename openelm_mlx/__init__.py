@@ -29,6 +29,10 @@ if sys.version_info < (3, 10):  # noqa: UP036
 # Public name -> module. Loaded on first use, so that `import openelm_mlx` costs a millisecond and touches no device.
 _PUBLIC = {
     "load": "loading",
+    "add_adapter": "adapters",
+    "remove_adapter": "adapters",
+    "use_adapter": "adapters",
+    "adapter_names": "adapters",
     "generate": "generate",
     "stream_generate": "generate",
     "Engine": "engine.many",
@@ -50,6 +54,10 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from .adapters import adapter_names as adapter_names
+    from .adapters import add_adapter as add_adapter
+    from .adapters import remove_adapter as remove_adapter
+    from .adapters import use_adapter as use_adapter
     from .conversation.session import Chat as Chat
     from .conversion import convert as convert
     from .decoding.drafts import DraftModel as DraftModel

@@ -120,6 +120,7 @@ def stream_generate(
     tool_choice: str | None = None,
     prefix_cache: PrefixCache | None = None,
     draft: Drafts | None = None,
+    adapter: str | None = None,
 ) -> Iterator[Chunk]:
     """The model's answer to `prompt`, a chunk for each token; the last chunk has a finish_reason and the
     statistics.
@@ -155,6 +156,8 @@ def stream_generate(
         draft: `om.PromptLookup()` or `om.DraftModel(small_model)` guesses tokens that the model checks several
             at a time: the same answer when greedy, the same distribution when sampled (but a seed does not
             repeat it, since the clock decides when it guesses), and plain steps while that is faster.
+        adapter: The name of one of the model's adapters (`om.load(..., adapter=)`, `om.add_adapter`), or "none"
+            for the model without one; the active one when it is None.
 
     Everything that can be wrong with the request is raised here, before any work: PromptError, SettingError,
     TokenizerError, MemoryLimitError. While it runs, a request that would pass the memory limit after all
@@ -165,6 +168,7 @@ def stream_generate(
         chat_template=chat_template, reasoning_effort=reasoning_effort, sliding_window=sliding_window,
         prefill_chunk=prefill_chunk, kv_bits=kv_bits, schema=schema, regex=regex, grammar=grammar,
         tool_schemas=tool_schemas, tools=tools, tool_choice=tool_choice, prefix_cache=prefix_cache, draft=draft,
+        adapter=adapter,
     )  # fmt: skip
     return run(model, tokenizer, sequence)
 

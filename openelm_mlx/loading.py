@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 from mlx import nn
 
+from .adapters import Adapters, adapter_id, bytes_of, check_base, given_adapters, put_adapter, stored_base_hash
 from .arguments import FUNCTION, NAME, checked_call
 from .checkpoint.layouts import Contents
 from .checkpoint.quantize import NOT_A_SCALE, Quantization
@@ -32,10 +33,12 @@ from .memory.calibration import calibrated
 from .memory.choices import stored_choices
 from .memory.machine import Machine, allow_open_files, this_machine
 from .memory.plan import make_plan
-from .memory.plan_types import MemoryPlan, PlanRequest
+from .memory.plan_types import MemoryPlan, PlanRequest, Weights
 from .memory.presets import preset_bits
 from .memory.sizes import parse_memory
 from .models import build_model
+from .models.adapter_sets import Served
+from .models.low_rank import Adapter
 from .models.moe import Experts
 from .models.precision import KernelChoices, by_columns
 from .placement import Placement, dense_packing, packed_weights, parse_dtype
@@ -71,6 +74,7 @@ def load(
     tokenizer: SourceName | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
+    adapter: Adapters | None = None,
     progress: Progress | None = None,
     workers: str | Sequence[str] | None = None,
     secret_file: str | os.PathLike[str] | None = None,
@@ -130,6 +134,7 @@ def load(
         tokenizer=tokenizer,
         chat_template=chat_template,
         revision=revision,
+        adapter=adapter,
         progress=progress,
         workers=workers,
         secret_file=secret_file,
@@ -149,6 +154,7 @@ class Prepared:
     model: Model
     tokenizer: Tokenizer | None
     _read: Callable[[], Model]
+    adapters: dict[str, Adapter] = field(default_factory=dict)
 
     @property
     def plan(self) -> MemoryPlan | None:
@@ -156,11 +162,14 @@ class Prepared:
         return runtime_of(self.model).plan
 
     def read(self) -> tuple[Model, Tokenizer | None]:
-        """The model with its weights, and the tokenizer: what `load` returns."""
+        """The model with its weights, and the tokenizer: what `load` returns. To be called once."""
         model, shape = self._read(), self.model
         model.context_length, model.kv_bits = shape.context_length, shape.kv_bits
         runtime = runtime_of(model)
         runtime.plan, runtime.tokenizer = runtime_of(shape).plan, self.tokenizer
+        while self.adapters:  # each is given up once it stands beside the weights
+            name = next(iter(self.adapters))
+            put_adapter(model, name, self.adapters.pop(name), name == shape.adapters.active)
         return model, self.tokenizer
 
 
@@ -180,6 +189,7 @@ def prepare(
     tokenizer: SourceName | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
+    adapter: Adapters | None = None,
     progress: Progress | None = None,
     opened: Source | None = None,
     machine: Machine | None = None,
@@ -209,8 +219,17 @@ def prepare(
         expert_slots=None if expert_slots is None else checked_slots(spec, expert_slots),
         wire=checked_wire(wire),
     )
+    adapters = given_adapters(adapter, spec, progress)
+    for each in adapters.values():
+        if each.base.get("hash"):
+            check_base(each, stored_base_hash(contents, opened.checkpoint))
     placement = Placement.of(contents, wanted_type, dense_packing(dense_bits))
     if addresses is not None:
+        if adapters:
+            raise SettingError(
+                "An adapter does not go with workers yet: the layers elsewhere would answer without it; leave one of the two "
+                "out."
+            )
         several = spread_out(opened, placement, request, addresses, secret_file, layers, worker_timeout, machine)
         template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
         found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
@@ -219,8 +238,13 @@ def prepare(
         return _prepared(
             shape, several.plan, found, context_length, kv_bits, partial(_read_several, source, several, progress)
         )
-    weights, itemsize = placement.weights(opened.folder), placement.dtype.size
-    packed = partial(packed_weights, contents, wanted_type) if dense_bits is None else None
+    more, itemsize = bytes_of(spec, adapters), placement.dtype.size
+    weights = placement.weights(opened.folder).with_adapters(more)
+
+    def with_8_bits() -> Weights:
+        return packed_weights(contents, wanted_type).with_adapters(more)
+
+    packed = with_8_bits if dense_bits is None else None
     plan = make_plan(
         str(source),
         spec,
@@ -238,7 +262,13 @@ def prepare(
     template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
     found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
     read = partial(_read, source, placement, opened.checkpoint, streaming)
-    return _prepared(build_model(spec), plan, found, context_length, kv_bits, read)
+    prepared = _prepared(build_model(spec), plan, found, context_length, kv_bits, read)
+    prepared.adapters = adapters
+    # Requests are checked against their names.
+    served = prepared.model.adapters
+    served.served = Served(tuple(adapters), tuple(map(adapter_id, adapters.values())))
+    served.active = None if isinstance(adapter, Mapping) else next(iter(adapters), None)
+    return prepared
 
 
 def _prepared(

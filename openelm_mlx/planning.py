@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .adapters import Adapters, bytes_of, given_adapters
 from .arguments import NAME, checked_call
 from .checkpoint.layouts import Contents
 from .checkpoint.released import write_released_headers
@@ -51,6 +52,7 @@ def plan(
     mac: str | None = None,
     machine: Machine | None = None,
     revision: str | None = None,
+    adapter: Adapters | None = None,
 ) -> MemoryPlan:
     """What a model would take, whether it fits, with which settings, how long a context, and how fast.
 
@@ -74,7 +76,7 @@ def plan(
     if not isinstance(machine, (Machine, type(None))):
         raise SettingError(f"machine is {shown(machine)}: give a Machine, or the name of a Mac as mac.")
     here = find_mac(mac) if mac is not None else machine or this_machine()
-    looked_at, bits = Planned.look(source, revision, dtype), preset_bits(preset, dense_bits)
+    looked_at, bits = Planned.look(source, revision, dtype).with_adapters(adapter), preset_bits(preset, dense_bits)
     options: dict[str, Any] = {
         "memory_limit": memory_limit, "context_length": context_length, "batch_size": batch_size,
         "prefill_chunk": prefill_chunk, "kv_bits": kv_bits, "expert_slots": expert_slots,
@@ -96,13 +98,15 @@ def plans_on(
     preset: str | None = None,
     dense_bits: int | None = None,
     as_released: bool = False,
+    adapter: Adapters | None = None,
     **options: Any,
 ) -> list[MemoryPlan]:
     """`plan` for several machines, with all of its other arguments and without variants; the source is looked at once.
 
     as_released: a repository of Apple's or OpenAI's by the sizes it was released with, the Hub is not asked.
     """
-    looked_at, bits = Planned.look(source, revision, dtype, as_released), preset_bits(preset, dense_bits)
+    looked_at = Planned.look(source, revision, dtype, as_released).with_adapters(adapter)
+    bits = preset_bits(preset, dense_bits)
     return [looked_at.plan(machine, dense_bits=bits, **options) for machine in machines]
 
 
@@ -117,6 +121,7 @@ class Planned:
     dtype: mx.Dtype | None
     folder: Path | None = None
     note: str | None = None
+    adapter_bytes: int = 0
 
     @classmethod
     def look(
@@ -128,6 +133,11 @@ class Planned:
         contents, folder, note = _looked_at(source, revision) if released is None else (released, None, None)
         return cls(str(source), contents, wanted_type, folder, note)
 
+    def with_adapters(self, given: Adapters | None) -> Planned:
+        """The same with adapters beside it, which are read: they are small. Raises what reading them raises."""
+        spec = self.contents.spec
+        return replace(self, adapter_bytes=bytes_of(spec, given_adapters(given, spec)))
+
     @cached_property
     def has_plain_matrices(self) -> bool:
         """Whether there is anything for `dense_bits` to pack."""
@@ -138,7 +148,7 @@ class Planned:
         contents, on_cpu = self.contents, machine.backend == "cpu"
         request = checked_request(contents, dense_bits=dense_bits, **options)
         weights, itemsize = self._weights(dense_bits, on_cpu)
-        packed = partial(packed_weights, contents, self.dtype, on_cpu, self.folder) if dense_bits is None else None
+        packed = partial(self._packed_weights, on_cpu) if dense_bits is None else None
         noted = calibrated(replace(machine, notes=(*machine.notes, self.note)) if self.note else machine)
         made = make_plan(self.source, contents.spec, weights, noted, request, itemsize, packed, with_requests)
         return made if self.has_plain_matrices else replace(made, note=ALL_PACKED)
@@ -149,8 +159,11 @@ class Planned:
         key = dense_bits, on_cpu
         if key not in known:
             placement = Placement.of(self.contents, self.dtype, dense, on_cpu)
-            known[key] = placement.weights(self.folder), placement.dtype.size
+            known[key] = placement.weights(self.folder).with_adapters(self.adapter_bytes), placement.dtype.size
         return known[key]
+
+    def _packed_weights(self, on_cpu: bool) -> Weights:
+        return packed_weights(self.contents, self.dtype, on_cpu, self.folder).with_adapters(self.adapter_bytes)
 
     @cached_property
     def _known_weights(self) -> dict[tuple[int | None, bool], tuple[Weights, int]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .experts.residency import Residency
 from .memory.plan_types import MemoryPlan
+from .models.adapter_sets import AdaptersForm
 from .models.remote import RemoteLayers
 from .text.tokenizer import Tokenizer
 
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Traced:
-    """Compiled pieces of a model's step, by kind and form, and what they were traced with.
+    """Compiled pieces of a model's step, by kind, form and adapters, and what they were traced with.
 
     weights: the model's modules and their arrays at that time. version: changes once one of them has been replaced.
     """
 
-    pieces: dict[tuple[type, bool], Any] = field(default_factory=dict)
+    pieces: dict[tuple[type, bool, AdaptersForm], Any] = field(default_factory=dict)
     weights: list[Any] = field(default_factory=list)
     version: int = 0
 

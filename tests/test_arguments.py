@@ -27,7 +27,7 @@ LOAD = {
     "source": NOT_TEXT, "context_length": NOT_A_NUMBER, "dtype": NOT_TEXT, "preset": NOT_TEXT, "dense_bits": NOT_A_NUMBER,
     "kv_bits": NOT_A_NUMBER, "expert_slots": NOT_A_NUMBER, "memory_limit": ("x", b"x", [5], {}, ODD, True, 5),
     "batch_size": (*NOT_A_NUMBER, None), "wire": NOT_A_FLAG, "tokenizer": NOT_TEXT, "chat_template": NOT_TEXT,
-    "revision": NOT_TEXT, "progress": NOT_A_FUNCTION,
+    "revision": NOT_TEXT, "adapter": NOT_TEXT, "progress": NOT_A_FUNCTION,
 }  # fmt: skip
 SHARED = (
     "source",
@@ -39,6 +39,7 @@ SHARED = (
     "expert_slots",
     "memory_limit",
     "revision",
+    "adapter",
 )
 PLAN = {
     **{name: LOAD[name] for name in SHARED}, "batch_size": (*NOT_A_NUMBER, None), "prefill_chunk": NOT_A_NUMBER,
@@ -66,7 +67,7 @@ GENERATE = {
     "sliding_window": NOT_A_NUMBER, "prefill_chunk": NOT_A_NUMBER, "kv_bits": NOT_A_NUMBER, "schema": (5, b"x", [5], ODD),
     "regex": NOT_TEXT, "grammar": NOT_TEXT, "tool_schemas": (5, "x", b"x", [5], ODD, True), "prefix_cache": NOT_ONE_OF_OURS,
     "tools": (5, "x", b"x", {}, [5], ["x"], ODD, True), "tool_choice": (5, 1.5, "x", b"x", [], {}, ODD, True),
-    "draft": NOT_ONE_OF_OURS,
+    "draft": NOT_ONE_OF_OURS, "adapter": (*NOT_TEXT, "x"),
 }  # fmt: skip
 CHAT = {
     "model": NOT_A_MODEL, "tokenizer": (*NOT_ONE_OF_OURS, None), "instructions": NOT_TEXT, "tools": (5, "x", {}, [5], ODD),
@@ -78,6 +79,17 @@ NUMBERS = dict.fromkeys(SAMPLING, (*NOT_A_NUMBER, None, True))
 # callable -> what else it needs, the wrong values of each parameter
 TABLE = {
     "om.load": (om.load, {"source": "demo-openelm"}, LOAD),
+    "om.add_adapter": (
+        om.add_adapter, {"model": "MODEL", "source": "."},
+        {"model": NOT_A_MODEL, "source": (*NOT_TEXT, None, "x"), "name": (*NOT_TEXT, "none", "\n"), "activate": NOT_A_FLAG},
+    ),
+    "om.remove_adapter": (
+        om.remove_adapter, {"model": "MODEL", "name": "x"}, {"model": NOT_A_MODEL, "name": (*NOT_TEXT, None, "x")},
+    ),
+    "om.use_adapter": (
+        om.use_adapter, {"model": "MODEL", "name": "x"}, {"model": NOT_A_MODEL, "name": (*NOT_TEXT, "x")},
+    ),
+    "om.adapter_names": (om.adapter_names, {"model": "MODEL"}, {"model": NOT_A_MODEL}),
     "om.plan": (om.plan, {"source": "demo-openelm"}, PLAN),
     "om.convert": (om.convert, {"source": "demo-openelm", "destination": None, "dry_run": True}, CONVERT),
     "om.export": (om.export, {"source": "demo-openelm", "destination": "o"}, EXPORT),

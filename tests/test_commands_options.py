@@ -29,6 +29,7 @@ def options_of(command: str) -> set[str]:
 LOAD = {
     "--model": ("demo-gpt-oss", "load", 0, "demo-gpt-oss"),
     "--revision": ("v1", "load", "revision", "v1"),
+    "--adapter": ("somewhere", "load", "adapter", "somewhere"),
     "--tokenizer": ("demo-openelm", "load", "tokenizer", "demo-openelm"),
     "--dtype": ("float16", "load", "dtype", "float16"),
     "--preset": ("smallest", "load", "dense_bits", 4),
@@ -46,6 +47,7 @@ LOAD = {
 }
 PLAN = {
     "--revision": ("v1", "plan", "revision", "v1"),
+    "--adapter": ("somewhere", "plan", "adapter", "somewhere"),
     "--mac": ("M4 16GB", "plan", "mac", "M4 16GB"),
     "--memory-limit": ("8G", "plan", "memory_limit", "8G"),
     "--context-length": ("99", "plan", "context_length", 99),

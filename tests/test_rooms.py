@@ -16,8 +16,8 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"
 ORDER = [
     ["errors"], ["platforms", "finder"], ["files"], ["arguments", "checks", "outputs"], ["specs", "text"], ["models"], ["hub"],
     ["checkpoint"], ["sources"], ["tokenizers"], ["memory"], ["placement", "experts"], ["runtime"], ["link"], ["decoding"],
-    ["engine"], ["loading"], ["conversion"], ["exporting"], ["planning"], ["generate"], ["tools"], ["conversation"],
-    ["server"], ["training"], ["workers"], ["bench"], ["commands"], ["__init__", "__main__"],
+    ["adapters"], ["engine"], ["loading"], ["conversion"], ["exporting"], ["planning"], ["generate"], ["tools"],
+    ["conversation"], ["server"], ["training"], ["workers"], ["bench"], ["commands"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SLOW = ("mlx_lm", "transformers", "torch", "huggingface_hub", "matplotlib", "wordfreq")

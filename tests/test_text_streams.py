@@ -9,6 +9,7 @@ from conftest import FIXTURES
 import openelm_mlx as om
 from openelm_mlx.engine.prompt import encode_prompt
 from openelm_mlx.errors import SettingError, TokenizerError
+from openelm_mlx.models.adapter_sets import AdapterSet
 from openelm_mlx.models.cache import KVCache
 from openelm_mlx.models.precision import KernelChoices
 from openelm_mlx.text.harmony import HarmonyFormat
@@ -37,6 +38,7 @@ class Scripted:
         self.context_length = 4096
         self.runtime = self.kv_bits = None
         self.choices = KernelChoices(compiled_step=False)
+        self.adapters = AdapterSet()
         self.script = iter(HarmonyFormat(tokenizer).encode_markup(script))
         self.size = size
 

@@ -7,7 +7,7 @@
     corenet   Apple's CoreNet           one .pt (or .safetensors) with base and adapters, and the YAML of the run
 
 Whatever the format, an adapter is `models.low_rank.Adapter`: pairs of factors by the name of their matrix. It is checked
-against the model it is to be used with: names, shapes, finite numbers, and the base's fingerprint where the file has one.
+against the model it is to be used with: names, shapes, finite numbers.
 """
 
 from __future__ import annotations
@@ -60,10 +60,8 @@ def adapter_format(path: str | Path) -> tuple[str, Path]:
     )
 
 
-def read_adapter(path: str | Path, spec: ModelSpec, base_hash: str | None = None) -> Adapter:
+def read_adapter(path: str | Path, spec: ModelSpec) -> Adapter:
     """The adapter at `path`, for a model of this shape; its arrays are evaluated.
-
-    base_hash: the model's, to be compared with what the file says (`fingerprint`); None: not compared.
 
     Raises CheckpointError or ConfigError where it is damaged, of a kind that is not read, or of another model.
     """
@@ -77,7 +75,6 @@ def read_adapter(path: str | Path, spec: ModelSpec, base_hash: str | None = None
         weights = place / (PEFT_WEIGHTS if found == "peft" else MLX_LM_WEIGHTS)
         adapter = (read_peft if found == "peft" else read_mlx_lm)(config, open_tensors(weights), spec)
     check_belongs(adapter, spec)
-    _refuse_other_base(adapter, base_hash)
     _refuse_not_finite(adapter, place)
     return adapter
 
@@ -149,17 +146,6 @@ def _holds_corenet(folder: Path) -> bool:
         return any(".base_layer." in name for name in open_checkpoint(folder).entries)
     except (CheckpointError, ConfigError):
         return False
-
-
-def _refuse_other_base(adapter: Adapter, base_hash: str | None) -> None:
-    known = adapter.base.get("hash")
-    if known and base_hash and known != base_hash:
-        name = adapter.base.get("name")
-        of = f" ({name})" if name else ""
-        raise CheckpointError(
-            f"The adapter was trained beside other weights{of} than this model's: its base has the hash {known[:12]} and this "
-            f"one {base_hash[:12]}; load that model, or train it again beside this one."
-        )
 
 
 def _refuse_not_finite(adapter: Adapter, place: Path) -> None:

@@ -22,6 +22,10 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "Hugging Face repository as owner/name",
     )
     group.add_argument("--revision", help="branch, tag or commit of the repository")
+    group.add_argument(
+        "--adapter", metavar="PATH",
+        help="a LoRA or DoRA adapter beside the weights: a folder of PEFT's or mlx-lm's, CoreNet's file, or a repository",
+    )  # fmt: skip
     group.add_argument("--tokenizer", metavar="SOURCE", help="a tokenizer's file, folder or repository")
     group.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type (default: as stored)"
@@ -116,6 +120,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "tokenizer": args.tokenizer,
         "chat_template": args.chat_template,
         "revision": args.revision,
+        "adapter": args.adapter,
         "progress": None if args.quiet else byte_bar(args.model),
         **worker_options(args),
     }

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "OpenAI released)",
     )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
+    parser.add_argument("--adapter", metavar="PATH", help="with this adapter beside the weights")
     parser.add_argument(
         "--mac",
         metavar="NAME",
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         name: getattr(args, name)
         for name in (
             "memory_limit", "context_length", "batch_size", "prefill_chunk", "kv_bits", "expert_slots", "dtype", "revision",
+            "adapter",
         )
     }  # fmt: skip
     options["dense_bits"] = bits_asked_for(args)
@@ -132,7 +134,8 @@ def text(plan: MemoryPlan, with_requests: bool = False) -> list[str]:
         f"  memory            {size(machine.memory_bytes)}, of which a model may use {size(machine.available_bytes)}; "
         f"allowed here: {size(plan.memory_limit)}",
         *others_lines(plan),
-        f"  weights           {size(plan.weights_bytes)}",
+        f"  weights           {size(plan.weights_bytes)}"
+        + (f", of which {size(plan.adapter_bytes)} are the adapter" if plan.adapter_bytes else ""),
         f"  keys and values   {size(plan.kv_cache_bytes)} for {requests}{plan.context_length:,} tokens"
         + (f", {plan.kv_bits} bits on full layers" if plan.kv_bits else ""),
         f"  computing         {size(plan.scratch_bytes)} for {plan.prefill_chunk} prompt tokens at once"

@@ -8,11 +8,14 @@ ring, in 8 bits, a row a request.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import mlx.core as mx
 from mlx import nn
 
+from ..models.adapter_sets import AdaptersForm, RowChoice
+from ..models.adapter_sites import Adapted
 from ..models.block import Projected
 from ..models.gpt_oss import GptOss, Routed
 from ..runtime import Traced, runtime_of
@@ -37,9 +40,30 @@ class Pieces:
 
     def __init__(self, model: Model, compile: bool) -> None:
         self.model = model
-        self.compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = mx.compile if compile else lambda f: f
+        self._compile, self._by_row = compile, model.adapters.selection.rows is not None
         self._heads: dict[Any, Callable[..., Any]] = {}
         mx.eval([layer.prepare_constants() for layer in model.layers])
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` compiled. Where each row has an adapter of its own, which one it has is an argument of the trace."""
+        if not self._compile:
+            return function
+        if not self._by_row:
+            return mx.compile(function)
+        adapters = self.model.adapters
+
+        def traced(rows: mx.array, *arguments: Any) -> Any:
+            with adapters.using(replace(adapters.selection, rows=RowChoice(rows))):
+                return function(*arguments)
+
+        compiled = mx.compile(traced)
+
+        def call(*arguments: Any) -> Any:
+            chosen = adapters.selection.rows
+            assert chosen is not None
+            return compiled(chosen.rows, *arguments)
+
+        return call
 
     def last_layer(self, *state: mx.array) -> mx.array:
         """The residual stream after the last layer, from the state before the last piece."""
@@ -155,6 +179,9 @@ def _weights_of(model: Model) -> list[Any]:
 def _collect(value: Any, found: list[Any]) -> None:
     if isinstance(value, mx.array):
         found.append(value)
+    elif isinstance(value, Adapted):  # those that are served are no parameters, and each pass chooses among them
+        _collect(value.base, found)
+        _collect(list(value.trained.values()), found)
     elif isinstance(value, nn.Module):
         found.append(value)
         for name, each in value.items():
@@ -185,25 +212,37 @@ P = TypeVar("P", bound=Pieces)
 
 
 def pieces_of(model: Model, kind: type[P], compile: bool) -> P:
-    """The pieces of a model: those traced for an earlier request if the parameters are the same, else new ones."""
+    """The pieces of a model: those traced for an earlier request if the parameters are the same, else new ones.
+
+    They are for passes with the adapters that the one at work here uses.
+    """
     made = _traced(model).pieces
-    if (kind, compile) not in made:
-        made[kind, compile] = kind(model, compile)
-    return cast("P", made[kind, compile])
+    selection = model.adapters.selection
+    key = kind, compile, selection.form
+    if key not in made:
+        for old in [each for each in made if each[2] is not None and each[2][0] != selection.served.ids]:
+            del made[old]  # of adapters that have come or gone since
+        made[key] = kind(model, compile)
+    return cast("P", made[key])
 
 
 class LatestPieces(Generic[P]):
     """The pieces for one step: those of the model's parameters as they are now. kind, compile: as for `pieces_of`.
 
-    An update of the model is noticed at once; what is put into a part of it, when the next step is made.
+    An update of the model is noticed at once, and so are other adapters; what is put into a part of the model, when the next
+    step is made.
     """
 
     def __init__(self, model: Model, kind: type[P], compile: bool) -> None:
         self._model, self._kind, self._compile = model, kind, compile
-        self._made, self._num_updates = pieces_of(model, kind, compile), model.num_updates
+        self._made, self._known = pieces_of(model, kind, compile), self._state
+
+    @property
+    def _state(self) -> tuple[int, AdaptersForm]:
+        return self._model.num_updates, self._model.adapters.selection.form
 
     def get(self) -> P:
-        if self._num_updates != self._model.num_updates:
-            self._made = pieces_of(self._model, self._kind, self._compile)
-            self._num_updates = self._model.num_updates
+        state = self._state
+        if self._known != state:
+            self._made, self._known = pieces_of(self._model, self._kind, self._compile), state
         return self._made

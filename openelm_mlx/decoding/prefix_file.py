@@ -36,7 +36,8 @@ _LARGEST_HEADER = 100_000_000
 def fingerprint(model: Model) -> str:
     """A hash that tells whether keys and values belong to this model: of its spec, tensors' types and shapes, some weights."""
     digest = hashlib.sha256(repr((VERSION, model.spec, model.context_length)).encode())
-    parameters = sorted(tree_flatten(model.parameters()))
+    # Modules that stand in a matrix's place for adapters are not seen.
+    parameters = sorted((name.replace(".base.", "."), array) for name, array in tree_flatten(model.parameters()))
     if runtime_of(model).residency is not None:  # the experts in the slots change all the time
         parameters = [each for each in parameters if ".experts." not in each[0]]
     samples = [_sample(array) for _, array in parameters]
@@ -176,7 +177,7 @@ def _described(entry: Entry, name: str, arrays: dict[str, mx.array]) -> dict[str
 
 
 def _entry(described: dict[str, Any], name: str, arrays: dict[str, mx.array], model: Model) -> Entry:
-    window, kv_bits, room = described["kind"]
+    window, kv_bits, room, *adapter = described["kind"]
     cache = model.make_cache(window=window, kv_bits=kv_bits, room=room)
     places = described["checkpoints"]
     checkpoints = [
@@ -192,7 +193,9 @@ def _entry(described: dict[str, Any], name: str, arrays: dict[str, mx.array], mo
     tokens = np.array(described["tokens"], np.int64)
     if len(tokens) != end_checkpoint.offset:
         raise ValueError("its tokens are not as many as its keys")
-    return Entry(tokens, described["num_prompt_tokens"], (window, kv_bits, room), cache, (*checkpoints, end_checkpoint))
+    return Entry(
+        tokens, described["num_prompt_tokens"], (window, kv_bits, room, *adapter), cache, (*checkpoints, end_checkpoint)
+    )
 
 
 def _checkpoint(places: list[list[int]], arrays: list[tuple[mx.array, ...]]) -> TurnCheckpoint:

@@ -109,6 +109,11 @@ class ActiveRequest(HasJob):
         return self.turn.cache
 
     @property
+    def adapter(self) -> str | None:
+        """Which adapter it asked for, by its id; None: none."""
+        return self.sequence.request.adapter
+
+    @property
     def position(self) -> int:
         """How many of its tokens have been computed."""
         slot = None if self.bank is None else self.bank.slot_of(self)
@@ -148,6 +153,7 @@ class ActiveRequest(HasJob):
         return (
             tuple(request.prompt_tokens), request.kv_bits, request.sliding_window, request.prefill_chunk, request.room,
             None if request.prefix_cache is None else id(request.prefix_cache), request.prompt_logprobs,
+            request.adapter,
         )  # fmt: skip
 
     def begin(self, model: Model, tokenizer: Tokenizer | None) -> None:

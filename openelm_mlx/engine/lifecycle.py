@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, final
 
 import mlx.core as mx
 
+from ..errors import SettingError
 from ..memory.admission import TOKENS_AT_ONCE
+from ..models.adapter_sets import GONE
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
 from .flat_pass import Part, SamplerGroups
@@ -78,6 +80,13 @@ class Lifecycle:
         for each in [*self._scheduler.waiting, *self._scheduler.running()]:
             if each.channel.is_cancelled:
                 self.end(each)
+
+    def drop_without_adapter(self) -> None:
+        """End those whose adapter the model does not have any more."""
+        there = self._model.adapters.served.ids
+        for each in [*self._scheduler.waiting, *self._scheduler.running()]:
+            if each.adapter is not None and each.adapter not in there:
+                self.end(each, error=SettingError(GONE))
 
     def end(self, request: ActiveRequest, *, last: Chunk | None = None, error: BaseException | None = None) -> None:
         """It has ended with its `last` chunk, was cancelled, or failed. What it held is free before its caller hears of it."""

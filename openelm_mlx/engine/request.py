@@ -17,6 +17,7 @@ from ..decoding.prefix_cache import PrefixCache, Turn, begin_turn
 from ..decoding.sampling import SamplingParams
 from ..errors import MemoryLimitError, PromptError, SettingError, TokenizerError
 from ..files import shown
+from ..models.adapter_sets import NO_ADAPTER
 from ..models.cache import Cache
 from ..text.chat import HARMONY
 from ..text.harmony import HarmonyFormat
@@ -54,6 +55,7 @@ class Request:
     kv_bits: int | None
     prefix_cache: PrefixCache | None = None
     draft: Drafts | None = None
+    adapter: str | None = None  # which one, by its id in the model's set; None: none
     borders: Sequence[int] = ()  # offsets in the prompt where messages begin
     notes: tuple[str, ...] = ()  # sentences about parts of the answer's format that are not enforced
     prompt_logprobs: int | None = None  # the likeliest tokens told for each of the prompt's; None: no log-probabilities
@@ -137,10 +139,22 @@ class Request:
     def begin_turn(self, model: Model) -> Turn:
         """The cache to begin with: filled with what the prefix cache has of the prompt, or empty."""
         kv_bits = self.kv_bits or (None if self.sliding_window else model.kv_bits) or 16
-        kind = (self.sliding_window, kv_bits, self.room)
+        # Keys and values are those of the model with this adapter.
+        kind = (self.sliding_window, kv_bits, self.room, *(() if self.adapter is None else (self.adapter,)))
         return begin_turn(
             self.prefix_cache, model, self.prompt_tokens, kind, lambda: self.make_cache(model), self.borders
         )
+
+
+def adapter_id(model: Model, name: str | None) -> str | None:
+    """The id of the adapter that a request names: the active one's for None, None for none. Raises SettingError."""
+    adapters = model.adapters
+    try:
+        return adapters.id_of(name)
+    except KeyError:
+        known = ", ".join((*adapters.served.names, NO_ADAPTER))
+        what = f"choose one of {known}" if adapters.served.names else "the model has none; load one with om.add_adapter"
+        raise SettingError(f"adapter is {shown(name)}: {what}.") from None
 
 
 def room_after(model: Model, num_prompt_tokens: int) -> int:

@@ -85,6 +85,7 @@ class Runner:
     def _step(self) -> None:
         began = time.perf_counter()
         self.life.drop_cancelled()
+        self.life.drop_without_adapter()
         self.life.admit()
         self._delivery.finish_host_work()
         self.life.make_room(self._delivery.finish_host_work)
@@ -159,6 +160,16 @@ class Runner:
         return request if request.has_token_to_feed or request.forward is not None else None
 
     def _step_alone(self, request: ActiveRequest) -> None:
+        adapters = self.model.adapters
+        try:
+            selection = adapters.select([request.adapter])
+        except SettingError as error:
+            self.life.end(request, error=error)
+            return
+        with adapters.using(selection):
+            self._step_of_one(request)
+
+    def _step_of_one(self, request: ActiveRequest) -> None:
         self._groups.release()
         request.leave_slot()
         if request.forward is not None:
@@ -250,7 +261,13 @@ class Runner:
     def _compute(self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> mx.array | None:
         """The logits of the flat pass; see `compute`."""
         rows = [(part.request, part.rows.length) for part in parts]
-        with self._shared([*((each, 1) for each in in_slots if each is not None), *rows]):
+        ids = [None if each is None else each.adapter for each in in_slots]
+        ids += [request.adapter for request, length in rows for _ in range(length)]
+        adapters = self.model.adapters
+        with (
+            adapters.using(adapters.select(ids)),
+            self._shared([*((each, 1) for each in in_slots if each is not None), *rows]),
+        ):
             return compute(self.model, self._batch_step, self.bank, in_slots, parts)
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from ..text.streams import HarmonyStream, PlainStream, SilentStream, TextStream
 from ..text.tokenizer import Tokenizer
 from .calling import calling_of, rule_of
 from .prompt import NO_REASONING, EncodedPrompt, Prompt, encode_prompt, message_borders
-from .request import Memory, Request, checked_stops, constraint_on, usable_vocab_size
+from .request import Memory, Request, adapter_id, checked_stops, constraint_on, usable_vocab_size
 from .sequence import Chunk, Sequence
 from .statistics import Clock
 
@@ -63,6 +63,7 @@ def new_sequence(
     tool_choice: str | None = None,
     prefix_cache: PrefixCache | None = None,
     draft: Drafts | None = None,
+    adapter: str | None = None,
     memory: Memory | None = None,
 ) -> Sequence:
     """The sequence of a request, before any token. Options and errors are those of `stream_generate`.
@@ -74,6 +75,7 @@ def new_sequence(
     check_kind("raw", raw, FLAG)
     check_kind("chat_template", chat_template, NAME, may_be_none=True)
     check_kind("reasoning_effort", reasoning_effort, NAME, may_be_none=True)
+    check_kind("adapter", adapter, NAME, may_be_none=True)
     stops = checked_stops(stop)
     if prompt is None:
         raise PromptError("There is no prompt: give text, a list of token ids, or chat messages.")
@@ -97,6 +99,7 @@ def new_sequence(
         kv_bits=kv_bits,
         prefix_cache=prefix_cache,
         draft=draft,
+        adapter=adapter_id(model, adapter),
         borders=message_borders(tokenizer, encoded),
         notes=() if answer is None else answer.notes,
         ends_by_itself=encoded.template == HARMONY,
@@ -114,6 +117,23 @@ def new_sequence(
 
 def run(model: Model, tokenizer: Tokenizer | None, sequence: Sequence) -> Iterator[Chunk]:
     """The chunks of a prepared sequence, one for each token, until it ends or the caller stops."""
+    adapters = model.adapters
+    selection = adapters.select([sequence.request.adapter])
+    chunks = _run(model, tokenizer, sequence)
+    while True:
+        with adapters.using(selection):  # not while the caller has a chunk
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        try:
+            yield chunk
+        except BaseException as error:  # the caller stops, or was stopped, here
+            with adapters.using(selection):
+                chunks.throw(error)
+            raise
+
+
+def _run(model: Model, tokenizer: Tokenizer | None, sequence: Sequence) -> Generator[Chunk, None, None]:
     turn = sequence.request.begin_turn(model)
     with keeping_to_plan(model, turn.cache) as (budget, lease), turn.kept():
         yield from _answer(model, tokenizer, sequence, turn, budget, lease)

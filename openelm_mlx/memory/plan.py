@@ -203,7 +203,7 @@ class _Planner:
             context_length=context, max_context_length=0, batch_size=batch_size, prefill_chunk=chunk,
             kv_bits=kv_bits, expert_slots=slots, dense_bits=self.request.dense_bits,
             wired_limit_bytes=self._wired(total), cache_limit_bytes=cache_limit,
-            memory_limit=self.limit, machine=self.machine, family=self.spec.family,
+            memory_limit=self.limit, machine=self.machine, family=self.spec.family, adapter_bytes=self.weights.adapters,
         )  # fmt: skip
         if not with_limits:
             return plan
@@ -343,7 +343,7 @@ class _Planner:
         """Of how many bits, by their bytes, the parts are that are not experts."""
         spec = self.spec
         experts = sum(layer.num_experts * layer.parameters_per_expert(spec.hidden_size) for layer in spec.layers)
-        each = 8 * self.weights.dense / max(1, spec.num_parameters() - experts)
+        each = 8 * (self.weights.dense - self.weights.adapters) / max(1, spec.num_parameters() - experts)
         return min((32, 16, 8, 6, 5, 4), key=lambda bits: abs(bits + (0.5 if bits < 16 else 0) - each))
 
     def changes(self, plan: MemoryPlan) -> Iterator[Change]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..checks import size
@@ -20,7 +20,8 @@ class Weights:
     dense: all but the experts' packed matrices. slot: one expert in every layer. embedding: of `dense`, what may stay on
     disk while experts do. can_stream: whether experts can be read from the files as they are. tokenizer: of its file.
     loading: the most that is in memory while matrices are cast or packed as they are read; 0 when none is. looked_up: of
-    `dense`, an embedding that is no head as well: a token reads one row of it.
+    `dense`, an embedding that is no head as well: a token reads one row of it. adapters: of `dense`, what stands beside the
+    weights themselves.
     """
 
     dense: int
@@ -30,6 +31,12 @@ class Weights:
     tokenizer: int = 0
     loading: int = 0
     looked_up: int = 0
+    adapters: int = 0
+
+    def with_adapters(self, nbytes: int) -> Weights:
+        """The same with adapters beside them, which stay in memory."""
+        loading = self.loading + nbytes if self.loading else 0
+        return replace(self, dense=self.dense + nbytes, adapters=nbytes, loading=loading) if nbytes else self
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class MemoryPlan:
     smallest memory limit that can be kept with these dense_bits and kv_bits. variants: the same with each preset, where
     there is something to choose. note: what has to be said of the source itself. batch_size: how many requests may be at work
     at once, each as long as context_length; max_context_length and decode are each one's then. requests: what `om.plan` says
-    of several at once.
+    of several at once. adapter_bytes: of the weights, adapters beside them.
     """
 
     source: str
@@ -100,6 +107,7 @@ class MemoryPlan:
     variants: tuple[Variant, ...] = ()
     note: str | None = None
     requests: Together | None = None
+    adapter_bytes: int = 0
 
     @property
     def decode_tps(self) -> float | None:

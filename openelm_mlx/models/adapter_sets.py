@@ -6,20 +6,27 @@ pass.
 
 from __future__ import annotations
 
-import itertools
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
+from ..errors import SettingError
 from .adapter_targets import Target
 from .groups import Groups
 from .low_rank import Adapter, Pair
 from .moe import Routes, expert_product, group_product
 
-_new_number = itertools.count(1).__next__
+# The name that stands for no adapter where one is active.
+NO_ADAPTER = "none"
+# What is said to a request whose adapter was taken away after it had been made.
+GONE = "The request's adapter has been taken away from the model: add it again, and ask again."
+
+
+# What `Selection.form` is: None without an adapter, else the set's ids, and which of them, or "rows".
+AdaptersForm = tuple[tuple[str, ...], int | str | None] | None
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class Served:
-    """The adapters of a set at one time: names, the number that each got when it was added, and the stacks by site."""
+    """The adapters of a set at one time: names, what each is (a digest of its numbers), and the stacks by site."""
 
     names: tuple[str, ...] = ()
-    numbers: tuple[int, ...] = ()
+    ids: tuple[str, ...] = ()
     stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     @property
@@ -81,12 +88,18 @@ class Selection:
     which: int | None = None
     rows: RowChoice | None = None
 
+    def taking(self, rows: Sequence[int]) -> Selection:
+        """The same for those rows alone."""
+        if self.rows is None:
+            return self
+        return replace(self, rows=RowChoice(self.rows.rows[mx.array(list(rows), mx.uint32)]))
+
     @property
-    def form(self) -> Hashable:
+    def form(self) -> AdaptersForm:
         """Equal for passes that the same compiled pieces can compute."""
-        if self.rows is not None:
-            return "rows", self.served.numbers
-        return None if self.which is None else self.served.numbers[self.which]
+        if self.rows is None and self.which is None:
+            return None
+        return self.served.ids, "rows" if self.rows is not None else self.which
 
 
 @dataclass(frozen=True)
@@ -220,81 +233,160 @@ class AdapterSet:
         finally:
             self._local.selection = before
 
-    def select(self, names: Sequence[str | None]) -> Selection:
-        """The selection for flat rows with these adapters, one a row; None: none. Raises KeyError for one that is gone."""
+    def select(self, ids: Sequence[str | None]) -> Selection:
+        """The selection for flat rows with these adapters, one a row; None: none.
+
+        Raises SettingError for one that has been taken away.
+        """
         served = self.served
-        places: dict[str | None, int] = {None: -1}
-        places.update((name, place) for place, name in enumerate(served.names))
-        rows = [places[name] for name in names]
-        if len(set(rows)) <= 1:
-            return Selection(served, rows[0] if rows and rows[0] >= 0 else None)
-        return Selection(served, None, RowChoice(mx.array([place + 1 for place in rows], mx.uint32)))
+        places: dict[str | None, int] = {None: 0}
+        places.update((each, place + 1) for place, each in enumerate(served.ids))
+        if not places.keys() >= set(ids):
+            raise SettingError(GONE)
+        rows = [places[each] for each in ids]
+        if len(set(rows)) > 1:
+            return Selection(served, None, RowChoice(mx.array(rows, mx.uint32)))
+        return Selection(served, rows[0] - 1 if rows and rows[0] else None)
 
     def of(self, name: str | None) -> Selection:
-        """The selection for passes that are one adapter's alone. Raises KeyError for one that is gone."""
-        return self.select([name])
+        """The selection for passes of the adapter of that name; see `id_of`."""
+        return self.select([self.id_of(name)])
+
+    def id_of(self, name: str | None) -> str | None:
+        """What the adapter of that name is; of the active one for None. None where that is none, and for NO_ADAPTER.
+
+        Raises KeyError for a name that there is not.
+        """
+        name = self.active if name is None else name
+        served = self.served
+        return None if name in (None, NO_ADAPTER) else dict(zip(served.names, served.ids, strict=True))[name]
 
 
-def stacked(
-    targets: Mapping[str, Target], adapters: Sequence[Adapter], gains: Mapping[tuple[int, str], mx.array]
-) -> dict[str, Stack]:
-    """The stacks by site. gains: DoRA's, by the adapter's place and the target's name. Lazy."""
+# --- making stacks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SitePair:
+    """All that one adapter has beside one module, as one pair in float32 with its factor in b; gains as in `Stack`."""
+
+    a: mx.array
+    b: mx.array
+    gains: mx.array | None = None
+
+
+def site_pairs(
+    targets: Mapping[str, Target], adapter: Adapter, gains: Mapping[str, mx.array]
+) -> dict[str, tuple[SitePair, int]]:
+    """An adapter's pairs by site, with the number of experts there. gains: DoRA's, by the target's name. Lazy."""
     by_site: dict[str, list[Target]] = {}
     for target in targets.values():
         by_site.setdefault(target.site, []).append(target)
     found = {}
     for site, parts in by_site.items():
-        having = [i for i, each in enumerate(adapters) if any(part.name in each.pairs for part in parts)]
-        if having:
-            found[site] = _stack(parts, adapters, having, gains)
+        pairs = [(part, adapter.pairs[part.name]) for part in parts if part.name in adapter.pairs]
+        if pairs:
+            rows = sum(part.rows for part in parts) if len(parts) > 1 else None
+            found[site] = _joined(pairs, gains, rows), parts[0].num_experts
     return found
 
 
-def _stack(
-    parts: Sequence[Target],
-    adapters: Sequence[Adapter],
-    having: Sequence[int],
-    gains: Mapping[tuple[int, str], mx.array],
-) -> Stack:
-    rows = sum(part.rows for part in parts)
-    joined = []
-    for i in having:
-        pairs = [(part, adapters[i].pairs[part.name]) for part in parts if part.name in adapters[i].pairs]
-        own = [None if pair.magnitude is None else gains[i, part.name] for part, pair in pairs]
-        joined.append(_joined(pairs, own, rows if len(parts) > 1 else None))
-    rank = max(a.shape[-1] for a, _, _ in joined)
-    a = [mx.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, rank - a.shape[-1])]) for a, _, _ in joined]
-    b = [mx.pad(b, [*[(0, 0)] * (b.ndim - 2), (0, rank - b.shape[-2]), (0, 0)]) for _, b, _ in joined]
-    join = mx.concatenate if parts[0].num_experts else mx.stack
-    own = [gain for _, _, gain in joined]
-    of_all = None
-    if any(gain is not None for gain in own):
-        of_all = mx.stack([mx.zeros((rows,)) if gain is None else gain for gain in own])
-    places = tuple(having.index(i) if i in having else -1 for i in range(len(adapters)))
-    ties = tuple(adapters[i].ties_head for i in having)
-    return Stack(join(a), join(b), of_all, places, parts[0].num_experts, ties)
-
-
-def _joined(
-    pairs: Sequence[tuple[Target, Pair]], gains: Sequence[mx.array | None], rows: int | None
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """One adapter's pairs of a module as one pair, the factors in b; and DoRA's gains. rows: of a module of several parts."""
-    factors = []
-    for (target, pair), gain in zip(pairs, gains, strict=True):
+def _joined(pairs: Sequence[tuple[Target, Pair]], gains: Mapping[str, mx.array], rows: int | None) -> SitePair:
+    """rows: of a module that has several parts, of which each pair changes some rows."""
+    factors, of_all = [], None
+    for target, pair in pairs:
         b = pair.b.astype(mx.float32) * pair.scale
+        gain = gains.get(target.name)
         if gain is not None:
             b = b * (gain + 1.0)
         if rows is not None:
-            b = mx.pad(b, [(0, 0), (target.first_row, rows - target.first_row - target.rows)])
+            beside = (target.first_row, rows - target.first_row - target.rows)
+            b = mx.pad(b, [(0, 0), beside])
+            gain = None if gain is None else mx.pad(gain, [beside])
+        if gain is not None:
+            of_all = gain if of_all is None else of_all + gain
         factors.append(b)
     a = mx.concatenate([pair.a.astype(mx.float32) for _, pair in pairs], axis=-1)
-    of_all = None
-    if any(gain is not None for gain in gains):
-        if rows is None:
-            of_all = gains[0]
+    return SitePair(mx.contiguous(a), mx.contiguous(mx.concatenate(factors, axis=-2)), of_all)
+
+
+def served_bytes(targets: Mapping[str, Target], adapter: Adapter) -> int:
+    """What an adapter takes in memory once it is served."""
+    total = 0
+    sites: dict[str, list[Target]] = {}
+    for target in targets.values():
+        sites.setdefault(target.site, []).append(target)
+    for parts in sites.values():
+        having = [part for part in parts if part.name in adapter.pairs]
+        if not having:
+            continue
+        rank, count = sum(adapter.pairs[part.name].rank for part in having), max(1, having[0].num_experts)
+        rows = having[0].rows if len(parts) == 1 else sum(part.rows for part in parts)
+        total += count * rank * (having[0].columns + rows)
+        if any(adapter.pairs[part.name].magnitude is not None for part in having):
+            total += rows
+    return 4 * total
+
+
+def with_adapter(
+    served: Served, name: str, id: str, adapter: Adapter, pairs: Mapping[str, tuple[SitePair, int]]
+) -> Served:
+    """The set with one more adapter. Lazy."""
+    count, stacks = len(served.names), {}
+    for site in dict.fromkeys([*served.stacks, *pairs]):
+        old, new = served.stacks.get(site), pairs.get(site)
+        if new is None:
+            assert old is not None
+            stacks[site] = replace(old, places=(*old.places, -1))
+        elif old is None:
+            pair, num_experts = new
+            a, b = (pair.a, pair.b) if num_experts else (pair.a[None], pair.b[None])
+            gains = None if pair.gains is None else pair.gains[None]
+            stacks[site] = Stack(a, b, gains, (*(-1,) * count, 0), num_experts, (adapter.ties_head,))
         else:
-            of_all = mx.zeros((rows,))
-            for (target, _), gain in zip(pairs, gains, strict=True):
-                if gain is not None:
-                    of_all[target.first_row : target.first_row + target.rows] = gain
-    return a, mx.concatenate(factors, axis=-2), of_all
+            stacks[site] = _with_pair(old, new[0], adapter.ties_head)
+    return Served((*served.names, name), (*served.ids, id), stacks)
+
+
+def _with_pair(old: Stack, pair: SitePair, ties_head: bool) -> Stack:
+    rank = max(old.a.shape[-1], pair.a.shape[-1])
+    a, b = (pair.a, pair.b) if old.num_experts else (pair.a[None], pair.b[None])
+    a = mx.concatenate([_padded(each, rank, -1) for each in (old.a, a)])
+    b = mx.concatenate([_padded(each, rank, -2) for each in (old.b, b)])
+    num_pairs, rows = len(old.ties_head), b.shape[-1]
+    gains = None
+    if old.gains is not None or pair.gains is not None:
+        before = mx.zeros((num_pairs, rows)) if old.gains is None else old.gains
+        gains = mx.concatenate([before, mx.zeros((1, rows)) if pair.gains is None else pair.gains[None]])
+    return Stack(a, b, gains, (*old.places, num_pairs), old.num_experts, (*old.ties_head, ties_head))
+
+
+def _padded(array: mx.array, size: int, axis: int) -> mx.array:
+    missing = size - array.shape[axis]
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return mx.pad(array, widths)
+
+
+def without_adapter(served: Served, name: str) -> Served:
+    """The set without one of its adapters. Lazy."""
+    at = served.names.index(name)
+    stacks = {}
+    for site, stack in served.stacks.items():
+        place = stack.places[at]
+        places = (*stack.places[:at], *stack.places[at + 1 :])
+        if place < 0:
+            stacks[site] = replace(stack, places=places)
+        elif len(stack.ties_head) > 1:
+            kept = [each for each in range(len(stack.ties_head)) if each != place]
+            each_has = max(1, stack.num_experts)
+            a, b = (
+                mx.concatenate([whole[i * each_has : (i + 1) * each_has] for i in kept]) for whole in (stack.a, stack.b)
+            )
+            gains = None if stack.gains is None else mx.concatenate([stack.gains[i : i + 1] for i in kept])
+            moved = tuple(each - (each > place) for each in places)
+            ties = tuple(stack.ties_head[i] for i in kept)
+            stacks[site] = Stack(a, b, gains, moved, stack.num_experts, ties)
+    names, ids = ((*each[:at], *each[at + 1 :]) for each in (served.names, served.ids))
+    return Served(names, ids, stacks)

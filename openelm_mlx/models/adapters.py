@@ -1,4 +1,4 @@
-"""Adapters of a model: one in training (`attach`, `trained_adapter`, `detach`), and those that it serves (`serve`, `withdraw`).
+"""Adapters of a model: one in training (`attach`, `trained_adapter`, `detach`), and those that it serves (`added`).
 
 What an adapter is stands in low_rank.py, the modules that apply it in adapter_sites.py, and how a pass chooses one in
 adapter_sets.py. Nothing is evaluated here.
@@ -16,7 +16,7 @@ from mlx import nn
 from ..checks import is_number, whole_number
 from ..errors import CheckpointError, SettingError
 from ..files import shown
-from .adapter_sets import AdapterSet, Served, _new_number, stacked
+from .adapter_sets import AdapterSet, Served, site_pairs, with_adapter
 from .adapter_sites import (
     Adapted,
     AdaptedEmbedding,
@@ -231,35 +231,30 @@ def check_belongs(adapter: Adapter, spec: Any) -> None:
 # --- adapters that are served -----------------------------------------------------------------------------------------
 
 
-def serve(model: LanguageModel, adapters: Mapping[str, Adapter]) -> Served:
-    """What serving these adapters, and no others, needs; lazy. `model.adapters.served` is set to it once it is evaluated.
+def added(model: LanguageModel, name: str, id: str, adapter: Adapter) -> Served:
+    """The set of the model's adapters with one more; lazy. `model.adapters.served` is to be set to it once it is evaluated.
 
-    Modules are put beside the model's matrices at once; they add nothing before.
+    Modules are put beside the model's matrices at once; they add nothing before. Raises CheckpointError where the adapter is
+    one of another model.
     """
-    targets = targets_of(model.spec)
-    kept, numbers = model.adapters.served, []
-    gains: dict[tuple[int, str], mx.array] = {}
-    for i, (name, adapter) in enumerate(adapters.items()):
-        check_belongs(adapter, model.spec)
-        for each, pair in adapter.pairs.items():
-            site = put_site(model, targets[each])
-            if pair.magnitude is not None:
-                assert isinstance(site, AdaptedLinear)
-                norms = site.norms(pair, targets[each])
-                gains[i, each] = pair.magnitude.astype(mx.float32) / norms - 1.0
-        old = dict(zip(kept.names, kept.numbers, strict=True))
-        numbers.append(old.get(name) or _new_number())
-    return Served(tuple(adapters), tuple(numbers), stacked(targets, list(adapters.values()), gains))
+    check_belongs(adapter, model.spec)
+    targets, gains = targets_of(model.spec), {}
+    for each, pair in adapter.pairs.items():
+        site = put_site(model, targets[each])
+        if pair.magnitude is not None:
+            assert isinstance(site, AdaptedLinear)
+            gains[each] = pair.magnitude.astype(mx.float32) / site.norms(pair, targets[each]) - 1.0
+    return with_adapter(model.adapters.served, name, id, adapter, site_pairs(targets, adapter, gains))
 
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterSet",
+    "added",
     "attach",
     "check_belongs",
     "detach",
     "selected_targets",
-    "serve",
     "trained_adapter",
 ]

@@ -57,10 +57,9 @@ def flat_logits(
     """
     walk = RowsWalk(model, rows, model.embed(tokens), throttle, bank)
     if not model.is_followed:
-        h = walk.through_all()
-    else:
-        walk.run(0, len(walk.layers))
-        h = walk.h if model.remote is None else model.remote.rows(walk.h, rows)
+        return walk.logits()
+    walk.run(0, len(walk.layers))
+    h = walk.h if model.remote is None else model.remote.rows(walk.h, rows)
     return None if h is None else model.head(h)
 
 
@@ -86,6 +85,7 @@ class RowsWalk(LayerWalk):
         bank: SlotBank | None = None,
     ) -> None:
         super().__init__(model, None, 1)
+        self._model = model
         self.h: mx.array = cast(mx.array, h)
         self.positions = positions_of(rows, bank)
         self._rows, self._throttle, self._bank = rows, throttle, bank
@@ -94,33 +94,37 @@ class RowsWalk(LayerWalk):
         self._products_to = model.choices.prompt_products_to
         self._buffers_of_prompts = [each.cache for each in rows if each.is_prompt]
 
-    def through_all(self) -> mx.array | None:
-        """The residual stream (R, hidden_size) of the rows whose logits are wanted, after the last layer."""
+    def logits(self) -> mx.array | None:
+        """Through all layers and the head: the logits (R, V) of the rows that want them."""
         last = len(self.layers) - 1
         self.run(0, last)
         x, queries, keys, values = self.enter(last)
-        wanted: list[mx.array] = []
+        wanted: list[tuple[int, int]] = []  # spans of rows
         outs: list[mx.array] = []
         start = self._num_slots
         if start:
-            wanted.append(x[:start])
+            wanted.append((0, start))
             outs.append(self._attend_slots(last, queries, keys, values))
         for at, rows in enumerate(self._rows):
             stop = start + rows.length
             if rows.is_prompt and rows.length > 1:
                 end = self._end_of_prompt(last, rows, queries[start:stop], keys[start:stop], values[start:stop])
                 if end is not None:
-                    wanted.append(x[stop - 1 : stop])
+                    wanted.append((stop - 1, stop))
                     outs.append(end)
             else:
-                wanted.append(x[start:stop])
+                wanted.append((start, stop))
                 outs.append(self._attend_rows(last, at, queries[start:stop], keys[start:stop], values[start:stop]))
             start = stop
         if not wanted:
             return None
-        if sum(each.shape[0] for each in wanted) < x.shape[0]:
-            x = mx.concatenate(wanted)
-        return self.layers[last].after_attention(x, _joined(outs))
+        adapters = self._model.adapters
+        selection = adapters.selection
+        if sum(end - begin for begin, end in wanted) < x.shape[0]:
+            x = mx.concatenate([x[begin:end] for begin, end in wanted])
+            selection = selection.taking([row for span in wanted for row in range(*span)])
+        with adapters.using(selection):
+            return self._model.head(self.layers[last].after_attention(x, _joined(outs)))
 
     def enter(self, i: int) -> Projected:
         queries, keys, values = self.layers[i].before_attention(self.h, self.positions)

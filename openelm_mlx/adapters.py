@@ -1,0 +1,250 @@
+"""The adapters that a loaded model serves: added, taken away and chosen, without loading the model again.
+
+    om.add_adapter(model, "my-adapter")             # read beside the model; used from now on where nothing else is said
+    om.generate(model, tokenizer, prompt, adapter="none")
+    om.remove_adapter(model, "my-adapter")
+
+Where adapters are found, and how one is checked against the model, is said here; the files are read by
+checkpoint/adapter_files.py, and the arithmetic is in models/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import hub
+from .arguments import FLAG, NAME, checked_call
+from .checkpoint.adapter_files import CONFIG, read_adapter
+from .checks import size
+from .decoding.arguments import check_model
+from .errors import CheckpointError, MemoryLimitError, SettingError
+from .files import hears_the_disk, shown
+from .hub import Progress
+from .models.adapter_sets import NO_ADAPTER, served_bytes, without_adapter
+from .models.adapter_sites import module_at
+from .models.adapter_targets import targets_of
+from .models.adapters import added
+from .models.low_rank import Adapter
+from .runtime import runtime_of
+from .sources import SourceName, path_here, repository
+from .specs import ModelSpec
+
+if TYPE_CHECKING:
+    from .checkpoint.layouts import Contents
+    from .checkpoint.reader import Checkpoint
+    from .models import Model
+
+# One adapter, or several by the names that requests use.
+Adapters = SourceName | Mapping[str, SourceName]
+
+
+@hears_the_disk(CheckpointError)
+def locate_adapter(source: SourceName, progress: Progress | None = None) -> Path:
+    """The folder or file of an adapter on this machine; of a Hugging Face repository it is downloaded first."""
+    here = path_here(source)
+    if here is not None:
+        return here
+    found = repository(source)
+    if found is None:
+        raise CheckpointError(
+            f"There is no adapter at {source}: check the path, or give a Hugging Face repository as owner/name."
+        )
+    return hub.download(found[0], _adapter_files, revision=found[1], progress=progress)
+
+
+def _adapter_files(files: Any) -> list[str]:
+    names = {file.name for file in files}
+    wanted = [name for name in (CONFIG, "adapter_model.safetensors", "adapters.safetensors") if name in names]
+    if CONFIG not in wanted or len(wanted) < 2:
+        raise CheckpointError(
+            f"The repository holds no adapter: there is no {CONFIG} with a safetensors file beside it."
+        )
+    return wanted
+
+
+@checked_call("om.add_adapter", name=NAME, activate=FLAG)
+def add_adapter(model: Model, source: SourceName, name: str | None = None, activate: bool = True) -> str:
+    """Read an adapter and put it beside the model's weights; returns its name.
+
+    Requests name it (`adapter=`), those at work are not disturbed, and the weights are not read again.
+
+    Args:
+        source: A folder of PEFT's or mlx-lm's, CoreNet's file, or a Hugging Face repository as owner/name.
+        name: What requests call it; its folder's name when it is None. One of that name that is there already
+            is replaced: requests that use it end with an error.
+        activate: Whether it is used where a request names none.
+
+    Raises CheckpointError or ConfigError for what is no adapter of this model, MemoryLimitError where the plan has no
+    room for it.
+    """
+    check_model(model)
+    if model.is_followed:
+        raise SettingError(
+            "An adapter does not go with workers yet: the layers elsewhere would answer without it; load the whole model here."
+        )
+    place = locate_adapter(source)
+    adapter = read_adapter(place, model.spec)
+    check_base(adapter, None if not adapter.base.get("hash") else base_hash(model))
+    name = checked_name(place.stem if place.is_file() else place.name) if name is None else checked_name(name)
+    _check_room(model, adapter, name)
+    put_adapter(model, name, adapter, activate)
+    return name
+
+
+def put_adapter(model: Model, name: str, adapter: Adapter, activate: bool = True) -> None:
+    """Serve an adapter that has been read, or trained, under this name; one of the same name is replaced."""
+    adapters = model.adapters
+    if name in adapters.served.names:
+        remove_adapter(model, name)
+    served = added(model, name, adapter_id(adapter), adapter)
+    mx.eval(served.arrays)  # not by the first of several threads, and not in pieces of the first pass
+    adapters.served = served
+    if activate:
+        adapters.active = name
+
+
+@checked_call("om.remove_adapter", name=NAME)
+def remove_adapter(model: Model, name: str) -> None:
+    """Take an adapter away and free its memory; requests that use it end with an error. Raises SettingError."""
+    check_model(model)
+    adapters = model.adapters
+    _check_known(model, name)
+    if adapters.active == name:
+        adapters.active = None
+    served = without_adapter(adapters.served, name)
+    mx.eval(served.arrays)
+    adapters.served = served
+
+
+@checked_call("om.use_adapter")
+def use_adapter(model: Model, name: str | None) -> None:
+    """Which adapter is used where a request names none; None, or "none": the model without one. Raises SettingError."""
+    check_model(model)
+    if name is None or name == NO_ADAPTER:
+        model.adapters.active = None
+        return
+    _check_known(model, name)
+    model.adapters.active = name
+
+
+@checked_call("om.adapter_names")
+def adapter_names(model: Model) -> tuple[str, ...]:
+    """The adapters that requests may name, in the order in which they were added."""
+    check_model(model)
+    return model.adapters.served.names
+
+
+def _check_known(model: Model, name: object) -> None:
+    if not isinstance(name, str) or name not in model.adapters.served.names:
+        known = ", ".join(model.adapters.served.names) or "none"
+        raise SettingError(f"The model has no adapter {shown(name)}: it has {known}.")
+
+
+def checked_name(name: str) -> str:
+    """A name for an adapter. Raises SettingError for one that means something else, or cannot be typed."""
+    if name == NO_ADAPTER or not name.isprintable() or not name.strip() or len(name) > 200:
+        raise SettingError(f"An adapter cannot be called {shown(name)}: give it another name.")
+    return name
+
+
+def given_adapters(given: Adapters | None, spec: ModelSpec, progress: Progress | None = None) -> dict[str, Adapter]:
+    """Name -> adapter of what `adapter=` gives: one, or several by name. Raises SettingError, CheckpointError, ConfigError."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        sources = {checked_name(str(name)): source for name, source in given.items()}
+    else:
+        place = locate_adapter(given, progress)
+        sources = {checked_name(place.stem if place.is_file() else place.resolve().name): given}
+    for name, source in sources.items():
+        if not isinstance(source, str | os.PathLike):
+            raise SettingError(f"The adapter {shown(name)} is {shown(source)}: give a path, or a repository.")
+    return {name: read_adapter(locate_adapter(source, progress), spec) for name, source in sources.items()}
+
+
+def bytes_of(spec: ModelSpec, adapters: Mapping[str, Adapter]) -> int:
+    """What these adapters take in memory while they are served."""
+    targets = targets_of(spec)
+    return sum(served_bytes(targets, each) for each in adapters.values())
+
+
+def _check_room(model: Model, adapter: Adapter, name: str) -> None:
+    plan = runtime_of(model).plan
+    if plan is None:
+        return
+    needed = served_bytes(targets_of(model.spec), adapter)
+    # While stacks are made anew, what is there is there twice.
+    there = sum(each.nbytes for each in model.adapters.served.arrays)
+    in_use = mx.get_active_memory()
+    if in_use + needed + there + plan.scratch_bytes > plan.budget_bytes:
+        raise MemoryLimitError(
+            f"The adapter {name} takes {size(needed)}, and beside the model and its requests ({size(in_use)}) and computing "
+            f"({size(plan.scratch_bytes)}) the {size(plan.budget_bytes)} allowed have no room for it: remove another one, or "
+            "load the model with it (adapter=), so that it is planned for."
+        )
+
+
+# --- which model it belongs to ----------------------------------------------------------------------------------------
+
+
+def adapter_id(adapter: Adapter) -> str:
+    """A digest of all its numbers: two adapters with the same answer alike."""
+    digest = hashlib.sha256(repr(adapter.ties_head).encode())
+    for name, pair in adapter.pairs.items():
+        digest.update(f"{name} {pair.scale!r}".encode())
+        for array in (pair.a, pair.b, *([] if pair.magnitude is None else [pair.magnitude])):
+            digest.update(f"{array.shape}".encode())
+            digest.update(np.ascontiguousarray(np.array(array.astype(mx.float32))).tobytes())
+    return digest.hexdigest()
+
+
+def check_base(adapter: Adapter, known: str | None) -> None:
+    """Raise CheckpointError where an adapter says that it was trained beside other weights. known: the model's base hash."""
+    theirs = adapter.base.get("hash")
+    if theirs and known and theirs != known and theirs.partition(":")[0] == known.partition(":")[0]:
+        name = adapter.base.get("name")
+        raise CheckpointError(
+            f"The adapter was trained beside other weights{f' ({name})' if name else ''} than this model's (hash "
+            f"{theirs.partition(':')[2][:12]}, not {known.partition(':')[2][:12]}): load that model, or train it again beside "
+            "this one."
+        )
+
+
+def base_hash(model: Model) -> str:
+    """A hash of a model's weights that stays the same when it is converted: of its norms, sinks and biases, which nothing
+    packs, rounded to bfloat16. Of weights in float16, which round otherwise, it begins with "f16".
+    """
+    vectors = {}
+    for name, shape in model.spec.parameter_shapes().items():
+        if len(shape) == 1:
+            module, _, part = name.rpartition(".")
+            vectors[name] = module_at(model, _site(model, module))[part]
+    return _hash(vectors)
+
+
+def _site(model: Model, module: str) -> str:
+    found = module_at(model, module)
+    return f"{module}.base" if "base" in found else module
+
+
+def stored_base_hash(contents: Contents, checkpoint: Checkpoint) -> str:
+    """The same of a checkpoint, from its files; little is read."""
+    names = [name for name, shape in contents.spec.parameter_shapes().items() if len(shape) == 1]
+    return _hash({name: contents.parameters[name].read(checkpoint) for name in names})
+
+
+def _hash(vectors: Mapping[str, mx.array]) -> str:
+    is_half = any(each.dtype == mx.float16 for each in vectors.values())
+    digest = hashlib.sha256()
+    for name in sorted(vectors):
+        value = vectors[name].astype(mx.float16 if is_half else mx.bfloat16).astype(mx.float32)
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(np.array(value)).tobytes())
+    return f"{'f16' if is_half else 'bf16'}:{digest.hexdigest()}"

@@ -1,0 +1,428 @@
+"""Adapters that a model serves: loaded, swapped, several at once; each request gets the answer that it gets alone."""
+
+import json
+import random
+import threading
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import FIXTURES, load_fixture
+
+import openelm_mlx as om
+from openelm_mlx.adapters import base_hash, bytes_of, put_adapter
+from openelm_mlx.checkpoint.adapter_files import read_adapter, write_adapter
+from openelm_mlx.decoding.batch_step import BatchStep
+from openelm_mlx.decoding.compiled_step import CompiledStep
+from openelm_mlx.decoding.pieces import weights_version
+from openelm_mlx.decoding.step import PlainStep
+from openelm_mlx.decoding.streamed_step import StreamedStep
+from openelm_mlx.errors import CheckpointError, MemoryLimitError, SettingError
+from openelm_mlx.models.adapter_targets import targets_of
+from openelm_mlx.models.low_rank import Adapter, Pair
+from openelm_mlx.models.rows import Rows, flat_logits
+from openelm_mlx.runtime import runtime_of
+
+ADAPTERS = FIXTURES / "adapters"
+FAMILIES = {"openelm": "openelm_tiny", "gpt_oss": "gpt_oss_tiny"}
+
+
+def random_adapter(spec, seed, groups, rank=4, dora=(), ties_head=False):
+    """Large enough that every token depends on it."""
+    rng, pairs = np.random.default_rng(seed), {}
+    for name, target in targets_of(spec).items():
+        if target.group not in groups:
+            continue
+        a, b = (mx.array(rng.normal(0, 0.1, shape).astype(np.float32)) for shape in target.shapes(rank))
+        magnitude = mx.array(rng.uniform(0.5, 2.0, target.rows).astype(np.float32)) if target.group in dora else None
+        pairs[name] = Pair(a, b, 1.5, magnitude)
+    return Adapter(pairs, ties_head=ties_head)
+
+
+def with_adapters(model):
+    """a: everything, b: of another rank, attention alone and DoRA, c: embedding and head."""
+    spec = model.spec
+    everything = ("attention", "feed-forward", "experts", "router", "embedding", "head")
+    put_adapter(model, "a", random_adapter(spec, 1, everything), activate=False)
+    put_adapter(model, "b", random_adapter(spec, 2, ("attention",), 7, ("attention",)), activate=False)
+    put_adapter(
+        model, "c", random_adapter(spec, 3, ("embedding", "experts"), 2, ties_head=spec.tied_head), activate=False
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {family: with_adapters(load_fixture(FIXTURES / folder)) for family, folder in FAMILIES.items()}
+
+
+NAMES = ("a", "b", "c", "none")
+
+
+def prompt_of(length, seed=0):
+    return np.random.default_rng(seed).integers(3, 290, length).tolist()
+
+
+def seen(chunks):
+    return [(c.token, c.logprob, c.top_logprobs, c.finish_reason) for c in chunks]
+
+
+def requests_of(seed, count=9):
+    draw = random.Random(seed)
+    for at in range(count):
+        options = {"max_tokens": draw.choice([1, 3, 9, 14]), "logprobs": 2, "adapter": NAMES[at % 4]}
+        if draw.random() < 0.3:
+            options["sampling"] = om.SamplingParams(temperature=1.2, seed=at)
+        yield prompt_of(draw.choice([1, 2, 5, 17, 30]), draw.randrange(3)), options
+
+
+# --- one at a time ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["openelm_lora", "openelm_dora", "openelm_lora_embedding", "gpt_oss_experts"])
+def test_loaded_with_an_adapter(case, monkeypatch):
+    """The logits of PEFT, also with experts on disk, and the base's without it."""
+    known = dict(np.load(ADAPTERS / case / "oracle.npz"))
+    base = json.loads((ADAPTERS / case / "case.json").read_text())["base"]
+    tokens = mx.array(known["eval_tokens"])
+
+    def difference(model, which):
+        return np.abs(np.array(model(tokens))[..., known["columns"]] - known[f"logits_{which}"]).max()
+
+    for slots in (None, 4) if base.startswith("gpt_oss") else (None,):
+        folder = ADAPTERS / case / "peft_final"
+        model, _ = om.load(FIXTURES / base, dtype="float32", adapter=folder, expert_slots=slots)
+        assert om.adapter_names(model) == ("peft_final",)
+        assert difference(model, "final") < 1e-4
+        om.use_adapter(model, "none")
+        assert difference(model, "base") < 1e-4
+        assert om.add_adapter(model, ADAPTERS / case / "peft_initial") == "peft_initial"
+        assert difference(model, "initial") < 1e-4
+        om.remove_adapter(model, "peft_final")
+        assert difference(model, "initial") < 1e-4
+        om.remove_adapter(model, "peft_initial")
+        assert difference(model, "base") < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_base_is_left_as_it_was(models, family):
+    """Bit for bit, with adapters beside it and none chosen; parameters count as not replaced."""
+    model, plain = models[family], load_fixture(FIXTURES / FAMILIES[family])
+    tokens = mx.array([prompt_of(20), prompt_of(20, 1)])
+    assert mx.array_equal(model(tokens), plain(tokens))
+    version = weights_version(model)
+    put_adapter(model, "d", random_adapter(model.spec, 9, ("attention",)), activate=False)
+    assert mx.array_equal(model(tokens), plain(tokens))
+    om.remove_adapter(model, "d")
+    assert weights_version(model) == version
+    answers = {name: om.generate(model, None, prompt_of(5), max_tokens=1, logprobs=0, adapter=name) for name in NAMES}
+    assert len(answers) == 4
+    found = [
+        seen(om.stream_generate(model, None, prompt_of(5), max_tokens=3, logprobs=1, adapter=name)) for name in NAMES
+    ]
+    assert all(one != other for i, one in enumerate(found) for other in found[:i])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_steps_are_the_whole_pass(models, family, name):
+    """Plain and compiled, over a cache."""
+    model = models[family]
+    tokens = mx.array([prompt_of(24, 4)])
+    with model.adapters.using(model.adapters.of(name)):
+        known = model(tokens)[0]
+        for make in (PlainStep, CompiledStep):
+            cache = model.make_cache()
+            model(tokens[:, :20], cache)
+            step = make(model, cache)
+            found = mx.stack([step(tokens[0, at]) for at in range(20, 24)])
+            assert mx.allclose(found, known[20:], atol=2e-4)
+
+
+def test_compiled_pieces_follow_the_adapter(models):
+    """One step, with which adapter is said each time."""
+    model = models["openelm"]
+    cache = model.make_cache()
+    model(mx.array([prompt_of(6)]), cache)
+    step, found = CompiledStep(model, cache), {}
+    for name in (*NAMES, *NAMES):
+        with model.adapters.using(model.adapters.of(name)):
+            logits = step(mx.array(7))
+            assert mx.array_equal(found.setdefault(name, logits), logits)
+        for layer in cache:
+            layer.rewind(1)
+    assert len({tuple(logits.tolist()) for logits in found.values()}) == 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_streamed_steps(compiled):
+    """Experts on disk, the adapter's in memory: the numbers of the model that has them all."""
+    folder, seed = FIXTURES / "gpt_oss_tiny", 5
+    resident = with_adapters(load_fixture(folder))
+    streamed, _ = om.load(folder, dtype="float32", expert_slots=4)
+    with_adapters(streamed)
+    prompt = mx.array([prompt_of(12, seed)])
+    for name in ("a", "c"):
+        logits = []
+        for model in (resident, streamed):
+            with model.adapters.using(model.adapters.of(name)):
+                cache = model.make_cache()
+                model(prompt, cache)
+                step = PlainStep(model, cache) if model is resident else StreamedStep(model, cache, compile=compiled)
+                logits.append(mx.stack([step(mx.array(token)) for token in (5, 6, 7)]))
+        assert mx.allclose(*logits, atol=1e-5)
+
+
+# --- several at once --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_each_request_its_own_adapter(models, family, seed):
+    """Bit for bit what each gets alone, whoever is beside it."""
+    model = models[family]
+    requests = list(requests_of(seed))
+    alone = [seen(om.stream_generate(model, None, prompt, **options)) for prompt, options in requests]
+    with om.Engine(model, max_running=[2, 5, 32][seed]) as engine:
+        engine._scheduler.pace.longest = [2, 16, 2**20][seed]
+        handles = [engine.submit(prompt, **options) for prompt, options in requests]
+        for handle, known in zip(handles, alone, strict=True):
+            assert seen(handle) == known
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["slots", "compiled", "streamed"])
+def test_other_ways_of_a_pass(models, family, way):
+    model = models[family]
+    if way == "streamed":
+        if family == "openelm":
+            return
+        model, _ = om.load(FIXTURES / FAMILIES[family], dtype="float32", expert_slots=5)
+        with_adapters(model)
+    elif way == "slots":
+        model = with_adapters(load_fixture(FIXTURES / FAMILIES[family]))
+        model.choices = replace(model.choices, slots=True)
+    else:
+        model = with_adapters(load_fixture(FIXTURES / FAMILIES[family]))
+        model.choices = replace(model.choices, compiled_step=True)
+    requests = list(requests_of(7, 8))
+    alone = [seen(om.stream_generate(models[family], None, prompt, **options)) for prompt, options in requests]
+    with om.Engine(model, max_running=6) as engine:
+        handles = [engine.submit(prompt, **options) for prompt, options in requests]
+        found = [seen(handle) for handle in handles]
+    for one, known in zip(found, alone, strict=True):
+        assert [token for token, *_ in one] == [token for token, *_ in known]
+        assert np.allclose([each[1] for each in one], [each[1] for each in known], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_flat_pass_by_rows(models, family):
+    """A prompt's chunk beside decoding rows, compiled and not: each row is the one of its own adapter."""
+    model = models[family]
+    adapters = model.adapters
+    lengths = {"a": 5, "none": 1, "b": 1, "c": 9}
+    ids, caches, known, tokens = [], [], [], []
+    for at, (name, length) in enumerate(lengths.items()):
+        own = None if name == "none" else adapters.id_of(name)
+        row = prompt_of(10 + length, at)
+        with adapters.using(adapters.select([own])):
+            cache = model.make_cache()
+            model(mx.array([row[:10]]), cache)
+            known.append(model(mx.array([row]))[0, 10:])
+        caches.append(cache)
+        ids += [own] * length
+        tokens += row[10:]
+    rows = [Rows(cache, length, length == 9) for cache, length in zip(caches, lengths.values(), strict=True)]
+    with adapters.using(adapters.select(ids)):
+        found = flat_logits(model, mx.array(tokens), rows)
+    known[-1] = known[-1][-1:]
+    assert mx.allclose(found, mx.concatenate(known), atol=2e-4)
+
+
+def test_compiled_passes_by_rows(models):
+    """Traced once for each number of rows, whoever sits in which."""
+    model = models["openelm"]
+    adapters, step = model.adapters, BatchStep(model, compile=True)
+    for names in (("a", "b"), ("b", "c"), ("none", "a"), ("c", "c")):
+        caches, known = [], []
+        for at, name in enumerate(names):
+            with adapters.using(adapters.of(name)):
+                caches.append(model.make_cache())
+                model(mx.array([prompt_of(8, at)]), caches[-1])
+                known.append(model(mx.array([[*prompt_of(8, at), 5]]))[0, -1])
+        ids = [None if name == "none" else adapters.id_of(name) for name in names]
+        with adapters.using(adapters.select(ids)):
+            found = step(mx.array([5, 5]), [Rows(cache) for cache in caches])
+        assert mx.allclose(found, mx.stack(known), atol=2e-4)
+
+
+def test_prompts_are_shared_with_the_same_adapter_alone(models):
+    """Kept prefixes and prompts that are computed for several requests at once."""
+    model, prompt = models["openelm"], prompt_of(20, 8)
+    known = {
+        name: seen(om.stream_generate(model, None, prompt, max_tokens=4, logprobs=1, adapter=name)) for name in NAMES
+    }
+    cache = om.PrefixCache()
+    for name in (*NAMES, *NAMES):
+        chunks = list(
+            om.stream_generate(model, None, prompt, max_tokens=4, logprobs=1, adapter=name, prefix_cache=cache)
+        )
+        assert np.allclose([c.logprob for c in chunks], [each[1] for each in known[name]], atol=1e-4)
+        assert chunks[-1].token == known[name][-1][0]
+    assert chunks[-1].statistics.cached_tokens == 19
+    assert len(cache) == 4
+    with om.Engine(model) as engine:
+        handles = {name: engine.submit_several(prompt, 2, max_tokens=4, logprobs=1, adapter=name) for name in NAMES}
+        for name, both in handles.items():
+            assert all(seen(each) == known[name] for each in both)
+
+
+def test_a_prompt_cache_on_disk_knows_the_adapter(models, tmp_path):
+    model, prompt = models["openelm"], prompt_of(20, 8)
+    cache = om.PrefixCache()
+    om.generate(model, None, prompt, max_tokens=2, adapter="a", prefix_cache=cache)
+    cache.save(tmp_path / "kept")
+    again = with_adapters(load_fixture(FIXTURES / FAMILIES["openelm"]))
+    for loaded in (model, again):
+        cache = om.PrefixCache()
+        cache.load(tmp_path / "kept", loaded)
+        reused = {}
+        for name in ("b", "none", "a"):
+            *_, last = om.stream_generate(loaded, None, prompt, max_tokens=2, adapter=name, prefix_cache=cache)
+            reused[name] = last.statistics.cached_tokens
+        assert reused == {"a": 19, "b": 0, "none": 0}
+
+
+def test_drafts_with_adapters(models):
+    model, prompt = models["openelm"], [*prompt_of(6), *prompt_of(6), *prompt_of(6)]
+    for name in ("a", "none"):
+        plain = [c.token for c in om.stream_generate(model, None, prompt, max_tokens=12, adapter=name)]
+        with om.Engine(model) as engine:
+            other = engine.submit(prompt, max_tokens=12, adapter="b")
+            handle = engine.submit(prompt, max_tokens=12, adapter=name, draft=om.PromptLookup())
+            assert [c.token for c in handle] == plain
+            other.text()
+
+
+def test_hot_swap_while_others_run(models):
+    """Who runs is not disturbed by one that comes; who uses one that goes ends with an error."""
+    model = with_adapters(load_fixture(FIXTURES / FAMILIES["openelm"]))
+    prompt = prompt_of(9, 3)
+    known = [c.token for c in om.stream_generate(model, None, prompt, max_tokens=60, adapter="a")]
+    with om.Engine(model) as engine:
+        steady = engine.submit(prompt, max_tokens=60, adapter="a")
+        chunks = iter(steady)
+        found = [next(chunks).token for _ in range(5)]
+        put_adapter(model, "late", random_adapter(model.spec, 11, ("attention",)), activate=False)
+        late = engine.submit(prompt, max_tokens=3, adapter="late")
+        assert len(list(late)) == 3
+        doomed = engine.submit(prompt, max_tokens=200, adapter="late")
+        its = iter(doomed)
+        next(its)
+        om.remove_adapter(model, "late")
+        with pytest.raises(SettingError, match="taken away"):
+            list(its)
+        assert found + [c.token for c in chunks] == known
+        with pytest.raises(SettingError, match="choose one of a, b, c, none"):
+            engine.submit(prompt, adapter="late")
+
+
+def test_threads_choose_for_themselves(models):
+    model, prompt = models["openelm"], prompt_of(9, 3)
+    known = {
+        name: [c.token for c in om.stream_generate(model, None, prompt, max_tokens=6, adapter=name)] for name in NAMES
+    }
+    found = {}
+    streams = {name: om.stream_generate(model, None, prompt, max_tokens=6, adapter=name) for name in NAMES}
+    for _ in range(6):  # in turns, on one thread
+        for name, chunks in streams.items():
+            found.setdefault(name, []).append(next(chunks).token)
+    assert found == known
+    inside = threading.Event()
+
+    def other():
+        assert model.adapters.selection.which is None
+        inside.set()
+
+    with model.adapters.using(model.adapters.of("a")):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert inside.is_set()
+
+
+# --- names, memory, bases ---------------------------------------------------------------------------------------------
+
+
+def test_several_by_name():
+    folder = ADAPTERS / "openelm_lora"
+    given = {"first": folder / "peft_initial", "second": folder / "mlx_lm_final"}
+    model, _ = om.load(FIXTURES / "openelm_tiny", dtype="float32", adapter=given)
+    assert om.adapter_names(model) == ("first", "second")
+    assert model.adapters.active is None  # requests name one
+    with pytest.raises(SettingError, match="choose one of first, second, none"):
+        om.generate(model, None, [3, 4], adapter="third")
+    with pytest.raises(SettingError, match="has first, second"):
+        om.remove_adapter(model, "third")
+    with pytest.raises(SettingError, match="has no adapter 'x'"):
+        om.use_adapter(model, "x")
+    om.add_adapter(model, folder / "peft_final", "first")  # replaced
+    assert om.adapter_names(model) == ("second", "first")
+    one, other = (
+        seen(om.stream_generate(model, None, prompt_of(4), max_tokens=3, logprobs=1, adapter=name))
+        for name in ("first", "second")
+    )
+    assert one == other  # the same adapter in two formats
+    with pytest.raises(SettingError, match="another name"):
+        om.add_adapter(model, folder / "peft_final", "none")
+
+
+def test_a_model_without_adapters():
+    model = load_fixture(FIXTURES / "openelm_tiny")
+    with pytest.raises(SettingError, match=r"om\.add_adapter"):
+        om.generate(model, None, [3, 4], adapter="a")
+    assert om.generate(model, None, [3, 4], adapter="none", max_tokens=1) == ""
+
+
+def test_an_adapter_knows_its_base(tmp_path):
+    model, _ = om.load(FIXTURES / "openelm_tiny", dtype="float32")
+    known = base_hash(model)
+    with_adapters(model)
+    assert base_hash(model) == known  # whatever is beside it
+    adapter = read_adapter(ADAPTERS / "openelm_lora" / "peft_final", model.spec)
+    write_adapter(tmp_path / "mine", replace(adapter, base={"hash": known, "name": "tiny"}), model.spec)
+    for dtype in ("float32", "bfloat16"):
+        for options in ({"adapter": tmp_path / "mine"}, {}):
+            loaded, _ = om.load(FIXTURES / "openelm_tiny", dtype=dtype, **options)
+            om.add_adapter(loaded, tmp_path / "mine")
+    om.convert(FIXTURES / "openelm_tiny", tmp_path / "packed", quantize=8)
+    om.load(tmp_path / "packed", adapter=tmp_path / "mine")
+    write_adapter(tmp_path / "other", replace(adapter, base={"hash": "bf16:1234", "name": "someone's"}), model.spec)
+    for attempt in (lambda: om.load(FIXTURES / "openelm_tiny", adapter=tmp_path / "other"),
+                    lambda: om.add_adapter(model, tmp_path / "other")):  # fmt: skip
+        with pytest.raises(CheckpointError, match="beside other weights \\(someone's\\)"):
+            attempt()
+
+
+def test_the_plan_counts_it():
+    folder = ADAPTERS / "gpt_oss_experts" / "peft_final"
+    without, beside = (om.plan(FIXTURES / "gpt_oss_tiny", adapter=each) for each in (None, folder))
+    model, _ = om.load(FIXTURES / "gpt_oss_tiny", adapter=folder)
+    nbytes = sum(each.nbytes for each in model.adapters.served.arrays)
+    assert beside.adapter_bytes == nbytes == model.plan.adapter_bytes
+    assert beside.weights_bytes - without.weights_bytes == nbytes
+    adapter = read_adapter(folder, model.spec)
+    assert bytes_of(model.spec, {"x": adapter}) == nbytes
+    dora = random_adapter(model.spec, 0, ("attention",), dora=("attention",))
+    put_adapter(model, "dora", dora)
+    om.remove_adapter(model, "peft_final")
+    assert sum(each.nbytes for each in model.adapters.served.arrays) == bytes_of(model.spec, {"x": dora})
+
+
+def test_no_room_for_another():
+    model, _ = om.load(FIXTURES / "openelm_tiny")
+    runtime_of(model).plan = replace(model.plan, budget_bytes=mx.get_active_memory() + 1000)
+    with pytest.raises(MemoryLimitError, match="The adapter peft_final takes"):
+        om.add_adapter(model, ADAPTERS / "openelm_lora" / "peft_final")
+    assert om.adapter_names(model) == ()

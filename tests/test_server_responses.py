@@ -228,9 +228,26 @@ def test_a_wrong_field_is_a_400_that_names_it(body, param):
     assert not server.generations.requests
 
 
-def test_what_the_model_cannot_do_is_told_in_the_words_of_responses():
-    error = ApiError(400, "The prompt is too long.", param="messages", code="context_length_exceeded")
-    assert Server([error]).refused() == ("input", "The prompt is too long.")
+@pytest.mark.parametrize(
+    ("chats", "ours"),
+    [
+        ("messages", "input"),
+        ("reasoning_effort", "reasoning.effort"),
+        ("response_format", "text.format"),
+        ("tools", "tools"),
+    ],
+)
+def test_what_the_model_cannot_do_is_told_in_the_words_of_responses(chats, ours):
+    error = ApiError(400, "It cannot be.", param=chats)
+    assert Server([error]).refused() == (ours, "It cannot be.")
+
+
+def test_truncation_lets_old_turns_be_left_out():
+    server = Server()
+    assert server.create(truncation="auto")["truncation"] == "auto"
+    assert server.asked.may_forget
+    server.create(truncation="disabled")
+    assert not server.asked.may_forget
 
 
 # --- Items --------------------------------------------------------------------------------------------------------------

@@ -199,6 +199,19 @@ def test_a_prompt_that_is_too_long_is_a_400(openai, anthropic):
     assert failure.value.param == "input"
 
 
+def test_truncation_leaves_out_the_oldest_turns(openai, demos, monkeypatch):
+    model = demos[1].models[MODEL].model
+    monkeypatch.setattr(model, "context_length", 256)
+    chat = [{"role": "user", "content": f"What is {number} + {number}?"} for number in range(40)]
+    options = {"model": MODEL, "input": chat, "max_output_tokens": 20, **GREEDY}
+    with pytest.raises(BadRequestError) as failure:
+        openai.responses.create(**options)
+    assert failure.value.code == "context_length_exceeded"
+    response = openai.responses.create(truncation="auto", **options)
+    assert 150 < response.usage.input_tokens <= 236
+    assert openai.responses.input_tokens.count(model=MODEL, input=chat, truncation="auto").input_tokens <= 192
+
+
 # --- Messages -----------------------------------------------------------------------------------------------------------
 
 

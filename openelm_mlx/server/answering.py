@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 from ..decoding.grammar import AnswerFormat, answer_format
@@ -19,6 +20,7 @@ from ..errors import MemoryLimitError, PromptError, SettingError, UserError
 from ..text.chat import HARMONY, PLAIN
 from ..text.schema import Tool
 from .failures import RETRY_AFTER, ApiError, api_error
+from .forgetting import most_prompt_tokens, shortened
 from .generation import NONE, Generation, GenerationRequest, NamedTool, Progress, PromptText
 from .log import log
 from .parts import Part, Usage
@@ -237,6 +239,7 @@ def is_harmony(lease: ModelLease) -> bool:
 def _submitted(lease: ModelLease, request: GenerationRequest) -> tuple[list[Handle], Collection[str]]:
     """The engine's requests, and the functions that their answers may call."""
     options, recipients = _options(lease, request)
+    request = _fitting(lease, request)
     handles: list[Handle] = []
     for prompt in _prompts(lease, request):
         handles += lease.engine.submit_several(prompt, request.n, **options)
@@ -328,7 +331,20 @@ def _prompts(lease: ModelLease, request: GenerationRequest) -> Sequence[Any]:
     return [[{**each, "role": roles.get(each.get("role", ""), each.get("role"))} for each in request.messages]]
 
 
+def _fitting(lease: ModelLease, request: GenerationRequest) -> GenerationRequest:
+    """The request, without its oldest turns where they are too many and it allows that."""
+    if request.messages is None or not request.may_forget:
+        return request
+    most = most_prompt_tokens(lease.model.context_length, request.max_tokens)
+    kept = shortened(request.messages, most, lambda messages: _tokens(lease, replace(request, messages=messages)))
+    return replace(request, messages=kept)
+
+
 def _count(lease: ModelLease, request: GenerationRequest) -> int:
+    return _tokens(lease, _fitting(lease, request))
+
+
+def _tokens(lease: ModelLease, request: GenerationRequest) -> int:
     answer = _answer_format(request)
     calling = calling_of(request.tools, NONE if request.tool_choice == NONE else None)
     effort = request.reasoning_effort if is_harmony(lease) else None

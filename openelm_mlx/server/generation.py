@@ -50,6 +50,7 @@ class GenerationRequest:
         prompt_logprobs: The same for the tokens of prompts.
         n: How many answers to a prompt. With a seed, they have seed, seed + 1, ...
         reasoning_effort: "none", "low", "medium", "high", or None for the model's own.
+        may_forget: Whether the oldest turns of messages that are longer than the context are left out.
         parallel_tool_calls: Taken, and without effect: gpt-oss makes one call a turn.
     """
 
@@ -67,6 +68,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     n: int = 1
     reasoning_effort: Effort | None = None
+    may_forget: bool = False
     parallel_tool_calls: bool = True
 
 

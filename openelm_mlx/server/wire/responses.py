@@ -153,10 +153,17 @@ def _limit(given: str | None) -> int:
     return int(given)
 
 
+# What Chat Completions calls it, and what it is here.
+_WORDS = {
+    "messages": "input", "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format", "logprobs": "top_logprobs",
+}  # fmt: skip
+
+
 def _in_own_words(error: ApiError) -> ApiError:
-    """Here the prompt is called input."""
-    if error.param is not None and error.param.startswith("messages"):
-        error.param = "input"
+    """The error of a model with the field's name in Responses."""
+    if error.param is not None:
+        error.param = _WORDS.get(error.param, error.param)
     return error
 
 

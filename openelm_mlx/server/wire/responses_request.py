@@ -112,6 +112,7 @@ def prompt_request(body: CountTokens, items: list[Item], tools: Tools) -> Genera
         tool_choice=tools.choice,
         answer_schema=_schema(body.text),
         reasoning_effort=effort,
+        may_forget=body.truncation == "auto",
         parallel_tool_calls=body.parallel_tool_calls is not False,
     )
 

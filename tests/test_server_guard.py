@@ -236,7 +236,7 @@ def test_an_error_on_anthropic_s_path_has_anthropic_s_body(locked):
     body = json.loads(answer.body)
     assert body["type"] == "error"
     assert body["error"]["type"] == "authentication_error"
-    assert body["request_id"] == answer.headers["x-request-id"]
+    assert body["request_id"] == answer.headers["x-request-id"] == answer.headers["request-id"]
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------

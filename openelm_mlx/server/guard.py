@@ -262,14 +262,15 @@ class _Answer:
 
     def _with_own(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         there = {name.lower(): value for name, value in headers}
-        own = {**_SAFE, "x-request-id": self.request_id}
+        # Each service's clients read their own.
+        own = {**_SAFE, "x-request-id": self.request_id, "request-id": self.request_id}
         if there.get(b"content-type", b"").startswith(b"text/html"):
             own["content-security-policy"] = CONTENT_POLICY
         elif b"cache-control" not in there:
             own["cache-control"] = "no-store"
         if self.origin is not None:
             own["access-control-allow-origin"] = self.origin
-            own["access-control-expose-headers"] = "x-request-id, retry-after"
+            own["access-control-expose-headers"] = "x-request-id, request-id, retry-after"
             own["vary"] = "Origin"
         return headers + [(name.encode(), value.encode()) for name, value in own.items() if name.encode() not in there]
 

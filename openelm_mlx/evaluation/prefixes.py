@@ -42,7 +42,7 @@ class Prefixes:
         arrays = [np.asarray(text, np.int64) for text in texts]
         self.lengths = [len(text) for text in arrays]
         pairs = zip(arrays, arrays[1:], strict=False)
-        self.shared = [0, *(_num_shared(a, b) for a, b in pairs)]
+        self.shared = [0, *(_num_shared(a, b) for a, b in pairs)][: len(arrays)]
         # How many tokens the texts up to each one add to what the texts before them have.
         added = (length - shared for length, shared in zip(self.lengths, self.shared, strict=True))
         self._added = [0, *accumulate(added)]
@@ -69,7 +69,7 @@ class Prefixes:
                 continue
             common = min(self.shared[first + 1 : last], default=self.lengths[first])
             # As a trunk it is computed once; otherwise once in every pass.
-            if last - first == 1 or (common - trunk) * (size // most) >= most // 2:
+            if last - first == 1 or (common - trunk) * (size // most) >= max(1, most // 2):
                 yield Extend(first, last, trunk, common)
                 todo.append((first, last, common))
                 continue

@@ -7,9 +7,10 @@ texts beside it. The answers are those of each text alone, whatever stands besid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -59,25 +60,36 @@ class Scorer:
 
         known: scores of an interrupted run, by number; the others are computed as they would have been then.
         """
-        known = {} if known is None else known
+        run = self._through_all(requests, {} if known is None else known, on_scores)
+        return [run.scores[number] for number in range(len(requests))]
+
+    def token_logprobs(
+        self, requests: Sequence[TokenRequest], on_scores: OnScores | None = None
+    ) -> list[list[float]]:
+        """The log-probability of each token of each request's continuation; the rest as `score`."""
+        return self._through_all(requests, {}, on_scores).logprobs
+
+    def _through_all(
+        self, requests: Sequence[TokenRequest], known: Mapping[int, Score], on_scores: OnScores | None
+    ) -> _Run:
         run = _Run(self, requests, known, on_scores)
-        if len(known) < len(requests):
-            longest = max(len(each.inputs) for number, each in enumerate(requests) if number not in known)
+        missing = [len(each.inputs) for number, each in enumerate(requests) if number not in known]
+        if missing:
             cache = self.model.make_cache()
-            check_room(self.model, cache, longest, 1)
+            check_room(self.model, cache, max(missing), 1)
             with keeping_to_plan(self.model, cache) as (budget, _):
                 try:
                     run.through_all(cache, budget)
                 finally:
                     drop(cache)
-        return [run.scores[number] for number in range(len(requests))]
+        return run
 
 
-@dataclass
-class _Target:
-    """A token that is to be predicted, and whose it is: the request's number."""
+class _Target(NamedTuple):
+    """A token that is to be predicted: the request's number, the place in its continuation, and the token."""
 
     request: int
+    place: int
     token: int
 
 
@@ -109,8 +121,8 @@ class _Run:
         self._prefixes = Prefixes(self._texts)
         self._numbers = [numbers_of[text] for text in self._texts]
         self._requests = requests
-        # Of each request: the sum so far, the tokens that are missing, whether all were the likeliest.
-        self._sums = [0.0] * len(requests)
+        # Of each request: its tokens' log-probabilities, how many are missing, whether all were the likeliest.
+        self.logprobs = [[0.0] * len(each.continuation) for each in requests]
         self._missing = [len(each.continuation) for each in requests]
         self._greedy = [True] * len(requests)
         self._trunks: list[_Trunk] = []
@@ -217,8 +229,8 @@ class _Run:
                 continue
             request = self._requests[number]
             begin = len(request.context) - 1
-            positions = range(max(start, begin), min(stop, begin + len(request.continuation)))
-            found += [(at, _Target(number, request.continuation[at - begin])) for at in positions]
+            for at in range(max(start, begin), min(stop, begin + len(request.continuation))):
+                found.append((at, _Target(number, at - begin, request.continuation[at - begin])))
         return found
 
     def _note(self, h: mx.array, targets: Mapping[int, list[_Target]]) -> None:
@@ -231,7 +243,7 @@ class _Run:
                 self.model, h[mx.array(some)], [row for row, _ in each], [target.token for _, target in each]
             )
             for (row, target), logprob in zip(each, logprobs, strict=True):
-                self._sums[target.request] += logprob
+                self.logprobs[target.request][target.place] = logprob
                 self._missing[target.request] -= 1
                 self._greedy[target.request] &= likeliest[row] == target.token
 
@@ -240,7 +252,7 @@ class _Run:
         for i in range(first, last):
             for number in self._numbers[i]:
                 if number not in self.scores and self._missing[number] == 0:
-                    complete[number] = Score(self._sums[number], self._greedy[number])
+                    complete[number] = Score(math.fsum(self.logprobs[number]), self._greedy[number])
         self.scores.update(complete)
         if complete and self._on_scores is not None:
             self._on_scores(complete)

@@ -34,7 +34,7 @@ class Rotation:
             or made[0] != key
             or not (made[1] is offset or (type(offset) is type(made[1]) is int and made[1] == offset))
         ):
-            if not runs_on_cpu() or (isinstance(offset, mx.array) and offset.ndim > 0):
+            if not runs_on_cpu() or (isinstance(offset, mx.array) and offset.ndim > 0 and x.shape[2] > 1):
                 return rotate(x, self.theta, offset, self.periods(x.shape[-1]))
             self._made = made = key, offset, self._make_table(x.shape[2], offset, x.shape[3])
         cosines, sines = made[2]
@@ -49,13 +49,19 @@ class Rotation:
         return self._periods[head_dim]
 
     def _make_table(self, L: int, offset: int | mx.array, head_dim: int) -> tuple[mx.array, mx.array]:
-        """Cosine and sine of each position and number of a head, (L, D) both; the sines for the first half are negative."""
+        """Cosine and sine of each position and number of a head, (L, D) both; the sines for the first half are negative.
+
+        With the position of one token a row, (B,): (B, 1, 1, D).
+        """
         half, periods = head_dim // 2, self.periods(head_dim)
         if periods is None:
             frequencies = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(self.theta) / half))
         else:
             frequencies = mx.reciprocal(periods)
-        angles = (mx.arange(L) + offset).astype(mx.float32)[:, None] * frequencies
+        positions = (mx.arange(L) + offset).astype(mx.float32)[:, None]
+        if isinstance(offset, mx.array) and offset.ndim > 0:
+            positions = positions[:, None, None]
+        angles = positions * frequencies
         cosines, sines = mx.cos(angles), mx.sin(angles)
         return mx.concatenate([cosines, cosines], axis=-1), mx.concatenate([-sines, sines], axis=-1)
 

@@ -45,6 +45,9 @@ _PUBLIC = {
     "convert": "conversion",
     "export": "exporting",
     "plan": "planning",
+    "score": "evaluation",
+    "perplexity": "evaluation",
+    "compare": "evaluation",
     "Chat": "conversation",
     "UserError": "errors",
     "EngineFullError": "errors",
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
     from .errors import EngineFullError as EngineFullError
     from .errors import NoAnswerWarning as NoAnswerWarning
     from .errors import UserError as UserError
+    from .evaluation import compare as compare
+    from .evaluation import perplexity as perplexity
+    from .evaluation import score as score
     from .exporting import export as export
     from .generate import generate as generate
     from .generate import stream_generate as stream_generate

@@ -110,6 +110,28 @@ TABLE = {
         {"model": NOT_A_MODEL, "tokenizer": NOT_ONE_OF_OURS, "num_draft_tokens": (*NOT_A_NUMBER, None)},
     ),
     "om.PrefixCache": (om.PrefixCache, {}, dict.fromkeys(("max_bytes", "max_buffers"), (*NOT_A_NUMBER, None))),
+    "om.score": (
+        om.score, {"model": "MODEL", "tokenizer": "TOKENIZER", "requests": (("a", "b"),)},
+        {
+            "model": NOT_A_MODEL, "tokenizer": (*NOT_ONE_OF_OURS, None), "add_bos": NOT_A_FLAG, "on_scores": NOT_A_FUNCTION,
+            "requests": (5, "x", b"x", {}, [5], ["ab"], [("a", 5)], [("a", "")], ODD, True, None),
+        },
+    ),
+    "om.perplexity": (
+        om.perplexity, {"model": "MODEL", "tokenizer": "TOKENIZER", "text": "Hi"},
+        {
+            "model": NOT_A_MODEL, "tokenizer": (*NOT_ONE_OF_OURS, None), "on_scores": NOT_A_FUNCTION, "window": NOT_A_NUMBER,
+            "text": (5, "", b"x", {}, [5], [], ODD, True, None),
+        },
+    ),
+    "om.compare": (
+        om.compare, {"a": "MODEL", "b": "MODEL", "texts": "Hi"},
+        {
+            "a": (*NOT_A_MODEL, "no-such-model"), "b": NOT_A_MODEL, "texts": (5, "", b"x", {}, [5], [], ODD, True, None),
+            "window": NOT_A_NUMBER, "load_options": (5, "x", [5], ODD, True), "other_load_options": (5, "x", [5], ODD, True),
+            "progress": NOT_A_FUNCTION,
+        },
+    ),
     "om.Chat": (om.Chat, {"model": "MODEL", "tokenizer": "TOKENIZER"}, CHAT),
     "Toolbox": (
         tools.Toolbox, {"names": "calculator"},

@@ -33,6 +33,8 @@ COMMANDS = {
     "export": "export",
     "serve-layers": "serve_layers",
     "info": "info",
+    "perplexity": "perplexity",
+    "compare": "compare",
     "bench": "bench",
     "selfcheck": "selfcheck",
 }

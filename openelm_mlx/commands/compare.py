@@ -9,7 +9,7 @@ from .evaluation_options import add_evaluated_model, count_bar, loading_options
 from .output import report, report_json
 
 if TYPE_CHECKING:
-    from ..evaluation.compare import Comparison
+    from ..evaluation.comparison import Comparison
 
 HELP = "measure how far one model's predictions are from another's on a text: KL, the likeliest token, perplexity"
 
@@ -23,16 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a text file, or a .jsonl file with \"text\" or \"messages\" (a chat) in each line (repeatable)",
     )  # fmt: skip
     parser.add_argument("--window", type=int, metavar="N", help="read at most N tokens at once (default: the context)")
-    add_evaluated_model(parser)
+    add_evaluated_model(parser, " (of B)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print. Returns the exit code."""
-    from ..evaluation.compare import compare
+    from ..evaluation.comparison import compare
     from ..evaluation.texts import read_documents
 
     documents = read_documents(args.text)
     options = loading_options(args)
+    # What makes another form of the model is about B: A is what it is compared with.
+    of_a = {**options, "dense_bits": None, "kv_bits": None}
     with count_bar("tokens", None, args.quiet) as add:
         done = 0
 
@@ -42,7 +44,13 @@ def run(args: argparse.Namespace) -> int:
             done = now
 
         found = compare(
-            args.reference, args.model, documents, window=args.window, load_options=options, progress=progress
+            args.reference,
+            args.model,
+            documents,
+            window=args.window,
+            load_options=of_a,
+            other_load_options=options,
+            progress=progress,
         )
     if args.json:
         report_json({"reference": args.reference, "model": args.model, **found.as_dict()})
@@ -55,7 +63,9 @@ def print_comparison(a: str, b: str, found: Comparison) -> None:
     """What was found, a line each."""
     quantiles = ", ".join(f"{float(share):.1%} {value:.2e}" for share, value in found.kl_quantiles.items())
     report(f"{b} compared with {a} on {found.num_tokens:,} tokens, windows of {found.window:,}")
-    report(f"  KL divergence {found.kl.value:.3e} ± {found.kl.error:.1e} nats, at most {found.max_kl:.2e} ({quantiles})")
+    report(
+        f"  KL divergence {found.kl.value:.3e} ± {found.kl.error:.1e} nats, at most {found.max_kl:.2e} ({quantiles})"
+    )
     report(f"  the same likeliest token at {found.same_top.value:.2%} ± {found.same_top.error:.2%}")
     report(
         f"  perplexity ratio {found.perplexity_ratio.value:.5f} ± {found.perplexity_ratio.error:.5f} "

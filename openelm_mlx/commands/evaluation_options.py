@@ -13,8 +13,8 @@ from .options import add_preset_argument, bits_asked_for
 Add = Callable[..., None]
 
 
-def add_evaluated_model(parser: argparse.ArgumentParser) -> None:
-    """How the model is loaded, and how results are shown."""
+def add_evaluated_model(parser: argparse.ArgumentParser, whose: str = "") -> None:
+    """How the model is loaded, and how results are shown. whose: said of what makes another form of a model."""
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of the repository")
     group.add_argument("--tokenizer", metavar="SOURCE", help="a tokenizer's file, folder or repository")
@@ -22,9 +22,9 @@ def add_evaluated_model(parser: argparse.ArgumentParser) -> None:
     add_preset_argument(group)
     group.add_argument(
         "--dense-bits", type=int, choices=[8, 6, 5, 4],
-        help="instead of a preset: quantize matrices that are not quantized yet to N bits as they are read",
+        help=f"instead of a preset: quantize matrices that are not quantized yet to N bits as they are read{whose}",
     )  # fmt: skip
-    group.add_argument("--kv-bits", type=int, choices=[8, 16], help="keep keys and values in N bits (default: 16)")
+    group.add_argument("--kv-bits", type=int, choices=[8, 16], help=f"keys and values in N bits (default: 16){whose}")
     group.add_argument("--expert-slots", type=int, metavar="N", help="keep N of each layer's experts in memory")
     group.add_argument("--memory-limit", metavar="SIZE", help="memory limit, for example 8GB")
     group.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")

@@ -9,7 +9,7 @@ from .evaluation_options import add_evaluated_model, count_bar, loading_options
 from .output import report, report_json
 
 if TYPE_CHECKING:
-    from ..evaluation.perplexity import Perplexity
+    from ..evaluation.likelihood import Perplexity
 
 HELP = "measure how well a model predicts a text: perplexity, and bits a byte"
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print. Returns the exit code."""
     from ..errors import PromptError
-    from ..evaluation.perplexity import perplexity
+    from ..evaluation.likelihood import perplexity
     from ..evaluation.texts import read_documents
     from ..loading import load
 

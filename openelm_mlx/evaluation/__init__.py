@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .compare import Comparison as Comparison
-from .compare import compare as compare
-from .perplexity import Perplexity as Perplexity
-from .perplexity import perplexity as perplexity
-from .perplexity import score as score
+from .comparison import Comparison as Comparison
+from .comparison import compare as compare
+from .likelihood import Perplexity as Perplexity
+from .likelihood import perplexity as perplexity
+from .likelihood import score as score
 from .requests import Score as Score

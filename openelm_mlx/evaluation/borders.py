@@ -48,9 +48,9 @@ class Borders:
     def pair(self, context: str, continuation: str) -> TokenRequest:
         """A context and what may follow it.
 
-        Space at the end of the context belongs to the continuation; both are encoded as one text, which is cut where the
-        context alone ends. An empty context is the prefix token. Raises PromptError where the continuation has no tokens,
-        or more than the context of the model.
+        Space at the end of the context belongs to the continuation. The continuation's tokens are those that both texts as
+        one have beyond the number of the context's own. An empty context is the prefix token. Raises PromptError where the
+        continuation has no tokens, or more than the context of the model.
         """
         for name, text in (("context", context), ("continuation", continuation)):
             if not isinstance(text, str):
@@ -64,7 +64,7 @@ class Borders:
         after = whole[len(before) :]
         if not after and continuation:  # the border is inside a token, which the context has too
             after = self.tokenizer.encode(continuation, continuation=True)
-        return self._request(whole[: len(before)], after, continuation)
+        return self._request(before, after, continuation)
 
     def after_tokens(self, before: Sequence[int], continuation: str) -> TokenRequest:
         """A continuation after tokens: those of a rendered chat."""

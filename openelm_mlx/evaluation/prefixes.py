@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Prefixes:
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         arrays = [np.asarray(text, np.int64) for text in texts]
         self.lengths = [len(text) for text in arrays]
-        pairs = zip(arrays, arrays[1:], strict=False)
+        pairs = pairwise(arrays)
         self.shared = [0, *(_num_shared(a, b) for a, b in pairs)][: len(arrays)]
         # How many tokens the texts up to each one add to what the texts before them have.
         added = (length - shared for length, shared in zip(self.lengths, self.shared, strict=True))
@@ -79,7 +79,7 @@ class Prefixes:
         """The texts in parts that fit into a pass, and those apart that are too many although they have more in common."""
         borders = [first, *(i for i in range(first + 1, last) if self.shared[i] == common), last]
         start = first
-        for at, stop in zip(borders, borders[1:], strict=False):
+        for at, stop in pairwise(borders):
             if self.size(start, stop, trunk) <= most:
                 continue
             if start < at:

@@ -63,9 +63,7 @@ class Scorer:
         run = self._through_all(requests, {} if known is None else known, on_scores)
         return [run.scores[number] for number in range(len(requests))]
 
-    def token_logprobs(
-        self, requests: Sequence[TokenRequest], on_scores: OnScores | None = None
-    ) -> list[list[float]]:
+    def token_logprobs(self, requests: Sequence[TokenRequest], on_scores: OnScores | None = None) -> list[list[float]]:
         """The log-probability of each token of each request's continuation; the rest as `score`."""
         return self._through_all(requests, {}, on_scores).logprobs
 
@@ -271,7 +269,9 @@ class _Run:
             count = self._budget.chunk_of_prompt(self.scorer.tokens_at_once, length - start)
             tokens = mx.array(list(self._texts[text][start : start + count]))[None]
             with lock_of(self.model):
-                self.model.run_layers(self.model.embed(tokens), self._cache, throttle=in_turn(self._cache, len(self._cache)))
+                self.model.run_layers(
+                    self.model.embed(tokens), self._cache, throttle=in_turn(self._cache, len(self._cache))
+                )
                 mx.eval([layer.buffers for layer in self._cache])
             self._done(count)
             start += count
@@ -299,7 +299,7 @@ def target_logprobs(
     logits = model.head(h)[:, : model.spec.usable_vocab_size]
     at = mx.array(np.asarray(rows) * logits.shape[1] + np.asarray(tokens))
     total = mx.logsumexp(logits.astype(mx.float32), axis=-1)
-    chosen = mx.take(logits, at).astype(mx.float32) - total[mx.array(rows)]
+    chosen = mx.take(logits, at).astype(mx.float32) - total[mx.array(list(rows))]
     likeliest = mx.argmax(logits, axis=-1)
     mx.eval(chosen, likeliest)  # the logits are freed
     logprobs = np.array(chosen)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import checked_call
+from ..arguments import FUNCTION, checked_call
 from ..checks import whole_number
 from ..decoding.arguments import check_model
 from ..decoding.budget import Budget, chunk_of_plan, drop, keeping_to_plan
@@ -30,7 +30,7 @@ from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
 from ..tokenizers import missing_tokenizer_message
 from .borders import Borders, windows
-from .perplexity import LEAST_WINDOW
+from .likelihood import LEAST_WINDOW
 from .requests import TokenRequest
 from .scorer import LOGITS_BYTES
 from .statistics import Mean, exp_of, mean_of, quantile
@@ -74,7 +74,7 @@ class Comparison:
         return {name: value.as_dict() if isinstance(value, Mean) else value for name, value in vars(self).items()}
 
 
-@checked_call("om.compare")
+@checked_call("om.compare", progress=FUNCTION)
 def compare(
     a: Model | SourceName,
     b: Model | SourceName,
@@ -82,6 +82,7 @@ def compare(
     *,
     window: int | None = None,
     load_options: Mapping[str, Any] | None = None,
+    other_load_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """How far the predictions of `b` are from those of `a`, the reference, on the same texts.
@@ -97,12 +98,16 @@ def compare(
         texts: Documents, each a string, or a list of chat messages, which go through the model's chat template.
         window: The longest text that is read at once, in tokens; None: the shorter of the two contexts.
         load_options: Keywords of `om.load` for sources.
+        other_load_options: Those for `b`; the same as for `a` when it is None.
         progress: Called with (tokens so far, all tokens).
 
     Raises PromptError for a text without tokens, SettingError for models whose tokens differ, and the errors of `load`.
     """
+    for name, given in (("load_options", load_options), ("other_load_options", other_load_options)):
+        if given is not None and not isinstance(given, Mapping):
+            raise SettingError(f"{name} is {shown(given)}: give a dictionary of keywords of om.load.")
     options = {} if load_options is None else dict(load_options)
-    sides = _Side(a, options), _Side(b, options)
+    sides = _Side(a, options), _Side(b, options if other_load_options is None else dict(other_load_options))
     requests, number, length = _windows(sides, texts, window)
     together = all(side.is_loaded for side in sides) or _fit_together(sides)
     total = sum(len(each.inputs) for each in requests) * (1 if together else 2)
@@ -122,7 +127,7 @@ class _Side:
             shape = self.prepared.model
         else:
             check_model(given)
-            self.model = shape = cast("Model", given)
+            self.model = shape = given
         self.shape = shape
 
     @property
@@ -246,7 +251,7 @@ def _rows_in_turns(sides: Sequence[_Side], requests: Sequence[TokenRequest], cou
     for request in requests:
         kept.append(mx.concatenate(list(_whole(first, request, counter))))
         mx.eval(kept[-1])
-    del first.layers[1:]  # type: ignore[misc]  # the head asks the first one for its type
+    del first.layers[1:]  # the head asks the first one for its type
     runtime_of(first).residency = None
     mx.clear_cache()
     second = sides[1].load()

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import checked_call
+from ..arguments import FLAG, FUNCTION, checked_call
 from ..checks import whole_number
 from ..decoding.arguments import check_model
-from ..errors import PromptError, SettingError, TokenizerError
+from ..errors import PromptError, TokenizerError
 from ..files import shown
 from ..text.tokenizer import Tokenizer
 from ..tokenizers import missing_tokenizer_message
@@ -53,7 +53,7 @@ class Perplexity:
         }
 
 
-@checked_call("om.score")
+@checked_call("om.score", add_bos=FLAG, on_scores=FUNCTION)
 def score(
     model: Model,
     tokenizer: Tokenizer | None,
@@ -91,7 +91,7 @@ def score(
     return Scorer(model).score(pairs, on_scores=on_scores)
 
 
-@checked_call("om.perplexity")
+@checked_call("om.perplexity", on_scores=FUNCTION)
 def perplexity(
     model: Model,
     tokenizer: Tokenizer | None,
@@ -142,8 +142,6 @@ def borders_of(
     check_model(model, tokenizer)
     if tokenizer is None:
         raise TokenizerError(missing_tokenizer_message(model.spec))
-    if add_bos is not None and not isinstance(add_bos, bool):
-        raise SettingError(f"add_bos is {shown(add_bos)}: it must be True, False, or None, as the tokenizer does.")
     if window is not None:
         whole_number("window", window, LEAST_WINDOW, model.context_length, whose="the model's ")
     return Borders(tokenizer, model.context_length if window is None else window, add_bos)
@@ -161,4 +159,3 @@ def checked_documents(text: str | Sequence[str]) -> list[str]:
     if not kept:
         raise PromptError("There is no text to read: it is empty.")
     return kept
-

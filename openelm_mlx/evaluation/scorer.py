@@ -19,8 +19,10 @@ from ..decoding.budget import Budget, check_room, chunk_of_plan, drop, keeping_t
 from ..decoding.gpu_errors import empty_stream, is_watchdog
 from ..decoding.prefill import chunk_throttle, in_turn, lock_of
 from ..engine.single import not_finite
+from ..errors import SettingError
 from ..models.buffers import Snapshot
 from ..models.cache import Cache
+from ..models.remote_cache import RemoteCache
 from ..models.trees import NO_PARENT, Forest, TreeWalk
 from ..runtime import runtime_of
 from .prefixes import Branch, Extend, Prefixes
@@ -74,6 +76,11 @@ class Scorer:
         missing = [len(each.inputs) for number, each in enumerate(requests) if number not in known]
         if missing:
             cache = self.model.make_cache()
+            if any(isinstance(each, RemoteCache) for each in cache):
+                raise SettingError(
+                    "Some layers of this model are on another Mac, and texts are scored with all of them here: load it "
+                    "without workers."
+                )
             check_room(self.model, cache, max(missing), 1)
             with keeping_to_plan(self.model, cache) as (budget, _):
                 try:

@@ -19,6 +19,7 @@ from .block import LayerThrottle, Projected
 from .cache import Cache, LayerCache, SlidingKVCache
 from .packed import pack
 from .quantized_cache import QuantizedKVCache
+from .remote_cache import RemoteCache
 
 # In a tree without a token before it.
 NO_PARENT = -1
@@ -183,6 +184,7 @@ def before_trees(cache: LayerCache, dtype: mx.Dtype) -> tuple[mx.array, mx.array
         assert cache.keys is not None
         assert cache.values is not None
         return cache.keys.first(cache.offset).unpack(dtype), cache.values.first(cache.offset).unpack(dtype)
+    assert not isinstance(cache, RemoteCache), "its keys are on another machine"
     keys, values = cache.in_order()
     if isinstance(cache, SlidingKVCache) and keys.shape[2] > cache.window:
         keys, values = keys[..., -cache.window :, :], values[..., -cache.window :, :]

@@ -48,6 +48,7 @@ _PUBLIC = {
     "score": "evaluation",
     "perplexity": "evaluation",
     "compare": "evaluation",
+    "finetune": "training.finetuning",
     "Chat": "conversation",
     "UserError": "errors",
     "EngineFullError": "errors",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from .generate import stream_generate as stream_generate
     from .loading import load as load
     from .planning import plan as plan
+    from .training.finetuning import finetune as finetune
 
 
 def __getattr__(name: str) -> Any:

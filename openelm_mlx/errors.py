@@ -34,6 +34,14 @@ class HubError(UserError):
     """A Hugging Face repository is missing, gated or unreachable, or a transfer failed."""
 
 
+class DataError(UserError):
+    """Data to learn from cannot be read or used; the message says which line."""
+
+
+class TrainingError(UserError):
+    """A run of training cannot go on: a loss that is no number, or a state of another run."""
+
+
 class DestinationError(UserError):
     """An output folder exists already, cannot be written, or the disk is too small."""
 

@@ -32,11 +32,17 @@ class LowRank(nn.Module):
         self.lora_a, self.lora_b = pair.a.astype(mx.float32), pair.b.astype(mx.float32)
         if pair.magnitude is not None:
             self.magnitude = pair.magnitude.astype(mx.float32)
+        # Of the numbers that dropout draws, so that a layer that is computed again draws the same; None: MLX's own.
+        self._key: mx.array | None = None
 
     @property
     def pair(self) -> Pair:
         """What it has learned so far."""
         return Pair(self.lora_a, self.lora_b, self.scale, self.get("magnitude"))
+
+    def draw_with(self, key: mx.array | None) -> None:
+        """Draw dropout from `key` from now on, the same numbers each time; None: from MLX's own state."""
+        self._key = key
 
     def dropped(self, x: mx.array) -> mx.array:
         """x in float32, in training without a share of its numbers."""
@@ -44,7 +50,7 @@ class LowRank(nn.Module):
         if not (self.training and self.dropout > 0):
             return x
         kept = 1.0 - self.dropout
-        return x * (mx.random.bernoulli(kept, x.shape) / kept)
+        return x * (mx.random.bernoulli(kept, x.shape, key=self._key) / kept)
 
     def delta(self, x: mx.array) -> mx.array:
         """scale * B A x; x (..., columns) in float32."""

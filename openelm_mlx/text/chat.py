@@ -75,15 +75,7 @@ def render_chat(
 
     `plain` is for base models, which were not trained on conversations: messages raise PromptError.
     """
-    if _known(template, "given") == PLAIN:
-        raise PromptError(
-            "This model has no chat template, so it continues text and cannot take a list of messages; "
-            f'pass the text itself, or choose the chat template "{OPENELM_INSTRUCT}" (--chat-template).'
-        )
-    if isinstance(messages, (str, Mapping)) or not messages:
-        raise PromptError("A conversation is a list with at least one message; add one with the role user.")
-    if not tokenizer.eos_tokens:
-        raise TokenizerError("This tokenizer names no end-of-text token, which the template needs; use Llama 2's.")
+    _check_conversation(messages, tokenizer, template)
     end = tokenizer.eos_tokens[0]
     tokens = [] if tokenizer.bos_token is None else [tokenizer.bos_token]
     text = ""  # the text since the last control token
@@ -95,6 +87,40 @@ def render_chat(
     if add_generation_prompt:
         text += "<|assistant|>\n"
     return tokens + tokenizer.encode(text, continuation=True)
+
+
+def render_turns(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: str
+) -> list[tuple[list[int], bool]]:
+    """Messages as pieces of tokens, each with whether the assistant writes it: what it is to learn.
+
+    An assistant's turn is two pieces: its tag, as `render_chat` ends a prompt, and its text with the end-of-text token, as the
+    model gives them after that prompt. Raises PromptError as `render_chat` does.
+    """
+    _check_conversation(messages, tokenizer, template)
+    end = tokenizer.eos_tokens[0]
+    pieces = [([] if tokenizer.bos_token is None else [tokenizer.bos_token], False)]
+    for number, message in enumerate(messages, start=1):
+        role, content = _role_and_content(message, number)
+        begin = "\n" * (number > 1) + f"<|{role}|>\n"
+        if role == "assistant":
+            pieces.append((tokenizer.encode(begin, continuation=number > 1), False))
+            pieces.append(([*(tokenizer.encode(content, continuation=True) if content else ()), end], True))
+        else:
+            pieces.append(([*tokenizer.encode(begin + content, continuation=number > 1), end], False))
+    return pieces
+
+
+def _check_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: str) -> None:
+    if _known(template, "given") == PLAIN:
+        raise PromptError(
+            "This model has no chat template, so it continues text and cannot take a list of messages; "
+            f'pass the text itself, or choose the chat template "{OPENELM_INSTRUCT}" (--chat-template).'
+        )
+    if isinstance(messages, (str, Mapping)) or not messages:
+        raise PromptError("A conversation is a list with at least one message; add one with the role user.")
+    if not tokenizer.eos_tokens:
+        raise TokenizerError("This tokenizer names no end-of-text token, which the template needs; use Llama 2's.")
 
 
 def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str]:

@@ -38,6 +38,14 @@ class Row:
         targets = np.where(np.asarray(learned, bool)[1:], sequence[1:], NOT_LEARNED).astype(np.int32)
         return cls(sequence[:-1], targets)
 
+    @classmethod
+    def of_targets(cls, tokens: Sequence[int], written: Sequence[int]) -> Row:
+        """The row of a whole sequence with what is to be predicted at each of its tokens, `NOT_LEARNED` for nothing.
+
+        The two differ where a token stands in another's place, as in a history.
+        """
+        return cls(np.asarray(tokens[:-1], np.int32), np.asarray(written[1:], np.int32))
+
     @property
     def num_targets(self) -> int:
         """How many tokens are learned."""
@@ -50,9 +58,10 @@ class Row:
 class Batch(NamedTuple):
     """Rows that go through the model together. N places of tokens, R rows of at most L, M targets; all but `is_rows` arrays.
 
-    tokens, positions (N,): each place's token, and its position in its own row. rows (R, L): the place that each token of a row
-    has. places (N,): where in `rows`, flattened, a place is found. learned (M,): the places after which something is learned;
-    targets, weights (M,): what, and how much it counts (0: it fills the shape). owners (M,): the number of its row.
+    tokens, positions (N,): each place's token, and its position in its own row. rows (R, L): the place that each token of a
+    row has. places (N,): where in `rows`, flattened, a place is found. learned (M,): the places after which something is
+    learned; targets, weights (M,): what, and how much it counts (0: it fills the shape). owners (M,): the number of its row.
+    length (): how many of the N places have a token of a row.
     """
 
     tokens: np.ndarray
@@ -63,11 +72,17 @@ class Batch(NamedTuple):
     targets: np.ndarray
     weights: np.ndarray
     owners: np.ndarray
+    length: np.ndarray
 
     @property
     def num_targets(self) -> int:
         """How many tokens are learned."""
         return int((self.weights != 0).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """How many places have a token of a row."""
+        return int(self.length)
 
     @property
     def is_rows(self) -> bool:
@@ -100,7 +115,7 @@ def make_batch(rows: Sequence[Row], weights: Sequence[float] | None = None, plac
         found[start : start + len(row)] = i * longest + span
         start += len(row)
     starts = np.cumsum([0, *lengths[:-1]])
-    return Batch(tokens, positions, laid_out, found, *_targets(rows, weights, starts))
+    return Batch(tokens, positions, laid_out, found, *_targets(rows, weights, starts), np.int32(sum(lengths)))
 
 
 def _in_rows(rows: Sequence[Row], weights: Sequence[float], longest: int) -> Batch:
@@ -111,7 +126,10 @@ def _in_rows(rows: Sequence[Row], weights: Sequence[float], longest: int) -> Bat
     order = np.arange(tokens.size, dtype=np.int32)
     positions = np.tile(np.arange(longest, dtype=np.int32), len(rows))
     starts = longest * np.arange(len(rows))
-    return Batch(tokens.ravel(), positions, order.reshape(tokens.shape), order, *_targets(rows, weights, starts))
+    length = np.int32(sum(map(len, rows)))
+    return Batch(
+        tokens.ravel(), positions, order.reshape(tokens.shape), order, *_targets(rows, weights, starts), length
+    )
 
 
 def _targets(

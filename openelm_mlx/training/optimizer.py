@@ -64,7 +64,9 @@ def global_norm(gradients: Any) -> mx.array:
     """The norm of all gradients as one vector, () in float32."""
     from mlx.utils import tree_flatten
 
-    squares = [mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(gradients)]
+    # By name: in what order they are added decides the last bit, and a run that goes on has them in another one.
+    named = sorted(tree_flatten(gradients), key=lambda each: str(each[0]))
+    squares = [mx.square(gradient.astype(mx.float32)).sum() for _, gradient in named]
     return mx.sqrt(mx.stack(squares).sum())
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
+from ..models.adapter_sites import LowRank
 from ..models.base import LanguageModel
 from ..models.precision import runs_on_cpu
 from .batches import Batch
@@ -65,7 +66,8 @@ class Gradients:
         rejected, and the loss is the sum over pairs. key: of random numbers, where there is dropout.
         """
         function = self._function(batch, reference is not None)
-        arrays = [mx.array(each) for each in batch]
+        arrays = [mx.array(each) for each in batch[:8]]
+        arrays.append(mx.random.key(0) if key is None else key)
         if reference is not None:
             arrays.append(mx.array(reference.astype(np.float32)))
         try:
@@ -76,14 +78,24 @@ class Gradients:
 
     def logprobs(self, batch: Batch, num_rows: int) -> mx.array:
         """The sum of the log-probabilities of each row's targets, (num_rows,), by the model as it is."""
-        arrays = [mx.array(each) for each in batch]
+        arrays = [mx.array(each) for each in batch[:8]]
         each = self._logprobs(*self._hidden(batch, arrays), arrays)
         return _sums(each * arrays[6], arrays[7], num_rows)
 
-    def loss(self, batch: Batch) -> mx.array:
-        """The weighted sum of the cross entropies of a batch's targets, (), by the model as it is and without z-loss."""
-        arrays = [mx.array(each) for each in batch]
-        return -(self._logprobs(*self._hidden(batch, arrays), arrays) * arrays[6]).sum()
+    def measured(self, batch: Batch, reference: np.ndarray | None = None) -> tuple[mx.array, mx.array]:
+        """The loss of a batch without z-loss, (), by the model as it is; of preferences also how many pairs it gets right."""
+        arrays = [mx.array(each) for each in batch[:8]]
+        each = self._logprobs(*self._hidden(batch, arrays), arrays)
+        if reference is None:
+            return -(each * arrays[6]).sum(), mx.array(0.0)
+        sums = _sums(each * arrays[6], arrays[7], len(reference))
+        margins = self._margins(sums, mx.array(reference.astype(np.float32)))
+        return preference_loss(margins, self.objective.preference or "").sum(), (margins > 0).sum()
+
+    def _margins(self, sums: mx.array, reference: mx.array) -> mx.array:
+        """Of each pair: beta * (how much more the policy prefers the chosen answer than the reference does)."""
+        ratios = sums - reference
+        return self.objective.beta * (ratios[::2] - ratios[1::2])
 
     def _function(self, batch: Batch, has_reference: bool) -> Callable[..., Any]:
         key = (batch.rows.shape, batch.is_rows, batch.tokens.size, batch.targets.size, has_reference)
@@ -100,7 +112,8 @@ class Gradients:
 
     def _objective(self, key: Any, parameters: Tree, arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
         model = self.model
-        model.update(self._cast(parameters))
+        model.update(self.cast(parameters))
+        _set_dropout_keys(model, arrays[8])
         shape, is_rows = key[0], key[1]
         tokens, positions, rows, places = arrays[:4]
         where = Places(positions, None if is_rows else rows, None if is_rows else places, shape)
@@ -121,13 +134,11 @@ class Gradients:
     def _preference(self, selected: mx.array, of_head: Tree, arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
         """How much each target's log-probability counts, as a loss's weight (M,), and the pairs' loss itself."""
         logprobs = head_logprobs(self._head, of_head, selected, arrays[5], self.at_once)
-        reference, is_target = arrays[8], arrays[6]
+        reference, is_target = arrays[9], arrays[6]
         sums = _sums(logprobs * is_target, arrays[7], reference.shape[0])
 
         def loss(sums: mx.array) -> mx.array:
-            ratios = sums - reference
-            margins = self.objective.beta * (ratios[::2] - ratios[1::2])
-            return preference_loss(margins, self.objective.preference or "").sum()
+            return preference_loss(self._margins(sums, reference), self.objective.preference or "").sum()
 
         value, by_row = mx.value_and_grad(loss)(mx.stop_gradient(sums))
         # `head_loss` sums weights * -logprobs.
@@ -137,7 +148,8 @@ class Gradients:
         self.model.update(parameters)
         return self.model.head(hidden)
 
-    def _cast(self, parameters: Tree) -> Tree:
+    def cast(self, parameters: Tree) -> Tree:
+        """Trained parameters in the type that they are computed in."""
         if self.dtype is None:
             return parameters
         dtype, spec = self.dtype, self.model.spec
@@ -151,6 +163,13 @@ class Gradients:
 
     def _logprobs(self, selected: mx.array, arrays: list[mx.array]) -> mx.array:
         return head_logprobs(self._head, {}, selected, arrays[5], self.at_once)
+
+
+def _set_dropout_keys(model: LanguageModel, key: mx.array) -> None:
+    """What each part of the adapter draws its dropout with, the same when its layer is computed again."""
+    parts = [part for part in model.modules() if isinstance(part, LowRank) and part.dropout > 0]
+    for part, own in zip(parts, mx.random.split(key, len(parts)) if parts else (), strict=True):
+        part.draw_with(own)
 
 
 def head_parameters(model: LanguageModel) -> Tree:

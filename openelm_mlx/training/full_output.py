@@ -1,0 +1,78 @@
+"""A model with all of its weights trained, as a folder in Apple's Hugging Face layout, which appears complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..checkpoint.destination import check_destination, check_free_space, destination_error
+from ..errors import DestinationError, SettingError
+from ..files import expanded
+from ..finder import sync_folder
+
+if TYPE_CHECKING:
+    from ..models import Model
+from ..specs import ModelSpec, openelm_config
+from .base import Base
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def check_can_be_written(spec: ModelSpec) -> None:
+    """Raise SettingError for a family whose whole weights are not trained."""
+    if spec.family != "openelm":
+        raise SettingError(
+            'method is "full", and gpt-oss is trained by adapters only: its experts are packed; take method="lora", with '
+            'targets=["attention", "experts"] for everything.'
+        )
+
+
+def write_model(output: str | os.PathLike[str], model: Model, base: Base, others: Mapping[str, bytes]) -> Path:
+    """Write the model, its tokenizer and `others` (name -> content) to a new folder. Raises DestinationError."""
+    weights = {
+        name: array if base.spec.keeps_float32(name) else array.astype(base.dtype)
+        for name, array in tree_flatten(model.parameters())
+    }
+    config = openelm_config(base.spec) | {"openelm_mlx": {"chat_template": base.template.template}}
+    files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **others}
+    copied = {file.name: file for file in base.tokenizer.files}
+    return write_folder(output, weights, files, copied)
+
+
+def write_folder(
+    output: str | os.PathLike[str],
+    weights: Mapping[str, mx.array],
+    files: Mapping[str, bytes],
+    copied: Mapping[str, Path],
+) -> Path:
+    """A folder of weights, of contents by name and of copied files; renamed into its place when it is whole."""
+    destination = Path(os.path.realpath(expanded(output, DestinationError)))
+    check_destination(destination)
+    beside = destination.with_name(f".openelm_mlx-{os.urandom(8).hex()}")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        check_free_space(destination, sum(array.nbytes for array in weights.values()))
+        beside.mkdir()
+        try:
+            mx.save_safetensors(str(beside / WEIGHTS), dict(weights), {"format": "mlx"})
+        except RuntimeError as error:  # MLX's own words for a disk that is full
+            raise OSError(28, str(error), str(beside / WEIGHTS)) from error
+        for name, content in files.items():
+            (beside / name).write_bytes(content)
+        for name, file in copied.items():
+            shutil.copyfile(file, beside / name)
+        sync_folder(beside)
+        os.rename(beside, destination)
+        sync_folder(destination.parent)
+    except OSError as error:
+        raise destination_error(error, destination) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return destination

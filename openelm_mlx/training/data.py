@@ -186,7 +186,7 @@ def _of_dataset(text: str) -> Iterator[tuple[str, Any]]:
     """The rows of a Hugging Face dataset, "owner/name" (its split "train") or "owner/name:split"."""
     name, _, split = text.partition(":")
     try:
-        from datasets import load_dataset  # type: ignore[import-untyped]
+        from datasets import load_dataset
     except ImportError:
         raise DataError(
             f"{text} is not a file here, and a dataset of the Hugging Face Hub needs the library datasets: pip install "

@@ -409,6 +409,22 @@ def test_namespaces_and_custom_tools_are_functions_of_the_model():
     ]
 
 
+def test_a_name_without_a_namespace_is_the_tool_that_has_none():
+    server = Server()
+    tools = [
+        {"type": "namespace", "name": "mail", "tools": [{"type": "function", "name": "send"}]},
+        {"type": "function", "name": "send"},
+    ]
+    choice = {"type": "function", "name": "send"}
+    server.create(tools=tools, tool_choice=choice)
+    assert [tool.name for tool in server.asked.tools] == ["mail__send", "send"]
+    assert server.asked.tool_choice == NamedTool("send")
+    server.create(tools=tools, tool_choice={**choice, "namespace": "mail"})
+    assert server.asked.tool_choice == NamedTool("mail__send")
+    server.create(tools=tools[:1], tool_choice=choice)
+    assert server.asked.tool_choice == NamedTool("send")
+
+
 def test_a_pattern_of_a_custom_tool_is_one_of_its_schema():
     server = Server()
     layout = {"type": "grammar", "syntax": "regex", "definition": "a|b"}
@@ -623,6 +639,36 @@ def test_a_failure_in_a_stream_is_its_last_event_and_before_it_a_status():
     answer = server.http.post("/v1/responses", json={"model": "demo", "input": "Hi"})
     assert (answer.status_code, answer.json()["error"]["message"]) == (503, "The engine has ended.")
     assert Server([ApiError(404, "No such model.", code="model_not_found")]).refused(404, stream=True)[1]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_goes_away_ends_its_answer_and_nothing_is_kept(is_streamed):
+    server = Server([*THOUGHT_AND_ANSWER[:3], 3600.0, *THOUGHT_AND_ANSWER[3:]])
+    body = json.dumps({"model": "demo", "input": "Hi", "stream": is_streamed}).encode()
+
+    async def run():
+        received = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if received:
+                return received.pop()
+            while not server.generations.generations:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.05)
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            pass
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/responses", "headers": [], "query_string": b"",
+            "http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 80), "root_path": "", "client": None,
+        }  # fmt: skip
+        await server.app(scope, receive, send)
+
+    asyncio.run(run())
+    assert server.generations.generations[0].is_closed
+    assert len(server.store) == 0
 
 
 # --- The official client ------------------------------------------------------------------------------------------------

@@ -56,10 +56,13 @@ class Tools:
 
     def function_name(self, name: str, namespace: str | None = None) -> str:
         """What the model calls a tool that a client names; a tool that is not offered any more keeps its name."""
-        for tool in self.known:
-            if tool.name == name and (namespace is None or tool.namespace == namespace):
-                return tool.function.name
-        return name
+        tool = self.named(name, namespace)
+        return name if tool is None else tool.function.name
+
+    def named(self, name: Any, namespace: Any = None) -> ClientTool | None:
+        """The tool that a client names. Clients may leave a namespace out where no other tool has the name."""
+        same = [tool for tool in self.known if tool.name == name and namespace in (None, tool.namespace)]
+        return next((tool for tool in same if tool.namespace == namespace), same[0] if same else None)
 
 
 def read_tools(definitions: Sequence[tuple[str, Any]], choice: Any = None) -> Tools:
@@ -162,8 +165,8 @@ def _required(offered: tuple[ClientTool, ...]) -> ToolChoice:
 
 
 def _named(tools: Tools, choice: Mapping[str, Any]) -> ClientTool:
-    name, namespace = choice.get("name"), choice.get("namespace")
-    for tool in tools.known:
-        if tool.name == name and namespace in (None, tool.namespace):
-            return tool
-    raise ApiError(400, f"tool_choice names {shown(name)}, which is not among the tools.", param="tool_choice")
+    name = choice.get("name")
+    tool = tools.named(name, choice.get("namespace"))
+    if tool is None:
+        raise ApiError(400, f"tool_choice names {shown(name)}, which is not among the tools.", param="tool_choice")
+    return tool

@@ -323,6 +323,10 @@ WRONG = [
     ({"response_format": {"type": "yaml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wrong"}}}}, "response_format"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["word" * 20_000]}}}},
+        "response_format",
+    ),
     ({"reasoning_effort": "enormous"}, "reasoning_effort"),
     ({"chat_template_kwargs": {"reasoning_effort": 3}}, "chat_template_kwargs.reasoning_effort"),
     ({"stop": [""]}, "stop"),

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Requests that are prepared at once.
-MOST_PREPARED = 4
+# Requests that are prepared at once: without schemas, and with them, so that nobody else waits for a schema.
+MOST_PREPARED, MOST_COMPILED = 4, 2
+# A schema in characters of JSON, and the seconds that a request with schemas may take to prepare.
+LONGEST_SCHEMA, LONGEST_COMPILATION = 64_000, 60.0
 
 
 class ModelLease(Protocol):
@@ -83,7 +85,8 @@ class ModelGenerations:
     def __init__(self, models: Models, answered: Callable[[str, Usage, float], None] | None = None) -> None:
         self._models, self._answered = models, answered
         # Encoding a prompt and compiling a schema take a while, and the loop has others to serve.
-        self._pool = ThreadPoolExecutor(MOST_PREPARED, thread_name_prefix="openelm_mlx request")
+        self._plain = ThreadPoolExecutor(MOST_PREPARED, thread_name_prefix="openelm_mlx request")
+        self._with_schemas = ThreadPoolExecutor(MOST_COMPILED, thread_name_prefix="openelm_mlx schema")
 
     async def start(self, request: GenerationRequest) -> Generation:
         """See `Generations`."""
@@ -106,13 +109,24 @@ class ModelGenerations:
 
     def close(self) -> None:
         """No more requests."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._plain, self._with_schemas):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(
         self, call: Callable[[ModelLease, GenerationRequest], T], lease: ModelLease, request: GenerationRequest
     ) -> T:
+        has_schemas = bool(request.tools) or request.answer_schema is not None
+        pool, seconds = (self._with_schemas, LONGEST_COMPILATION) if has_schemas else (self._plain, None)
+        working = asyncio.get_running_loop().run_in_executor(pool, call, lease, request)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, call, lease, request)
+            return await asyncio.wait_for(working, seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(
+                400,
+                f"The request's schemas were not ready within {seconds:.0f} seconds: make them smaller.",
+                param="response_format" if request.answer_schema is not None else "tools",
+                code="schema_too_large",
+            ) from None
         except UserError as error:
             raise api_error(error, _param_of(error, request)) from error
 
@@ -312,7 +326,12 @@ def _answer_format(request: GenerationRequest) -> AnswerFormat | None:
 
 def schema_format(schema: Mapping[str, Any]) -> AnswerFormat:
     """A schema for the engine; those used last are kept, since clients send theirs with every request."""
-    return _compiled(json.dumps(schema))
+    text = json.dumps(schema)
+    if len(text) > LONGEST_SCHEMA:
+        raise SettingError(
+            f"The schema has {len(text):,} characters, and at most {LONGEST_SCHEMA:,} are taken: make it smaller."
+        )
+    return _compiled(text)
 
 
 @functools.lru_cache(maxsize=256)

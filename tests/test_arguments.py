@@ -50,7 +50,8 @@ CONVERT = {
     "destination": NOT_A_PATH, "quantize": (-1, 1.5, b"x", [5], ODD, True, "x"), "group_size": NOT_A_NUMBER,
     "max_file_bytes": (5, -1, 20_000, "x", "", b"x", [], {}, ODD, True, None, float("nan")),
     "verify": NOT_A_FLAG, "dry_run": NOT_A_FLAG, "private": NOT_A_FLAG, "upload": NOT_TEXT, "target": NOT_TEXT,
-    "gguf_type": NOT_TEXT, "gguf_experts": NOT_TEXT,
+    "gguf_type": NOT_TEXT, "gguf_experts": NOT_TEXT, "adapter": NOT_TEXT, "merge_anyway": NOT_A_FLAG,
+    "on_merge": NOT_A_FUNCTION,
 }  # fmt: skip
 EXPORT = {
     **{

@@ -68,6 +68,8 @@ CONVERT = {
     "--gguf-experts": ("f16", "convert", "gguf_experts", "f16"),
     "--dtype": ("float16", "convert", "dtype", "float16"),
     "--revision": ("v1", "convert", "revision", "v1"),
+    "--adapter": ("somewhere", "convert", "adapter", "somewhere"),
+    "--merge-anyway": (None, "convert", "merge_anyway", True),
     "--max-file-size": ("500MB", "convert", "max_file_bytes", "500MB"),
     "--tokenizer": ("demo-openelm", "convert", "tokenizer", "demo-openelm"),
     "--chat-template": ("plain", "convert", "chat_template", "plain"),

@@ -50,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     weights.add_argument("--revision", help="branch, tag or commit of the repository")
     weights.add_argument(
+        "--adapter", metavar="PATH",
+        help="merge this adapter into the weights; how much of it the rounding keeps is said before anything is written",
+    )  # fmt: skip
+    weights.add_argument(
+        "--merge-anyway", action="store_true", help="merge an adapter also where rounding loses more than half of it"
+    )
+    weights.add_argument(
         "--max-file-size", default="5GB", metavar="SIZE", help="divide larger files, for example 500MB (default: 5GB)"
     )
 
@@ -104,6 +111,9 @@ def run(args: argparse.Namespace) -> int:
                 tokenizer=args.tokenizer,
                 chat_template=args.chat_template,
                 revision=args.revision,
+                adapter=args.adapter,
+                merge_anyway=args.merge_anyway,
+                on_merge=lambda merge: say(typed(merge.sentence())),
                 max_file_bytes=max_file_bytes(args.max_file_size),
                 verify=args.verify,
                 dry_run=args.dry_run,

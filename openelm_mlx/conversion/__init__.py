@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,9 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__, hub
+from ..adapters import check_base, locate_adapter, stored_base_hash
 from ..arguments import FLAG, FUNCTION, NAME, PATH, Kind, checked_call
+from ..checkpoint.adapter_files import read_adapter
 from ..checkpoint.destination import check_destination
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_plan import MAX_FILE_BYTES
@@ -37,14 +39,15 @@ from ..finder import files_of
 from ..memory.presets import preset_bits
 from ..memory.sizes import parse_size
 from ..outputs import checked_output
-from ..sources import Source
+from ..sources import Source, SourceName
 from ..text.tokenizer import Tokenizer
 from ..text.unicode import whole_characters
 from ..tokenizers import find_tokenizer, resolve_chat_template
 from .card import CardFacts, licence_files, model_card
 from .from_gguf import open_source
 from .gguf_verify import GgufVerification
-from .plan import TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
+from .merge import AdapterToMerge, MergeReport, merged_contents
+from .plan import PARTS, TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
 from .report import ByteCount, ConversionReport, StageProgress, bytes_of, no_buffer_cache, stage
 from .source_state import source_changed
 from .to_gguf import GgufOptions, convert_to_gguf, is_gguf, refuse_folder_options
@@ -55,6 +58,7 @@ __all__ = [
     "ConversionReport",
     "GgufVerification",
     "LayerError",
+    "MergeReport",
     "PlannedTensor",
     "StageProgress",
     "Verification",
@@ -74,7 +78,7 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 @hears_the_disk(CheckpointError)
 @checked_call(
     "om.convert", destination=DESTINATION, chat_template=NAME, revision=NAME, verify=FLAG, dry_run=FLAG, private=FLAG,
-    progress=FUNCTION,
+    merge_anyway=FLAG, on_merge=FUNCTION, progress=FUNCTION,
 )  # fmt: skip
 def convert(
     source: str | Path,
@@ -90,6 +94,9 @@ def convert(
     tokenizer: str | Path | None = None,
     chat_template: str | None = None,
     revision: str | None = None,
+    adapter: SourceName | None = None,
+    merge_anyway: bool = False,
+    on_merge: Callable[[MergeReport], None] | None = None,
     max_file_bytes: int | str = MAX_FILE_BYTES,
     verify: bool = False,
     dry_run: bool = False,
@@ -117,6 +124,12 @@ def convert(
         gguf_experts: The same for gpt-oss's experts; None leaves them in MXFP4 where they are.
         tokenizer: As in `load`; both are stored with the weights.
         chat_template: See tokenizer.
+        adapter: An adapter that is merged into the weights, as in `load`. It is merged in float32; what the result is
+            rounded to follows from `dtype` and `quantize`, and a packed matrix of the source that it changes is
+            unpacked, or packed anew, by them. How much of what it changes is kept is measured before anything is
+            written, and what would lose more than half is refused: MXFP4 does, with most adapters.
+        merge_anyway: Write it all the same.
+        on_merge: Called with what is kept (`MergeReport`), before anything is written.
         max_file_bytes: Larger files are divided; bytes or text such as "500MB".
         verify: Read the result back and compare it with the original, before it appears.
         dry_run: Write nothing; of a repository only the headers are fetched.
@@ -137,6 +150,7 @@ def convert(
             max_file_bytes=None if most_bytes == MAX_FILE_BYTES else most_bytes,
             upload=upload,
             private=private,
+            adapter=adapter,
         )
         place = None if dry_run else checked_output(str(destination), "The GGUF file", overwrite=None)
     else:
@@ -148,13 +162,26 @@ def convert(
             template = _chat_template(opened, chat_template)
             options = GgufOptions(gguf_type, gguf_experts, verify, dry_run)
             return convert_to_gguf(opened, found, template, place, options, progress)
-        plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, most_bytes, target)
+        merging = _merging(opened, adapter)
+        plan = plan_conversion(opened.contents, opened.config, quantize, dtype, group_size, most_bytes, target, merging)
         found = find_tokenizer(opened.folder, plan.spec, tokenizer)
         template = _chat_template(opened, chat_template)
         report = _report(opened, plan, found, template)
+        if place is not None:
+            opened = opened.fetch(place, plan.nbytes, stage("download", progress))
+            if merging is not None and merging.contents is not opened.contents:  # its tensors are here now
+                merging = _merging(opened, adapter)
+                plan = plan_conversion(
+                    opened.contents, opened.config, quantize, dtype, group_size, most_bytes, target, merging
+                )
+        report = replace(report, merge=plan.merge_report(opened.checkpoint if opened.is_here else None))
+        if report.merge is not None:
+            if on_merge is not None:
+                on_merge(report.merge)
+            if not merge_anyway:
+                report.merge.refuse_drowned()
         if place is None:
             return report
-        opened = opened.fetch(place, plan.nbytes, stage("download", progress))
         report = _write_folder(opened, plan, found, report, place, verify, progress)
     url = None if upload is None else hub.upload(place, upload, private, f"Convert {opened.name} with {_PROGRAM}")
     return replace(report, upload_url=url)
@@ -179,7 +206,8 @@ def _write_folder(
         folder = writer.assemble(_other_files(opened, plan, found, report.chat_template))
         verification = None
         if verify:
-            original = (opened.contents, opened.checkpoint)
+            contents = opened.contents if plan.merging is None else merged_contents(plan.merging, PARTS)
+            original = (contents, opened.checkpoint)
             verification = verify_files(folder, writer.checksums, original, found, stage("verify", progress))
         sizes = {path.name: path.stat().st_size for path in sorted(files_of(folder))}
         writer.publish()
@@ -191,6 +219,17 @@ def _write_folder(
         num_resumed=num_resumed,
         verification=verification,
     )
+
+
+def _merging(opened: Source, adapter: SourceName | None) -> AdapterToMerge | None:
+    """The adapter to merge, read and compared with the source. Raises CheckpointError, ConfigError."""
+    if adapter is None:
+        return None
+    place = locate_adapter(adapter)
+    found = read_adapter(place, opened.spec)
+    if found.base.get("hash") and opened.is_here:
+        check_base(found, stored_base_hash(opened.contents, opened.checkpoint))
+    return AdapterToMerge(place.name, found, opened.contents)
 
 
 def _refuse_gguf_options(gguf_type: str | None, gguf_experts: str | None) -> None:
@@ -360,6 +399,8 @@ def _changes(source: Source, plan: ConversionPlan) -> list[str]:
     """What the conversion changed in the weights, one line each."""
     before, after = source.contents.spec, plan.spec
     changes = []
+    if plan.merging is not None:
+        changes.append(f"the adapter {plan.merging.name} is merged into {len(plan.merging.merges)} weights")
     if source.contents.layout == "corenet-adapters":
         changes.append("the adapters are merged into the weights")
     if source.contents.layout in ("corenet", "corenet-adapters", "apple-mlx"):

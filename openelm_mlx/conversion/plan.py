@@ -31,6 +31,7 @@ from ..finder import disk_trouble
 from ..placement import DTYPES, parse_dtype
 from ..specs import ModelSpec, apple_shape, gpt_oss_config, openelm_config, spec_from_config
 from .for_swift import check_swift
+from .merge import AdapterToMerge, DeltaSums, Merge, MergeReport
 from .source_state import source_state
 
 Shape = tuple[int, ...]
@@ -73,6 +74,7 @@ class PlannedWeight:
 
     sources: a plain parameter, or the parts of a packed one, which `unpack` makes plain. dtype: what it is cast to.
     pack: how it is packed then. shape: of the parameter, in the rows that are written; of a part, where the parts stay apart.
+    merge: what is added to it while it is plain.
     """
 
     sources: tuple[Parameter, ...]
@@ -81,6 +83,7 @@ class PlannedWeight:
     dtype: mx.Dtype | None = None
     unpack: Quantization | None = None
     pack: Quantization | None = None
+    merge: Merge | None = None
 
     def slices(self, checkpoint: Checkpoint) -> Iterator[list[mx.array]]:
         """The output tensors' arrays, some rows at a time, evaluated: in each item one array a tensor.
@@ -88,12 +91,8 @@ class PlannedWeight:
         Raises CheckpointError for NaN or infinity, in scales of one byte too, ConversionError for numbers too large for
         the new type.
         """
-        sources = self.read(checkpoint)
-        num_rows = self.shape[0]
-        step = rows_in_a_slice(self.shape)
-        for start in range(0, num_rows, step):
-            rows = [source[start : min(start + step, num_rows)] for source in sources]
-            plain = rows[0] if self.unpack is None else unpacked(self.unpack, dict(zip(PARTS, rows, strict=False)))
+        for start, plain in self._plain_slices(checkpoint):
+            plain = plain if self.merge is None else self.merge.rows(plain, start)
             cast = plain if self.dtype is None else plain.astype(self.dtype)
             arrays = [cast] if self.pack is None else list(self.pack.quantize(cast).values())
             finite = mx.all(cast != NOT_A_SCALE if self._is_byte_scales else mx.isfinite(cast))
@@ -101,6 +100,27 @@ class PlannedWeight:
             if not finite.item():
                 raise self._not_finite(plain, checkpoint)
             yield arrays
+
+    def kept_delta(self, checkpoint: Checkpoint) -> DeltaSums:
+        """What is left of what is merged into it, in the arrays that `slices` gives. Raises CheckpointError."""
+        assert self.merge is not None
+        sums = DeltaSums()
+        for start, plain in self._plain_slices(checkpoint):
+            merged = self.merge.rows(plain, start)
+            written = merged if self.dtype is None else merged.astype(self.dtype)
+            if self.pack is not None:
+                written = unpacked(self.pack, self.pack.quantize(written))
+            sums.add(plain.astype(mx.float32), merged, written.astype(mx.float32))
+        return sums
+
+    def _plain_slices(self, checkpoint: Checkpoint) -> Iterator[tuple[int, mx.array]]:
+        """Some rows at a time, unpacked, with the number of the first one. Lazy, but for the sources."""
+        sources = self.read(checkpoint)
+        num_rows = self.shape[0]
+        step = rows_in_a_slice(self.shape)
+        for start in range(0, num_rows, step):
+            rows = [source[start : min(start + step, num_rows)] for source in sources]
+            yield start, rows[0] if self.unpack is None else unpacked(self.unpack, dict(zip(PARTS, rows, strict=False)))
 
     def read(self, checkpoint: Checkpoint) -> list[mx.array]:
         """The parts, whole and evaluated. Raises CheckpointError where the file cannot be read to its end."""
@@ -149,6 +169,7 @@ class ConversionPlan:
     files: tuple[OutputFile, ...]
     packings: Mapping[str, Quantization]
     target: str | None = None
+    merging: AdapterToMerge | None = None
 
     @cached_property
     def weight_of(self) -> dict[str, PlannedWeight]:
@@ -175,13 +196,29 @@ class ConversionPlan:
         """The config's "quantization"; None when nothing is packed."""
         return self.config.get("quantization")
 
+    def merge_report(self, checkpoint: Checkpoint | None) -> MergeReport | None:
+        """What merging keeps of the adapter; None without one. checkpoint: None where its tensors are not here yet."""
+        if self.merging is None:
+            return None
+        report = MergeReport(self.merging.name, len(self.merging.merges))
+        if checkpoint is None:
+            return report
+        found, total = [], DeltaSums()
+        for weight in self.weights:
+            if weight.merge is not None:
+                sums = weight.kept_delta(checkpoint)
+                found.append(sums.kept(weight.tensors[0].name))
+                total.plus(sums)
+        return replace(report, weights=tuple(found), total=total.kept("all"))
+
     def fingerprint(self, source_files: tuple[Path, ...], source_config: Mapping[str, Any]) -> str:
         """A hash of everything that the written bytes depend on: the plan, the source, and MLX's version."""
+        adapter = "" if self.merging is None else self.merging.id
         recipe = [
             (weight.tensors, weight.shape, str(weight.dtype), weight.unpack, weight.pack) for weight in self.weights
         ]
         text = repr(
-            [source_state(source_files), recipe, [file.name for file in self.files], version("mlx")]
+            [source_state(source_files), recipe, [file.name for file in self.files], version("mlx"), adapter]
         ) + json.dumps(source_config)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -194,6 +231,7 @@ def plan_conversion(
     group_size: int | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     target: str | None = None,
+    merging: AdapterToMerge | None = None,
 ) -> ConversionPlan:
     """Plan the conversion of a checkpoint that is understood; nothing is read.
 
@@ -201,10 +239,17 @@ def plan_conversion(
     stay as they are, with two exceptions: OpenELM-3B becomes bfloat16, because float16 overflows in it; and what is
     left plain beside packed weights, scales included, has 16 bits (float16 for OpenELM as in Apple's converter,
     bfloat16 for gpt-oss). A packed source stays packed; an OpenELM one is unpacked when `dtype` is given.
-    target: "swift": as mlx-swift-lm reads it, q, k and v and gate and up apart.
+    target: "swift": as mlx-swift-lm reads it, q, k and v and gate and up apart. merging: an adapter that is merged into the
+    weights; a packed one that it changes becomes what `dtype` or `quantize` says, and without either is packed again.
 
     Raises SettingError, and ConversionError for what cannot be done with this source.
     """
+    if merging is not None:
+        if target is not None:
+            raise SettingError(
+                "An adapter is merged into a folder of this library's: leave target out, and convert that folder."
+            )
+        contents = merging.unmerged
     spec = replace(contents.spec, vocab_size=contents.spec.usable_vocab_size)
     shapes = spec.parameter_shapes()
     if target is not None:
@@ -212,7 +257,7 @@ def plan_conversion(
         check_swift(spec)
         if spec.family == "gpt_oss":
             contents, shapes = apart(contents, gpt_oss_pieces)
-    choices = _Choices(contents, spec, shapes, quantize, dtype, group_size)
+    choices = _Choices(contents, spec, shapes, quantize, dtype, group_size, {} if merging is None else merging.merges)
     weights: list[PlannedWeight] = []
     packed: dict[str, Quantization] = {}
     for name, shape in shapes.items():
@@ -232,6 +277,7 @@ def plan_conversion(
         files=plan_files((OutputTensor(t.name, t.dtype, t.shape) for w in weights for t in w.tensors), max_file_bytes),
         packings=packed,
         target=target,
+        merging=merging,
     )
 
 
@@ -252,8 +298,9 @@ class _Choices:
         quantize: str | int | None,
         dtype: str | mx.Dtype | None,
         group_size: int | None,
+        merges: Mapping[str, Merge],
     ) -> None:
-        self._contents = contents
+        self._contents, self._merges = contents, merges
         self._spec = spec
         self._recipe = None if quantize is None else parse_recipe(quantize, group_size)
         self._asked_type = parse_dtype(dtype)
@@ -291,6 +338,8 @@ class _Choices:
             for part in PARTS
             if f"{module}.{part}" in self._contents.parameters
         ]
+        if name in self._merges:
+            return [self._merged(name, shape, parts, packing)]
         if self._is_unpacked(module):
             assert self._asked_type is not None
             tensor = _planned(name, shape, _TYPE_NAMES[self._asked_type], parts)
@@ -305,6 +354,8 @@ class _Choices:
         """How the parameter is packed in the output."""
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self._contents.quantized:
+            if name in self._merges and (self._asked_type is not None or self._recipe is not None):
+                return None if self._recipe is None else quantization_of(self._recipe, self._spec, name, shape)
             return None if self._is_unpacked(module) else self._contents.quantized[module]
         return None if self._recipe is None else quantization_of(self._recipe, self._spec, name, shape)
 
@@ -321,7 +372,16 @@ class _Choices:
 
     def _plain(self, name: str, shape: Shape) -> PlannedWeight:
         source = self._contents.parameters[name]
-        dtype = self._target_type(FLOAT_TYPES[source.dtype])
+        return self._written(name, shape, [source], FLOAT_TYPES[source.dtype])
+
+    def _merged(self, name: str, shape: Shape, parts: list[Parameter], packing: Quantization) -> PlannedWeight:
+        """A packed weight that is unpacked, changed, and packed again or not."""
+        # Scales of the affine formats have the type that the rest was in.
+        stored = next((FLOAT_TYPES[part.dtype] for part in parts if part.dtype in FLOAT_TYPES), mx.bfloat16)
+        return replace(self._written(name, shape, parts, stored), unpack=packing)
+
+    def _written(self, name: str, shape: Shape, sources: list[Parameter], stored: mx.Dtype) -> PlannedWeight:
+        dtype = self._target_type(stored)
         pack = self.packing(name, shape)
         parts: Mapping[str, tuple[str, Shape]] = {"weight": (_TYPE_NAMES[dtype], shape)}
         if pack is not None:
@@ -329,8 +389,8 @@ class _Choices:
         module, _, last = name.rpartition(".")
         names = {part: name if part == "weight" else f"{module}.{part}" for part in parts}
         assert pack is None or last == "weight"
-        tensors = tuple(_planned(names[part], part_shape, kind, [source]) for part, (kind, part_shape) in parts.items())
-        return PlannedWeight((source,), tensors, shape, dtype=dtype, pack=pack)
+        tensors = tuple(_planned(names[part], part_shape, kind, sources) for part, (kind, part_shape) in parts.items())
+        return PlannedWeight(tuple(sources), tensors, shape, dtype=dtype, pack=pack, merge=self._merges.get(name))
 
     def _target_type(self, stored: mx.Dtype) -> mx.Dtype:
         if self._asked_type is not None:

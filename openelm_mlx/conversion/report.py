@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import hub
 from .gguf_verify import GgufVerification
+from .merge import MergeReport
 from .plan import PlannedTensor
 from .verify import Verification
 
@@ -29,7 +30,7 @@ class ConversionReport:
     is not packed when some is; of a GGUF file the type of most matrices. quantization: as config.json has it. files: name
     -> bytes of all that was written; checksums: SHA-256 of the files of weights. tokenizer: the files that were stored, ()
     when none was found. num_resumed: tensors that an interrupted conversion had already written. gguf_types: type -> number
-    of a GGUF file's tensors. notes: what a user of the result should know.
+    of a GGUF file's tensors. notes: what a user of the result should know. merge: what an adapter that was merged has kept.
     """
 
     source: str
@@ -49,6 +50,7 @@ class ConversionReport:
     upload_url: str | None = None
     gguf_types: Mapping[str, int] | None = None
     notes: tuple[str, ...] = ()
+    merge: MergeReport | None = None
 
 
 class ByteCount:

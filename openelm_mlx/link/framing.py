@@ -2,13 +2,15 @@
 
     magic 4 | header length 4 | body length 8 | tag of these 16 | header, JSON | body | tag of all 16
 
-The tags are HMACs with a key of this connection and direction, over a number that counts messages: a damaged, repeated or
+The tags are made with a key of this connection and direction, over a number that counts messages (BLAKE2 of the lengths,
+HMAC-SHA256 of all, which machines have instructions for): a damaged, repeated or
 foreign message is refused, the lengths before anything is allocated for them. Before the handshake there are no keys, the
 tags are zeros, and only short headers are read. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import select
@@ -31,6 +33,7 @@ LARGEST_GREETING, LARGEST_HEADER = 4096, 2**20
 # A body may take so long by its size beside the deadline: slower networks than this are no help.
 SLOWEST_BYTES_PER_SECOND = 250_000
 _NO_TAG = bytes(TAG_BYTES)
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class LostConnectionError(WorkerError):
@@ -72,6 +75,9 @@ class Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._reading, self._writing = select.poll(), select.poll()
+        self._reading.register(sock, select.POLLIN)
+        self._writing.register(sock, select.POLLOUT)
         self._keys: Keys | None = None
         self._num_sent = self._num_received = 0
         self._sending = threading.RLock()
@@ -93,7 +99,7 @@ class Connection:
 
     def send(self, header: Mapping[str, Any], body: bytes | memoryview = b"") -> None:
         """Send one message. Raises LostConnectionError when it cannot be delivered within the deadline."""
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = _encode(header).encode()
         with self._sending:
             self._flush()
             prefix = PREFIX.pack(MAGIC, len(text), len(body))
@@ -174,7 +180,7 @@ class Connection:
         if not hmac.compare_digest(tag, self._last_tag(self._received_key, first, (content,))):
             raise self._damaged("its tag is wrong")
         try:
-            header = json.loads(bytes(content[: self._header_length]))
+            header = json.loads(str(content[: self._header_length], "utf-8"))
         except (ValueError, RecursionError):
             raise self._damaged("its header is not JSON") from None
         if not isinstance(header, dict) or not isinstance(header.get("op"), str):
@@ -195,9 +201,10 @@ class Connection:
             )
 
     def _poll(self, what: int, seconds: float) -> list[tuple[int, int]]:
-        poller = select.poll()
+        if self._socket.fileno() < 0:
+            raise self._lost(None)
+        poller = self._reading if what == select.POLLIN else self._writing
         try:
-            poller.register(self._socket, what)
             return poller.poll(seconds * 1000)
         except (OSError, ValueError) as error:
             raise self._lost(error) from None
@@ -222,7 +229,8 @@ class Connection:
     def _first_tag(key: bytes | None, number: int, prefix: bytes) -> bytes:
         if key is None:
             return _NO_TAG
-        return hmac.digest(key, number.to_bytes(8, "big") + prefix, "sha256")[:TAG_BYTES]
+        # Keyed BLAKE2: for a few bytes it takes a third of an HMAC's time.
+        return hashlib.blake2b(number.to_bytes(8, "big") + prefix, key=key, digest_size=TAG_BYTES).digest()
 
     @staticmethod
     def _last_tag(key: bytes | None, first: bytes, content: tuple[bytes | memoryview, ...]) -> bytes:

@@ -111,7 +111,7 @@ class Peer:
         if message.op == "closing":
             raise LostConnectionError(f"{self.name} was stopped there: start it again, and ask once more.")
         if not self.awaited:
-            raise LostConnectionError(f"{self.name} answers what nobody asked: it is no worker of this library.")
+            raise LostConnectionError(f"{self.name} has sent what nobody waits for: it is no worker of this library.")
         answer = self.awaited.popleft()
         if message.op == "error":
             answer.fail(error_of(message.header, self.name))

@@ -107,7 +107,7 @@ class Session:
             self._caches = None
         planned = self._parts.prepare(asked)
         plan = planned.plan
-        self._say(f"{plan.source}: asked for by {self._connection.name}.")
+        self._say(f"{plan.source}: for {self._connection.name}.")
         return {
             "process_bytes": plan.process_bytes, "weights_bytes": plan.weights_bytes, "memory_limit": plan.memory_limit,
             "expert_slots": plan.expert_slots, "prefill_chunk": plan.prefill_chunk, "context_length": plan.context_length,

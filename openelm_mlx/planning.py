@@ -19,6 +19,8 @@ from .checks import whole_number
 from .errors import CheckpointError, HubError, SettingError
 from .experts.residency import checked_slots
 from .files import hears_the_disk, shown
+from .link.forecast import SeveralPlan, checked_link, forecast, machines_of
+from .link.spread import parse_counts, spread_over
 from .memory.admission import MOST_REQUESTS
 from .memory.calibration import calibrated
 from .memory.machine import Machine, find_mac, this_machine
@@ -108,6 +110,43 @@ def plans_on(
     looked_at = Planned.look(source, revision, dtype, as_released).with_adapters(adapter)
     bits = preset_bits(preset, dense_bits)
     return [looked_at.plan(machine, dense_bits=bits, **options) for machine in machines]
+
+
+def plan_several(
+    source: SourceName,
+    macs: str | Sequence[str],
+    link: str = "thunderbolt",
+    layers: str | Sequence[int] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    preset: str | None = None,
+    dense_bits: int | None = None,
+    adapter: Adapters | None = None,
+    as_released: bool = False,
+    **options: Any,
+) -> SeveralPlan:
+    """A model over several Macs: which layers lie where, how fast that is, and whether one of them would do better.
+
+    Args:
+        macs: "M4 Pro 48GB, M4 Pro 48GB", or a list; the first is the one at which the user sits.
+        link: "thunderbolt", "ethernet" or "wifi".
+        layers: How many each gets; None: the fastest is filled first.
+
+    The other arguments are those of `plan`; as_released: see `plans_on`. Raises SettingError for a Mac that is unknown and for
+    layers that do not add up, MemoryLimitError, with how much is missing, where the Macs do not hold it.
+    """
+    if adapter is not None:
+        raise SettingError("An adapter does not go with several Macs yet: leave adapter or macs out.")
+    between, machines = checked_link(link), machines_of(macs, find_mac)
+    counts, bits = parse_counts(layers), preset_bits(preset, dense_bits)
+    looked_at = Planned.look(source, revision, dtype, as_released)
+    request = checked_request(looked_at.contents, dense_bits=bits, **options)
+    placement = Placement.of(looked_at.contents, looked_at.dtype, dense_packing(bits), on_cpu=False)
+    parts = spread_over(str(source), placement, machines, request, counts)
+    weights, spec = placement.weights(looked_at.folder), looked_at.contents.spec
+    alone = [looked_at.plan(each, dense_bits=bits, **options) for each in dict.fromkeys(machines)]
+    return forecast(str(source), spec, weights, parts, alone, between)
 
 
 @dataclass(frozen=True)

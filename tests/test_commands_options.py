@@ -189,6 +189,7 @@ ELSEWHERE = {
         "--quiet": "test_commands_chat.py",
     },
     "plan": {
+        "--macs": "test_plan_several.py", "--link": "test_plan_several.py", "--layers": "test_plan_several.py",
         "--all-macs": "test_memory_plan.py", "--chart": "test_memory_plan.py", "--json": "test_memory_plan.py",
         "--calibrate": "test_memory_calibration.py",
     },

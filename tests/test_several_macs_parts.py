@@ -1,15 +1,13 @@
 """A part of a model: its own tensors alone are read; and which layers lie on which machine."""
 
 import itertools
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import random_model
+from conftest import random_model, save_folder
 
-import openelm_mlx as om
 from openelm_mlx.checkpoint.parts import identity, part_name, part_of
 from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.experts.residency import Streaming
@@ -75,15 +73,18 @@ def test_names():
 
 
 def test_what_makes_two_checkpoints_one(tmp_path):
-    from conftest import save_folder
-
     folders = {
         name: save_folder(tmp_path / name, random_model(seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     }
-    found = {name: identity((each := Source.open(folder)).checkpoint, each.config) for name, folder in folders.items()}
+    found = {name: identity_of(folder) for name, folder in folders.items()}
     assert found["a"] == found["b"] != found["c"]
     other = save_folder(tmp_path / "d", random_model(), config={"rope_freq_constant": 5000})
-    assert identity((each := Source.open(other)).checkpoint, each.config) != found["a"]
+    assert identity_of(other) != found["a"]
+
+
+def identity_of(folder: Path) -> str:
+    source = Source.open(folder)
+    return identity(source.checkpoint, source.config)
 
 
 def test_experts_on_disk_in_a_part():
@@ -156,11 +157,9 @@ def test_two_macs_for_the_120b():
     placement = Placement.of(released_contents("openai/gpt-oss-120b"), on_cpu=False)
     macs = [find_mac("M4 Pro 48GB")] * 2
     parts = spread_over("openai/gpt-oss-120b", placement, macs, PlanRequest(context_length=4096))
-    assert [part.stop - part.start for part in parts] == [19, 17] or all(part.plan.fits for part in parts)
+    assert [part.stop - part.start for part in parts] == [21, 15]  # as many as this Mac holds
     assert all(part.plan.fits and part.plan.expert_slots is None for part in parts)
     assert sum(part.plan.weights_bytes for part in parts) == pytest.approx(65.2 * GB, rel=0.01)
-    alone = om.plan("openai/gpt-oss-120b", mac="M4 Pro 48GB") if os.environ.get("NETWORK") else None
-    assert alone is None or alone.expert_slots is not None
     # The larger and faster one has as much as it can hold.
     mixed = spread_over(
         "openai/gpt-oss-120b",

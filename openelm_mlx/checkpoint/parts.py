@@ -20,6 +20,12 @@ _LAYER = re.compile(r"^(.*\blayers\.)(\d+)(\..*)$")
 SAMPLE_BYTES = 16
 
 
+def layer_of(name: str) -> int | None:
+    """The layer that a parameter or module belongs to; None where it belongs to none."""
+    found = _LAYER.match(name)
+    return None if found is None else int(found[2])
+
+
 def part_name(name: str, start: int, stop: int) -> str | None:
     """What a parameter or module is called in the model of layers start ... stop - 1; None where it is not part of it.
 

@@ -37,8 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help='another machine, for example "M4 Pro 24GB" or "MacBook Air M4" (default: this one)',
     )
+    parser.add_argument(
+        "--macs", metavar="NAME, NAME", help='over several Macs, yours first, for example "M4 Pro 48GB, M4 Pro 48GB"'
+    )
+    parser.add_argument(
+        "--link", choices=["thunderbolt", "ethernet", "wifi"], help="what is between them (default: thunderbolt)"
+    )
+    parser.add_argument(
+        "--layers", metavar="N,N,...", help="how many layers each of them gets (default: the fastest is filled first)"
+    )
     parser.add_argument("--all-macs", action="store_true", help="a table of speeds on every Mac that is known")
-    parser.add_argument("--chart", metavar="FILE", help="draw that table into a .png or .svg file")
+    parser.add_argument(
+        "--chart", metavar="FILE", help="draw that table, or the layers on --macs, into a .png or .svg file"
+    )
     add_overwrite(parser)
     parser.add_argument("--memory-limit", metavar="SIZE", help="for example 8GB (default: what the machine has)")
     parser.add_argument(
@@ -79,7 +90,11 @@ def run(args: argparse.Namespace) -> int:
         if args.mac is not None or args.all_macs or args.chart is not None:
             raise SettingError("--calibrate only measures this machine: leave --mac, --all-macs and --chart out.")
         return calibrate(as_json=args.json)
-    if args.mac is not None and (args.all_macs or args.chart is not None):
+    if args.macs is None and (args.link is not None or args.layers is not None):
+        raise SettingError("--link and --layers are for --macs: add it, or leave them out.")
+    if args.macs is not None and (args.mac is not None or args.all_macs):
+        raise SettingError("--macs names the Macs itself: leave --mac and --all-macs out.")
+    if args.macs is None and args.mac is not None and (args.all_macs or args.chart is not None):
         raise SettingError(f"--mac {args.mac}: --all-macs and --chart have every Mac; leave one of them out.")
     from ..memory.machine import macs
     from ..planning import plan, plans_on
@@ -93,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     options["dense_bits"] = bits_asked_for(args)
     options["batch_size"] = 1 if args.batch_size is None else args.batch_size
+    if args.macs is not None:
+        return run_several(args, options, chart)
     if args.all_macs or args.chart is not None:
         from .plan_macs import draw, table
 
@@ -113,6 +130,26 @@ def run(args: argparse.Namespace) -> int:
     else:
         report("\n\n".join("\n".join(text(each, args.batch_size is not None)) for each in plans_here))
     return 0 if all(each.fits for each in plans_here) else 1
+
+
+def run_several(args: argparse.Namespace, options: dict[str, Any], chart: Any) -> int:
+    """`--macs`: each source over these Macs."""
+    from ..planning import plan_several
+    from .plan_several import draw, lines
+
+    sources = args.source or [DEFAULT_MODEL]
+    if chart is not None and len(sources) > 1:
+        raise SettingError("--chart with --macs shows one model: give one.")
+    plans = [plan_several(each, args.macs, args.link or "thunderbolt", args.layers, **options) for each in sources]
+    if chart is not None:
+        draw(plans[0], chart, args.overwrite)
+        say(f"The chart is in {chart}.")
+    if args.json:
+        dicts = [each.as_dict() for each in plans]
+        report_json(dicts[0] if len(dicts) == 1 else dicts)
+    else:
+        report("\n\n".join("\n".join(lines(each)) for each in plans))
+    return 0
 
 
 def text(plan: MemoryPlan, with_requests: bool = False) -> list[str]:

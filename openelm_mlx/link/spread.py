@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..checkpoint.parts import part_name
+from ..checkpoint.parts import layer_of
 from ..checks import is_whole, size
 from ..errors import MemoryLimitError, SettingError
 from ..files import shown
@@ -36,6 +36,11 @@ class Part:
     @property
     def spec(self) -> ModelSpec:
         return self.placement.contents.spec
+
+    def layer_bytes(self) -> list[int]:
+        """Bytes of what belongs to no layer, and of each layer."""
+        sizes = _bytes_by_layer(self.placement)
+        return [sizes[-1], *(sizes[i] for i in range(len(self.spec.layers)))]
 
 
 def spread_over(
@@ -139,11 +144,7 @@ def _parts(
 
 def _layer_bytes(placement: Placement, request: PlanRequest) -> tuple[list[int], int]:
     """Bytes of each layer with its keys and values, and of what belongs to no layer."""
-    spec = placement.contents.spec
-    sizes: Counter[int] = Counter()
-    for each in placement.decisions:
-        owner = next((i for i in range(len(spec.layers)) if _is_of(each.parameter.name, i)), -1)
-        sizes[owner] += each.nbytes
+    spec, sizes = placement.contents.spec, _bytes_by_layer(placement)
     length = min(spec.context_length, 8192) if request.context_length is None else request.context_length
     caches = (
         CacheBytes(
@@ -155,8 +156,13 @@ def _layer_bytes(placement: Placement, request: PlanRequest) -> tuple[list[int],
     return [sizes[i] + kv[i] for i in range(len(spec.layers))], sizes[-1]
 
 
-def _is_of(name: str, layer: int) -> bool:
-    return ".layers." in f".{name}" and part_name(name, layer, layer + 1) is not None and f"layers.{layer}." in name
+def _bytes_by_layer(placement: Placement) -> Counter[int]:
+    """Layer -> bytes of its parameters; -1: of those that belong to none."""
+    sizes: Counter[int] = Counter()
+    for each in placement.decisions:
+        number = layer_of(each.parameter.name)
+        sizes[-1 if number is None else number] += each.nbytes
+    return sizes
 
 
 def _room(source: str, placement: Placement, machine: Machine, request: PlanRequest) -> Room:

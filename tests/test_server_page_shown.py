@@ -269,12 +269,8 @@ def test_a_reader_is_told_states_and_the_whole_answer_but_no_tokens(server, chat
     event.set()
     chat.wait_until_answered()
     told = chat.page.evaluate("window.told")
-    assert told == [
-        "Waiting for the answer",
-        "The model is thinking",
-        "The answer is being written",
-        "Answer: A whole answer.",
-    ]
+    written = [each for each in told if each != "The answer is being written"]  # which may take no time
+    assert written == ["Waiting for the answer", "The model is thinking", "Answer: A whole answer."]
     assert chat.page.get_attribute(".message.answer", "aria-busy") == "false"
     assert chat.page.get_attribute("#announcer", "aria-live") == "polite"
 

@@ -18,6 +18,7 @@ export class Store {
   private database: IDBDatabase | null = null;
   private unsaved = new Set<string>();
   private timer = 0;
+  private pause = SAVE_AFTER;
   private channel: BroadcastChannel | null = null;
 
   constructor(private listener: (event: StoreEvent) => void) {}
@@ -43,7 +44,7 @@ export class Store {
   save(conversation: Conversation): void {
     this.conversations.set(conversation.id, conversation);
     this.unsaved.add(conversation.id);
-    this.timer ||= window.setTimeout(() => void this.flush(), SAVE_AFTER);
+    this.timer ||= window.setTimeout(() => void this.flush(), this.pause);
   }
 
   async remove(id: string): Promise<void> {
@@ -64,6 +65,7 @@ export class Store {
   async flush(): Promise<void> {
     clearTimeout(this.timer);
     this.timer = 0;
+    const begin = performance.now();
     for (const id of [...this.unsaved]) {
       const conversation = this.conversations.get(id);
       this.unsaved.delete(id);
@@ -76,6 +78,8 @@ export class Store {
         this.setTrouble(sentenceOf(error));
       }
     }
+    // A conversation of many megabytes takes its time, which an answer that grows wants for itself
+    this.pause = Math.max(SAVE_AFTER, 10 * (performance.now() - begin));
     if (!this.unsaved.size) this.setTrouble(null);
     else this.timer ||= window.setTimeout(() => void this.flush(), TRY_AGAIN_AFTER);
   }

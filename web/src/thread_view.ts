@@ -16,6 +16,8 @@ export class ThreadView {
   private limit = SHOWN_AT_ONCE;
   private follows = true;
   private lastTop = 0;
+  private grown = new Set<string>();
+  private frame = 0;
   private toEnd = iconButton("down", "Go to the end", () => this.goToEnd(), { class: "to-end", hidden: true });
 
   constructor(private actions: Omit<Actions, "grown">) {
@@ -48,12 +50,19 @@ export class ThreadView {
     this.keepEnd();
   }
 
-  /** Shows one message's growth, if it is on the page. */
+  /** Shows one message's growth in the next frame, if it is on the page. */
   update(conversation: Conversation, id: string): void {
-    const message = conversation.messages[id];
-    if (conversation.id !== this.conversation?.id || !message) return;
-    this.views.get(id)?.update(message);
-    this.keepEnd();
+    if (conversation.id !== this.conversation?.id) return;
+    this.grown.add(id);
+    this.frame ||= requestAnimationFrame(() => {
+      this.frame = 0;
+      for (const each of this.grown) {
+        const message = this.conversation?.messages[each];
+        if (message) this.views.get(each)?.update(message);
+      }
+      this.grown.clear();
+      this.keepEnd();
+    });
   }
 
   goToEnd(): void {

@@ -138,6 +138,11 @@ def test_reasoning_is_folded_and_says_what_it_does(server, chat):
     summary.wait_for()
     assert summary.locator(".reasoning-label").inner_text().startswith("Thinking")
     chat.wait_for("document.querySelector('.reasoning-last').textContent.endsWith('**hard**.')")
+    chat.page.locator(".message.user").hover()
+    chat.page.get_by_role("button", name="Edit this message").click()
+    chat.page.keyboard.press("Enter")
+    chat.page.locator(".notice", has_text="stop it first").wait_for()
+    chat.page.keyboard.press("Escape")  # gives up the edit, and not the answer
     assert not chat.page.locator(".reasoning-text").is_visible()
     summary.click()
     chat.page.wait_for_selector(".reasoning-text strong")

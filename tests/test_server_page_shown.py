@@ -128,9 +128,10 @@ def test_a_key_is_asked_for_once(server, new_chat):
     chat.expected.append("status of 401")
     chat.open("locked")
     dialog = chat.page.get_by_role("dialog", name="API key")
-    dialog.get_by_label("Key", exact=True).fill("wrong")
-    chat.page.keyboard.press("Enter")
-    dialog.get_by_text("The server does not take this key.").wait_for()
+    for wrong in ("wrong", "Schlüssel", "a b", "🔑"):
+        dialog.get_by_label("Key", exact=True).fill(wrong)
+        chat.page.keyboard.press("Enter")
+        dialog.get_by_text("The server does not take this key.").wait_for()
     assert chat.page.get_attribute("#key", "type") == "password"
     chat.page.keyboard.type("secret")  # the wrong one is selected
     chat.page.keyboard.press("Enter")

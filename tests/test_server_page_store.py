@@ -76,6 +76,7 @@ def test_delete_and_undo(answered):
     assert chat.answers() == ["About dogs: Café"]
     chat.menu("cats", "Delete")
     chat.wait_for("document.querySelectorAll('#conversations li').length === 2")
+    assert chat.page.evaluate("document.activeElement.className") == "open"  # the keyboard stays in the list
     chat.saved()
     chat.page.reload()
     chat.wait_for("document.querySelectorAll('#conversations li').length === 2")

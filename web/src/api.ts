@@ -174,6 +174,8 @@ async function ask(path: string, options: RequestInit = {}): Promise<Response> {
 async function reach(path: string, options: RequestInit = {}): Promise<Response> {
   const headers = new Headers(options.headers);
   const own = key.get();
+  // What cannot be written into a header is no server's key
+  if (own && !/^[\x21-\x7e]+$/.test(own)) throw new ServerError(401, "The key has characters that no key has.");
   if (own) headers.set("Authorization", `Bearer ${own}`);
   try {
     return await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });

@@ -64,7 +64,7 @@ class Page {
   // --- what a person does
 
   private send(text: string, parent: string | null): boolean {
-    if (this.answering.isRunning(this.conversation)) return false;
+    if (this.isAnswering()) return false;
     if (this.connection.status.state === "gone") {
       void this.connection.check();
       notice("The server does not answer: your text stays here until it is back");
@@ -73,6 +73,13 @@ class Page {
     addMessage(this.conversation, { parent, role: "user", content: text.trim() });
     this.answer();
     return true;
+  }
+
+  // A conversation has one answer at a time: what would begin another one says why it does not.
+  private isAnswering(): boolean {
+    const running = this.answering.isRunning(this.conversation);
+    if (running) notice("An answer is being written: stop it first");
+    return running;
   }
 
   private answer(): void {
@@ -87,7 +94,7 @@ class Page {
   }
 
   private answerAgain(message: Message): void {
-    if (this.answering.isRunning(this.conversation)) return;
+    if (this.isAnswering()) return;
     this.conversation.leaf = message.parent;
     this.answer();
   }
@@ -95,14 +102,14 @@ class Page {
   private step(message: Message, by: number): void {
     const all = versions(this.conversation, message);
     const other = all[all.findIndex((each) => each.id === message.id) + by];
-    if (!other || this.answering.isRunning(this.conversation)) return;
+    if (!other || this.isAnswering()) return;
     choose(this.conversation, other);
     this.store.save(this.conversation);
     this.thread.show(this.conversation);
   }
 
   private giveResults(results: Map<string, string>): void {
-    if (this.answering.isRunning(this.conversation)) return;
+    if (this.isAnswering()) return;
     for (const [callId, content] of results) {
       addMessage(this.conversation, { parent: this.conversation.leaf, role: "tool", callId, content });
     }
@@ -169,8 +176,11 @@ class Page {
     }
     if (event.id === this.conversation.id) {
       const other = this.store.conversations.get(event.id);
-      if (other) this.open(other);
-      else this.newChat();
+      if (other) {
+        this.conversation = other;
+        this.thread.show(other);
+        this.showModels();
+      } else this.newChat();
     }
     this.sidebar.update();
   }
@@ -178,7 +188,8 @@ class Page {
   private connected(status: Status): void {
     const pill = byId("state");
     pill.dataset.state = status.state;
-    byId("state-text").textContent = stateText(status);
+    const text = stateText(status);
+    if (byId("state-text").textContent !== text) byId("state-text").textContent = text; // or it would be read aloud again
     showBanner("gone-banner", status.state === "gone" ? "The server does not answer. This page tries again by itself." : null);
     const failed = status.health?.models.find((model) => model.state === "failed");
     showBanner("failed-banner", failed ? `${failed.id} could not be loaded: ${failed.error}` : null);

@@ -224,14 +224,14 @@ class AnswerView implements MessageView {
 class ReasoningView {
   readonly element = h("details", { class: "reasoning", ontoggle: () => this.show() });
   private label = h("span", { class: "reasoning-label" });
-  private last = h("span", { class: "reasoning-last", "aria-hidden": "true", dir: "auto" });
+  private last = h("bdi");
   private text: MarkdownView;
   private message: Message | null = null;
   private shown = "";
 
   constructor(private grown: () => void) {
     this.text = new MarkdownView(grown);
-    this.element.append(h("summary", {}, icon("right"), this.label, this.last), h("div", { class: "reasoning-text" }, this.text.element));
+    this.element.append(h("summary", {}, icon("right"), this.label, h("span", { class: "reasoning-last", "aria-hidden": "true" }, this.last)), h("div", { class: "reasoning-text" }, this.text.element));
   }
 
   update(message: Message): void {

@@ -68,7 +68,9 @@ export class Sidebar {
     }
     this.list.replaceChildren(...[...groups].map(([name, entries]) => h("section", {}, h("h3", {}, name), h("ul", {}, ...entries))));
     if (!found.length) this.list.append(h("p", { class: "nothing" }, words.length ? "Nothing found" : "No chats yet"));
-    if (focused) this.list.querySelector<HTMLElement>(`li[data-id="${focused}"] .open`)?.focus();
+    if (!focused) return;
+    const again = this.list.querySelector<HTMLElement>(`li[data-id="${focused}"] .open`) ?? this.list.querySelector<HTMLElement>(".open");
+    (again ?? this.search).focus();
   }
 
   private entry(conversation: Conversation): HTMLElement {
@@ -161,7 +163,9 @@ function item(label: string, run: () => void, className = ""): HTMLElement {
   return h("button", {
     type: "button", class: className,
     onclick: (event) => {
-      event.target.closest("details").open = false;
+      const menu = event.target.closest("details");
+      menu.querySelector("summary").focus(); // a hidden button would lose it
+      menu.open = false;
       run();
     },
   }, label);

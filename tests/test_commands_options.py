@@ -162,7 +162,25 @@ MEMORY = {
     "--folder": (".", "", "folder", "."),
 }
 # command -> the calls that its options reach, of which one raises
+_DATA = "demo-openelm --data=d.jsonl --output=out"
+FINETUNE = {
+    option: (value, _DATA, option[2:].replace("-", "_"), wanted)
+    for option, value, wanted in (
+        ("--validation", "0.1", 0.1), ("--learn", "all", "all"), ("--max-length", "9", 9), ("--too-long", "cut", "cut"),
+        ("--reasoning-effort", "low", "low"), ("--date", "2026-03-09", "2026-03-09"), ("--method", "dora", "dora"),
+        ("--recipe", "apple-dpo", "apple-dpo"), ("--rank", "3", 3), ("--alpha", "5", 5.0), ("--dropout", "0.5", 0.5),
+        ("--targets", "q_proj", ["q_proj"]), ("--layers", "1", [1]), ("--preference", "hinge", "hinge"), ("--beta", "2", 2.0),
+        ("--steps", "7", 7), ("--epochs", "1.5", 1.5), ("--batch-size", "2", 2), ("--learning-rate", "0.5", 0.5),
+        ("--final-learning-rate", "0.1", 0.1), ("--warmup-steps", "4", 4), ("--weight-decay", "0.1", 0.1),
+        ("--max-grad-norm", "2", 2.0), ("--z-loss", "0.1", 0.1), ("--validate-every", "3", 3), ("--patience", "2", 2),
+        ("--seed", "5", 5), ("--memory-limit", "8GB", "8GB"), ("--checkpointing", None, True), ("--tokens-at-once", "64", 64),
+        ("--dtype", "float32", "float32"), ("--tokenizer", "there", "there"), ("--chat-template", "plain", "plain"),
+        ("--revision", "v1", "v1"), ("--format", "mlx-lm", "mlx-lm"), ("--restart", None, True), ("--data", "e", "e"),
+        ("--output", "other", "other"),
+    )
+}  # fmt: skip
 MEASURING = {
+    "finetune": (FINETUNE, ("openelm_mlx.training.finetuning.prepare_finetuning",)),
     "bench": (BENCH, ("openelm_mlx.bench.benchmark.Settings", "openelm_mlx.bench.against.compare")),
     "info": (INFO, ("openelm_mlx.sources.Source.open",)),
     "selfcheck": (SELFCHECK, ("openelm_mlx.bench.selfcheck.run_checks",)),
@@ -172,6 +190,10 @@ MEASURING = {
 }
 # What stays in the command itself, or needs a file: each has a test of its own in the file that is named.
 ELSEWHERE = {
+    "finetune": {
+        "--chart": "test_commands_finetune.py", "--dry-run": "test_commands_finetune.py",
+        "--json": "test_commands_finetune.py", "--quiet": "test_commands_finetune.py",
+    },
     "generate": {
         "--prompt-file": "test_commands_generate.py", "--prompt-cache": "test_commands_generate.py",
         "--draft-model": "test_commands_generate.py", "--prompt-lookup": "test_commands_generate.py",
@@ -264,6 +286,7 @@ def test_an_option_reaches_what_is_measured(command, option, entry, monkeypatch,
             bound = signature.bind(*args, **keywords)
             bound.apply_defaults()
             seen.update(bound.arguments)
+            seen.update(seen.pop("options", None) or {})
             raise Reached
 
         return record

@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": "plan",
     "convert": "convert",
     "export": "export",
+    "finetune": "finetune",
     "serve-layers": "serve_layers",
     "info": "info",
     "perplexity": "perplexity",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from ..adapters import stored_base_hash
 from ..errors import SettingError, TokenizerError
 from ..hub import Progress
 from ..loading import read_model
@@ -88,6 +89,10 @@ class Base:
     def spec(self) -> ModelSpec:
         """Its shapes."""
         return self.source.spec
+
+    def hash(self) -> str:
+        """Tells its weights from others."""
+        return stored_base_hash(self.source.contents, self.source.checkpoint)
 
     def read(self) -> Model:
         """The model, with everything in memory and in training mode."""

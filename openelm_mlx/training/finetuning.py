@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date as day
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -122,9 +122,17 @@ def finetune(
     return Finetuning.prepare(source, **asked).run(progress)
 
 
+def prepare_finetuning(source: SourceName, **options: Any) -> Finetuning:
+    """Everything that `finetune` does, with the same options, before it reads the model."""
+    return Finetuning.prepare(source, **options)
+
+
 @dataclass
 class Finetuning:
-    """A run that has been checked and planned, and read nothing of the model's tensors yet. num_tokens: of an epoch."""
+    """A run that has been checked and planned, and read nothing of the model's tensors yet.
+
+    log: of each step, once it has run: step, loss, rate, norm, tokens, seconds, and validation where it was measured.
+    """
 
     base: Base
     settings: Settings
@@ -135,6 +143,7 @@ class Finetuning:
     what: Mapping[str, Any]
     format: str
     restart: bool
+    log: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def prepare(
@@ -249,6 +258,7 @@ class Finetuning:
             if started is not None:
                 started(trainer.seconds_left(), trainer.resumed_at)
             state = trainer.run()
+            self.log = state.log
             path = self._write(model, state)
             folder.finish()
             return path
@@ -299,7 +309,8 @@ class Finetuning:
         card = {"training.json": _as_json({**self.what, "log": state.log})}
         if self.base.trains_all:
             return write_model(self.output, model, self.base, card)
-        adapter = replace(trained_adapter(model), base={"name": self.base.name, "family": self.base.spec.family})
+        base = {"name": self.base.name, "family": self.base.spec.family, "hash": self.base.hash()}
+        adapter = replace(trained_adapter(model), base=base)
         return write_adapter(self.output, adapter, self.base.spec, self.format, card)
 
 

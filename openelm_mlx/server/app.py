@@ -93,5 +93,5 @@ def _http_error(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, f"There is nothing at {method} {path}.", code="unknown_url")
     if error.status_code == 405:
-        return ApiError(405, f"{path} cannot be asked with {method}.", code="method_not_allowed")
+        return ApiError(405, f"{path} does not take {method}.", code="method_not_allowed")
     return ApiError(error.status_code, str(error.detail))

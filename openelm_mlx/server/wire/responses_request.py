@@ -82,7 +82,7 @@ def check_offered(body: CountTokens) -> None:
     if body.prompt is not None:
         raise _not_offered("prompt", "prompt templates are kept by OpenAI only: send instructions and input")
     if isinstance(body, CreateResponse) and body.background:
-        reason = "an answer ends when whoever asked for it goes away: leave background out, and use stream"
+        reason = "an answer ends when its client goes away: leave background out, and use stream"
         raise _not_offered("background", reason)
     if body.input is None and body.previous_response_id is None:
         raise bad_request("input is missing.", "input", "missing_required_parameter")

@@ -42,11 +42,18 @@ class LoadedModels:
     def names(self) -> list[Card]:
         return [Card(name) for name in self.models]
 
+    def card(self, name: str) -> Card:
+        self._check(name)
+        return Card(name)
+
     async def acquire(self, name: str) -> LoadedModel:
-        if name not in self.models:
-            raise ApiError(404, f"There is no model {name!r}.", param="model", code="model_not_found")
+        self._check(name)
         self.models[name].num_leases += 1
         return self.models[name]
+
+    def _check(self, name: str) -> None:
+        if name not in self.models:
+            raise ApiError(404, f"There is no model {name!r}.", param="model", code="model_not_found")
 
     def close(self) -> None:
         for model in self.models.values():

@@ -131,6 +131,7 @@ _RANDOM = "--random=openelm-270m"
 BENCH = {
     "--model": ("demo-gpt-oss", "", "source", "demo-gpt-oss"),
     "--preset": ("balanced", "", "preset", "balanced"),
+    "--adapter": ("somewhere", "", "adapter", "somewhere"),
     "--against": ("nothing", "", "against_mlx_lm", False),
     "--prompt-tokens": ("9", "", "prompt_tokens", 9),
     "--completion-tokens": ("8", "", "completion_tokens", 8),
@@ -221,7 +222,7 @@ ELSEWHERE = {
         "--chart": "test_bench_benchmark.py", "--json": "test_bench_benchmark.py", "--mixed": "test_bench_requests.py",
         "--requests": "test_bench_requests.py",
     },
-    "info": {"--layers": "test_commands.py", "--json": "test_commands.py"},
+    "info": {"--adapter": "test_commands_adapter.py", "--layers": "test_commands.py", "--json": "test_commands.py"},
     "selfcheck": {
         "--no-timings": "test_bench_selfcheck.py", "--keep": "test_bench_selfcheck.py", "--output": "test_bench_selfcheck.py",
         "--json": "test_bench_selfcheck.py",

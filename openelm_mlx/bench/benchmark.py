@@ -11,17 +11,21 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from ..adapters import locate_adapter
+from ..checkpoint.adapter_files import read_adapter, write_adapter
 from ..checkpoint.reader import read_config
 from ..errors import CheckpointError, SettingError
 from ..loading import load
@@ -74,8 +78,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. prompt_tokens, completion_tokens: of each run; rounds: how many times each side runs; preset: as for
-    `load`; mlx-lm's model is quantized in the same way.
+    """What to measure. prompt_tokens, completion_tokens: of each run; rounds: how many times each side runs; preset,
+    adapter: as for `load`; mlx-lm's model is quantized in the same way, and has the same adapter.
     """
 
     source: SourceName = "demo-openelm"
@@ -84,6 +88,7 @@ class Settings:
     rounds: int = 7
     against_mlx_lm: bool = True
     preset: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         preset_bits(self.preset)
@@ -128,6 +133,7 @@ def startup_figures(settings: Settings) -> Iterator[Figure]:
     if str(settings.source).startswith("demo-"):
         command += ["--model", str(settings.source), "--prompt", "What is a banjo?", "--quiet"]
         command += [] if settings.preset is None else ["--preset", settings.preset]
+        command += [] if settings.adapter is None else ["--adapter", settings.adapter]
         samples = [_seconds_to_first_output(command) for _ in range(settings.rounds)]
         yield Figure("process start to first token", "s", samples, limit="<= 1.0")
 
@@ -137,11 +143,11 @@ def load_peak_figure(settings: Settings) -> Figure:
     script = (
         "import sys, mlx.core as mx, openelm_mlx as om\n"
         "from mlx.utils import tree_flatten\n"
-        "model, _ = om.load(sys.argv[1], preset=sys.argv[2] or None)\n"
+        "model, _ = om.load(sys.argv[1], preset=sys.argv[2] or None, adapter=sys.argv[3] or None)\n"
         "print(mx.get_peak_memory() / sum(a.nbytes for _, a in tree_flatten(model.parameters())))\n"
     )
     finished = subprocess.run(
-        [sys.executable, "-c", script, str(settings.source), settings.preset or ""],
+        [sys.executable, "-c", script, str(settings.source), settings.preset or "", settings.adapter or ""],
         capture_output=True,
         text=True,
         check=False,
@@ -178,7 +184,7 @@ def rate_figures(settings: Settings) -> list[Figure]:
 
     In one process, unless both models do not fit: then each run has a process of its own.
     """
-    model, _ = load(settings.source, preset=settings.preset)
+    model, _ = load(settings.source, preset=settings.preset, adapter=settings.adapter)
     spec, tokens = model.spec, of_a_token(model)
     nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     is_apart = settings.against_mlx_lm and 2.2 * nbytes > this_machine().available_bytes
@@ -191,7 +197,7 @@ def rate_figures(settings: Settings) -> list[Figure]:
     else:
         runs["ours"] = _our_runs(model, prompt, settings.completion_tokens)
         if settings.against_mlx_lm:
-            other = mlx_lm_model(settings.source, settings.preset)
+            other = mlx_lm_model(settings.source, settings.preset, settings.adapter)
             runs["mlx-lm"] = _mlx_lm_runs(other, prompt, settings.completion_tokens)
     for round_number in range(settings.rounds + 1):
         # The order alternates; round 0 is the warm-up and does not count. A fresh process warms up by itself.
@@ -246,24 +252,27 @@ def _in_a_fresh_process(settings: Settings, side: str) -> Run:
         str(settings.prompt_tokens),
         str(settings.completion_tokens),
         settings.preset or "",
+        settings.adapter or "",
     )
     return Run(**run_fresh("openelm_mlx.bench.benchmark", *words, what=f"A process that measured {side}"))
 
 
-def _alone(source: str, side: str, prompt_tokens: int, completion_tokens: int, preset: str | None) -> Run:
+def _alone(
+    source: str, side: str, prompt_tokens: int, completion_tokens: int, preset: str | None, adapter: str | None = None
+) -> Run:
     """The work of such a process."""
     prompt = _prompt(spec_from_config(read_config(locate(source))), prompt_tokens)
     run = (
-        _our_runs(load(source, preset=preset)[0], prompt, completion_tokens)
+        _our_runs(load(source, preset=preset, adapter=adapter)[0], prompt, completion_tokens)
         if side == "ours"
-        else _mlx_lm_runs(mlx_lm_model(source, preset), prompt, completion_tokens)
+        else _mlx_lm_runs(mlx_lm_model(source, preset, adapter), prompt, completion_tokens)
     )
     run()
     return run()
 
 
-def mlx_lm_model(source: SourceName, preset: str | None) -> object:
-    """mlx-lm's model of a source, with the matrices quantized that a preset quantizes in ours."""
+def mlx_lm_model(source: SourceName, preset: str | None, adapter: str | None = None) -> object:
+    """mlx-lm's model of a source, with the matrices quantized that a preset quantizes in ours, and the same adapter."""
     try:
         from mlx_lm.utils import load_model
     except ImportError as error:
@@ -272,7 +281,7 @@ def mlx_lm_model(source: SourceName, preset: str | None) -> object:
         ) from error
     model, packing = load_model(locate(source))[0], dense_packing(preset_bits(preset))
     if packing is None:
-        return model
+        return _with_adapter(model, source, adapter)
 
     def is_packed(name: str, module: nn.Module) -> bool:
         is_matrix = isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith(".router")
@@ -280,6 +289,20 @@ def mlx_lm_model(source: SourceName, preset: str | None) -> object:
 
     nn.quantize(model, packing.group_size, packing.bits, class_predicate=is_packed)
     mx.eval(model.parameters())
+    return _with_adapter(model, source, adapter)
+
+
+def _with_adapter(model: Any, source: SourceName, adapter: str | None) -> object:
+    """mlx-lm's model with an adapter, of whatever format. Raises SettingError for one that mlx-lm cannot have."""
+    if adapter is None:
+        return model
+    from mlx_lm.tuner.utils import load_adapters
+
+    spec = spec_from_config(read_config(locate(source)))
+    with tempfile.TemporaryDirectory() as folder:
+        place = write_adapter(Path(folder) / "adapter", read_adapter(locate_adapter(adapter), spec), spec, "mlx-lm")
+        model = load_adapters(model, str(place))
+        mx.eval(model.parameters())
     return model
 
 
@@ -290,5 +313,15 @@ def figures_as_json(figures: Sequence[Figure]) -> str:
 
 if __name__ == "__main__":
     sys.stdout.write(
-        json.dumps(vars(_alone(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] or None)))
+        json.dumps(
+            vars(
+                _alone(
+                    sys.argv[1],
+                    sys.argv[2],
+                    int(sys.argv[3]),
+                    int(sys.argv[4]),
+                    *(each or None for each in sys.argv[5:7]),
+                )
+            )
+        )
     )

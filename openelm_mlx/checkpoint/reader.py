@@ -224,6 +224,10 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{folder} has no config.json, and a GGUF file: `openelm_mlx convert {shlex.quote(str(others[0]))} FOLDER` makes a "
             "folder of it."
         )
+    if os.path.lexists(folder / "adapter_config.json"):
+        raise ConfigError(
+            f"{folder} is an adapter and no model: load the model that it was trained beside, with adapter= (--adapter) for it."
+        )
     raise ConfigError(
         f"{folder} has no config.json (nor CoreNet's YAML file): a model's folder holds one beside its weights."
     )

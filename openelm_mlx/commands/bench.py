@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--model", default="demo-openelm", metavar="SOURCE", help="default: demo-openelm")
     add_preset_argument(parser)
+    parser.add_argument("--adapter", metavar="PATH", help="with this adapter beside the weights, on both sides")
     parser.add_argument(
         "--against", choices=["mlx-lm", "nothing"], default="mlx-lm", help="compare with mlx-lm (default) or not"
     )
@@ -99,10 +100,11 @@ def run(args: argparse.Namespace) -> int:
     from ..loading import prepare
 
     _check_has_mlx_lm(args)
-    _check_lengths(prepare(args.model, preset=args.preset).model, args)
+    _check_lengths(prepare(args.model, preset=args.preset, adapter=args.adapter).model, args)
     settings = Settings(
-        args.model, args.prompt_tokens, args.completion_tokens, args.rounds, args.against == "mlx-lm", args.preset
-    )
+        args.model, args.prompt_tokens, args.completion_tokens, args.rounds, args.against == "mlx-lm", args.preset,
+        args.adapter,
+    )  # fmt: skip
     figures = []
     if not args.json:
         report(f"{args.model} on {machine_description()}; median of {args.rounds} [least to most]")
@@ -144,6 +146,8 @@ def _check_combination(args: argparse.Namespace) -> None:
     if args.requests is not None and (args.apart or args.chart):
         given_to = "--apart" if args.apart else "--chart"
         raise SettingError(f"{given_to}: not with --requests; leave one of the two out.")
+    if args.random is not None and args.adapter is not None:
+        raise SettingError("--adapter: not with --random, whose weights no adapter was trained beside; leave one out.")
     if args.random is None:
         names = ("bits", "layers", "apart", *(() if args.requests is not None else ("long_context",)))
         given = [each for each in names if getattr(args, each)]

@@ -43,7 +43,7 @@ def models_of(args: argparse.Namespace) -> tuple[str, Model, Any]:
     from ..loading import load
     from ..memory.machine import this_machine
 
-    model, _ = load(args.model, preset=args.preset)
+    model, _ = load(args.model, preset=args.preset, adapter=args.adapter)
     if not theirs:
         return args.model, model, None
     nbytes, room = sum(each.nbytes for _, each in tree_flatten(model.parameters())), this_machine().available_bytes
@@ -52,7 +52,7 @@ def models_of(args: argparse.Namespace) -> tuple[str, Model, Any]:
             f"{args.model} takes {size(nbytes)}, and mlx-lm's model of it does not fit beside it into the {size(room)} "
             "that there are: add --against nothing."
         )
-    return args.model, model, mlx_lm_model(args.model, args.preset)
+    return args.model, model, mlx_lm_model(args.model, args.preset, args.adapter)
 
 
 def show(name: str, model: Model, other: Any, settings: Settings, is_silent: bool = False) -> Iterator[Row]:

@@ -138,6 +138,9 @@ def test_every_reason_to_stop(ending, reason, sequence):
         ("[1]", {"INVALID_JSON": "[1]"}),
         ('"x"', {"INVALID_JSON": '"x"'}),
         ("{'a': 1}", {"INVALID_JSON": "{'a': 1}"}),
+        ('{"a": NaN}', {"INVALID_JSON": '{"a": NaN}'}),  # which the answer could not say
+        ('{"a": 1e999}', {"INVALID_JSON": '{"a": 1e999}'}),
+        ('{"a": "\\ud83d\\ude00"}', {"a": "\U0001f600"}),
         ('{"a": "\\ud800"}', {"INVALID_JSON": '{"a": "\\ud800"}'}),  # half a character
     ],
 )
@@ -145,6 +148,7 @@ def test_any_arguments_are_an_object_that_clients_can_read(arguments, wanted):
     """Anthropic's client fails on a piece that is not the beginning of JSON, and an input is always an object."""
     _, whole = run([*item("call", arguments, name="f"), end("tool_calls")])
     assert whole.message["content"][0]["input"] == wanted
+    json.dumps(whole.message, allow_nan=False)
     events, pieces = run([*item("call", *arguments, name="f"), end("tool_calls")])
     assert isinstance(pieces.message["content"][0]["input"], dict)
     assert summed_up(events).content[0].input == pieces.message["content"][0]["input"]

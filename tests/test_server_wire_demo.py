@@ -96,6 +96,49 @@ def test_streamed_is_whole(openai):
         assert "".join(deltas) == "".join(texts(whole))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_streamed_is_whole_where_the_model_writes_nonsense(openai, anthropic, seed):
+    """Drawn hot, it writes headers that do not exist, calls nobody, and breaks off."""
+    asked = {"temperature": 2.0, "seed": seed}
+    options = {"model": MODEL, "input": QUESTION, "tools": [FUNCTION], "max_output_tokens": 40}
+    whole = openai.responses.create(**options, extra_body=asked)
+    with openai.responses.create(**options, extra_body=asked, stream=True) as stream:
+        seen = list(stream)
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    assert nameless(seen[-1].response) == nameless(whole)
+    done = [event.item.to_dict() for event in seen if event.type == "response.output_item.done"]
+    assert done == [each.to_dict() for each in seen[-1].response.output]
+    # The same draws as a message: one block for each item, and it can all be sent back.
+    chat = [{"role": "user", "content": QUESTION}]
+    options = {"model": MODEL, "tools": [TOOL], "max_tokens": 40, "thinking": {"type": "adaptive"}}
+    asked["temperature"] = 1.0
+    message = anthropic.messages.create(messages=chat, **options, extra_body=asked)
+    with anthropic.messages.stream(messages=chat, **options, extra_body=asked) as stream:
+        final = stream.get_final_message()
+    assert bare(final) == bare(message)
+    results = [
+        {"type": "tool_result", "tool_use_id": block.id, "content": "4"}
+        for block in message.content
+        if block.type == "tool_use"
+    ]
+    answer = {"role": "user", "content": [*results, {"type": "text", "text": "Go on."}]}
+    chat += [{"role": "assistant", "content": message.content}, answer]
+    assert anthropic.messages.count_tokens(model=MODEL, messages=chat, tools=[TOOL]).input_tokens > 40
+    said = [{"role": "user", "content": QUESTION}, *(each.to_dict() for each in whole.output)]
+    outputs = [
+        {"type": "function_call_output", "call_id": each.call_id, "output": "4"}
+        for each in whole.output
+        if each.type == "function_call"
+    ]
+    counted = openai.responses.input_tokens.count(model=MODEL, input=[*said, *outputs], tools=[FUNCTION])
+    assert counted.input_tokens > 40
+
+
+def bare(message):
+    blocks = [block.to_dict(exclude_none=True) for block in message.content]
+    return [{key: value for key, value in block.items() if key != "id"} for block in blocks], message.stop_reason
+
+
 def texts(response):
     return [each.arguments if each.type == "function_call" else each.content[0].text for each in response.output]
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..files import shown
 from .failures import ApiError
 
 Item = dict[str, Any]
@@ -90,8 +91,8 @@ class ResponseStore:
         stored = self._responses.get(name)
         if stored is None:
             message = (
-                f"There is no response {name!r}: it was not stored (store is false), has been deleted or dropped for newer "
-                "ones, or the server was started anew."
+                f"There is no response {shown(name)}: it was not stored (store is false), has been deleted or dropped for "
+                "newer ones, or the server was started anew."
             )
             code = "response_not_found" if param is None else "previous_response_not_found"
             raise ApiError(404, message, param=param, code=code)

@@ -164,7 +164,7 @@ class ArgumentsText:
     @property
     def value(self) -> dict[str, Any]:
         """The object that what was given on is."""
-        return from_json(self._given.encode("utf-8", "replace"), allow_partial=True) if self._given else {}
+        return _object(self._given) if self._given else {}
 
     def _checked(self) -> str:
         whole = self._given + self._ahead
@@ -181,10 +181,16 @@ def _begins_object(text: str) -> bool:
     if not text.lstrip().startswith("{"):
         return False
     try:
-        from_json(text.encode("utf-8", "replace"), allow_partial=True)
+        json.dumps(_object(text), allow_nan=False)
     except ValueError:
         return False
     return True
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The object that the text is, or begins. Raises ValueError for any other text, and for numbers that JSON lacks."""
+    found: dict[str, Any] = from_json(text.encode("utf-8", "replace"), allow_partial=True, allow_inf_nan=False)
+    return found
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

@@ -34,6 +34,7 @@ COMMANDS = {
     "finetune": "finetune",
     "serve-layers": "serve_layers",
     "info": "info",
+    "evaluate": "evaluate",
     "perplexity": "perplexity",
     "compare": "compare",
     "bench": "bench",

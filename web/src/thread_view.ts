@@ -23,7 +23,12 @@ export class ThreadView {
   constructor(private actions: Omit<Actions, "grown">) {
     byId("composer-area").prepend(this.toEnd);
     this.scroller.addEventListener("scroll", () => this.scrolled(), { passive: true });
-    new ResizeObserver(() => this.keepEnd()).observe(this.scroller);
+    new ResizeObserver(() => {
+      // The field below is as wide as the messages, whatever a scroll bar takes of them
+      const gutter = this.scroller.offsetWidth - this.scroller.clientWidth;
+      document.body.style.setProperty("--gutter", `${gutter}px`);
+      this.keepEnd();
+    }).observe(this.scroller);
   }
 
   /** Shows a conversation, or what has changed in it. */

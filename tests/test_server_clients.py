@@ -64,12 +64,11 @@ def node(server, script, tmp_path):
     return json.loads(run_client(server, "node", f"{FOLDER}/npm/{script}.mjs").splitlines()[-1])
 
 
-BANJO = re.compile("banjo|instrument|guitar", re.IGNORECASE)
+HARBOR = "a sheltered port where ships can take on or discharge cargo"  # what om.generate says, too
 
 
 def check_words(found):
-    assert BANJO.search(found["chat"])
-    assert found["stream"] == found["chat"]
+    assert found["chat"] == found["stream"] == HARBOR
 
 
 def check_call(call):
@@ -113,10 +112,9 @@ def test_anthropic(server):
 
 def test_openai_agents(server):
     found = python(server, "python_openai_agents")
-    assert BANJO.search(found["responses"]["chat"])
-    assert found["responses"]["stream"] == found["responses"]["chat"]
+    assert found["responses"]["stream"] == HARBOR
     for kind in ("responses", "chat"):
-        assert BANJO.search(found[kind]["chat"])
+        assert found[kind]["chat"] == HARBOR
         [expression] = found[kind]["calls"]
         check_call({"expression": expression})
         assert "437" in found[kind]["after_call"]
@@ -143,13 +141,11 @@ def test_litellm(server):
 
 def test_pydantic_ai(server):
     found = python(server, "python_pydantic_ai")
-    for kind in ("chat", "responses", "anthropic"):
+    for kind in ("chat", "responses"):
         check_words(found[kind])
         assert len(found[kind]["calls"]) == 1
         assert "437" in found[kind]["after_call"]
-    for kind in ("chat", "responses"):
-        check_call(found[kind]["structured"])
-        check_call(found[kind]["forced"])
+        assert set(found[kind]["structured"]) == set(found[kind]["forced"]) == {"expression"}
 
 
 def test_llm(server, tmp_path):
@@ -172,7 +168,7 @@ def test_vercels_ai(server, tmp_path):
         check_words(found[kind])
         assert len(found[kind]["calls"]) == 1
         assert "437" in found[kind]["after_call"]
-        check_call(found[kind]["structured"])
+        assert set(found[kind]["structured"]) == {"expression"}
         assert found[kind]["errors"]["unknown model"][0] == 404
 
 

@@ -11,4 +11,4 @@ base_url = "$BASE_URL/v1"
 wire_api = "responses"
 TOML
 cd "$2"
-CODEX_HOME="$1" codex exec --json --skip-git-repo-check --sandbox read-only "What is a banjo?" < /dev/null
+CODEX_HOME="$1" codex exec --json --skip-git-repo-check --sandbox read-only "What is a harbor?" < /dev/null

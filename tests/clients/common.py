@@ -6,7 +6,7 @@ import sys
 
 BASE_URL = os.environ.get("BASE_URL", "http://127.0.0.1:8080")
 MODEL = os.environ.get("MODEL", "demo-gpt-oss")
-WORD = "What is a banjo?"
+WORD = "What is a harbor?"
 SUM = "What is 23 * 19?"
 CALCULATOR = {
     "type": "object",

@@ -10,6 +10,6 @@ cat > "$1/extra-openai-models.yaml" <<YAML
   supports_tools: true
 YAML
 llm keys set openai --value none
-printf '{"chat": %s, ' "$(llm -m local -o temperature 0 --no-stream 'What is a banjo?' | python -c 'import json, sys; print(json.dumps(sys.stdin.read().strip()))')"
-printf '"stream": %s, ' "$(llm -m local -o temperature 0 'What is a banjo?' | python -c 'import json, sys; print(json.dumps(sys.stdin.read().strip()))')"
-printf '"structured": %s}\n' "$(llm -m local -o temperature 0 --schema 'expression' 'What is 23 * 19?')"
+printf '{"chat": %s, ' "$(llm -m local -o temperature 0 --no-stream 'What is a harbor?' | python -c 'import json, sys; print(json.dumps(sys.stdin.read().strip()))')"
+printf '"stream": %s, ' "$(llm -m local -o temperature 0 'What is a harbor?' | python -c 'import json, sys; print(json.dumps(sys.stdin.read().strip()))')"
+printf '"structured": %s}\n' "$(llm -m local -o temperature 0 --schema 'expression str' 'What is 23 * 19?')"

@@ -4,11 +4,12 @@ import anthropic
 from common import BASE_URL, CALCULATOR, MODEL, SUM, WORD, calculate, report
 
 client = anthropic.Anthropic(base_url=BASE_URL, api_key="none", max_retries=0)
+GREEDY = {"temperature": 0}  # which the package itself has given up
 TOOLS = [{"name": "calculator", "description": calculate.__doc__, "input_schema": CALCULATOR}]
 
 
 def ask(messages: list, **options: object) -> anthropic.types.Message:
-    return client.messages.create(model=MODEL, max_tokens=400, messages=messages, temperature=0, **options)
+    return client.messages.create(model=MODEL, max_tokens=400, messages=messages, extra_body=GREEDY, **options)
 
 
 def text_of(message: anthropic.types.Message) -> str:
@@ -17,7 +18,7 @@ def text_of(message: anthropic.types.Message) -> str:
 
 chat = ask([{"role": "user", "content": WORD}])
 with client.messages.stream(
-    model=MODEL, max_tokens=400, temperature=0, messages=[{"role": "user", "content": WORD}]
+    model=MODEL, max_tokens=400, messages=[{"role": "user", "content": WORD}], extra_body=GREEDY
 ) as stream:
     streamed = "".join(stream.text_stream)
 

@@ -8,6 +8,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from server_app import served_demos
 
 import openelm_mlx as om
+from openelm_mlx.server.call_reasoning import CallReasoning
 from openelm_mlx.server.wire import chat
 
 CALCULATOR = {
@@ -362,3 +363,46 @@ def test_errors_that_clients_look_for(demos):
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
     assert client.get("/v1/nothing").json()["error"]["code"] == "unknown_url"
     assert client.get("/v1/chat/completions").status_code == 405
+
+
+def test_a_client_that_leaves_reasoning_out_gets_the_same_answer(demos):
+    """What was thought before a call is remembered by the call's name, streamed or not."""
+    first = ask(demos, messages=SUM, tools=[CALCULATOR])["choices"][0]["message"]
+    result = {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "408"}
+    expected = ask(demos, messages=[*SUM, first, result], tools=[CALCULATOR])
+    for chunks in (None, stream(demos, messages=SUM, tools=[CALCULATOR])):
+        calls = first["tool_calls"]
+        if chunks is not None:
+            [opened] = [
+                call for chunk in chunks for choice in chunk["choices"]
+                for call in choice["delta"].get("tool_calls", ()) if "id" in call
+            ]  # fmt: skip
+            calls = [{**calls[0], "id": opened["id"]}]
+        bare = {"role": "assistant", "content": None, "tool_calls": calls}
+        answer = ask(demos, messages=[*SUM, bare, {**result, "tool_call_id": calls[0]["id"]}], tools=[CALCULATOR])
+        assert answer["choices"][0]["message"]["content"] == expected["choices"][0]["message"]["content"]
+        assert answer["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
+    stranger = {"role": "assistant", "content": None, "tool_calls": [{**first["tool_calls"][0], "id": "call_x"}]}
+    answer = ask(demos, messages=[*SUM, stranger, {**result, "tool_call_id": "call_x"}], tools=[CALCULATOR])
+    assert answer["usage"]["prompt_tokens"] < expected["usage"]["prompt_tokens"]
+
+
+def test_reasoning_is_remembered_within_bounds():
+    memory = CallReasoning(most_calls=2, most_characters=10)
+
+    def known(name):
+        [message] = memory.completed([{"role": "assistant", "tool_calls": [{"id": name}]}])
+        return message.get("reasoning")
+
+    memory.keep("a", "one")
+    memory.keep("b", "two")
+    assert known("a") == "one"
+    memory.keep("c", "three")
+    assert (known("a"), known("b"), known("c")) == ("one", None, "three")
+    memory.keep("d", "12345678")
+    assert (known("a"), known("c"), known("d")) == (None, None, "12345678")
+    memory.keep("e", "x" * 11)
+    memory.keep("f", "")
+    assert (known("d"), known("e"), known("f")) == ("12345678", None, None)
+    said = {"role": "assistant", "reasoning": "own", "tool_calls": [{"id": "d"}]}
+    assert memory.completed([said]) == [said]

@@ -18,7 +18,9 @@ import pytest
 
 FOLDER = os.environ.get("OPENELM_MLX_CLIENTS")
 SCRIPTS = Path(__file__).parent / "clients"
-pytestmark = pytest.mark.skipif(not FOLDER, reason="OPENELM_MLX_CLIENTS names no folder of clients (.ci/clients makes one)")
+pytestmark = pytest.mark.skipif(
+    not FOLDER, reason="OPENELM_MLX_CLIENTS names no folder of clients (.ci/clients makes one)"
+)
 
 
 @pytest.fixture(scope="module")

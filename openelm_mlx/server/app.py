@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
+from .call_reasoning import CallReasoning
 from .failures import ApiError, api_error
 from .generation import Generations
 from .log import log
@@ -31,6 +32,7 @@ class Services:
     registry: Any = None
     settings: Any = None
     metrics: Any = None
+    call_reasoning: CallReasoning = field(default_factory=CallReasoning)
 
 
 def services(request: Request) -> Services:

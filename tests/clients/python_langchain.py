@@ -15,7 +15,12 @@ def calculator(expression: str) -> str:
 found = {}
 for kind, uses_responses in (("chat", False), ("responses", True)):
     model = ChatOpenAI(
-        model=MODEL, base_url=f"{BASE_URL}/v1", api_key="none", temperature=0, max_retries=0, use_responses_api=uses_responses
+        model=MODEL,
+        base_url=f"{BASE_URL}/v1",
+        api_key="none",
+        temperature=0,
+        max_retries=0,
+        use_responses_api=uses_responses,
     )
     with_tools = model.bind_tools([calculator])
     messages = [HumanMessage(SUM)]

@@ -6,7 +6,9 @@ import litellm
 from common import BASE_URL, CALCULATOR, MODEL, SUM, WORD, calculate, report
 
 litellm.telemetry = False
-TOOLS = [{"type": "function", "function": {"name": "calculator", "description": calculate.__doc__, "parameters": CALCULATOR}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "calculator", "description": calculate.__doc__, "parameters": CALCULATOR}}
+]
 
 
 def ask(messages: list, model: str = MODEL, **options: object) -> object:

@@ -2,8 +2,15 @@
 
 import asyncio
 
-from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, function_tool
-from agents import set_tracing_disabled
+from agents import (
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    function_tool,
+    set_tracing_disabled,
+)
 from common import BASE_URL, MODEL, SUM, WORD, calculate, report
 from openai import AsyncOpenAI
 

@@ -7,7 +7,9 @@ from common import BASE_URL, CALCULATION, CALCULATOR, MODEL, SUM, WORD, calculat
 
 client = openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key="none", max_retries=0)
 ask = client.chat.completions.create
-TOOLS = [{"type": "function", "function": {"name": "calculator", "description": calculate.__doc__, "parameters": CALCULATOR}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "calculator", "description": calculate.__doc__, "parameters": CALCULATOR}}
+]
 
 chat = ask(model=MODEL, messages=[{"role": "user", "content": WORD}], temperature=0)
 streamed = ""

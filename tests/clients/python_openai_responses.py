@@ -7,7 +7,15 @@ from common import BASE_URL, CALCULATION, CALCULATOR, MODEL, SUM, WORD, calculat
 
 client = openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key="none", max_retries=0)
 ask = client.responses.create
-TOOLS = [{"type": "function", "name": "calculator", "description": calculate.__doc__, "parameters": CALCULATOR, "strict": True}]
+TOOLS = [
+    {
+        "type": "function",
+        "name": "calculator",
+        "description": calculate.__doc__,
+        "parameters": CALCULATOR,
+        "strict": True,
+    }
+]
 
 chat = ask(model=MODEL, input=WORD, temperature=0)
 with client.responses.stream(model=MODEL, input=WORD, temperature=0) as stream:

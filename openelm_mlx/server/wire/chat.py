@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from json.encoder import encode_basestring
 from typing import Annotated, Any, final
 
@@ -14,6 +15,7 @@ from starlette.routing import Route
 from ...files import shown
 from ..app import Json, services
 from ..bodies import WholeNumber, Wire, read_body
+from ..call_reasoning import CallReasoning
 from ..failures import ApiError, bad_request
 from ..generation import AnswerSchema, Effort, GenerationRequest, Progress, collected
 from ..parts import Answer, Finished, Item, ItemStarted, ItemText, Part, Usage, whole_usage
@@ -214,26 +216,31 @@ def _content(content: Any, param: str) -> Any:
 # --- Answers ----------------------------------------------------------------------------------------------------------
 
 
-def completion(answers: list[Answer], asked: ChatRequest, created: int) -> dict[str, Any]:
-    """A whole `chat.completion`."""
+def completion(
+    answers: list[Answer], asked: ChatRequest, created: int, call_reasoning: CallReasoning | None = None
+) -> dict[str, Any]:
+    """A whole `chat.completion`. call_reasoning: remembers what was thought before its calls."""
     return {
         "id": new_id("chatcmpl", "-"),
         "object": "chat.completion",
         "created": created,
         "model": asked.model,
-        "choices": [_choice(answer, asked) for answer in answers],
+        "choices": [_choice(answer, asked, call_reasoning) for answer in answers],
         "usage": usage_object(whole_usage(answers)),
     }
 
 
-def _choice(answer: Answer, asked: ChatRequest) -> dict[str, Any]:
+def _choice(answer: Answer, asked: ChatRequest, call_reasoning: CallReasoning | None) -> dict[str, Any]:
     logprobs = None
     if asked.logprobs:
         tokens = [logprob_object(token) for item in answer.items for token in item.logprobs]
         logprobs = {"content": tokens, "refusal": None}
+    message = _answer_message(answer.items)
+    if call_reasoning is not None and "tool_calls" in message:
+        call_reasoning.keep(message["tool_calls"][0]["id"], message.get("reasoning", ""))
     return {
         "index": answer.index,
-        "message": _answer_message(answer.items),
+        "message": message,
         "logprobs": logprobs,
         "finish_reason": answer.reason,
     }
@@ -259,7 +266,9 @@ def _answer_message(items: list[Item]) -> dict[str, Any]:
 class ChatEvents:
     """A streamed `chat.completion`: one chunk a delta. What is equal in all of them is written once."""
 
-    def __init__(self, asked: ChatRequest, created: int) -> None:
+    def __init__(self, asked: ChatRequest, created: int, call_reasoning: CallReasoning | None = None) -> None:
+        self._call_reasoning = call_reasoning
+        self._reasoning = [""] * asked.n
         self._n, self._wants_logprobs = asked.n, asked.logprobs
         self._wants_usage = asked.stream_options.include_usage
         head = {
@@ -311,10 +320,12 @@ class ChatEvents:
             return ""
         number = self._num_calls[index]
         self._num_calls[index] += 1
-        name = encode_basestring(part.name or "")
+        name, call_id = encode_basestring(part.name or ""), new_id("call")
+        if self._call_reasoning is not None and number == 0:
+            self._call_reasoning.keep(call_id, self._reasoning[index])
         return self._chunk(
             index,
-            f'{{"tool_calls":[{{"index":{number},"id":"{new_id("call")}","type":"function",'
+            f'{{"tool_calls":[{{"index":{number},"id":"{call_id}","type":"function",'
             f'"function":{{"name":{name},"arguments":""}}}}]}}',
         )
 
@@ -324,10 +335,12 @@ class ChatEvents:
             number = self._num_calls[index] - 1
             text = encode_basestring(part.text)
             return self._chunk(index, f'{{"tool_calls":[{{"index":{number},"function":{{"arguments":{text}}}}}]}}')
-        text = encode_basestring(self._before[index] + part.text)
+        said = self._before[index] + part.text
+        text = encode_basestring(said)
         self._before[index] = ""
         self._said[index].add(kind)
         if kind == "reasoning":
+            self._reasoning[index] += said
             return self._chunk(index, f'{{"reasoning":{text},"reasoning_content":{text}}}')
         logprobs = "null"
         if self._wants_logprobs:
@@ -355,14 +368,15 @@ class ChatEvents:
 async def create(request: Request) -> Response:
     """POST /v1/chat/completions."""
     asked = await read_body(request, ChatRequest)
+    own, created = services(request), now()
     wanted = asked.generation()
-    generations, created = services(request).generations, now()
-    generation = await unless_gone(request, generations.start(wanted))
+    wanted = replace(wanted, messages=own.call_reasoning.completed(wanted.messages or ()))
+    generation = await unless_gone(request, own.generations.start(wanted))
     if asked.stream:
-        return EventStream(generation, ChatEvents(asked, created))
+        return EventStream(generation, ChatEvents(asked, created, own.call_reasoning))
     async with generation:
         answers = await unless_gone(request, collected(generation))
-    return Json(completion(answers, asked, created))
+    return Json(completion(answers, asked, created, own.call_reasoning))
 
 
 def routes() -> list[Route]:

@@ -157,6 +157,15 @@ def test_all_of_openais_efforts_are_taken(effort, wanted):
     assert server.asked.reasoning_effort == wanted
 
 
+@pytest.mark.parametrize(("kind", "wanted"), [("text", None), ("json_object", {"type": "object"})])
+def test_a_format_without_a_schema(kind, wanted):
+    server = Server()
+    response = server.create(text={"format": {"type": kind}, "verbosity": "low"})
+    assert response["text"] == {"format": {"type": kind}, "verbosity": "low"}
+    schema = server.asked.answer_schema
+    assert (None if schema is None else schema.schema) == wanted
+
+
 def test_top_p_of_zero_is_the_likeliest_token_alone():
     server = Server()
     server.create(top_p=0)

@@ -31,7 +31,7 @@ GREEDY = {"temperature": 0}
 def demos():
     store = ResponseStore()
     routes = [*responses.routes(store), *messages.routes()]
-    with served_demos(routes, MODEL) as (address, registry):
+    with served_demos(routes, MODEL, "demo-openelm") as (address, registry):
         yield address, registry, store
 
 
@@ -253,6 +253,23 @@ def test_truncation_leaves_out_the_oldest_turns(openai, demos, monkeypatch):
     response = openai.responses.create(truncation="auto", **options)
     assert 150 < response.usage.input_tokens <= 236
     assert openai.responses.input_tokens.count(model=MODEL, input=chat, truncation="auto").input_tokens <= 192
+
+
+def test_openelm_answers_and_says_what_it_cannot_do(openai, anthropic):
+    options = {"model": "demo-openelm", "input": QUESTION, "instructions": "Be brief.", "max_output_tokens": 8}
+    first = openai.responses.create(**options)
+    assert [each.type for each in first.output] == ["message"]
+    assert first.usage.output_tokens_details.reasoning_tokens == 0
+    second = openai.responses.create(**options, previous_response_id=first.id)
+    assert second.usage.input_tokens > first.usage.input_tokens
+    for more, param in (({"tools": [FUNCTION]}, "tools"), ({"reasoning": {"effort": "high"}}, "reasoning.effort")):
+        with pytest.raises(BadRequestError) as failure:
+            openai.responses.create(**options, **more)
+        assert failure.value.param == param
+    chat = {"model": "demo-openelm", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8}
+    for thinking in ({"type": "adaptive"}, {"type": "disabled"}):
+        message = anthropic.messages.create(system="Be brief.", thinking=thinking, **chat)
+        assert [block.type for block in message.content] == ["text"]
 
 
 # --- Messages -----------------------------------------------------------------------------------------------------------

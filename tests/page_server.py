@@ -150,8 +150,10 @@ def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> str:
     return f"data: {json.dumps(body)}\n\n"
 
 
-def failure(status: int, message: str, code: str | None = None, retry_after: int | None = None) -> Response:
+def failure(
+    status: int, message: str, code: str | None = None, retry_after: int | None = None, param: str | None = None
+) -> Response:
     """An error with OpenAI's body."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return JSONResponse({"error": error}, status, headers)

@@ -8,6 +8,9 @@ import threading
 import pytest
 from page_server import USAGE, failure
 
+from openelm_mlx.server.generation import Progress
+from openelm_mlx.server.sse import comment
+
 pytest_plugins = ["page_browser"]
 pytestmark = pytest.mark.browser
 
@@ -177,7 +180,11 @@ def test_a_line_says_speed_and_tokens(server, chat):
 
 def test_waiting_says_the_place_in_the_queue_and_how_much_is_read(server, chat):
     (first, go_on), (second, go_further) = held(), held()
-    queue, prompt = ("comment", "in the queue, 3 before this one"), ("comment", "prompt, 512 of 2048 tokens")
+    # The server's own words
+    queue, prompt = (
+        ("comment", comment(progress).decode().strip(": \n"))
+        for progress in (Progress(3, 0, 2048), Progress(None, 512, 2048))
+    )
     server.script = lambda body: [queue, first, prompt, second, ("text", "Done")]
     chat.say("Hi", wait=False)
     text = chat.page.locator(".waiting-text")
@@ -317,6 +324,52 @@ def test_settings_go_with_the_request_and_into_the_next_chat(server, chat):
             "reasoning_effort": "low", "temperature": 0.5, "top_p": 0.9, "max_completion_tokens": 100, "seed": 7,
         }  # fmt: skip
         chat.page.click("#new-chat")
+
+
+def test_what_a_model_does_not_have_is_left_out_and_told(server, chat):
+    """A chat's effort and tools stay for the next model; OpenELM has neither."""
+    chat.expected.append("status of 400")
+
+    def script(body):
+        for name in ("reasoning_effort", "tools"):
+            if name in body and body["model"] == "demo-openelm":
+                return failure(400, f"{name}: leave it out.", "unsupported_parameter", param=name)
+        return [("text", "Answer")]
+
+    server.script = script
+    chat.page.click("#settings")
+    chat.page.select_option("#effort", "high")
+    chat.page.get_by_text("Tools", exact=True).click()
+    chat.page.get_by_role("button", name="Insert an example").click()
+    chat.page.keyboard.press("Escape")
+    chat.page.select_option("#model", "demo-openelm")
+    chat.say("Hi")
+    assert chat.answers() == ["Answer"]
+    told = chat.page.locator(".notice").all_inner_texts()
+    assert told == [
+        "demo-openelm has no reasoning effort: it answers without",
+        "demo-openelm cannot call tools: it answers without",
+    ]
+    chat.say("And now")  # it is known by now
+    assert len(server.requests) == 4
+    assert set(server.requests[-1]) == {"model", "messages", "stream", "stream_options"}
+    chat.page.select_option("#model", "demo-gpt-oss")
+    chat.say("And this one")
+    assert server.requests[-1]["reasoning_effort"] == "high"
+    assert server.requests[-1]["tools"][0]["function"]["name"] == "calculator"
+
+
+def test_a_page_that_is_closed_while_it_is_answered_keeps_what_was_there(server, chat):
+    hold, _ = held()
+    server.script = lambda body: [("reasoning", "Hm."), ("text", "The beginning"), hold]
+    chat.say("Go on", wait=False)
+    chat.wait_for("document.querySelector('.message.answer > .markdown')?.innerText === 'The beginning'")
+    chat.saved()
+    chat.page.reload()
+    chat.wait_for_state("ready")
+    assert chat.answers() == ["The beginning"]
+    assert chat.page.locator(".statistics").inner_text().endswith("stopped")
+    assert chat.page.get_attribute("#send", "aria-label") == "Send"
 
 
 def test_nothing_is_sent_that_was_not_set(server, chat):

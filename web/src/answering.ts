@@ -3,7 +3,7 @@ import { chat, historyOf, ServerError, toolsOf, Unreachable, type Delta, type Pr
 import type { Connection } from "./connection";
 import type { Store } from "./store";
 import { addMessage, path } from "./tree";
-import type { Conversation, Message, ToolCall } from "./types";
+import type { Conversation, Message, Settings, ToolCall } from "./types";
 
 const MOST_TRIES = 20;
 const LONGEST_WAIT = 30; // seconds between tries
@@ -18,9 +18,17 @@ export interface Live {
   pieces: number;
 }
 
+// Settings of a chat that not every model has: the chat keeps them for the next model, and this one answers without.
+const OPTIONAL: Record<string, { setting: "effort" | "tools"; none: null | ""; what: string }> = {
+  reasoning_effort: { setting: "effort", none: null, what: "has no reasoning effort" },
+  tools: { setting: "tools", none: "", what: "cannot call tools" },
+};
+
 interface Listener {
   changed(conversation: Conversation, message: Message): void;
   ended(conversation: Conversation, message: Message): void;
+  /** Something that the person should know. */
+  tell(text: string): void;
   /** Resolves to whether there is a key now. */
   askForKey(signal: AbortSignal): Promise<boolean>;
 }
@@ -28,6 +36,7 @@ interface Listener {
 export class Answering {
   private running = new Map<string, AbortController>();
   private lives = new Map<string, Live>();
+  private unsupported = new Set<string>();
 
   constructor(
     private store: Store,
@@ -55,7 +64,8 @@ export class Answering {
     this.tell(conversation, message);
     try {
       toolsOf(settings.tools); // a sentence before the request
-      await this.read(conversation, message, live, () => chat(history, settings, stopping.signal), stopping.signal);
+      for (const name of Object.keys(OPTIONAL)) if (this.unsupported.has(`${name} ${settings.model}`)) this.leaveOut(settings, name);
+      await this.read(conversation, message, live, settings, () => chat(history, settings, stopping.signal), stopping.signal);
       message.state = "done";
     } catch (error) {
       this.fail(message, error, stopping.signal.aborted);
@@ -70,7 +80,7 @@ export class Answering {
   }
 
   // A server that is full or loading says when to come back; one that wants a key gets one.
-  private async read(conversation: Conversation, message: Message, live: Live, open: () => AsyncGenerator<Delta>, signal: AbortSignal) {
+  private async read(conversation: Conversation, message: Message, live: Live, settings: Settings, open: () => AsyncGenerator<Delta>, signal: AbortSignal) {
     for (let tries = 1; ; tries += 1) {
       try {
         for await (const delta of open()) {
@@ -84,6 +94,8 @@ export class Answering {
           live.note = "The server asks for a key";
           this.tell(conversation, message);
           if (!(await this.listener.askForKey(signal))) throw error;
+        } else if (error.code === "unsupported_parameter" && this.leaveOut(settings, error.param)) {
+          continue;
         } else if (error.status === 503 || (error.status === 429 && error.retryAfter !== null)) {
           void this.connection.check();
           await this.wait(conversation, message, live, Math.min(Math.max(error.retryAfter ?? 2, 1), LONGEST_WAIT), signal);
@@ -91,6 +103,17 @@ export class Answering {
         live.note = null;
       }
     }
+  }
+
+  // Whether there is something to leave out. It is told once a model.
+  private leaveOut(settings: Settings, name: string | null): boolean {
+    const found = OPTIONAL[name ?? ""];
+    if (!found || !settings[found.setting]) return false;
+    Object.assign(settings, { [found.setting]: found.none });
+    const both = `${name} ${settings.model}`;
+    if (!this.unsupported.has(both)) this.listener.tell(`${settings.model} ${found.what}: it answers without`);
+    this.unsupported.add(both);
+    return true;
   }
 
   private async wait(conversation: Conversation, message: Message, live: Live, seconds: number, signal: AbortSignal): Promise<void> {

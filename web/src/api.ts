@@ -10,6 +10,7 @@ export class ServerError extends Error {
     message: string,
     readonly code: string | null = null,
     readonly retryAfter: number | null = null,
+    readonly param: string | null = null,
   ) {
     super(message);
   }
@@ -188,5 +189,5 @@ async function reach(path: string, options: RequestInit = {}): Promise<Response>
 async function errorOf(response: Response, body: any): Promise<ServerError> {
   const message = body?.error?.message ?? `The server answered with status ${response.status}.`;
   const seconds = Number(response.headers.get("Retry-After") ?? NaN);
-  return new ServerError(response.status, String(message), body?.error?.code ?? null, Number.isFinite(seconds) ? seconds : null);
+  return new ServerError(response.status, String(message), body?.error?.code ?? null, Number.isFinite(seconds) ? seconds : null, body?.error?.param ?? null);
 }

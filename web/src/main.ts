@@ -21,6 +21,7 @@ class Page {
   private answering = new Answering(this.store, this.connection, {
     changed: (conversation, message) => this.thread.update(conversation, message.id),
     ended: (conversation) => this.ended(conversation),
+    tell: (text) => notice(text),
     askForKey: (signal) => this.askForKey(signal),
   });
   private thread = new ThreadView({

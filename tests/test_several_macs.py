@@ -8,12 +8,15 @@ from worker_processes import workers
 import openelm_mlx as om
 from openelm_mlx.decoding.compiled_step import make_step
 from openelm_mlx.decoding.prefill import prefill
+from openelm_mlx.errors import SettingError
 from openelm_mlx.runtime import runtime_of
 
 # demo -> how many layers each machine gets, where there are two and three: uneven, and never what would be chosen.
 LAYERS = {"demo-openelm": {2: (3, 5), 3: (4, 1, 3)}, "demo-gpt-oss": {2: (3, 3), 3: (2, 1, 3)}}
 CASES = [(demo, count) for demo in LAYERS for count in (2, 3)]
 ENDLESS = om.SamplingParams(logit_bias={2: -1e9, 4079: -1e9})
+
+pytestmark = pytest.mark.filterwarnings("ignore::openelm_mlx.NoAnswerWarning")
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +166,26 @@ def test_eight_at_once(both):
         assert [[(chunk.token, chunk.logprob) for chunk in handle] for handle in handles] == expected
 
 
-@pytest.mark.filterwarnings("ignore::openelm_mlx.NoAnswerWarning")
 def test_answers_to_one_prompt_share_it(both):
     one, several, tokenizer = both
     prompts = [tokens_of(60)] * 3
     expected = om.generate(one, tokenizer, prompts, max_tokens=5, sampling=ENDLESS)
     assert om.generate(several, tokenizer, prompts, max_tokens=5, sampling=ENDLESS) == expected
+
+
+def test_a_draft_model_guesses_here_what_several_check(both):
+    one, several, tokenizer = both
+    draft, _ = om.load(f"demo-{'gpt-oss' if one.spec.layers[0].num_experts else 'openelm'}", dtype="float32")
+    options = {"max_tokens": 12, "draft": om.DraftModel(draft, tokenizer), "sampling": ENDLESS}
+    found = [om.generate(model, tokenizer, "What is a piano?", **options) for model in (one, several)]
+    assert found[0] == found[1]
+
+
+def test_kept_prompts_of_several_machines_stay_out_of_files(both, tmp_path):
+    _, several, tokenizer = both
+    store = om.PrefixCache()
+    om.generate(several, tokenizer, "What is a piano?", max_tokens=2, prefix_cache=store)
+    with pytest.raises(SettingError, match="over several machines is not kept in a file"):
+        store.save(tmp_path / "cache")
+    with pytest.raises(SettingError, match="over several machines"):
+        store.load(tmp_path / "cache", several)

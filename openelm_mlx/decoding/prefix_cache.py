@@ -195,6 +195,7 @@ class PrefixCache:
         """
         from .prefix_file import save_entries
 
+        _check_is_here(self._model)
         with self._lock:
             save_entries(expanded(path, DestinationError), self._entries, self._model, overwrite)
 
@@ -208,6 +209,7 @@ class PrefixCache:
         from .prefix_file import load_entries
 
         check_model(model)
+        _check_is_here(model)
         with self._lock:
             self._check_model(model)
             found = list(
@@ -369,6 +371,15 @@ def begin_turn(
     if turn is not None:
         return turn
     return Turn(store, prompt, kind, make_cache(), (*borders, *store.borders_for(prompt, kind)))
+
+
+def _check_is_here(model: Model | None) -> None:
+    """Raise SettingError where keys and values of some layers are on other machines: a file would have half of them."""
+    if model is not None and model.remote is not None:
+        raise SettingError(
+            "A prefix_cache of a model over several machines is not kept in a file: some of it is on the others; leave one of "
+            "prefix_cache and workers out."
+        )
 
 
 def shared(first: np.ndarray, second: np.ndarray) -> int:

@@ -6,6 +6,7 @@ import queue
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import final
@@ -21,6 +22,8 @@ from .session import Session
 HANDSHAKE_SECONDS, MOST_HANDSHAKES = 5.0, 8
 # Seconds of a write to the first machine, and of a message that has begun.
 DEADLINE = 10.0
+# Seconds in which the one before may still be leaving.
+LEAVING_SECONDS = 1.0
 ALL_INTERFACES = ""
 
 
@@ -99,6 +102,9 @@ class Server:
         try:
             connection = Connection(sock, name, HANDSHAKE_SECONDS)
             meet_first(connection, self._secret)
+            limit = time.monotonic() + LEAVING_SECONDS
+            while self._busy_with is not None and time.monotonic() < limit:
+                time.sleep(0.02)
             if self._busy_with is not None:
                 connection.send(
                     told_error(WorkerError(f"It is busy with {self._busy_with}: try again when that is done."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, final
 
 import mlx.core as mx
@@ -33,6 +34,7 @@ class Session:
     def __init__(self, connection: Connection, parts: Parts, instance: str, say: Callable[[str], None]) -> None:
         self._connection, self._parts, self._instance, self._say = connection, parts, instance, say
         self._caches: Caches | None = None
+        self._limits = ExitStack()  # the process's settings, for as long as there are layers to compute
         self._beat = _Beat(connection)
 
     def run(self) -> None:
@@ -52,6 +54,7 @@ class Session:
                     self._connection.send(*answer)
         finally:
             self._beat.stop()
+            self._limits.close()
             if self._caches is not None:
                 self._caches.clear()
 
@@ -120,18 +123,18 @@ class Session:
         )
         assert self._parts.planned is not None
         self._caches = Caches(model, self._parts.planned.placement.dtype.size)
+        self._limits.close()
+        self._limits.enter_context(generating(self._parts.planned.plan))
         self._say(f"{self._parts.planned.plan.source}: ready.")
 
     def _passed(self, message: Message) -> tuple[Mapping[str, Any], memoryview | bytes]:
         if self._caches is None:
             raise WorkerError("Nothing has been read to compute with.")
         h = unpacked(message.header, message.body)
-        assert self._parts.planned is not None
-        with generating(self._parts.planned.plan):
-            out = self._caches.compute(message.header, h)
-            if out is None:
-                return {"op": "done"}, b""
-            described, body = packed(out)
+        out = self._caches.compute(message.header, h)
+        if out is None:
+            return {"op": "done"}, b""
+        described, body = packed(out)
         return {"op": "array", **described}, body
 
 

@@ -1,0 +1,76 @@
+"""What several machines do at the same time, and what one of them has on disk."""
+
+import numpy as np
+import pytest
+from worker_processes import workers
+
+import openelm_mlx as om
+from openelm_mlx.decoding.budget import Budget
+from openelm_mlx.decoding.prefill import prefill
+
+ENDLESS = om.SamplingParams(logit_bias={2: -1e9, 4079: -1e9})
+pytestmark = pytest.mark.filterwarnings("ignore::openelm_mlx.NoAnswerWarning")
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    with workers(2) as made:
+        yield made
+
+
+def tokens_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 4000, length).tolist()
+
+
+def test_experts_on_disk_on_every_machine(two_workers):
+    one, tokenizer = om.load("demo-gpt-oss", dtype="float32")
+    addresses = [each.address for each in two_workers]
+    options = {"dtype": "float32", "workers": addresses, "layers": (2, 1, 3), "expert_slots": 5, "worker_timeout": 60}
+    model, _ = om.load("demo-gpt-oss", **options)
+    assert model.residency is not None
+    assert model.plan.expert_slots == 5
+    found = [om.generate(each, tokenizer, "What is a piano?", max_tokens=30) for each in (one, model)]
+    assert found[0] == found[1]
+    prompts = [tokens_of(40, 1), tokens_of(7, 2)]
+    found = [[list(each) for each in streamed(m, tokenizer, prompts)] for m in (one, model)]
+    assert found[0] == found[1]
+    model.remote.close()
+
+
+def streamed(model, tokenizer, prompts):
+    with om.Engine(model, tokenizer) as engine:
+        handles = [engine.submit(prompt, max_tokens=5, sampling=ENDLESS) for prompt in prompts]
+        return [[chunk.token for chunk in handle] for handle in handles]
+
+
+def test_a_prompt_is_filled_in_on_all_machines_at_once(two_workers):
+    """A chunk has been handed on, and this machine goes on with the next one, before anybody has answered."""
+    addresses = [each.address for each in two_workers]
+    model, _ = om.load("demo-openelm", dtype="float32", workers=addresses, layers=(3, 2, 3), worker_timeout=60)
+    peers, seen = model.remote.peers, []
+    budget = Budget(model, cache := model.make_cache())
+    whole_call = model.run_layers
+
+    def run_layers(*args, **keywords):
+        seen.append([(len(peer.awaited), len(peer.outbox)) for peer in peers])
+        return whole_call(*args, **keywords)
+
+    model.run_layers = run_layers
+    prefill(model, tokens_of(160), cache, 32, budget)
+    # Of chunk i + 1: the first worker has chunk i, the second one chunk i - 1 at work or chunk i still to come.
+    assert [first for first, _ in seen[1:]] == [(1, 0)] * 4
+    assert all(second in ((0, 1), (1, 1)) for _, second in seen[2:])
+    del model.run_layers
+    model.remote.close()
+
+
+def test_progress_is_of_all_machines(two_workers):
+    told = []
+    addresses = [each.address for each in two_workers]
+    model, _ = om.load("demo-openelm", dtype="float32", workers=addresses, layers=(2, 2, 4), worker_timeout=60,
+        progress=lambda done, total: told.append((done, total)))  # fmt: skip
+    assert told
+    done, total = told[-1]
+    assert done == total > 10_000_000  # the whole file's tensors, of which each machine has read its own
+    assert [each for each, _ in told] == sorted(each for each, _ in told)
+    model.remote.close()

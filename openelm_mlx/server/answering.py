@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 from ..decoding.grammar import AnswerFormat, answer_format
 from ..engine.calling import NO_ARGUMENTS, calling_of
 from ..engine.handle import Handle, something_came
-from ..engine.prompt import encode_prompt
+from ..engine.prompt import Prompt, encode_prompt
 from ..engine.sequence import Chunk
 from ..errors import MemoryLimitError, PromptError, SettingError, UserError
 from ..text.chat import HARMONY, PLAIN
@@ -256,8 +256,18 @@ def _submitted(lease: ModelLease, request: GenerationRequest) -> tuple[list[Hand
     request = _fitting(lease, request)
     handles: list[Handle] = []
     for prompt in _prompts(lease, request):
-        handles += lease.engine.submit_several(prompt, request.n, **options)
+        handles += _submit(lease, prompt, request.n, options)
     return handles, recipients
+
+
+def _submit(lease: ModelLease, prompt: Prompt, count: int, options: Mapping[str, Any]) -> list[Handle]:
+    """Requests of one prompt. max_tokens is cut to what memory holds: clients send 32,000 whatever the machine is."""
+    try:
+        return lease.engine.submit_several(prompt, count, **options)
+    except MemoryLimitError:
+        if options["max_tokens"] is None:
+            raise
+        return lease.engine.submit_several(prompt, count, **{**options, "max_tokens": None})
 
 
 def _options(lease: ModelLease, request: GenerationRequest) -> tuple[dict[str, Any], Collection[str]]:

@@ -8,6 +8,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from server_app import served_demos
 
 import openelm_mlx as om
+from openelm_mlx.engine.handle import Handle
+from openelm_mlx.errors import EngineClosedError, EngineFullError, MemoryLimitError
 from openelm_mlx.server.call_reasoning import CallReasoning
 from openelm_mlx.server.wire import chat
 
@@ -406,3 +408,73 @@ def test_reasoning_is_remembered_within_bounds():
     assert (known("d"), known("e"), known("f")) == ("12345678", None, None)
     said = {"role": "assistant", "reasoning": "own", "tool_calls": [{"id": "d"}]}
     assert memory.completed([said]) == [said]
+
+
+def test_arguments_come_as_they_are_written(demos):
+    chunks = stream(demos, messages=SUM, tools=[CALCULATOR])
+    deltas = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+    assert len(deltas) > 3
+    assert [("id" in call, "name" in call["function"]) for call in deltas[:2]] == [(True, True), (False, False)]
+    assert not any("id" in call or "name" in call["function"] for call in deltas[1:])
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_several_calls_of_a_history_are_each_followed_by_their_result(demos, parallel):
+    """As OpenAI's models write them: one message with two calls, and two results in any order."""
+    calls = [
+        {
+            "id": f"call_{at}",
+            "type": "function",
+            "function": {"name": "calculator", "arguments": f'{{"expression": "{at}"}}'},
+        }
+        for at in range(2)
+    ]
+    results = [{"role": "tool", "tool_call_id": f"call_{at}", "content": str(at)} for at in (1, 0)]
+    said = {"role": "assistant", "content": None, "tool_calls": calls}
+    body = {
+        "messages": [*SUM, said, *results],
+        "tools": [CALCULATOR],
+        "parallel_tool_calls": parallel,
+        "max_tokens": 20,
+    }
+    assert ask(demos, **body)["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (EngineFullError("The queue is full: ask again later."), 503, "overloaded"),
+        (EngineClosedError("The engine has ended."), 503, "engine_closed"),
+        (MemoryLimitError("It needs 3 GB, and there is 1 GB."), 400, "memory_limit_exceeded"),
+        (RuntimeError("of ours"), 500, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_engine_refuses_has_a_status(demos, monkeypatch, error, status, code):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(demos[1].models["demo-gpt-oss"].engine, "submit_several", refuse)
+    for stream in (False, True):
+        answer = post(demos, stream=stream)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert ("retry-after" in answer.headers) == (status == 503)
+        assert "of ours" not in answer.text
+
+
+def test_an_error_within_a_stream_is_its_last_line(demos, monkeypatch):
+    engine = demos[1].models["demo-gpt-oss"].engine
+
+    def fail(handle):
+        raise RuntimeError("of ours")
+
+    monkeypatch.setattr(Handle, "take", fail)
+    body = {"model": "demo-gpt-oss", "messages": WORD, "stream": True}
+    with demos[0].stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
+    monkeypatch.undo()
+    assert json.loads(lines[-1][6:])["error"]["type"] == "server_error"
+    assert "of ours" not in "".join(lines)
+    assert ask(demos)["choices"][0]["finish_reason"] == "stop"
+    assert engine.num_waiting == 0

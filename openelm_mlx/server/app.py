@@ -6,13 +6,15 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .call_reasoning import CallReasoning
 from .failures import ApiError, api_error
@@ -58,11 +60,38 @@ def make_app(
             ApiError: _answer_error,
             HTTPException: _answer_error,
             ClientGone: _answer_error,
-            Exception: _answer_error,
         },
+        middleware=[Middleware(_Unexpected)],
     )
     app.state.services = own
     return app
+
+
+@final
+class _Unexpected:
+    """Errors of ours get an answer too. Starlette would raise them once more, and the connection would be closed."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            if has_begun:
+                raise
+            answer = await _answer_error(Request(scope, receive), error)
+            await answer(scope, receive, send)
 
 
 class Json(Response):

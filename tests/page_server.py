@@ -157,3 +157,14 @@ def failure(
     error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return JSONResponse({"error": error}, status, headers)
+
+
+def pieces(text: str, size: int = 3) -> list[Step]:
+    """A text as steps of a few characters."""
+    return [("text", text[i : i + size]) for i in range(0, len(text), size)]
+
+
+def held() -> tuple[Step, Callable[[], None]]:
+    """A step that waits, and what lets it go on."""
+    event = threading.Event()
+    return ("hold", event), event.set

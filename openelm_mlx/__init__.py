@@ -49,6 +49,7 @@ _PUBLIC = {
     "perplexity": "evaluation",
     "compare": "evaluation",
     "finetune": "training.finetuning",
+    "train": "training.pretraining",
     "Chat": "conversation",
     "UserError": "errors",
     "EngineFullError": "errors",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from .loading import load as load
     from .planning import plan as plan
     from .training.finetuning import finetune as finetune
+    from .training.pretraining import train as train
 
 
 def __getattr__(name: str) -> Any:

@@ -180,7 +180,12 @@ FINETUNE = {
         ("--output", "other", "other"),
     )
 }  # fmt: skip
+TRAIN = {
+    option: (value, "--config=c.yaml --output=out", option[2:], wanted)
+    for option, value, wanted in (("--steps", "7", 7), ("--restart", None, True), ("--output", "other", "other"))
+}
 MEASURING = {
+    "train": (TRAIN, ("openelm_mlx.training.pretraining.train",)),
     "finetune": (FINETUNE, ("openelm_mlx.training.finetuning.prepare_finetuning",)),
     "bench": (BENCH, ("openelm_mlx.bench.benchmark.Settings", "openelm_mlx.bench.against.compare")),
     "info": (INFO, ("openelm_mlx.sources.Source.open",)),
@@ -191,6 +196,10 @@ MEASURING = {
 }
 # What stays in the command itself, or needs a file: each has a test of its own in the file that is named.
 ELSEWHERE = {
+    "train": {
+        "--config": "test_training_pretraining.py", "--chart": "test_training_pretraining.py",
+        "--json": "test_training_pretraining.py", "--quiet": "test_training_pretraining.py",
+    },
     "finetune": {
         "--chart": "test_commands_finetune.py", "--dry-run": "test_commands_finetune.py",
         "--json": "test_commands_finetune.py", "--quiet": "test_commands_finetune.py",
@@ -302,6 +311,7 @@ def test_an_option_reaches_what_is_measured(command, option, entry, monkeypatch,
         "openelm_mlx.loading.prepare", lambda *_, **__: SimpleNamespace(model=SimpleNamespace(context_length=2**20))
     )
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("model: {}\ndata: none.npz\nsteps: 9\n")
     given = [*more.split(), option if value is None else f"{option}={value}"]
     if command == "bench" and option != "--against":
         given.append("--against=nothing")

@@ -32,6 +32,7 @@ COMMANDS = {
     "convert": "convert",
     "export": "export",
     "finetune": "finetune",
+    "train": "train",
     "serve-layers": "serve_layers",
     "info": "info",
     "evaluate": "evaluate",

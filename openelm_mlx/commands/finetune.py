@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     bar = TrainingBar(prepared.settings.steps or 0, args.quiet)
     try:
-        with _ended_by_a_signal():
+        with ended_by_a_signal():
             path = prepared.run(bar.show, bar.begin, bar.refer)
     except KeyboardInterrupt:
         bar.close()
@@ -194,7 +194,7 @@ def interruption(step: int, output: str) -> str:
 
 
 @contextmanager
-def _ended_by_a_signal() -> Iterator[None]:
+def ended_by_a_signal() -> Iterator[None]:
     """`kill` ends a run as Ctrl-C does: with its state on disk."""
 
     def end(*_: Any) -> None:

@@ -32,7 +32,7 @@ class Row:
     targets: np.ndarray
 
     @classmethod
-    def of(cls, tokens: Sequence[int], learned: Sequence[bool] | np.ndarray) -> Row:
+    def of(cls, tokens: Sequence[int] | np.ndarray, learned: Sequence[bool] | np.ndarray) -> Row:
         """The row of a whole sequence, of which the tokens marked `learned` are targets (the first one cannot be)."""
         sequence = np.asarray(tokens, np.int32)
         targets = np.where(np.asarray(learned, bool)[1:], sequence[1:], NOT_LEARNED).astype(np.int32)

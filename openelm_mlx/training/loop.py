@@ -70,7 +70,7 @@ class Trainer:
 
     max_grad_norm: see `Settings`. validation: parts to measure after every `validate_every` steps; patience: how often in a row
     that may fail to improve. folder: None keeps no state. parameters: what is trained, where it is not what the model has (all
-    weights in float32).
+    weights in float32). last_step: where it ends, if that is before the schedule's end.
     """
 
     def __init__(
@@ -90,10 +90,12 @@ class Trainer:
         listener: Listener | None = None,
         parameters: dict[str, Any] | None = None,
         save_every: float = SAVE_EVERY_SECONDS,
+        last_step: int | None = None,
     ) -> None:
         self.model, self.gradients, self.optimizer = model, gradients, optimizer
         self.schedule, self.data = schedule, data
         self.max_grad_norm = max_grad_norm or None
+        self.last_step = schedule.steps if last_step is None else last_step
         self.validation, self.validate_every, self.patience = validation, validate_every, patience
         self.seed, self.folder, self.listener, self.save_every = seed, folder, listener, save_every
         found = folder.load() if folder is not None else None
@@ -115,7 +117,7 @@ class Trainer:
         state = self.state
         assert state is not None
         has_failed = self.patience is not None and state.failures >= self.patience
-        return has_failed or state.step >= self.schedule.steps
+        return has_failed or state.step >= self.last_step
 
     def run(self) -> State:
         """Train to the end. Returns the state after the last step, or with the best parameters where the run ended early.
@@ -149,7 +151,7 @@ class Trainer:
         assert state is not None
         if self.is_over:
             return 0.0
-        steps = self.schedule.steps - state.step
+        steps = self.last_step - state.step
         parts = [part for step in range(state.step, state.step + min(3, steps)) for part in self.data.parts(step)]
         part = max(parts, key=lambda each: each.batch.num_tokens)
         mx.eval(self.gradients(state.parameters, part.batch, part.reference, mx.random.key(0)))  # compiled, and warm
@@ -178,7 +180,7 @@ class Trainer:
             mx.clear_cache()
         else:
             give_back_freed()
-        is_last = entry["step"] == self.schedule.steps
+        is_last = entry["step"] == self.last_step
         if self.validation and self.validate_every and (entry["step"] % self.validate_every == 0 or is_last):
             self.state = self._validated(self.state, entry)
         self._tell(entry)
@@ -249,7 +251,7 @@ class Trainer:
         if self.listener is None:
             return
         assert self.state is not None
-        log, steps = self.state.log, self.schedule.steps
+        log, steps = self.state.log, self.last_step
         recent = log[self.resumed_at :][-20:]
         first = log[-len(recent) - 1]["seconds"] if len(log) > len(recent) else 0.0
         spent = max(1e-6, entry["seconds"] - first)

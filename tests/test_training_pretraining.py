@@ -1,0 +1,138 @@
+"""`openelm_mlx train`: a model from nothing by a YAML file, interrupted and resumed, and what a file can get wrong."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import yaml
+from conftest import FIXTURES, TINY
+
+import openelm_mlx as om
+from openelm_mlx.commands import main
+from openelm_mlx.errors import ConfigError, DataError, SettingError
+from openelm_mlx.specs import spec_from_config
+from openelm_mlx.training.pretraining import TokenRows, TrainingConfig, new_model, train
+
+MODEL = {**TINY, "num_transformer_layers": 2, "vocab_size": 64, "max_context_length": 32}
+
+
+@pytest.fixture
+def config(tmp_path):
+    rng = np.random.default_rng(0)
+    lengths = [5, 9, 14, 31, 3, 40, 12]
+    tokens = np.concatenate([np.arange(n) % 7 + 3 for n in lengths]).astype(np.uint16)
+    np.savez(
+        tmp_path / "data.npz",
+        tokens=tokens,
+        starts=np.cumsum([0, *lengths[:-1]]),
+        learned=rng.random(len(tokens)) < 0.9,
+    )
+    fields = {
+        "model": MODEL, "data": "data.npz", "validation": "data.npz", "validate_every": 4, "steps": 8, "length": 32, "rows": 3,
+        "tokens_at_once": 64, "warmup_steps": 2,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
+    return tmp_path / "run.yaml"
+
+
+def losses(output):
+    log = json.loads((output / "training.json").read_text())["log"]
+    return [(e["step"], e["loss"], e["norm"], e.get("validation")) for e in log]
+
+
+@pytest.mark.parametrize("documents", ["packed", "stream"])
+def test_a_model_is_trained_from_nothing_and_goes_on_bit_for_bit(config, tmp_path, documents):
+    fields = yaml.safe_load(config.read_text()) | {"documents": documents}
+    config.write_text(yaml.safe_dump(fields))
+    whole = om.train(config, output=tmp_path / "whole")
+
+    def stop(progress):
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, output=tmp_path / "parts", progress=stop)
+    parts = train(config, output=tmp_path / "parts")
+    assert losses(parts) == losses(whole)
+    assert losses(whole)[-1][1] < losses(whole)[0][1] - 0.5
+    model, _ = om.load(whole)
+    other, _ = om.load(parts)
+    tokens = mx.array([[1, 4, 5]])
+    assert bool((model(tokens) == other(tokens)).all())
+
+
+def test_the_command_trains_draws_and_prints(config, tmp_path, capsys):
+    command = ["train", "--config", str(config), "--output", str(tmp_path / "out"), "--steps", "3"]
+    assert main([*command, "--chart", str(tmp_path / "loss.png"), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["log"]) == 3
+    assert "time: about" in printed.err
+    assert (tmp_path / "loss.png").exists()
+    assert main([*command, "-q"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_first_steps_are_those_of_the_whole_run(config, tmp_path):
+    whole, few = train(config, output=tmp_path / "whole"), train(config, output=tmp_path / "few", steps=3)
+    assert [e[:3] for e in losses(few)] == [e[:3] for e in losses(whole)[:3]]
+
+
+def test_weights_begin_as_corenets():
+    spec = spec_from_config({**MODEL, "model_dim": 64})
+    model = new_model(spec, seed=1)
+    layer = model.layers[1]
+    assert float(mx.std(layer.ffn.proj_1.weight)) == pytest.approx(64**-0.5, rel=0.05)
+    assert float(mx.std(layer.ffn.proj_2.weight)) == pytest.approx((2 * 2 * 64) ** -0.5, rel=0.05)
+    assert bool((layer.ffn_norm.weight == 1).all())
+    assert bool((new_model(spec, 1).layers[0].attn.out_proj.weight == model.layers[0].attn.out_proj.weight).all())
+
+
+def test_every_document_is_seen_in_each_epoch(config):
+    settings = TrainingConfig.read(config)
+    rows = TokenRows.read(settings.data, settings, spec_from_config(MODEL))
+    seen = [rows._documents_of(i) for i in range(12)]
+    per_epoch = len(rows._epoch(0))
+    lengths = [len(row) for group in seen[:per_epoch] for row in group]
+    assert sorted(lengths) == sorted([4, 8, 13, 30, 2, 32, 11])
+    assert all(sum(len(row) for row in group) <= 32 for group in seen)
+
+
+WRONG = [
+    ({"stepz": 3}, ConfigError, "has 'stepz'"),
+    ({"data": None}, ConfigError, "has no data"),
+    ({"data": "none.npz"}, DataError, "none.npz is no .npz file"),
+    ({"length": 100}, SettingError, "length is 100: it must be at most the model's context, 32"),
+    ({"dtype": "float8"}, SettingError, "dtype is 'float8'"),
+    ({"learning_rate": "high"}, SettingError, "learning_rate is 'high'"),
+    ({"documents": "heap"}, SettingError, "documents is 'heap'"),
+    ({"model": {"model_type": "llama"}}, ConfigError, "llama"),
+    ({"model": {**MODEL, "vocab_size": 8}}, DataError, "has token 9"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG, ids=[str(each[0])[:30] for each in WRONG])
+def test_what_a_file_can_get_wrong(config, tmp_path, wrong, error, message):
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | wrong))
+    with pytest.raises(error, match=message):
+        train(config, output=tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_demo_s_file_is_the_demo(tmp_path):
+    """Its model is the shipped one's, and its schedule is CoreNet's."""
+    found = TrainingConfig.read(FIXTURES.parent.parent / "examples" / "train" / "demo_openelm.yaml")
+    assert spec_from_config(dict(found.model)).layers == om.load("demo-openelm")[0].spec.layers
+    assert (found.weight_decay, found.z_loss, found.max_grad_norm) == (0.1, 1e-4, 1.0)
+
+
+def test_texts_are_tokenized(config, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "one"}\n{"text": "two words"}\n')
+    fields = yaml.safe_load(config.read_text()) | {
+        "data": "t.jsonl", "validation": None, "tokenizer": str(FIXTURES / "tokenizers" / "llama"), "steps": 2,
+        "model": {**MODEL, "vocab_size": 600},
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(fields))
+    path = train(config, output=tmp_path / "out")
+    assert (path / "tokenizer.model").exists()
+    assert om.load(path)[1] is not None

@@ -233,6 +233,7 @@ ELSEWHERE = {
     },
     "info": {"--adapter": "test_commands_adapter.py", "--layers": "test_commands.py", "--json": "test_commands.py"},
     "selfcheck": {
+        "--workers": "test_several_macs_at_once.py", "--secret-file": "test_several_macs_at_once.py",
         "--no-timings": "test_bench_selfcheck.py", "--keep": "test_bench_selfcheck.py", "--output": "test_bench_selfcheck.py",
         "--json": "test_bench_selfcheck.py",
     },

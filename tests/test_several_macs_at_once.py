@@ -5,8 +5,11 @@ import pytest
 from worker_processes import workers
 
 import openelm_mlx as om
+from openelm_mlx.bench.several import check_workers
+from openelm_mlx.commands import main
 from openelm_mlx.decoding.budget import Budget
 from openelm_mlx.decoding.prefill import prefill
+from openelm_mlx.link.arrays import unpacked
 
 ENDLESS = om.SamplingParams(logit_bias={2: -1e9, 4079: -1e9})
 pytestmark = pytest.mark.filterwarnings("ignore::openelm_mlx.NoAnswerWarning")
@@ -74,3 +77,30 @@ def test_progress_is_of_all_machines(two_workers):
     assert done == total > 10_000_000  # the whole file's tensors, of which each machine has read its own
     assert [each for each, _ in told] == sorted(each for each, _ in told)
     model.remote.close()
+
+
+def test_selfcheck_of_several_machines(two_workers, capsys, monkeypatch):
+    monkeypatch.setattr("openelm_mlx.bench.several.HOPS", 20)
+    monkeypatch.setattr("openelm_mlx.bench.several.ROUNDS", 1)
+    addresses = ",".join(each.address for each in two_workers)
+    assert main(["selfcheck", "--workers", addresses]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("bytes there and back take") == 2
+    assert shown.count("tokens and logits are the same, bit for bit") == 2
+    assert "demo-gpt-oss in layers of 2, 2, 2" in shown
+    assert shown.count("predicted") == 2
+    assert main(["selfcheck", "--workers", addresses, "--only", "1"]) == 2
+    assert main(["selfcheck", "--secret-file", "x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_selfcheck_sees_another_model(two_workers, monkeypatch):
+    """Were the layers elsewhere other ones, it would say so."""
+    addresses = [two_workers[0].address]
+    monkeypatch.setattr("openelm_mlx.link.chain.unpacked", lambda header, body: unpacked(header, body) * 1.001)
+    monkeypatch.setattr("openelm_mlx.bench.several.ROUNDS", 1)
+    monkeypatch.setattr("openelm_mlx.bench.several.HOPS", 5)
+    _, [found] = check_workers(addresses, None, 60, lambda line: None, ["demo-openelm"])
+    assert found.difference > 0
+    assert not found.is_equal
+    assert "differ by" in found.line()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import SettingError
 from . import INTERRUPTED
 from .output import report as report_lines
 from .output import report_json, say, terminal
@@ -34,11 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="FILE", help="file for the report (default: selfcheck-DATE.json in this folder)"
     )
     parser.add_argument("--json", action="store_true", help="print the report itself, one JSON object")
+    several = parser.add_argument_group("several machines (instead of the checks of this one)")
+    several.add_argument(
+        "--workers", metavar="HOST:PORT,...",
+        help="how far away these are, and whether the demos over all of them answer as on this machine, bit for bit",
+    )  # fmt: skip
+    several.add_argument("--secret-file", metavar="FILE", help="the secret that all of them have a copy of")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, print, and leave the report. Returns 0 when nothing failed, 1 when something did, a timing too,
     130 after Ctrl-C."""
+    if args.workers is not None:
+        return run_several(args)
+    if args.secret_file is not None:
+        raise SettingError("--secret-file is for --workers: add it, or leave the file out.")
     from ..bench.report import cleaner
     from ..bench.selfcheck import MOST_SECONDS, TIMING_SECONDS, run_checks
     from ..bench.selfcheck_machine import facts, facts_lines
@@ -102,6 +113,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed or report["timing_failed"] is not None else 0
 
 
+def run_several(args: argparse.Namespace) -> int:
+    """`--workers`: returns 0 when a model over all machines gives this machine's tokens, else 1."""
+    from ..bench.several import check_workers
+    from ..link.team import DEADLINE
+
+    if args.only is not None or args.keep or args.output is not None:
+        raise SettingError("--workers has checks of its own: leave --only, --keep and --output out.")
+    distances, found = check_workers(
+        args.workers, args.secret_file, DEADLINE, lambda line: None if args.json else report_lines(line)
+    )
+    if args.json:
+        report_json({"workers": [vars(each) for each in distances], "models": [vars(each) for each in found]})
+    return 0 if all(each.same_tokens for each in found) else 1
+
+
 def failure_of(work: Callable[[], None]) -> str | None:
     """Run `work`; return its error, of any class, for the report, or None."""
     from ..errors import UserError
@@ -119,7 +145,6 @@ def failure_of(work: Callable[[], None]) -> str | None:
 def chosen_checks(only: str | None) -> list[Check]:
     """The checks to run, in their order. Raises SettingError when none is meant."""
     from ..bench.selfcheck import all_checks
-    from ..errors import SettingError
 
     checks = list(all_checks().values())
     if only is None:

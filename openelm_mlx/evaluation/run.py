@@ -96,8 +96,8 @@ def plan_tasks(settings: Settings, is_chat: bool) -> Planned:
         groups.append((None, settings.shots, tuple(alone)))
     manager = None
     if groups:
-        manager = task_manager(settings.include_path)
         names = list(dict.fromkeys(task for _, _, tasks in groups for task in tasks))
+        manager = task_manager(settings.include_path, names)
         check_names(names, manager)
         check_data(names, manager)
     return Planned(tuple(ours), tuple(groups), manager)

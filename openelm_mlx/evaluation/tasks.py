@@ -33,14 +33,21 @@ def require_harness() -> None:
         ) from None
 
 
-def task_manager(include: str | None) -> Any:
-    """The harness's tasks. include: a folder with more of them. Raises SettingError for one that is not there."""
+def task_manager(include: str | None, names: Sequence[str] = ()) -> Any:
+    """The harness's tasks, of which there are thousands: those of the folder `include` alone where it has all of `names`.
+
+    Raises SettingError for a folder that is not there.
+    """
     require_harness()
     from lm_eval.tasks import TaskManager
 
     if include is not None and not os.path.isdir(include):
         raise SettingError(f"include_path is {shown(include)}, which is no folder: give one with task files (.yaml).")
     with quiet():
+        if include is not None and names:
+            few = TaskManager(include_path=include, include_defaults=False)
+            if set(names) <= set(few.all_tasks):
+                return few
         return TaskManager(include_path=include)
 
 

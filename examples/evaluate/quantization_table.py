@@ -21,7 +21,9 @@ MODES = ("8", "6", "5", "4", "3", "2", "mixed", "mxfp8", "mxfp4", "nvfp4")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source")
-    parser.add_argument("--text", action="append", required=True, help="what the models read, or chats in a .jsonl file")
+    parser.add_argument(
+        "--text", action="append", required=True, help="what the models read, or chats in a .jsonl file"
+    )
     parser.add_argument("--questions", help="a .jsonl file of questions")
     parser.add_argument("--limit", type=int, help="only so many questions")
     parser.add_argument("--modes", default=",".join(MODES))

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from .decoding.arguments import check_model
 from .errors import CheckpointError, MemoryLimitError, SettingError
 from .files import hears_the_disk, shown
 from .hub import Progress
+from .memory.machine import backend_name
+from .memory.scratch import LAYERS_IN_FLIGHT
 from .models.adapter_sets import NO_ADAPTER, served_bytes, without_adapter
 from .models.adapter_sites import module_at
 from .models.adapter_targets import targets_of
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from .checkpoint.layouts import Contents
     from .checkpoint.reader import Checkpoint
     from .models import Model
+
+# How often the outputs of the widest module are there once more, on the CPU (measured, tests/test_adapters.py).
+_COPIES = 3
 
 # One adapter, or several by the names that requests use.
 Adapters = SourceName | Mapping[str, SourceName]
@@ -106,6 +112,7 @@ def put_adapter(model: Model, name: str, adapter: Adapter, activate: bool = True
     served = added(model, name, adapter_id(adapter), adapter)
     mx.eval(served.arrays)  # not by the first of several threads, and not in pieces of the first pass
     adapters.served = served
+    _plan_again(model)
     if activate:
         adapters.active = name
 
@@ -121,6 +128,7 @@ def remove_adapter(model: Model, name: str) -> None:
     served = without_adapter(adapters.served, name)
     mx.eval(served.arrays)
     adapters.served = served
+    _plan_again(model)
 
 
 @checked_call("om.use_adapter")
@@ -175,13 +183,53 @@ def bytes_of(spec: ModelSpec, adapters: Mapping[str, Adapter]) -> int:
     return sum(served_bytes(targets, each) for each in adapters.values())
 
 
+def planned_bytes(spec: ModelSpec, adapters: Mapping[str, Adapter], backend: str) -> tuple[int, int]:
+    """What a plan counts for these adapters: their bytes, and what they take for each token of a pass."""
+    targets = targets_of(spec)
+    sites = {targets[name].site for each in adapters.values() for name in each.pairs}
+    return bytes_of(spec, adapters), scratch_per_token(spec, sites, backend)
+
+
+def scratch_per_token(spec: ModelSpec, sites: Collection[str], backend: str) -> int:
+    """Bytes that adapters beside the modules at `sites` take for each token of a pass, beside what the model takes.
+
+    A module's outputs are there in float32 as well: the change and the sum. The CPU computes one part of a layer at a time,
+    of which the widest counts; on a GPU all modules of the layers count that are in memory at the same time.
+    """
+    rows: dict[int | None, list[int]] = {}
+    for target in targets_of(spec).values():
+        if target.site in sites and not target.is_embedding and target.layer is not None:
+            times = spec.layers[target.layer].experts_per_token if target.num_experts else 1
+            rows.setdefault(target.layer, []).append(target.rows * times)
+    if backend == "cpu":
+        return 4 * _COPIES * max((max(each) for each in rows.values()), default=0)
+    return 4 * LAYERS_IN_FLIGHT[backend] * max((sum(each) for each in rows.values()), default=0)
+
+
+def _plan_again(model: Model) -> None:
+    """The model's plan with the adapters that it has now."""
+    runtime, served = runtime_of(model), model.adapters.served
+    if runtime.plan is not None:
+        plan, nbytes = runtime.plan, served.nbytes
+        backend = backend_name() if plan.machine is None else plan.machine.backend
+        scratch = scratch_per_token(model.spec, served.stacks.keys(), backend)
+        runtime.plan = replace(
+            plan,
+            weights_bytes=plan.weights_bytes + nbytes - plan.adapter_bytes,
+            scratch_bytes=plan.scratch_bytes + (scratch - plan.adapter_scratch) * plan.prefill_chunk,
+            total_bytes=plan.total_bytes + nbytes - plan.adapter_bytes,
+            adapter_bytes=nbytes,
+            adapter_scratch=scratch,
+        )
+
+
 def _check_room(model: Model, adapter: Adapter, name: str) -> None:
     plan = runtime_of(model).plan
     if plan is None:
         return
     needed = served_bytes(targets_of(model.spec), adapter)
     # While stacks are made anew, what is there is there twice.
-    there = sum(each.nbytes for each in model.adapters.served.arrays)
+    there = model.adapters.served.nbytes
     in_use = mx.get_active_memory()
     if in_use + needed + there + plan.scratch_bytes > plan.budget_bytes:
         raise MemoryLimitError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 from mlx import nn
 
-from .adapters import Adapters, adapter_id, bytes_of, check_base, given_adapters, put_adapter, stored_base_hash
+from .adapters import Adapters, adapter_id, check_base, given_adapters, planned_bytes, put_adapter, stored_base_hash
 from .arguments import FUNCTION, NAME, checked_call
 from .checkpoint.layouts import Contents
 from .checkpoint.quantize import NOT_A_SCALE, Quantization
@@ -31,7 +31,7 @@ from .link.team import DEADLINE
 from .memory.admission import MOST_REQUESTS
 from .memory.calibration import calibrated
 from .memory.choices import stored_choices
-from .memory.machine import Machine, allow_open_files, this_machine
+from .memory.machine import Machine, allow_open_files, backend_name, this_machine
 from .memory.plan import make_plan
 from .memory.plan_types import MemoryPlan, PlanRequest, Weights
 from .memory.presets import preset_bits
@@ -238,11 +238,11 @@ def prepare(
         return _prepared(
             shape, several.plan, found, context_length, kv_bits, partial(_read_several, source, several, progress)
         )
-    more, itemsize = bytes_of(spec, adapters), placement.dtype.size
-    weights = placement.weights(opened.folder).with_adapters(more)
+    more, itemsize = planned_bytes(spec, adapters, backend_name()), placement.dtype.size
+    weights = placement.weights(opened.folder).with_adapters(*more)
 
     def with_8_bits() -> Weights:
-        return packed_weights(contents, wanted_type).with_adapters(more)
+        return packed_weights(contents, wanted_type).with_adapters(*more)
 
     packed = with_8_bits if dense_bits is None else None
     plan = make_plan(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from .adapters import Adapters, bytes_of, given_adapters
+from .adapters import Adapters, given_adapters, planned_bytes
 from .arguments import NAME, checked_call
 from .checkpoint.layouts import Contents
 from .checkpoint.released import write_released_headers
@@ -29,6 +29,7 @@ from .memory.plan_types import MemoryPlan, PlanRequest, Weights
 from .memory.presets import PRESETS, preset_bits
 from .memory.sizes import parse_memory
 from .memory.variants import variants_of
+from .models.low_rank import Adapter
 from .placement import Placement, dense_packing, dense_packings, packed_weights, parse_dtype
 from .sources import Source, SourceName, repository
 from .specs import checked_kv_bits
@@ -160,7 +161,7 @@ class Planned:
     dtype: mx.Dtype | None
     folder: Path | None = None
     note: str | None = None
-    adapter_bytes: int = 0
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @classmethod
     def look(
@@ -175,7 +176,7 @@ class Planned:
     def with_adapters(self, given: Adapters | None) -> Planned:
         """The same with adapters beside it, which are read: they are small. Raises what reading them raises."""
         spec = self.contents.spec
-        return replace(self, adapter_bytes=bytes_of(spec, given_adapters(given, spec)))
+        return replace(self, adapters=given_adapters(given, spec))
 
     @cached_property
     def has_plain_matrices(self) -> bool:
@@ -198,11 +199,14 @@ class Planned:
         key = dense_bits, on_cpu
         if key not in known:
             placement = Placement.of(self.contents, self.dtype, dense, on_cpu)
-            known[key] = placement.weights(self.folder).with_adapters(self.adapter_bytes), placement.dtype.size
+            known[key] = self._beside(placement.weights(self.folder), on_cpu), placement.dtype.size
         return known[key]
 
     def _packed_weights(self, on_cpu: bool) -> Weights:
-        return packed_weights(self.contents, self.dtype, on_cpu, self.folder).with_adapters(self.adapter_bytes)
+        return self._beside(packed_weights(self.contents, self.dtype, on_cpu, self.folder), on_cpu)
+
+    def _beside(self, weights: Weights, on_cpu: bool) -> Weights:
+        return weights.with_adapters(*planned_bytes(self.contents.spec, self.adapters, "cpu" if on_cpu else "metal"))
 
     @cached_property
     def _known_weights(self) -> dict[tuple[int | None, bool], tuple[Weights, int]]:

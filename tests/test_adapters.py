@@ -11,11 +11,12 @@ import pytest
 from conftest import FIXTURES, load_fixture
 
 import openelm_mlx as om
-from openelm_mlx.adapters import base_hash, bytes_of, put_adapter
+from openelm_mlx.adapters import base_hash, bytes_of, put_adapter, scratch_per_token
 from openelm_mlx.checkpoint.adapter_files import read_adapter, write_adapter
 from openelm_mlx.decoding.batch_step import BatchStep
 from openelm_mlx.decoding.compiled_step import CompiledStep
 from openelm_mlx.decoding.pieces import weights_version
+from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.streamed_step import StreamedStep
 from openelm_mlx.errors import CheckpointError, MemoryLimitError, SettingError
@@ -426,3 +427,41 @@ def test_no_room_for_another():
     with pytest.raises(MemoryLimitError, match="The adapter peft_final takes"):
         om.add_adapter(model, ADAPTERS / "openelm_lora" / "peft_final")
     assert om.adapter_names(model) == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computing_takes_what_is_planned(family):
+    """A prompt's peak grows by no more than the plan has for adapters, and by a good part of that."""
+    model = load_fixture(FIXTURES / FAMILIES[family])
+    groups = ("attention", "feed-forward", "experts")
+    put_adapter(model, "a", random_adapter(model.spec, 0, groups), activate=False)
+    tokens, peaks = prompt_of(200), {}
+    for name in ("none", "a"):
+        with model.adapters.using(model.adapters.of(name)):
+            for _ in range(2):
+                cache = model.make_cache()
+                mx.eval([layer.reserve(len(tokens)) for layer in cache])
+                mx.clear_cache()
+                before = mx.get_active_memory()
+                mx.reset_peak_memory()
+                mx.eval(prefill(model, tokens, cache, len(tokens)))
+                peaks[name] = mx.get_peak_memory() - before
+                del cache
+    planned = scratch_per_token(model.spec, model.adapters.served.stacks.keys(), "cpu") * len(tokens)
+    assert peaks["none"] <= peaks["a"] < peaks["none"] + 1.05 * planned
+    model, _ = om.load(FIXTURES / FAMILIES[family], batch_size=2)
+    plan = model.plan
+    put_adapter(model, "a", random_adapter(model.spec, 0, groups), activate=False)
+    per_token = scratch_per_token(model.spec, model.adapters.served.stacks.keys(), "cpu")
+    assert model.plan.scratch_bytes - plan.scratch_bytes == per_token * plan.prefill_chunk
+    with om.Engine(model) as engine:
+        memory = engine._runner.memory
+        used, admission = memory.without_requests(), memory.admission
+        put_adapter(model, "b", random_adapter(model.spec, 1, groups), activate=False)
+        grown = memory.without_requests() - used
+        assert abs(grown - model.adapters.served.nbytes // 2) < model.adapters.served.nbytes // 20
+        assert memory.admission.weights - admission.weights == model.adapters.served.nbytes // 2
+        assert memory.admission.adapter_scratch == per_token > 0
+    om.remove_adapter(model, "a")
+    om.remove_adapter(model, "b")
+    assert model.plan == plan

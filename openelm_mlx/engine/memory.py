@@ -78,8 +78,8 @@ class BatchMemory:
         self.held_bytes = 0
         # What a pass has taken beyond its plan, as far as that was seen; until nobody runs.
         self._excess = 0
-        # In use when nobody ran, kept prefixes left out.
-        self._without_requests = self._active_memory()
+        # In use when nobody ran, kept prefixes left out, and adapters, which come and go.
+        self._without_requests = self._active_memory() - self._adapters()
         self._kinds: dict[tuple[int | None, int | None, int], CacheBytes] = {}
         self._stores: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -91,6 +91,9 @@ class BatchMemory:
         more, less = (0 if each is None else each.takes() for each in (neighbours, self._neighbours))
         self._neighbours = neighbours
         self._without_requests += more - less
+
+    def _adapters(self) -> int:
+        return self._model.adapters.served.nbytes
 
     @property
     def limit(self) -> int | None:
@@ -113,7 +116,9 @@ class BatchMemory:
 
     def without_requests(self) -> int:
         """Bytes that are in use whoever runs: what requests hold, compute with, or kept for later ones is not among them."""
-        return min(self._without_requests, max(0, self._active_memory() - self.held_bytes - self._kept_bytes()))
+        adapters = self._adapters()
+        in_use = self._active_memory() - self.held_bytes - self._kept_bytes() - adapters
+        return min(self._without_requests, max(0, in_use)) + adapters
 
     def check(self, request: Request, max_tokens: int) -> None:
         """Raise MemoryLimitError for a request that can never fit, whoever runs now, with what would."""
@@ -139,7 +144,7 @@ class BatchMemory:
         )
         if not running:
             self._excess = 0
-            in_use = self._active_memory() - self.held_bytes - self._kept_bytes()
+            in_use = self._active_memory() - self.held_bytes - self._kept_bytes() - self._adapters()
             self._without_requests = min(self._without_requests, max(0, in_use))
 
     def has_room_for(self, request: ActiveRequest, running: Sequence[ActiveRequest]) -> bool:

@@ -191,7 +191,7 @@ class _Planner:
         batch_size = self.request.batch_size if batch_size is None else batch_size
         kv = kv_cache_bytes(self.spec, context, self.itemsize, batch_size, kv_bits)
         scratch = scratch_bytes(self.spec, chunk, context, self.itemsize, batch_size, self.machine.backend, kv_bits)
-        scratch = int(scratch * self.scratch_factor)
+        scratch = int(scratch * self.scratch_factor) + self.weights.adapter_scratch * min(chunk, batch_size * context)
         weights = self.weights_bytes(slots)
         total = weights + kv + scratch
         cache_limit = self._cache_limit(batch_size)
@@ -204,6 +204,7 @@ class _Planner:
             kv_bits=kv_bits, expert_slots=slots, dense_bits=self.request.dense_bits,
             wired_limit_bytes=self._wired(total), cache_limit_bytes=cache_limit,
             memory_limit=self.limit, machine=self.machine, family=self.spec.family, adapter_bytes=self.weights.adapters,
+            adapter_scratch=self.weights.adapter_scratch,
         )  # fmt: skip
         if not with_limits:
             return plan

@@ -21,7 +21,7 @@ class Weights:
     disk while experts do. can_stream: whether experts can be read from the files as they are. tokenizer: of its file.
     loading: the most that is in memory while matrices are cast or packed as they are read; 0 when none is. looked_up: of
     `dense`, an embedding that is no head as well: a token reads one row of it. adapters: of `dense`, what stands beside the
-    weights themselves.
+    weights themselves. adapter_scratch: what these take while they compute, for each token of a pass.
     """
 
     dense: int
@@ -32,11 +32,14 @@ class Weights:
     loading: int = 0
     looked_up: int = 0
     adapters: int = 0
+    adapter_scratch: int = 0
 
-    def with_adapters(self, nbytes: int) -> Weights:
-        """The same with adapters beside them, which stay in memory."""
+    def with_adapters(self, nbytes: int, scratch: int) -> Weights:
+        """The same with adapters beside them, which stay in memory, and take `scratch` bytes for each token of a pass."""
+        if not nbytes:
+            return self
         loading = self.loading + nbytes if self.loading else 0
-        return replace(self, dense=self.dense + nbytes, adapters=nbytes, loading=loading) if nbytes else self
+        return replace(self, dense=self.dense + nbytes, adapters=nbytes, adapter_scratch=scratch, loading=loading)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class MemoryPlan:
     smallest memory limit that can be kept with these dense_bits and kv_bits. variants: the same with each preset, where
     there is something to choose. note: what has to be said of the source itself. batch_size: how many requests may be at work
     at once, each as long as context_length; max_context_length and decode are each one's then. requests: what `om.plan` says
-    of several at once. adapter_bytes: of the weights, adapters beside them.
+    of several at once. adapter_bytes: of the weights, adapters beside them; adapter_scratch: of
+    scratch_bytes, what they take for each token of a pass.
     """
 
     source: str
@@ -108,6 +112,7 @@ class MemoryPlan:
     note: str | None = None
     requests: Together | None = None
     adapter_bytes: int = 0
+    adapter_scratch: int = 0
 
     @property
     def decode_tps(self) -> float | None:

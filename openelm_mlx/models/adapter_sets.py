@@ -63,6 +63,10 @@ class Served:
         """Everything that it holds in memory."""
         return [array for stack in self.stacks.values() for array in stack.arrays]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
 
 class RowChoice:
     """For each row of a flat pass an adapter: rows (M,), 0 for none, else 1 + its place in the set."""

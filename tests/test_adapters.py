@@ -21,6 +21,7 @@ from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.streamed_step import StreamedStep
 from openelm_mlx.errors import CheckpointError, MemoryLimitError, SettingError
 from openelm_mlx.models.adapter_targets import targets_of
+from openelm_mlx.models.adapters import AdapterConfig, attach, detach
 from openelm_mlx.models.low_rank import Adapter, Pair
 from openelm_mlx.models.rows import Rows, flat_logits
 from openelm_mlx.runtime import runtime_of
@@ -465,3 +466,67 @@ def test_computing_takes_what_is_planned(family):
     om.remove_adapter(model, "a")
     om.remove_adapter(model, "b")
     assert model.plan == plan
+
+
+@pytest.mark.parametrize("way", ["unsorted", "sorted", "grouped", "blocks_16"])
+@pytest.mark.parametrize("slots", [None, 5])
+def test_every_way_through_the_experts(models, way, slots):
+    """As many rows as a batch has, each with an adapter of its own, and all with one; resident and from slots."""
+    model = models["gpt_oss"]
+    experts = model.layers[1].mlp.experts
+    if slots is not None:
+        streamed, _ = om.load(FIXTURES / FAMILIES["gpt_oss"], dtype="float32", expert_slots=slots)
+        with_adapters(streamed)
+        model, experts = streamed, streamed.layers[1].mlp.experts
+    arithmetic = experts if slots is None else experts.experts
+    before, arithmetic.ways = arithmetic.ways, ((1, "unsorted"),)
+    rng, adapters = np.random.default_rng(1), model.adapters
+    x = mx.array(rng.normal(size=(24, 64)).astype(np.float32))
+    chosen = mx.array(np.stack([rng.permutation(8)[:2] for _ in range(24)]).astype(np.uint32))
+    ids = [adapters.id_of(NAMES[at]) for at in rng.integers(0, 4, 24)]
+    try:
+        known = []
+        for row, own in enumerate(ids):
+            with adapters.using(adapters.select([own])):
+                known.append(experts(x[row : row + 1], chosen[row : row + 1]))
+        arithmetic.ways = ((1, way),)
+        with adapters.using(adapters.select(ids)):
+            assert mx.allclose(experts(x, chosen), mx.concatenate(known), atol=1e-5)
+        for own in set(ids):
+            with adapters.using(adapters.select([own])):
+                found = experts(x, chosen)
+                mine = mx.array([row for row, each in enumerate(ids) if each == own])
+                assert mx.allclose(found[mine], mx.concatenate(known)[mine], atol=1e-5)
+    finally:
+        arithmetic.ways = before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_s_kernels_are_the_base_s(family, dtype):
+    """Where the residual is added in the product's kernel, and a bias in one of its own: bit for bit without a change."""
+    model, _ = om.load(FIXTURES / FAMILIES[family], dtype=dtype)
+    model.choices = replace(model.choices, fuse_residual_add=True, bias_apart=True)
+    for layer in model.layers:
+        if family == "openelm":
+            layer.fuse_residual_add = True
+        else:
+            layer.self_attn.bias_apart = layer.mlp.bias_apart = True
+    tokens, one = mx.array([prompt_of(20)]), mx.array([3])
+    known = model(tokens), model(one)
+    for kind in ("lora", "dora"):
+        targets = None if family == "openelm" else ("q_proj", "v_proj", "o_proj", "router")
+        attach(model, AdapterConfig(kind=kind, targets=targets))
+        assert all(mx.array_equal(*pair) for pair in zip(known, (model(tokens), model(one)), strict=True))
+        adapter = detach(model)
+        put_adapter(model, kind, adapter)
+        assert all(mx.array_equal(*pair) for pair in zip(known, (model(tokens), model(one)), strict=True))
+        om.remove_adapter(model, kind)
+    groups = ("attention", "feed-forward")
+    changed = random_adapter(model.spec, 4, groups, dora=groups)
+    put_adapter(model, "changed", changed)
+    plain = load_fixture(FIXTURES / FAMILIES[family])
+    put_adapter(plain, "changed", changed)
+    # In 16 bits a near-tie may send a token to another expert.
+    error = mx.abs(model(tokens) - plain(tokens))
+    assert mx.max(error).item() < 1e-3 if dtype == "float32" else mx.mean(error).item() < 0.1

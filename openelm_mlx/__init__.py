@@ -33,6 +33,7 @@ _PUBLIC = {
     "remove_adapter": "adapters",
     "use_adapter": "adapters",
     "adapter_names": "adapters",
+    "convert_adapter": "adapters",
     "generate": "generate",
     "stream_generate": "generate",
     "Engine": "engine.many",
@@ -61,6 +62,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from .adapters import adapter_names as adapter_names
     from .adapters import add_adapter as add_adapter
+    from .adapters import convert_adapter as convert_adapter
     from .adapters import remove_adapter as remove_adapter
     from .adapters import use_adapter as use_adapter
     from .conversation.session import Chat as Chat

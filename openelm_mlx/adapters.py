@@ -21,12 +21,12 @@ import mlx.core as mx
 import numpy as np
 
 from . import hub
-from .arguments import FLAG, NAME, checked_call
-from .checkpoint.adapter_files import CONFIG, read_adapter
+from .arguments import FLAG, NAME, PATH, checked_call
+from .checkpoint.adapter_files import CONFIG, FORMATS, read_adapter, write_adapter
 from .checks import size
 from .decoding.arguments import check_model
-from .errors import CheckpointError, MemoryLimitError, SettingError
-from .files import hears_the_disk, shown
+from .errors import CheckpointError, DestinationError, MemoryLimitError, SettingError
+from .files import expanded, hears_the_disk, shown
 from .hub import Progress
 from .memory.machine import backend_name
 from .memory.scratch import LAYERS_IN_FLIGHT
@@ -36,8 +36,8 @@ from .models.adapter_targets import targets_of
 from .models.adapters import added
 from .models.low_rank import Adapter
 from .runtime import runtime_of
-from .sources import SourceName, path_here, repository
-from .specs import ModelSpec
+from .sources import Source, SourceName, path_here, repository
+from .specs import ModelSpec, openelm_config
 
 if TYPE_CHECKING:
     from .checkpoint.layouts import Contents
@@ -147,6 +147,39 @@ def adapter_names(model: Model) -> tuple[str, ...]:
     """The adapters that requests may name, in the order in which they were added."""
     check_model(model)
     return model.adapters.served.names
+
+
+@hears_the_disk(CheckpointError)
+@checked_call("om.convert_adapter", destination=PATH, format=NAME)
+def convert_adapter(
+    source: SourceName, destination: str | os.PathLike[str], base: SourceName, format: str = "peft"
+) -> Path:
+    """Write an adapter in another format; returns where it is.
+
+    Args:
+        source: As in `add_adapter`.
+        destination: A folder that does not exist yet; of CoreNet's format a file whose name ends in .pt, beside
+            which its YAML is written.
+        base: The model that it belongs to; of its files only headers are read, unless the format is CoreNet's, which
+            holds the base too.
+        format: "peft", "mlx-lm" or "corenet".
+
+    Raises CheckpointError, ConfigError for what cannot be read, SettingError for what the format cannot hold, and
+    DestinationError.
+    """
+    if format not in FORMATS:
+        raise SettingError(f"format is {shown(format)}: choose one of {', '.join(FORMATS)}.")
+    opened = Source.open(base, headers_only=format != "corenet")
+    adapter = read_adapter(locate_adapter(source), opened.spec)
+    if format != "corenet":
+        return write_adapter(os.fspath(destination), adapter, opened.spec, format)
+    from .checkpoint.adapter_corenet import write_corenet
+
+    if opened.contents.quantized:
+        raise SettingError("CoreNet's files hold plain weights, and this base is quantized: give the original as base.")
+    weights = ((each.name, each.read(opened.checkpoint)) for each in opened.contents.parameters.values())
+    fields = {key: value for key, value in openelm_config(opened.spec).items() if not key.endswith("_token_id")}
+    return write_corenet(expanded(destination, DestinationError), adapter, opened.spec, weights, fields)
 
 
 def _check_known(model: Model, name: object) -> None:

@@ -13,6 +13,7 @@ from conftest import FIXTURES, load_fixture
 import openelm_mlx as om
 from openelm_mlx.adapters import base_hash, bytes_of, put_adapter, scratch_per_token
 from openelm_mlx.checkpoint.adapter_files import read_adapter, write_adapter
+from openelm_mlx.checkpoint.torch_file import refuse_harmful
 from openelm_mlx.decoding.batch_step import BatchStep
 from openelm_mlx.decoding.compiled_step import CompiledStep
 from openelm_mlx.decoding.pieces import weights_version
@@ -530,3 +531,23 @@ def test_a_gpu_s_kernels_are_the_base_s(family, dtype):
     # In 16 bits a near-tie may send a token to another expert.
     error = mx.abs(model(tokens) - plain(tokens))
     assert mx.max(error).item() < 1e-3 if dtype == "float32" else mx.mean(error).item() < 0.1
+
+
+def test_from_one_format_to_another(tmp_path):
+    """PEFT's to mlx-lm's to PEFT's, and to CoreNet's file, which holds the base; the adapter stays the same."""
+    source, base = ADAPTERS / "openelm_lora_patterns" / "peft_final", FIXTURES / "openelm_untied"
+    spec = load_fixture(base).spec
+    known = read_adapter(source, spec)
+    om.convert_adapter(source, tmp_path / "mlx", base, "mlx-lm")
+    om.convert_adapter(tmp_path / "mlx", tmp_path / "peft", base)
+    om.convert_adapter(source, tmp_path / "core.pt", base, "corenet")
+    assert json.loads((tmp_path / "core.yaml").read_text())["base"]["model_dim"] == spec.hidden_size
+    for folder in ("mlx", "peft"):
+        for name, pair in read_adapter(tmp_path / folder, spec).pairs.items():
+            delta, its = (each.scale * each.a @ each.b for each in (known.pairs[name], pair))
+            assert mx.allclose(delta, its, atol=1e-6)
+    refuse_harmful(tmp_path / "core.pt")
+    for destination, said in (("mlx", "exists already"), ("core.pt", "is there already"), ("core.txt", "ends in .pt")):
+        format = "peft" if destination == "mlx" else "corenet"
+        with pytest.raises(om.UserError, match=said.replace(".", r"\.")):
+            om.convert_adapter(source, tmp_path / destination, base, format)

@@ -90,6 +90,13 @@ TABLE = {
     "om.use_adapter": (
         om.use_adapter, {"model": "MODEL", "name": "x"}, {"model": NOT_A_MODEL, "name": (*NOT_TEXT, "x")},
     ),
+    "om.convert_adapter": (
+        om.convert_adapter, {"source": "x", "destination": "o", "base": "demo-openelm"},
+        {
+            "source": (*NOT_TEXT, None, "x"), "destination": (*NOT_A_PATH, None), "base": (*NOT_TEXT, None),
+            "format": (*NOT_TEXT, None, "gguf"),
+        },
+    ),
     "om.adapter_names": (om.adapter_names, {"model": "MODEL"}, {"model": NOT_A_MODEL}),
     "om.plan": (om.plan, {"source": "demo-openelm"}, PLAN),
     "om.convert": (om.convert, {"source": "demo-openelm", "destination": None, "dry_run": True}, CONVERT),

@@ -28,7 +28,7 @@ def serving(app, settings):
 
 
 def connect(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=60)
+    return socket.create_connection(("127.0.0.1", port), timeout=300)
 
 
 class Answer:
@@ -41,8 +41,8 @@ class Answer:
         return f"{self.status} {self.body[:300]!r}"
 
 
-def read_answer(connection, leave_open=False):
-    """The next answer on a connection. leave_open: read as much as its length says, and not until the end."""
+def read_answer(connection, has_body=True):
+    """The next answer on a connection, as long as its headers say, or until the end. has_body: not of a HEAD request."""
     data = b""
     while b"\r\n\r\n" not in data:
         piece = _received(connection)
@@ -53,13 +53,33 @@ def read_answer(connection, leave_open=False):
     lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
     status = int(lines[0].split(" ")[1])
-    length = 0 if status == 204 else int(headers.get("content-length", -1))
-    while len(body) < length if length >= 0 else not leave_open:
+    if not has_body:
+        return Answer(status, headers, b"")
+    if headers.get("transfer-encoding") == "chunked":
+        return Answer(status, headers, _dechunked(connection, body))
+    length = 0 if status in (204, 304) else int(headers.get("content-length", 10**9))
+    while len(body) < length:
         piece = _received(connection)
         if not piece:
             break
         body += piece
-    return Answer(status, headers, body[:length] if length >= 0 else body)
+    return Answer(status, headers, body[:length])
+
+
+def _dechunked(connection, data):
+    whole = b""
+    while True:
+        size, there, rest = data.partition(b"\r\n")
+        if there and len(rest) >= int(size, 16) + 2:
+            length = int(size, 16)
+            if not length:
+                return whole
+            whole, data = whole + rest[:length], rest[length + 2 :]
+            continue
+        piece = _received(connection)
+        if not piece:
+            return whole
+        data += piece
 
 
 def _received(connection):
@@ -76,7 +96,7 @@ def raw(port, *pieces, pause=0.0):
             with contextlib.suppress(ConnectionError):
                 connection.sendall(piece)
             time.sleep(pause)
-        return read_answer(connection)
+        return read_answer(connection, has_body=not b"".join(pieces[:1]).startswith(b"HEAD "))
 
 
 def request(path="/echo", body=b"", method=None, host="localhost:1", **headers):

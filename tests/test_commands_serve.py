@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import http.client
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from openelm_mlx.server.loading import Loader
 from openelm_mlx.server.running import serve
 from openelm_mlx.server.settings import ServedModel, ServerSettings
 from openelm_mlx.sources import DEMOS
+from openelm_mlx.text.tokenizer import load_tokenizer
 
 COMMAND = [sys.executable, "-m", "openelm_mlx", "serve"]
 
@@ -303,4 +305,48 @@ def test_the_only_model_that_cannot_be_loaded_ends_it_with_a_sentence(tmp_path):
     last = said.strip().splitlines()[-1]
     assert last.startswith("openelm_mlx: ")
     assert weights.name in last
+    assert "Traceback" not in said
+
+
+def streaming(served, max_tokens):
+    """An answer of so many tokens that is being streamed, after its first event."""
+    ends = load_tokenizer(DEMOS["demo-gpt-oss"]).eos_tokens
+    body = {
+        "model": "demo-gpt-oss", "prompt": "A banjo is", "max_tokens": max_tokens, "temperature": 0, "stream": True,
+        "logit_bias": {str(token): -100 for token in ends},  # it does not end by itself
+    }  # fmt: skip
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200
+    while not answer.readline().startswith(b"data: {"):
+        pass
+    return answer
+
+
+def test_after_ctrl_c_an_answer_is_finished_and_nothing_new_begins():
+    with Served() as served:
+        answer = streaming(served, 200)
+        served.process.send_signal(signal.SIGINT)
+        rest = answer.read().decode()
+        assert rest.rstrip().endswith("data: [DONE]")
+        assert '"finish_reason":"length"' in rest.replace(" ", "")
+        code, said = served.ended()
+    assert code == 0
+    assert "1 answer is still being written, and may take 30 seconds. Ctrl-C again ends everything now." in said
+    with pytest.raises(OSError, match="refused"):
+        served.get("/health")
+
+
+def test_a_second_ctrl_c_ends_everything_now():
+    with Served() as served:
+        answer = streaming(served, 100_000)
+        served.process.send_signal(signal.SIGINT)
+        while "Ctrl-C again" not in served.process.stderr.readline():
+            pass
+        served.process.send_signal(signal.SIGINT)
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()
+        code, said = served.ended()
+    assert code == 130
     assert "Traceback" not in said

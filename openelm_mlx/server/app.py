@@ -63,6 +63,7 @@ def make_app(
         },
         middleware=[Middleware(_Unexpected)],
     )
+    app.router.redirect_slashes = False  # a path with one slash too many is unknown, like any other
     app.state.services = own
     return app
 

@@ -189,8 +189,8 @@ def _next(port: int) -> int:
 class Server(uvicorn.Server):
     """uvicorn's, which ends as a person at a terminal expects.
 
-    on_stop: told at the first Ctrl-C (or a SIGTERM) how many answers are still being written. is_hurried: whether there was a
-    second one.
+    The first Ctrl-C (or SIGTERM) lets answers finish, for `shutdown_time` at most; the second one does not. on_stop: told at
+    the first one how many answers are still being written. is_hurried: whether there was a second one.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, on_stop: Callable[[int], None] | None = None) -> None:
@@ -199,26 +199,49 @@ class Server(uvicorn.Server):
             app, http=http, ws="none", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, h11_max_incomplete_event_size=MAX_HEADERS, loop="asyncio",
             timeout_keep_alive=int(settings.keep_alive_timeout), backlog=1024,
-            timeout_graceful_shutdown=max(1, round(settings.shutdown_time)),
         )  # fmt: skip
         super().__init__(config)
-        self._on_stop = on_stop
+        self._on_stop, self._shutdown_time = on_stop, settings.shutdown_time
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.is_hurried = False
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, and wait for the answers."""
+        timer = asyncio.get_running_loop().call_later(self._shutdown_time, self._give_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal lets answers finish, the second one does not. Nothing is raised again afterwards."""
-        if self.should_exit:
-            self.force_exit = self.is_hurried = True
-            for task in self.server_state.tasks:
-                task.cancel()
+        """A signal. Nothing is raised again afterwards."""
+        if not self.should_exit:
+            self.should_exit = True
+            if self._on_stop is not None:
+                self._on_stop(len(self.server_state.tasks))
             return
-        self.should_exit = True
-        if self._on_stop is not None:
-            self._on_stop(len(self.server_state.tasks))
+        self.force_exit = self.is_hurried  # a third one does not even wait for what was ended
+        self.is_hurried = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end_connections)
 
     def stop(self) -> None:
         """End as after one Ctrl-C, from within."""
         self.should_exit = True
+
+    def _give_up(self) -> None:
+        log.warning("%d answers are not finished, and end here", len(self.server_state.tasks))
+        self._end_connections()
+
+    def _end_connections(self) -> None:
+        """Whoever writes an answer is told that its client has gone, and leaves nothing behind."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def address_of(listening: socket.socket) -> tuple[str, int]:

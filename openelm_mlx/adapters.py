@@ -22,7 +22,14 @@ import numpy as np
 
 from . import hub
 from .arguments import FLAG, NAME, PATH, checked_call
-from .checkpoint.adapter_files import CONFIG, FORMATS, read_adapter, write_adapter
+from .checkpoint.adapter_files import (
+    CONFIG,
+    FORMATS,
+    MLX_LM_WEIGHTS,
+    PEFT_WEIGHTS,
+    read_adapter,
+    write_adapter,
+)
 from .checks import size
 from .decoding.arguments import check_model
 from .errors import CheckpointError, DestinationError, MemoryLimitError, SettingError
@@ -65,9 +72,19 @@ def locate_adapter(source: SourceName, progress: Progress | None = None) -> Path
     return hub.download(found[0], _adapter_files, revision=found[1], progress=progress)
 
 
+def _name_of(source: SourceName, place: Path) -> str:
+    """What an adapter is called where nobody says: the repository's last name, or the folder's or file's."""
+    found = repository(source) if path_here(source) is None else None
+    if found is not None:
+        return found[0].rpartition("/")[2]
+    if place.name in (CONFIG, PEFT_WEIGHTS, MLX_LM_WEIGHTS):
+        place = place.parent
+    return place.stem if place.is_file() else place.resolve().name
+
+
 def _adapter_files(files: Any) -> list[str]:
     names = {file.name for file in files}
-    wanted = [name for name in (CONFIG, "adapter_model.safetensors", "adapters.safetensors") if name in names]
+    wanted = [name for name in (CONFIG, PEFT_WEIGHTS, MLX_LM_WEIGHTS) if name in names]
     if CONFIG not in wanted or len(wanted) < 2:
         raise CheckpointError(
             f"The repository holds no adapter: there is no {CONFIG} with a safetensors file beside it."
@@ -98,7 +115,7 @@ def add_adapter(model: Model, source: SourceName, name: str | None = None, activ
     place = locate_adapter(source)
     adapter = read_adapter(place, model.spec)
     check_base(adapter, None if not adapter.base.get("hash") else base_hash(model))
-    name = checked_name(place.stem if place.is_file() else place.name) if name is None else checked_name(name)
+    name = checked_name(_name_of(source, place) if name is None else name)
     _check_room(model, adapter, name)
     put_adapter(model, name, adapter, activate)
     return name
@@ -203,7 +220,7 @@ def given_adapters(given: Adapters | None, spec: ModelSpec, progress: Progress |
         sources = {checked_name(str(name)): source for name, source in given.items()}
     else:
         place = locate_adapter(given, progress)
-        sources = {checked_name(place.stem if place.is_file() else place.resolve().name): given}
+        sources = {checked_name(_name_of(given, place)): given}
     for name, source in sources.items():
         if not isinstance(source, str | os.PathLike):
             raise SettingError(f"The adapter {shown(name)} is {shown(source)}: give a path, or a repository.")

@@ -42,6 +42,23 @@ def test_a_tokenizer_from_another_repository(hub, files):
     assert om.load("apple/OpenELM-tiny")[1].vocab_size == 600
 
 
+def test_an_adapter_from_a_repository(hub, tmp_path):
+    """Its own files alone move, and it has the repository's name."""
+    folder = FIXTURES / "adapters" / "openelm_lora" / "peft_final"
+    held = {file.name: file for file in folder.iterdir()}
+    hub.add_repo("somebody/my-style", {**held, "optimizer.pt": b"large", "README.md": b"what it is"})
+    hub.add_repo("somebody/no-adapter", {"adapter_config.json": b"{}", "README.md": b"nothing else"})
+    for _ in range(2):
+        model, _ = om.load(FIXTURES / "openelm_tiny", adapter="somebody/my-style")
+        assert om.adapter_names(model) == ("my-style",)
+    assert hub.sent("adapter_model.safetensors") == (folder / "adapter_model.safetensors").stat().st_size
+    assert hub.sent("optimizer.pt") == 0
+    om.add_adapter(model, folder / "adapter_config.json")
+    assert om.adapter_names(model) == ("my-style", "peft_final")
+    with pytest.raises(om.UserError, match="holds no adapter"):
+        om.add_adapter(model, "somebody/no-adapter")
+
+
 @pytest.mark.parametrize(
     ("repo", "said"),
     [

@@ -406,8 +406,11 @@ def test_nothing_is_overwritten(tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    for file in written.glob("adapter_*"):
+        file.write_bytes(b"of an earlier step")
     assert write_adapter(written, adapter, spec, replace=True) == written
-    assert sorted(each.name for each in written.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (written / "README.md").read_bytes() == b"what it is"
+    assert_same(read_adapter(written, spec), adapter)
     assert [each.name for each in written.parent.iterdir()] == ["new"]
 
 

@@ -9,10 +9,11 @@ from conftest import FIXTURES, load_fixture
 from mlx import nn
 from mlx.utils import tree_flatten
 
+import openelm_mlx as om
 from openelm_mlx.checkpoint.adapter_files import read_adapter
 from openelm_mlx.checkpoint.adapter_peft import PREFIX, peft_files
 from openelm_mlx.errors import SettingError
-from openelm_mlx.models.adapter_sites import LowRank
+from openelm_mlx.models.adapter_sites import LowRank, module_at, unpacked
 from openelm_mlx.models.adapters import AdapterConfig, attach, detach, trained_adapter
 from openelm_mlx.models.low_rank import Adapter, Pair
 
@@ -162,3 +163,36 @@ def test_ranks_alphas_layers_and_dropout():
     assert abs(mx.mean(mx.stack([module.dropped(x) for _ in range(200)])).item() - 1.0) < 0.1
     model.eval()
     assert mx.array_equal(module.delta(module.dropped(x)), plain)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 5, 4])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_beside_packed_weights(bits, kind):
+    """QLoRA: nothing changes at first, and afterwards it is the adapter beside the unpacked weights; the packed ones stay."""
+    model, _ = om.load(FIXTURES / "openelm_tiny", dense_bits=bits, dtype="float32")
+    plain = load_fixture(FIXTURES / "openelm_tiny")
+    packed = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            packed[name] = mx.array(module.weight)
+            module_at(plain, name).weight = unpacked(module)
+    assert packed
+    tokens = mx.array(np.random.default_rng(0).integers(0, 90, (2, 20)))
+    known = model(tokens)
+    attach(model, AdapterConfig(kind=kind, rank=4))
+    assert mx.array_equal(model(tokens), known)
+    drawn = {key: value + mx.random.normal(value.shape, key=mx.random.key(len(key))) * 0.1
+             for key, value in tree_flatten(model.trainable_parameters())}  # fmt: skip
+    model.load_weights(list(drawn.items()), strict=False)
+    attach(plain, AdapterConfig(), trained_adapter(model))
+    assert mx.allclose(model(tokens), plain(tokens), atol=1e-4)
+    model.train()
+    ones = mx.ones_like(tokens)
+    _, grads = nn.value_and_grad(model, cross_entropy)(model, tokens, ones)
+    plain.train()
+    _, others = nn.value_and_grad(plain, cross_entropy)(plain, tokens, ones)
+    others = dict(tree_flatten(others))
+    for key, value in tree_flatten(grads):
+        assert mx.linalg.norm(value - others[key]) <= 1e-3 * mx.linalg.norm(others[key]), key
+    detach(model)
+    assert all(mx.array_equal(module_at(model, name).weight, value) for name, value in packed.items())

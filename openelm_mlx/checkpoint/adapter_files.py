@@ -90,8 +90,8 @@ def write_adapter(
 ) -> Path:
     """Write an adapter into a new folder, which appears complete; returns it.
 
-    format: "peft" or "mlx-lm". others: name -> content of further files (a README). replace: an existing folder gives way in
-    one step, for a run that saves again what it wrote itself.
+    format: "peft" or "mlx-lm". others: name -> content of further files (a README). replace: the files of an existing folder
+    give way one by one, for a run that saves again what it wrote itself.
 
     Raises DestinationError where the folder exists or cannot be written, SettingError for what a format cannot hold.
     """
@@ -117,11 +117,9 @@ def write_adapter(
         _save(beside / name, tensors, metadata)
         (beside / CONFIG).write_bytes(config)
         sync_folder(beside)
-        if replace and destination.is_dir():
-            old = beside.with_name(f"{beside.name}.old")
-            os.rename(destination, old)
-            os.rename(beside, destination)
-            shutil.rmtree(old, ignore_errors=True)
+        if replace and destination.is_dir():  # file by file, so that there is a whole one at any moment
+            for file in sorted(beside.iterdir(), key=lambda each: each.name == CONFIG):
+                os.replace(file, destination / file.name)
         else:
             os.rename(beside, destination)  # an empty folder gives way
         sync_folder(destination.parent)

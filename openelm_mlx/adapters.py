@@ -110,7 +110,7 @@ def add_adapter(model: Model, source: SourceName, name: str | None = None, activ
     check_model(model)
     if model.is_followed:
         raise SettingError(
-            "An adapter does not go with workers yet: the layers elsewhere would answer without it; load the whole model here."
+            "An adapter is not put beside a loaded model whose other layers have workers: load it again, with adapter=."
         )
     place = locate_adapter(source)
     adapter = read_adapter(place, model.spec)
@@ -121,12 +121,15 @@ def add_adapter(model: Model, source: SourceName, name: str | None = None, activ
     return name
 
 
-def put_adapter(model: Model, name: str, adapter: Adapter, activate: bool = True) -> None:
-    """Serve an adapter that has been read, or trained, under this name; one of the same name is replaced."""
+def put_adapter(model: Model, name: str, adapter: Adapter, activate: bool = True, id: str | None = None) -> None:
+    """Serve an adapter that has been read, or trained, under this name; one of the same name is replaced.
+
+    id: what requests know it by, where it is only a part of one.
+    """
     adapters = model.adapters
     if name in adapters.served.names:
         remove_adapter(model, name)
-    served = added(model, name, adapter_id(adapter), adapter)
+    served = added(model, name, adapter_id(adapter) if id is None else id, adapter)
     mx.eval(served.arrays)  # not by the first of several threads, and not in pieces of the first pass
     adapters.served = served
     _plan_again(model)

@@ -155,6 +155,7 @@ class Prepared:
     tokenizer: Tokenizer | None
     _read: Callable[[], Model]
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    several: Several | None = None
 
     @property
     def plan(self) -> MemoryPlan | None:
@@ -169,8 +170,20 @@ class Prepared:
         runtime.plan, runtime.tokenizer = runtime_of(shape).plan, self.tokenizer
         while self.adapters:  # each is given up once it stands beside the weights
             name = next(iter(self.adapters))
-            put_adapter(model, name, self.adapters.pop(name), name == shape.adapters.active)
+            found, id = self.adapters.pop(name), None
+            if self.several is not None:
+                id = adapter_id(found)
+                found = self.several.give_adapter(name, id, found)
+            put_adapter(model, name, found, name == shape.adapters.active, id)
         return model, self.tokenizer
+
+    def serving(self, adapters: dict[str, Adapter], given: Adapters | None, several: Several | None = None) -> Prepared:
+        """The same with these adapters, which `given` named; requests are checked against their names."""
+        self.adapters, self.several = adapters, several
+        served = self.model.adapters
+        served.served = Served(tuple(adapters), tuple(map(adapter_id, adapters.values())))
+        served.active = None if isinstance(given, Mapping) else next(iter(adapters), None)
+        return self
 
 
 @hears_the_disk(CheckpointError)
@@ -225,19 +238,23 @@ def prepare(
             check_base(each, stored_base_hash(contents, opened.checkpoint))
     placement = Placement.of(contents, wanted_type, dense_packing(dense_bits))
     if addresses is not None:
-        if adapters:
-            raise SettingError(
-                "An adapter does not go with workers yet: the layers elsewhere would answer without it; leave one of the two "
-                "out."
-            )
-        several = spread_out(opened, placement, request, addresses, secret_file, layers, worker_timeout, machine)
+        several = spread_out(
+            opened,
+            placement,
+            request,
+            addresses,
+            secret_file,
+            layers,
+            worker_timeout,
+            machine,
+            planned_bytes(spec, adapters, backend_name()),
+        )
         template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
         found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
         shape = build_model(several.own.spec)
         several.until_read(shape)
-        return _prepared(
-            shape, several.plan, found, context_length, kv_bits, partial(_read_several, source, several, progress)
-        )
+        read = partial(_read_several, source, several, progress)
+        return _prepared(shape, several.plan, found, context_length, kv_bits, read).serving(adapters, adapter, several)
     more, itemsize = planned_bytes(spec, adapters, backend_name()), placement.dtype.size
     weights = placement.weights(opened.folder).with_adapters(*more)
 
@@ -262,13 +279,7 @@ def prepare(
     template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
     found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
     read = partial(_read, source, placement, opened.checkpoint, streaming)
-    prepared = _prepared(build_model(spec), plan, found, context_length, kv_bits, read)
-    prepared.adapters = adapters
-    # Requests are checked against their names.
-    served = prepared.model.adapters
-    served.served = Served(tuple(adapters), tuple(map(adapter_id, adapters.values())))
-    served.active = None if isinstance(adapter, Mapping) else next(iter(adapters), None)
-    return prepared
+    return _prepared(build_model(spec), plan, found, context_length, kv_bits, read).serving(adapters, adapter)
 
 
 def _prepared(

@@ -137,14 +137,13 @@ def plan_several(
     The other arguments are those of `plan`; as_released: see `plans_on`. Raises SettingError for a Mac that is unknown and for
     layers that do not add up, MemoryLimitError, with how much is missing, where the Macs do not hold it.
     """
-    if adapter is not None:
-        raise SettingError("An adapter does not go with several Macs yet: leave adapter or macs out.")
     between, machines = checked_link(link), machines_of(macs, find_mac)
     counts, bits = parse_counts(layers), preset_bits(preset, dense_bits)
-    looked_at = Planned.look(source, revision, dtype, as_released)
+    looked_at = Planned.look(source, revision, dtype, as_released).with_adapters(adapter)
     request = checked_request(looked_at.contents, dense_bits=bits, **options)
     placement = Placement.of(looked_at.contents, looked_at.dtype, dense_packing(bits), on_cpu=False)
-    parts = spread_over(str(source), placement, machines, request, counts)
+    more = planned_bytes(looked_at.contents.spec, looked_at.adapters, "metal")
+    parts = spread_over(str(source), placement, machines, request, counts, adapter_bytes=more)
     weights, spec = placement.weights(looked_at.folder), looked_at.contents.spec
     alone = [looked_at.plan(each, dense_bits=bits, **options) for each in dict.fromkeys(machines)]
     return forecast(str(source), spec, weights, parts, alone, between)

@@ -85,7 +85,6 @@ def test_layers_by_hand_and_what_does_not_fit(by_cable):
         ("M4, ", {}, "give two or more"),
         (TWO, {"link": "pigeon"}, "link is 'pigeon': give thunderbolt, ethernet or wifi"),
         (TWO, {"layers": "3,4"}, "together 7, and the model has 6 layers"),
-        (TWO, {"adapter": "x"}, "adapter"),
     ],
 )
 def test_what_is_not_understood(macs, options, message):

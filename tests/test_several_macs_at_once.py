@@ -1,15 +1,20 @@
 """What several machines do at the same time, and what one of them has on disk."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from worker_processes import workers
 
 import openelm_mlx as om
 from openelm_mlx.bench.several import check_workers
+from openelm_mlx.checkpoint.adapter_files import write_adapter
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.budget import Budget
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.link.arrays import unpacked
+from openelm_mlx.models.adapter_targets import targets_of
+from openelm_mlx.models.low_rank import Adapter, Pair
+from openelm_mlx.sources import Source
 
 ENDLESS = om.SamplingParams(logit_bias={2: -1e9, 4079: -1e9})
 pytestmark = pytest.mark.filterwarnings("ignore::openelm_mlx.NoAnswerWarning")
@@ -104,3 +109,59 @@ def test_selfcheck_sees_another_model(two_workers, monkeypatch):
     assert found.difference > 0
     assert not found.is_equal
     assert "differ by" in found.line()
+
+
+def random_adapter(spec, seed: int, groups: tuple[str, ...], magnitudes: bool = False) -> Adapter:
+    rng, pairs = np.random.default_rng(seed), {}
+    for name, target in targets_of(spec).items():
+        if target.group in groups:
+            a, b = (mx.array(rng.normal(0, 0.1, shape).astype(np.float32)) for shape in target.shapes(3))
+            magnitude = mx.array(rng.uniform(0.5, 2.0, target.rows).astype(np.float32)) if magnitudes else None
+            pairs[name] = Pair(a, b, 1.5, magnitude)
+    return Adapter(pairs)
+
+
+@pytest.mark.parametrize("demo", ["demo-openelm", "demo-gpt-oss"])
+def test_adapters_on_every_machine(two_workers, tmp_path, demo):
+    """Each machine has its part of each; requests with different ones go through together."""
+    spec = Source.open(demo).spec
+    everything = ("attention", "feed-forward", "experts", "router", "embedding", "head")
+    for name, groups, magnitudes in (("a", everything, False), ("b", ("attention",), True)):
+        write_adapter(tmp_path / name, random_adapter(spec, ord(name), groups, magnitudes), spec)
+    given = {name: str(tmp_path / name) for name in "ab"}
+    addresses = [each.address for each in two_workers]
+    one, tokenizer = om.load(demo, dtype="float32", adapter=given)
+    third = len(spec.layers) // 3
+    layers = (third, third, len(spec.layers) - 2 * third)
+    model, _ = om.load(demo, dtype="float32", adapter=given, workers=addresses, layers=layers, worker_timeout=60)
+    assert not any(".layers.5." in site for site in model.adapters.served.stacks)
+    prompts = [(tokens_of(5 + 30 * i, i), name) for i, name in enumerate(("a", "b", "none", "a"))]
+    options = {"max_tokens": 5, "sampling": ENDLESS, "logprobs": 1}
+    expected = [
+        [(chunk.token, chunk.logprob) for chunk in om.stream_generate(one, tokenizer, prompt, adapter=name, **options)]
+        for prompt, name in prompts
+    ]
+    alone = [
+        [
+            (chunk.token, chunk.logprob)
+            for chunk in om.stream_generate(model, tokenizer, prompt, adapter=name, **options)
+        ]
+        for prompt, name in prompts
+    ]
+    assert alone == expected
+    assert len({str(each[0]) for each in expected[:3]}) == 3
+    with om.Engine(model, tokenizer) as engine:
+        handles = [engine.submit(prompt, adapter=name, **options) for prompt, name in prompts]
+        together = [[(chunk.token, chunk.logprob) for chunk in handle] for handle in handles]
+    with om.Engine(one, tokenizer) as engine:
+        handles = [engine.submit(prompt, adapter=name, **options) for prompt, name in prompts]
+        assert together == [[(chunk.token, chunk.logprob) for chunk in handle] for handle in handles]
+    # A worker that comes back has them again.
+    for peer in model.remote.peers:
+        peer.connection.close()
+    prompt, name = prompts[0]
+    again = [
+        (chunk.token, chunk.logprob) for chunk in om.stream_generate(model, tokenizer, prompt, adapter=name, **options)
+    ]
+    assert again == expected[0]
+    model.remote.close()

@@ -22,10 +22,12 @@ from typing import Any, cast, final
 import mlx.core as mx
 
 from ..errors import UserError, WorkerError
+from ..models.adapter_sets import AdapterSet
 from ..models.cache import Cache
 from ..models.remote import RemoteLayers, RequestRows
 from ..models.remote_cache import Keeper, RemoteCache
 from ..specs import ModelSpec
+from .adapter_parts import told
 from .arrays import packed, unpacked
 from .framing import LostConnectionError
 from .peer import MOST_CHANGES, Answer, Peer
@@ -61,6 +63,8 @@ class Chain(RemoteLayers, Keeper):
         self._numbers = itertools.count(1)
         self._forgotten: deque[tuple[int, int, int, bool]] = deque()
         self.epoch, self.is_up = 0, False
+        # The model's own, which say what a pass at work uses; the workers have their parts of them.
+        self.adapters: AdapterSet | None = None
         self._trouble: Exception | None = None
         self._looked = 0.0
 
@@ -110,8 +114,12 @@ class Chain(RemoteLayers, Keeper):
 
     def echo(self, k: int, body: bytes) -> None:
         """To worker k and back, for measuring: so many bytes."""
+        self.ask(k, {"op": "echo"}, body)
+
+    def ask(self, k: int, header: Mapping[str, Any], body: bytes = b"") -> None:
+        """Ask worker k for something, and wait until it is done. Raises its error."""
         with self._at_work():
-            self._result(k, self.peers[k].ask({"op": "echo"}, body, Answer()))
+            self._result(k, self.peers[k].ask(header, body, Answer()))
 
     def _down(self, error: BaseException) -> None:
         self.is_up, self._trouble = False, error if isinstance(error, Exception) else None
@@ -239,6 +247,7 @@ class Chain(RemoteLayers, Keeper):
                 for cache in each.caches:
                     cache.give_up(error)
 
+        chosen = {} if self.adapters is None else told(self.adapters.selection)
         given: memoryview | Answer = body
         for k, peer in enumerate(self.peers):
             new, parts = {}, []
@@ -249,7 +258,7 @@ class Chain(RemoteLayers, Keeper):
                     new[str(cache.number)] = settings
                 parts.append([cache.number, cache.offset, each.length, int(each.is_prompt), int(each.wants)])
                 cache.advance(each.length)
-            header = {"op": "pass", "form": form, "rows": parts, **described}
+            header = {"op": "pass", "form": form, "rows": parts, **described, **chosen}
             if new:
                 header["new"] = new
             given = peer.ask(header, given, Answer(give_up))

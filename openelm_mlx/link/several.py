@@ -16,10 +16,12 @@ from ..files import shown
 from ..memory.calibration import calibrated
 from ..memory.machine import Machine, this_machine
 from ..memory.plan_types import MemoryPlan, PlanRequest
+from ..models.low_rank import Adapter
 from ..placement import Placement
 from ..runtime import runtime_of
 from ..sources import DEMOS, Source
 from ..specs import ModelSpec
+from .adapter_parts import adapter_part, packed_adapter
 from .addresses import Address, parse_workers
 from .chain import Chain
 from .reading import Progress, SharedProgress
@@ -63,10 +65,19 @@ class Several:
         # Requests keep their keys and values apart: the workers' are, too.
         model.choices = replace(model.choices, slots=False)
         runtime_of(model).remote = self.chain
+        self.chain.adapters = model.adapters
         self.team.has_read()
         for each in self._abandoned:
             each.detach()
         weakref.finalize(model, self.team.close)
+
+    def give_adapter(self, name: str, id: str, adapter: Adapter) -> Adapter:
+        """Have each worker serve its part of an adapter; gives this machine's."""
+        for number, (member, part) in enumerate(zip(self.team.members, self.parts[1:], strict=True)):
+            message = packed_adapter(name, id, adapter_part(adapter, part.start, part.stop))
+            self.chain.ask(number, *message)
+            member.adapters.append(message)
+        return adapter_part(adapter, self.own.start, self.own.stop)
 
     def until_read(self, shape: Model) -> None:
         """Let the workers go when nobody has `shape` any more, which is there before anything is read."""
@@ -99,6 +110,7 @@ def spread_out(
     layers: Any,
     deadline: float,
     machine: Machine | None = None,
+    adapter_bytes: tuple[int, int] = (0, 0),
 ) -> Several:
     """Meet the workers, decide who gets which layers, and have each of them check its own copy and its own memory.
 
@@ -110,7 +122,8 @@ def spread_out(
     try:
         here = calibrated(this_machine() if machine is None else machine)
         machines = [here, *(each.machine for each in team.members)]
-        parts = spread_over(opened.name, placement, machines, request, parse_counts(layers))
+        counts = parse_counts(layers)
+        parts = spread_over(opened.name, placement, machines, request, counts, adapter_bytes=adapter_bytes)
         _check_kv_bits(request.kv_bits, parts[0].spec)
         plan = parts[0].plan
         asked = {
@@ -119,7 +132,7 @@ def spread_out(
             "dtype": str(placement.dtype).removeprefix("mlx.core."), "dense_bits": request.dense_bits,
             "kv_bits": request.kv_bits, "context_length": plan.context_length, "batch_size": request.batch_size,
             "expert_slots": request.expert_slots, "prefill_chunk": request.prefill_chunk,
-            "longest": request.context_length or opened.spec.context_length,
+            "adapter_bytes": adapter_bytes, "longest": request.context_length or opened.spec.context_length,
         }  # fmt: skip
         wanted = [
             {**asked, "start": part.start, "stop": part.stop, "is_followed": part is not parts[-1],

@@ -50,11 +50,14 @@ def spread_over(
     request: PlanRequest,
     counts: Sequence[int] | None = None,
     needs_fit: bool = True,
+    adapter_bytes: tuple[int, int] = (0, 0),
 ) -> list[Part]:
     """The parts of a model on these machines, this one first.
 
     placement: of the whole model. request: its memory limit is the first machine's. counts: how many layers each gets; None
-    chooses. needs_fit: False gives parts that do not fit, too. Raises SettingError for counts that do not add up, and
+    chooses. needs_fit: False gives parts that do not fit, too. adapter_bytes: what adapters take, and for each token of a
+    pass, as if each machine had them whole.
+    Raises SettingError for counts that do not add up, and
     MemoryLimitError where all machines together have too little.
     """
     spec = placement.contents.spec
@@ -63,12 +66,12 @@ def spread_over(
             f"{source} has {len(spec.layers)} layers, too few for {len(machines)} machines: give fewer workers."
         )
     if counts is not None:
-        parts = _parts(source, placement, machines, request, checked_counts(counts, spec, len(machines)))
+        parts = _parts(source, placement, machines, request, checked_counts(counts, spec, len(machines)), adapter_bytes)
         if needs_fit:
             _check(source, parts)
         return parts
     layers, kept = _layer_bytes(placement, request)
-    rooms = [_room(source, placement, machine, _own(request, i)) for i, machine in enumerate(machines)]
+    rooms = [_room(source, placement, machine, _own(request, i), adapter_bytes) for i, machine in enumerate(machines)]
     parts = []
     for _ in range(_ATTEMPTS):
         found = split_layers(layers, kept, rooms)
@@ -76,9 +79,9 @@ def spread_over(
             if needs_fit and not placement.weights().can_stream:
                 raise _too_little(source, machines, layers, kept, rooms)
             found = split_evenly(layers, kept, rooms)
-            parts = _parts(source, placement, machines, request, found)
+            parts = _parts(source, placement, machines, request, found, adapter_bytes)
             break
-        parts = _parts(source, placement, machines, request, found)
+        parts = _parts(source, placement, machines, request, found, adapter_bytes)
         tight = [i for i, part in enumerate(parts) if not part.plan.fits or part.plan.expert_slots is not None]
         if not tight or request.expert_slots is not None:
             break
@@ -127,7 +130,12 @@ def _own(request: PlanRequest, place: int) -> PlanRequest:
 
 
 def _parts(
-    source: str, placement: Placement, machines: Sequence[Machine], request: PlanRequest, counts: Sequence[int]
+    source: str,
+    placement: Placement,
+    machines: Sequence[Machine],
+    request: PlanRequest,
+    counts: Sequence[int],
+    adapter_bytes: tuple[int, int],
 ) -> list[Part]:
     parts, start = [], 0
     for place, (machine, count) in enumerate(zip(machines, counts, strict=True)):
@@ -136,7 +144,8 @@ def _parts(
         spec = part.contents.spec
         name = f"{source}, layers {start} to {stop - 1}"
         wanted = _own(request, place)
-        plan = make_plan(name, spec, part.weights(), machine, wanted, part.dtype.size)
+        weights = part.weights().with_adapters(*adapter_bytes)
+        plan = make_plan(name, spec, weights, machine, wanted, part.dtype.size)
         parts.append(Part(start, stop, machine, part, plan))
         start = stop
     return parts
@@ -165,14 +174,16 @@ def _bytes_by_layer(placement: Placement) -> Counter[int]:
     return sizes
 
 
-def _room(source: str, placement: Placement, machine: Machine, request: PlanRequest) -> Room:
+def _room(
+    source: str, placement: Placement, machine: Machine, request: PlanRequest, adapter_bytes: tuple[int, int]
+) -> Room:
     """What a machine has for layers, beside its process and what computing takes at least."""
     spec, weights = placement.contents.spec, placement.weights()
     chunk = request.prefill_chunk or SHORT_CHUNK
     lean = make_plan(source, spec, weights, machine, replace(request, prefill_chunk=chunk), placement.dtype.size)
     overhead = lean.process_bytes - lean.weights_bytes - lean.kv_cache_bytes
     rates = rates_of(machine, spec, request.dense_bits)
-    nbytes = lean.memory_limit - overhead
+    nbytes = lean.memory_limit - overhead - adapter_bytes[0]
     if rates is None:
         return Room(nbytes, 0.0, 1e-11 if machine.bandwidth is None else 1 / machine.bandwidth)
     return Room(nbytes, rates.layer_seconds, 1 / rates.weights)

@@ -25,7 +25,8 @@ _NUMBERS = ("memory_bytes", "working_set_bytes", "used_bytes")
 class Member:
     """A worker: where it is, what it says of itself, and what it is asked for whenever it is connected.
 
-    latency: seconds there and back. other_addresses: of its networks and cables, as it knows them itself.
+    latency: seconds there and back. other_addresses: of its networks and cables, as it knows them itself. adapters: messages
+    with its parts of them.
     """
 
     address: Address
@@ -37,6 +38,7 @@ class Member:
     other_addresses: Sequence[str] = ()
     wanted: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    adapters: list[tuple[dict[str, Any], bytes]] = field(default_factory=list)
 
 
 @final
@@ -103,6 +105,9 @@ class Team:
                 each.peer.open.send({"op": "read"})
             for each in self.members:
                 self._answer(each)
+                for header, body in each.adapters:
+                    each.peer.open.send(header, body)
+                    self._answer(each)
 
     def _meet(self, member: Member) -> None:
         peer, address = member.peer, member.address

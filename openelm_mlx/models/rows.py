@@ -59,8 +59,7 @@ def flat_logits(
     if not model.is_followed:
         return walk.logits()
     walk.run(0, len(walk.layers))
-    h = walk.h if model.remote is None else model.remote.rows(walk.h, rows)
-    return None if h is None else model.head(h)
+    return walk.h if model.remote is None else walk.head_of(model.remote.rows(walk.h, rows))
 
 
 def positions_of(rows: Sequence[Rows], bank: SlotBank | None = None) -> mx.array:
@@ -125,6 +124,19 @@ class RowsWalk(LayerWalk):
             selection = selection.taking([row for span in wanted for row in range(*span)])
         with adapters.using(selection):
             return self._model.head(self.layers[last].after_attention(x, _joined(outs)))
+
+    def head_of(self, h: mx.array | None) -> mx.array | None:
+        """The logits of what other machines gave for the rows that want any, (R, hidden_size)."""
+        if h is None:
+            return None
+        taken, start = [], 0
+        for rows in self._rows:
+            stop = start + rows.length
+            taken += list(range(stop - rows.num_logits, stop))
+            start = stop
+        adapters = self._model.adapters
+        with adapters.using(adapters.selection.taking(taken)):
+            return self._model.head(h)
 
     def enter(self, i: int) -> Projected:
         queries, keys, values = self.layers[i].before_attention(self.h, self.positions)

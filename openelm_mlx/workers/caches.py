@@ -14,7 +14,8 @@ from ..decoding.budget import Budget
 from ..decoding.compiled_step import make_step
 from ..decoding.prefill import chunk_throttle, lock_of, through_chunk
 from ..decoding.step import Step
-from ..errors import MemoryLimitError, WorkerError
+from ..errors import UserError, WorkerError
+from ..link.adapter_parts import ids_of
 from ..link.framing import LostConnectionError
 from ..memory.admission import TOKENS_AT_ONCE
 from ..models.buffers import Snapshot
@@ -158,10 +159,12 @@ class Caches:
             for number, settings in new.items():
                 self._make(int(number), settings)
             rows = self._checked(header, h)
-            return self._computed(str(header.get("form")), header, h, rows)
+            adapters = self._model.adapters
+            with adapters.using(adapters.select(ids_of(header))):
+                return self._computed(str(header.get("form")), header, h, rows)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self._drop(rows)
-            if isinstance(error, (WorkerError, MemoryLimitError)):
+            if isinstance(error, UserError):
                 raise
             raise WorkerError(f"A pass cannot be computed: {type(error).__name__}, {error}.") from None
         except BaseException:

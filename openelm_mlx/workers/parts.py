@@ -21,6 +21,7 @@ from ..memory.choices import stored_choices
 from ..memory.machine import this_machine
 from ..memory.plan import make_plan
 from ..memory.plan_types import MemoryPlan, PlanRequest
+from ..models.adapter_sets import Served
 from ..placement import Placement, dense_packing, parse_dtype
 from ..runtime import runtime_of
 from ..sources import DEMOS, Source, SourceName
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 # What the first machine says of the layers that it wants; two requests with the same values want the same.
 _ASKED = (
     "identity", "start", "stop", "is_followed", "dtype", "dense_bits", "kv_bits", "context_length", "batch_size",
-    "expert_slots", "prefill_chunk", "longest",
+    "expert_slots", "prefill_chunk", "longest", "adapter_bytes",
 )  # fmt: skip
 
 
@@ -84,7 +85,8 @@ class Parts:
         )
         name = f"{source.name}, layers {start} to {stop - 1}"
         machine = calibrated(this_machine())
-        plan = make_plan(name, part.contents.spec, part.weights(), machine, request, part.dtype.size)
+        weights = part.weights().with_adapters(*(int(each) for each in asked.get("adapter_bytes") or (0, 0)))
+        plan = make_plan(name, part.contents.spec, weights, machine, request, part.dtype.size)
         if not plan.fits:
             raise plan.refusal()
         longest = asked.get("longest")
@@ -106,6 +108,7 @@ class Parts:
             model.context_length = planned.longest
             runtime_of(model).plan = planned.plan
             self.model = model
+        self.model.adapters.served = Served()  # those of the one before
         return self.model
 
     def forget(self) -> None:

@@ -10,8 +10,10 @@ from typing import Any, final
 
 import mlx.core as mx
 
+from ..adapters import put_adapter
 from ..errors import UserError, WorkerError
 from ..files import one_line
+from ..link.adapter_parts import unpacked_adapter
 from ..link.addresses import own_addresses
 from ..link.arrays import packed, unpacked
 from ..link.framing import Connection, LostConnectionError, Message
@@ -100,6 +102,9 @@ class Session:
         if message.op == "read":
             self._read()
             return {"op": "ready", "bytes": mx.get_active_memory()}, b""
+        if message.op == "adapter":
+            self._add_adapter(message)
+            return {"op": "added"}, b""
         if message.op == "changes":
             return {"op": "changed"}, b""
         raise LostConnectionError(f"{self._connection.name} asks for {message.op[:40]!r}, which there is not.")
@@ -126,6 +131,13 @@ class Session:
         self._limits.close()
         self._limits.enter_context(generating(self._parts.planned.plan))
         self._say(f"{self._parts.planned.plan.source}: ready.")
+
+    def _add_adapter(self, message: Message) -> None:
+        model = self._parts.model
+        if model is None or self._caches is None:
+            raise WorkerError("Nothing has been read that an adapter could be put beside.")
+        name, id = str(message.header.get("name")), str(message.header.get("id"))
+        put_adapter(model, name, unpacked_adapter(message.header, message.body), False, id)
 
     def _passed(self, message: Message) -> tuple[Mapping[str, Any], memoryview | bytes]:
         if self._caches is None:

@@ -56,9 +56,8 @@ def spread_over(
 
     placement: of the whole model. request: its memory limit is the first machine's. counts: how many layers each gets; None
     chooses. needs_fit: False gives parts that do not fit, too. adapter_bytes: what adapters take, and for each token of a
-    pass, as if each machine had them whole.
-    Raises SettingError for counts that do not add up, and
-    MemoryLimitError where all machines together have too little.
+    pass, as if each machine had them whole. Raises SettingError for counts that do not add up, and MemoryLimitError where
+    all machines together have too little.
     """
     spec = placement.contents.spec
     if len(machines) > len(spec.layers):

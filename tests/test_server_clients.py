@@ -174,10 +174,13 @@ def test_vercels_ai(server, tmp_path):
         assert found[kind]["errors"]["unknown model"][0] == 404
 
 
-def test_codex(server, tmp_path):
-    """Its first prompt has 40 kB: the demo answers something, and the turn is completed."""
+@pytest.mark.parametrize("prompt", ["short", "whole"])
+def test_codex(server, tmp_path, prompt):
+    """The demo answers something, and the turn is completed. Codex's whole first prompt has 40 kB."""
+    if prompt == "whole" and os.environ.get("OPENELM_MLX_LONG") != "1":
+        pytest.skip("minutes: set OPENELM_MLX_LONG=1")
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
-    said = run_client(server, "sh", "codex.sh", str(tmp_path / "home"), str(tmp_path / "work"))
+    said = run_client(server, "sh", "codex.sh", str(tmp_path / "home"), str(tmp_path / "work"), PROMPT=prompt)
     kinds = [json.loads(line)["type"] for line in said.splitlines() if line.startswith("{")]
     assert "turn.completed" in kinds

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ SAYS = {
     "logprobs.py": "rather than",
     "research_files.py": "】",
     "mlx_lm_interop.py": "stringed instrument",
+    "serve_chat_client.py": "> What is a river?",
+    "serve_agent.py": "437",
+    "serve_many.py": "harbor: a sheltered port",
 }
 # What they take after their name: as much as shows that they run.
 ARGUMENTS = {"kv_quality.py": ["float32", "1"]}
@@ -54,6 +58,13 @@ def test_what_is_likely_is_found_likely(run):
     """The banjo is no soup, and words in disorder are the least likely."""
     answers = [line.split("a token")[1].strip() for line in run("batch.py").splitlines()[1:]]
     assert answers == ["a stringed instrument", "a keyboard instrument", "a kind of soup", "instrument stringed a"]
+
+
+def test_a_second_turn_over_http_has_its_first_one_cached(run):
+    (first, _), (second, cached) = re.findall(
+        r"\((\d+) tokens read, (\d+) of them cached\)", run("serve_chat_client.py")
+    )
+    assert int(first) - 8 <= int(cached) < int(second)
 
 
 def test_every_example_is_known():

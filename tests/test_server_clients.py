@@ -47,10 +47,10 @@ def server():
 def run_client(server, *command, **variables):
     environment = {
         **os.environ, "BASE_URL": server, "MODEL": "demo-gpt-oss", "NO_COLOR": "1", "OPENAI_API_KEY": "none",
-        "PATH": f"{FOLDER}/py/bin:{FOLDER}/npm/node_modules/.bin:{os.environ['PATH']}", **variables,
+        "PATH": f"{FOLDER}/py/bin:{FOLDER}/npm/node_modules/.bin:{FOLDER}/aider/bin:{os.environ['PATH']}", **variables,
     }  # fmt: skip
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=SCRIPTS)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, cwd=SCRIPTS)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -184,3 +184,23 @@ def test_codex(server, tmp_path, prompt):
     said = run_client(server, "sh", "codex.sh", str(tmp_path / "home"), str(tmp_path / "work"), PROMPT=prompt)
     kinds = [json.loads(line)["type"] for line in said.splitlines() if line.startswith("{")]
     assert "turn.completed" in kinds
+
+
+def test_claude_code(server, tmp_path):
+    found = json.loads(run_client(server, "sh", "claude.sh", str(tmp_path)).splitlines()[-1])
+    assert (found["subtype"], found["is_error"]) == ("success", False)
+    assert found["result"]
+    assert found["usage"]["output_tokens"] > 0
+
+
+def test_continue(server, tmp_path):
+    assert run_client(server, "sh", "continue.sh", str(tmp_path)).strip()
+
+
+def test_aider(server, tmp_path):
+    """What it says by itself, and then reasoning and answer, each under its own heading."""
+    if not Path(FOLDER, "aider").exists():
+        pytest.skip("aider cannot be installed for this Python")
+    said = run_client(server, "sh", "aider.sh", str(tmp_path))
+    assert "ANSWER" in said
+    assert "Error" not in said

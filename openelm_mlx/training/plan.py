@@ -38,10 +38,10 @@ FLOAT32 = 4
 class TrainingPlan:
     """What a run takes. Bytes; total_bytes: what MLX's peak should be; process_bytes: the whole process's.
 
-    weights_bytes: of the model. trained_bytes: what is trained, its gradient and the optimizer's two moments.
-    activations_bytes: what is kept for the gradient and computed with, the logits included (logits_bytes). num_trained: trained
-    numbers. tokens_at_once: see `finetune`. longest: tokens of the longest row. tokens: that the whole run sees. changes: what
-    would fit.
+    weights_bytes: of the model, where they are not trained. trained_bytes: what is trained and the optimizer's two moments.
+    activations_bytes: what is kept for the gradient and computed with, logits (logits_bytes) and gradients included.
+    num_trained: trained numbers. tokens_at_once: see `finetune`. longest: tokens of the longest row. tokens: that the whole run
+    sees. changes: what would fit.
     """
 
     source: str
@@ -68,7 +68,7 @@ class TrainingPlan:
         """The sum as a phrase."""
         kept = "layers computed again" if self.checkpointing else "all layers kept"
         return (
-            f"weights {size(self.weights_bytes)}, {self.num_trained:,} trained numbers with gradient and optimizer "
+            f"weights {size(self.weights_bytes)}, {self.num_trained:,} trained numbers with their optimizer "
             f"{size(self.trained_bytes)}, computing {self.tokens_at_once:,} tokens at once ({kept}) "
             f"{size(self.activations_bytes)}, the process {size(self.process_bytes - self.total_bytes)}"
         )
@@ -150,7 +150,7 @@ class _Planner:
         lengths = self.lengths if longest is None else [min(each, longest) for each in self.lengths]
         num_trained = self._num_trained()
         weights, trained = self._weights(), self._trained(num_trained)
-        kept, logits = self._activations(lengths, places, checkpointing)
+        kept, logits = self._activations(lengths, places, checkpointing, num_trained)
         total = weights + trained + kept
         process = PROCESS_BYTES if self.is_gpu else PROCESS_BYTES_ON_CPU
         cache = CACHE_LIMIT_BYTES if self.is_gpu else 0
@@ -203,30 +203,30 @@ class _Planner:
         return 0 if self.base.trains_all else weights.dense + slots
 
     def _trained(self, count: int) -> int:
-        """Parameters, the gradient's sum and the optimizer's two moments, in float32; the best ones, where they are kept.
+        """Parameters and the optimizer's two moments, in float32; the best ones, where they are kept.
 
         Computed in half precision, there is a copy of all weights in it as well.
         """
-        copies = 4 + (self.settings.patience is not None)
+        copies = 3 + (self.settings.patience is not None)
         half = 2 * count if self.base.trains_all and self.base.dtype.size < FLOAT32 else 0
         return copies * FLOAT32 * count + half
 
-    def _activations(self, lengths: Sequence[int], places: int, checkpointing: bool) -> tuple[int, int]:
-        """What the largest batch takes, and the logits in it."""
+    def _activations(self, lengths: Sequence[int], places: int, checkpointing: bool, trained: int) -> tuple[int, int]:
+        """What the largest batch of a step takes, gradients included, and the logits in it."""
         together = 2 if self.is_preference else 1
         longest = sorted(range(0, len(lengths), together), key=lambda i: -max(lengths[i : i + together]))
         chosen = [i + k for i in longest[: self.settings.batch_size] for k in range(together)]
-        found = (0, 0)
         rows = [row for each in self.examples for row in each]
-        for group in divided([lengths[i] for i in chosen], places, together):
-            cut = [rows[chosen[i]] for i in group]
-            batch = make_batch(
-                [
-                    Row(r.tokens[: lengths[chosen[i]]], r.targets[: lengths[chosen[i]]])
-                    for r, i in zip(cut, group, strict=True)
-                ]
-            )
-            found = max(found, batch_bytes(self.spec, self.base, self.settings, self.targets, batch, checkpointing))
+        cut = [Row(rows[i].tokens[: lengths[i]], rows[i].targets[: lengths[i]]) for i in chosen]
+        groups = divided([len(row) for row in cut], places, together)
+        gradient = FLOAT32 * trained
+        # The sum of earlier batches' gradients stays while the next batch is computed.
+        kept = gradient if len(groups) > 1 or not self.base.trains_all else 0
+        found = (2 * gradient, 0)
+        for group in groups:
+            batch = make_batch([cut[i] for i in group])
+            needed, logits = batch_bytes(self.spec, self.targets, self.base.trains_all, batch, checkpointing)
+            found = max(found, (needed + kept, logits))
         return found
 
 

@@ -1,0 +1,60 @@
+"""Plans of runs against MLX's own peak, and what is planned again where memory is short."""
+
+import gc
+
+import mlx.core as mx
+import pytest
+
+from openelm_mlx.errors import MemoryLimitError
+from openelm_mlx.training.finetuning import prepare_finetuning
+
+
+def chats(repeated: int) -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": "What is a banjo? " * (repeated + i % 2)},
+                {"role": "assistant", "content": "It is a stringed instrument. " * repeated},
+            ]
+        }
+        for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])
+def test_a_plan_is_near_the_peak_of_its_run(source, checkpointing, tmp_path):
+    prepared = prepare_finetuning(
+        source, data=chats(3), output=tmp_path / "out", steps=1, batch_size=3, checkpointing=checkpointing
+    )
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    prepared.run()
+    peak = mx.get_peak_memory() - before
+    assert 0.9 < peak / prepared.plan.total_bytes < 1.05
+
+
+def test_memory_is_saved_in_the_order_of_what_it_costs(tmp_path):
+    """First layers are computed again, then fewer tokens at once; what cannot fit is refused with the arithmetic."""
+
+    def plan(**options):
+        return prepare_finetuning("demo-gpt-oss", data=chats(12), output=tmp_path / "out", steps=1, **options).plan
+
+    free = plan()
+    assert not free.checkpointing
+    limit = free.process_bytes - 1
+    tight = plan(memory_limit=limit)
+    assert tight.checkpointing or tight.tokens_at_once < free.tokens_at_once
+    assert tight.process_bytes <= limit
+    least = plan(checkpointing=True, tokens_at_once=64)
+    tighter = plan(memory_limit=least.process_bytes + 2_000_000)
+    assert tighter.checkpointing
+    assert tighter.tokens_at_once < free.tokens_at_once
+    with pytest.raises(
+        MemoryLimitError, match=r"Training demo-gpt-oss does not fit: weights .* computing .*max_length=\d+"
+    ):
+        plan(memory_limit=least.process_bytes - 20_000_000)
+    with pytest.raises(MemoryLimitError, match="checkpointing=True"):
+        plan(memory_limit=limit, checkpointing=False, tokens_at_once=free.tokens_at_once)

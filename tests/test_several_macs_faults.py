@@ -20,6 +20,7 @@ from openelm_mlx.link.addresses import Address, dial, own_addresses, parse_worke
 from openelm_mlx.link.framing import Connection
 from openelm_mlx.link.handshake import NO_SECRET, PROTOCOL, meet_worker
 from openelm_mlx.link.secret import read_secret
+from openelm_mlx.link.team import Team
 
 DEMO, LAYERS = "demo-openelm", (5, 3)
 # Seconds. A fault is known at once, or after this; on a loaded machine everything takes longer.
@@ -382,3 +383,27 @@ def test_on_the_command_line(worker, tmp_path):
     failed = run("serve-layers", "--quiet", "--port", str(worker.port))
     assert failed.returncode == 2
     assert "cannot be listened on" in failed.stderr
+
+
+@pytest.mark.parametrize(("nearest", "expected"), [("localhost", 2), ("127.0.0.1", 1)])
+def test_the_nearest_of_a_worker_s_addresses_is_taken(tmp_path, monkeypatch, nearest, expected):
+    """A worker tells its other addresses; one that is clearly nearer is gone over to, and is the same worker."""
+    secret, learn = secret_file(tmp_path), Team._learn
+    seconds = {nearest: 0.001}
+
+    def learned(team, member):
+        learn(team, member)
+        member.other_addresses = ["localhost", "192.0.2.1"]
+
+    def latency(family, place, most):
+        if place[0].startswith("192."):
+            raise OSError("no way there")
+        return seconds.get(place[0], 0.004)
+
+    monkeypatch.setattr(Team, "_learn", learned)
+    monkeypatch.setattr("openelm_mlx.link.team.is_loopback", lambda host: False)
+    monkeypatch.setattr("openelm_mlx.link.team.latency_of", latency)
+    with workers(1, "--secret-file", str(secret), "--host", "127.0.0.1") as [worker]:
+        model, tokenizer = load(worker, secret_file=secret)
+        assert answer(model, tokenizer)
+        assert len([line for line in worker.lines if "is connected" in line]) == expected

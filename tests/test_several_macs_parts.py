@@ -19,6 +19,7 @@ from openelm_mlx.memory.split import Room, missing_bytes, split_evenly, split_la
 from openelm_mlx.placement import Placement
 from openelm_mlx.planning import released_contents
 from openelm_mlx.sources import DEMOS, Source
+from openelm_mlx.workers.parts import own_machine
 
 GB = 10**9
 IO = Path("/proc/self/io")
@@ -183,3 +184,13 @@ def test_what_three_machines_do_not_hold():
         with pytest.raises(SettingError, match="layers is"):
             parse_counts(wrong)
     assert parse_counts("20,16") == parse_counts([20, 16]) == (20, 16)
+
+
+def test_what_a_worker_has_read_is_not_another_program_s(monkeypatch):
+    """Else whoever comes next would see no room for the layers that are there already."""
+    machine = replace(this_machine(), memory_bytes=64 * GB, working_set_bytes=48 * GB, used_bytes=30 * GB)
+    monkeypatch.setattr("openelm_mlx.workers.parts.this_machine", lambda: machine)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 25 * GB)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 1 * GB)
+    assert own_machine().used_bytes == 4 * GB
+    assert own_machine().available_bytes == 48 * GB

@@ -91,6 +91,11 @@ class Connection:
         self._keys, self.largest_body = keys, largest_body
         self._num_sent = self._num_received = 0
 
+    @property
+    def address(self) -> str:
+        """The other side's number on its network."""
+        return str(self._socket.getpeername()[0]).removeprefix("::ffff:")
+
     def close(self) -> None:
         """Close it; the other side is told by its network."""
         self._socket.close()

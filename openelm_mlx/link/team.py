@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, final
 
 from ..errors import SettingError, WorkerError
 from ..memory.machine import Machine
 from ..specs import ModelSpec
-from .addresses import WORTH_CHANGING, Address, dial, is_loopback
+from .addresses import SECONDS_OF_OTHERS, WORTH_CHANGING, Address, dial, is_loopback, latency_of
 from .chain import Chain
-from .framing import Connection, Message
+from .framing import Connection, LostConnectionError, Message
 from .handshake import NO_SECRET, meet_worker
 from .peer import Peer, Progress, error_of
 
@@ -113,8 +115,7 @@ class Team:
         peer, address = member.peer, member.address
         peer.connection = self._opened(peer.name, dial(address, self.deadline))
         self._learn(member)
-        for host in member.other_addresses:
-            self._change_to(member, Address(host, address.port))
+        self._choose_address(member)
 
     def _opened(self, name: str, sock: Any) -> Connection:
         connection = Connection(sock, name, self.deadline)
@@ -139,30 +140,35 @@ class Team:
             times.append(time.perf_counter() - began)
         member.latency = min(times)
 
-    def _change_to(self, member: Member, address: Address) -> None:
-        """By another of its addresses, where that is nearer: a cable beside a Wi-Fi."""
-        if is_loopback(member.address.host) or str(address.host) == member.address.host:
+    def _choose_address(self, member: Member) -> None:
+        """Go over to another of the worker's addresses where that is nearer: a cable beside a Wi-Fi."""
+        if is_loopback(member.address.host):
             return
-        try:
-            began = time.perf_counter()
-            sock = dial(address, min(self.deadline, 1.0))
-            if time.perf_counter() - began > 1.0:
-                sock.close()
+        here = member.peer.open.address
+        timed = []
+        for host in [here, *(each for each in member.other_addresses if each != here)]:
+            with suppress(OSError):
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                timed.append((latency_of(family, (host, member.address.port), SECONDS_OF_OTHERS), host))
+        now = next((seconds for seconds, host in timed if host == here), None)
+        nearest, host = min(timed, default=(0.0, here))
+        if now is None or host == here or nearest > WORTH_CHANGING * now:
+            return
+        instance, peer = member.instance, member.peer
+        for address in (Address(host, member.address.port), member.address):
+            with suppress(LostConnectionError):
+                peer.open.send({"op": "leave"})
+            peer.open.close()
+            try:
+                peer.connection = self._opened(peer.name, dial(address, self.deadline))
+                self._learn(member)
+            except WorkerError:
+                if address == member.address:
+                    raise
+                continue
+            if member.instance == instance:
                 return
-            connection = self._opened(member.peer.name, sock)
-        except WorkerError:
-            return
-        other = Member(address, Peer(member.peer.name, str(address), connection), member.machine)
-        try:
-            self._learn(other)
-        except WorkerError:
-            connection.close()
-            return
-        if other.instance != member.instance or other.latency > WORTH_CHANGING * member.latency:
-            connection.close()
-            return
-        member.peer.open.close()
-        member.peer.connection, member.latency = connection, other.latency
+        raise WorkerError(f"{peer.name} has become another one: try again.")
 
     def _asked(self, member: Member, header: dict[str, Any]) -> Message:
         member.peer.open.send(header)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from ..hub.cache import RepoCache
 from ..loading import read_model
 from ..memory.calibration import calibrated
 from ..memory.choices import stored_choices
-from ..memory.machine import this_machine
+from ..memory.machine import Machine, this_machine
 from ..memory.plan import make_plan
 from ..memory.plan_types import MemoryPlan, PlanRequest
 from ..models.adapter_sets import Served
@@ -84,7 +84,7 @@ class Parts:
             expert_slots=asked.get("expert_slots"),
         )
         name = f"{source.name}, layers {start} to {stop - 1}"
-        machine = calibrated(this_machine())
+        machine = calibrated(own_machine())
         weights = part.weights().with_adapters(*(int(each) for each in asked.get("adapter_bytes") or (0, 0)))
         plan = make_plan(name, part.contents.spec, weights, machine, request, part.dtype.size)
         if not plan.fits:
@@ -159,6 +159,12 @@ def _cached(repo: str, revision: str | None) -> Source:
 def _told(asked: Mapping[str, Any]) -> str:
     text = " ".join(str(asked.get("name")).split())[:100]
     return text if text.isprintable() else "it"
+
+
+def own_machine() -> Machine:
+    """This machine, where what this process has read is not another program's."""
+    machine, ours = this_machine(), mx.get_active_memory() + mx.get_cache_memory()
+    return replace(machine, used_bytes=max(0, machine.used_bytes - ours))
 
 
 def opened(model: SourceName | None) -> Source | None:

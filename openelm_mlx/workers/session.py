@@ -19,9 +19,8 @@ from ..link.arrays import packed, unpacked
 from ..link.framing import Connection, LostConnectionError, Message
 from ..link.team import facts_of
 from ..memory.limits import generating
-from ..memory.machine import this_machine
 from .caches import Caches
-from .parts import Parts, told_error
+from .parts import Parts, own_machine, told_error
 
 # Seconds: the first machine says every few that it is still there.
 LONGEST_SILENCE = 20.0
@@ -94,7 +93,7 @@ class Session:
                 "mlx": version,
                 "instance": self._instance,
                 "addresses": own_addresses(),
-                **facts_of(this_machine()),
+                **facts_of(own_machine()),
             }
             return {"op": "facts", **facts}, b""
         if message.op == "prepare":

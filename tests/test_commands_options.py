@@ -196,6 +196,32 @@ MEASURING = {
 }
 # What stays in the command itself, or needs a file: each has a test of its own in the file that is named.
 ELSEWHERE = {
+    "serve": {
+        "--model": "test_commands_serve.py",
+        "--models-folder": "test_commands_serve.py",
+        "--alias": "test_commands_serve.py",
+        "--keep-alive": "test_commands_serve.py",
+        "--memory-limit": "test_commands_serve.py",
+        "--context-length": "test_commands_serve.py",
+        "--dtype": "test_commands_serve.py",
+        "--preset": "test_commands_serve.py",
+        "--dense-bits": "test_commands_serve.py",
+        "--kv-bits": "test_commands_serve.py",
+        "--expert-slots": "test_commands_serve.py",
+        "--wire": "test_commands_serve.py",
+        "--max-running": "test_commands_serve.py",
+        "--max-waiting": "test_commands_serve.py",
+        "--host": "test_commands_serve.py",
+        "--port": "test_commands_serve.py",
+        "--api-key-file": "test_commands_serve.py",
+        "--allow-host": "test_commands_serve.py",
+        "--allow-origin": "test_commands_serve.py",
+        "--quiet": "test_commands_serve.py",
+        "--workers": "test_commands_serve.py",
+        "--secret-file": "test_commands_serve.py",
+        "--layers": "test_commands_serve.py",
+        "--worker-timeout": "test_commands_serve.py",
+    },
     "train": {
         "--config": "test_training_pretraining.py", "--chart": "test_training_pretraining.py",
         "--json": "test_training_pretraining.py", "--quiet": "test_training_pretraining.py",
@@ -248,7 +274,14 @@ ELSEWHERE = {
     },
     "benchmarks.memory": {"--json": "test_bench_memory.py"},
 }  # fmt: skip
-TABLE = {"generate": {**LOAD, **GENERATE}, "chat": {**LOAD, **CHAT}, "plan": PLAN, "convert": CONVERT, "export": EXPORT}
+TABLE = {
+    "serve": {},
+    "generate": {**LOAD, **GENERATE},
+    "chat": {**LOAD, **CHAT},
+    "plan": PLAN,
+    "convert": CONVERT,
+    "export": EXPORT,
+}
 CASES = [("generate", *row) for row in [*LOAD.items(), *GENERATE.items()]]
 CASES += [(command, *row) for command in ("chat", "plan", "convert", "export") for row in TABLE[command].items()]
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import http.client
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,10 +20,11 @@ import pytest
 from server_raw import raw, request
 
 from openelm_mlx.commands import build_parser, main
-from openelm_mlx.commands.serve import KEY_VARIABLE, seconds_of, settings_of
+from openelm_mlx.commands.serve import KEY_VARIABLE, _log_to_stderr, seconds_of, settings_of
 from openelm_mlx.errors import SettingError
 from openelm_mlx.server.connections import listening_socket
 from openelm_mlx.server.loading import Loader
+from openelm_mlx.server.log import log
 from openelm_mlx.server.running import serve
 from openelm_mlx.server.settings import ServedModel, ServerSettings
 from openelm_mlx.sources import DEMOS
@@ -158,6 +160,27 @@ def test_what_the_options_say(tmp_path):
     assert (found.allow_hosts, found.allow_origins) == (("mac.example",), ("http://localhost:3000",))
     # A folder alone is served without the demo.
     assert [each.name for each in parsed("--models-folder", str(tmp_path / "models")).models] == ["mine"]
+
+
+@pytest.mark.parametrize(("words", "name", "value"), [
+    ("--dtype bfloat16", "dtype", "bfloat16"), ("--dense-bits 5", "dense_bits", 5), ("--preset balanced", "dense_bits", 8),
+    ("--expert-slots 3", "expert_slots", 3), ("--wire", "wire", True), ("--no-wire", "wire", False), ("", "wire", None),
+    ("--workers mac2.local:7777", "workers", "mac2.local:7777"), ("--secret-file S", "secret_file", "S"),
+    ("--layers 4,2", "layers", "4,2"), ("--worker-timeout 3", "worker_timeout", 3.0),
+])  # fmt: skip
+def test_how_models_are_loaded(words, name, value):
+    assert parsed(*words.split()).load_options[name] == value
+
+
+@pytest.mark.parametrize("words", [(), ("--quiet",)])
+def test_quiet_leaves_out_the_line_of_each_request(words):
+    args = build_parser("x", ["serve"]).parse_args(["serve", *words])
+    before = log.level
+    try:
+        _log_to_stderr(args.quiet)
+        assert log.isEnabledFor(logging.INFO) is not args.quiet
+    finally:
+        log.setLevel(before)
 
 
 def test_times():

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a model to serve (repeatable): demo-gpt-oss (the default), demo-openelm, a folder, a weight file, or a Hugging "
         "Face repository as owner/name; NAME=SOURCE gives it another name. The first one is loaded at the start, others when "
-        "they are asked for",
+        "a request names them",
     )
     models.add_argument("--models-folder", metavar="DIR", help="serve the models in the folders of DIR, too")
     models.add_argument(

@@ -33,7 +33,7 @@ HOSTS = [
     "localhost:8080:80", "::1", "[::1", "", "a" * 300, "*", "null", "localhost,evil.example", "localhost/x",
 ]  # fmt: skip
 ORIGINS = [
-    "http://evil.example", "https://evil.example", "null", "file://", "http://localhost", "http://localhost:2",
+    "http://evil.example", "https://evil.example", "null", "file://", "http://localhost:2",
     "http://127.0.0.1:1",
     "chrome-extension://abcdef", "", "http://[", "http://localhost:1/", "http://localhost:1@evil",
     "http://localhost:1\x01", "*",

@@ -279,7 +279,8 @@ def test_requests_leave_nothing_behind(models):
                 handle.cancel()
             for handle in handles:
                 list(handle)
-            list(engine.submit([5, 6], max_tokens=3))  # the tables of the last pass's positions stay: always the same ones
+            # The tables of the last pass's positions stay: always the same ones.
+            list(engine.submit([5, 6], max_tokens=3))
             before.append(in_use())
             threads = threads or threading.active_count()
         assert before[-3:] == [before[-1]] * 3

@@ -44,13 +44,14 @@ class Scorer:
     """Scores continuations with one model.
 
     tokens_at_once: how many tokens a pass has at most; the plan's length of a prompt's chunk when it is None. Fewer where
-    memory is short. num_passes, num_tokens: what has been computed so far.
+    memory is short. num_passes, num_tokens: what has been computed so far. peak_memory_bytes: the most that MLX had
+    meanwhile.
     """
 
     def __init__(self, model: Model, tokens_at_once: int | None = None) -> None:
         self.model = model
         self.tokens_at_once = chunk_of_plan(model) if tokens_at_once is None else tokens_at_once
-        self.num_passes = self.num_tokens = 0
+        self.num_passes = self.num_tokens = self.peak_memory_bytes = 0
 
     def score(
         self,
@@ -82,11 +83,12 @@ class Scorer:
                     "without workers."
                 )
             check_room(self.model, cache, max(missing), 1)
-            with keeping_to_plan(self.model, cache) as (budget, _):
+            with keeping_to_plan(self.model, cache) as (budget, lease):
                 try:
                     run.through_all(cache, budget)
                 finally:
                     drop(cache)
+                    self.peak_memory_bytes = max(self.peak_memory_bytes, lease.peak_memory_bytes())
         return run
 
 

@@ -99,7 +99,6 @@ def new_sequence(
         kv_bits=kv_bits,
         prefix_cache=prefix_cache,
         draft=draft,
-        adapter=adapter_id(model, adapter),
         borders=message_borders(tokenizer, encoded),
         notes=() if answer is None else answer.notes,
         ends_by_itself=encoded.template == HARMONY,
@@ -110,7 +109,7 @@ def new_sequence(
     constraint = constraint_on(
         model, tokenizer, encoded.template, answer, schemas, request.limit, rule, encoded.channel
     )
-    request = replace(request, constraint=constraint)
+    request = replace(request, adapter=adapter_id(model, adapter), constraint=constraint)
     end_tokens = {*model.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens)}
     return Sequence(request, text_stream(tokenizer, encoded, stops), end_tokens)
 

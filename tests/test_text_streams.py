@@ -37,6 +37,7 @@ class Scripted:
         self.spec = SimpleNamespace(vocab_size=size, usable_vocab_size=size, eos_tokens=())
         self.context_length = 4096
         self.runtime = self.kv_bits = None
+        self.is_followed, self.remote = False, None
         self.choices = KernelChoices(compiled_step=False)
         self.adapters = AdapterSet()
         self.script = iter(HarmonyFormat(tokenizer).encode_markup(script))
@@ -65,7 +66,7 @@ class Scripted:
     def head(self, h):
         return mx.zeros((self.size,)).at[next(self.script, 0)].add(9.0)[None]
 
-    def __call__(self, tokens, cache):
+    def own(self, tokens, cache):
         return self.head(tokens)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
@@ -48,12 +49,20 @@ class PlainStep(Step):
 
     def __init__(self, model: Model, cache: Cache) -> None:
         self.model, self.cache = model, cache
+        is_part = model.is_followed or model.spec.only_layers
+        self._throttle = _begun_at_once if is_part else None
 
     def __call__(self, token: mx.array) -> mx.array:
-        return self.model.own(token[None], self.cache)[0]
+        return self.model.own(token[None], self.cache, throttle=self._throttle)[0]
 
     def many(self, tokens: mx.array) -> mx.array:
         return self.model.own(tokens[None], self.cache)[0]
+
+
+def _begun_at_once(arrays: Sequence[mx.array], is_complete: bool) -> None:
+    """Where the host waits for a part of the layers anyway, it builds one layer while the one before is computed."""
+    if is_complete:
+        mx.async_eval(arrays)
 
 
 class RemoteStep(Step):

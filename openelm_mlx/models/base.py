@@ -59,9 +59,15 @@ class LanguageModel(nn.Module):
         h = self.own(tokens, cache, left_padding)
         return h if self.remote is None else self.head(self.remote.whole(h, cache, left_padding))
 
-    def own(self, tokens: mx.array, cache: Cache | None = None, left_padding: mx.array | None = None) -> mx.array:
+    def own(
+        self,
+        tokens: mx.array,
+        cache: Cache | None = None,
+        left_padding: mx.array | None = None,
+        throttle: LayerThrottle | None = None,
+    ) -> mx.array:
         """What this machine computes in one go: the logits, or the residual stream where other machines go on with it."""
-        return self.finish(self.run_layers(self.embed(tokens), cache, left_padding=left_padding))
+        return self.finish(self.run_layers(self.embed(tokens), cache, left_padding=left_padding, throttle=throttle))
 
     def finish(self, h: mx.array) -> mx.array:
         """The logits after the model's own layers; h itself where other machines go on with it."""

@@ -31,15 +31,19 @@ def hidden_states(model: LanguageModel, tokens: mx.array, places: Places, checkp
     attention lays them out. checkpointing: of a layer only its input is kept, and the rest computed again for the gradient.
     """
     masks = {window: causal_mask(places.shape[1], 0, window) for window in {each.window for each in model.spec.layers}}
+    if places.rows is None:  # rows as they are: one table of positions serves all of them, and all layers
+        tokens = tokens.reshape(places.shape)
     h = model.embed(tokens)
     for layer, spec in zip(model.layers, model.spec.layers, strict=True):
         run = _layer(layer, masks[spec.window], places)
         h = _checkpointed(layer, run)(h) if checkpointing else run(h)
-    return h
+    return h.reshape(-1, h.shape[-1])
 
 
 def _layer(layer: Block, mask: Any, places: Places) -> Callable[[mx.array], mx.array]:
     def run(h: mx.array) -> mx.array:
+        if places.rows is None:
+            return layer.after_attention(h, layer.attention.attend(*layer.before_attention(h, 0), mask, None))
         queries, keys, values = (_in_rows(x, places) for x in layer.before_attention(h, places.positions))
         return layer.after_attention(h, _flat(layer.attention.attend(queries, keys, values, mask, None), places))
 
@@ -66,15 +70,12 @@ def _checkpointed(layer: Block, run: Callable[[mx.array], mx.array]) -> Callable
 
 def _in_rows(x: mx.array, places: Places) -> mx.array:
     """(N, H, 1, D) -> (R, H, L, D)"""
-    flat = x.squeeze(2)
-    if places.rows is not None:
-        flat = flat[places.rows.flatten()]
+    assert places.rows is not None
+    flat = x.squeeze(2)[places.rows.flatten()]
     return flat.reshape(*places.shape, *flat.shape[1:]).swapaxes(1, 2)
 
 
 def _flat(out: mx.array, places: Places) -> mx.array:
     """(R, H, L, D) -> (N, H, 1, D)"""
-    flat = out.swapaxes(1, 2).flatten(0, 1)
-    if places.places is not None:
-        flat = flat[places.places]
-    return flat[:, :, None]
+    assert places.places is not None
+    return out.swapaxes(1, 2).flatten(0, 1)[places.places][:, :, None]

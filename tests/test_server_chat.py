@@ -5,6 +5,7 @@ import json
 import pytest
 from httpx import Client
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import ValidationError
 from server_app import served_demos
 
 import openelm_mlx as om
@@ -12,6 +13,7 @@ from openelm_mlx.engine.handle import Handle
 from openelm_mlx.errors import EngineClosedError, EngineFullError, MemoryLimitError
 from openelm_mlx.server.call_reasoning import CallReasoning
 from openelm_mlx.server.wire import chat
+from openelm_mlx.text.openai_chat import conversation
 
 CALCULATOR = {
     "type": "function",
@@ -478,3 +480,42 @@ def test_an_error_within_a_stream_is_its_last_line(demos, monkeypatch):
     assert "of ours" not in "".join(lines)
     assert ask(demos)["choices"][0]["finish_reason"] == "stop"
     assert engine.num_waiting == 0
+
+
+# --- Other spellings of clients -----------------------------------------------------------------------------------------
+
+
+def asked(**body):
+    body = {"model": "demo-gpt-oss", "messages": WORD, **body}
+    return chat.ChatRequest.model_validate(body).generation()
+
+
+def test_a_limit_of_minus_one_is_none():
+    assert asked(max_tokens=-1).max_tokens is None
+    assert asked(max_completion_tokens=-1.0).max_tokens is None
+    assert asked(max_completion_tokens=-1, max_tokens=7).max_tokens == 7
+    for wrong in (0, -2, True, False, "-1"):
+        with pytest.raises(ValidationError):
+            asked(max_tokens=wrong)
+
+
+def test_no_likely_tokens_are_no_log_probabilities():
+    assert asked(top_logprobs=0).logprobs is None
+    assert asked(top_logprobs=0, logprobs=True).logprobs == 0
+
+
+def test_calls_in_the_words_from_before_tools():
+    call = {"name": "look_up", "arguments": '{"word": "banjo"}'}
+    old = [
+        *WORD,
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "look_up", "content": "A string instrument."},
+        {"role": "assistant", "content": "An instrument.", "function_call": None},
+    ]
+    new = [
+        *WORD,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": call}]},
+        {"role": "tool", "tool_call_id": "a", "content": "A string instrument."},
+        {"role": "assistant", "content": "An instrument."},
+    ]
+    assert conversation(asked(messages=old).messages) == conversation(asked(messages=new).messages)

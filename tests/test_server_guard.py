@@ -474,6 +474,24 @@ def test_the_log_has_ids_and_no_text(caplog):
         assert secret not in caplog.text
 
 
+def test_a_path_is_one_short_line_of_the_log(caplog):
+    with caplog.at_level(logging.INFO, "openelm_mlx.server"), guarded() as port:
+        for path in ("/%0a12:00:00%20GET%20/forged%20200", "/%1b[2J", "/" + "a" * 30_000):
+            assert raw(port, request(path)).status == 404
+        while len(caplog.records) < 3:
+            time.sleep(0.01)
+    for record in caplog.records:
+        line = record.getMessage()
+        assert line.isprintable()
+        assert len(line) < 300
+
+
+def test_an_empty_host_is_called_empty(port):
+    answer = raw(port, request(host=""))
+    assert answer.status == 403
+    assert b"header is empty, which" in answer.body
+
+
 def test_every_line_of_the_log_can_have_its_request_s_id():
     from openelm_mlx.server.log import request_id
 

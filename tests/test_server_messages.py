@@ -242,6 +242,8 @@ def test_a_strict_tool_is_enforced():
         ({"output_config": {"effort": "huge"}}, "output_config.effort"),
         ({"temperature": 1.5}, "temperature"),
         ({"stop_sequences": "END"}, "stop_sequences"),
+        ({"stop_sequences": ["END", ""]}, "stop_sequences"),
+        ({"stop_sequences": ["END"] * 65}, "stop_sequences"),
     ],
 )
 def test_a_wrong_field_is_a_400_in_anthropics_words(body, place):

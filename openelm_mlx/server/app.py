@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .call_reasoning import CallReasoning
 from .failures import ApiError, api_error
 from .generation import Generations
+from .guard import LONGEST_PATH
 from .log import log
 from .sse import ClientGone
 
@@ -113,7 +114,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         error = _http_error(request, error)
     found = api_error(error)
     if found.status >= 500 and not isinstance(error, ApiError):
-        log.error("a request to %s failed", request.url.path, exc_info=error)
+        log.error("a request to %s failed", request.scope["path"][:LONGEST_PATH], exc_info=error)
     body = found.openai_body()
     if request.url.path.startswith("/v1/messages"):
         body = found.anthropic_body(request.scope.get("request_id"))
@@ -121,7 +122,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 def _http_error(request: Request, error: HTTPException) -> ApiError:
-    method, path = request.method, request.url.path
+    method, path = request.method, request.scope["path"][:LONGEST_PATH]
     if error.status_code == 404:
         return ApiError(404, f"There is nothing at {method} {path}.", code="unknown_url")
     if error.status_code == 405:

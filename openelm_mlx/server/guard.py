@@ -27,6 +27,8 @@ from .settings import ServerSettings
 # What the page needs to be shown, and to ask for a key.
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDERS = ("/page/",)
+# Of a path, as the log has it.
+LONGEST_PATH = 200
 # What programs ask all the time is not logged where it goes well.
 ASKED_OFTEN = ("/health", "/metrics")
 
@@ -108,7 +110,8 @@ class Guard:
     def _log(self, scope: Scope, answer: _Answer) -> None:
         seconds = time.perf_counter() - answer.began
         level = logging.DEBUG if scope["path"] in ASKED_OFTEN and answer.status == 200 else logging.INFO
-        log.log(level, "%s %s %s %.3f s", scope["method"], scope["path"], answer.status or "client gone", seconds)
+        method, path = _shown(scope["method"]), _shown(scope["path"], LONGEST_PATH)
+        log.log(level, "%s %s %s %.3f s", method, path, answer.status or "client gone", seconds)
         if self._observer is not None:
             self._observer.request_done(scope["method"], scope["path"], answer.status, seconds)
 
@@ -117,7 +120,7 @@ class Guard:
     def _checked_host(self, headers: Mapping[str, list[str]]) -> str:
         found = headers.get("host", [])
         if len(found) != 1 or not self._hosts.allows(found[0]):
-            named = _shown(found[0]) if found else "missing"
+            named = (_shown(found[0]) or "empty") if found else "missing"
             name = _shown(host_name(found[0]) or "NAME") if found else "NAME"
             raise ApiError(
                 403, f"The Host header is {named}, which this server does not answer to: use the address that it printed, or "
@@ -330,9 +333,9 @@ def _bearer(header: str) -> str:
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
-def _shown(text: str) -> str:
-    """What a client sent, as a part of an error."""
-    return "".join(each if each.isprintable() else "?" for each in text[:100])
+def _shown(text: str, longest: int = 100) -> str:
+    """What a client sent, as a part of an error or of the log: one short line."""
+    return "".join(each if each.isprintable() else "?" for each in text[:longest])
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

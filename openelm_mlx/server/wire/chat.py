@@ -27,6 +27,7 @@ from .shared import (
     MOST_ANSWERS,
     StopField,
     StreamOptions,
+    TokenLimit,
     answer_schema_of,
     effort_of,
     json_text,
@@ -54,8 +55,8 @@ class ChatRequest(SamplingFields):
 
     model: str
     messages: list[dict[str, Any]]
-    max_completion_tokens: Annotated[WholeNumber, Field(ge=1)] | None = None
-    max_tokens: Annotated[WholeNumber, Field(ge=1)] | None = None
+    max_completion_tokens: TokenLimit = None
+    max_tokens: TokenLimit = None
     n: Annotated[WholeNumber, Field(ge=1, le=MOST_ANSWERS)] = 1
     stop: StopField = None
     stream: bool = False
@@ -72,7 +73,7 @@ class ChatRequest(SamplingFields):
 
     def generation(self) -> GenerationRequest:
         """What it asks of a model. Raises ApiError."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs is given, and logprobs is not: set it to true.", "top_logprobs")
         tools = self._tools()
         return GenerationRequest(
@@ -171,6 +172,8 @@ def _said_before(message: Mapping[str, Any], param: str) -> dict[str, Any]:
             found["reasoning"] = message[key]
             break
     calls = message.get("tool_calls")
+    if not calls and isinstance(message.get("function_call"), dict):  # from before there were tool_calls
+        calls = [{"function": message["function_call"]}]
     if calls is None:
         return found
     if not isinstance(calls, list):

@@ -16,6 +16,7 @@ from ..generation import AnswerSchema, Effort, GenerationRequest, NamedTool, Too
 from .functions import function_of
 from .messages_content import KnownReasoning, chat
 from .sampling import SamplingFields, sampling_params
+from .shared import StopStrings, stops_of
 
 _EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 # Budgets from which on the effort is medium, and high.
@@ -55,7 +56,7 @@ class CreateMessage(CountTokens, SamplingFields):
     """`POST /v1/messages`."""
 
     max_tokens: Annotated[WholeNumber, Field(ge=1)]
-    stop_sequences: list[str] | None = None
+    stop_sequences: StopStrings | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
 
@@ -94,7 +95,7 @@ def generation_request(body: CreateMessage, known: KnownReasoning) -> Generation
         prompt_request(body, known),
         sampling=sampling_params(body),
         max_tokens=body.max_tokens,
-        stop=tuple(body.stop_sequences or ()),
+        stop=stops_of(body.stop_sequences, "stop_sequences"),
     )
 
 

@@ -14,6 +14,7 @@ from ..generation import AnswerSchema, Effort, GenerationRequest
 from .responses_items import ADDITIONAL_TOOLS, Item, chat
 from .responses_tools import Tools, read_tools
 from .sampling import SamplingFields, sampling_params
+from .shared import StopField, stops_of
 
 # OpenAI's words beyond those that gpt-oss was trained with.
 _EFFORTS: dict[str, Effort] = {
@@ -72,7 +73,7 @@ class CreateResponse(CountTokens, SamplingFields):
     stream: bool | None = None
     top_logprobs: Annotated[WholeNumber, Field(ge=0, le=20)] | None = None
     user: str | None = None
-    stop: str | list[str] | None = None  # not OpenAI's here, but some clients send it
+    stop: StopField = None  # not OpenAI's here, but some clients send it
 
 
 def check_offered(body: CountTokens) -> None:
@@ -132,12 +133,11 @@ def _schema(text: TextConfig | None) -> AnswerSchema | None:
 
 def generation_request(body: CreateResponse, items: list[Item], tools: Tools) -> GenerationRequest:
     """The whole request. Raises ApiError."""
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return replace(
         prompt_request(body, items, tools),
         sampling=sampling_params(body),
         max_tokens=body.max_output_tokens,
-        stop=stop,
+        stop=stops_of(body.stop),
         logprobs=wanted_logprobs(body),
     )
 

@@ -6,10 +6,10 @@ import json
 import time
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ...files import shown
-from ..bodies import Wire
+from ..bodies import WholeNumber, Wire
 from ..failures import bad_request
 from ..generation import AnswerSchema, Effort
 from ..parts import TokenLogprob, Usage
@@ -19,8 +19,16 @@ EFFORTS: dict[str, Effort] = {
     "none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high",
 }  # fmt: skip
 
+
+def _limit(value: Any) -> Any:
+    """-1 is other local servers' word for no limit of the request's own."""
+    return None if isinstance(value, (int, float)) and value == -1 else value
+
+
+TokenLimit = Annotated[Annotated[WholeNumber, Field(ge=1)] | None, BeforeValidator(_limit)]
 MOST_ANSWERS = 128
-StopField = str | Annotated[list[str], Field(max_length=64)] | None
+StopStrings = Annotated[list[str], Field(max_length=64)]
+StopField = str | StopStrings | None
 
 
 class StreamOptions(Wire):
@@ -56,11 +64,11 @@ def answer_schema_of(kind: str, definition: Any, param: str) -> AnswerSchema | N
     return AnswerSchema(schema, name or "answer", description)
 
 
-def stops_of(given: str | list[str] | None) -> tuple[str, ...]:
+def stops_of(given: str | list[str] | None, param: str = "stop") -> tuple[str, ...]:
     """The stop strings of a request. Raises ApiError for an empty one."""
     stops = (given,) if isinstance(given, str) else tuple(given or ())
     if not all(stops):
-        raise bad_request("stop has an empty string, which would end every answer before it begins.", "stop")
+        raise bad_request(f"{param} has an empty string, which would end every answer before it begins.", param)
     return stops
 
 

@@ -274,8 +274,33 @@ ELSEWHERE = {
     },
     "benchmarks.memory": {"--json": "test_bench_memory.py"},
 }  # fmt: skip
+_LOADED = dict.fromkeys(
+    (
+        "--revision", "--tokenizer", "--dtype", "--preset", "--dense-bits", "--kv-bits", "--expert-slots", "--memory-limit",
+        "--context-length", "--json", "--quiet",
+    ), "test_evaluation_text.py",
+)  # fmt: skip
+_READ = dict.fromkeys(("--text", "--window"), "test_evaluation_text.py")
+ELSEWHERE |= {
+    "perplexity": {**_LOADED, **_READ},
+    "compare": {**_LOADED, **_READ},
+    "evaluate": {
+        **_LOADED,
+        **dict.fromkeys(
+            (
+                "--tasks", "--limit", "--shots", "--seed", "--include-path", "--data", "--add-bos",
+                "--reasoning-effort", "--apply-chat-template", "--chat-template", "--fewshot-as-multiturn",
+                "--system", "--max-tokens", "--temperature", "--allow-unsandboxed", "--report",
+                "--markdown", "--chart", "--compare",
+            ), "test_evaluation_text.py",
+        ),
+    },
+}  # fmt: skip
 TABLE = {
     "serve": {},
+    "perplexity": {},
+    "compare": {},
+    "evaluate": {},
     "generate": {**LOAD, **GENERATE},
     "chat": {**LOAD, **CHAT},
     "plan": PLAN,

@@ -11,7 +11,9 @@ from conftest import FIXTURES, load_fixture, random_model, save_folder
 from reference.harness import Reference
 
 import openelm_mlx as om
-from openelm_mlx.commands import main
+from openelm_mlx.commands import build_parser, main
+from openelm_mlx.commands.evaluate import settings_of
+from openelm_mlx.commands.evaluation_options import loading_options
 from openelm_mlx.errors import PromptError, SettingError, TokenizerError
 from openelm_mlx.evaluation.borders import Borders, windows
 from openelm_mlx.evaluation.comparison import _fit_together
@@ -352,3 +354,53 @@ def test_fixture_model_through_score(fixtures, tokenizer):
     gpt_oss = load_fixture(fixtures / "gpt_oss_tiny")
     [request] = windows([5, 6, 7], 1, 100)
     assert Scorer(gpt_oss).score([request])[0].logprob < 0
+
+
+LOADING = [
+    ("--revision", "main", "revision", "main"), ("--tokenizer", "t", "tokenizer", "t"),
+    ("--dtype", "float16", "dtype", "float16"),
+    ("--preset", "smallest", "dense_bits", 4), ("--dense-bits", "6", "dense_bits", 6), ("--kv-bits", "8", "kv_bits", 8),
+    ("--expert-slots", "5", "expert_slots", 5), ("--memory-limit", "3GB", "memory_limit", "3GB"),
+    ("--context-length", "77", "context_length", 77),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value", "name", "wanted"), LOADING)
+def test_options_reach_what_loads_the_model(option, value, name, wanted):
+    for command in (
+        ["perplexity", "m", "--text", "t"],
+        ["compare", "a", "b", "--text", "t"],
+        ["evaluate", "m", "--tasks", "t"],
+    ):
+        args = build_parser("openelm_mlx", command).parse_args([*command, option, value, "--quiet"])
+        assert loading_options(args)[name] == wanted
+
+
+OWN = [
+    (["--limit", "3"], "limit", 3), (["--shots", "2"], "shots", 2), (["--seed", "7"], "seed", 7),
+    (["--include-path", "f"], "include_path", "f"), (["--data", "aime25=f"], "data", (("aime25", "f"),)),
+    (["--add-bos"], "add_bos", True), (["--no-add-bos"], "add_bos", False),
+    (["--reasoning-effort", "low,high"], "efforts", ("low", "high")), (["--apply-chat-template"], "apply_chat_template", True),
+    (["--fewshot-as-multiturn"], "fewshot_as_multiturn", True), (["--no-fewshot-as-multiturn"], "fewshot_as_multiturn", False),
+    (["--system", "s"], "system", "s"), (["--max-tokens", "9"], "max_tokens", 9),
+    (["--temperature", "0.5"], "temperature", 0.5),
+    (["--allow-unsandboxed"], "allow_unsandboxed", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "name", "wanted"), OWN)
+def test_options_of_evaluate_reach_its_settings(given, name, wanted):
+    command = ["evaluate", "m", "--tasks", "t", *given]
+    assert getattr(settings_of(build_parser("openelm_mlx", command).parse_args(command)), name) == wanted
+
+
+def test_files_of_evaluate(tmp_path, capsys, model):
+    folder, questions = save_folder(tmp_path / "model", model, "llama"), tmp_path / "q.jsonl"
+    questions.write_text(
+        '{"context": "a", "choices": [" b", " c"], "answer": 0}\n{"context": "b", "choices": [" b", " c"], "answer": 1}'
+    )
+    one, table = str(tmp_path / "r.json"), str(tmp_path / "t.md")
+    command = ["evaluate", str(folder), "--tasks", str(questions), "--chat-template", "plain", "-q"]
+    assert main([*command, "--report", one, "--markdown", table, "--chart", str(tmp_path / "c.svg")]) == 0
+    assert main([*command, "--compare", one]) == 0
+    assert "+0.00" in capsys.readouterr().out

@@ -20,6 +20,7 @@ class LoadedModel:
         self.engine = om.Engine(self.model, self.tokenizer, **options)
         self.prefix_cache = om.PrefixCache()
         self.num_leases = 0
+        self.adapter = None
 
     def release(self) -> None:
         self.num_leases -= 1

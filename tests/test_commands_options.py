@@ -198,6 +198,7 @@ MEASURING = {
 ELSEWHERE = {
     "serve": {
         "--model": "test_commands_serve.py",
+        "--adapter": "test_commands_serve.py",
         "--models-folder": "test_commands_serve.py",
         "--alias": "test_commands_serve.py",
         "--keep-alive": "test_commands_serve.py",

@@ -172,6 +172,12 @@ def test_how_models_are_loaded(words, name, value):
     assert parsed(*words.split()).load_options[name] == value
 
 
+def test_adapters_are_those_of_their_models(tmp_path):
+    found = parsed("--model", "demo-gpt-oss", "--model", "demo-openelm", "--adapter", f"a={tmp_path}",
+                   "--adapter", f"demo-openelm:b={tmp_path}", "--alias", "mine=demo-openelm")  # fmt: skip
+    assert [each.options.get("adapter") for each in found.models] == [{"a": str(tmp_path)}, {"b": str(tmp_path)}]
+
+
 @pytest.mark.parametrize("words", [(), ("--quiet",)])
 def test_quiet_leaves_out_the_line_of_each_request(words):
     args = build_parser("x", ["serve"]).parse_args(["serve", *words])

@@ -14,7 +14,7 @@ from openelm_mlx.errors import CheckpointError, EngineClosedError, SettingError
 from openelm_mlx.planning import plan
 from openelm_mlx.server.failures import ApiError
 from openelm_mlx.server.loading import Loader
-from openelm_mlx.server.names import Names, models_in, parse_aliases, served_model
+from openelm_mlx.server.names import Names, models_in, parse_aliases, served_model, with_adapters
 from openelm_mlx.server.registry import Registry
 from openelm_mlx.server.settings import ServedModel, ServerSettings
 
@@ -463,9 +463,9 @@ def names(*models, **aliases):
 def test_a_request_names_a_model_by_its_name_its_alias_or_another_program_s_name():
     known = names("openai/gpt-oss-20b", "apple/OpenELM-3B-Instruct", "mine", **{"gpt-4o-mini": "gpt-oss-20b"})
     for name in ("openai/gpt-oss-20b", "gpt-oss-20b", "gpt-oss:20b", "gpt-oss", "OpenAI/GPT-OSS-20B", "gpt-4o-mini"):
-        assert known.find(name) == "openai/gpt-oss-20b", name
+        assert known.find(name) == ("openai/gpt-oss-20b", None), name
     for name in ("openelm-3b-instruct", "OpenELM-3B-Instruct"):
-        assert known.find(name) == "apple/OpenELM-3B-Instruct"
+        assert known.find(name) == ("apple/OpenELM-3B-Instruct", None)
     for name in (
         "",
         "gpt-4o",
@@ -479,6 +479,27 @@ def test_a_request_names_a_model_by_its_name_its_alias_or_another_program_s_name
     ):
         assert known.find(name) is None, name
     assert names("one/x", "two/x").find("x") is None  # which one?
+
+
+def test_an_adapter_is_named_behind_its_model():
+    models = with_adapters([ServedModel("openai/gpt-oss-20b", "x"), ServedModel("b", "y")], ["a=.", "b:c=owner/name"])
+    known = Names(models, {"mine": "openai/gpt-oss-20b:a", "big": "gpt-oss-20b"})
+    for name in ("openai/gpt-oss-20b:a", "gpt-oss-20b:a", "gpt-oss:20b:a", "mine", "big:a"):
+        assert known.find(name) == ("openai/gpt-oss-20b", "a"), name
+    assert known.find("b:c") == ("b", "c")
+    assert known.find("gpt-oss:20b") == ("openai/gpt-oss-20b", None)
+    for name in ("b:a", "openai/gpt-oss-20b:c", ":a", "a", "b:", "openai/gpt-oss-20b:a:a"):
+        assert known.find(name) is None, name
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    (["x"], "write NAME=PATH"), (["=x"], "write NAME=PATH"), (["a="], "write NAME=PATH"), (["b:=x"], "write NAME=PATH"),
+    (["z:a=."], "is for z, and no model is called that: there is m, b"), (["a=/no/such"], "no file or folder /no/such"),
+    (["a=.", "m:a=."], "Two adapters of m are called a"),
+])  # fmt: skip
+def test_adapters_that_cannot_be_served(values, said):
+    with pytest.raises(SettingError, match=said):
+        with_adapters([ServedModel("m", "x"), ServedModel("b", "y")], values)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     models.add_argument("--models-folder", metavar="DIR", help="serve the models in the folders of DIR, too")
     models.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=PATH",
+        help="a LoRA or DoRA adapter of the first model, which requests call MODEL:NAME; MODEL:NAME=PATH for that of another "
+        "one (repeatable)",
+    )  # fmt: skip
+    models.add_argument(
         "--alias", action="append", default=[], metavar="ALIAS=NAME", help="another name of a model (repeatable)"
     )
     models.add_argument(
@@ -132,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
 def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None = None) -> ServerSettings:
     """What the options say, checked. Raises SettingError, and CheckpointError for what cannot be a model."""
     from ..server.hosts import checked_hosts, checked_origins, is_loopback
-    from ..server.names import Names, models_in, parse_aliases, served_model
+    from ..server.names import Names, models_in, parse_aliases, served_model, with_adapters
     from ..server.settings import ServerSettings
 
     environment = os.environ if environment is None else environment
@@ -155,6 +160,8 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None 
         models += models_in(args.models_folder)
     aliases = parse_aliases(args.alias)
     Names(models, aliases)  # says whether two of them have one name
+    models = with_adapters(models, args.adapter)
+    Names(models, aliases)
     return ServerSettings(
         models=tuple(models), aliases=aliases, host=args.host, port=args.port, keep_alive=seconds_of(args.keep_alive),
         load_options=_load_options(args), max_running=args.max_running, max_waiting=args.max_waiting, api_keys=keys,

@@ -48,6 +48,10 @@ class ModelLease(Protocol):
         """The model's own, whatever a request called it."""
 
     @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that a request means; see `Lease`."""
+
+    @property
     def engine(self) -> Engine:
         """That answers its requests."""
 
@@ -276,7 +280,7 @@ def _options(lease: ModelLease, request: GenerationRequest) -> tuple[dict[str, A
     options: dict[str, Any] = {
         "max_tokens": request.max_tokens, "sampling": request.sampling, "stop": request.stop,
         "logprobs": request.logprobs, "schema": answer, "prefix_cache": lease.prefix_cache,
-        "raw": request.messages is None, "prompt_logprobs": request.prompt_logprobs,
+        "raw": request.messages is None, "prompt_logprobs": request.prompt_logprobs, "adapter": lease.adapter,
     }  # fmt: skip
     if request.messages is not None and lease.tokenizer is not None and lease.tokenizer.chat_template == PLAIN:
         raise ApiError(

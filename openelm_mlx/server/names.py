@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import final
 
@@ -34,22 +35,40 @@ class Names:
             self._models[each.name] = each
         if not self._models:
             raise SettingError("There is no model to serve: give one with --model.")
+        # MODEL:ADAPTER -> both.
+        self.adapters = {
+            f"{each.name}:{adapter}": (each.name, adapter)
+            for each in self._models.values()
+            for adapter in each.adapters
+        }
+        for name in self.adapters:
+            if name in self._models:
+                raise SettingError(f"{name} is the name of a model and of an adapter: give the adapter another name.")
         self.aliases: dict[str, str] = {}
         for alias, name in aliases.items():
-            found = self._find_own(name)
+            found = name if name in self.adapters else self._find_own(name)
             if found is None:
                 raise SettingError(f"The alias {alias} is for {name}, and no model is called that: {self._listed()}.")
-            if alias in self._models:
+            if alias in self._models or alias in self.adapters:
                 raise SettingError(f"The alias {alias} is the name of a model: give the alias another name.")
             self.aliases[alias] = found
 
-    def find(self, name: str) -> str | None:
-        """The model that a request means: by its name, an alias, its name without the owner, or another program's name."""
+    def find(self, name: str) -> tuple[str, str | None] | None:
+        """The model that a request means, and its adapter, if it means one.
+
+        A model goes by its name, an alias, its name without the owner, or another program's name; an adapter of it by that,
+        a colon, and its own name.
+        """
         if name in self._models:
-            return name
-        if name in self.aliases:
-            return self.aliases[name]
-        return self._find_own(name)
+            return name, None
+        name = self.aliases.get(name, name)
+        if name in self.adapters:
+            return self.adapters[name]
+        if (own := self._find_own(name)) is not None:
+            return own, None
+        model, _, adapter = name.rpartition(":")
+        found = self._find_own(self.aliases.get(model, model))
+        return self.adapters.get(f"{found}:{adapter}")
 
     def _find_own(self, name: str) -> str | None:
         if name in self._models:
@@ -103,6 +122,30 @@ def _local_model(name: str, path: Path) -> ServedModel:
 
 # A CoreNet checkpoint has a YAML file.
 _CONFIGS = ("config.json", "config.yaml", "config.yml")
+
+
+def with_adapters(models: Sequence[ServedModel], values: Sequence[str]) -> list[ServedModel]:
+    """The models with their adapters, each given as NAME=PATH (of the first model) or MODEL:NAME=PATH. Raises SettingError."""
+    found = {each.name: each for each in models}
+    for value in values:
+        name, equals, path = value.partition("=")
+        model, _, adapter = name.rpartition(":")
+        owner = found.get(model) if model else next(iter(found.values()))
+        if not equals or not adapter.strip() or not path.strip():
+            raise SettingError(
+                f"--adapter {value} does not say what it is called: write NAME=PATH, or MODEL:NAME=PATH."
+            )
+        if owner is None:
+            raise SettingError(
+                f"--adapter {value} is for {model}, and no model is called that: there is {', '.join(found)}."
+            )
+        if adapter in owner.adapters:
+            raise SettingError(f"Two adapters of {owner.name} are called {adapter}: give one of them another name.")
+        if not os.path.lexists(Path(path).expanduser()) and not is_repo_name(path):
+            raise SettingError(f"--adapter {value}: there is no file or folder {path}: check the path.")
+        adapters = {**owner.options.get("adapter", {}), adapter: path}
+        found[owner.name] = replace(owner, options={**owner.options, "adapter": adapters})
+    return list(found.values())
 
 
 def models_in(folder: str | Path) -> list[ServedModel]:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from ..errors import UserError
+from ..models.adapter_sets import NO_ADAPTER
 from .failures import ApiError
 from .loading import Loaded, Loader, in_thread
 from .log import log
@@ -52,11 +53,13 @@ class ModelCard:
 class Lease:
     """A model in use: it stays in memory until the lease is released, at the latest by the end of its `async with` block.
 
-    name: the model's own, whatever alias a request used.
+    name: the model's own, whatever alias a request used. adapter: the name of the one that a request means; "none" for the
+    model itself, where it has any.
     """
 
     def __init__(self, registry: Registry, name: str, loaded: Loaded) -> None:
         self.name = name
+        self.adapter: str | None = None
         self._registry: Registry = registry
         self._loaded: Loaded | None = loaded
         self._loop = asyncio.get_running_loop()
@@ -165,10 +168,10 @@ class Registry:
     # --- names --------------------------------------------------------------------------------------------------------
 
     def names(self) -> list[ModelCard]:
-        """All models, in the order of the command line, and after them the aliases that somebody has asked for."""
-        return [self._card(name, slot) for name, slot in self._slots.items()] + [
-            self._card(alias, self._slots[name]) for alias, name in self._names.aliases.items()
-        ]
+        """All models, in the order of the command line, then their adapters, and the aliases that somebody has asked for."""
+        cards = [self._card(name, slot) for name, slot in self._slots.items()]
+        cards += [self._card(name, self._slots[model]) for name, (model, _) in self._names.adapters.items()]
+        return cards + [self._card(alias, self._slot(name)) for alias, name in self._names.aliases.items()]
 
     def card(self, name: str) -> ModelCard:
         """The card of one model or alias. Raises ApiError, a 404."""
@@ -182,6 +185,9 @@ class Registry:
         return ModelCard(name, slot.served.created, slot.served.owned_by, slot.state)
 
     def _slot(self, name: str) -> _Slot:
+        return self._found(name)[0]
+
+    def _found(self, name: str) -> tuple[_Slot, str | None]:
         found = self._names.find(name)
         if found is None:
             known = ", ".join(self._slots)
@@ -189,7 +195,7 @@ class Registry:
                 404, f"There is no model {name[:200]!r} here: this server has {known}.", param="model",
                 code="model_not_found",
             )  # fmt: skip
-        return self._slots[found]
+        return self._slots[found[0]], found[1]
 
     # --- how it is ----------------------------------------------------------------------------------------------------
 
@@ -259,7 +265,12 @@ class Registry:
         Raises ApiError: 404 for an unknown name; 503, with a time after which to ask again, when it cannot be loaded, or
         when that takes longer than a request waits.
         """
-        slot = self._slot(name)
+        slot, adapter = self._found(name)
+        lease = await self._acquired(slot)
+        lease.adapter = adapter or (NO_ADAPTER if slot.served.adapters else None)
+        return lease
+
+    async def _acquired(self, slot: _Slot) -> Lease:
         if self._is_closing:
             raise _closing()
         if slot.loaded is not None and slot.loaded.failure is not None:

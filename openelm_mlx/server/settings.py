@@ -25,6 +25,12 @@ class ServedModel:
     created: int = 0
     owned_by: str = "local"
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of its adapters; requests may name MODEL:ADAPTER."""
+        given = self.options.get("adapter")
+        return tuple(given) if isinstance(given, Mapping) else ()
+
 
 @dataclass(frozen=True)
 class ServerSettings:

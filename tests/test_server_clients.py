@@ -66,7 +66,21 @@ def node(server, script, tmp_path):
     return json.loads(run_client(server, "node", f"{FOLDER}/npm/{script}.mjs").splitlines()[-1])
 
 
+PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+SNIPPETS = re.findall(r"```(python|ts)\n(.*?)```", PAGE, re.DOTALL)
 HARBOR = "a sheltered port where ships can take on or discharge cargo"  # what om.generate says, too
+
+
+@pytest.mark.parametrize(("language", "code"), SNIPPETS, ids=[code.split("\n")[0] for _, code in SNIPPETS])
+def test_what_the_page_shows_runs(server, language, code):
+    code = code.replace("http://127.0.0.1:8080", server)
+    if language == "python":
+        said = run_client(server, f"{FOLDER}/py/bin/python", "-c", code)
+    else:
+        file = Path(FOLDER) / "npm" / "page.mjs"
+        file.write_text(code)
+        said = run_client(server, "node", str(file))
+    assert said.strip() or "print" not in code
 
 
 def check_words(found):

@@ -23,6 +23,7 @@ from openelm_mlx.commands import build_parser, main
 from openelm_mlx.commands.serve import KEY_VARIABLE, _log_to_stderr, seconds_of, settings_of
 from openelm_mlx.errors import SettingError
 from openelm_mlx.server.connections import listening_socket
+from openelm_mlx.server.late import LateSite
 from openelm_mlx.server.loading import Loader
 from openelm_mlx.server.log import log
 from openelm_mlx.server.running import serve
@@ -252,6 +253,40 @@ def test_it_answers_while_its_model_is_being_loaded(monkeypatch):
             await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(main())
+
+
+def test_nothing_is_loaded_while_the_rest_of_the_server_is_imported(monkeypatch):
+    """Two threads that import packages whose modules need each other may find them half made."""
+    made, prepare, told = [], Loader.prepare, []
+    make = LateSite._make_it
+
+    def slowly(self, loop):
+        time.sleep(0.5)
+        made.append(self)
+        make(self, loop)
+
+    def noting(self, served, progress):
+        told.append(bool(made))
+        return prepare(self, served, progress)
+
+    monkeypatch.setattr(LateSite, "_make_it", slowly)
+    monkeypatch.setattr(Loader, "prepare", noting)
+
+    async def main():
+        voice = Voice()
+        settings = ServerSettings(models=(ServedModel("demo-openelm", "demo-openelm"),))
+        with listening_socket("127.0.0.1", 0) as listening:
+            running = asyncio.create_task(serve(settings, listening, voice))
+            while voice.port is None:
+                await asyncio.sleep(0.01)
+            while (status := json.loads((await answered(voice.port, "/health")).body)["status"]) != "ok":
+                assert status == "loading"
+                await asyncio.sleep(0.02)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+    assert told == [True]
 
 
 def test_health_tells_a_stranger_nothing_more():

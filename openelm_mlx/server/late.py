@@ -22,7 +22,7 @@ class LateSite:
     """An application that is made in a thread once the server has started. Until then requests wait for it, except that
     `/health` says that it is loading.
 
-    models: entered as soon as the server starts, and left when it ends; to be loaded at the same time.
+    models: entered as soon as the server starts, and left when it ends.
     """
 
     def __init__(self, make: Callable[[], Starlette], models: contextlib.AbstractAsyncContextManager[object]) -> None:

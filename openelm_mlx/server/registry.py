@@ -162,6 +162,9 @@ class Registry:
         self._changed: asyncio.Event = asyncio.Event()
         self._is_closing = False
         self._housekeeping: asyncio.Task[None] | None = None
+        # Nothing is loaded before this is done. Loading imports much, and two threads that import packages whose modules
+        # need each other may find them half made.
+        self.load_after: asyncio.Future[Any] | None = None
         # Why the first model cannot be served, if it is the only one.
         self.startup_failure: asyncio.Future[str] | None = None
 
@@ -360,6 +363,8 @@ class Registry:
                     self._hand_out(slot)
                     return
                 slot.state, slot.began, slot.progress = "loading", self._clock(), None
+                if self.load_after is not None:
+                    await asyncio.wait([self.load_after])
                 await self._bury_dead(slot)
                 name = slot.served.name
                 prepared = await in_thread(partial(self._loader.prepare, slot.served, partial(_note, slot)))

@@ -43,6 +43,7 @@ async def serve(settings: ServerSettings, listening: socket.socket, voice: Voice
         return make_inner_site(settings, registry, counted)
 
     site = LateSite(make, registry)
+    registry.load_after = site.made
     server = Server(
         Guard(site, settings, counted), settings, lambda running: voice.stopping(running, settings.shutdown_time)
     )

@@ -6,6 +6,8 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -559,3 +561,25 @@ def test_importing_the_module_loads_no_library():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer):
+    begun, has_run = threading.Event(), threading.Event()
+
+    def other():
+        begun.wait()
+        has_run.set()
+
+    thread = threading.Thread(target=other)
+    usual = sys.getswitchinterval()
+    thread.start()
+    time.sleep(0.05)  # until it waits
+    sys.setswitchinterval(1000.0)  # nobody else runs unless the lock is given up
+    try:
+        begun.set()
+        tokenizer.encode("the house " * 100_000)
+        was_run = has_run.is_set()
+    finally:
+        sys.setswitchinterval(usual)
+        thread.join()
+    assert was_run

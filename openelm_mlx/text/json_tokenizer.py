@@ -75,7 +75,9 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str, continuation: bool) -> list[int]:
         tokenizer = self._continuing_tokenizer if continuation else self._tokenizer
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        # The library's `encode` holds the interpreter's lock all the time, minutes for a text of megabytes.
+        [encoding] = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
 
     def _harmony_stops(self) -> tuple[int, ...]:
         """The tokens that end an answer in Harmony; none in another format's vocabulary."""

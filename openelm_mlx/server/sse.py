@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar, final
 
 from starlette.requests import Request
@@ -17,10 +17,14 @@ from .log import log
 from .parts import Part
 
 T = TypeVar("T")
+Starting = asyncio.Future[Generation]
 
 # Seconds without anything new after which the client is told that it is still being worked on, and how far that is.
 BEFORE_TEXT = 1.0
 WITHIN_TEXT = 10.0
+# Seconds that a stream's model may take to be there, before the client is told that it is being loaded. What fails before is
+# an answer with a status of its own.
+BEFORE_LOADING = 5.0
 
 
 class Events(Protocol):
@@ -55,16 +59,19 @@ class EventStream(Response):
     A client that goes away, or reads so slowly that its connection is given up, ends the generation.
     """
 
-    def __init__(self, generation: Generation, events: Events, headers: dict[str, str] | None = None) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+    def __init__(self, starting: Starting, events: Callable[[Generation | None], Events]) -> None:
+        """events: of this generation; None where there has never been one."""
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
-        self._generation, self._events = generation, events
+        self._starting, self._events = starting, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._generation:
+        try:
             with contextlib.suppress(OSError):  # the connection is gone
                 await _unless_gone(receive, self._send(send))
+        finally:
+            await _end(self._starting)
 
     async def _send(self, send: Send) -> None:
         async def write(body: bytes, more: bool = True) -> None:
@@ -72,10 +79,22 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": body, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        events, has_text = self._events, False
+        while not self._starting.done():
+            await write(b": the model is being loaded\n\n")
+            await asyncio.wait([self._starting], timeout=WITHIN_TEXT)
+        try:
+            generation = self._starting.result()
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("an answer failed before it began")
+            events = self._events(None)
+            await write(events.start() + events.failure(api_error(error)))
+            await write(b"", more=False)
+            return
+        events, has_text = self._events(generation), False
         try:
             await write(events.start())
-            batches = self._generation.batches(BEFORE_TEXT)
+            batches = generation.batches(BEFORE_TEXT)
             quiet = 0.0
             async for parts in batches:
                 if parts:
@@ -84,7 +103,7 @@ class EventStream(Response):
                     continue
                 quiet += BEFORE_TEXT
                 if not has_text:
-                    await write(events.keep_alive(self._generation.progress()))
+                    await write(events.keep_alive(generation.progress()))
                 elif quiet >= WITHIN_TEXT:
                     quiet = 0.0
                     await write(events.keep_alive(None))
@@ -96,6 +115,31 @@ class EventStream(Response):
             log.exception("an answer failed while it was streamed")
             await write(events.failure(api_error(error)))
         await write(b"", more=False)
+
+
+async def begun(request: Request, start: Coroutine[Any, Any, Generation]) -> Starting:
+    """A stream's generation, or, while its model is still being loaded, the task that will have it.
+
+    Raises what `start` raises, as long as that can still be an answer of its own.
+    """
+    starting = asyncio.ensure_future(start)
+    try:
+        await unless_gone(request, asyncio.wait([starting], timeout=BEFORE_LOADING))
+    except BaseException:
+        await _end(starting)
+        raise
+    if starting.done():
+        starting.result()
+    return starting
+
+
+async def _end(starting: Starting) -> None:
+    """Give up a generation, begun or not."""
+    starting.cancel()
+    await asyncio.wait([starting])
+    if not starting.cancelled() and starting.exception() is None:
+        async with starting.result():
+            pass
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -19,7 +19,7 @@ from ..call_reasoning import CallReasoning
 from ..failures import ApiError, bad_request
 from ..generation import AnswerSchema, Effort, GenerationRequest, Progress, collected
 from ..parts import Answer, Finished, Item, ItemStarted, ItemText, Part, Usage, whole_usage
-from ..sse import EventStream, comment, unless_gone
+from ..sse import EventStream, begun, comment, unless_gone
 from .ids import new_id
 from .responses_tools import Tools, read_tools
 from .sampling import SamplingFields, sampling_params
@@ -374,9 +374,10 @@ async def create(request: Request) -> Response:
     own, created = services(request), now()
     wanted = asked.generation()
     wanted = replace(wanted, messages=own.call_reasoning.completed(wanted.messages or ()))
-    generation = await unless_gone(request, own.generations.start(wanted))
+    start = own.generations.start(wanted)
     if asked.stream:
-        return EventStream(generation, ChatEvents(asked, created, own.call_reasoning))
+        return EventStream(await begun(request, start), lambda _: ChatEvents(asked, created, own.call_reasoning))
+    generation = await unless_gone(request, start)
     async with generation:
         answers = await unless_gone(request, collected(generation))
     return Json(completion(answers, asked, created, own.call_reasoning))

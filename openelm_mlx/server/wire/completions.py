@@ -18,7 +18,7 @@ from ..bodies import WholeNumber, read_body
 from ..failures import ApiError, bad_request
 from ..generation import Generation, GenerationRequest, Progress, PromptText, collected
 from ..parts import Answer, Finished, ItemText, Part, TokenLogprob, Usage
-from ..sse import EventStream, comment, unless_gone
+from ..sse import EventStream, begun, comment, unless_gone
 from .ids import new_id
 from .sampling import SamplingFields, sampling_params
 from .shared import MOST_ANSWERS, StopField, StreamOptions, json_text, now, stops_of, usage_object
@@ -182,7 +182,7 @@ def _usage(usages: list[Usage], n: int) -> Usage:
 class CompletionEvents:
     """A streamed `text_completion`."""
 
-    def __init__(self, generation: Generation, asked: CompletionRequest, created: int) -> None:
+    def __init__(self, generation: Generation | None, asked: CompletionRequest, created: int) -> None:
         self._generation, self._asked, self._n = generation, asked, asked.n
         self._num_answers = len(asked.prompts) * asked.n
         self._wants_usage = asked.stream_options.include_usage
@@ -198,7 +198,8 @@ class CompletionEvents:
     def more(self, parts: list[Part]) -> bytes:
         begun = ""
         if not self._texts:  # from now on, the prompt's log-probabilities are known
-            echoes = self._generation.prompt_texts() if self._asked.echo else None
+            generation = self._generation
+            echoes = generation.prompt_texts() if self._asked.echo and generation is not None else None
             for index in range(self._num_answers):
                 self._texts.append(_Text(self._asked, None if echoes is None else echoes[index // self._n]))
                 begun += self._piece(index, self._texts[index].begin())
@@ -244,9 +245,10 @@ async def create(request: Request) -> Response:
     asked = await read_body(request, CompletionRequest)
     wanted = asked.generation()
     created = now()
-    generation = await unless_gone(request, services(request).generations.start(wanted))
+    start = services(request).generations.start(wanted)
     if asked.stream:
-        return EventStream(generation, CompletionEvents(generation, asked, created))
+        return EventStream(await begun(request, start), lambda own: CompletionEvents(own, asked, created))
+    generation = await unless_gone(request, start)
     async with generation:
         answers = await unless_gone(request, collected(generation))
         echoes = generation.prompt_texts() if asked.echo else []

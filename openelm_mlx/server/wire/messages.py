@@ -11,7 +11,7 @@ from ..bodies import read_body
 from ..failures import ApiError
 from ..generation import Generation, Progress
 from ..parts import Part
-from ..sse import EventStream, comment, unless_gone
+from ..sse import EventStream, begun, comment, unless_gone
 from .event_lines import event_lines
 from .messages_content import KnownReasoning
 from .messages_events import MessageEvents
@@ -38,10 +38,17 @@ class Messages:
     async def create(self, request: Request) -> Response:
         body = await read_body(request, CreateMessage)
         wanted = generation_request(body, self.known)
-        generation = await unless_gone(request, services(request).generations.start(wanted))
-        events = MessageEvents(body.model, generation.prompt_tokens, shows_thinking(body), self.known)
+        start = services(request).generations.start(wanted)
+
+        def events_of(own: Generation | None) -> MessageEvents:
+            prompt_tokens = 0 if own is None else own.prompt_tokens
+            return MessageEvents(body.model, prompt_tokens, shows_thinking(body), self.known)
+
         if body.stream:
-            return EventStream(generation, _Stream(events, request.scope.get("request_id")))
+            request_id = request.scope.get("request_id")
+            return EventStream(await begun(request, start), lambda own: _Stream(events_of(own), request_id))
+        generation = await unless_gone(request, start)
+        events = events_of(generation)
         async with generation:
             await unless_gone(request, _write(generation, events))
         return Json(events.message)

@@ -15,7 +15,7 @@ from ..failures import ApiError, bad_request
 from ..generation import Generation, GenerationRequest, Progress
 from ..parts import Part
 from ..responses_store import Item, ResponseStore, Stored
-from ..sse import EventStream, comment, unless_gone
+from ..sse import EventStream, begun, comment, unless_gone
 from .event_lines import event_lines
 from .responses_events import ResponseEvents
 from .responses_items import read_input
@@ -60,7 +60,7 @@ class Responses:
         items = inputs if before is None else [*before.items, *inputs]
         tools = tools_of(body, items)
         wanted = generation_request(body, items, tools)
-        generation = await unless_gone(request, self._start(request, wanted))
+        start = self._start(request, wanted)
         events = ResponseEvents(
             _fields(body, tools), tools, ENCRYPTED in (body.include or ()), wanted_logprobs(body) is not None
         )
@@ -70,7 +70,8 @@ class Responses:
                 self.store.add(events.response, inputs, before)
 
         if body.stream:
-            return EventStream(generation, _Stream(events, keep))
+            return EventStream(await begun(request, start), lambda _: _Stream(events, keep))
+        generation = await unless_gone(request, start)
         async with generation:
             await unless_gone(request, _write(generation, events))
         keep()

@@ -11,8 +11,8 @@ from openelm_mlx.errors import EngineFullError
 
 
 class Request:
-    def __init__(self, number, chunks=()):
-        self.job = Job(number)
+    def __init__(self, number, chunks=(), group=None):
+        self.job = Job(number, group=group)
         self.job.chunks = deque(chunks)
 
 
@@ -33,6 +33,29 @@ def test_requests_are_admitted_in_their_order_and_as_many_as_may_run():
     assert scheduler.decoding == [requests[1]]
     scheduler.forget(requests[1])
     assert scheduler.admit(lambda _: True) is requests[4]
+
+
+def test_many_submitted_together_are_not_all_before_who_comes_later():
+    many = [Request(i, [8], group="many") for i in range(10)]
+    later, last = Request(10, [8]), Request(11, [8])
+    scheduler = scheduler_with(many)
+    while scheduler.admit(lambda _: True) is not None:
+        pass
+    assert scheduler.prompts == many[:4]
+    scheduler.waiting += [later, last]
+    for ended, wanted in ((many[0], later), (many[1], last), (many[2], many[4]), (later, many[5])):
+        scheduler.forget(ended)
+        assert scheduler.admit(lambda _: True) is wanted
+
+
+def test_who_was_put_back_is_not_overtaken():
+    many = [Request(i, [8], group="many") for i in range(3)]
+    scheduler = scheduler_with(many, max_running=3)
+    while scheduler.admit(lambda _: True) is not None:
+        pass
+    scheduler.put_back(many[2])
+    scheduler.waiting.append(Request(3, [8]))
+    assert scheduler.admit(lambda _: True) is many[2]
 
 
 def test_who_does_not_fit_is_not_overtaken():

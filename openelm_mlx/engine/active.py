@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -72,8 +72,8 @@ class ActiveRequest(HasJob):
     and is given what that asks for (`forward`), once its work on the host (`work`) is done.
     """
 
-    def __init__(self, number: int, sequence: Sequence, channel: Channel) -> None:
-        self.job = Job(number)
+    def __init__(self, number: int, sequence: Sequence, channel: Channel, group: Hashable = None) -> None:
+        self.job = Job(number, group=group)
         self.sequence, self.channel = sequence, channel
         self.submitted = time.perf_counter()
         self.pending: Pending | None = None

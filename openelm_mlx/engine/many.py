@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as ManyOf
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
@@ -96,11 +96,19 @@ class Engine:
         self._thread.start()
         self._stop = weakref.finalize(self, _stop, self._shared, self._thread)
 
-    def submit(self, prompt: Prompt | None = None, prompt_logprobs: int | None = None, **options: Any) -> Handle:
+    def submit(
+        self,
+        prompt: Prompt | None = None,
+        prompt_logprobs: int | None = None,
+        group: Hashable = None,
+        **options: Any,
+    ) -> Handle:
         """One more request; its handle gives the chunks as they come. Takes the options of `om.stream_generate`.
 
         prompt_logprobs: report the log-probability of each of the prompt's tokens, and this many of the likeliest ones at
         its place: `handle.prompt_logprobs` has them. All of the prompt is computed then, a few tokens at a time.
+        group: the same for requests of one client that are submitted together: others that come later are not all behind
+        them in the queue.
 
         What is wrong with the request is raised here (PromptError, SettingError, TokenizerError, MemoryLimitError where
         it could never fit), and EngineFullError when the queue is full.
@@ -118,7 +126,7 @@ class Engine:
         with shared.lock:
             self._check_open()
             self._scheduler.check_room(len(shared.incoming))
-            shared.incoming.append(ActiveRequest(shared.num_submitted, sequence, channel))
+            shared.incoming.append(ActiveRequest(shared.num_submitted, sequence, channel, group))
             shared.num_submitted += 1
         shared.wake.set()
         return Handle(channel)
@@ -127,6 +135,7 @@ class Engine:
         """`count` requests of one prompt, which is computed once. With a seed, the answers have seed, seed + 1, ..."""
         whole_number("count", count)
         sampling = options.get("sampling")
+        options.setdefault("group", object())
         handles = []
         for i in range(count):
             if isinstance(sampling, SamplingParams) and sampling.seed is not None:

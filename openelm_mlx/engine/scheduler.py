@@ -1,15 +1,16 @@
 """Who is computed in the engine's next step. No arrays: requests are known by their sizes, and time is handed in.
 
-Requests wait in a queue, first come first served, and are admitted while fewer than `max_running` run and their memory
-fits. An admitted request's prompt is computed in chunks, beside one token of every request that decodes; short prompts
-share a pass. The chunks of a pass are together as long as decoding requests can bear (`ChunkPace`), and as a chunk of the
-plan when nobody decodes. A very long prompt takes turns with shorter ones that came after it.
+Requests wait in a queue, and are admitted while fewer than `max_running` run and their memory fits: first come first
+served, but those that were submitted together (a client's list of prompts) are not all before whoever comes later. An
+admitted request's prompt is computed in chunks, beside one token of every request that decodes; short prompts share a
+pass. The chunks of a pass are together as long as decoding requests can bear (`ChunkPace`), and as a chunk of the plan
+when nobody decodes. A very long prompt takes turns with shorter ones that came after it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import combinations
 from statistics import median
 from typing import Generic, TypeVar, final
@@ -33,11 +34,14 @@ class Job:
     """A request as the scheduler sees it.
 
     number: in the order of arrival. chunks: lengths of the prompt's chunks as a request alone has them; a chunk may be
-    computed in several pieces, but never across such a border. least: tokens in the shortest piece.
+    computed in several pieces, but never across such a border. least: tokens in the shortest piece. group: what it was
+    submitted with; by default it is alone.
     """
 
-    def __init__(self, number: int, least: int = 2) -> None:
+    def __init__(self, number: int, least: int = 2, group: Hashable = None) -> None:
         self.number, self.least = number, least
+        self.group = number if group is None else group
+        self.was_put_back = False
         self.chunks: deque[int] = deque()
 
     @property
@@ -188,16 +192,23 @@ class Scheduler(Generic[J]):
     def admit(self, fits: Callable[[J], bool]) -> J | None:
         """The next request to begin with, its prompt to be computed; None when there is none, or no room.
 
-        fits: whether its memory does. Whoever is first in the queue is not overtaken.
+        fits: whether its memory does. Whoever is next is not overtaken.
         """
         if not self.waiting or self.num_running >= self.max_running:
             return None
-        first = self.waiting[0]
+        first = self._next()
         if not fits(first):
             return None
-        del self.waiting[0]
+        self.waiting.remove(first)
         _insert(self.prompts, first)
         return first
+
+    def _next(self) -> J:
+        """The first one of those whose group has the fewest running. Who had begun before goes on first."""
+        if self.waiting[0].job.was_put_back:
+            return self.waiting[0]
+        running = Counter(each.job.group for each in self.running())
+        return min(self.waiting, key=lambda each: (running[each.job.group], each.job.number))
 
     def next_prompts(self, most: int) -> list[tuple[J, int]]:
         """Whose prompts are gone on with in the next pass, and by how many tokens each, `most` in all.
@@ -253,6 +264,7 @@ class Scheduler(Generic[J]):
     def put_back(self, request: J) -> None:
         """Out of those running and into the queue again, before all that came after it."""
         self.forget(request)
+        request.job.was_put_back = True
         _insert(self.waiting, request)
 
     def youngest(self, may: Callable[[J], bool] = lambda _: True) -> J | None:

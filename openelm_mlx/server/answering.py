@@ -258,6 +258,7 @@ def _submitted(lease: ModelLease, request: GenerationRequest) -> tuple[list[Hand
     """The engine's requests, and the functions that their answers may call."""
     options, recipients = _options(lease, request)
     request = _fitting(lease, request)
+    options["group"] = object()  # a list of prompts is not before all other clients
     handles: list[Handle] = []
     for prompt in _prompts(lease, request):
         handles += _submit(lease, prompt, request.n, options)

@@ -48,6 +48,23 @@ def test_many_submitted_together_are_not_all_before_who_comes_later():
         assert scheduler.admit(lambda _: True) is wanted
 
 
+def test_a_prompt_has_its_turn_before_those_that_were_admitted_after_it():
+    many = [Request(i, [8], group="many") for i in range(5)]
+    later = Request(5, [8])
+    scheduler = scheduler_with(many, max_running=2)
+    scheduler.admit(lambda _: True), scheduler.admit(lambda _: True)
+    scheduler.waiting.append(later)
+    for each in many[:2]:
+        scheduler.forget(each)
+        scheduler.admit(lambda _: True)
+    assert set(scheduler.prompts) == {later, many[2]}
+    found = [each for each, _ in scheduler.next_prompts(100)]
+    assert found == sorted(scheduler.prompts, key=lambda each: each.job.turn)
+    scheduler.forget(many[2])
+    assert scheduler.admit(lambda _: True) is many[3]
+    assert scheduler.next_prompts(100)[0][0] is later
+
+
 def test_who_was_put_back_is_not_overtaken():
     many = [Request(i, [8], group="many") for i in range(3)]
     scheduler = scheduler_with(many, max_running=3)

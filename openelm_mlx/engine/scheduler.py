@@ -42,6 +42,7 @@ class Job:
         self.number, self.least = number, least
         self.group = number if group is None else group
         self.was_put_back = False
+        self.turn = 0  # its place among all that have been admitted, from 1
         self.chunks: deque[int] = deque()
 
     @property
@@ -164,7 +165,7 @@ class Scheduler(Generic[J]):
         self.prompts: list[J] = []
         self.following: list[J] = []  # admitted, and waiting for another's prompt that is theirs too
         self.decoding: list[J] = []
-        self._num_chunks = 0
+        self._num_chunks = self._num_admitted = 0
 
     @property
     def num_running(self) -> int:
@@ -200,6 +201,8 @@ class Scheduler(Generic[J]):
         if not fits(first):
             return None
         self.waiting.remove(first)
+        self._num_admitted += 1
+        first.job.turn = first.job.turn or self._num_admitted
         _insert(self.prompts, first)
         return first
 
@@ -213,10 +216,10 @@ class Scheduler(Generic[J]):
     def next_prompts(self, most: int) -> list[tuple[J, int]]:
         """Whose prompts are gone on with in the next pass, and by how many tokens each, `most` in all.
 
-        most: what memory and device allow at once; where somebody decodes, the pace allows less. The oldest prompt comes
+        most: what memory and device allow at once; where somebody decodes, the pace allows less. Who was admitted first comes
         first, or every other time one that is far shorter; others follow while tokens are left.
         """
-        with_chunks = [each for each in self.prompts if each.job.chunks]
+        with_chunks = sorted((each for each in self.prompts if each.job.chunks), key=lambda each: each.job.turn)
         if not with_chunks:
             return []
         first = self._first_of(with_chunks)

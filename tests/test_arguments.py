@@ -13,6 +13,7 @@ from openelm_mlx import tools
 from openelm_mlx.arguments import SAMPLING
 from openelm_mlx.errors import SettingError, ToolError, UserError
 
+TRAIN_CONFIG = Path(__file__).parent.parent / "examples" / "train" / "demo_openelm.yaml"
 ODD = object()
 # Values that are not text, number, path, function or collection that anything here takes.
 NOT_TEXT = (5, -1, 1.5, b"x", [5], {5: 5}, ODD, True)
@@ -28,7 +29,30 @@ LOAD = {
     "kv_bits": NOT_A_NUMBER, "expert_slots": NOT_A_NUMBER, "memory_limit": ("x", b"x", [5], {}, ODD, True, 5),
     "batch_size": (*NOT_A_NUMBER, None), "wire": NOT_A_FLAG, "tokenizer": NOT_TEXT, "chat_template": NOT_TEXT,
     "revision": NOT_TEXT, "adapter": NOT_TEXT, "progress": NOT_A_FUNCTION,
+    "workers": (5, 1.5, b"x", {}, ODD, True, "", "a\0b", [5]), "secret_file": (5, 1.5, b"x", [], {}, ODD, True),
+    "layers": (5, 1.5, b"x", {}, ODD, True, "a", [ODD]), "worker_timeout": (*NOT_A_NUMBER, 0, -1),
 }  # fmt: skip
+FINETUNE = {
+    "source": NOT_TEXT, "data": (5, 1.5, b"x", {}, ODD, True, [5], []), "output": (5, 1.5, b"x", [], {}, ODD, True, None),
+    "method": NOT_TEXT, "recipe": NOT_TEXT, "validation": (b"x", {}, ODD, True, 1.5, 5), "steps": NOT_A_NUMBER,
+    "epochs": NOT_A_NUMBER, "batch_size": NOT_A_NUMBER, "learning_rate": NOT_A_NUMBER, "final_learning_rate": NOT_A_NUMBER,
+    "warmup_steps": NOT_A_NUMBER, "weight_decay": NOT_A_NUMBER, "max_grad_norm": NOT_A_NUMBER, "z_loss": NOT_A_NUMBER,
+    "rank": NOT_A_NUMBER, "alpha": NOT_A_NUMBER, "dropout": NOT_A_NUMBER, "targets": (5, 1.5, b"x", {}, ODD, True, [5]),
+    "layers": (5, 1.5, "x", b"x", {}, ODD, True, ["x"]), "preference": NOT_TEXT, "beta": NOT_A_NUMBER, "learn": NOT_TEXT,
+    "too_long": NOT_TEXT, "max_length": NOT_A_NUMBER, "validate_every": NOT_A_NUMBER, "patience": NOT_A_NUMBER,
+    "checkpointing": (5, 1.5, "x", b"x", [], {}, ODD), "tokens_at_once": NOT_A_NUMBER, "memory_limit": LOAD["memory_limit"],
+    "dtype": NOT_TEXT, "tokenizer": NOT_TEXT, "chat_template": NOT_TEXT, "revision": NOT_TEXT,
+    "reasoning_effort": NOT_TEXT, "date": NOT_TEXT, "format": NOT_TEXT, "seed": NOT_A_NUMBER, "restart": NOT_A_FLAG,
+    "progress": NOT_A_FUNCTION,
+}  # fmt: skip
+TRAIN = {
+    "config": (5, 1.5, b"x", [], {}, ODD, True, None, "no/such.yaml"),
+    "output": (5, 1.5, b"x", [], {}, ODD, True, None),
+    "steps": NOT_A_NUMBER,
+    "restart": NOT_A_FLAG,
+    "progress": NOT_A_FUNCTION,
+    "started": NOT_A_FUNCTION,
+}
 SHARED = (
     "source",
     "context_length",
@@ -98,6 +122,10 @@ TABLE = {
         },
     ),
     "om.adapter_names": (om.adapter_names, {"model": "MODEL"}, {"model": NOT_A_MODEL}),
+    "om.finetune": (
+        om.finetune, {"source": "demo-openelm", "data": [{"prompt": "a", "completion": "b"}], "output": "o"}, FINETUNE,
+    ),
+    "om.train": (om.train, {"config": str(TRAIN_CONFIG), "output": "o"}, TRAIN),
     "om.plan": (om.plan, {"source": "demo-openelm"}, PLAN),
     "om.convert": (om.convert, {"source": "demo-openelm", "destination": None, "dry_run": True}, CONVERT),
     "om.export": (om.export, {"source": "demo-openelm", "destination": "o"}, EXPORT),
@@ -183,7 +211,8 @@ def loaded():
 
 def filled(given: dict, loaded) -> dict:
     model, tokenizer = loaded
-    return {name: {"MODEL": model, "TOKENIZER": tokenizer}.get(value, value) for name, value in given.items()}
+    own = {"MODEL": model, "TOKENIZER": tokenizer}
+    return {name: own.get(value, value) if isinstance(value, str) else value for name, value in given.items()}
 
 
 def sentence(error: pytest.ExceptionInfo) -> str:

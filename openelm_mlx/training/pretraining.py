@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import __version__
-from ..arguments import FLAG, FUNCTION, checked_call
+from ..arguments import FLAG, FUNCTION, PATH, check_kind, checked_call
 from ..checks import is_number, whole_number
 from ..errors import ConfigError, DataError, SettingError
 from ..files import expanded, read_yaml, shown
@@ -115,7 +115,7 @@ class TrainingConfig:
             raise SettingError(f"model is {shown(self.model)}: give a config.json's fields.")
 
 
-@checked_call("om.train", progress=FUNCTION, restart=FLAG)
+@checked_call("om.train", output=PATH, progress=FUNCTION, started=FUNCTION, restart=FLAG)
 def train(
     config: str | os.PathLike[str] | TrainingConfig,
     *,
@@ -133,7 +133,10 @@ def train(
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
-    settings = config if isinstance(config, TrainingConfig) else TrainingConfig.read(config)
+    if not isinstance(config, TrainingConfig):
+        check_kind("config", config, PATH)
+        config = TrainingConfig.read(config)
+    settings = config
     check_output(output)
     keep_float32()
     use_device()

@@ -88,16 +88,16 @@ def checked_workers(
     workers: str | Sequence[str] | None, secret_file: str | os.PathLike[str] | None, layers: Any, deadline: float
 ) -> list[Address] | None:
     """The workers' addresses; None where there are none. Raises SettingError, also for what is given without workers."""
+    if not is_number(deadline) or not SHORTEST_DEADLINE <= deadline <= LONGEST_DEADLINE:
+        raise SettingError(
+            f"worker_timeout is {shown(deadline)}: give seconds, from {SHORTEST_DEADLINE:g} to {LONGEST_DEADLINE:,g}."
+        )
     if workers is None:
         for name, value in (("secret_file", secret_file), ("layers", layers)):
             if value is not None:
                 raise SettingError(f"{name} is for other machines, and there are none: give workers, or leave it out.")
         return None
     parse_counts(layers)
-    if not is_number(deadline) or not SHORTEST_DEADLINE <= deadline <= LONGEST_DEADLINE:
-        raise SettingError(
-            f"worker_timeout is {shown(deadline)}: give seconds, from {SHORTEST_DEADLINE:g} to {LONGEST_DEADLINE:,g}."
-        )
     return parse_workers(workers)
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from httpx import Client
+from httpx2 import Client
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import ValidationError
 from server_app import served_demos

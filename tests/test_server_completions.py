@@ -4,7 +4,7 @@ import json
 
 import mlx.core as mx
 import pytest
-from httpx import Client
+from httpx2 import Client
 from openai.types import Completion
 from server_app import served_demos
 

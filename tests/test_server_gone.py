@@ -6,7 +6,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
-from httpx import Client
+from httpx2 import Client
 from server_app import served_demos
 
 import openelm_mlx as om

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from openelm_mlx.commands.output import report, report_json
@@ -81,9 +81,9 @@ def _port(process: subprocess.Popen[str]) -> int:
     return int(found[1])
 
 
-def main() -> int:
-    """The benchmark with the process's arguments."""
-    return run_benchmark("several_macs", HELP, add_arguments, run)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_benchmark("several_macs", HELP, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from openelm_mlx.checks import whole_number
 from .command import run_benchmark, show_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from .measurements.training import Measured
 
@@ -45,5 +45,10 @@ def run(args: argparse.Namespace) -> int:
     return show_rows(f"{args.model}: LoRA on attention, rank 8, against mlx-lm's tuner", rows(), args.json)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_benchmark("training", HELP, add_arguments, run, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_benchmark("training", HELP, add_arguments, run))
+    sys.exit(main())

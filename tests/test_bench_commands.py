@@ -10,7 +10,10 @@ import pytest
 from openelm_mlx.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("experts_for_few_rows", "memory", "memory_together", "quality", "requests", "speculation", "streaming")
+NAMES = (
+    "evaluation", "experts_for_few_rows", "memory", "memory_together", "quality", "requests", "server", "several_macs",
+    "speculation", "streaming", "training",
+)  # fmt: skip
 
 
 def test_each_of_them_is_known():

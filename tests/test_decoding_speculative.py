@@ -278,13 +278,14 @@ VOCAB = 3
 class Markov:
     """A model whose next token depends on the last one: small enough to know its distribution exactly."""
 
-    residency = None
-    spec = SimpleNamespace(vocab_size=VOCAB, layers=[SimpleNamespace(num_heads=1, num_kv_heads=1)])
+    residency = remote = None
+    is_followed = False
+    spec = SimpleNamespace(vocab_size=VOCAB, only_layers=False, layers=[SimpleNamespace(num_heads=1, num_kv_heads=1)])
 
     def __init__(self, seed):
         self.table = mx.array(np.random.default_rng(seed).normal(0, 1.2, (VOCAB, VOCAB)), mx.float32)
 
-    def __call__(self, tokens, cache):
+    def own(self, tokens, cache, throttle=None):
         cache[0].offset += 1 if tokens.ndim == 1 else tokens.shape[1]
         return self.table[tokens]
 

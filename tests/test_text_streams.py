@@ -34,7 +34,7 @@ class Scripted:
 
     def __init__(self, tokenizer, script: str) -> None:
         size = tokenizer.vocab_size
-        self.spec = SimpleNamespace(vocab_size=size, usable_vocab_size=size, eos_tokens=())
+        self.spec = SimpleNamespace(vocab_size=size, usable_vocab_size=size, eos_tokens=(), only_layers=False)
         self.context_length = 4096
         self.runtime = self.kv_bits = None
         self.is_followed, self.remote = False, None
@@ -66,7 +66,7 @@ class Scripted:
     def head(self, h):
         return mx.zeros((self.size,)).at[next(self.script, 0)].add(9.0)[None]
 
-    def own(self, tokens, cache):
+    def own(self, tokens, cache, throttle=None):
         return self.head(tokens)
 
 

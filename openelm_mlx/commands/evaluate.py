@@ -19,7 +19,7 @@ from .output import report, report_json, say
 
 if TYPE_CHECKING:
     from ..evaluation.report import Report
-    from ..evaluation.run import Progress
+    from ..evaluation.requests import StageProgress
 
 HELP = "evaluate a model on tasks: Apple's sets, OpenAI's protocol, lm-evaluation-harness's tasks, files of questions"
 WHAT = "The report"
@@ -171,7 +171,7 @@ def show(found: Report, as_json: bool) -> None:
 
 
 @contextmanager
-def progress_of(quiet: bool) -> Iterator[Progress | None]:
+def progress_of(quiet: bool) -> Iterator[StageProgress | None]:
     """How far a run is, with an estimate of the rest: a bar in a terminal, else a line now and then, on stderr."""
     if quiet:
         yield None

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..checks import whole_number
 from ..errors import SettingError
 from ..files import expanded
 from . import INTERRUPTED, output
@@ -142,8 +143,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None 
 
     environment = os.environ if environment is None else environment
     keys = _keys(args.api_key_file, environment)
-    if not 0 <= args.port <= 65535:
-        raise SettingError(f"--port is {args.port}: it must be a whole number, at least 0 and at most 65,535.")
+    whole_number("--port", args.port, low=0, high=65535)
     if not keys and not is_loopback(args.host):
         raise SettingError(
             f"--host {args.host} lets other machines use this server: give it a key first, in a file with --api-key-file, or "
@@ -151,9 +151,8 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None 
         )
     for name in ("max_running", "max_waiting"):
         value = getattr(args, name)
-        least = int(name == "max_running")
-        if value is not None and value < least:
-            raise SettingError(f"{name} is {value}: it must be a whole number, at least {least}.")
+        if value is not None:
+            whole_number(name, value, low=int(name == "max_running"))
     sources = args.model or ([] if args.models_folder else [DEFAULT_MODEL])
     models = [served_model(each) for each in sources]
     if args.models_folder is not None:

@@ -8,7 +8,7 @@ logits would be 800 kB) with nothing of its weights but the head.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -36,6 +36,7 @@ from .scorer import LOGITS_BYTES
 from .statistics import Mean, exp_of, mean_of, quantile
 
 if TYPE_CHECKING:
+    from ..hub.names import Progress
     from ..models import Model
     from ..sources import SourceName
 
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 _COPIES = 8
 # A document: text, or the messages of a chat, which go through the model's template.
 Document = str | Sequence[Mapping[str, Any]]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

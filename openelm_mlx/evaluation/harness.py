@@ -20,7 +20,7 @@ from ..text.tokenizer import Tokenizer
 from .answers import Answer, answers, seeded
 from .chats import chat_tokens
 from .likelihood import borders_of
-from .requests import Score, TokenRequest
+from .requests import Score, StageProgress, TokenRequest
 from .scorer import Scorer
 from .store import Store
 
@@ -33,8 +33,6 @@ MAX_GEN_TOKS = 256
 _WITHOUT_MEANING = {"batch_size", "max_batch_size", "device", "trust_remote_code", "parallelize"}
 # Marks a chat whose last message was begun for the model.
 _PREFIX = "prefix"
-# Called with the kind of the requests, how many more are done, and how many there are.
-Progress = Callable[[str, int, int], None]
 
 
 @register_model("openelm_mlx")
@@ -56,7 +54,7 @@ class HarnessModel(LM):
         reasoning_effort: str | None = None,
         max_gen_toks: int = MAX_GEN_TOKS,
         store: Store | None = None,
-        progress: Progress | None = None,
+        progress: StageProgress | None = None,
         **options: Any,
     ) -> None:
         super().__init__()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+# Called with what is being done, how many more are done, and how many there are.
+StageProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from .likelihood import borders_of
 from .protocols import Asked, Choices, Question, is_ours, make_task, run_tests
 from .published import gpt_oss_figure, published, task_sets
 from .report import Report, Row
-from .requests import Score, TokenRequest
+from .requests import Score, StageProgress, TokenRequest
 from .scorer import Scorer
 from .statistics import mean_of
 from .store import Store
@@ -31,8 +31,6 @@ from .tasks import check_data, check_names, run_tasks, task_manager, versions
 if TYPE_CHECKING:
     from ..models import Model
 
-# Called with what is being done, how many more are done, and how many there are.
-Progress = Callable[[str, int, int], None]
 GYM_NOTE = (
     "No final: questions to which gpt-oss came to no answer; they count as wrong. Raise --max-tokens if there are many."
 )
@@ -109,7 +107,7 @@ def evaluate(
     *,
     load_options: Mapping[str, Any] | None = None,
     store_path: Path | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     is_chat: bool = True,
 ) -> Report:
     """Evaluate the model at `source`. Answers are kept in `store_path` until the report is whole.
@@ -143,10 +141,10 @@ class _Run:
         name: str,
         settings: Settings,
         store: Store,
-        progress: Progress | None,
+        progress: StageProgress | None,
     ) -> None:
         self.model, self.tokenizer, self.name, self.settings, self.store = model, tokenizer, name, settings, store
-        self.progress: Progress = (lambda what, more, total: None) if progress is None else progress
+        self.progress: StageProgress = (lambda what, more, total: None) if progress is None else progress
         is_harmony = tokenizer is not None and tokenizer.chat_template == HARMONY
         if settings.efforts and not is_harmony:
             raise SettingError(

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, final
 
 from .. import errors
 from ..errors import UserError, WorkerError
+from ..hub.names import Progress
 from .framing import Connection, LostConnectionError, Message
 
 # Changes of caches go along with the next pass; so many of them by themselves.
 MOST_CHANGES = 500
-# Called with (bytes so far, total bytes) while a worker reads its layers.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(eq=False)

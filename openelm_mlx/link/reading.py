@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import final
 
-Progress = Callable[[int, int], None]
+from ..hub.names import Progress
 
 
 @final

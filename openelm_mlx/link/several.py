@@ -13,6 +13,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checks import is_number
 from ..errors import SettingError
 from ..files import shown
+from ..hub.names import Progress
 from ..memory.calibration import calibrated
 from ..memory.machine import Machine, this_machine
 from ..memory.plan_types import MemoryPlan, PlanRequest
@@ -24,7 +25,7 @@ from ..specs import ModelSpec
 from .adapter_parts import adapter_part, packed_adapter
 from .addresses import Address, parse_workers
 from .chain import Chain
-from .reading import Progress, SharedProgress
+from .reading import SharedProgress
 from .secret import read_secret
 from .spread import Part, parse_counts, spread_over
 from .team import Team

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from ..errors import SettingError, WorkerError
+from ..hub.names import Progress
 from ..memory.machine import Machine
 from ..specs import ModelSpec
 from .addresses import SECONDS_OF_OTHERS, WORTH_CHANGING, Address, dial, is_loopback, latency_of
 from .chain import Chain
 from .framing import Connection, LostConnectionError, Message
 from .handshake import NO_SECRET, meet_worker
-from .peer import Peer, Progress, error_of
+from .peer import Peer, error_of
 
 # Seconds of silence after which a worker is given up. It says every second that it is still at work.
 DEADLINE = 10.0

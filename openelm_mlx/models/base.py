@@ -201,8 +201,8 @@ class LayerWalk:
         return self.cache[i].make_mask(self.length, return_array=False, window_size=window)
 
 
-class PlainWalk(LayerWalk):
-    """The walk with nothing compiled: a layer is its two parts, called one after the other.
+class WalkInParts(LayerWalk):
+    """A walk with nothing compiled: a layer is its two parts, called one after the other.
 
     h: the residual stream as far as the walk has come. throttle: told of each part that has been dispatched.
     """
@@ -212,25 +212,52 @@ class PlainWalk(LayerWalk):
         model: LanguageModel,
         h: mx.array,
         cache: Cache | None,
+        length: int,
         left_padding: mx.array | None = None,
         throttle: LayerThrottle | None = None,
     ) -> None:
-        super().__init__(model, cache, 1 if h.ndim == 2 else h.shape[1], left_padding)
+        super().__init__(model, cache, length, left_padding)
         self.h = h
-        self._throttle = None if cache is None else throttle
+        self._throttle = throttle
 
     def enter(self, i: int) -> Projected:
-        queries, keys, values = self.layers[i].before_attention(
-            self.h, 0 if self.cache is None else self.cache[i].offset
-        )
+        queries, keys, values = self.layers[i].before_attention(self.h, self._offset_in(i))
         if self._throttle is not None:
             self._throttle([queries, keys, values], False)
         return self.h, queries, keys, values
 
     def leave(self, i: int, x: mx.array, out: mx.array) -> None:
         if self._throttle is not None:
-            assert self.cache is not None
-            self._throttle([out, *self.cache[i].buffers], False)
+            self._throttle([out, *self._written_in(i)], False)
         self.h = self.layers[i].after_attention(x, out)
         if self._throttle is not None:
             self._throttle([self.h], True)
+
+    def _offset_in(self, i: int) -> int | mx.array:
+        """The position of the first of a row's new tokens in layer `i`, or one a row."""
+        raise NotImplementedError
+
+    def _written_in(self, i: int) -> list[mx.array]:
+        """The buffers into which the attention of layer `i` has written."""
+        raise NotImplementedError
+
+
+class PlainWalk(WalkInParts):
+    """The walk of rows of the same length, (B, L) tokens, or one a row."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        h: mx.array,
+        cache: Cache | None,
+        left_padding: mx.array | None = None,
+        throttle: LayerThrottle | None = None,
+    ) -> None:
+        length = 1 if h.ndim == 2 else h.shape[1]
+        super().__init__(model, h, cache, length, left_padding, None if cache is None else throttle)
+
+    def _offset_in(self, i: int) -> int | mx.array:
+        return 0 if self.cache is None else self.cache[i].offset
+
+    def _written_in(self, i: int) -> list[mx.array]:
+        return [] if self.cache is None else self.cache[i].buffers

@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from .attention import Mask, attend_by_products
-from .base import LanguageModel, LayerWalk
-from .block import LayerThrottle, Projected
+from .base import LanguageModel, WalkInParts
+from .block import LayerThrottle
 from .cache import Cache, seen_by_last
 from .quantized_cache import QuantizedKVCache
 from .slots import SlotBank
@@ -72,7 +72,7 @@ def positions_of(rows: Sequence[Rows], bank: SlotBank | None = None) -> mx.array
     return mx.array(np.concatenate([np.array(in_slots, np.int64), *spans]))
 
 
-class RowsWalk(LayerWalk):
+class RowsWalk(WalkInParts):
     """The walk of M flat rows through the layers. h (M, hidden_size): the residual stream as far as it has come."""
 
     def __init__(
@@ -83,15 +83,13 @@ class RowsWalk(LayerWalk):
         throttle: LayerThrottle | None = None,
         bank: SlotBank | None = None,
     ) -> None:
-        super().__init__(model, None, 1)
+        super().__init__(model, cast(mx.array, h), None, 1, throttle=throttle)
         self._model = model
-        self.h: mx.array = cast(mx.array, h)
         self.positions = positions_of(rows, bank)
-        self._rows, self._throttle, self._bank = rows, throttle, bank
+        self._rows, self._bank = rows, bank
         self._num_slots = 0 if bank is None else len(bank)
         self._masks_of: list[dict[tuple[int | None, bool], Mask]] = [{} for _ in rows]
         self._products_to = model.choices.prompt_products_to
-        self._buffers_of_prompts = [each.cache for each in rows if each.is_prompt]
 
     def logits(self) -> mx.array | None:
         """Through all layers and the head: the logits (R, V) of the rows that want them."""
@@ -138,12 +136,6 @@ class RowsWalk(LayerWalk):
         with adapters.using(adapters.selection.taking(taken)):
             return self._model.head(h)
 
-    def enter(self, i: int) -> Projected:
-        queries, keys, values = self.layers[i].before_attention(self.h, self.positions)
-        if self._throttle is not None:
-            self._throttle([queries, keys, values], False)
-        return self.h, queries, keys, values
-
     def attend(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         outs, start = [], self._num_slots
         if start:
@@ -154,12 +146,11 @@ class RowsWalk(LayerWalk):
             start = stop
         return _joined(outs)
 
-    def leave(self, i: int, x: mx.array, out: mx.array) -> None:
-        if self._throttle is not None:
-            self._throttle([out, *(buffer for cache in self._buffers_of_prompts for buffer in cache[i].buffers)], False)
-        self.h = self.layers[i].after_attention(x, out)
-        if self._throttle is not None:
-            self._throttle([self.h], True)
+    def _offset_in(self, i: int) -> mx.array:
+        return self.positions
+
+    def _written_in(self, i: int) -> list[mx.array]:
+        return [buffer for rows in self._rows if rows.is_prompt for buffer in rows.cache[i].buffers]
 
     def _attend_slots(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """The attention of all that are in slots, (S, H, 1, D), which stand first."""

@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from .attention import Mask
-from .base import LanguageModel, LayerWalk
-from .block import LayerThrottle, Projected
-from .cache import Cache, LayerCache, SlidingKVCache
+from .base import LanguageModel, WalkInParts
+from .block import LayerThrottle
+from .cache import Cache, LayerCache
 from .packed import pack
 from .quantized_cache import QuantizedKVCache
 from .remote_cache import RemoteCache
@@ -92,7 +92,7 @@ def lay_out(forest: Forest, num_before: int) -> Layout:
     return Layout(sources.reshape(shape), places, visible.reshape(*shape, width), depths.reshape(shape))
 
 
-class TreeWalk(LayerWalk):
+class TreeWalk(WalkInParts):
     """The walk of a forest through the layers.
 
     trunk: what every tree has before it; nothing is written to it. h (M, hidden_size): the residual stream so far.
@@ -101,12 +101,10 @@ class TreeWalk(LayerWalk):
     def __init__(
         self, model: LanguageModel, trunk: Cache, forest: Forest, throttle: LayerThrottle | None = None
     ) -> None:
-        super().__init__(model, trunk, 1)
+        super().__init__(model, model.embed(mx.array(forest.tokens)), trunk, 1, throttle=throttle)
         self.trunk = trunk
         self.offset = trunk[0].offset
-        self.h = model.embed(mx.array(forest.tokens))
         self.positions = mx.array(self.offset + forest.depths)
-        self._throttle = throttle
         self._layout = layout = lay_out(forest, self.offset)
         self._sources, self._places = mx.array(layout.sources.ravel()), mx.array(layout.places)
         # One row with every token in its order needs no rearranging.
@@ -122,12 +120,6 @@ class TreeWalk(LayerWalk):
             rows = mx.array(np.asarray(wanted))
             x, out = x[rows], out[rows]
         return self.layers[last].after_attention(x, out)
-
-    def enter(self, i: int) -> Projected:
-        queries, keys, values = self.layers[i].before_attention(self.h, self.positions)
-        if self._throttle is not None:
-            self._throttle([queries, keys, values], False)
-        return self.h, queries, keys, values
 
     def attend(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         cache, window = self.trunk[i], self._specs[i].window
@@ -146,12 +138,11 @@ class TreeWalk(LayerWalk):
         out = self.layers[i].attention.attend_over(queries, keys, values, self._masks[window])
         return self._flat(out)
 
-    def leave(self, i: int, x: mx.array, out: mx.array) -> None:
-        if self._throttle is not None:
-            self._throttle([out], False)
-        self.h = self.layers[i].after_attention(x, out)
-        if self._throttle is not None:
-            self._throttle([self.h], True)
+    def _offset_in(self, i: int) -> mx.array:
+        return self.positions
+
+    def _written_in(self, i: int) -> list[mx.array]:
+        return []
 
     def _in_rows(self, x: mx.array) -> mx.array:
         """(M, H, 1, D) -> (R, H, L, D)"""
@@ -185,7 +176,4 @@ def before_trees(cache: LayerCache, dtype: mx.Dtype) -> tuple[mx.array, mx.array
         assert cache.values is not None
         return cache.keys.first(cache.offset).unpack(dtype), cache.values.first(cache.offset).unpack(dtype)
     assert not isinstance(cache, RemoteCache), "its keys are on another machine"
-    keys, values = cache.in_order()
-    if isinstance(cache, SlidingKVCache) and keys.shape[2] > cache.window:
-        keys, values = keys[..., -cache.window :, :], values[..., -cache.window :, :]
-    return keys, values
+    return cache.in_order()

@@ -29,6 +29,7 @@ from openelm_mlx.models.attention import attend, block_mask, causal_mask, visibl
 from openelm_mlx.models.gpt_oss import GptOss
 from openelm_mlx.models.moe import SORT_FROM_ROUTES, Experts, Routes, clamped_swiglu
 from openelm_mlx.models.norm import RMSNorm
+from openelm_mlx.models.precision import runs_on_cpu
 from openelm_mlx.models.rope import Rotation, rotary_periods, rotate, yarn_inverse_frequencies
 from openelm_mlx.specs import ModelSpec, YarnSpec, gpt_oss_config, spec_from_config
 
@@ -361,6 +362,21 @@ def test_a_model_s_rotation_is_the_plain_one_to_the_bit(yarn):
     for offset in (0, 5, 5, mx.array(5), 6, mx.array(7), 2900, mx.array([3, 9])):
         for y in (x, x[:, :, :1], x.astype(mx.bfloat16)):
             assert mx.array_equal(rotation(y, offset), rotate(y, 150000.0, offset, periods)), offset
+
+
+@pytest.mark.parametrize("yarn", [None, YarnSpec(32.0, 4096, truncate=False)])
+def test_rows_at_positions_of_their_own_share_a_table(yarn, monkeypatch):
+    """As the layers of a flat pass have them: one array of positions, one token a row, queries and fewer keys."""
+    rotation, periods = Rotation(150000.0, yarn), rotary_periods(32, 150000.0, yarn)
+    positions = mx.array([0, 131071, 7, 7, 2900])
+    dtypes = mx.float32, mx.bfloat16
+    queries, keys = (mx.random.normal((5, heads, 1, 32), key=mx.random.key(heads)) for heads in (4, 2))
+    expected = [rotate(x.astype(t), 150000.0, positions, periods) for x in (queries, keys) for t in dtypes]
+    if runs_on_cpu():
+        monkeypatch.setattr("openelm_mlx.models.rope.rotate", None)  # all of it comes from the table
+    found = [rotation(x.astype(t), positions) for x in (queries, keys) for t in dtypes]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert mx.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from ..engine.many import Engine
 from ..engine.prompt import Prompt
 from ..errors import MemoryLimitError, PromptError
 from ..text.tokenizer import Tokenizer
+from .requests import OnDone
 from .store import Store
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from ..models import Model
 
-# Called with how many more are done.
-OnDone = Callable[[int], None]
 # Between two looks at requests that end in any order, in seconds.
 _PAUSE = 0.02
 

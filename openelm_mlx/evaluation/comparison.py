@@ -20,7 +20,7 @@ from ..arguments import FUNCTION, checked_call
 from ..checks import whole_number
 from ..decoding.arguments import check_model
 from ..decoding.budget import Budget, chunk_of_plan, drop, keeping_to_plan
-from ..decoding.prefill import in_turn, lock_of
+from ..decoding.prefill import lock_of
 from ..engine.prompt import encode_prompt
 from ..engine.single import not_finite
 from ..errors import PromptError, SettingError, TokenizerError
@@ -32,8 +32,9 @@ from ..tokenizers import missing_tokenizer_message
 from .borders import Borders, windows
 from .likelihood import LEAST_WINDOW
 from .requests import TokenRequest
-from .scorer import LOGITS_BYTES
-from .statistics import Mean, exp_of, mean_of, quantile
+from .scorer import LOGITS_BYTES, read_chunk
+from .statistics import Mean, exp_of, mean_of
+from .texts import Document
 
 if TYPE_CHECKING:
     from ..hub.names import Progress
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 # How many arrays of logits the comparison of two has in memory at most.
 _COPIES = 8
-# A document: text, or the messages of a chat, which go through the model's template.
-Document = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -296,11 +295,8 @@ class _Reader:
         while start < len(tokens):
             length = self._budget.chunk_of_prompt(len(tokens), len(tokens) - start)
             with lock_of(self.model):
-                h = self.model.embed(mx.array(list(tokens[start : start + length]))[None])
-                h = self.model.run_layers(h, self._cache, throttle=in_turn(self._cache, len(self._cache)))
-                mx.eval(h, [layer.buffers for layer in self._cache])
+                found.append(read_chunk(self.model, tokens[start : start + length], self._cache))
             self._budget.chunk_is_done(length)
-            found.append(h[0])
             start += length
         return found[0] if len(found) == 1 else mx.concatenate(found)
 
@@ -342,13 +338,13 @@ def _summary(rows: Iterator[_Rows], num_documents: int, window: int, at_a_time: 
         np.concatenate([getattr(each, name) for each in found]).astype(np.float64)
         for name in ("kl", "same_top", "logprobs", "other_logprobs")
     )
-    ordered = sorted(kl.tolist())
     change = np.exp(b) - np.exp(a)
     shares = (0.5, 0.9, 0.95, 0.99, 0.999)
+    quantiles = np.quantile(kl, shares).tolist()
     return Comparison(
         kl=mean_of(kl.tolist()),
-        max_kl=ordered[-1],
-        kl_quantiles={str(share): quantile(ordered, share) for share in shares},
+        max_kl=float(kl.max()),
+        kl_quantiles={str(share): value for share, value in zip(shares, quantiles, strict=True)},
         same_top=mean_of(same.tolist()),
         nll=mean_of((-a).tolist()),
         other_nll=mean_of((-b).tolist()),
@@ -356,7 +352,7 @@ def _summary(rows: Iterator[_Rows], num_documents: int, window: int, at_a_time: 
         probability_change=mean_of(change.tolist()),
         probability_change_rms=float(np.sqrt(np.mean(change**2))),
         num_documents=num_documents,
-        num_tokens=len(ordered),
+        num_tokens=len(kl),
         window=window,
         at_a_time=at_a_time,
     )

@@ -6,7 +6,7 @@ command line with this model known to it; a program that imports this module has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import LM
@@ -20,8 +20,8 @@ from ..text.tokenizer import Tokenizer
 from .answers import Answer, answers, seeded
 from .chats import chat_tokens
 from .likelihood import borders_of
-from .requests import Score, StageProgress, TokenRequest
-from .scorer import Scorer
+from .requests import OnDone, Score, StageProgress, TokenRequest
+from .scorer import Scorer, kept_scores
 from .store import Store
 
 if TYPE_CHECKING:
@@ -150,17 +150,9 @@ class HarnessModel(LM):
 
     def _scores(self, kind: str, requests: Sequence[TokenRequest], names: Sequence[Any]) -> list[Score]:
         keys = [self.store.key(kind, *name) for name in names]
-        known = {i: Score(*stored) for i, key in enumerate(keys) if (stored := self.store.get(key)) is not None}
-        told = self._told(kind, len(requests))
-        told(len(known))
+        return kept_scores(self.scorer, requests, self.store, keys, self._told(kind, len(requests)))
 
-        def keep(scores: Mapping[int, Score]) -> None:
-            self.store.put({keys[i]: list(score) for i, score in scores.items()})
-            told(len(scores))
-
-        return self.scorer.score(requests, known, keep)
-
-    def _told(self, kind: str, count: int) -> Callable[[int], None]:
+    def _told(self, kind: str, count: int) -> OnDone:
         progress = self._progress
         return (lambda more: None) if progress is None else (lambda more: progress(kind, more, count))
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# Called with how many more are done.
+OnDone = Callable[[int], None]
 # Called with what is being done, how many more are done, and how many there are.
 StageProgress = Callable[[str, int, int], None]
 

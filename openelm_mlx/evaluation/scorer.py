@@ -17,7 +17,7 @@ import numpy as np
 
 from ..decoding.budget import Budget, check_room, chunk_of_plan, drop, keeping_to_plan
 from ..decoding.gpu_errors import empty_stream, is_watchdog
-from ..decoding.prefill import chunk_throttle, in_turn, lock_of
+from ..decoding.prefill import chunk_throttle, fill, in_turn, lock_of
 from ..engine.single import not_finite
 from ..errors import SettingError
 from ..models.buffers import Snapshot
@@ -26,7 +26,8 @@ from ..models.remote_cache import RemoteCache
 from ..models.trees import NO_PARENT, Forest, TreeWalk
 from ..runtime import runtime_of
 from .prefixes import Branch, Extend, Prefixes
-from .requests import Score, TokenRequest
+from .requests import OnDone, Score, TokenRequest
+from .store import Store
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -172,12 +173,8 @@ class _Run:
         while start < step.stop:
             length = self._budget.chunk_of_prompt(self.scorer.tokens_at_once, step.stop - start)
             targets = self._targets(step.first, step.last, start, start + length)
-            tokens = mx.array(list(text[start : start + length]))[None]
             with lock_of(self.model):
-                throttle = in_turn(self._cache, len(self._cache))
-                h = self.model.run_layers(self.model.embed(tokens), self._cache, throttle=throttle)
-                mx.eval(h, [layer.buffers for layer in self._cache])
-                self._note(h[0], targets)
+                self._note(read_chunk(self.model, text[start : start + length], self._cache), targets)
             self._done(length)
             start += length
         self._trunks.append(_Trunk(step.stop, self._snapshots()))
@@ -274,16 +271,9 @@ class _Run:
         if start == length:
             return
         # After an error, or where everything that it was computed for is known.
-        while start < length:
-            count = self._budget.chunk_of_prompt(self.scorer.tokens_at_once, length - start)
-            tokens = mx.array(list(self._texts[text][start : start + count]))[None]
-            with lock_of(self.model):
-                self.model.run_layers(
-                    self.model.embed(tokens), self._cache, throttle=in_turn(self._cache, len(self._cache))
-                )
-                mx.eval([layer.buffers for layer in self._cache])
-            self._done(count)
-            start += count
+        tokens = self._texts[text][start:length]
+        fill(self.model, tokens, self._cache, self.scorer.tokens_at_once, self._budget, at_border=self._count_pass)
+        self.scorer.num_tokens += length - start
         self._trunks.append(_Trunk(length, self._snapshots()))
 
     def _snapshots(self) -> list[Snapshot]:
@@ -293,9 +283,34 @@ class _Run:
 
     def _done(self, length: int) -> None:
         self._budget.chunk_is_done(length)
-        self.scorer.num_passes += 1
+        self._count_pass()
         self.scorer.num_tokens += length
         mx.clear_cache()
+
+    def _count_pass(self) -> None:
+        self.scorer.num_passes += 1
+
+
+def kept_scores(
+    scorer: Scorer, requests: Sequence[TokenRequest], store: Store, keys: Sequence[str], on_done: OnDone
+) -> list[Score]:
+    """`Scorer.score` for requests with these keys: what the store has is not computed again, and what is new goes there."""
+    known = {i: Score(*stored) for i, key in enumerate(keys) if (stored := store.get(key)) is not None}
+    on_done(len(known))
+
+    def keep(scores: Mapping[int, Score]) -> None:
+        store.put({keys[i]: list(score) for i, score in scores.items()})
+        on_done(len(scores))
+
+    return scorer.score(requests, known, keep)
+
+
+def read_chunk(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
+    """The residual stream (L, hidden_size) after the last layer, of tokens whose keys and values go into the cache."""
+    h = model.embed(mx.array(list(tokens))[None])
+    h = model.run_layers(h, cache, throttle=in_turn(cache, len(cache)))
+    mx.eval(h, [layer.buffers for layer in cache])
+    return h[0]
 
 
 def target_logprobs(

@@ -42,11 +42,3 @@ def exp_of(mean: Mean) -> Mean:
 def safe_exp(value: float) -> float:
     """Infinity where it would overflow."""
     return math.exp(value) if value < 709 else math.inf
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """The value below which a `share` of the sorted values lies, between the two nearest."""
-    at = share * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])

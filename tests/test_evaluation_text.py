@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from openelm_mlx.errors import PromptError, SettingError, TokenizerError
 from openelm_mlx.evaluation.borders import Borders, windows
 from openelm_mlx.evaluation.comparison import _fit_together
 from openelm_mlx.evaluation.scorer import Scorer
+from openelm_mlx.evaluation.texts import read_documents
 from openelm_mlx.runtime import runtime_of
 from openelm_mlx.text.tokenizer import load_tokenizer
 
@@ -348,6 +350,16 @@ def test_wrong_texts_are_one_sentence(tmp_path, capsys, name, content, told):
 def test_a_text_that_is_not_there(tmp_path, capsys):
     assert main(["compare", "demo-openelm", "demo-openelm", "--text", str(tmp_path / "no.txt")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe.txt")  # that nobody writes to
+    assert main(["perplexity", "demo-openelm", "--text", str(tmp_path / "pipe.txt")]) == 2
+    assert "is a named pipe" in capsys.readouterr().err
+
+
+def test_lines_end_where_files_end_them(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    (tmp_path / "b.jsonl").write_bytes('{"text": "one\u2028two"}\r\n\r\n{"text": "three"}'.encode())
+    found = read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")])
+    assert found == ["one\ntwo\nthree\n", "one\u2028two", "three"]
 
 
 def test_fixture_model_through_score(fixtures, tokenizer):
@@ -402,5 +414,10 @@ def test_files_of_evaluate(tmp_path, capsys, model):
     one, table = str(tmp_path / "r.json"), str(tmp_path / "t.md")
     command = ["evaluate", str(folder), "--tasks", str(questions), "--chat-template", "plain", "-q"]
     assert main([*command, "--report", one, "--markdown", table, "--chart", str(tmp_path / "c.svg")]) == 0
+    written = (tmp_path / "r.json").read_text()
+    unknown = ["evaluate", str(folder), "--tasks", "no-such.jsonl", "-q", "--markdown", one]
+    assert main(unknown) == 2  # before anything is looked for or asked
+    assert "The table is not written" in capsys.readouterr().err
+    assert (tmp_path / "r.json").read_text() == written
     assert main([*command, "--compare", one]) == 0
     assert "+0.00" in capsys.readouterr().out

@@ -88,9 +88,10 @@ def run(args: argparse.Namespace) -> int:
     from ..outputs import checked_output, write_output
 
     settings = settings_of(args)
-    for name, what in ((args.report, WHAT), (args.markdown, "The table")):
+    # None: a table tells nothing of who has written it.
+    for name, what, is_ours in ((args.report, WHAT, recognized), (args.markdown, "The table", None)):
         if name is not None:
-            checked_output(name, what, recognized, args.overwrite)
+            checked_output(name, what, is_ours, args.overwrite)
     from ..bench.chart import check_chart
 
     chart = check_chart(args.chart, args.overwrite)
@@ -104,10 +105,7 @@ def run(args: argparse.Namespace) -> int:
         kept.parent.mkdir(parents=True, exist_ok=True)
     try:
         with progress_of(args.quiet) as progress:
-            found = evaluate(
-                args.model, settings, load_options=options, store_path=kept, progress=progress,
-                is_chat=not args.model.startswith("apple/OpenELM") or "Instruct" in args.model,
-            )  # fmt: skip
+            found = evaluate(args.model, settings, load_options=options, store_path=kept, progress=progress)
     except KeyboardInterrupt:
         say("\nInterrupted: the same command goes on where this one stopped.")
         return INTERRUPTED
@@ -149,9 +147,6 @@ def settings_of(args: argparse.Namespace) -> Any:
             )
         data.append((task, file))
     efforts = () if args.reasoning_effort is None else tuple(args.reasoning_effort.split(","))
-    for effort in efforts:
-        if effort not in ("low", "medium", "high"):
-            raise SettingError(f"reasoning_effort is {effort!r}: give low, medium or high, with commas between them.")
     return Settings(
         tasks=tasks, limit=args.limit, shots=args.shots, seed=args.seed, efforts=efforts, add_bos=args.add_bos,
         apply_chat_template=args.apply_chat_template, fewshot_as_multiturn=args.fewshot_as_multiturn,

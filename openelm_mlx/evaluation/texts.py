@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import PromptError
-from ..files import expanded, shown
+from ..files import expanded, parse_json, shown
 
 JSON_LINES = (".jsonl", ".ndjson")
+# Far more than any model reads in a day.
+_LARGEST_TEXT = 2**30
+# Text, or the messages of a chat, which go through the model's template.
 Document = str | Sequence[Mapping[str, Any]]
 
 
@@ -23,9 +26,8 @@ def read_documents(names: Sequence[str]) -> list[Document]:
 
 
 def _documents(name: str) -> Iterator[Document]:
-    path = expanded(name, PromptError)
-    text = read_text(path, name)
-    if path.suffix not in JSON_LINES:
+    text = read_text(name)
+    if Path(name).suffix not in JSON_LINES:
         if not text.strip():
             raise PromptError(f"{name!r} holds no text: give a file that has some.")
         yield text
@@ -43,22 +45,16 @@ def _documents(name: str) -> Iterator[Document]:
         raise PromptError(f"{name!r} holds no lines: give a file that has some.")
 
 
-def read_text(path: Path, name: str) -> str:
-    """The whole of a UTF-8 file. Raises PromptError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{name!r} is not UTF-8 text (byte {error.start:,}): save it as UTF-8.") from None
-    except OSError as error:
-        raise PromptError(f"{name!r} cannot be read: {error.strerror or error}; give a text file.") from None
+def read_text(name: str) -> str:
+    """The whole of a UTF-8 file that a user names, with line feeds for every kind of line break. Raises PromptError."""
+    text = files.read_text(expanded(name, PromptError), PromptError, _LARGEST_TEXT, may_be_pipe=True)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
     """The number and the value of each line that is not empty. Raises PromptError for one that is not JSON."""
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not `splitlines`: a string of JSON may hold the other characters that end a line for it.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError):
-            raise PromptError(f"Line {number} of {name!r} is not JSON: {shown(line[:60])}; correct it.") from None
+        yield number, parse_json(line, f"Line {number} of {name!r}", PromptError, "correct it")

@@ -261,6 +261,10 @@ def test_models_that_do_not_fit_together_are_loaded_one_after_the_other(tmp_path
     assert apart.at_a_time == 1
     assert apart.kl.value == pytest.approx(together.kl.value, rel=1e-5)
     assert apart.perplexity_ratio.value == pytest.approx(together.perplexity_ratio.value, rel=1e-5)
+    mine, _ = om.load(a)
+    count = len(mine.layers)
+    assert om.compare(mine, b, [TEXT, "Short."], window=20).at_a_time == 2
+    assert len(mine.layers) == count  # the caller goes on with it
 
 
 def test_whether_two_models_fit_is_the_plans_sum(tmp_path, model):

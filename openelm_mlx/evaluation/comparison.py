@@ -108,7 +108,8 @@ def compare(
     options = {} if load_options is None else dict(load_options)
     sides = _Side(a, options), _Side(b, options if other_load_options is None else dict(other_load_options))
     requests, number, length = _windows(sides, texts, window)
-    together = all(side.is_loaded for side in sides) or _fit_together(sides)
+    # A model that the caller has is the caller's: nothing of it is given up for the other one.
+    together = any(side.is_loaded for side in sides) or _fit_together(sides)
     total = sum(len(each.inputs) for each in requests) * (1 if together else 2)
     counter = _Counter(progress, total)
     rows = _rows_together(sides, requests, counter) if together else _rows_in_turns(sides, requests, counter)

@@ -196,7 +196,7 @@ class _Run:
         borders = borders_of(self.model, self.tokenizer, None, self.settings.add_bos)
         questions: list[Choices] = [each for each in asked.questions if isinstance(each, Choices)]
         pairs = [(each.context, choice) for each in questions for choice in each.choices]
-        requests = [self._scored(borders, each, choice) for each in questions for choice in each.choices]
+        requests = [request for each in questions for request in self._scored(borders, each)]
         keys = [self.store.key("choice", *pair) for pair in pairs]
         started = time.perf_counter()
         found = kept_scores(
@@ -227,14 +227,15 @@ class _Run:
             )
         return rows
 
-    def _scored(self, borders: Borders, question: Choices, choice: str) -> TokenRequest:
+    def _scored(self, borders: Borders, question: Choices) -> list[TokenRequest]:
+        """A request for each of its choices."""
         if not question.is_chat:
-            return borders.pair(question.context, choice)
+            return [borders.pair(question.context, choice) for choice in question.choices]
         if self.tokenizer is None or not self.is_chat:
-            return borders.pair(f"{question.context}\nAnswer:", f" {choice}")
+            return [borders.pair(f"{question.context}\nAnswer:", f" {choice}") for choice in question.choices]
         message = {"role": "user", "content": question.context}
         before = chat_tokens(self.model, self.tokenizer, [message], is_scored=True, effort=self.efforts[0])
-        return borders.after_tokens(before, choice)
+        return [borders.after_tokens(before, choice) for choice in question.choices]
 
     def _answers(self, asked: Asked, effort: str | None) -> list[Row]:
         """Questions that are answered: the mean grade of the final channel, over questions and repeats."""

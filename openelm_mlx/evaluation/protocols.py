@@ -246,7 +246,7 @@ def nearest(name: str, known: Any) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, list(known), 3, 0.5)
-    return f": did you mean {' or '.join(near)}?"[:-1] if near else ""
+    return f": did you mean {' or '.join(near)}" if near else ""
 
 
 def _repeated(rows: list[Any], limit: int | None, drawn: random.Random) -> tuple[list[Any], int]:

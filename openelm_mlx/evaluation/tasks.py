@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError, SettingError, UserError
-from ..files import shown
+from ..files import one_line, shown
 from .protocols import NAMES, nearest
 from .published import openelm_figure, task_sets, usual_metric
 from .report import Row
@@ -71,10 +71,9 @@ def check_data(names: Sequence[str], manager: Any) -> None:
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001  (data sets of others are read, and raise anything)
-            told = " ".join(str(error).split())[:200] or type(error).__name__
             raise PromptError(
-                f"The data of the task {name} cannot be had ({type(error).__name__}: {told}): connect to the network once, so "
-                "that it is kept, or leave the task out."
+                f"The data of the task {name} cannot be had ({type(error).__name__}: {one_line(error)}): connect to the "
+                "network once, so that it is kept, or leave the task out."
             ) from None
 
 

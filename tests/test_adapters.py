@@ -440,15 +440,17 @@ def test_computing_takes_what_is_planned(family):
     tokens, peaks = prompt_of(200), {}
     for name in ("none", "a"):
         with model.adapters.using(model.adapters.of(name)):
-            for _ in range(2):
+            found = []
+            for _ in range(8):  # MLX's own thread frees some buffers earlier at times, and never later
                 cache = model.make_cache()
                 mx.eval([layer.reserve(len(tokens)) for layer in cache])
                 mx.clear_cache()
                 before = mx.get_active_memory()
                 mx.reset_peak_memory()
                 mx.eval(prefill(model, tokens, cache, len(tokens)))
-                peaks[name] = mx.get_peak_memory() - before
+                found.append(mx.get_peak_memory() - before)
                 del cache
+            peaks[name] = max(found[1:])
     planned = scratch_per_token(model.spec, model.adapters.served.stacks.keys(), "cpu") * len(tokens)
     assert peaks["none"] <= peaks["a"] < peaks["none"] + 1.05 * planned
     model, _ = om.load(FIXTURES / FAMILIES[family], batch_size=2)

@@ -14,16 +14,15 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
-from ..arguments import FLAG, FUNCTION, NAME, checked_call
+from ..arguments import FLAG, FUNCTION, NAME, PATH, checked_call
 from ..checkpoint.adapter_files import write_adapter
 from ..checks import is_number
 from ..errors import CheckpointError, DataError, SettingError
 from ..files import hears_the_disk, shown
-
-if TYPE_CHECKING:
-    from ..models import Model
 from ..models.adapters import attach, trained_adapter
 from ..sources import SourceName
+from ..text.chat import HARMONY
+from ..text.conversation import REASONING_EFFORTS
 from .base import Base
 from .data import PREFERENCE, DataSource, Example, read_examples, validation_file
 from .full_output import check_can_be_written, write_model
@@ -36,12 +35,23 @@ from .settings import Settings, settings_from
 from .state import RunFolder, State, check_output, previous_run
 from .steps import Gradients, Objective
 
+if TYPE_CHECKING:
+    from ..models import Model
+
 FORMATS = ("peft", "mlx-lm")
 
 
 @hears_the_disk(CheckpointError)
 @checked_call(
-    "om.finetune", recipe=NAME, format=NAME, chat_template=NAME, revision=NAME, restart=FLAG, progress=FUNCTION
+    "om.finetune",
+    output=PATH,
+    recipe=NAME,
+    format=NAME,
+    chat_template=NAME,
+    revision=NAME,
+    checkpointing=FLAG,
+    restart=FLAG,
+    progress=FUNCTION,
 )
 def finetune(
     source: SourceName,
@@ -172,6 +182,8 @@ class Finetuning:
         wanted = settings_from(recipe, settings)
         if format not in FORMATS:
             raise SettingError(f"format is {shown(format)}: choose peft or mlx-lm.")
+        if reasoning_effort is not None and reasoning_effort not in REASONING_EFFORTS:
+            raise SettingError(f"reasoning_effort is {shown(reasoning_effort)}: use low, medium or high.")
         check_output(output)
         examples = read_examples(data)
         examples, held_out = _divided(validation, data, examples, wanted.seed)
@@ -183,6 +195,10 @@ class Finetuning:
             chat_template=chat_template,
             revision=revision,
         )
+        if reasoning_effort is not None and base.template.template != HARMONY:
+            raise SettingError(
+                f"reasoning_effort is {shown(reasoning_effort)}, and only gpt-oss's chat format has one: leave it out."
+            )
         if base.trains_all:
             check_can_be_written(base.spec)
         wanted = settings_from(recipe, settings, len(base.spec.layers))
@@ -210,7 +226,7 @@ class Finetuning:
             complete,
             rows,
             checkpointing=checkpointing if checkpointing is not None else before.get("checkpointing"),
-            tokens_at_once=tokens_at_once or before.get("tokens_at_once"),
+            tokens_at_once=tokens_at_once if tokens_at_once is not None else before.get("tokens_at_once"),
             memory_limit=memory_limit,
             is_preference=is_preference,
         )
@@ -349,11 +365,13 @@ def _divided(
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Lists as tuples, which settings are compared by."""
-    for name in ("targets", "layers"):
+    for name, kind, example in (("targets", str, '["q_proj"]'), ("layers", int, "[0, 1]")):
         value = settings.get(name)
         if isinstance(value, str):
             raise SettingError(f'{name} is {shown(value)}: give a list, as ["{value}"].')
         if value is not None:
+            if not isinstance(value, (list, tuple)) or not all(isinstance(each, kind) for each in value):
+                raise SettingError(f"{name} is {shown(value)}: give a list, as {example}.")
             settings[name] = tuple(value)
     return settings
 

@@ -95,6 +95,24 @@ def test_an_untouched_adapter_changes_no_bit(name, kind, targets):
     assert not any(".adapter." in key or ".base." in key for key, _ in tree_flatten(model.parameters()))
 
 
+def test_experts_with_an_adapter_share_their_biases_as_without():
+    """Beside experts of a model that has not computed yet: the table of biases is made through the adapter's module."""
+    tokens = mx.array(np.random.default_rng(0).integers(0, 90, (2, 3)))
+    known = load_fixture(FIXTURES / "gpt_oss_tiny")(tokens)
+    model = load_fixture(FIXTURES / "gpt_oss_tiny")
+    names = {key for key, _ in tree_flatten(model.parameters())}
+    attach(model, AdapterConfig(targets=("experts",)))
+    assert mx.array_equal(model(tokens), known)
+    experts = model.layers[0].mlp.experts
+    table = experts.bias_table()
+    for module in (experts.gate_up_proj, experts.down_proj):
+        assert "bias" not in module
+        assert module.bias is module.base.bias
+    assert experts.bias_table() is table
+    detach(model)
+    assert {key for key, _ in tree_flatten(model.parameters())} == names
+
+
 @pytest.mark.parametrize("name", ["openelm_tiny", "gpt_oss_tiny"])
 def test_every_part_gets_a_gradient(name):
     """Both factors of every target, with the second one not zero any more."""

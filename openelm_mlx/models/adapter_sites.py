@@ -177,9 +177,11 @@ class AdaptedExperts(Adapted):
         found: mx.array = self.base.bias
         return found
 
-    @bias.setter
-    def bias(self, value: mx.array) -> None:
-        self.base.bias = value
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "bias":  # a module keeps every array that it is given: there would be two biases
+            self.base.bias = value
+        else:
+            super().__setattr__(key, value)
 
     def __call__(self, x: mx.array, routes: Routes) -> mx.array:
         y = self.base(x, routes)

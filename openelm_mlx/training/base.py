@@ -102,14 +102,3 @@ class Base:
         if not self.trains_all:
             model.freeze()
         return model
-
-
-def num_parameters(spec: ModelSpec) -> int:
-    """How many numbers a model has."""
-    total = 0
-    for shape in spec.parameter_shapes().values():
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total

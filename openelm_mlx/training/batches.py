@@ -75,11 +75,6 @@ class Batch(NamedTuple):
     length: np.ndarray
 
     @property
-    def num_targets(self) -> int:
-        """How many tokens are learned."""
-        return int((self.weights != 0).sum())
-
-    @property
     def num_tokens(self) -> int:
         """How many places have a token of a row."""
         return int(self.length)
@@ -90,20 +85,14 @@ class Batch(NamedTuple):
         return self.rows.size == self.tokens.size and bool((self.places == np.arange(self.tokens.size)).all())
 
 
-def make_batch(rows: Sequence[Row], weights: Sequence[float] | None = None, places: int | None = None) -> Batch:
-    """The batch of `rows`.
-
-    weights: how much each row's targets count; 1 each when it is None. places: the size of the flat array; the smallest of the
-    usual sizes when it is None.
-    """
+def make_batch(rows: Sequence[Row], weights: Sequence[float] | None = None) -> Batch:
+    """The batch of `rows`. weights: how much each row's targets count; 1 each when it is None."""
     weights = [1.0] * len(rows) if weights is None else weights
     lengths = [len(row) for row in rows]
     longest = rounded_up(max(lengths))
-    if len(rows) > 1 and len(rows) * longest <= 1.1 * sum(lengths):  # hardly anything is empty: rows as they are
+    if len(rows) == 1 or len(rows) * longest <= 1.1 * sum(lengths):  # hardly anything is empty: rows as they are
         return _in_rows(rows, weights, longest)
-    if len(rows) == 1:
-        return _in_rows(rows, weights, longest)
-    count = rounded_up(sum(lengths)) if places is None else places
+    count = rounded_up(sum(lengths))
     tokens, positions = np.zeros(count, np.int32), np.zeros(count, np.int32)
     laid_out, found = np.zeros((rounded_up(len(rows), 1), longest), np.int32), np.zeros(count, np.int32)
     start = 0

@@ -69,8 +69,7 @@ class Trainer:
     """Trains what is trainable in `model`, which is in training mode, from where `folder` has a state, or from the beginning.
 
     max_grad_norm: see `Settings`. validation: parts to measure after every `validate_every` steps; patience: how often in a row
-    that may fail to improve. folder: None keeps no state. parameters: what is trained, where it is not what the model has (all
-    weights in float32). last_step: where it ends, if that is before the schedule's end.
+    that may fail to improve. folder: None keeps no state. last_step: where it ends, if that is before the schedule's end.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class Trainer:
         seed: int = 0,
         folder: RunFolder | None = None,
         listener: Listener | None = None,
-        parameters: dict[str, Any] | None = None,
         save_every: float = SAVE_EVERY_SECONDS,
         last_step: int | None = None,
     ) -> None:
@@ -99,7 +97,7 @@ class Trainer:
         self.validation, self.validate_every, self.patience = validation, validate_every, patience
         self.seed, self.folder, self.listener, self.save_every = seed, folder, listener, save_every
         found = folder.load() if folder is not None else None
-        own = _by_rows(model.trainable_parameters() if parameters is None else parameters)
+        own = _by_rows(model.trainable_parameters())
         model.update(own)
         if found is None:
             optimizer.init(own)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
 
 # What the logits of a piece may take, in float32; computing takes some three times as much.
 LOGITS_BYTES = 64 * 2**20
@@ -106,8 +107,6 @@ def head_logprobs(
 
 def surrogate(found: HeadLoss, hidden: mx.array, parameters: dict[str, Any]) -> mx.array:
     """A number without a meaning whose gradient, with respect to what `hidden` and `parameters` come from, is the loss's."""
-    from mlx.utils import tree_flatten
-
     total = (mx.stop_gradient(found.hidden_gradient) * hidden).sum()
     known = dict(tree_flatten(parameters))
     for name, gradient in tree_flatten(found.gradients):
@@ -126,15 +125,11 @@ def preference_loss(margins: mx.array, kind: str) -> mx.array:
 
 
 def _stopped(parameters: dict[str, Any]) -> dict[str, Any]:
-    from mlx.utils import tree_map
-
     stopped: dict[str, Any] = tree_map(mx.stop_gradient, parameters)
     return stopped
 
 
 def _sum(gradients: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    from mlx.utils import tree_map
-
     if not gradients:
         return more
     total: dict[str, Any] = tree_map(lambda a, b: a + b, gradients, more)

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
 
 # Where CoreNet's warm-up begins.
 WARMUP_FROM = 1e-6
@@ -62,8 +63,6 @@ def set_rate(optimizer: optim.Optimizer, rate: float | mx.array) -> None:
 
 def global_norm(gradients: Any) -> mx.array:
     """The norm of all gradients as one vector, () in float32."""
-    from mlx.utils import tree_flatten
-
     # By name: in what order they are added decides the last bit, and a run that goes on has them in another one.
     named = sorted(tree_flatten(gradients), key=lambda each: str(each[0]))
     squares = [mx.square(gradient.astype(mx.float32)).sum() for _, gradient in named]
@@ -72,8 +71,6 @@ def global_norm(gradients: Any) -> mx.array:
 
 def clipped(gradients: Any, norm: mx.array, most: float | None) -> Any:
     """The gradients, whose norm this is, shortened to `most` where they are longer; unchanged for None."""
-    from mlx.utils import tree_map
-
     if most is None:
         return gradients
     factor = mx.minimum(most / (norm + 1e-6), 1.0)

@@ -7,6 +7,7 @@ instead of kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from ..models import build_model
 from ..models.adapter_targets import Target
 from ..models.adapters import AdapterConfig, selected_targets
 from ..specs import ModelSpec
-from .activations import batch_bytes
+from .activations import FLOAT32, batch_bytes
 from .base import Base
 from .batches import Row, divided, make_batch, rounded_up
 from .settings import Settings
@@ -31,7 +32,6 @@ PLACES_ON_GPU, PLACES_ON_CPU = 8192, 2048
 FEWEST_PLACES = 64
 # Of freed buffers, on a GPU: what a step's next batch finds again.
 CACHE_LIMIT_BYTES = 512 * 2**20
-FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -188,12 +188,12 @@ class _Planner:
 
     def _num_trained(self) -> int:
         if self.base.trains_all:
-            return sum(_product(shape) for shape in self.spec.parameter_shapes().values())
+            return self.spec.num_parameters()
         total = 0
         config = self.settings
         for target in self.targets:
-            a, b = target.shapes(config.rank)
-            total += _product(a) + _product(b) + (target.rows if config.method == "dora" else 0)
+            total += sum(map(math.prod, target.shapes(config.rank)))
+            total += target.rows if config.method == "dora" else 0
         return total
 
     def _weights(self) -> int:
@@ -247,10 +247,3 @@ def adapter_config(settings: Settings) -> AdapterConfig:
         dropout=settings.dropout,
         seed=settings.seed,
     )
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..errors import DataError, PromptError, SettingError, TokenizerError
 from ..files import shown
 from ..text.chat import HARMONY, PLAIN, render_turns
@@ -39,8 +37,7 @@ class Rendering:
     """How examples become tokens.
 
     learn: see `LEARN`. too_long: see `TOO_LONG`; max_length: tokens of a row, its first one and the end of its answer included.
-    date: in gpt-oss's system message, YYYY-MM-DD or None. reasoning_effort: where a line has none of its own. end: whether a
-    text ends with the end-of-text token.
+    date: in gpt-oss's system message, YYYY-MM-DD or None. reasoning_effort: where a line has none of its own.
     """
 
     tokenizer: Tokenizer
@@ -212,8 +209,3 @@ def render_all(rendering: Rendering, examples: Sequence[Example]) -> list[list[R
             'too_long="cut".'
         )
     return found
-
-
-def lengths_of(rows: Sequence[Row]) -> np.ndarray:
-    """How many tokens each row has."""
-    return np.array([len(row) for row in rows])

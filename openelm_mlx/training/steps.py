@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -202,8 +202,3 @@ def _sums(values: mx.array, owners: mx.array, count: int) -> mx.array:
     """Of the values (M,) of each owner 0 ... count - 1: (count,)."""
     belongs = owners[None] == mx.arange(count)[:, None]
     return mx.where(belongs, values[None], 0.0).sum(axis=1)
-
-
-def all_finite(values: Sequence[mx.array]) -> bool:
-    """Whether none of these numbers is NaN or infinite; waits for them."""
-    return bool(mx.isfinite(mx.stack(list(values))).all().item())

@@ -27,7 +27,7 @@ from .base import Base
 from .data import PREFERENCE, DataSource, Example, read_examples, validation_file
 from .full_output import check_can_be_written, write_model
 from .loop import Listener, Trainer
-from .optimizer import Schedule, adamw
+from .optimizer import Schedule, adamw, is_matrix
 from .plan import TrainingPlan, adapter_config, make_training_plan
 from .rendering import Rendering, render_all
 from .rows import Rows, reference_logprobs
@@ -335,11 +335,6 @@ def schedule_of(settings: Settings) -> Schedule:
     assert settings.learning_rate is not None
     assert settings.steps is not None
     return Schedule(settings.learning_rate, settings.steps, settings.warmup_steps or 0, settings.final_learning_rate)
-
-
-def is_matrix(_: str, parameter: mx.array) -> bool:
-    """Whether weight decay is for this parameter: CoreNet leaves gains and biases out."""
-    return parameter.ndim > 1
 
 
 def _divided(

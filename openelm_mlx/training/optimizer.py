@@ -55,6 +55,11 @@ def adamw(
     return optim.MultiOptimizer([one(weight_decay), one(0.0)], [decayed])
 
 
+def is_matrix(_: str, parameter: mx.array) -> bool:
+    """Whether weight decay is for this parameter: CoreNet leaves gains and biases out."""
+    return parameter.ndim > 1
+
+
 def set_rate(optimizer: optim.Optimizer, rate: float | mx.array) -> None:
     """The learning rate of the next update."""
     for each in getattr(optimizer, "optimizers", [optimizer]):

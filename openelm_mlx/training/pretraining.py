@@ -21,21 +21,21 @@ from ..checks import is_number, whole_number
 from ..errors import ConfigError, DataError, SettingError
 from ..files import expanded, read_yaml, shown
 from ..models import build_model
+from ..placement import DTYPES
 from ..platforms import keep_float32, use_device
 from ..specs import ModelSpec, openelm_config, spec_from_config
 from ..text.tokenizer import load_tokenizer
 from ..text.tokenizer_files import TOKENIZER_FILES
-from .batches import NOT_LEARNED, Row, divided, make_batch
+from .batches import NOT_LEARNED, Row, order_of, rows_of_step
 from .full_output import write_folder
 from .loop import Listener, Part, Trainer
-from .optimizer import Schedule, adamw
+from .optimizer import Schedule, adamw, is_matrix
+from .rows import parts_of
 from .state import RunFolder, check_output
 from .steps import Gradients, Objective
 
 if TYPE_CHECKING:
     from ..models import Model
-
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def train(
         trainer = Trainer(
             model,
             Gradients(model, Objective(settings.z_loss), dtype, settings.checkpointing),
-            adamw(settings.betas, settings.eps, settings.weight_decay, lambda _, p: p.ndim > 1),
+            adamw(settings.betas, settings.eps, settings.weight_decay, is_matrix),
             Schedule(settings.learning_rate, settings.steps, settings.warmup_steps, settings.final_learning_rate),
             data,
             max_grad_norm=settings.max_grad_norm,
@@ -195,6 +195,7 @@ class TokenRows:
     ) -> None:
         self.tokens, self.starts, self.learned, self.settings = tokens, starts, learned, settings
         self._packed: tuple[int, list[list[int]]] | None = None
+        self._begins: dict[int, int] = {0: 0}  # epoch -> the number of its first row, as far as is known
         digest = hashlib.sha256(tokens.tobytes())
         digest.update(starts.tobytes())
         self.fingerprint = digest.hexdigest()
@@ -218,38 +219,27 @@ class TokenRows:
     def parts(self, step: int) -> list[Part]:
         """See `StepData`."""
         if self.settings.documents == "stream":
-            rows = [[row] for row in self._stream_rows(step)]
-        else:
-            rows = [self._documents_of(step * self.settings.rows + i) for i in range(self.settings.rows)]
-        return self._as_parts(rows)
+            chosen = rows_of_step(step, self.settings.rows, self._num_cuts, self.settings.seed)
+            return self._as_parts([self._cut(i) for i in chosen])
+        first = step * self.settings.rows
+        return self._as_parts([row for i in range(self.settings.rows) for row in self._documents_of(first + i)])
 
     def all_parts(self) -> list[Part]:
         """Every token once, for validation."""
         if self.settings.documents == "stream":
-            return self._as_parts([[self._cut(i, self.settings.length)] for i in range(self._num_cuts)])
-        return self._as_parts([[self._document(i)] for i in range(len(self.starts)) if self._size(i) > 1])
+            return self._as_parts([self._cut(i) for i in range(self._num_cuts)])
+        return self._as_parts([self._document(i) for i in range(len(self.starts)) if self._size(i) > 1])
 
-    def _as_parts(self, rows: list[list[Row]]) -> list[Part]:
-        flat = [row for group in rows for row in group]
-        lengths = [len(row) for row in flat]
-        most = max(self.settings.tokens_at_once, self.settings.length)
-        return [Part(make_batch([flat[i] for i in group])) for group in divided(lengths, most)]
+    def _as_parts(self, rows: list[Row]) -> list[Part]:
+        return parts_of(rows, max(self.settings.tokens_at_once, self.settings.length))
 
     @property
     def _num_cuts(self) -> int:
         return max(1, (len(self.tokens) - 1) // self.settings.length)
 
-    def _stream_rows(self, step: int) -> list[Row]:
-        count, rows = self._num_cuts, self.settings.rows
-        found = []
-        for place in range(step * rows, (step + 1) * rows):
-            order = np.random.default_rng([self.settings.seed, place // count]).permutation(count)
-            found.append(self._cut(int(order[place % count]), self.settings.length))
-        return found
-
-    def _cut(self, i: int, length: int) -> Row:
-        part = slice(i * length, min(len(self.tokens), (i + 1) * length + 1))
-        return self._row(part)
+    def _cut(self, i: int) -> Row:
+        length = self.settings.length
+        return self._row(slice(i * length, min(len(self.tokens), (i + 1) * length + 1)))
 
     def _row(self, part: slice) -> Row:
         tokens = self.tokens[part]
@@ -266,7 +256,8 @@ class TokenRows:
 
     def _documents_of(self, number: int) -> list[Row]:
         """The documents of the row with this number, counted over all epochs."""
-        epoch, first = self._epoch_of(number)
+        epoch = max(each for each, first in self._begins.items() if first <= number)
+        first = self._begins[epoch]
         while True:
             packed = self._epoch(epoch)
             if number < first + len(packed):
@@ -274,16 +265,10 @@ class TokenRows:
             first, epoch = first + len(packed), epoch + 1
             self._begins[epoch] = first
 
-    def _epoch_of(self, number: int) -> tuple[int, int]:
-        if not hasattr(self, "_begins"):
-            self._begins: dict[int, int] = {0: 0}
-        epoch = max(each for each, first in self._begins.items() if first <= number)
-        return epoch, self._begins[epoch]
-
     def _epoch(self, epoch: int) -> list[list[int]]:
         """An epoch's documents in rows that are as full as they come."""
         if self._packed is None or self._packed[0] != epoch:
-            order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.starts))
+            order = order_of(len(self.starts), epoch, self.settings.seed)
             rows: list[list[int]] = []
             room = 0
             for i in order.tolist():

@@ -41,12 +41,7 @@ class Rows:
 
     def _parts(self, chosen: Sequence[int]) -> list[Part]:
         rows = [row for i in chosen for row in self.examples[i]]
-        together = 1 if self.reference is None else 2
-        reference = None if self.reference is None else self.reference[list(chosen)].ravel()
-        return [
-            Part(make_batch([rows[i] for i in group]), None if reference is None else reference[group])
-            for group in divided([len(row) for row in rows], self.places, together)
-        ]
+        return parts_of(rows, self.places, None if self.reference is None else self.reference[list(chosen)].ravel())
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +56,15 @@ class Rows:
                 found.update(row.tokens.tobytes())
                 found.update(row.targets.tobytes())
         return found.hexdigest()
+
+
+def parts_of(rows: Sequence[Row], places: int, reference: np.ndarray | None = None) -> list[Part]:
+    """Rows as parts of `places` tokens. reference (rows,): of preferences, whose rows come in pairs."""
+    together = 1 if reference is None else 2
+    return [
+        Part(make_batch([rows[i] for i in group]), None if reference is None else reference[group])
+        for group in divided([len(row) for row in rows], places, together)
+    ]
 
 
 def reference_logprobs(

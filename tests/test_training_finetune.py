@@ -15,6 +15,7 @@ from openelm_mlx.checkpoint.adapter_files import read_adapter
 from openelm_mlx.errors import DataError, DestinationError, MemoryLimitError, SettingError, TrainingError
 from openelm_mlx.training import loop
 from openelm_mlx.training.finetuning import Finetuning, finetune
+from openelm_mlx.training.settings import settings_from
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i * 7 % 10}"}]}
@@ -326,3 +327,6 @@ def test_recipes_are_apples(source, tmp_path):
         2e-5,
         5,
     )
+    # openelm-instruct.yaml has warmup_ratio 0.1.
+    assert settings_from("apple-dpo", {"steps": 2000}).completed(5, is_preference=True).warmup_steps == 200
+    assert settings_from("apple-dpo", {"steps": 2000, "warmup_steps": 7}).completed(5, True).warmup_steps == 7

@@ -25,10 +25,11 @@ class Settings:
     """How to train. None: chosen by `completed`, from the method, the recipe and the number of examples.
 
     method: one of `METHODS`. steps, epochs: the run's length; steps count where both are given. batch_size: examples a step.
-    learning_rate: after warmup_steps from 1e-6, it falls along a cosine to final_learning_rate. max_grad_norm: gradients are
-    clipped to this global norm; 0: never. decay_norms: whether weight decay reaches vectors as well. rank, alpha, dropout: of
-    the adapter. preference, beta: of pairs of answers. learn, too_long, max_length: see `Rendering`. validate_every: steps;
-    patience: how often in a row validation may fail to improve before the run ends (None: it never does).
+    learning_rate: after warmup_steps from 1e-6, it falls along a cosine to final_learning_rate. warmup_share: of all steps,
+    where warmup_steps is None; None: 5 %, at most 100 steps. max_grad_norm: gradients are clipped to this global norm; 0:
+    never. decay_norms: whether weight decay reaches vectors as well. rank, alpha, dropout: of the adapter. preference, beta: of
+    pairs of answers. learn, too_long, max_length: see `Rendering`. validate_every: steps; patience: how often in a row
+    validation may fail to improve before the run ends (None: it never does).
     """
 
     method: str = "lora"
@@ -38,6 +39,7 @@ class Settings:
     learning_rate: float | None = None
     final_learning_rate: float | None = None
     warmup_steps: int | None = None
+    warmup_share: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -79,7 +81,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (is_number(value) and low < value <= high):
                 raise SettingError(f"{name} is {shown(value)}: it must be a number above {low} and at most {high:g}.")
-        from_zero = {"final_learning_rate": 10, "weight_decay": 1, "max_grad_norm": 1e6, "z_loss": 1}
+        from_zero = {
+            "final_learning_rate": 10, "warmup_share": 1, "weight_decay": 1, "max_grad_norm": 1e6, "z_loss": 1,
+        }  # fmt: skip
         for name, most in from_zero.items():
             value = getattr(self, name)
             if value is not None and not (is_number(value) and 0 <= value <= most):
@@ -108,7 +112,8 @@ class Settings:
             raise SettingError(
                 f"final_learning_rate is {final:g} and learning_rate {rate:g}: it cannot be higher; leave it out for a tenth."
             )
-        warmup = min(100, math.ceil(0.05 * steps)) if self.warmup_steps is None else self.warmup_steps
+        usual = min(100, math.ceil(0.05 * steps)) if self.warmup_share is None else math.ceil(self.warmup_share * steps)
+        warmup = usual if self.warmup_steps is None else self.warmup_steps
         every = max(1, math.ceil(steps / VALIDATIONS)) if self.validate_every is None else self.validate_every
         return replace(
             self, steps=steps, epochs=steps / of_epoch, learning_rate=rate, final_learning_rate=final,
@@ -132,7 +137,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "apple-dpo": {
         "method": "full", "preference": "hinge", "beta": 0.01, "epochs": 5, "learning_rate": 2e-5, "final_learning_rate": 0.0,
         "batch_size": 16, "betas": (0.9, 0.999), "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 1024,
-        "too_long": "skip", "seed": 42,
+        "warmup_share": 0.1, "too_long": "skip", "seed": 42,
     },
 }  # fmt: skip
 # Layers -> what the recipe "apple-dpo" has there instead (README-instruct.md).
@@ -142,8 +147,6 @@ OF_SIZES: dict[int, dict[str, Any]] = {
     28: {"epochs": 5, "learning_rate": 5e-5, "preference": "sigmoid"},
     36: {"epochs": 10, "learning_rate": 1e-4, "preference": "hinge"},
 }
-# A tenth of the steps is warm-up in "apple-dpo".
-WARMUP_SHARE = 0.1
 
 
 def settings_from(recipe: str | None, asked: Mapping[str, Any], num_layers: int | None = None) -> Settings:

@@ -1,11 +1,13 @@
 """Plans of runs against MLX's own peak, and what is planned again where memory is short."""
 
 import gc
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
 from openelm_mlx.errors import MemoryLimitError
+from openelm_mlx.memory import limits
 from openelm_mlx.training.finetuning import prepare_finetuning
 
 
@@ -34,6 +36,31 @@ def test_a_plan_is_near_the_peak_of_its_run(source, checkpointing, tmp_path):
     prepared.run()
     peak = mx.get_peak_memory() - before
     assert 0.9 < peak / prepared.plan.total_bytes < 1.05
+
+
+class Watched:
+    """MLX, with a GPU's cache limit."""
+
+    def __init__(self):
+        self.cache = mx.get_memory_limit()
+
+    def set_cache_limit(self, value):
+        before, self.cache = self.cache, value
+        return before
+
+    def __getattr__(self, name):
+        return getattr(mx, name)
+
+
+def test_a_plans_cache_limit_holds_while_it_runs(tmp_path, monkeypatch):
+    watched, held = Watched(), []
+    before = watched.cache
+    monkeypatch.setattr(limits, "_process_limits", limits.ProcessLimits(watched, {"memory_size": 16 * 2**30}))
+    prepared = prepare_finetuning("demo-openelm", data=chats(1), output=tmp_path / "out", steps=2)
+    prepared.plan = replace(prepared.plan, cache_limit_bytes=2**20)
+    prepared.run(lambda _: held.append(watched.cache))
+    assert held == [2**20, 2**20]
+    assert watched.cache == before
 
 
 def test_memory_is_saved_in_the_order_of_what_it_costs(tmp_path):

@@ -13,11 +13,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
-
-from .plan_types import MemoryPlan
 
 # The larger of these always stays unwired: Macs that wired their whole working set froze or restarted (vmlx-swift#421).
 UNWIRED_BYTES = 4_000_000_000
@@ -36,13 +34,25 @@ def wired_limit(wanted: int, device_info: Mapping[str, Any]) -> int:
     return max(0, min(wanted, recommended, memory - int(max(UNWIRED_BYTES, UNWIRED_SHARE * memory))))
 
 
+class PlannedLimits(Protocol):
+    """What the settings follow from: a `MemoryPlan`, or training's."""
+
+    @property
+    def wired_limit_bytes(self) -> int:
+        """0: nothing is wired."""
+
+    @property
+    def cache_limit_bytes(self) -> int:
+        """0: MLX's own limit stays."""
+
+
 class LimitsLease:
     """One request's hold on the process-wide settings, from `generating`.
 
     notes: sentences about settings that the program had set itself and that were left alone.
     """
 
-    def __init__(self, limits: ProcessLimits, plan: MemoryPlan | None, stream: Any) -> None:
+    def __init__(self, limits: ProcessLimits, plan: PlannedLimits | None, stream: Any) -> None:
         self.plan, self.stream, self.thread = plan, stream, threading.get_ident()
         self.notes: list[str] = []
         # High-water marks: of the request, and since `lap`.
@@ -123,7 +133,7 @@ class ProcessLimits:
         self._peak = 0
 
     @contextmanager
-    def generating(self, plan: MemoryPlan | None) -> Iterator[LimitsLease]:
+    def generating(self, plan: PlannedLimits | None) -> Iterator[LimitsLease]:
         """Hold the settings that `plan` asks for (None: only the peak counter) until the block is left."""
         lease = LimitsLease(self, plan, self._mlx.default_stream(self._mlx.default_device()))
         try:
@@ -142,7 +152,7 @@ class ProcessLimits:
                     self._holders.remove(lease)
             self._settle()
 
-    def _note_wiring(self, plan: MemoryPlan | None) -> None:
+    def _note_wiring(self, plan: PlannedLimits | None) -> None:
         if plan is not None and plan.wired_limit_bytes and id(plan) not in self._wired_bytes:
             self._wired_bytes[id(plan)] = plan.wired_limit_bytes
             # At the end of the process the system frees everything anyway.
@@ -225,7 +235,7 @@ class ProcessLimits:
 _process_limits = ProcessLimits()
 
 
-def generating(plan: MemoryPlan | None) -> AbstractContextManager[LimitsLease]:
+def generating(plan: PlannedLimits | None) -> AbstractContextManager[LimitsLease]:
     """A context in which the process's settings are those of `plan`; gives a `LimitsLease`. See `ProcessLimits.generating`."""
     return _process_limits.generating(plan)
 

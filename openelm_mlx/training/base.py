@@ -14,9 +14,6 @@ from ..loading import read_model
 from ..memory.choices import stored_choices
 from ..memory.machine import Machine, allow_open_files, this_machine
 from ..memory.plan_types import Weights
-
-if TYPE_CHECKING:
-    from ..models import Model
 from ..placement import Placement, parse_dtype
 from ..platforms import keep_float32, use_device
 from ..runtime import runtime_of
@@ -25,6 +22,9 @@ from ..specs import ModelSpec
 from ..text.chat import TemplateChoice
 from ..text.tokenizer import Tokenizer
 from ..tokenizers import find_tokenizer, missing_tokenizer_message, resolve_chat_template
+
+if TYPE_CHECKING:
+    from ..models import Model
 
 
 @dataclass(frozen=True)

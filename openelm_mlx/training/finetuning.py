@@ -19,6 +19,7 @@ from ..checkpoint.adapter_files import write_adapter
 from ..checks import is_number
 from ..errors import CheckpointError, DataError, SettingError
 from ..files import hears_the_disk, shown
+from ..memory.limits import generating
 from ..models.adapters import attach, trained_adapter
 from ..sources import SourceName
 from ..text.chat import HARMONY
@@ -269,13 +270,14 @@ class Finetuning:
         """
         folder = RunFolder(self.output, self.what, self.restart)
         try:
-            model = self.base.read()
-            trainer = self._trainer(model, folder, listener, referring)
-            if started is not None:
-                started(trainer.seconds_left(), trainer.resumed_at)
-            state = trainer.run()
-            self.log = state.log
-            path = self._write(model, state)
+            with generating(self.plan):
+                model = self.base.read()
+                trainer = self._trainer(model, folder, listener, referring)
+                if started is not None:
+                    started(trainer.seconds_left(), trainer.resumed_at)
+                state = trainer.run()
+                self.log = state.log
+                path = self._write(model, state)
             folder.finish()
             return path
         finally:

@@ -16,11 +16,11 @@ from ..checkpoint.destination import check_destination, check_free_space, destin
 from ..errors import DestinationError, SettingError
 from ..files import expanded
 from ..finder import sync_folder
+from ..specs import ModelSpec, openelm_config
+from .base import Base
 
 if TYPE_CHECKING:
     from ..models import Model
-from ..specs import ModelSpec, openelm_config
-from .base import Base
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

@@ -41,7 +41,7 @@ class TrainingPlan:
     weights_bytes: of the model, where they are not trained. trained_bytes: what is trained and the optimizer's two moments.
     activations_bytes: what is kept for the gradient and computed with, logits (logits_bytes) and gradients included.
     num_trained: trained numbers. tokens_at_once: see `finetune`. longest: tokens of the longest row. tokens: that the whole run
-    sees. changes: what would fit.
+    sees. cache_limit_bytes: MLX's limit while it runs; 0: its own. changes: what would fit.
     """
 
     source: str
@@ -63,6 +63,11 @@ class TrainingPlan:
     tokens: int
     cache_limit_bytes: int = 0
     changes: tuple[Change, ...] = ()
+
+    @property
+    def wired_limit_bytes(self) -> int:
+        """Nothing is wired: a run takes its memory anew in each step."""
+        return 0
 
     def arithmetic(self) -> str:
         """The sum as a phrase."""

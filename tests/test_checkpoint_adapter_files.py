@@ -412,6 +412,9 @@ def test_nothing_is_overwritten(tmp_path):
     assert (written / "README.md").read_bytes() == b"what it is"
     assert_same(read_adapter(written, spec), adapter)
     assert [each.name for each in written.parent.iterdir()] == ["new"]
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "shown" / ".DS_Store").write_bytes(b"Bud1")  # the Finder has shown this empty folder
+    assert_same(read_adapter(write_adapter(tmp_path / "shown", adapter, spec), spec), adapter)
 
 
 def test_what_a_format_cannot_say(tmp_path):

@@ -62,6 +62,8 @@ def test_an_adapter_is_written_that_has_learned(source, tmp_path, method):
 
 
 def test_all_weights_are_written_as_a_model(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"Bud1")  # the Finder has shown this empty folder
     path = finetune(source, data=CHATS, output=tmp_path / "out", method="full", steps=3, learning_rate=1e-3)
     model, tokenizer = om.load(path)
     assert tokenizer is not None

@@ -13,13 +13,12 @@ against the model it is to be used with: names, shapes, finite numbers.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, ConfigError, SettingError
+from ..errors import CheckpointError, ConfigError, DestinationError, SettingError
 from ..files import expanded, read_object, shown
 from ..finder import sync_folder
 from ..models.adapters import check_belongs
@@ -28,7 +27,7 @@ from ..specs import ModelSpec
 from .adapter_mlx_lm import mlx_lm_files, read_mlx_lm
 from .adapter_peft import peft_files, read_peft
 from .adapter_tensors import open_tensors
-from .destination import check_destination, destination_error
+from .destination import check_destination, folder_beside, put_in_place, save_tensors
 
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS, MLX_LM_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
@@ -97,7 +96,7 @@ def write_adapter(
     """
     if format not in ("peft", "mlx-lm"):
         raise SettingError(f'format is {shown(format)}: adapters are written as "peft" or "mlx-lm".')
-    destination = Path(os.path.realpath(expanded(os.fspath(folder), CheckpointError)))
+    destination = Path(os.path.realpath(expanded(os.fspath(folder), DestinationError)))
     if not replace:
         check_destination(destination)
     if format == "peft":
@@ -108,33 +107,19 @@ def write_adapter(
         "format": "pt" if format == "peft" else "mlx",
         **{f"base_{key}": each for key, each in adapter.base.items()},
     }
-    beside = destination.with_name(f".openelm_mlx-{os.urandom(8).hex()}")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        beside.mkdir()
+    with folder_beside(destination) as beside:
         for other, content in (others or {}).items():
             (beside / other).write_bytes(content)
-        _save(beside / name, tensors, metadata)
+        save_tensors(beside / name, tensors, metadata)
         (beside / CONFIG).write_bytes(config)
-        sync_folder(beside)
         if replace and destination.is_dir():  # file by file, so that there is a whole one at any moment
+            sync_folder(beside)
             for file in sorted(beside.iterdir(), key=lambda each: each.name == CONFIG):
                 os.replace(file, destination / file.name)
+            sync_folder(destination)
         else:
-            os.rename(beside, destination)  # an empty folder gives way
-        sync_folder(destination.parent)
-    except OSError as error:
-        raise destination_error(error, destination) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            put_in_place(beside, destination)
     return destination
-
-
-def _save(file: Path, tensors: Mapping[str, mx.array], metadata: dict[str, str]) -> None:
-    try:
-        mx.save_safetensors(str(file), dict(tensors), metadata)
-    except RuntimeError as error:  # MLX's own words for a disk that is full
-        raise OSError(getattr(error, "errno", None) or 28, str(error), str(file)) from error
 
 
 def _holds_corenet(folder: Path) -> bool:

@@ -1,15 +1,19 @@
-"""Checks of the place where a checkpoint will be written, and what the disk's errors mean to a user."""
+"""The place where a checkpoint will be written: checks of it, a folder that appears there whole, and the disk's errors."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+import mlx.core as mx
 
 from ..checks import size
 from ..errors import DestinationError
-from ..finder import DISK_IS_GONE, is_empty
+from ..finder import DISK_IS_GONE, is_empty, sync, sync_folder
 
 
 def check_destination(destination: Path) -> None:
@@ -38,6 +42,54 @@ def check_free_space(destination: Path, needed: int) -> None:
             f"The conversion needs {size(needed)} on the disk of {folder} and {size(free)} are free: make "
             "room, or choose a destination on a larger disk."
         )
+
+
+@contextmanager
+def folder_beside(destination: Path) -> Iterator[Path]:
+    """A new folder beside the destination, to be filled and put in its place within the block; what is left is removed.
+
+    Folders above it are made. Raises DestinationError for the disk's errors.
+    """
+    beside = destination.with_name(f".openelm_mlx-{os.urandom(8).hex()}")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir()
+        yield beside
+    except OSError as error:
+        raise destination_error(error, destination) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def put_in_place(whole: Path, destination: Path) -> None:
+    """Rename a finished folder to its destination, where it appears in one step; an empty folder there gives way.
+
+    Raises DestinationError where something has appeared there, and OSError.
+    """
+    try:
+        if destination.is_dir() and is_empty(destination):
+            for path in list(destination.iterdir()):  # Finder's files, moved because only an empty folder is replaced
+                os.replace(path, whole / path.name)
+        sync_folder(whole)
+        os.rename(whole, destination)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise DestinationError(
+            f"{destination} appeared while it was being written, and nothing is overwritten: choose another destination."
+        ) from error
+    sync_folder(destination.parent)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, down to the disk itself. Raises OSError."""
+    try:
+        mx.save_safetensors(str(file), dict(tensors), dict(metadata or {}))
+    except RuntimeError as error:  # MLX does not say which error of the disk it was
+        is_full = "no space" in str(error).lower() or shutil.disk_usage(file.parent).free < 2**20
+        raise OSError(errno.ENOSPC if is_full else errno.EIO, str(error), str(file)) from error
+    with file.open("rb") as stream:
+        sync(stream)
 
 
 def destination_error(error: OSError, destination: Path) -> DestinationError:

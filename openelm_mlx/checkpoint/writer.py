@@ -15,7 +15,6 @@ The writer is given bytes: it knows the format, not the arrays.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -31,7 +30,7 @@ from typing import Any, BinaryIO
 from ..errors import CheckpointError, DestinationError
 from ..files import LARGEST_COPY, kind_of, open_regular, read_bytes, unreadable
 from ..finder import is_empty, sync, sync_folder
-from .destination import check_destination, check_free_space, destination_error
+from .destination import check_destination, check_free_space, destination_error, put_in_place
 from .safetensors_plan import OutputFile, OutputTensor, index_of
 
 _JOURNAL = "journal.jsonl"
@@ -158,21 +157,7 @@ class CheckpointWriter:
     def publish(self) -> None:
         """Rename the assembled folder to the destination, so that it appears complete in one step."""
         with self._explained():
-            try:
-                if self.destination.is_dir() and is_empty(self.destination):
-                    for path in list(
-                        self.destination.iterdir()
-                    ):  # Finder's files, moved because only an empty folder is replaced
-                        os.replace(path, self._output / path.name)
-                os.rename(self._output, self.destination)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise
-                raise DestinationError(
-                    f"{self.destination} appeared while it was being written, and nothing is overwritten: choose another "
-                    "destination."
-                ) from error
-            sync_folder(self.destination.parent)
+            put_in_place(self._output, self.destination)
         self._remove()
 
     # --- resuming ---

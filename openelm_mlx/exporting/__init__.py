@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from mlx.utils import tree_flatten
 
 from .. import __version__
 from ..arguments import FUNCTION, NAME, PATH, checked_call
-from ..checkpoint.destination import check_destination, check_free_space, destination_error
+from ..checkpoint.destination import check_destination, check_free_space, folder_beside, put_in_place
 from ..checks import is_whole
 from ..conversion.card import licence_files
 from ..errors import CheckpointError, ConversionError, DestinationError, SettingError
 from ..files import expanded, hears_the_disk, one_line, shown
-from ..finder import sync_folder
 from ..hub import Progress
 from ..loading import prepare
 from ..models.base import LanguageModel
@@ -181,43 +179,14 @@ def _folder_beside(target: Path) -> Iterator[Path]:
     """A temporary folder beside the destination: renamed to it at the end of the block, removed after an error."""
     place = Path(os.path.realpath(target))
     try:
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    except OSError as error:
-        raise destination_error(error, place) from error
-    try:
-        yield unfinished
-        os.chmod(unfinished, 0o777 & ~_umask())
-        _rename(unfinished, place)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, RuntimeError):  # MLX raises it, for a full disk too
-            raise ConversionError(
-                f"The graph could not be written ({one_line(error)}): make room on the disk of {place.parent}, or choose "
-                "another destination."
-            ) from error
-        if isinstance(error, OSError):
-            raise destination_error(error, place) from error
-        raise
-
-
-def _rename(unfinished: Path, place: Path) -> None:
-    try:
-        if place.is_dir():
-            os.rmdir(place)  # it is empty: a folder with files was refused before
-        os.rename(unfinished, place)
-    except OSError as error:
-        if not os.path.lexists(place):
-            raise
-        raise DestinationError(
-            f"{place} appeared or changed while it was being written, and nothing is overwritten: choose another destination."
+        with folder_beside(place) as unfinished:
+            yield unfinished
+            put_in_place(unfinished, place)
+    except RuntimeError as error:  # MLX raises it, for a full disk too
+        raise ConversionError(
+            f"The graph could not be written ({one_line(error)}): make room on the disk of {place.parent}, or choose another "
+            "destination."
         ) from error
-    sync_folder(place.parent)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _describe(

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..checkpoint.destination import check_destination, check_free_space, destination_error
+from ..checkpoint.destination import check_destination, check_free_space, folder_beside, put_in_place, save_tensors
 from ..errors import DestinationError, SettingError
 from ..files import expanded
-from ..finder import sync_folder
 from ..specs import ModelSpec, openelm_config
 from .base import Base
 
@@ -55,24 +54,12 @@ def write_folder(
     """A folder of weights, of contents by name and of copied files; renamed into its place when it is whole."""
     destination = Path(os.path.realpath(expanded(output, DestinationError)))
     check_destination(destination)
-    beside = destination.with_name(f".openelm_mlx-{os.urandom(8).hex()}")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+    with folder_beside(destination) as beside:
         check_free_space(destination, sum(array.nbytes for array in weights.values()))
-        beside.mkdir()
-        try:
-            mx.save_safetensors(str(beside / WEIGHTS), dict(weights), {"format": "mlx"})
-        except RuntimeError as error:  # MLX's own words for a disk that is full
-            raise OSError(28, str(error), str(beside / WEIGHTS)) from error
+        save_tensors(beside / WEIGHTS, weights, {"format": "mlx"})
         for name, content in files.items():
             (beside / name).write_bytes(content)
         for name, file in copied.items():
             shutil.copyfile(file, beside / name)
-        sync_folder(beside)
-        os.rename(beside, destination)
-        sync_folder(destination.parent)
-    except OSError as error:
-        raise destination_error(error, destination) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        put_in_place(beside, destination)
     return destination

@@ -22,10 +22,10 @@ from typing import Any, BinaryIO, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoint.destination import check_destination, check_free_space, destination_error
+from ..checkpoint.destination import check_destination, check_free_space, destination_error, save_tensors
 from ..errors import DestinationError, TrainingError
 from ..files import expanded, read_object, shown
-from ..finder import sync_folder
+from ..finder import sync, sync_folder
 
 _RUN, _LOCK, _STATE = "run.json", "lock", "state.json"
 FORMAT = "openelm_mlx training 1"
@@ -55,11 +55,10 @@ class RunFolder:
     """
 
     def __init__(self, output: str | os.PathLike[str], what: Mapping[str, Any], restart: bool = False) -> None:
-        self.output = Path(os.path.realpath(expanded(output, DestinationError)))
-        self.folder = Path(f"{self.output}.partial")
+        self.output = check_output(output)
+        self.folder = _folder_of(self.output)
         self.what = {"format": FORMAT, **json.loads(json.dumps(what))}
         self._lock: BinaryIO | None = None
-        check_output(output)
         try:
             self._open(restart)
         except OSError as error:
@@ -131,7 +130,7 @@ class RunFolder:
             check_free_space(partial / _STATE, needed)
             for name, tree in trees.items():
                 if tree:
-                    _save(partial / f"{name}.safetensors", tree)
+                    save_tensors(partial / f"{name}.safetensors", dict(tree_flatten(tree)))
             numbers = {
                 "step": state.step, "log": state.log, "best_loss": state.best_loss, "has_best": state.best is not None,
                 "failures": state.failures, "seconds": state.seconds,
@@ -170,10 +169,14 @@ class RunFolder:
 
 def previous_run(output: str | os.PathLike[str]) -> dict[str, Any]:
     """What an interrupted run to this output is; empty where there is none."""
-    place = Path(f"{os.path.realpath(expanded(output, DestinationError))}.partial") / _RUN
+    place = _folder_of(Path(os.path.realpath(expanded(output, DestinationError)))) / _RUN
     if not place.is_file() or not any(place.parent.glob("state-*")):
         return {}
     return read_object(place, TrainingError)
+
+
+def _folder_of(output: Path) -> Path:
+    return Path(f"{output}.partial")
 
 
 def check_output(output: str | os.PathLike[str]) -> Path:
@@ -194,15 +197,6 @@ def check_output(output: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _save(path: Path, tree: dict[str, Any]) -> None:
-    try:
-        mx.save_safetensors(str(path), dict(tree_flatten(tree)))
-    except RuntimeError as error:  # MLX does not say which error of the disk it was
-        raise OSError(28 if shutil.disk_usage(path.parent).free < 2**20 else 5, str(error), str(path)) from error
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def _loaded(path: Path) -> dict[str, Any]:
     arrays = cast("dict[str, mx.array]", mx.load(str(path)))
     tree: dict[str, Any] = tree_unflatten(list(arrays.items()))
@@ -211,10 +205,9 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, value: Any) -> None:
     beside = path.with_suffix(".new")
-    with beside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with beside.open("wb") as stream:
+        stream.write(json.dumps(value).encode())
+        sync(stream)
     beside.replace(path)
 
 

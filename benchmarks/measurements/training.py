@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from mlx_lm.tuner.trainer import CacheDataset, default_loss, grad_checkpoint, it
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
+from openelm_mlx.bench.speeds import in_turns
 from openelm_mlx.models.adapters import AdapterConfig, attach
 from openelm_mlx.sources import locate
 from openelm_mlx.training.base import Base
@@ -188,14 +189,8 @@ class Pair:
 
     def _in_turns(self, ours: Callable[[], None], theirs: Callable[[], None]) -> tuple[float, float]:
         """Median seconds of each, after one that is not counted."""
-        found: tuple[list[float], list[float]] = ([], [])
-        for number in range(self.sizes.rounds + 1):
-            for times, work in zip(found, (ours, theirs), strict=True):
-                begun = time.perf_counter()
-                work()
-                if number:
-                    times.append(time.perf_counter() - begun)
-        return statistics.median(found[0]), statistics.median(found[1])
+        a, b = in_turns((ours, theirs), rounds=self.sizes.rounds, seconds=math.inf)
+        return statistics.median(a), statistics.median(b)
 
 
 class _Records:

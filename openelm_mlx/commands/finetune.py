@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..checks import size
 from . import INTERRUPTED
 from .options import add_overwrite
 from .output import report, report_json, say
-from .training_progress import TrainingBar, duration, loss_picture
+from .training_progress import TrainingBar, show_losses, summary, watched
 
 if TYPE_CHECKING:
     from ..training.finetuning import Finetuning
@@ -121,24 +118,12 @@ def run(args: argparse.Namespace) -> int:
             report_json(prepared.plan.as_dict())
         return 0
     bar = TrainingBar(prepared.settings.steps or 0, args.quiet)
-    try:
-        with ended_by_a_signal():
-            path = prepared.run(bar.show, bar.begin, bar.refer)
-    except KeyboardInterrupt:
-        bar.close()
-        say(f"\n{interruption(bar.step, args.output)}")
+    path = watched(bar, args.output, lambda: prepared.run(bar.show, bar.begin, bar.refer))
+    if path is None:
         return INTERRUPTED
-    finally:
-        bar.close()
-    log = prepared.log
-    if not args.quiet:
-        say(loss_picture([entry["loss"] for entry in log]))
-    if chart is not None:
-        from .training_progress import draw_losses
-
-        draw_losses(chart, f"{args.source}: {prepared.settings.method}", log, args.overwrite)
+    show_losses(args, prepared.log, f"{args.source}: {prepared.settings.method}", chart)
     if args.json:
-        report_json({"output": str(path), "plan": prepared.plan.as_dict(), "log": log})
+        report_json({"output": str(path), "plan": prepared.plan.as_dict(), "log": prepared.log})
     else:
         print_result(prepared, str(path))
     return 0
@@ -170,10 +155,8 @@ def print_plan(prepared: Finetuning) -> None:
 
 def print_result(prepared: Finetuning, path: str) -> None:
     """What came of it."""
-    log = prepared.log
-    seconds = log[-1]["seconds"]
-    report(f"{path}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} in {len(log):,} steps, {duration(seconds)}")
-    validated = [entry["validation"] for entry in log if "validation" in entry]
+    report(summary(path, prepared.log))
+    validated = [entry["validation"] for entry in prepared.log if "validation" in entry]
     if validated:
         report(f"validation loss {validated[0]:.3f} -> {validated[-1]:.3f}, the lowest {min(validated):.3f}")
     if prepared.settings.method == "full":
@@ -181,27 +164,3 @@ def print_result(prepared: Finetuning, path: str) -> None:
     else:
         source = shlex.quote(prepared.base.name)
         report(f"use it: openelm_mlx chat --model {source} --adapter {shlex.quote(path)}")
-
-
-def interruption(step: int, output: str) -> str:
-    """The message after Ctrl-C."""
-    if not step:
-        return f"Interrupted before the first step: {output} was not written."
-    return (
-        f"Interrupted after step {step:,}: {output} is not written yet; the same command goes on from there, and gives what it "
-        "would have given."
-    )
-
-
-@contextmanager
-def ended_by_a_signal() -> Iterator[None]:
-    """`kill` ends a run as Ctrl-C does: with its state on disk."""
-
-    def end(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -8,10 +8,9 @@ import shlex
 from pathlib import Path
 
 from . import INTERRUPTED
-from .finetune import ended_by_a_signal, interruption
 from .options import add_overwrite
-from .output import report, report_json, say
-from .training_progress import TrainingBar, draw_losses, duration, loss_picture
+from .output import report, report_json
+from .training_progress import TrainingBar, show_losses, summary, watched
 
 HELP = "train a new OpenELM model from nothing, by a YAML file"
 
@@ -41,32 +40,15 @@ def run(args: argparse.Namespace) -> int:
     chart = check_chart(args.chart, args.overwrite)
     config = TrainingConfig.read(args.config)
     bar = TrainingBar(args.steps or config.steps, args.quiet)
-    try:
-        with ended_by_a_signal():
-            path = train(
-                config,
-                output=args.output,
-                steps=args.steps,
-                restart=args.restart,
-                progress=bar.show,
-                started=bar.begin,
-            )
-    except KeyboardInterrupt:
-        bar.close()
-        say(f"\n{interruption(bar.step, args.output)}")
+    options = {"output": args.output, "steps": args.steps, "restart": args.restart}
+    path = watched(bar, args.output, lambda: train(config, progress=bar.show, started=bar.begin, **options))
+    if path is None:
         return INTERRUPTED
-    finally:
-        bar.close()
-    log = json.loads((Path(path) / "training.json").read_text(encoding="utf-8"))["log"]
-    if not args.quiet:
-        say(loss_picture([entry["loss"] for entry in log]))
-    if chart is not None:
-        draw_losses(chart, Path(args.config).name, log, args.overwrite)
+    log = json.loads((path / "training.json").read_text(encoding="utf-8"))["log"]
+    show_losses(args, log, Path(args.config).name, chart)
     if args.json:
         report_json({"output": str(path), "log": log})
         return 0
-    report(
-        f"{path}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} in {len(log):,} steps, {duration(log[-1]['seconds'])}"
-    )
+    report(summary(str(path), log))
     report(f"use it: openelm_mlx generate --model {shlex.quote(str(path))}")
     return 0

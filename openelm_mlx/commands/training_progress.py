@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +70,53 @@ class TrainingBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def watched(bar: TrainingBar, output_folder: str, train: Callable[[], Path]) -> Path | None:
+    """What `train` returns; None where Ctrl-C or `kill` ended it, with its state on disk. What becomes of it then is said."""
+    try:
+        with _ended_by_a_signal():
+            return train()
+    except KeyboardInterrupt:
+        bar.close()
+        if bar.step:
+            output.say(
+                f"\nInterrupted after step {bar.step:,}: {output_folder} is not written yet; the same command goes on from "
+                "there, and gives what it would have given."
+            )
+        else:
+            output.say(f"\nInterrupted before the first step: {output_folder} was not written.")
+        return None
+    finally:
+        bar.close()
+
+
+@contextmanager
+def _ended_by_a_signal() -> Iterator[None]:
+    """`kill` ends a run as Ctrl-C does."""
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def show_losses(args: argparse.Namespace, log: Sequence[dict[str, Any]], title: str, chart: Path | None) -> None:
+    """The losses of a run as text, unless --quiet, and as the picture that --chart asked for."""
+    if not args.quiet:
+        output.say(loss_picture([entry["loss"] for entry in log]))
+    if chart is not None:
+        draw_losses(chart, title, log, args.overwrite)
+
+
+def summary(path: str, log: Sequence[dict[str, Any]]) -> str:
+    """What came of a run, in a line."""
+    seconds = duration(log[-1]["seconds"])
+    return f"{path}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} in {len(log):,} steps, {seconds}"
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..checks import is_number, is_whole
 from ..errors import CheckpointError, ConfigError
 from ..files import open_regular, shown, unreadable
-from ..models.adapter_targets import Target, targets_of
+from ..models.adapter_targets import Target, by_site, targets_of
 from ..models.low_rank import Pair
 from ..specs import ModelSpec
 from .reader import SafetensorsCheckpoint
@@ -93,9 +93,7 @@ class Placer:
         self.targets = targets_of(spec)
         self.pairs: dict[str, Pair] = {}
         self._spec, self._origin = spec, origin
-        self._parts: dict[str, list[Target]] = {}
-        for each in self.targets.values():
-            self._parts.setdefault(each.site, []).append(each)
+        self._parts = by_site(self.targets.values())
 
     def target(self, name: str) -> Target:
         """The target of that name. Raises CheckpointError where the model has none."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 
 from ..errors import SettingError
-from .adapter_targets import Target
+from .adapter_targets import Target, by_site
 from .groups import Groups
 from .low_rank import Adapter, Pair
 from .moe import Routes, expert_product, group_product
@@ -282,11 +282,8 @@ def site_pairs(
     targets: Mapping[str, Target], adapter: Adapter, gains: Mapping[str, mx.array]
 ) -> dict[str, tuple[SitePair, int]]:
     """An adapter's pairs by site, with the number of experts there. gains: DoRA's, by the target's name. Lazy."""
-    by_site: dict[str, list[Target]] = {}
-    for target in targets.values():
-        by_site.setdefault(target.site, []).append(target)
     found = {}
-    for site, parts in by_site.items():
+    for site, parts in by_site(targets.values()).items():
         pairs = [(part, adapter.pairs[part.name]) for part in parts if part.name in adapter.pairs]
         if pairs:
             rows = sum(part.rows for part in parts) if len(parts) > 1 else None
@@ -316,10 +313,7 @@ def _joined(pairs: Sequence[tuple[Target, Pair]], gains: Mapping[str, mx.array],
 def served_bytes(targets: Mapping[str, Target], adapter: Adapter) -> int:
     """What an adapter takes in memory once it is served."""
     total = 0
-    sites: dict[str, list[Target]] = {}
-    for target in targets.values():
-        sites.setdefault(target.site, []).append(target)
-    for parts in sites.values():
+    for parts in by_site(targets.values()).values():
         having = [part for part in parts if part.name in adapter.pairs]
         if not having:
             continue

@@ -91,6 +91,14 @@ def targets_of(spec: ModelSpec) -> dict[str, Target]:
     return found
 
 
+def by_site(targets: Iterable[Target]) -> dict[str, list[Target]]:
+    """Site -> the targets that are rows of it, in their order."""
+    found: dict[str, list[Target]] = {}
+    for target in targets:
+        found.setdefault(target.site, []).append(target)
+    return found
+
+
 def _group_of(site: str) -> str:
     if site.endswith(("token_embeddings", "embed_tokens")):
         return EMBEDDING

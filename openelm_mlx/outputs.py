@@ -11,10 +11,13 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 from .errors import DestinationError
@@ -26,6 +29,8 @@ Recognizer = Callable[[BinaryIO], bool]
 
 # At most this much of a file is read to recognize it: none of our headers is larger.
 _MOST_HEADER_BYTES = 64 * 2**20
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP)
 
 # Written into pictures, in the field for the program that made them.
 PROGRAM = "openelm_mlx"
@@ -131,6 +136,34 @@ def write_output(
     with output_file(name, what, is_ours, overwrite, mode) as stream:
         stream.write(data)
     return Path(name).expanduser()
+
+
+@contextmanager
+def signals_wait() -> Iterator[Callable[[], None]]:
+    """Delay signal handlers written in Python, such as Ctrl-C's, until the block ends or calls `check`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None  # signals are the main thread's
+        return
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    came: list[tuple[int, FrameType | None]] = []
+
+    def check() -> None:
+        while came:
+            number, frame = came.pop(0)
+            handler = handlers[signal.Signals(number)]
+            assert callable(handler)
+            handler(number, frame)
+
+    try:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, lambda number, frame: came.append((number, frame)))
+        yield check
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        check()
 
 
 # --- what we wrote ----------------------------------------------------------------------------------------------------

@@ -11,19 +11,16 @@ import contextlib
 import ctypes
 import os
 import secrets
-import signal
 import stat
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from ..errors import ToolError
+from ..outputs import signals_wait
 
 TEMPORARY = ".patch-"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP)
 # An interrupt while files are put back starts that again, at most this often.
 _MOST_ATTEMPTS = 100
 _ACL_AND_XATTR = 1 << 0 | 1 << 2
@@ -91,7 +88,7 @@ def read_file(path: str, name: str, most: int) -> Seen | None:
 
 def swap(changes: Sequence[Change]) -> None:
     """Make the changes, all of them or none. Raises ToolError when one cannot be made, and then none is."""
-    with _signals_wait() as check:
+    with signals_wait() as check:
         work = _Swap(changes, check)
         try:
             work.prepare()
@@ -300,34 +297,6 @@ def _told(change: Change) -> Iterator[None]:
         yield
     except OSError as error:
         raise ToolError(f"The patch was not applied: {change.name[:200]}: {error.strerror or error}.") from error
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[Callable[[], None]]:
-    """Delay signal handlers written in Python, such as Ctrl-C's, until the block ends or calls `check`."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None  # signals are the main thread's
-        return
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    came: list[tuple[int, FrameType | None]] = []
-
-    def check() -> None:
-        while came:
-            number, frame = came.pop(0)
-            handler = handlers[signal.Signals(number)]
-            assert callable(handler)
-            handler(number, frame)
-
-    try:
-        for number, handler in handlers.items():
-            if callable(handler):
-                signal.signal(number, lambda number, frame: came.append((number, frame)))
-        yield check
-    finally:
-        for number, handler in handlers.items():
-            if callable(handler):
-                signal.signal(number, handler)
-        check()
 
 
 def _insist(work: Callable[[], None]) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -19,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from ..errors import TrainingError
 from ..memory.machine import give_back_freed
 from ..models.base import LanguageModel
+from ..outputs import signals_wait
 from .batches import Batch
 from .optimizer import Schedule, clipped, global_norm, set_rate
 from .state import RunFolder, State
@@ -169,7 +167,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(length)):
             raise self._not_a_number(state.step, rate)
         entry: dict[str, Any] = {"step": state.step + 1, "loss": loss, "rate": rate, "norm": length, "tokens": tokens}
-        with _uninterrupted():  # an interrupted update would be half of one
+        with signals_wait():  # an interrupted update would be half of one
             made = self._updated(state, gradients, norm, rate)
             del gradients, state
             entry["seconds"] = round(time.monotonic() - started, 3)
@@ -268,25 +266,6 @@ class Trainer:
                 accuracy=entry.get("accuracy"),
             )
         )
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C within the block takes effect at its end."""
-    if threading.current_thread() is not threading.main_thread():  # no other thread is interrupted
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for each in before:
-        signal.signal(each, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-    for late in came:
-        signal.raise_signal(late)
 
 
 def weight_of(part: Part) -> float:

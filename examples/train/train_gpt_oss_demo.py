@@ -38,6 +38,7 @@ from openelm_mlx.specs import ModelSpec, spec_from_config
 from openelm_mlx.text.conversation import Message, SystemContent
 from openelm_mlx.text.harmony import HarmonyFormat
 from openelm_mlx.text.tokenizer import load_tokenizer
+from openelm_mlx.training.optimizer import adamw, set_rate
 
 SMOKE_CONFIG = CONFIG | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "num_local_experts": 8}
 SMOKE_CONFIG["layer_types"] = CONFIG["layer_types"][:2]
@@ -113,7 +114,7 @@ class Run:
         mx.random.seed(settings.seed)
         self.model = TrainingGptOss(self.spec)
         self.model.update(initial_parameters(self.model, self.spec))
-        self.optimizer = make_optimizer(settings)
+        self.optimizer = adamw((0.9, 0.98), 1e-8, settings.weight_decay, is_decayed)
         self.optimizer.init(self.model.trainable_parameters())
         self.step, self.minutes = 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,22 +207,13 @@ def initial_parameters(model: TrainingGptOss, spec: ModelSpec) -> dict[str, Any]
     return tree_unflatten([(name, initial(name, p)) for name, p in tree_flatten(model.parameters())])
 
 
-def make_optimizer(settings: Settings) -> optim.MultiOptimizer:
-    """AdamW; gains, biases and sinks are not decayed."""
-
-    def adamw(weight_decay: float) -> optim.AdamW:
-        return optim.AdamW(
-            settings.peak_learning_rate, betas=[0.9, 0.98], weight_decay=weight_decay, bias_correction=True
-        )
-
-    def is_matrix(name: str, parameter: mx.array) -> bool:
-        return parameter.ndim > 1 and not name.endswith(".bias")
-
-    return optim.MultiOptimizer([adamw(settings.weight_decay), adamw(0.0)], [is_matrix])
+def is_decayed(name: str, parameter: mx.array) -> bool:
+    """Gains, biases and sinks are not."""
+    return parameter.ndim > 1 and not name.endswith(".bias")
 
 
 def compiled_step(
-    model: TrainingGptOss, optimizer: optim.MultiOptimizer, spec: ModelSpec, settings: Settings
+    model: TrainingGptOss, optimizer: optim.Optimizer, spec: ModelSpec, settings: Settings
 ) -> Callable[..., mx.array]:
     """One step of training, compiled: (learning rate, a batch's four arrays) -> loss and balance loss, (2,)."""
     dtype = getattr(mx, settings.dtype)
@@ -241,8 +233,7 @@ def compiled_step(
     def step(rate: mx.array, *batch: mx.array) -> mx.array:
         (_, losses), gradients = mx.value_and_grad(loss)(model.trainable_parameters(), *batch)
         gradients, _ = optim.clip_grad_norm(gradients, settings.max_grad_norm)
-        for part in optimizer.optimizers:
-            part.learning_rate = rate
+        set_rate(optimizer, rate)
         optimizer.update(model, gradients)
         return losses
 

@@ -34,6 +34,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from openelm_mlx.models.openelm import OpenELM
 from openelm_mlx.specs import ModelSpec, spec_from_config
 from openelm_mlx.text.tokenizer import load_tokenizer
+from openelm_mlx.training.optimizer import adamw, is_matrix, set_rate
 
 # Apple's rule of layer-wise scaling at a size whose 8-bit weights fit in 12 MiB, everything counted. Wide and shallow,
 # because on a CPU the number of layers costs more than their width; every width is a multiple of 128, the group size.
@@ -131,7 +132,7 @@ class Run:
         mx.random.seed(settings.seed)
         self.model = OpenELM(spec)
         self.model.update(initial_parameters(self.model, spec))
-        self.optimizer = make_optimizer(settings)
+        self.optimizer = adamw((0.9, 0.98), 1e-8, settings.weight_decay, is_matrix)
         self.optimizer.init(self.model.trainable_parameters())
         self.step, self.minutes = 0, 0.0
         self.stream: StreamState | None = None
@@ -254,17 +255,6 @@ def initial_parameters(model: OpenELM, spec: ModelSpec) -> dict[str, Any]:
     return tree_unflatten([(name, initial(name, p)) for name, p in tree_flatten(model.parameters())])
 
 
-def make_optimizer(settings: Settings) -> optim.Optimizer:
-    """AdamW; the gains of the norms are not decayed."""
-
-    def adamw(weight_decay: float) -> optim.AdamW:
-        return optim.AdamW(
-            settings.peak_learning_rate, betas=[0.9, 0.98], weight_decay=weight_decay, bias_correction=True
-        )
-
-    return optim.MultiOptimizer([adamw(settings.weight_decay), adamw(0.0)], [lambda _, p: p.ndim > 1])
-
-
 def compiled_step(
     model: OpenELM, optimizer: optim.Optimizer, spec: ModelSpec, settings: Settings
 ) -> Callable[..., mx.array]:
@@ -289,8 +279,7 @@ def compiled_step(
     def step(rate: mx.array, *batch: mx.array) -> mx.array:
         (_, losses), gradients = mx.value_and_grad(loss)(model.trainable_parameters(), *batch)
         gradients, _ = optim.clip_grad_norm(gradients, settings.max_grad_norm)
-        for part in optimizer.optimizers:
-            part.learning_rate = rate
+        set_rate(optimizer, rate)
         optimizer.update(model, gradients)
         return losses
 

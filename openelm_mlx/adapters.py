@@ -219,11 +219,10 @@ def given_adapters(given: Adapters | None, spec: ModelSpec, progress: Progress |
     """Name -> adapter of what `adapter=` gives: one, or several by name. Raises SettingError, CheckpointError, ConfigError."""
     if given is None:
         return {}
-    if isinstance(given, Mapping):
-        sources = {checked_name(str(name)): source for name, source in given.items()}
-    else:
+    if not isinstance(given, Mapping):
         place = locate_adapter(given, progress)
-        sources = {checked_name(_name_of(given, place)): given}
+        return {checked_name(_name_of(given, place)): read_adapter(place, spec)}
+    sources = {checked_name(str(name)): source for name, source in given.items()}
     for name, source in sources.items():
         if not isinstance(source, str | os.PathLike):
             raise SettingError(f"The adapter {shown(name)} is {shown(source)}: give a path, or a repository.")

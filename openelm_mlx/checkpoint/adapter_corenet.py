@@ -7,7 +7,6 @@ A matrix that is adapted has its own weights under `base_layer`; A (r, in) and B
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..models.adapter_targets import targets_of
 from ..models.low_rank import Adapter, Pair
 from ..outputs import output_file, write_output
 from ..specs import ModelSpec
-from .adapter_tensors import Placer, rounded
+from .adapter_tensors import Placer, alpha_of, plain_pair
 from .layouts import adapter_scale, adapter_settings, canonical_name, corenet_name
 from .reader import Checkpoint, open_checkpoint, read_config
 from .torch_writer import torch_file
@@ -82,16 +81,7 @@ def _pair(stored: str, parts: Mapping[str, str], checkpoint: Checkpoint, placer:
             )
         arrays.append(checkpoint.read(name))
     a, b, *magnitude = arrays
-    if a.shape[0] != b.shape[1]:
-        raise CheckpointError(
-            f"The factors of {stored} in {checkpoint.files[0]} have the ranks {a.shape[0]} and {b.shape[1]}: the file is "
-            "damaged."
-        )
-    if magnitude and magnitude[0].shape != (b.shape[0],):
-        raise CheckpointError(
-            f"The magnitudes of {stored} in {checkpoint.files[0]} are {magnitude[0].size}, and it has {b.shape[0]} rows."
-        )
-    return Pair(mx.contiguous(a.T), mx.contiguous(b.T), 1.0, magnitude[0] if magnitude else None)
+    return plain_pair(stored, checkpoint.files[0], a, b, magnitude[0] if magnitude else None)
 
 
 def write_corenet(
@@ -132,11 +122,10 @@ def write_corenet(
         tensors[f"{stored}.lora_{middle}B.lora{end}"] = mx.contiguous(pair.b.T)
         if pair.magnitude is not None:
             tensors[f"{stored}.lora_magnitude_vector.lora"] = pair.magnitude
-        alpha = pair.scale * (math.sqrt(pair.rank) if adapter.use_rslora else pair.rank)
         params = {
             "adapter_name": "lora",
             "r": pair.rank,
-            "lora_alpha": rounded(alpha),
+            "lora_alpha": alpha_of(pair, adapter.use_rslora),
             "lora_dropout": adapter.dropout,
             "init_lora_weights": True,
             "use_rslora": adapter.use_rslora,

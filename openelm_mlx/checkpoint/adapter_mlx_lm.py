@@ -19,7 +19,7 @@ from ..files import shown
 from ..models.adapter_targets import targets_of
 from ..models.low_rank import Adapter, Pair
 from ..specs import ModelSpec
-from .adapter_tensors import AdapterTensors, Placer, base_of, number, rounded
+from .adapter_tensors import AdapterTensors, Placer, base_of, check_magnitude, number, rounded
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<which>lora_a|lora_b|m)")
 # mlx-lm's names of the router in other releases.
@@ -88,10 +88,7 @@ def _pair(module: str, parts: Mapping[str, mx.array], scale: float, placer: Plac
     if magnitude is not None and target is not None and (target.is_embedding or target.num_experts):
         what = "the embedding" if target.is_embedding else "experts"
         raise CheckpointError(f"{tensors.file} has DoRA beside {what} ({module}): LoRA alone is read there.")
-    if magnitude is not None and magnitude.shape != (b.shape[-1],):
-        raise CheckpointError(
-            f"The magnitudes of {module} in {tensors.file} are {magnitude.size}, and it has {b.shape[-1]} rows."
-        )
+    check_magnitude(module, tensors.file, b.shape[-1], magnitude)
     return Pair(a, b, scale, magnitude)
 
 

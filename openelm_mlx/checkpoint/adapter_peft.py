@@ -9,7 +9,6 @@ not the matrix; the shapes tell. A is (E * r, in), expert after expert, and B (o
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from ..files import shown
 from ..models.adapter_targets import Target, targets_of
 from ..models.low_rank import Adapter, Pair, factor
 from ..specs import ModelSpec
-from .adapter_tensors import AdapterTensors, Placer, base_of, number, rounded, whole
+from .adapter_tensors import AdapterTensors, Placer, alpha_of, base_of, number, plain_pair, whole
 from .patterns import fits
 
 PREFIX = "base_model.model."
@@ -67,10 +66,6 @@ def _pair(module: str, parts: Mapping[str, str], tensors: AdapterTensors, placer
     is_embedding = "embedding_A" in parts or "embedding_B" in parts
     prefix = "embedding_" if is_embedding else ""
     a, b = (tensors.take(parts.get(f"{prefix}{each}", f"{module}.lora_{prefix}{each}"), (2,)) for each in "AB")
-    if a.shape[0] != b.shape[1]:
-        raise CheckpointError(
-            f"The factors of {module} in {tensors.file} have the ranks {a.shape[0]} and {b.shape[1]}: the file is damaged."
-        )
     magnitude = None
     if "magnitude_vector" in parts:
         magnitude = tensors.take(parts["magnitude_vector"], (1, 2)).flatten()
@@ -80,11 +75,7 @@ def _pair(module: str, parts: Mapping[str, str], tensors: AdapterTensors, placer
                 f"{tensors.file} has DoRA beside the embedding, which every library computes in its own way: train it with "
                 "LoRA there."
             )
-        if magnitude.shape != (b.shape[0],):
-            raise CheckpointError(
-                f"The magnitudes of {module} in {tensors.file} are {magnitude.size}, and it has {b.shape[0]} rows."
-            )
-    return module, Pair(mx.contiguous(a.T), mx.contiguous(b.T), 1.0, magnitude)
+    return module, plain_pair(module, tensors.file, a, b, magnitude)
 
 
 def _experts_pair(module: str, parts: Mapping[str, str], tensors: AdapterTensors, placer: Placer) -> tuple[str, Pair]:
@@ -191,7 +182,7 @@ def peft_files(adapter: Adapter, spec: ModelSpec) -> tuple[bytes, dict[str, mx.a
 
 
 def _config(adapter: Adapter, targets: Mapping[str, Target], has_experts: bool) -> dict[str, Any]:
-    alphas = {name: _alpha(pair, adapter.use_rslora) for name, pair in adapter.pairs.items()}
+    alphas = {name: alpha_of(pair, adapter.use_rslora) for name, pair in adapter.pairs.items()}
     ranks = {name: pair.rank for name, pair in adapter.pairs.items()}
     rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
     modules = [name for name in adapter.pairs if not targets[name].num_experts]
@@ -216,10 +207,6 @@ def _config(adapter: Adapter, targets: Mapping[str, Target], has_experts: bool) 
         "use_dora": adapter.is_dora,
         "use_rslora": adapter.use_rslora,
     }
-
-
-def _alpha(pair: Pair, use_rslora: bool) -> float | int:
-    return rounded(pair.scale * (math.sqrt(pair.rank) if use_rslora else pair.rank))
 
 
 def _in_short(names: list[str], targets: Mapping[str, Target]) -> list[str]:

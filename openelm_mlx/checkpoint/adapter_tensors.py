@@ -15,7 +15,7 @@ from ..checks import is_number, is_whole
 from ..errors import CheckpointError, ConfigError
 from ..files import open_regular, shown, unreadable
 from ..models.adapter_targets import Target, by_site, targets_of
-from ..models.low_rank import Pair
+from ..models.low_rank import Pair, factor
 from ..specs import ModelSpec
 from .reader import SafetensorsCheckpoint
 
@@ -132,6 +132,27 @@ class Placer:
         if not self.pairs:
             raise CheckpointError(f"{self._origin} holds no adapter: there are no factors of any matrix in it.")
         return {name: self.pairs[name] for name in self.targets if name in self.pairs}
+
+
+def plain_pair(module: str, file: Path, a: mx.array, b: mx.array, magnitude: mx.array | None) -> Pair:
+    """The pair of A (r, columns) and B (rows, r), without its factor. Raises CheckpointError where they do not fit together."""
+    if a.shape[0] != b.shape[1]:
+        raise CheckpointError(
+            f"The factors of {module} in {file} have the ranks {a.shape[0]} and {b.shape[1]}: the file is damaged."
+        )
+    check_magnitude(module, file, b.shape[0], magnitude)
+    return Pair(mx.contiguous(a.T), mx.contiguous(b.T), 1.0, magnitude)
+
+
+def check_magnitude(module: str, file: Path, rows: int, magnitude: mx.array | None) -> None:
+    """Raise CheckpointError where DoRA has not one number a row."""
+    if magnitude is not None and magnitude.shape != (rows,):
+        raise CheckpointError(f"The magnitudes of {module} in {file} are {magnitude.size}, and it has {rows} rows.")
+
+
+def alpha_of(pair: Pair, use_rslora: bool) -> float | int:
+    """The alpha of a pair's factor (`low_rank.factor`)."""
+    return rounded(pair.scale / factor(1.0, pair.rank, use_rslora))
 
 
 def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

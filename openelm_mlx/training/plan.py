@@ -116,9 +116,11 @@ def make_training_plan(
     tried = [(way, each) for way in ways for each in enough] + [
         (ways[-1], each) for each in sizes if each not in enough
     ]
-    plans = [planner.plan(each, way) for way, each in tried]
-    found = next((plan for plan in plans if plan.fits), None)
-    return found if found is not None else replace(plans[-1], changes=tuple(planner.changes(plans[-1])))
+    for way, each in tried:
+        plan = planner.plan(each, way)
+        if plan.fits:
+            return plan
+    return replace(plan, changes=tuple(planner.changes(plan)))
 
 
 class _Planner:

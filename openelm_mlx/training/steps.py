@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,7 +66,7 @@ class Gradients:
         rejected, and the loss is the sum over pairs. key: of random numbers, where there is dropout.
         """
         function = self._function(batch, reference is not None)
-        arrays = [mx.array(each) for each in batch[:8]]
+        arrays = _on_device(batch)
         arrays.append(mx.random.key(0) if key is None else key)
         if reference is not None:
             arrays.append(mx.array(reference.astype(np.float32)))
@@ -78,17 +78,14 @@ class Gradients:
 
     def logprobs(self, batch: Batch, num_rows: int) -> mx.array:
         """The sum of the log-probabilities of each row's targets, (num_rows,), by the model as it is."""
-        arrays = [mx.array(each) for each in batch[:8]]
-        each = self._logprobs(*self._hidden(batch, arrays), arrays)
-        return _sums(each * arrays[6], arrays[7], num_rows)
+        return _sums(*self._weighted_logprobs(batch), num_rows)
 
     def measured(self, batch: Batch, reference: np.ndarray | None = None) -> tuple[mx.array, mx.array]:
         """The loss of a batch without z-loss, (), by the model as it is; of preferences also how many pairs it gets right."""
-        arrays = [mx.array(each) for each in batch[:8]]
-        each = self._logprobs(*self._hidden(batch, arrays), arrays)
+        logprobs, owners = self._weighted_logprobs(batch)
         if reference is None:
-            return -(each * arrays[6]).sum(), mx.array(0.0)
-        sums = _sums(each * arrays[6], arrays[7], len(reference))
+            return -logprobs.sum(), mx.array(0.0)
+        sums = _sums(logprobs, owners, len(reference))
         margins = self._margins(sums, mx.array(reference.astype(np.float32)))
         return preference_loss(margins, self.objective.preference or "").sum(), (margins > 0).sum()
 
@@ -114,10 +111,7 @@ class Gradients:
         model = self.model
         model.update(self.cast(parameters))
         _set_dropout_keys(model, arrays[8])
-        shape, is_rows = key[0], key[1]
-        tokens, positions, rows, places = arrays[:4]
-        where = Places(positions, None if is_rows else rows, None if is_rows else places, shape)
-        selected = hidden_states(model, tokens, where, self.checkpointing)[arrays[4]]
+        selected = hidden_states(model, arrays[0], _places(arrays, *key[:2]), self.checkpointing)[arrays[4]]
         of_head = head_parameters(model)
         weights = arrays[6]
         if self.objective.preference is not None:
@@ -156,13 +150,23 @@ class Gradients:
         cast: Tree = tree_map_with_path(lambda name, p: p if spec.keeps_float32(name) else p.astype(dtype), parameters)
         return cast
 
-    def _hidden(self, batch: Batch, arrays: list[mx.array]) -> tuple[mx.array]:
-        is_rows = batch.is_rows
-        where = Places(arrays[1], None if is_rows else arrays[2], None if is_rows else arrays[3], batch.rows.shape)
-        return (hidden_states(self.model, arrays[0], where)[arrays[4]],)
+    def _weighted_logprobs(self, batch: Batch) -> tuple[mx.array, mx.array]:
+        """By the model as it is: each target's log-probability times its weight, and the number of its row, both (M,)."""
+        arrays = _on_device(batch)
+        where = _places(arrays, batch.rows.shape, batch.is_rows)
+        selected = hidden_states(self.model, arrays[0], where)[arrays[4]]
+        return head_logprobs(self._head, {}, selected, arrays[5], self.at_once) * arrays[6], arrays[7]
 
-    def _logprobs(self, selected: mx.array, arrays: list[mx.array]) -> mx.array:
-        return head_logprobs(self._head, {}, selected, arrays[5], self.at_once)
+
+def _on_device(batch: Batch) -> list[mx.array]:
+    """All of a batch but its length, which nothing is computed from."""
+    return [mx.array(each) for each in batch[:8]]
+
+
+def _places(arrays: Sequence[mx.array], shape: tuple[int, int], is_rows: bool) -> Places:
+    """Where the tokens of a batch's arrays stand."""
+    _, positions, rows, places = arrays[:4]
+    return Places(positions, None if is_rows else rows, None if is_rows else places, shape)
 
 
 def _set_dropout_keys(model: LanguageModel, key: mx.array) -> None:

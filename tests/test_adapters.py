@@ -452,7 +452,7 @@ def test_computing_takes_what_is_planned(family):
                 del cache
             peaks[name] = max(found[1:])
     planned = scratch_per_token(model.spec, model.adapters.served.stacks.keys(), "cpu") * len(tokens)
-    assert peaks["none"] <= peaks["a"] < peaks["none"] + 1.05 * planned
+    assert peaks["none"] - 2**16 < peaks["a"] < peaks["none"] + 1.05 * planned
     model, _ = om.load(FIXTURES / FAMILIES[family], batch_size=2)
     plan = model.plan
     put_adapter(model, "a", random_adapter(model.spec, 0, groups), activate=False)

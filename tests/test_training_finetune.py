@@ -236,7 +236,7 @@ WRONG = [
     ({"memory_limit": "1MB"}, MemoryLimitError, "Training .* does not fit: weights"),
     ({"chat_template": "plain"}, DataError, r"data\[0\]: This model has no chat template"),
     ({"epoch": 3}, SettingError, "Did you mean epochs"),
-    ({"output": ""}, DestinationError, "output is empty"),
+    ({"output": ""}, SettingError, "output is .*give a path"),
 ]
 
 
@@ -264,7 +264,7 @@ def test_outputs_that_are_there_are_left_alone(source, tmp_path):
 def test_a_full_disk_keeps_the_state_before(source, tmp_path, monkeypatch):
     import openelm_mlx.training.state as state
 
-    real, saved = state._save, []
+    real, saved = state.save_tensors, []
 
     def full(path, tree):
         saved.append(path)
@@ -272,7 +272,7 @@ def test_a_full_disk_keeps_the_state_before(source, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         real(path, tree)
 
-    monkeypatch.setattr(state, "_save", full)
+    monkeypatch.setattr(state, "save_tensors", full)
     monkeypatch.setitem(loop.Trainer.__init__.__kwdefaults__, "save_every", 0.0)
     with pytest.raises(DestinationError, match="is full"):
         finetune(source, data=CHATS, output=tmp_path / "out", steps=5)

@@ -30,7 +30,7 @@ from ..specs import ModelSpec
 from .adapter_parts import told
 from .arrays import packed, unpacked
 from .framing import LostConnectionError
-from .peer import MOST_CHANGES, Answer, Peer
+from .peer import Answer, Peer
 
 # Seconds: a worker that hears nothing for several of these gives the connection up.
 PING_SECONDS = 3.0
@@ -206,8 +206,7 @@ class Chain(RemoteLayers, Keeper):
 
     def rows(self, h: mx.array, rows: Sequence[RequestRows]) -> mx.array | None:
         made = [_Row(self._of(each.cache), each.length, each.is_prompt, each.wants_logits) for each in rows]
-        is_wanted = any(each.wants or not each.is_prompt or each.length == 1 for each in made)
-        if is_wanted:
+        if any(each.num_logits for each in rows):
             return self._wanted("rows", h, made)
         self._filled("rows", h, made)
         return None
@@ -291,31 +290,23 @@ class Chain(RemoteLayers, Keeper):
                 self.peers[machine].changes.append(op)
 
     def _result(self, k: int, answer: Answer) -> Any:
-        """Wait for an answer of worker k; what has to be sent before it is sent."""
-        peer = self.peers[k]
-        while not answer.is_here:
-            if peer.outbox:
-                body = peer.outbox[0].body
-                if isinstance(body, Answer) and not body.is_here:
-                    self._result_of_earlier(k - 1, body)
-                peer.send_first()
-            else:
-                peer.receive()
+        """An answer of worker k, waited for. Raises its error."""
+        self._wait_for(k, answer)
         if answer.failure is not None:
             raise answer.failure
         return answer.message
 
-    def _result_of_earlier(self, k: int, answer: Answer) -> None:
-        """As `_result`, where an error is the later answer's too."""
+    def _wait_for(self, k: int, answer: Answer) -> None:
+        """Until it is here, an error too; what is sent before it may need the answer of the worker before."""
         peer = self.peers[k]
         while not answer.is_here:
-            if peer.outbox:
-                body = peer.outbox[0].body
-                if isinstance(body, Answer) and not body.is_here:
-                    self._result_of_earlier(k - 1, body)
-                peer.send_first()
-            else:
+            if not peer.outbox:
                 peer.receive()
+                continue
+            body = peer.outbox[0].body
+            if isinstance(body, Answer):
+                self._wait_for(k - 1, body)
+            peer.send_first()
 
     # --- while nobody asks --------------------------------------------------------------------------------------------
 
@@ -333,7 +324,7 @@ class Chain(RemoteLayers, Keeper):
                     return False
                 changes: list[dict[str, Any]] = []
                 if is_idle and not peer.outbox:
-                    changes, peer.changes = peer.changes[:MOST_CHANGES], peer.changes[MOST_CHANGES:]
+                    changes = peer.next_changes()
                 if changes or time.monotonic() - connection.sent > PING_SECONDS:
                     connection.send({"op": "still here", "changes": changes})
         except LostConnectionError:

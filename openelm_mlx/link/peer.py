@@ -65,15 +65,22 @@ class Peer:
     def ask(self, header: Mapping[str, Any], body: bytes | memoryview | Answer, answer: Answer) -> Answer:
         """Put a message into the outbox, with the changes of caches that come before it."""
         while len(self.changes) > MOST_CHANGES:
-            first, self.changes = self.changes[:MOST_CHANGES], self.changes[MOST_CHANGES:]
-            self.outbox.append(Outgoing({"op": "changes", "changes": first}, b"", Answer()))
-        before, self.changes = self.changes, []
+            self.outbox.append(Outgoing({"op": "changes", "changes": self.next_changes()}, b"", Answer()))
+        before = self.next_changes()
         self.outbox.append(Outgoing({**header, "changes": before} if before else dict(header), body, answer))
         return answer
 
+    def next_changes(self) -> list[dict[str, Any]]:
+        """The first changes of caches that are still to be told, as many as one message has; they are told with it."""
+        first, self.changes = self.changes[:MOST_CHANGES], self.changes[MOST_CHANGES:]
+        return first
+
     def is_ready(self) -> bool:
         """Whether the first message of the outbox can be sent."""
-        return bool(self.outbox) and not (isinstance(self.outbox[0].body, Answer) and not self.outbox[0].body.is_here)
+        if not self.outbox:
+            return False
+        body = self.outbox[0].body
+        return body.is_here if isinstance(body, Answer) else True
 
     def send_first(self) -> None:
         """Send it. One message at a time is at work there, so that the worker reads while this one is sent."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,16 +27,13 @@ _NUMBERS = ("memory_bytes", "working_set_bytes", "used_bytes")
 class Member:
     """A worker: where it is, what it says of itself, and what it is asked for whenever it is connected.
 
-    latency: seconds there and back. other_addresses: of its networks and cables, as it knows them itself. adapters: messages
-    with its parts of them.
+    other_addresses: of its networks and cables, as it knows them itself. adapters: messages with its parts of them.
     """
 
     address: Address
     peer: Peer
     machine: Machine
     instance: str = ""
-    mlx_version: str = ""
-    latency: float = 0.0
     other_addresses: Sequence[str] = ()
     wanted: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
@@ -128,18 +124,11 @@ class Team:
         return connection
 
     def _learn(self, member: Member) -> None:
-        """What a worker says of itself, and how far away it is."""
+        """What a worker says of itself."""
         facts = self._asked(member, {"op": "facts", "deadline": self.deadline}).header
         member.machine, member.instance = machine_of(facts), str(facts.get("instance"))
-        member.mlx_version = str(facts.get("mlx"))
         addresses = facts.get("addresses")
         member.other_addresses = addresses if isinstance(addresses, list) else []
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            self._asked(member, {"op": "ping"})
-            times.append(time.perf_counter() - began)
-        member.latency = min(times)
 
     def _choose_address(self, member: Member) -> None:
         """Go over to another of the worker's addresses where that is nearer: a cable beside a Wi-Fi."""

@@ -25,6 +25,9 @@ class RequestRows(Protocol):
     @property
     def wants_logits(self) -> bool: ...
 
+    @property
+    def num_logits(self) -> int: ...
+
 
 class RemoteLayers(Protocol):
     """The layers after a model's own: the residual stream goes there, and comes back after the last of them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -88,14 +87,8 @@ class Session:
             return {"op": "echo"}, message.body
         if message.op == "facts":
             self._beat.set_deadline(header.get("deadline"))
-            version = importlib.metadata.version("mlx")
-            facts = {
-                "mlx": version,
-                "instance": self._instance,
-                "addresses": own_addresses(),
-                **facts_of(own_machine()),
-            }
-            return {"op": "facts", **facts}, b""
+            about = {"instance": self._instance, "addresses": own_addresses()}
+            return {"op": "facts", **about, **facts_of(own_machine())}, b""
         if message.op == "prepare":
             return {"op": "prepared", "plan": self._prepared(header)}, b""
         if message.op == "read":

@@ -13,13 +13,12 @@ from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.experts.residency import Streaming
 from openelm_mlx.link.spread import parse_counts, spread_over
 from openelm_mlx.loading import read_model
-from openelm_mlx.memory.machine import find_mac, this_machine
+from openelm_mlx.memory.machine import find_mac, own_machine, this_machine
 from openelm_mlx.memory.plan_types import PlanRequest
 from openelm_mlx.memory.split import Room, missing_bytes, split_evenly, split_layers
 from openelm_mlx.placement import Placement
 from openelm_mlx.planning import released_contents
 from openelm_mlx.sources import DEMOS, Source
-from openelm_mlx.workers.parts import own_machine
 
 GB = 10**9
 IO = Path("/proc/self/io")
@@ -189,7 +188,7 @@ def test_what_three_machines_do_not_hold():
 def test_what_a_worker_has_read_is_not_another_program_s(monkeypatch):
     """Else whoever comes next would see no room for the layers that are there already."""
     machine = replace(this_machine(), memory_bytes=64 * GB, working_set_bytes=48 * GB, used_bytes=30 * GB)
-    monkeypatch.setattr("openelm_mlx.workers.parts.this_machine", lambda: machine)
+    monkeypatch.setattr("openelm_mlx.memory.machine.this_machine", lambda: machine)
     monkeypatch.setattr(mx, "get_active_memory", lambda: 25 * GB)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 1 * GB)
     assert own_machine().used_bytes == 4 * GB

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from ..link.secret import read_secret
     from ..memory.machine import allow_open_files
     from ..memory.sizes import parse_memory
-    from ..workers.parts import Parts, opened
+    from ..sources import Source
+    from ..workers.parts import Parts
     from ..workers.server import Server
 
     def tell(line: str) -> None:
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     secret = None if args.secret_file is None else read_secret(args.secret_file)
     allow_open_files()
-    given = opened(args.model)
+    given = None if args.model is None else Source.open(args.model)
     server = Server(Parts(given, parse_memory(args.memory_limit)), args.host, args.port, secret, tell)
     what = "the demos and what is in the Hugging Face cache" if given is None else given.name
     where = "this machine alone (no --secret-file)" if secret is None else "every machine that has the secret"

@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import WorkerError
+from ..files import one_line
 from .framing import Connection, Keys, Message
 
 PROTOCOL = 1
@@ -62,7 +63,7 @@ def _hello() -> dict[str, Any]:
 
 def _expected(connection: Connection, message: Message, op: str) -> Message:
     if message.op == "refused":
-        raise WorkerError(f"{connection.name} refuses: {_short(message.header.get('reason'))}.")
+        raise WorkerError(f"{connection.name} refuses: {one_line(str(message.header.get('reason')))}.")
     if message.op != op:
         raise WorkerError(f"{connection.name} does not answer as a worker of this library would.")
     return message
@@ -71,9 +72,10 @@ def _expected(connection: Connection, message: Message, op: str) -> Message:
 def _check_versions(connection: Connection, hello: dict[str, Any]) -> None:
     mine, theirs = (PROTOCOL, __version__), (hello.get("protocol"), hello.get("version"))
     if mine != theirs:
+        protocol, version = (one_line(str(each)) for each in theirs)
         raise WorkerError(
-            f"{connection.name} has version {_short(theirs[1])} of openelm_mlx (protocol {_short(theirs[0])}), and this "
-            f"machine has {__version__} (protocol {PROTOCOL}): install the same version on both."
+            f"{connection.name} has version {version} of openelm_mlx (protocol {protocol}), and this machine "
+            f"has {__version__} (protocol {PROTOCOL}): install the same version on both."
         )
 
 
@@ -95,8 +97,3 @@ def _keys(secret: bytes, transcript: bytes, is_worker: bool) -> Keys:
         hmac.digest(secret, b"messages " + direction + transcript, "sha256") for direction in (b"there", b"back")
     )
     return Keys(from_worker, to_worker) if is_worker else Keys(to_worker, from_worker)
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())[:200]
-    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)

@@ -133,6 +133,14 @@ def this_machine(
     return Machine(name, "cpu", memory, memory, used)
 
 
+def own_machine() -> Machine:
+    """`this_machine`, where what this process has in MLX's memory is not another program's."""
+    import mlx.core as mx
+
+    machine, ours = this_machine(), mx.get_active_memory() + mx.get_cache_memory()
+    return replace(machine, used_bytes=max(0, machine.used_bytes - ours))
+
+
 def process_peak_bytes() -> int:
     """The peak memory of this process, everything in it counted."""
     import resource

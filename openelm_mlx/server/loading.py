@@ -11,7 +11,6 @@ import contextlib
 import gc
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from ..errors import EngineClosedError
@@ -127,17 +126,11 @@ class Loader:
 
     def prepare(self, served: ServedModel, progress: Progress) -> Prepared:
         """The model's plan, for all the memory that this process may use, and all else but its tensors."""
-        import mlx.core as mx
-
         from ..loading import prepare
-        from ..memory.machine import this_machine
+        from ..memory.machine import own_machine
 
-        machine = this_machine()
-        # What the models that are there take is not another program's.
-        ours = mx.get_active_memory() + mx.get_cache_memory()
-        machine = replace(machine, used_bytes=max(0, machine.used_bytes - ours))
         options: dict[str, Any] = {**self._settings.load_options, **served.options}
-        return prepare(served.source, progress=progress, machine=machine, **options)
+        return prepare(served.source, progress=progress, machine=own_machine(), **options)
 
     def read(self, served: ServedModel, prepared: Prepared) -> Loaded:
         """The model with its tensors, and an engine that answers."""

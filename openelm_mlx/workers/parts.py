@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import mlx.core as mx
@@ -13,18 +13,19 @@ from ..checkpoint.parts import identity
 from ..checks import is_whole
 from ..errors import CheckpointError, UserError, WorkerError
 from ..experts.residency import Streaming
+from ..files import one_line
 from ..hub import is_repo_name
 from ..hub.cache import RepoCache
 from ..loading import read_model
 from ..memory.calibration import calibrated
 from ..memory.choices import stored_choices
-from ..memory.machine import Machine, this_machine
+from ..memory.machine import own_machine
 from ..memory.plan import make_plan
 from ..memory.plan_types import MemoryPlan, PlanRequest
 from ..models.adapter_sets import Served
 from ..placement import Placement, dense_packing, parse_dtype
 from ..runtime import runtime_of
-from ..sources import DEMOS, Source, SourceName
+from ..sources import DEMOS, Source
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -123,7 +124,7 @@ class Parts:
         source = self._given if self._given is not None else _named(asked)
         if identity(source.checkpoint, source.config) != asked.get("identity"):
             raise CheckpointError(
-                f"{source.name} here is another model than {_told(asked)} on the first machine: its config, its files' "
+                f"{source.name} here is another model than {_name_there(asked)} on the first machine: its config, its files' "
                 "headers or its weights differ; copy or download the same one to both."
             )
         return source
@@ -137,7 +138,7 @@ def _named(asked: Mapping[str, Any]) -> Source:
     if isinstance(repo, str) and is_repo_name(repo):
         return _cached(repo, revision if isinstance(revision, str) else None)
     raise WorkerError(
-        f"{_told(asked)} is a folder or file of the first machine, and this worker serves demos and what is in its "
+        f"{_name_there(asked)} is a folder or file of the first machine, and this worker serves demos and what is in its "
         "Hugging Face cache: start it with --model and this machine's own copy."
     )
 
@@ -156,20 +157,8 @@ def _cached(repo: str, revision: str | None) -> Source:
     )
 
 
-def _told(asked: Mapping[str, Any]) -> str:
-    text = " ".join(str(asked.get("name")).split())[:100]
-    return text if text.isprintable() else "it"
-
-
-def own_machine() -> Machine:
-    """This machine, where what this process has read is not another program's."""
-    machine, ours = this_machine(), mx.get_active_memory() + mx.get_cache_memory()
-    return replace(machine, used_bytes=max(0, machine.used_bytes - ours))
-
-
-def opened(model: SourceName | None) -> Source | None:
-    """What --model names, opened; None where it was not given. Raises what opening a source raises."""
-    return None if model is None else Source.open(model)
+def _name_there(asked: Mapping[str, Any]) -> str:
+    return one_line(str(asked.get("name")))
 
 
 def told_error(error: UserError) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from ..link.arrays import packed, unpacked
 from ..link.framing import Connection, LostConnectionError, Message
 from ..link.team import facts_of
 from ..memory.limits import generating
+from ..memory.machine import own_machine
 from .caches import Caches
-from .parts import Parts, own_machine, told_error
+from .parts import Parts, told_error
 
 # Seconds: the first machine says every few that it is still there.
 LONGEST_SILENCE = 20.0

@@ -24,9 +24,9 @@ from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 from openelm_mlx.checkpoint.layouts import understand  # noqa: E402
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config  # noqa: E402
-from openelm_mlx.loading import load_model  # noqa: E402
 from openelm_mlx.models import build_model  # noqa: E402
 from openelm_mlx.specs import openelm_config, spec_from_config  # noqa: E402
+from openelm_mlx.weights import load_model  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -31,7 +31,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (args.files, args.files))
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from openelm_mlx import loading, placement  # noqa: E402
+from openelm_mlx import loading, placement, weights  # noqa: E402
 from openelm_mlx.checkpoint.layouts import understand  # noqa: E402
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config  # noqa: E402
 from openelm_mlx.experts.residency import Streaming  # noqa: E402
@@ -63,7 +63,7 @@ def loaded(folder: Path) -> Any:
     checkpoint = open_checkpoint(folder)
     contents = understand(checkpoint, config, spec_from_config(config))
     streaming = None if args.slots is None else Streaming(contents, checkpoint, args.slots)
-    return loading.load_model(contents, checkpoint, mx.bfloat16, None, streaming)
+    return weights.load_model(contents, checkpoint, mx.bfloat16, None, streaming)
 
 
 with (

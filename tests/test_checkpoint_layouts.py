@@ -14,8 +14,9 @@ from openelm_mlx.checkpoint.layouts import merge_dora, merge_lora, understand
 from openelm_mlx.checkpoint.quantize import Quantization
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
 from openelm_mlx.errors import CheckpointError, ConfigError
-from openelm_mlx.loading import load, load_model
+from openelm_mlx.loading import load
 from openelm_mlx.specs import spec_from_config
+from openelm_mlx.weights import load_model
 
 
 def layout_of(folder) -> str:

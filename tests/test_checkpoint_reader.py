@@ -93,7 +93,7 @@ def test_files_too_short_for_their_header(tmp_path, content):
 
 
 def test_file_that_shrinks_after_its_header_was_read(tmp_path):
-    from openelm_mlx.loading import _evaluate
+    from openelm_mlx.weights import _evaluate
 
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.ones((1000,))})
     checkpoint = open_checkpoint(tmp_path)

@@ -94,7 +94,7 @@ def test_a_damaged_prompt_cache_is_told_before_the_weights_are_read(generate, fo
     header["__metadata__"]["contents"] = json.dumps(contents)
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    monkeypatch.setattr("openelm_mlx.loading.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("openelm_mlx.loading.read_model", lambda *_, **__: pytest.fail("the weights were read"))
     code, out, err = generate(*command, "--prompt-cache", file)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "has version 99" in err if damage == "another version" else "is damaged" in err

@@ -36,11 +36,11 @@ from openelm_mlx.experts.records import HostTarget, PlainReader, Record, RecordF
 from openelm_mlx.experts.residency import Streaming
 from openelm_mlx.experts.slots import LeastRecentlyUsed, SlotTable, blocks_of, by_last_use
 from openelm_mlx.generate import stream_generate
-from openelm_mlx.loading import load_model
 from openelm_mlx.models import base
 from openelm_mlx.models.moe import Experts, sort_routes, uses_tiles
 from openelm_mlx.models.precision import KernelChoices
 from openelm_mlx.specs import spec_from_config
+from openelm_mlx.weights import load_model
 
 SMALL = {
     **released_gpt_oss_config("20b"), "num_hidden_layers": 3, "vocab_size": 320, "hidden_size": 64,

@@ -728,7 +728,7 @@ def test_a_disk_that_is_pulled_out_while_a_model_is_loaded(tmp_path, monkeypatch
             raise OSError(code, os.strerror(code), str(path))
         return real(path, *words, **options)
 
-    monkeypatch.setattr("openelm_mlx.loading.mx.eval", evaluate)
+    monkeypatch.setattr("openelm_mlx.weights.mx.eval", evaluate)
     monkeypatch.setattr(Path, "open", gone)
     assert main(["generate", "--model", str(folder), "--prompt", "x"]) == 2
     told = capsys.readouterr().err

@@ -9,9 +9,9 @@ from mlx.utils import tree_flatten
 import openelm_mlx as om
 from openelm_mlx import placement as module
 from openelm_mlx import sources
-from openelm_mlx.loading import read_model
 from openelm_mlx.placement import Placement, dense_packing
 from openelm_mlx.sources import DEMOS, Source
+from openelm_mlx.weights import read_model
 
 DEMO_NAMES = sorted(DEMOS)
 

@@ -12,13 +12,13 @@ from openelm_mlx.checkpoint.parts import identity, part_name, part_of
 from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.experts.residency import Streaming
 from openelm_mlx.link.spread import parse_counts, spread_over
-from openelm_mlx.loading import read_model
 from openelm_mlx.memory.machine import find_mac, own_machine, this_machine
 from openelm_mlx.memory.plan_types import PlanRequest
 from openelm_mlx.memory.split import Room, missing_bytes, split_evenly, split_layers
 from openelm_mlx.placement import Placement
 from openelm_mlx.planning import released_contents
 from openelm_mlx.sources import DEMOS, Source
+from openelm_mlx.weights import read_model
 
 GB = 10**9
 IO = Path("/proc/self/io")

@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from openelm_mlx.checkpoint.layouts import understand
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
-from openelm_mlx.loading import load_model
 from openelm_mlx.models.gpt_oss import GptOss
 from openelm_mlx.specs import spec_from_config
+from openelm_mlx.weights import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "train"))
 

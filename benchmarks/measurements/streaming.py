@@ -36,12 +36,13 @@ from openelm_mlx.experts.pace import Pace
 from openelm_mlx.experts.records import HostTarget, Record, RecordReader, fill_with
 from openelm_mlx.experts.residency import Residency, Streaming, checked_slots
 from openelm_mlx.experts.writable import Allocator, WritableArray, WriteMode
-from openelm_mlx.loading import load, load_model
+from openelm_mlx.loading import load
 from openelm_mlx.memory.macos import forget_file
 from openelm_mlx.models.gpt_oss import GptOss
 from openelm_mlx.models.moe import MoE
 from openelm_mlx.sources import Source, locate
 from openelm_mlx.specs import ModelSpec, spec_from_config
+from openelm_mlx.weights import load_model
 
 from .routing import Trace, alike, recording, uniform
 

@@ -39,7 +39,6 @@ from wordnet import DEFAULT_FOLDER, WordNet, read_wordnet
 
 from openelm_mlx.checkpoint.layouts import understand
 from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
-from openelm_mlx.loading import load_model
 from openelm_mlx.models.gpt_oss import GptOss
 from openelm_mlx.specs import spec_from_config
 from openelm_mlx.text.builtin_tools import PYTHON
@@ -47,6 +46,7 @@ from openelm_mlx.text.conversation import REASONING_EFFORTS, DeveloperContent, M
 from openelm_mlx.text.harmony import HarmonyFormat
 from openelm_mlx.text.schema import Tool
 from openelm_mlx.text.tokenizer import load_tokenizer
+from openelm_mlx.weights import load_model
 
 SHIPPED = Path(__file__).parents[2] / "openelm_mlx" / "demo" / "gpt_oss"
 SEED = 500

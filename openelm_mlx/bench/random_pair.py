@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.released import released_gpt_oss_config, released_openelm_config
 from ..errors import SettingError
-from ..loading import pad_expert_rows
 from ..models import build_model
 from ..specs import gpt_oss_config, openelm_config, spec_from_config
+from ..weights import pad_expert_rows
 
 if TYPE_CHECKING:
     from ..models import Model

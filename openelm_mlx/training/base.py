@@ -10,7 +10,6 @@ import mlx.core as mx
 from ..adapters import stored_base_hash
 from ..errors import SettingError, TokenizerError
 from ..hub import Progress
-from ..loading import read_model
 from ..memory.choices import stored_choices
 from ..memory.machine import Machine, allow_open_files, this_machine
 from ..memory.plan_types import Weights
@@ -22,6 +21,7 @@ from ..specs import ModelSpec
 from ..text.chat import TemplateChoice
 from ..text.tokenizer import Tokenizer
 from ..tokenizers import find_tokenizer, missing_tokenizer_message, resolve_chat_template
+from ..weights import read_model
 
 if TYPE_CHECKING:
     from ..models import Model

@@ -16,7 +16,6 @@ from ..experts.residency import Streaming
 from ..files import one_line
 from ..hub import is_repo_name
 from ..hub.cache import RepoCache
-from ..loading import read_model
 from ..memory.calibration import calibrated
 from ..memory.choices import stored_choices
 from ..memory.machine import own_machine
@@ -26,6 +25,7 @@ from ..models.adapter_sets import Served
 from ..placement import Placement, dense_packing, parse_dtype
 from ..runtime import runtime_of
 from ..sources import DEMOS, Source
+from ..weights import read_model
 
 if TYPE_CHECKING:
     from ..models import Model

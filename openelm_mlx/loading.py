@@ -1,8 +1,8 @@
 """From a source (a demo's name, a folder, a file, a Hugging Face repository) to a model and its tokenizer.
 
 Read `prepare` first: it opens the source (sources.py), decides how each parameter is kept (placement.py), plans the memory
-(memory/plan.py) and finds a tokenizer (tokenizers.py). `Prepared.read` then reads the tensors
-(weights.py).
+(memory/plan.py; over several machines link/several.py) and finds a tokenizer (tokenizers.py). `Prepared.read` then reads the
+tensors (weights.py).
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def prepare(
     """
     dense_bits = preset_bits(preset, dense_bits)
     wanted_type = parse_dtype(dtype)
-    addresses = checked_workers(workers, secret_file, layers, worker_timeout)
+    asked = checked_workers(workers, secret_file, layers, worker_timeout)
     allow_open_files()
     keep_float32()
     use_device()
@@ -229,92 +229,50 @@ def prepare(
         if each.base.get("hash"):
             check_base(each, stored_base_hash(contents, opened.checkpoint))
     placement = Placement.of(contents, wanted_type, dense_packing(dense_bits))
-    if addresses is not None:
-        several = spread_out(
-            opened,
-            placement,
-            request,
-            addresses,
-            secret_file,
-            layers,
-            worker_timeout,
-            machine,
-            planned_bytes(spec, adapters, backend_name()),
-        )
-        template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
-        found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
-        shape = build_model(several.own.spec)
-        several.until_read(shape)
-        read = partial(_read_several, source, several, progress)
-        return _prepared(shape, several.plan, found, context_length, kv_bits, read).serving(adapters, adapter, several)
-    more, itemsize = planned_bytes(spec, adapters, backend_name()), placement.dtype.size
-    weights = placement.weights(opened.folder).with_adapters(*more)
+    adapter_bytes = planned_bytes(spec, adapters, backend_name())
+    here = calibrated(this_machine() if machine is None else machine)
+    if asked is None:
+        several, own = None, placement
+        weights = placement.weights(opened.folder).with_adapters(*adapter_bytes)
 
-    def with_8_bits() -> Weights:
-        return packed_weights(contents, wanted_type).with_adapters(*more)
+        def with_8_bits() -> Weights:
+            return packed_weights(contents, wanted_type).with_adapters(*adapter_bytes)
 
-    packed = with_8_bits if dense_bits is None else None
-    plan = make_plan(
-        str(source),
-        spec,
-        weights,
-        calibrated(this_machine() if machine is None else machine),
-        request,
-        itemsize,
-        packed,
-    )
-    if not plan.fits:
-        raise plan.refusal()
+        packed = with_8_bits if dense_bits is None else None
+        plan = make_plan(str(source), spec, weights, here, request, placement.dtype.size, packed)
+        if not plan.fits:
+            raise plan.refusal()
+    else:
+        several = spread_out(opened, placement, request, asked, here, adapter_bytes)
+        own, plan = several.own.placement, several.plan
+    shape = build_model(own.contents.spec)  # lazy: its arrays are never evaluated
+    if several is not None:
+        several.let_go_with(shape)
     slots = plan.expert_slots
-    streaming = None if slots is None else Streaming(contents, opened.checkpoint, slots)
+    streaming = None if slots is None else Streaming(own.contents, opened.checkpoint, slots)
     # Before the tensors are read: a tokenizer that does not fit is reported at once.
     template = resolve_chat_template(opened.config, chat_template, opened.template_name, spec.family).template
     found = find_tokenizer(opened.folder, spec, tokenizer, progress, template)
-    read = partial(_read, source, placement, opened.checkpoint, streaming)
-    return _prepared(build_model(spec), plan, found, context_length, kv_bits, read).serving(adapters, adapter)
-
-
-def _prepared(
-    shape: Model,
-    plan: MemoryPlan,
-    tokenizer: Tokenizer | None,
-    context_length: int | None,
-    kv_bits: int | None,
-    read: Callable[[], Model],
-) -> Prepared:
-    """shape: lazy, its arrays are never evaluated."""
-    shape.context_length = checked_context_length(context_length, shape.spec)
+    shape.context_length = checked_context_length(context_length, spec)
     shape.kv_bits = kv_bits
     runtime = runtime_of(shape)
-    runtime.plan, runtime.tokenizer = plan, tokenizer
-    return Prepared(shape, tokenizer, read)
+    runtime.plan, runtime.tokenizer = plan, found
+    read = partial(_read, source, own, opened.checkpoint, streaming)
+    if several is not None:
+        read = partial(several.read, read, progress)
+    return Prepared(shape, found, read).serving(adapters, adapter, several)
 
 
 @hears_the_disk(CheckpointError)
-def _read_several(source: SourceName, several: Several, progress: Progress | None) -> Model:
-    """The model of a source whose other layers are on other machines: they read theirs meanwhile."""
-    own, slots, found = several.own, several.plan.expert_slots, []
-    told = None if progress is None else several.share(progress)
-
-    def read_own(glance: Callable[[], None]) -> None:
-        def update(done: int, total: int) -> None:
-            if told is not None:
-                told(done, total)
-            glance()
-
-        streaming = None if slots is None else Streaming(own.placement.contents, several.checkpoint, slots)
-        found.append(read_model(own.placement, several.checkpoint, streaming, stored_choices(), update))
-
-    several.chain.read(read_own)
-    [model] = found
-    several.attach(model)
-    return model
-
-
-@hears_the_disk(CheckpointError)
-def _read(source: SourceName, placement: Placement, checkpoint: Checkpoint, streaming: Streaming | None) -> Model:
+def _read(
+    source: SourceName,
+    placement: Placement,
+    checkpoint: Checkpoint,
+    streaming: Streaming | None,
+    progress: Progress | None = None,
+) -> Model:
     """The model of a source that was prepared; an error of its disk names the source."""
-    return read_model(placement, checkpoint, streaming, stored_choices())
+    return read_model(placement, checkpoint, streaming, stored_choices(), progress)
 
 
 def checked_context_length(asked: int | None, spec: ModelSpec) -> int:

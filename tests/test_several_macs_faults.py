@@ -1,5 +1,6 @@
 """What goes wrong between machines is one sentence within a deadline, and the first machine can be used afterwards."""
 
+import gc
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from conftest import random_model, save_folder
 from worker_processes import ROOT, Worker, workers
 
 import openelm_mlx as om
-from openelm_mlx.errors import CheckpointError, MemoryLimitError, SettingError, WorkerError
+from openelm_mlx.errors import CheckpointError, MemoryLimitError, SettingError, UserError, WorkerError
 from openelm_mlx.link.addresses import Address, dial, own_addresses, parse_workers
 from openelm_mlx.link.framing import Connection
 from openelm_mlx.link.handshake import NO_SECRET, PROTOCOL, meet_worker
@@ -52,6 +53,24 @@ def took(call) -> float:
     with pytest.raises(WorkerError):
         call()
     return time.monotonic() - began
+
+
+def refusal(*made: Worker, **options) -> str:
+    try:
+        load(*made, **options)
+    except UserError as error:
+        return str(error)  # without its traceback, in which the workers are still known
+    pytest.fail("it was loaded")
+
+
+def test_a_load_that_is_refused_lets_the_workers_go(worker, tmp_path):
+    """At once, and not when Python next looks for garbage: whoever tries again would be told that they are busy."""
+    gc.disable()
+    try:
+        assert "nothing-here" in refusal(worker, tokenizer=tmp_path / "nothing-here")
+        worker.said("waits for the next one")
+    finally:
+        gc.enable()
 
 
 # --- a worker that goes -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, TypeVar, cast, final
 
 import mlx.core as mx
 
@@ -31,6 +31,8 @@ from .adapter_parts import told
 from .arrays import packed, unpacked
 from .framing import LostConnectionError
 from .peer import Answer, Peer
+
+_T = TypeVar("_T")
 
 # Seconds: a worker that hears nothing for several of these gives the connection up.
 PING_SECONDS = 3.0
@@ -95,16 +97,19 @@ class Chain(RemoteLayers, Keeper):
                         peer.connection.send({"op": "leave"})
             self._down(WorkerError("The workers were given up."))
 
-    def read(self, read_own: Callable[[Callable[[], None]], None]) -> None:
-        """Have the workers read their tensors while `read_own` reads this machine's, calling what it is given now and then."""
+    def read(self, read_own: Callable[[Callable[[], None]], _T]) -> _T:
+        """Have the workers read their tensors while `read_own` reads this machine's, calling what it is given now and then;
+        returns what it gives.
+        """
         with self._at_work():
             answers = [peer.ask({"op": "read"}, b"", Answer()) for peer in self.peers]
             for peer in self.peers:
                 peer.send_first()
-        read_own(self.glance)
+        own = read_own(self.glance)
         with self._at_work():
             for k, answer in enumerate(answers):
                 self._result(k, answer)
+        return own
 
     def glance(self) -> None:
         """Take what the workers have said meanwhile."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.parts import identity
-from ..checkpoint.reader import Checkpoint
 from ..checks import is_number
 from ..errors import SettingError
 from ..files import shown
 from ..hub.names import Progress
-from ..memory.calibration import calibrated
-from ..memory.machine import Machine, this_machine
+from ..memory.machine import Machine
 from ..memory.plan_types import MemoryPlan, PlanRequest
 from ..models.low_rank import Adapter
 from ..placement import Placement
@@ -39,6 +37,16 @@ SHORTEST_DEADLINE, LONGEST_DEADLINE = 0.2, 3600.0
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What `load` was given of other machines, checked. counts: layers of each machine. deadline: seconds."""
+
+    addresses: Sequence[Address]
+    secret_file: str | os.PathLike[str] | None
+    counts: tuple[int, ...] | None
+    deadline: float
+
+
+@dataclass
 class Several:
     """Who has what. parts: of each machine, this one's first. plan: this machine's, with a chunk that suits all of them."""
 
@@ -46,21 +54,36 @@ class Several:
     chain: Chain
     parts: Sequence[Part]
     plan: MemoryPlan
-    checkpoint: Checkpoint
-    _abandoned: list[Any] = field(default_factory=list)
+    _finalizer: Any = None
 
     @property
     def own(self) -> Part:
         return self.parts[0]
 
-    def share(self, progress: Progress) -> Progress:
+    def _share(self, progress: Progress) -> Progress:
         """Have the workers' progress added to this machine's; gives what this machine's is told to."""
         shared = SharedProgress(progress, len(self.parts))
         for number, member in enumerate(self.team.members, 1):
             member.peer.progress = shared.of(number)
         return shared.of(0)
 
-    def attach(self, model: Model) -> None:
+    def read(self, read_own: Callable[[Progress], Model], progress: Progress | None) -> Model:
+        """The whole model. `read_own` reads this machine's part, and says how far it is; the workers read theirs meanwhile."""
+        told = None if progress is None else self._share(progress)
+
+        def read_and_glance(glance: Callable[[], None]) -> Model:
+            def update(done: int, total: int) -> None:
+                if told is not None:
+                    told(done, total)
+                glance()
+
+            return read_own(update)
+
+        model = self.chain.read(read_and_glance)
+        self._attach(model)
+        return model
+
+    def _attach(self, model: Model) -> None:
         """This machine's part, read, becomes the whole model, whose other layers are on the workers."""
         model.is_followed = True
         # Requests keep their keys and values apart: the workers' are, too.
@@ -68,9 +91,7 @@ class Several:
         runtime_of(model).remote = self.chain
         self.chain.adapters = model.adapters
         self.team.has_read()
-        for each in self._abandoned:
-            each.detach()
-        weakref.finalize(model, self.team.close)
+        self.let_go_with(model)
 
     def give_adapter(self, name: str, id: str, adapter: Adapter) -> Adapter:
         """Have each worker serve its part of an adapter; gives this machine's."""
@@ -80,15 +101,17 @@ class Several:
             member.adapters.append(message)
         return adapter_part(adapter, self.own.start, self.own.stop)
 
-    def until_read(self, shape: Model) -> None:
-        """Let the workers go when nobody has `shape` any more, which is there before anything is read."""
-        self._abandoned.append(weakref.finalize(shape, self.team.close))
+    def let_go_with(self, model: Model) -> None:
+        """Let the workers go when nobody has `model` any more; no longer with the one that was named before."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._finalizer = weakref.finalize(model, self.team.close)
 
 
 def checked_workers(
     workers: str | Sequence[str] | None, secret_file: str | os.PathLike[str] | None, layers: Any, deadline: float
-) -> list[Address] | None:
-    """The workers' addresses; None where there are none. Raises SettingError, also for what is given without workers."""
+) -> Asked | None:
+    """What was asked for; None without workers. Raises SettingError, also for what is given without them."""
     if not is_number(deadline) or not SHORTEST_DEADLINE <= deadline <= LONGEST_DEADLINE:
         raise SettingError(
             f"worker_timeout is {shown(deadline)}: give seconds, from {SHORTEST_DEADLINE:g} to {LONGEST_DEADLINE:,g}."
@@ -98,36 +121,30 @@ def checked_workers(
             if value is not None:
                 raise SettingError(f"{name} is for other machines, and there are none: give workers, or leave it out.")
         return None
-    parse_counts(layers)
-    return parse_workers(workers)
+    counts = parse_counts(layers)
+    return Asked(parse_workers(workers), secret_file, counts, deadline)
 
 
 def spread_out(
     opened: Source,
     placement: Placement,
     request: PlanRequest,
-    addresses: Sequence[Address],
-    secret_file: str | os.PathLike[str] | None,
-    layers: Any,
-    deadline: float,
-    machine: Machine | None = None,
+    asked: Asked,
+    machine: Machine,
     adapter_bytes: tuple[int, int] = (0, 0),
 ) -> Several:
     """Meet the workers, decide who gets which layers, and have each of them check its own copy and its own memory.
 
-    placement: of the whole model. machine: this one, where it is not what it looks
-    like. Raises WorkerError, SettingError, CheckpointError and MemoryLimitError.
+    placement: of the whole model. machine: this one. Raises WorkerError, SettingError, CheckpointError and MemoryLimitError.
     """
-    secret = None if secret_file is None else read_secret(secret_file)
-    team = Team(addresses, secret, deadline)
+    secret = None if asked.secret_file is None else read_secret(asked.secret_file)
+    team = Team(asked.addresses, secret, asked.deadline)
     try:
-        here = calibrated(this_machine() if machine is None else machine)
-        machines = [here, *(each.machine for each in team.members)]
-        counts = parse_counts(layers)
-        parts = spread_over(opened.name, placement, machines, request, counts, adapter_bytes=adapter_bytes)
+        machines = [machine, *(each.machine for each in team.members)]
+        parts = spread_over(opened.name, placement, machines, request, asked.counts, adapter_bytes=adapter_bytes)
         _check_kv_bits(request.kv_bits, parts[0].spec)
         plan = parts[0].plan
-        asked = {
+        common = {
             "name": opened.name, "demo": opened.name if opened.name in DEMOS else None, "repo": opened.repo,
             "revision": opened.revision, "identity": identity(opened.checkpoint, opened.config),
             "dtype": str(placement.dtype).removeprefix("mlx.core."), "dense_bits": request.dense_bits,
@@ -136,13 +153,13 @@ def spread_out(
             "adapter_bytes": adapter_bytes, "longest": request.context_length or opened.spec.context_length,
         }  # fmt: skip
         wanted = [
-            {**asked, "start": part.start, "stop": part.stop, "is_followed": part is not parts[-1],
+            {**common, "start": part.start, "stop": part.stop, "is_followed": part is not parts[-1],
              "kv_bits": request.kv_bits if _keeps_all(part.spec) else None}
             for part in parts[1:]
         ]  # fmt: skip
         chain = team.form([part.spec for part in parts[1:]], wanted)
         chunk = min([plan.prefill_chunk, *(int(each.plan["prefill_chunk"]) for each in team.members)])
-        return Several(team, chain, parts, replace(plan, prefill_chunk=chunk), opened.checkpoint)
+        return Several(team, chain, parts, replace(plan, prefill_chunk=chunk))
     except BaseException:
         team.close()
         raise

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx import nn
 
 from .checkpoint.layouts import Contents
-from .checkpoint.quantize import NOT_A_SCALE, Quantization
+from .checkpoint.quantize import NOT_A_SCALE, PARTS, Quantization
 from .checkpoint.reader import Checkpoint
 from .errors import CheckpointError
 from .experts.residency import Streaming
@@ -113,7 +113,7 @@ def _unpack(weights: list[tuple[str, mx.array]], packings: Mapping[str, Quantiza
     for module in sorted(
         packings, key=lambda each: -found[f"{each}.weight"].size
     ):  # the least is in memory at the first
-        names = {part: f"{module}.{part}" for part in ("weight", "scales", "biases")}
+        names = {part: f"{module}.{part}" for part in PARTS}
         parts = {part: found.pop(name) for part, name in names.items() if name in found}
         found[names["weight"]] = by_columns(packings[module].dequantize(parts, mx.float32))
         del parts
@@ -125,7 +125,7 @@ def _pad_experts(model: GptOss) -> None:
     """`pad_expert_rows` of a model in memory, a matrix at a time."""
     for layer in model.layers:
         down = cast(Experts, layer.mlp.experts).down_proj
-        names = {f".experts.down_proj.{part}": part for part in ("weight", "scales", "biases") if part in down}
+        names = {f".experts.down_proj.{part}": part for part in PARTS if part in down}
         for name, part in names.items():
             down[part] = pad_expert_rows({name: down[part]}, model.choices.rows_in_a_tile)[name]
 

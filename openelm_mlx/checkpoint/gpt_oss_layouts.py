@@ -26,7 +26,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..specs import ModelSpec
-from .quantize import Quantization, stored_quantization, wider
+from .quantize import PARTS, Quantization, stored_quantization, wider
 from .reader import TensorEntry
 
 MXFP4 = Quantization(4, 32, "mxfp4")
@@ -231,10 +231,7 @@ def _from_modules(
         ]
     if all(packing.mode == "affine" for packing in packings):
         quantized[module] = _widest(packings)
-        return [
-            _widened_and_joined(module, each, shape, paths, packings, pieces[0].scale_type, spec)
-            for each in ("weight", "scales", "biases")
-        ]
+        return [_widened_and_joined(module, each, shape, paths, packings, pieces[0].scale_type, spec) for each in PARTS]
     return [_unpacked_and_joined(name, shape, pieces)]
 
 

@@ -25,6 +25,9 @@ _STORED_BITS = {mode: (*bits, 1) if mode == "affine" else bits for mode, bits in
 # A scale byte of 255 is NaN (OCP Microscaling Formats 1.0, section 5.4.1, E8M0; in nvfp4's E4M3 too).
 NOT_A_SCALE = 255
 
+# The tensors of a packed weight, in the order in which mx.quantize gives them.
+PARTS = ("weight", "scales", "biases")
+
 RECIPES = ("2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4", "mixed")
 
 
@@ -52,7 +55,7 @@ class Quantization:
     def quantize(self, weight: mx.array) -> dict[str, mx.array]:
         """Part name -> array, as `parts` describes them."""
         packed = mx.quantize(weight, group_size=self.group_size, bits=self.bits, mode=self.mode)
-        return dict(zip(("weight", "scales", "biases"), packed, strict=False))
+        return dict(zip(PARTS, packed, strict=False))
 
     def dequantize(self, parts: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
         """The weight that the parts stand for."""
@@ -64,6 +67,15 @@ class Quantization:
     def as_config(self) -> dict[str, Any]:
         """As mlx-lm's config.json spells it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+def unpacked(packing: Quantization, parts: Mapping[str, mx.array]) -> mx.array:
+    """The float32 weight that packed parts stand for, computed in float32 from scales and biases of any type."""
+    widened = {
+        part: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+        for part, array in parts.items()
+    }
+    return packing.dequantize(widened, mx.float32)
 
 
 def stored_quantization(

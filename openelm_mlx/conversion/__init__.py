@@ -47,7 +47,7 @@ from .card import CardFacts, licence_files, model_card
 from .from_gguf import open_source
 from .gguf_verify import GgufVerification
 from .merge import AdapterToMerge, MergeReport, merged_contents
-from .plan import PARTS, TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
+from .plan import TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
 from .report import ByteCount, ConversionReport, StageProgress, bytes_of, no_buffer_cache, stage
 from .source_state import source_changed
 from .to_gguf import GgufOptions, convert_to_gguf, is_gguf, refuse_folder_options
@@ -206,7 +206,7 @@ def _write_folder(
         folder = writer.assemble(_other_files(opened, plan, found, report.chat_template))
         verification = None
         if verify:
-            contents = opened.contents if plan.merging is None else merged_contents(plan.merging, PARTS)
+            contents = opened.contents if plan.merging is None else merged_contents(plan.merging)
             original = (contents, opened.checkpoint)
             verification = verify_files(folder, writer.checksums, original, found, stage("verify", progress))
         sizes = {path.name: path.stat().st_size for path in sorted(files_of(folder))}

@@ -24,12 +24,12 @@ from ..checkpoint.gguf_file import ALIGNMENT
 from ..checkpoint.gguf_names import gguf_name
 from ..checkpoint.gguf_writer import GgufOutputTensor, gguf_package
 from ..checkpoint.layouts import FLOAT_TYPES, Contents, Parameter
-from ..checkpoint.quantize import NOT_A_SCALE, Quantization
+from ..checkpoint.quantize import NOT_A_SCALE, PARTS, Quantization
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConversionError, SettingError
 from ..files import shown
 from ..specs import ModelSpec, YarnSpec
-from .plan import PARTS, PlannedTensor, PlannedWeight, rows_in_a_slice
+from .plan import PlannedTensor, PlannedWeight, rows_in_a_slice
 from .source_state import source_state
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")

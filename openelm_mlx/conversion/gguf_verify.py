@@ -11,11 +11,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.gguf_writer import gguf_package
+from ..checkpoint.quantize import PARTS, unpacked
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import file_checksum
 from ..errors import ConversionError
 from .gguf_plan import GgufPlan, GgufWeight
-from .plan import PARTS, rows_in_a_slice, unpacked
+from .plan import rows_in_a_slice
 
 # The largest relative rms error that rounding to a type may cause.
 _MOST_ERROR = {

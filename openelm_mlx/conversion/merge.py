@@ -17,7 +17,7 @@ import numpy as np
 
 from ..adapters import adapter_id
 from ..checkpoint.layouts import Contents, Parameter
-from ..checkpoint.quantize import Quantization
+from ..checkpoint.quantize import PARTS, Quantization, unpacked
 from ..errors import ConversionError
 from ..models.adapter_targets import Target, targets_of
 from ..models.adapters import check_belongs
@@ -94,7 +94,7 @@ class AdapterToMerge:
         if not spec.tied_head or f"{embedding}.weight" not in self.merges or self.adapter.ties_head:
             return self.contents
         parameters = dict(self.contents.parameters)
-        for part in ("weight", "scales", "biases"):
+        for part in PARTS:
             stored = parameters.get(f"{embedding}.{part}")
             if stored is not None:
                 parameters[f"{_HEAD}.{part}"] = replace(stored, name=f"{_HEAD}.{part}")
@@ -185,16 +185,16 @@ class DeltaSums:
         )
 
 
-def merged_contents(merging: AdapterToMerge, parts: Sequence[str]) -> Contents:
-    """The checkpoint as it is after merging, in float32, to be compared with what was written. parts: of a packed weight."""
+def merged_contents(merging: AdapterToMerge) -> Contents:
+    """The checkpoint as it is after merging, in float32, to be compared with what was written."""
     before = merging.unmerged
     parameters, quantized = dict(before.parameters), dict(before.quantized)
     for name, merge in merging.merges.items():
         module = name.removesuffix(".weight")
         packing = quantized.pop(module, None)
         shape = before.spec.parameter_shapes()[name]
-        stored = [each for part in parts if (each := parameters.pop(f"{module}.{part}", None)) is not None]
-        make = partial(_merged_whole, merge, stored, packing, parts)
+        stored = [each for part in PARTS if (each := parameters.pop(f"{module}.{part}", None)) is not None]
+        make = partial(_merged_whole, merge, stored, packing)
         sources = tuple(source for each in stored for source in each.sources)
         parameters[name] = Parameter(name, shape, "F32", sources, make)
     return Contents(before.spec, before.layout, parameters, quantized)
@@ -204,17 +204,12 @@ def _merged_whole(
     merge: Merge,
     stored: Sequence[Parameter],
     packing: Quantization | None,
-    parts: Sequence[str],
     *arrays: mx.array,
 ) -> mx.array:
     """A whole parameter with its pairs, in float32, from the tensors that it is stored as."""
     made, at = {}, 0
-    for part, each in zip(parts, stored, strict=False):
+    for part, each in zip(PARTS, stored, strict=False):
         own = arrays[at : at + len(each.sources)]
         made[part] = own[0] if each.make is None else each.make(*own)
         at += len(each.sources)
-    if packing is None:
-        return merge.rows(made["weight"], 0)
-    is_float = {part: mx.issubdtype(each.dtype, mx.floating) for part, each in made.items()}
-    wide = {part: each.astype(mx.float32) if is_float[part] else each for part, each in made.items()}
-    return merge.rows(packing.dequantize(wide, mx.float32), 0)
+    return merge.rows(made["weight"] if packing is None else unpacked(packing, made), 0)

@@ -22,14 +22,15 @@ import mlx.core as mx
 
 from ..checkpoint.apart import apart, gpt_oss_pieces
 from ..checkpoint.layouts import FLOAT_TYPES, Contents, Parameter
-from ..checkpoint.quantize import NOT_A_SCALE, Quantization, parse_recipe, quantization_of
+from ..checkpoint.quantize import NOT_A_SCALE, PARTS, Quantization, parse_recipe, quantization_of, unpacked
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_plan import MAX_FILE_BYTES, OutputFile, OutputTensor, plan_files
 from ..errors import CheckpointError, ConversionError, SettingError
 from ..files import shown
 from ..finder import disk_trouble
 from ..placement import DTYPES, parse_dtype
-from ..specs import ModelSpec, apple_shape, gpt_oss_config, openelm_config, spec_from_config
+from ..specs import ModelSpec
+from .config import output_config
 from .for_swift import check_swift
 from .merge import AdapterToMerge, DeltaSums, Merge, MergeReport
 from .source_state import source_state
@@ -42,17 +43,10 @@ SLICE_ELEMENTS = 4 * 2**20
 # Programs that a folder can be written for.
 TARGETS = ("swift",)
 
-# The tensors of a packed weight, in the order in which mx.quantize gives them.
-PARTS = ("weight", "scales", "biases")
 _TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 # safetensors' name of a floating type -> the name that users write.
 TYPE_WORDS = {name: _WORDS[dtype] for name, dtype in FLOAT_TYPES.items()}
-_CONFIGS = {"openelm": openelm_config, "gpt_oss": gpt_oss_config}
-# auto_map names Python files that are not needed and do not come along; the others are written anew.
-_DROPPED_FIELDS = ("auto_map", "_name_or_path", "quantization", "quantization_config", "dtype", "torch_dtype")
-
-_BOTH_SPELLINGS = ("experts_per_token", "num_experts_per_tok", "rope_parameters", "rope_scaling", "rope_theta")
 
 
 @dataclass(frozen=True)
@@ -272,7 +266,7 @@ def plan_conversion(
         )
     return ConversionPlan(
         spec=spec,
-        config=_output_config(config, spec, packed, choices.plain_type(weights)),
+        config=output_config(config, spec, packed, choices.plain_type(weights)),
         weights=tuple(weights),
         files=plan_files((OutputTensor(t.name, t.dtype, t.shape) for w in weights for t in w.tensors), max_file_bytes),
         packings=packed,
@@ -353,9 +347,8 @@ class _Choices:
     def packing(self, name: str, shape: Shape) -> Quantization | None:
         """How the parameter is packed in the output."""
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in self._contents.quantized:
-            if name in self._merges and (self._asked_type is not None or self._recipe is not None):
-                return None if self._recipe is None else quantization_of(self._recipe, self._spec, name, shape)
+        is_packed = name.endswith(".weight") and module in self._contents.quantized
+        if is_packed and not self._is_made_anew(name):
             return None if self._is_unpacked(module) else self._contents.quantized[module]
         return None if self._recipe is None else quantization_of(self._recipe, self._spec, name, shape)
 
@@ -369,6 +362,10 @@ class _Choices:
 
     def _is_unpacked(self, module: str) -> bool:
         return self._asked_type is not None and module in self._repackable
+
+    def _is_made_anew(self, name: str) -> bool:
+        """Whether a packed weight becomes what was asked for, whatever it was: one that an adapter is merged into."""
+        return name in self._merges and (self._asked_type is not None or self._recipe is not None)
 
     def _plain(self, name: str, shape: Shape) -> PlannedWeight:
         source = self._contents.parameters[name]
@@ -411,45 +408,3 @@ def _planned(name: str, shape: Shape, dtype: str, sources: list[Parameter]) -> P
 def rows_in_a_slice(shape: Shape) -> int:
     """How many rows of an array of `shape` are worked on at a time."""
     return max(1, SLICE_ELEMENTS // math.prod(shape[1:]))
-
-
-def unpacked(packing: Quantization, parts: Mapping[str, mx.array]) -> mx.array:
-    """The float32 weight that packed parts stand for, computed in float32 from scales and biases of any type."""
-    widened = {part: array.astype(mx.float32) if array.dtype in _TYPE_NAMES else array for part, array in parts.items()}
-    return packing.dequantize(widened, mx.float32)
-
-
-def _output_config(
-    config: Mapping[str, Any], spec: ModelSpec, packed: Mapping[str, Quantization], dtype: str
-) -> dict[str, Any]:
-    """The output's config.json: the source's own fields where it is of the Hugging Face kind, and what the spec says."""
-    canonical = _CONFIGS[spec.family](spec)
-    written = dict(canonical)
-    if config.get("model_type") == spec.family:
-        kept = {name: value for name, value in config.items() if name not in _DROPPED_FIELDS}
-        written |= kept
-        if spec_from_config({**kept, "vocab_size": spec.vocab_size}) != spec or not _has_lists(kept, spec):
-            written |= canonical
-    # Where two spellings are in use, both are written with the same value.
-    if spec.family == "gpt_oss":
-        written |= {name: canonical[name] for name in _BOTH_SPELLINGS}
-    written |= apple_shape(spec) or {} if spec.family == "openelm" else {}
-    written |= {"vocab_size": spec.vocab_size, "torch_dtype": dtype}
-    if packed:
-        # mlx-lm reads the first, Hugging Face's tools show the second.
-        written["quantization"] = written["quantization_config"] = quantization_config(packed)
-    assert spec_from_config(written) == spec
-    return written
-
-
-def quantization_config(packed: Mapping[str, Quantization]) -> dict[str, Any]:
-    """Module -> packing, as mlx-lm's config.json spells it: the most frequent one, and the modules that differ."""
-    common = Counter(packed.values()).most_common(1)[0][0]
-    exceptions = {module: packing.as_config() for module, packing in packed.items() if packing != common}
-    return {**common.as_config(), **exceptions}
-
-
-def _has_lists(config: Mapping[str, Any], spec: ModelSpec) -> bool:
-    """Whether the config gives OpenELM's per-layer numbers one by one: mlx-lm cannot spread a pair over the layers."""
-    names = ("num_query_heads", "num_kv_heads", "ffn_multipliers") if spec.family == "openelm" else ()
-    return all(isinstance(config.get(name), list) and len(config[name]) == len(spec.layers) for name in names)

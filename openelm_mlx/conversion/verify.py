@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.layouts import Contents, understand
-from ..checkpoint.quantize import Quantization
+from ..checkpoint.quantize import PARTS, Quantization, unpacked
 from ..checkpoint.reader import Checkpoint, open_checkpoint, read_config
 from ..checkpoint.writer import file_checksum
 from ..errors import CheckpointError, ConversionError
@@ -25,7 +25,7 @@ from ..finder import disk_trouble
 from ..models import build_model
 from ..specs import ModelSpec, spec_from_config
 from ..text.tokenizer import Tokenizer
-from .plan import PARTS, rows_in_a_slice, unpacked
+from .plan import rows_in_a_slice
 
 if TYPE_CHECKING:
     from ..models import Model

@@ -64,6 +64,11 @@ def one_line(problem: BaseException | str) -> str:
     return text if text.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
+def reason_of(problem: BaseException) -> str:
+    """What the system says of a problem, in a few words; else the problem itself, as `one_line` quotes it."""
+    return getattr(problem, "strerror", None) or one_line(problem)
+
+
 def expanded(path: str | os.PathLike[str], error: ErrorClass) -> Path:
     """The path with "~" expanded. Raises `error` for the home folder of an unknown user."""
     try:
@@ -229,7 +234,7 @@ def unreadable(path: str | os.PathLike[str], problem: OSError, error: ErrorClass
         return error(
             f"{_name(path)} is a link to a file that is not there: copy the file itself, or download it again."
         )
-    reason = problem.strerror or one_line(problem)
+    reason = reason_of(problem)
     if problem.errno in DISK_IS_GONE:
         return error(f"{_name(path)} cannot be read any more ({reason}): connect its disk again, and try again.")
     return error(f"{_name(path)} cannot be read ({reason}): check that it is there and that you may read it.")

@@ -137,7 +137,7 @@ def plan_several(
     The other arguments are those of `plan`; as_released: see `plans_on`. Raises SettingError for a Mac that is unknown and for
     layers that do not add up, MemoryLimitError, with how much is missing, where the Macs do not hold it.
     """
-    between, machines = checked_link(link), machines_of(macs, find_mac)
+    between, machines = checked_link(link), machines_of(macs)
     counts, bits = parse_counts(layers), preset_bits(preset, dense_bits)
     looked_at = Planned.look(source, revision, dtype, as_released).with_adapters(adapter)
     request = checked_request(looked_at.contents, dense_bits=bits, **options)

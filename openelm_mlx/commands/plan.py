@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
@@ -255,11 +256,14 @@ def variant_lines(plan: MemoryPlan) -> list[str]:
             experts if each.fits else "no room", speed, quality if each.quality is None else str(each.quality),
         ))  # fmt: skip
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["  presets"]
-    for row in zip(*columns, strict=True):
-        lines.append("    " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    return [*lines, *(f"    ({each})" for each in _about(plan))]
+    table = aligned(list(zip(*columns, strict=True)))
+    return ["  presets", *(f"    {line}" for line in [*table, *(f"({each})" for each in _about(plan))])]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines, the columns one below the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _about(plan: MemoryPlan) -> list[str]:

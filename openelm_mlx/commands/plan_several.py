@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .plan import aligned
+
 if TYPE_CHECKING:
     from ..link.forecast import SeveralPlan
 
@@ -29,17 +31,17 @@ def lines(plan: SeveralPlan) -> list[str]:
             part.machine.name, f"{count}: {part.start} to {part.stop - 1}", weights, size(own.kv_cache_bytes),
             size(own.process_bytes), size(own.memory_limit),
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    found += [
-        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    found += [f"  {line}" for line in aligned(rows)]
     found += ["", f"  decoding, tokens/s, with {context:,} tokens in use:"]
-    names = max(len(form.name) for form in plan.forms)
-    speeds = ["not known" if form.decode is None else str(form.decode) for form in plan.forms]
-    wide = max(map(len, speeds))
-    for form, speed in zip(plan.forms, speeds, strict=True):
-        mark = "" if form.is_ours else " (*)"
-        found.append(f"    {form.name.ljust(names)}  {speed.ljust(wide)}  {form.terms}{mark}")
+    forms = [
+        (
+            form.name,
+            "not known" if form.decode is None else str(form.decode),
+            form.terms + ("" if form.is_ours else " (*)"),
+        )
+        for form in plan.forms
+    ]
+    found += [f"    {line}" for line in aligned(forms)]
     if plan.prefill is not None:
         found.append(f"  prefill by pipeline {plan.prefill} tokens/s: the slowest Mac's, each with a chunk of its own")
     found += ["", f"  {plan.verdict}"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..checks import size
 from ..errors import DestinationError, HubError, UserError
-from ..files import hears_the_disk, one_line, read_json, read_text
+from ..files import hears_the_disk, read_json, read_text, reason_of
 from ..finder import DISK_IS_GONE, is_macos_own
 from .names import COMMIT, LIBRARY, Listing, RepoFile, check_revision, sound_files
 
@@ -156,13 +156,11 @@ def disk_error(error: OSError, repo: str, cache: RepoCache, files: list[RepoFile
         )
     where = error.filename or cache.root
     if error.errno in DISK_IS_GONE:
-        reason = error.strerror or one_line(error)
+        reason = reason_of(error)
         return DestinationError(
             f"{where} cannot be used any more for {repo} ({reason}): connect its disk again and run this again, it resumes "
             f"where it stopped, or {elsewhere} on another disk."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return DestinationError(f"{where} cannot be written: make it writable for you, or {elsewhere} of your own.")
-    return DestinationError(
-        f"{where} cannot be used for {repo} ({error.strerror or one_line(error)}): check the disk, or {elsewhere}."
-    )
+    return DestinationError(f"{where} cannot be used for {repo} ({reason_of(error)}): check the disk, or {elsewhere}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SettingError, WorkerError
-from ..files import one_line, read_text, shown
+from ..files import read_text, reason_of, shown
 
 DEFAULT_PORT = 7777
 # How often each address is tried, and seconds that one may take beside those that are known to work.
@@ -21,7 +21,7 @@ TRIES, SECONDS_OF_OTHERS = 3, 0.5
 # A cable is worth changing to from this share of the latency on.
 WORTH_CHANGING = 0.8
 MOST_WORKERS = 16
-# What is on this machine: no Wi-Fi or cable.
+# Whichever is there tells this machine's own addresses.
 _TOOLS = (("ip", "-o", "addr"), ("ifconfig", "-a"))
 
 
@@ -82,9 +82,8 @@ def dial(address: Address, deadline: float) -> socket.socket:
     try:
         known = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
         raise WorkerError(
-            f"There is no machine {address.host} ({reason}): check --workers, and that it is awake."
+            f"There is no machine {address.host} ({reason_of(error)}): check --workers, and that it is awake."
         ) from None
     numbers = list(dict.fromkeys((family, place) for family, _, _, _, place in known))
     timed: list[tuple[float, int, Any]] = []
@@ -102,7 +101,7 @@ def dial(address: Address, deadline: float) -> socket.socket:
             return _connected(kind, nearest, max(0.05, limit - time.monotonic()))
         except OSError as error:
             failure = error
-    reason = getattr(failure, "strerror", None) or (one_line(failure) if failure else "no answer")
+    reason = "no answer" if failure is None else reason_of(failure)
     raise WorkerError(
         f"No worker answers at {address} ({reason}): start it there with `openelm_mlx serve-layers --port {address.port} "
         "--secret-file FILE`, and check that a firewall lets it through."

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import SettingError
 from ..files import shown
-from ..memory.machine import Machine
+from ..memory.machine import Machine, find_mac
 from ..memory.plan_types import MemoryPlan, Weights
 from ..memory.rates import SpeedRange, rates_of
 from ..specs import ModelSpec
@@ -235,10 +235,10 @@ def _verdict(best: MemoryPlan, where: str, pipeline: SpeedRange | None, link: Li
     return f"Together they are expected to be {ratio:.1f} times as fast as {where} alone with experts on its disk."
 
 
-def machines_of(names: str | Sequence[str], find: Any) -> list[Machine]:
+def machines_of(names: str | Sequence[str]) -> list[Machine]:
     """Macs by name, from "M4 Pro 48GB, M4 Pro 48GB" or a list. Raises SettingError for fewer than two, and an unknown one."""
     texts = names.split(",") if isinstance(names, str) else list(names)
     texts = [each.strip() if isinstance(each, str) else each for each in texts]
     if len(texts) < 2 or "" in texts:
         raise SettingError(f'macs is {shown(names)}: give two or more, such as "M4 Pro 48GB, M4 Pro 48GB".')
-    return [find(each) for each in texts]
+    return [find_mac(each) for each in texts]

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, final
 
 from ..errors import WorkerError
-from ..files import one_line
+from ..files import reason_of
 
 MAGIC = b"oelm"
 PREFIX = struct.Struct(">4sIQ")
@@ -249,7 +249,7 @@ class Connection:
     # --- errors -------------------------------------------------------------------------------------------------------
 
     def _lost(self, error: Exception | None) -> LostConnectionError:
-        reason = "" if error is None else f" ({one_line(getattr(error, 'strerror', None) or error)})"
+        reason = "" if error is None else f" ({reason_of(error)})"
         return LostConnectionError(
             f"{self.name} is gone{reason}: it was stopped, or its network was; start it again, and ask once more."
         )

@@ -12,7 +12,8 @@ from contextlib import suppress
 from typing import final
 
 from ..errors import SettingError, UserError, WorkerError
-from ..files import one_line
+from ..files import reason_of
+from ..link.addresses import is_loopback
 from ..link.framing import Connection, LostConnectionError
 from ..link.handshake import NO_SECRET, meet_first
 from .parts import Parts, told_error
@@ -125,8 +126,6 @@ class Server:
 
 def listening(host: str | None, port: int, has_secret: bool) -> socket.socket:
     """The socket that a worker listens on. Raises SettingError."""
-    from ..link.addresses import is_loopback
-
     if host is None:
         host = ALL_INTERFACES if has_secret else "127.0.0.1"
     if not has_secret and not is_loopback(host):
@@ -140,8 +139,7 @@ def listening(host: str | None, port: int, has_secret: bool) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
         raise SettingError(
-            f"port {port} of {host or 'this machine'} cannot be listened on ({reason}): another worker may have it; give "
-            "another --port."
+            f"port {port} of {host or 'this machine'} cannot be listened on ({reason_of(error)}): another worker may have it; "
+            "give another --port."
         ) from None

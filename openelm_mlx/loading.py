@@ -160,11 +160,10 @@ class Prepared:
         model.context_length, model.kv_bits = shape.context_length, shape.kv_bits
         runtime = runtime_of(model)
         runtime.plan, runtime.tokenizer = runtime_of(shape).plan, self.tokenizer
-        while self.adapters:  # each is given up once it stands beside the weights
-            name = next(iter(self.adapters))
-            found, id = self.adapters.pop(name), None
+        served = shape.adapters.served
+        for name, id in zip(served.names, served.ids, strict=True):
+            found = self.adapters.pop(name)  # each is given up once it stands beside the weights
             if self.several is not None:
-                id = adapter_id(found)
                 found = self.several.give_adapter(name, id, found)
             put_adapter(model, name, found, name == shape.adapters.active, id)
         return model, self.tokenizer
@@ -225,9 +224,10 @@ def prepare(
         wire=checked_wire(wire),
     )
     adapters = given_adapters(adapter, spec, progress)
-    for each in adapters.values():
-        if each.base.get("hash"):
-            check_base(each, stored_base_hash(contents, opened.checkpoint))
+    if any(each.base.get("hash") for each in adapters.values()):
+        base = stored_base_hash(contents, opened.checkpoint)
+        for each in adapters.values():
+            check_base(each, base)
     placement = Placement.of(contents, wanted_type, dense_packing(dense_bits))
     adapter_bytes = planned_bytes(spec, adapters, backend_name())
     here = calibrated(this_machine() if machine is None else machine)

@@ -17,11 +17,10 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .call_reasoning import CallReasoning
-from .failures import ApiError, api_error
+from .failures import ApiError, ClientGone, api_error
 from .generation import Generations
 from .guard import LONGEST_PATH
 from .log import log
-from .sse import ClientGone
 
 # nginx's number for it: nobody reads the answer, but the log has it.
 CLIENT_CLOSED_REQUEST = 499
@@ -115,9 +114,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     found = api_error(error)
     if found.status >= 500 and not isinstance(error, ApiError):
         log.error("a request to %s failed", request.scope["path"][:LONGEST_PATH], exc_info=error)
-    body = found.openai_body()
-    if request.url.path.startswith("/v1/messages"):
-        body = found.anthropic_body(request.scope.get("request_id"))
+    body = found.body(request.scope["path"], request.scope.get("request_id"))
     return Json(body, found.status, {**headers, **found.headers})
 
 

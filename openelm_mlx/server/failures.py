@@ -15,6 +15,10 @@ _TYPES = {
 }  # fmt: skip
 
 
+class ClientGone(OSError):
+    """The client closed its connection before it had its answer."""
+
+
 @final
 class ApiError(Exception):
     """An answer that is an error.
@@ -39,6 +43,10 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers of the answer, beside its type."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+    def body(self, path: str, request_id: str | None = None) -> dict[str, Any]:
+        """The answer's body, in the words of the API that has this path."""
+        return self.anthropic_body(request_id) if path.startswith("/v1/messages") else self.openai_body()
 
     def openai_body(self) -> dict[str, Any]:
         """`{"error": {...}}` with all four keys."""

@@ -19,7 +19,7 @@ from typing import Protocol, final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .failures import ApiError, api_error
+from .failures import ApiError, ClientGone, api_error
 from .hosts import Hosts, host_name, is_own
 from .log import log, request_id
 from .settings import ServerSettings
@@ -96,7 +96,7 @@ class Guard:
             await self._app(scope, _replayed(body, receive), answer.send)
         except ApiError as error:
             await answer.fail(error)
-        except _ClientGone:
+        except ClientGone:
             pass
         except Exception as error:  # noqa: BLE001  (an answer is owed, whatever it was)
             if not answer.status:  # else whoever began to answer has said what happened
@@ -198,7 +198,7 @@ class Guard:
                         code="request_timeout",
                     ) from None
                 if message["type"] == "http.disconnect":
-                    raise _ClientGone
+                    raise ClientGone
                 piece = message.get("body", b"")
                 size += len(piece)
                 if size > most:
@@ -217,10 +217,6 @@ class Guard:
         except BaseException:
             self._body_bytes -= sum(map(len, pieces))
             raise
-
-
-class _ClientGone(Exception):
-    """The connection was closed before the request was whole."""
 
 
 @final
@@ -245,10 +241,7 @@ class _Answer:
         """An error as the answer."""
         if self.status:
             return
-        body = error.openai_body()
-        if self._path.startswith("/v1/messages"):
-            body = error.anthropic_body(self.request_id)
-        data = json.dumps(body).encode()
+        data = json.dumps(error.body(self._path, self.request_id)).encode()
         headers = {"content-type": "application/json", "content-length": str(len(data)), **error.headers}
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .failures import ApiError, api_error
+from .failures import ApiError, ClientGone, api_error
 from .generation import Generation, Progress
 from .log import log
 from .parts import Part
@@ -148,10 +148,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     The request's body has to have been read.
     """
     return await _unless_gone(request.receive, work)
-
-
-class ClientGone(OSError):
-    """The client closed its connection before it had its answer."""
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -392,7 +392,7 @@ def test_a_client_that_leaves_reasoning_out_gets_the_same_answer(demos):
 
 
 def test_reasoning_is_remembered_within_bounds():
-    memory = CallReasoning(most_calls=2, most_characters=10)
+    memory = CallReasoning(most_calls=2, most_bytes=10)
 
     def known(name):
         [message] = memory.completed([{"role": "assistant", "tool_calls": [{"id": name}]}])

@@ -12,10 +12,10 @@ from server_running import served
 from starlette.testclient import TestClient
 
 from openelm_mlx.server.app import Services, make_app
+from openelm_mlx.server.call_reasoning import CallReasoning
 from openelm_mlx.server.failures import ApiError
 from openelm_mlx.server.generation import NamedTool
 from openelm_mlx.server.wire import messages
-from openelm_mlx.server.wire.messages_content import KnownReasoning
 
 EVENT = TypeAdapter(RawMessageStreamEvent)
 CALCULATOR = {
@@ -353,13 +353,13 @@ def test_the_thinking_before_a_call_comes_back_however_it_was_shown(thinking):
 
 
 def test_hidden_thinking_is_kept_within_a_limit():
-    known = KnownReasoning(most_bytes=1000)
+    known = CallReasoning(most_bytes=1000)
     for number in range(100):
         known.keep(f"toolu_{number}", "x" * 90)
     assert known.num_bytes <= 1000
     assert 5 <= len(known) <= 10
-    assert known.before([{"type": "tool_use", "id": "toolu_99"}])
-    assert not known.before([{"type": "tool_use", "id": "toolu_0"}])
+    assert known.before(["toolu_99"])
+    assert not known.before(["toolu_0"])
 
 
 # --- Streams ------------------------------------------------------------------------------------------------------------

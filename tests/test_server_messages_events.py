@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from server_fakes import CALL, THOUGHT_AND_ANSWER, end, item
 
-from openelm_mlx.server.wire.messages_content import KnownReasoning
+from openelm_mlx.server.call_reasoning import CallReasoning
 from openelm_mlx.server.wire.messages_events import MessageEvents
 
 EVENT = TypeAdapter(RawMessageStreamEvent)
@@ -98,11 +98,11 @@ def test_a_call_is_a_block_and_so_is_what_was_said_before_it():
 
 
 def test_thinking_that_nobody_asked_for_is_not_shown_and_not_lost():
-    known = KnownReasoning()
+    known = CallReasoning()
     events, builder = run(CALL, known=known)
     assert [block["type"] for block in builder.message["content"]] == ["text", "tool_use"]
     assert [event["index"] for event in events if event["type"] == "content_block_start"] == [0, 1]
-    assert known.before(builder.message["content"]) == "I need the tool."
+    assert known.before([builder.message["content"][1]["id"]]) == "I need the tool."
 
 
 def test_sealed_thinking_has_a_signature_and_no_text():

@@ -1,49 +1,61 @@
 """What a model thought before its calls, for clients that send a call back without it.
 
 gpt-oss was trained to see its reasoning again until the turn ends, after each result of a tool. Many clients of Chat
-Completions leave it out of the history. A call's id is random, so that it names the reasoning before it for whoever
-was given both; with it, the history has the tokens that the model wrote, and the prefix cache knows them all.
+Completions leave it out of the history, and clients of Anthropic's messages are not shown it unless they ask. A call's id
+is random, so that it names the reasoning before it for whoever was given both; with it, the history has the tokens that
+the model wrote, and the prefix cache knows them all.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 MOST_CALLS = 4096
-MOST_CHARACTERS = 8_000_000
+MOST_BYTES = 8_000_000
 
 
 @final
 class CallReasoning:
     """The reasoning before the latest calls, in memory alone; the least recently used is forgotten first."""
 
-    def __init__(self, most_calls: int = MOST_CALLS, most_characters: int = MOST_CHARACTERS) -> None:
-        self._most_calls, self._most_characters = most_calls, most_characters
+    def __init__(self, most_calls: int = MOST_CALLS, most_bytes: int = MOST_BYTES) -> None:
+        self._most_calls, self._most_bytes = most_calls, most_bytes
         self._texts: OrderedDict[str, str] = OrderedDict()
-        self._num_characters = 0
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._texts)
 
     def keep(self, call_id: str, reasoning: str) -> None:
         """Remember what was thought before this call."""
-        if not reasoning or len(reasoning) > self._most_characters:
+        num_bytes = _num_bytes(call_id, reasoning)
+        if not reasoning or num_bytes > self._most_bytes:
             return
         self._texts[call_id] = reasoning
-        self._num_characters += len(reasoning)
-        while len(self._texts) > self._most_calls or self._num_characters > self._most_characters:
-            _, forgotten = self._texts.popitem(last=False)
-            self._num_characters -= len(forgotten)
+        self.num_bytes += num_bytes
+        while len(self._texts) > self._most_calls or self.num_bytes > self._most_bytes:
+            self.num_bytes -= _num_bytes(*self._texts.popitem(last=False))
+
+    def before(self, call_ids: Iterable[Any]) -> str:
+        """What was thought before the first of these calls that is known; "" where none is."""
+        for call_id in map(str, call_ids):
+            if call_id in self._texts:
+                self._texts.move_to_end(call_id)
+                return self._texts[call_id]
+        return ""
 
     def completed(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Chat messages, with the reasoning before calls where a client has left it out."""
         return [self._completed(message) for message in messages]
 
     def _completed(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        calls = message.get("tool_calls")
-        if not calls or message.get("reasoning"):
+        if message.get("reasoning"):
             return message
-        call_id = calls[0].get("id")
-        if call_id not in self._texts:
-            return message
-        self._texts.move_to_end(call_id)
-        return {**message, "reasoning": self._texts[call_id]}
+        reasoning = self.before(call.get("id") for call in message.get("tool_calls") or ())
+        return {**message, "reasoning": reasoning} if reasoning else message
+
+
+def _num_bytes(call_id: str, reasoning: str) -> int:
+    return len(call_id) + len(reasoning.encode("utf-8", "replace"))

@@ -8,12 +8,12 @@ from starlette.routing import Route
 
 from ..app import Json, services
 from ..bodies import read_body
+from ..call_reasoning import CallReasoning
 from ..failures import ApiError
 from ..generation import Generation, Progress
 from ..parts import Part
 from ..sse import EventStream, begun, comment, unless_gone
 from .event_lines import event_lines
-from .messages_content import KnownReasoning
 from .messages_events import MessageEvents
 from .messages_request import CountTokens, CreateMessage, generation_request, prompt_request, shows_thinking
 
@@ -33,7 +33,7 @@ class Messages:
     """The handlers. What they share is the reasoning that clients were not shown."""
 
     def __init__(self) -> None:
-        self.known = KnownReasoning()
+        self.known = CallReasoning()
 
     async def create(self, request: Request) -> Response:
         body = await read_body(request, CreateMessage)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...files import shown
+from ..call_reasoning import CallReasoning
 from ..failures import ApiError, bad_request
 from .history import History
 from .reasoning_text import opened
@@ -17,36 +17,7 @@ from .reasoning_text import opened
 _ACCOUNTING = "x-anthropic-billing-header:"
 
 
-class KnownReasoning:
-    """The reasoning that led to calls, where the client was not shown it: gpt-oss needs it until the turn has its answer.
-
-    Limited in bytes, the oldest dropped.
-    """
-
-    def __init__(self, most_bytes: int = 8_000_000) -> None:
-        self.most_bytes, self.num_bytes = most_bytes, 0
-        self._texts: OrderedDict[str, str] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def keep(self, call_id: str, text: str) -> None:
-        self._texts[call_id] = text
-        self.num_bytes += _num_bytes(call_id, text)
-        while self.num_bytes > self.most_bytes:
-            self.num_bytes -= _num_bytes(*self._texts.popitem(last=False))
-
-    def before(self, blocks: Sequence[Mapping[str, Any]]) -> str:
-        """The reasoning that led to the calls among these blocks of one message."""
-        texts = (self._texts.get(str(block.get("id"))) for block in blocks if block.get("type") == "tool_use")
-        return next((text for text in texts if text), "")
-
-
-def _num_bytes(call_id: str, text: str) -> int:
-    return len(call_id) + len(text.encode("utf-8", "replace"))
-
-
-def chat(system: str | list[Any] | None, messages: list[Any], known: KnownReasoning) -> list[dict[str, Any]]:
+def chat(system: str | list[Any] | None, messages: list[Any], known: CallReasoning) -> list[dict[str, Any]]:
     """The messages as chat dicts, the instructions first. Raises ApiError, a 400 that names the place."""
     history = History()
     texts = _instructions(system, "system")
@@ -169,10 +140,11 @@ def _result(block: Mapping[str, Any], place: str) -> str:
 # --- The assistant's ----------------------------------------------------------------------------------------------------
 
 
-def _assistant(history: History, blocks: list[tuple[str, Mapping[str, Any]]], known: KnownReasoning) -> None:
+def _assistant(history: History, blocks: list[tuple[str, Mapping[str, Any]]], known: CallReasoning) -> None:
     """Blocks of tools that ran at Anthropic are left out."""
     thoughts = {place: _thought(block, place) for place, block in blocks}
-    if not any(thoughts.values()) and (hidden := known.before([block for _, block in blocks])):
+    calls = [block.get("id") for _, block in blocks if block["type"] == "tool_use"]
+    if not any(thoughts.values()) and (hidden := known.before(calls)):
         history.reasoning(hidden)
     for place, block, texts in _with_texts_joined(blocks):
         if texts:

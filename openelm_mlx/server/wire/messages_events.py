@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic_core import from_json
 
+from ..call_reasoning import CallReasoning
 from ..parts import Finished, FinishReason, ItemDone, ItemStarted, ItemText, Part, Usage
 from .ids import new_id
-from .messages_content import KnownReasoning
 from .reasoning_text import sealed
 
 Event = dict[str, Any]
@@ -33,9 +33,9 @@ class MessageEvents:
         model: str,
         prompt_tokens: int,
         thinking: Literal["shown", "sealed", "hidden"] = "hidden",
-        known: KnownReasoning | None = None,
+        known: CallReasoning | None = None,
     ) -> None:
-        self._thinking, self._known = thinking, KnownReasoning() if known is None else known
+        self._thinking, self._known = thinking, CallReasoning() if known is None else known
         self._hidden = ""  # reasoning that the client has not seen
         self._kind: str | None = None  # of the open item
         self._arguments = ArgumentsText()
@@ -86,8 +86,7 @@ class MessageEvents:
         else:
             block = {"type": "tool_use", "id": new_id("toolu"), "name": part.name or "", "input": {}}
             self._arguments = ArgumentsText()
-            if self._hidden:
-                self._known.keep(block["id"], self._hidden)
+            self._known.keep(block["id"], self._hidden)
         self._content.append(block)
         self._is_open = True
         return [{"type": "content_block_start", "index": self._index, "content_block": dict(block)}]

@@ -11,10 +11,11 @@ from pydantic import Field
 from ...files import shown
 from ...text.schema import Tool
 from ..bodies import WholeNumber, Wire
+from ..call_reasoning import CallReasoning
 from ..failures import ApiError, bad_request
 from ..generation import AnswerSchema, Effort, GenerationRequest, NamedTool, ToolChoice
 from .functions import function_of
-from .messages_content import KnownReasoning, chat
+from .messages_content import chat
 from .sampling import SamplingFields, sampling_params
 from .shared import StopStrings, stops_of
 
@@ -71,7 +72,7 @@ def shows_thinking(body: CountTokens) -> Literal["shown", "sealed", "hidden"]:
     return "sealed" if body.thinking.display == "omitted" else "shown"
 
 
-def prompt_request(body: CountTokens, known: KnownReasoning) -> GenerationRequest:
+def prompt_request(body: CountTokens, known: CallReasoning) -> GenerationRequest:
     """The request for the prompt. known: reasoning that was not shown, by the calls it led to. Raises ApiError."""
     tools, lenient = _tools(body.tools or [])
     choice, is_parallel = _choice(body.tool_choice, tools)
@@ -89,7 +90,7 @@ def prompt_request(body: CountTokens, known: KnownReasoning) -> GenerationReques
     )
 
 
-def generation_request(body: CreateMessage, known: KnownReasoning) -> GenerationRequest:
+def generation_request(body: CreateMessage, known: CallReasoning) -> GenerationRequest:
     """The whole request. Raises ApiError."""
     return replace(
         prompt_request(body, known),

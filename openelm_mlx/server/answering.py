@@ -23,7 +23,7 @@ from .failures import RETRY_AFTER, ApiError, api_error
 from .forgetting import most_prompt_tokens, shortened
 from .generation import NONE, Generation, GenerationRequest, NamedTool, Progress, PromptText
 from .log import log
-from .parts import Part, Usage
+from .parts import Part, Usage, whole_usage
 from .reading import AnswerReader, TokenTexts
 
 if TYPE_CHECKING:
@@ -182,14 +182,8 @@ class _Running(Generation):
                 yield []
 
     def _count(self) -> None:
-        usages = [reader.usage for reader in self._readers]
-        usage = Usage(
-            self.prompt_tokens,
-            sum(each.cached_tokens for each in usages[:: self._n]),
-            sum(each.completion_tokens for each in usages),
-            sum(each.reasoning_tokens for each in usages),
-        )
         if self._answered is not None:
+            usage = whole_usage([reader.usage for reader in self._readers], self._n)
             self._answered(self._lease.name, usage, self._first or 0.0)
 
     def _taken(self, handle: Handle) -> list[Chunk]:

@@ -7,6 +7,7 @@ a request (`index`), the parts of one mix with those of another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -132,12 +133,12 @@ class AnswerBuilder:
         ]
 
 
-def whole_usage(answers: list[Answer]) -> Usage:
-    """The usage of a request with several answers: its prompt counts once."""
-    usages = [answer.usage for answer in answers]
+def whole_usage(usages: Sequence[Usage], n: int) -> Usage:
+    """The usage of a request, from those of its answers, n to each prompt: a prompt counts once."""
+    firsts = usages[::n]
     return Usage(
-        prompt_tokens=usages[0].prompt_tokens,
-        cached_tokens=usages[0].cached_tokens,
+        prompt_tokens=sum(each.prompt_tokens for each in firsts),
+        cached_tokens=sum(each.cached_tokens for each in firsts),
         completion_tokens=sum(each.completion_tokens for each in usages),
         reasoning_tokens=sum(each.reasoning_tokens for each in usages),
     )

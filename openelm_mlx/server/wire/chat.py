@@ -16,10 +16,11 @@ from ...files import shown
 from ..app import Json, services
 from ..bodies import WholeNumber, Wire, read_body
 from ..call_reasoning import CallReasoning
-from ..failures import ApiError, bad_request
-from ..generation import AnswerSchema, Effort, GenerationRequest, Progress, collected
-from ..parts import Answer, Finished, Item, ItemStarted, ItemText, Part, Usage, whole_usage
-from ..sse import EventStream, begun, comment, unless_gone
+from ..failures import bad_request
+from ..generation import AnswerSchema, Effort, GenerationRequest, collected
+from ..parts import Answer, Finished, Item, ItemStarted, ItemText, Part, whole_usage
+from ..sse import EventStream, begun, unless_gone
+from .chunk_events import ChunkEvents
 from .ids import new_id
 from .responses_tools import Tools, read_tools
 from .sampling import SamplingFields, sampling_params
@@ -229,7 +230,7 @@ def completion(
         "created": created,
         "model": asked.model,
         "choices": [_choice(answer, asked, call_reasoning) for answer in answers],
-        "usage": usage_object(whole_usage(answers)),
+        "usage": usage_object(whole_usage([answer.usage for answer in answers], asked.n)),
     }
 
 
@@ -266,53 +267,40 @@ def _answer_message(items: list[Item]) -> dict[str, Any]:
 
 
 @final
-class ChatEvents:
-    """A streamed `chat.completion`: one chunk a delta. What is equal in all of them is written once."""
+class ChatEvents(ChunkEvents):
+    """A streamed `chat.completion`: one chunk a delta."""
 
     def __init__(self, asked: ChatRequest, created: int, call_reasoning: CallReasoning | None = None) -> None:
-        self._call_reasoning = call_reasoning
-        self._reasoning = [""] * asked.n
-        self._n, self._wants_logprobs = asked.n, asked.logprobs
-        self._wants_usage = asked.stream_options.include_usage
         head = {
             "id": new_id("chatcmpl", "-"),
             "object": "chat.completion.chunk",
             "created": created,
             "model": asked.model,
         }
-        self._head = "data: " + json_text(head)[:-1] + ',"choices":['
-        self._tail = ',"usage":null}\n\n' if self._wants_usage else "}\n\n"
+        super().__init__(head, 1, asked.n, asked.stream_options.include_usage)
+        self._call_reasoning, self._wants_logprobs = call_reasoning, asked.logprobs
+        self._reasoning = [""] * self._n
         # Of each answer: kinds of items that have had text, what is to come before the next text, and how many calls.
         self._said: list[set[str]] = [set() for _ in range(self._n)]
         self._kind = [""] * self._n
         self._before = [""] * self._n
         self._num_calls = [0] * self._n
-        self._usages: dict[int, Usage] = {}
 
     def start(self) -> bytes:
         return "".join(
-            self._chunk(i, '{"role":"assistant","content":"","refusal":null}') for i in range(self._n)
+            self._delta(i, '{"role":"assistant","content":"","refusal":null}') for i in range(self._n)
         ).encode()
 
     def more(self, parts: list[Part]) -> bytes:
         return "".join(map(self._event, parts)).encode("utf-8", "replace")
 
-    def keep_alive(self, progress: Progress | None) -> bytes:
-        return comment(progress)
-
-    def failure(self, error: ApiError) -> bytes:
-        return f"data: {json_text(error.openai_body())}\n\n".encode("utf-8", "replace")
-
     def _event(self, part: Part) -> str:
         if isinstance(part, ItemText):
             return self._text(part)
-        index = part.index
         if isinstance(part, ItemStarted):
             return self._started(part)
         if isinstance(part, Finished):
-            self._usages[index] = part.usage
-            end = self._chunk(index, "{}", finish=f'"{part.reason}"')
-            return end if len(self._usages) < self._n else end + self._end()
+            return self._delta(part.index, "{}", finish=f'"{part.reason}"') + self._finished(part)
         return ""
 
     def _started(self, part: ItemStarted) -> str:
@@ -326,7 +314,7 @@ class ChatEvents:
         name, call_id = encode_basestring(part.name or ""), new_id("call")
         if self._call_reasoning is not None and number == 0:
             self._call_reasoning.keep(call_id, self._reasoning[index])
-        return self._chunk(
+        return self._delta(
             index,
             f'{{"tool_calls":[{{"index":{number},"id":"{call_id}","type":"function",'
             f'"function":{{"name":{name},"arguments":""}}}}]}}',
@@ -337,35 +325,21 @@ class ChatEvents:
         if kind == "call":
             number = self._num_calls[index] - 1
             text = encode_basestring(part.text)
-            return self._chunk(index, f'{{"tool_calls":[{{"index":{number},"function":{{"arguments":{text}}}}}]}}')
+            return self._delta(index, f'{{"tool_calls":[{{"index":{number},"function":{{"arguments":{text}}}}}]}}')
         said = self._before[index] + part.text
         text = encode_basestring(said)
         self._before[index] = ""
         self._said[index].add(kind)
         if kind == "reasoning":
             self._reasoning[index] += said
-            return self._chunk(index, f'{{"reasoning":{text},"reasoning_content":{text}}}')
+            return self._delta(index, f'{{"reasoning":{text},"reasoning_content":{text}}}')
         logprobs = "null"
         if self._wants_logprobs:
             logprobs = json_text({"content": [logprob_object(each) for each in part.logprobs], "refusal": None})
-        return self._chunk(index, f'{{"content":{text}}}', logprobs)
+        return self._delta(index, f'{{"content":{text}}}', logprobs)
 
-    def _chunk(self, index: int, delta: str, logprobs: str = "null", finish: str = "null") -> str:
-        return f'{self._head}{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}]{self._tail}'
-
-    def _end(self) -> str:
-        end = "data: [DONE]\n\n"
-        if not self._wants_usage:
-            return end
-        every = list(self._usages.values())
-        first = self._usages[0]
-        usage = Usage(
-            first.prompt_tokens,
-            first.cached_tokens,
-            sum(each.completion_tokens for each in every),
-            sum(each.reasoning_tokens for each in every),
-        )
-        return f'{self._head}],"usage":{json_text(usage_object(usage))}}}\n\n{end}'
+    def _delta(self, index: int, delta: str, logprobs: str = "null", finish: str = "null") -> str:
+        return self._chunk(f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}')
 
 
 async def create(request: Request) -> Response:

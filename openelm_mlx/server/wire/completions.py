@@ -15,10 +15,11 @@ from starlette.routing import Route
 from ...files import shown
 from ..app import Json, services
 from ..bodies import WholeNumber, read_body
-from ..failures import ApiError, bad_request
-from ..generation import Generation, GenerationRequest, Progress, PromptText, collected
-from ..parts import Answer, Finished, ItemText, Part, TokenLogprob, Usage
-from ..sse import EventStream, begun, comment, unless_gone
+from ..failures import bad_request
+from ..generation import Generation, GenerationRequest, PromptText, collected
+from ..parts import Answer, Finished, ItemText, Part, TokenLogprob, Usage, whole_usage
+from ..sse import EventStream, begun, unless_gone
+from .chunk_events import ChunkEvents
 from .ids import new_id
 from .sampling import SamplingFields, sampling_params
 from .shared import MOST_ANSWERS, StopField, StreamOptions, json_text, now, stops_of, usage_object
@@ -121,7 +122,7 @@ class _Text:
 
     def __init__(self, asked: CompletionRequest, echo: PromptText | None) -> None:
         self._scores = None if asked.logprobs is None else _Scores()
-        self._is_shown = asked.max_tokens > 0  # the engine always writes one token
+        self._is_shown = asked.max_tokens > 0
         self._echo = echo
 
     def begin(self) -> tuple[str, dict[str, Any] | None] | None:
@@ -137,23 +138,20 @@ class _Text:
             return None
         return text, None if self._scores is None else self._scores.of(tokens)
 
-    def usage(self, usage: Usage) -> Usage:
-        return usage if self._is_shown else replace(usage, completion_tokens=0)
-
 
 def completion(
     answers: list[Answer], echoes: list[PromptText], asked: CompletionRequest, created: int
 ) -> dict[str, Any]:
     """A whole `text_completion`. echoes: of the prompts, where they are wanted."""
     texts = [_Text(asked, echoes[answer.index // asked.n] if asked.echo else None) for answer in answers]
-    usages = [text.usage(answer.usage) for text, answer in zip(texts, answers, strict=True)]
+    usages = [_counted(answer.usage, asked) for answer in answers]
     return {
         "id": new_id("cmpl", "-"),
         "object": "text_completion",
         "created": created,
         "model": asked.model,
         "choices": [_choice(answer, text) for answer, text in zip(answers, texts, strict=True)],
-        "usage": usage_object(_usage(usages, asked.n)),
+        "usage": usage_object(whole_usage(usages, asked.n)),
     }
 
 
@@ -167,30 +165,20 @@ def _choice(answer: Answer, text: _Text) -> dict[str, Any]:
     return {"index": answer.index, "text": whole, "logprobs": logprobs, "finish_reason": answer.reason}
 
 
-def _usage(usages: list[Usage], n: int) -> Usage:
-    """Of all answers; each prompt counts once."""
-    firsts = usages[::n]
-    return Usage(
-        sum(each.prompt_tokens for each in firsts),
-        sum(each.cached_tokens for each in firsts),
-        sum(each.completion_tokens for each in usages),
-        0,
-    )
+def _counted(usage: Usage, asked: CompletionRequest) -> Usage:
+    """The engine always writes one token, also where only the echo is wanted."""
+    return usage if asked.max_tokens > 0 else replace(usage, completion_tokens=0)
 
 
 @final
-class CompletionEvents:
+class CompletionEvents(ChunkEvents):
     """A streamed `text_completion`."""
 
     def __init__(self, generation: Generation | None, asked: CompletionRequest, created: int) -> None:
-        self._generation, self._asked, self._n = generation, asked, asked.n
-        self._num_answers = len(asked.prompts) * asked.n
-        self._wants_usage = asked.stream_options.include_usage
         head = {"id": new_id("cmpl", "-"), "object": "text_completion", "created": created, "model": asked.model}
-        self._head = "data: " + json_text(head)[:-1] + ',"choices":['
-        self._tail = ',"usage":null}\n\n' if self._wants_usage else "}\n\n"
+        super().__init__(head, len(asked.prompts), asked.n, asked.stream_options.include_usage)
+        self._generation, self._asked = generation, asked
         self._texts: list[_Text] = []
-        self._usages: dict[int, Usage] = {}
 
     def start(self) -> bytes:
         return b""
@@ -205,39 +193,23 @@ class CompletionEvents:
                 begun += self._piece(index, self._texts[index].begin())
         return (begun + "".join(map(self._event, parts))).encode("utf-8", "replace")
 
-    def keep_alive(self, progress: Progress | None) -> bytes:
-        return comment(progress)
-
-    def failure(self, error: ApiError) -> bytes:
-        return f"data: {json_text(error.openai_body())}\n\n".encode("utf-8", "replace")
-
     def _event(self, part: Part) -> str:
         if isinstance(part, ItemText):
             return self._piece(part.index, self._texts[part.index].piece(part.text, part.logprobs))
         if not isinstance(part, Finished):
             return ""
-        self._usages[part.index] = self._texts[part.index].usage(part.usage)
-        end = self._chunk(part.index, "", finish=f'"{part.reason}"')
-        return end if len(self._usages) < self._num_answers else end + self._end()
+        part = replace(part, usage=_counted(part.usage, self._asked))
+        return self._text(part.index, "", finish=f'"{part.reason}"') + self._finished(part)
 
     def _piece(self, index: int, piece: tuple[str, dict[str, Any] | None] | None) -> str:
         if piece is None:
             return ""
         text, scores = piece
-        return self._chunk(index, text, "null" if scores is None else json_text(scores))
+        return self._text(index, text, "null" if scores is None else json_text(scores))
 
-    def _chunk(self, index: int, text: str, logprobs: str = "null", finish: str = "null") -> str:
-        return (
-            f'{self._head}{{"index":{index},"text":{encode_basestring(text)},"logprobs":{logprobs},'
-            f'"finish_reason":{finish}}}]{self._tail}'
-        )
-
-    def _end(self) -> str:
-        end = "data: [DONE]\n\n"
-        if not self._wants_usage:
-            return end
-        usage = _usage([self._usages[index] for index in range(self._num_answers)], self._n)
-        return f'{self._head}],"usage":{json_text(usage_object(usage))}}}\n\n{end}'
+    def _text(self, index: int, text: str, logprobs: str = "null", finish: str = "null") -> str:
+        text = encode_basestring(text)
+        return self._chunk(f'{{"index":{index},"text":{text},"logprobs":{logprobs},"finish_reason":{finish}}}')
 
 
 async def create(request: Request) -> Response:

@@ -206,8 +206,3 @@ def parse_aliases(values: Iterable[str]) -> dict[str, str]:
             )
         aliases[alias] = name
     return aliases
-
-
-def is_repository(source: str) -> bool:
-    """Whether a source is downloaded from the Hub."""
-    return source not in DEMO_NAMES and not os.path.lexists(source) and is_repo_name(source)

@@ -17,9 +17,8 @@ from ..generation import AnswerSchema, Effort, GenerationRequest, NamedTool, Too
 from .functions import function_of
 from .messages_content import chat
 from .sampling import SamplingFields, sampling_params
-from .shared import StopStrings, stops_of
+from .shared import EFFORTS, StopStrings, stops_of
 
-_EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 # Budgets from which on the effort is medium, and high.
 _MEDIUM_BUDGET, _HIGH_BUDGET = 8_000, 24_000
 
@@ -106,7 +105,7 @@ def _effort(body: CountTokens, has_tools: bool) -> Effort | None:
     if thinking is not None and thinking.type == "disabled":
         return "low" if has_tools else "none"
     if config is not None and config.effort is not None:
-        return _EFFORTS[config.effort]
+        return EFFORTS[config.effort]
     if thinking is not None and thinking.budget_tokens is not None:
         budget = thinking.budget_tokens
         return "low" if budget < _MEDIUM_BUDGET else "medium" if budget < _HIGH_BUDGET else "high"

@@ -56,8 +56,7 @@ class Responses:
 
     async def create(self, request: Request) -> Response:
         body = await read_body(request, CreateResponse)
-        before, inputs = self._conversation(body)
-        items = inputs if before is None else [*before.items, *inputs]
+        before, inputs, items = self._conversation(body)
         tools = tools_of(body, items)
         wanted = generation_request(body, items, tools)
         start = self._start(request, wanted)
@@ -79,8 +78,7 @@ class Responses:
 
     async def input_tokens(self, request: Request) -> Response:
         body = await read_body(request, CountTokens)
-        before, inputs = self._conversation(body)
-        items = inputs if before is None else [*before.items, *inputs]
+        _, _, items = self._conversation(body)
         wanted = prompt_request(body, items, tools_of(body, items))
         try:
             count = await services(request).generations.count_tokens(wanted)
@@ -105,7 +103,8 @@ class Responses:
 
     async def input_items(self, request: Request) -> Response:
         stored = self._stored(request)
-        items = stored.items[: len(stored.items) - len(stored.body["output"])]
+        items = stored.items
+        del items[len(items) - len(stored.body["output"]) :]
         order, limit, after = (request.query_params.get(key) for key in ("order", "limit", "after"))
         if order != "asc":
             items.reverse()
@@ -127,17 +126,16 @@ class Responses:
     def _stored(self, request: Request) -> Stored:
         return self.store.get(request.path_params["response_id"])
 
-    def _conversation(self, body: CountTokens) -> tuple[Stored | None, list[Item]]:
-        """The response that the request goes on from, and the request's own items."""
+    def _conversation(self, body: CountTokens) -> tuple[Stored | None, list[Item], list[Item]]:
+        """The response that the request goes on from, the request's own items, and those of the whole conversation."""
         check_offered(body)
         name = body.previous_response_id
         before = None if name is None else self.store.get(name, "previous_response_id")
-        inputs = read_input(body.input, self.store.item)
-        if before is not None:
-            # A reference to an item of the conversation itself would put it there twice.
-            known = {id(item) for item in before.items}
-            inputs = [item for item in inputs if id(item) not in known]
-        return before, inputs
+        items = [] if before is None else before.items
+        # A reference to an item of the conversation itself would put it there twice.
+        known = {id(item) for item in items}
+        inputs = [item for item in read_input(body.input, self.store.item) if id(item) not in known]
+        return before, inputs, [*items, *inputs]
 
     async def _start(self, request: Request, wanted: GenerationRequest) -> Generation:
         try:

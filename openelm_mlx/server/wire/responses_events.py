@@ -5,7 +5,6 @@ Both come from one place, so that an answer is the same whether it was streamed 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from .history import COMMENTARY, FINAL_ANSWER
 from .ids import new_id
 from .responses_output import CallItem, CustomCallItem, MessageItem, OutputItem, ReasoningItem
 from .responses_tools import Tools
+from .shared import now
 
 Event = dict[str, Any]
 
@@ -38,7 +38,7 @@ class ResponseEvents:
         self._body = {
             "id": new_id("resp"),
             "object": "response",
-            "created_at": int(time.time()),
+            "created_at": now(),
             "status": "in_progress",
             "completed_at": None,
             "error": None,
@@ -133,7 +133,7 @@ class ResponseEvents:
         if is_cut:
             self._body |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         else:
-            self._body |= {"status": "completed", "completed_at": int(time.time())}
+            self._body |= {"status": "completed", "completed_at": now()}
         return [self._event(f"response.{self._body['status']}", response=self.response)]
 
     def _numbered(self, events: list[Event]) -> list[Event]:

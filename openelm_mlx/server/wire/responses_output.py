@@ -13,6 +13,7 @@ from ..parts import TokenLogprob
 from .custom_input import CustomInput
 from .ids import new_id
 from .reasoning_text import sealed
+from .shared import logprob_object
 
 Event = dict[str, Any]
 
@@ -41,9 +42,6 @@ class OutputItem(ABC):
     @abstractmethod
     def done(self, text: str, status: str) -> list[Event]:
         """Its end. text: the whole, as the model wrote it."""
-
-    def _added(self) -> Event:
-        return {"type": "response.output_item.added", "item": self.whole("in_progress")}
 
     def _done(self, status: str) -> Event:
         return {"type": "response.output_item.done", "item": self.whole(status)}
@@ -128,7 +126,7 @@ class MessageItem(PartItem):
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": list(self._tokens)}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        tokens = [_token(each) for each in logprobs] if self._with_logprobs else []
+        tokens = [logprob_object(each) for each in logprobs] if self._with_logprobs else []
         self._tokens += tokens
         return {"logprobs": tokens}
 
@@ -136,16 +134,11 @@ class MessageItem(PartItem):
         return {"logprobs": list(self._tokens)}
 
 
-def _token(token: TokenLogprob) -> dict[str, Any]:
-    likeliest = [{"token": each.token, "logprob": each.logprob, "bytes": each.bytes} for each in token.top]
-    return {"token": token.token, "logprob": token.logprob, "bytes": token.bytes, "top_logprobs": likeliest}
+class CalledItem(OutputItem):
+    """A call of a tool. type: of the item. field: where its text stands."""
 
-
-@final
-class CallItem(OutputItem):
-    """A call of a function. Its text is the JSON of its arguments."""
-
-    prefix = "fc"
+    type: ClassVar[str]
+    field: ClassVar[str]
 
     def __init__(self, name: str, namespace: str | None) -> None:
         super().__init__()
@@ -154,16 +147,23 @@ class CallItem(OutputItem):
     def whole(self, status: str) -> dict[str, Any]:
         whole = {
             "id": self.id,
-            "type": "function_call",
+            "type": self.type,
             "call_id": self.call_id,
             "name": self._name,
-            "arguments": self.text,
+            self.field: self.text,
             "status": status,
         }
         return whole if self._namespace is None else {**whole, "namespace": self._namespace}
 
     def added(self) -> list[Event]:
-        return [self._added()]
+        return [{"type": "response.output_item.added", "item": self.whole("in_progress")}]
+
+
+@final
+class CallItem(CalledItem):
+    """A call of a function. Its text is the JSON of its arguments."""
+
+    prefix, type, field = "fc", "function_call", "arguments"
 
     def more(self, text: str, logprobs: Sequence[TokenLogprob]) -> list[Event]:
         self.text += text
@@ -176,29 +176,14 @@ class CallItem(OutputItem):
 
 
 @final
-class CustomCallItem(OutputItem):
+class CustomCallItem(CalledItem):
     """A call of a custom tool. Its text is the tool's input, out of the JSON that the model wrote."""
 
-    prefix = "ctc"
+    prefix, type, field = "ctc", "custom_tool_call", "input"
 
     def __init__(self, name: str, namespace: str | None) -> None:
-        super().__init__()
-        self.call_id, self._name, self._namespace = new_id("call"), name, namespace
+        super().__init__(name, namespace)
         self._input = CustomInput()
-
-    def whole(self, status: str) -> dict[str, Any]:
-        whole = {
-            "id": self.id,
-            "type": "custom_tool_call",
-            "call_id": self.call_id,
-            "name": self._name,
-            "input": self.text,
-            "status": status,
-        }
-        return whole if self._namespace is None else {**whole, "namespace": self._namespace}
-
-    def added(self) -> list[Event]:
-        return [self._added()]
 
     def more(self, text: str, logprobs: Sequence[TokenLogprob]) -> list[Event]:
         return self._delta(self._input.more(text))

@@ -10,16 +10,12 @@ from pydantic import Field
 
 from ..bodies import WholeNumber, Wire
 from ..failures import ApiError, bad_request
-from ..generation import AnswerSchema, Effort, GenerationRequest
+from ..generation import AnswerSchema, GenerationRequest
 from .responses_items import ADDITIONAL_TOOLS, Item, chat
 from .responses_tools import Tools, read_tools
 from .sampling import SamplingFields, sampling_params
-from .shared import StopField, stops_of
+from .shared import EFFORTS, StopField, stops_of
 
-# OpenAI's words beyond those that gpt-oss was trained with.
-_EFFORTS: dict[str, Effort] = {
-    "none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high",
-}  # fmt: skip
 LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
 
 
@@ -104,7 +100,7 @@ def tools_of(body: CountTokens, items: Iterable[Item]) -> Tools:
 
 def prompt_request(body: CountTokens, items: list[Item], tools: Tools) -> GenerationRequest:
     """The request whose prompt these items are."""
-    effort = None if body.reasoning is None or body.reasoning.effort is None else _EFFORTS[body.reasoning.effort]
+    effort = None if body.reasoning is None or body.reasoning.effort is None else EFFORTS[body.reasoning.effort]
     return GenerationRequest(
         model=body.model,
         messages=chat(body.instructions, items, tools),

@@ -1,4 +1,4 @@
-"""What OpenAI's Chat Completions and Completions have in common."""
+"""What the APIs have in common, most of it in OpenAI's words."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import http.client
 import json
 import logging
@@ -22,8 +23,8 @@ from server_raw import raw, request
 from openelm_mlx.commands import build_parser, main
 from openelm_mlx.commands.serve import KEY_VARIABLE, _log_to_stderr, seconds_of, settings_of
 from openelm_mlx.errors import SettingError
+from openelm_mlx.server import site
 from openelm_mlx.server.connections import listening_socket
-from openelm_mlx.server.late import LateSite
 from openelm_mlx.server.loading import Loader
 from openelm_mlx.server.log import log
 from openelm_mlx.server.running import serve
@@ -217,6 +218,21 @@ class Voice:
         self.said.append("hurried")
 
 
+@contextlib.asynccontextmanager
+async def serving(settings):
+    """The port of a server in this event loop, which listens already."""
+    voice = Voice()
+    with listening_socket("127.0.0.1", 0) as listening:
+        running = asyncio.create_task(serve(settings, listening, voice))
+        while voice.port is None:
+            await asyncio.sleep(0.01)
+        try:
+            yield voice.port
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
 async def answered(port, path):
     return await asyncio.to_thread(raw, port, request(path, host="localhost"))
 
@@ -231,26 +247,19 @@ def test_it_answers_while_its_model_is_being_loaded(monkeypatch):
     monkeypatch.setattr(Loader, "prepare", waiting)
 
     async def main():
-        voice = Voice()
-        settings = ServerSettings(models=(ServedModel("demo-openelm", "demo-openelm"),))
-        with listening_socket("127.0.0.1", 0) as listening:
-            running = asyncio.create_task(serve(settings, listening, voice))
-            while voice.port is None:
-                await asyncio.sleep(0.01)
-            health = await answered(voice.port, "/health")
+        async with serving(ServerSettings(models=(ServedModel("demo-openelm", "demo-openelm"),))) as port:
+            health = await answered(port, "/health")
             assert (health.status, json.loads(health.body)["status"]) == (200, "loading")
-            cards = json.loads((await answered(voice.port, "/v1/models")).body)["data"]
+            cards = json.loads((await answered(port, "/v1/models")).body)["data"]
             assert [(card["id"], card["state"]) for card in cards] == [("demo-openelm", "loading")]
             may_load.set()
-            while json.loads((await answered(voice.port, "/health")).body)["status"] != "ok":
+            while json.loads((await answered(port, "/health")).body)["status"] != "ok":
                 await asyncio.sleep(0.02)
-            found = json.loads((await answered(voice.port, "/health")).body)
+            found = json.loads((await answered(port, "/health")).body)
             assert found["models"][0]["plan"]["weights_bytes"] > 0
             assert found["memory"]["used_bytes"] > 0
-            assert (await answered(voice.port, "/")).status == 200
-            assert b"openelm_mlx_model_loaded" in (await answered(voice.port, "/metrics")).body
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+            assert (await answered(port, "/")).status == 200
+            assert b"openelm_mlx_model_loaded" in (await answered(port, "/metrics")).body
 
     asyncio.run(main())
 
@@ -258,32 +267,25 @@ def test_it_answers_while_its_model_is_being_loaded(monkeypatch):
 def test_nothing_is_loaded_while_the_rest_of_the_server_is_imported(monkeypatch):
     """Two threads that import packages whose modules need each other may find them half made."""
     made, prepare, told = [], Loader.prepare, []
-    make = LateSite._make_it
+    make = site.make_inner_site
 
-    def slowly(self, loop):
+    def slowly(*arguments):
         time.sleep(0.5)
-        made.append(self)
-        make(self, loop)
+        made.append(make(*arguments))
+        return made[0]
 
     def noting(self, served, progress):
         told.append(bool(made))
         return prepare(self, served, progress)
 
-    monkeypatch.setattr(LateSite, "_make_it", slowly)
+    monkeypatch.setattr(site, "make_inner_site", slowly)
     monkeypatch.setattr(Loader, "prepare", noting)
 
     async def main():
-        voice = Voice()
-        settings = ServerSettings(models=(ServedModel("demo-openelm", "demo-openelm"),))
-        with listening_socket("127.0.0.1", 0) as listening:
-            running = asyncio.create_task(serve(settings, listening, voice))
-            while voice.port is None:
-                await asyncio.sleep(0.01)
-            while (status := json.loads((await answered(voice.port, "/health")).body)["status"]) != "ok":
+        async with serving(ServerSettings(models=(ServedModel("demo-openelm", "demo-openelm"),))) as port:
+            while (status := json.loads((await answered(port, "/health")).body)["status"]) != "ok":
                 assert status == "loading"
                 await asyncio.sleep(0.02)
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(main())
     assert told == [True]
@@ -291,22 +293,17 @@ def test_nothing_is_loaded_while_the_rest_of_the_server_is_imported(monkeypatch)
 
 def test_health_tells_a_stranger_nothing_more():
     async def main():
-        voice = Voice()
-        settings = ServerSettings(models=(ServedModel("demo-openelm", "demo-openelm"),), api_keys=("k" * 20,))
-        with listening_socket("127.0.0.1", 0) as listening:
-            running = asyncio.create_task(serve(settings, listening, voice))
-            while voice.port is None:
-                await asyncio.sleep(0.01)
-            assert list(json.loads((await answered(voice.port, "/health")).body)) == ["status"]
+        async with serving(
+            ServerSettings(models=(ServedModel("demo-openelm", "demo-openelm"),), api_keys=("k" * 20,))
+        ) as port:
+            assert list(json.loads((await answered(port, "/health")).body)) == ["status"]
             own = {}
             while "models" not in own:
-                answer = await asyncio.to_thread(raw, voice.port, request("/health", x_api_key="k" * 20))
+                answer = await asyncio.to_thread(raw, port, request("/health", x_api_key="k" * 20))
                 own = json.loads(answer.body)
-            assert list(json.loads((await answered(voice.port, "/health")).body)) == ["status"]
+            assert list(json.loads((await answered(port, "/health")).body)) == ["status"]
             for path in ("/metrics", "/v1/models"):
-                assert (await answered(voice.port, path)).status == 401
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+                assert (await answered(port, path)).status == 401
 
     asyncio.run(main())
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 from ..decoding.grammar import AnswerFormat, answer_format
-from ..engine.calling import NO_ARGUMENTS, calling_of
+from ..engine.calling import NO_ARGUMENTS, NONE, calling_of
 from ..engine.handle import Handle, something_came
 from ..engine.prompt import Prompt, encode_prompt
 from ..engine.sequence import Chunk
@@ -21,7 +21,7 @@ from ..text.chat import HARMONY, PLAIN
 from ..text.schema import Tool
 from .failures import RETRY_AFTER, ApiError, api_error
 from .forgetting import most_prompt_tokens, shortened
-from .generation import NONE, Generation, GenerationRequest, NamedTool, Progress, PromptText
+from .generation import Generation, GenerationRequest, NamedTool, Progress, PromptText
 from .log import log
 from .parts import Part, Usage, whole_usage
 from .reading import AnswerReader, TokenTexts

@@ -10,7 +10,6 @@ from ..decoding.sampling import SamplingParams
 from ..text.schema import Tool
 from .parts import Answer, AnswerBuilder, Part, TokenLogprob
 
-AUTO, NONE, REQUIRED = "auto", "none", "required"
 Effort = Literal["none", "low", "medium", "high"]
 
 

@@ -37,7 +37,8 @@ MAX_DEPTH = 100
 # Of all bodies that are being read or worked on, in largest bodies.
 BODIES_AT_ONCE = 8
 
-_SAFE = {
+# Of every answer.
+SAFE_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
@@ -259,7 +260,7 @@ class _Answer:
     def _with_own(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         there = {name.lower(): value for name, value in headers}
         # Each service's clients read their own.
-        own = {**_SAFE, "x-request-id": self.request_id, "request-id": self.request_id}
+        own = {**SAFE_HEADERS, "x-request-id": self.request_id, "request-id": self.request_id}
         if there.get(b"content-type", b"").startswith(b"text/html"):
             own["content-security-policy"] = CONTENT_POLICY
         elif b"cache-control" not in there:

@@ -10,7 +10,7 @@ from typing import final
 from urllib.parse import urlsplit
 
 from ..errors import SettingError
-from .settings import LOOPBACK, ServerSettings
+from .settings import ServerSettings
 
 
 @final
@@ -23,7 +23,7 @@ class Hosts:
     """
 
     def __init__(self, settings: ServerSettings, own_name: str | None = None) -> None:
-        self._names = {*LOOPBACK, *(each.lower().strip("[]").rstrip(".") for each in settings.allow_hosts)}
+        self._names = {each.lower().strip("[]").rstrip(".") for each in settings.allow_hosts}
         self._any_address = not is_loopback(settings.host)
         if self._any_address:
             own_name = (socket.gethostname() if own_name is None else own_name).lower()

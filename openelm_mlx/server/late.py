@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .loading import THREAD
+from .loading import in_thread
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -22,14 +21,12 @@ class LateSite:
     """An application that is made in a thread once the server has started. Until then requests wait for it, except that
     `/health` says that it is loading.
 
-    models: entered as soon as the server starts, and left when it ends.
+    models: entered as soon as the server starts, and left when it ends; the application has no lifespan of its own.
     """
 
     def __init__(self, make: Callable[[], Starlette], models: contextlib.AbstractAsyncContextManager[object]) -> None:
         self._make, self._models = make, models
         self.made: asyncio.Future[Starlette] = asyncio.get_running_loop().create_future()
-        self._entered = contextlib.AsyncExitStack()
-        self._entering: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -43,37 +40,19 @@ class LateSite:
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
-        await self._entered.enter_async_context(self._models)
-        self._entering = asyncio.create_task(self._enter())
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        self._entering.cancel()
-        await asyncio.gather(self._entering, return_exceptions=True)
-        await self._entered.aclose()
+        async with self._models:
+            making = asyncio.create_task(self._make_it())
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            making.cancel()
+            await asyncio.gather(making, return_exceptions=True)
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _enter(self) -> None:
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._make_it, args=(loop,), name=THREAD, daemon=True).start()
-        app = await asyncio.shield(self.made)
-        await self._entered.enter_async_context(app.router.lifespan_context(app))
-
-    def _make_it(self, loop: asyncio.AbstractEventLoop) -> None:
-        made, error = None, None
+    async def _make_it(self) -> None:
         try:
-            made = self._make()
-        except BaseException as failure:  # noqa: BLE001  (whoever waits is told)
-            error = failure
-        with contextlib.suppress(RuntimeError):  # of a loop that has been closed
-            loop.call_soon_threadsafe(self._deliver, made, error)
-
-    def _deliver(self, made: Starlette | None, error: BaseException | None) -> None:
-        if self.made.done():
-            return
-        if made is None:
-            self.made.set_exception(error or RuntimeError("there is no application"))
-        else:
-            self.made.set_result(made)
+            self.made.set_result(await in_thread(self._make, uses_mlx=False))
+        except Exception as error:  # noqa: BLE001  (whoever waits is told)
+            self.made.set_exception(error)
 
 
 async def _loading(send: Send) -> None:

@@ -187,8 +187,8 @@ def own_bytes(plan: MemoryPlan) -> int:
     return max(0, plan.memory_limit - plan.budget_bytes - shared)
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """What `work` gives, computed in a new thread, whose streams of MLX end with it.
+async def in_thread(work: Callable[[], T], uses_mlx: bool = True) -> T:
+    """What `work` gives, computed in a new thread, whose streams of MLX end with it if it uses MLX.
 
     The thread is not waited for when the task is cancelled, and its result is dropped then.
     """
@@ -208,8 +208,10 @@ async def in_thread(work: Callable[[], T]) -> T:
         try:
             result = work()
         except BaseException as failure:  # noqa: BLE001  (whoever waits is told)
-            error = failure.with_traceback(None)  # whose frames would keep what was read so far
-        end_streams()
+            # The frames of its traceback would keep what was read so far.
+            error = failure.with_traceback(None) if uses_mlx else failure
+        if uses_mlx:
+            end_streams()
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
             loop.call_soon_threadsafe(deliver, result, error)
 

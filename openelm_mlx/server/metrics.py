@@ -9,7 +9,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .app import Json, services
-from .counts import Metrics as Metrics
 
 if TYPE_CHECKING:
     from .registry import Registry

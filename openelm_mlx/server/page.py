@@ -16,6 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from .guard import SAFE_HEADERS
+
 # What a model writes must never become code, tell another host that it was read, or be shown within another site. The page
 # sets no style in its markup, and makes nodes of text in one place only, which is DOMPurify's.
 POLICY = "; ".join(
@@ -38,12 +40,8 @@ POLICY = "; ".join(
     ]
 )
 HEADERS = {
+    **SAFE_HEADERS,
     "Content-Security-Policy": POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
 TYPES = {

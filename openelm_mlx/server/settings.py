@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEFAULT_PORT = 8080
 
 

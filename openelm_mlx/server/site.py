@@ -7,24 +7,25 @@ from starlette.applications import Starlette
 from . import metrics
 from .answering import ModelGenerations
 from .app import Services, make_app
-from .generation import Generations
+from .counts import Metrics
 from .guard import Guard
 from .page import page_routes
 from .registry import Registry
 from .settings import ServerSettings
-from .wire import chat, completions, messages, models, responses
+from .wire import chat, completions, messages, responses
+from .wire import models as model_list
 
 
-def make_site(settings: ServerSettings, registry: Registry, generations: Generations | None = None) -> Guard:
-    """The application that a server runs. Its models are there from the start of its lifespan until the end."""
-    counted = metrics.Metrics()
-    return Guard(make_inner_site(settings, registry, counted, generations), settings, counted)
+def make_site(settings: ServerSettings, registry: Registry) -> Guard:
+    """All of it, in one piece. Its models are there from the start of its lifespan until the end."""
+    counted = Metrics()
+    return Guard(make_inner_site(settings, registry, counted, models=registry), settings, counted)
 
 
 def make_inner_site(
-    settings: ServerSettings, registry: Registry, counted: metrics.Metrics, generations: Generations | None = None
+    settings: ServerSettings, registry: Registry, counted: Metrics, models: Registry | None = None
 ) -> Starlette:
-    """All of it but the guard."""
-    own = Services(generations or ModelGenerations(registry, counted.answered), registry, settings, counted)
-    apis = (chat, completions, responses, messages, models, metrics)
-    return make_app(own, [*(route for api in apis for route in api.routes()), *page_routes()], registry)
+    """All of it but the guard. models: as `make_app` has them."""
+    own = Services(ModelGenerations(registry, counted.answered), registry, settings, counted)
+    apis = (chat, completions, responses, messages, model_list, metrics)
+    return make_app(own, [*(route for api in apis for route in api.routes()), *page_routes()], models)

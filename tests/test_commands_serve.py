@@ -176,7 +176,9 @@ def test_how_models_are_loaded(words, name, value):
 
 def test_adapters_are_those_of_their_models(tmp_path):
     found = parsed("--model", "demo-gpt-oss", "--model", "demo-openelm", "--adapter", f"a={tmp_path}",
-                   "--adapter", f"demo-openelm:b={tmp_path}", "--alias", "mine=demo-openelm")  # fmt: skip
+                   "--adapter", f"demo-openelm:b={tmp_path}", "--alias", "mine=demo-openelm",
+                   "--alias", "its=demo-openelm:b")  # fmt: skip
+    assert found.aliases == {"mine": "demo-openelm", "its": "demo-openelm:b"}
     assert [each.options.get("adapter") for each in found.models] == [{"a": str(tmp_path)}, {"b": str(tmp_path)}]
 
 

@@ -158,7 +158,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None 
     if args.models_folder is not None:
         models += models_in(args.models_folder)
     aliases = parse_aliases(args.alias)
-    Names(models, aliases)  # says whether two of them have one name
+    Names(models, {})  # says whether two of them have one name; an alias may be an adapter's
     models = with_adapters(models, args.adapter)
     Names(models, aliases)
     return ServerSettings(
@@ -170,17 +170,13 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None 
 
 def _load_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `om.load` for every model."""
-    return {
-        "context_length": args.context_length, "dtype": args.dtype, "dense_bits": bits_asked_for(args),
-        "kv_bits": args.kv_bits, "expert_slots": args.expert_slots, "memory_limit": _memory_limit(args.memory_limit),
-        "wire": args.wire, "batch_size": args.max_running or 1, **worker_options(args),
-    }  # fmt: skip
-
-
-def _memory_limit(text: str | None) -> int | None:
     from ..memory.sizes import parse_memory
 
-    return parse_memory(text)
+    return {
+        "context_length": args.context_length, "dtype": args.dtype, "dense_bits": bits_asked_for(args),
+        "kv_bits": args.kv_bits, "expert_slots": args.expert_slots, "memory_limit": parse_memory(args.memory_limit),
+        "wire": args.wire, "batch_size": args.max_running or 1, **worker_options(args),
+    }  # fmt: skip
 
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

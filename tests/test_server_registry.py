@@ -561,6 +561,6 @@ def test_the_list_has_aliases_and_a_card_of_each(folder):
     registry = Registry(ServerSettings(models=BOTH, aliases={"gpt-4o-mini": "demo-gpt-oss"}))
     assert [card.id for card in registry.names()] == ["demo-gpt-oss", "demo-openelm", "gpt-4o-mini"]
     assert registry.card("gpt-4o-mini").owned_by == "openelm_mlx"
-    assert registry.resolve("gpt-4o-mini") == "demo-gpt-oss"
+    assert registry._slot("gpt-4o-mini").served.name == "demo-gpt-oss"
     with pytest.raises(ApiError):
         registry.card("gpt-4o")

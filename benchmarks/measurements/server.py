@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openelm_mlx.server.registry import Lease
+    from openelm_mlx.server.slots import Lease
 
 QUESTION = "What is a harbor, and what is a river, a tower and a lamp?"
 TURNS = ("What is a harbor?", "What is a river?", "What is a tower?")

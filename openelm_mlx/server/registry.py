@@ -1,4 +1,4 @@
-"""The models of a server: which names there are, which of them are in memory, and who uses them now.
+"""The models of a server: by which names requests find them, and which of them are in memory when.
 
 Everything here belongs to the event loop's thread, so that there are no locks. Loading a model, and giving it back, are
 done in threads of their own, one model at a time. Read `acquire` first, then `_load`.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -20,16 +18,11 @@ from .failures import ApiError
 from .loading import Loaded, Loader, in_thread
 from .log import log
 from .names import Names
-from .settings import ServedModel, ServerSettings
+from .settings import ServerSettings
+from .slots import Lease, ModelCard, Slot
 
 if TYPE_CHECKING:
-    from ..decoding.prefix_cache import PrefixCache
-    from ..engine.many import Engine
     from ..memory.plan_types import MemoryPlan
-    from ..models import Model
-    from ..text.tokenizer import Tokenizer
-
-State = Literal["unloaded", "loading", "ready", "failed"]
 
 # Seconds after which a client that was refused because of a model's loading may ask again.
 RETRY_AFTER_LOADING = 10
@@ -37,105 +30,6 @@ RETRY_AFTER_LOADING = 10
 LOOK_EVERY = 1.0
 # A dead engine's requests have all been told; whoever still holds a lease of it by then has lost it.
 DEAD_LEASES_WAIT = 10.0
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """A model as `/v1/models` shows it."""
-
-    id: str
-    created: int
-    owned_by: str
-    state: State
-
-
-@final
-class Lease:
-    """A model in use: it stays in memory until the lease is released, at the latest by the end of its `async with` block.
-
-    name: the model's own, whatever alias a request used. adapter: the name of the one that a request means; "none" for the
-    model itself, where it has any.
-    """
-
-    def __init__(self, registry: Registry, name: str, loaded: Loaded) -> None:
-        self.name = name
-        self.adapter: str | None = None
-        self._registry: Registry = registry
-        self._loaded: Loaded | None = loaded
-        self._loop = asyncio.get_running_loop()
-        loaded.num_leases += 1
-
-    @property
-    def engine(self) -> Engine:
-        return self._held.engine
-
-    @property
-    def model(self) -> Model:
-        return self._held.model
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return self._held.tokenizer
-
-    @property
-    def prefix_cache(self) -> PrefixCache:
-        """Of all requests to this model."""
-        return self._held.prefix_cache
-
-    @property
-    def plan(self) -> MemoryPlan | None:
-        return self._held.plan
-
-    def release(self) -> None:
-        """The model may be given back. May be called again."""
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            loaded.num_leases -= 1
-            loaded.last_used = self._registry.now()
-            self._registry.something_changed()
-
-    async def __aenter__(self) -> Lease:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        if getattr(self, "_loaded", None) is not None:  # forgotten; perhaps in another thread
-            with contextlib.suppress(RuntimeError):  # of a loop that has been closed
-                self._loop.call_soon_threadsafe(self.release)
-
-    @property
-    def _held(self) -> Loaded:
-        assert self._loaded is not None, "the lease has been released"
-        return self._loaded
-
-
-@dataclass
-class _Slot:
-    """One name.
-
-    waiting: who is told when it is in memory. is_preloaded: it is loaded although nobody waits. needs_memory: others are in
-    use that would have to leave first. is_leaving: another model needs its memory.
-    """
-
-    served: ServedModel
-    state: State = "unloaded"
-    loaded: Loaded | None = None
-    dead: list[Loaded] = field(default_factory=list)
-    waiting: deque[asyncio.Future[Lease]] = field(default_factory=deque)
-    task: asyncio.Task[None] | None = None
-    is_leaving: bool = False
-    is_preloaded: bool = False
-    needs_memory: bool = False
-    failure: str | None = None
-    progress: tuple[int, int] | None = None
-    began: float = 0.0
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anybody still waits for it."""
-        return self.is_preloaded or any(not each.done() for each in self.waiting)
 
 
 class _Unwanted(Exception):
@@ -155,7 +49,7 @@ class Registry:
     def __init__(self, settings: ServerSettings, loader: Loader | None = None, clock: Any = time.monotonic) -> None:
         self.settings = settings
         self._names = Names(settings.models, settings.aliases)
-        self._slots = {each.name: _Slot(each) for each in settings.models}
+        self._slots = {each.name: Slot(each) for each in settings.models}
         self._loader = Loader(settings) if loader is None else loader
         self._clock = clock
         self._turn = asyncio.Lock()
@@ -165,32 +59,30 @@ class Registry:
         # Nothing is loaded before this is done. Loading imports much, and two threads that import packages whose modules
         # need each other may find them half made.
         self.load_after: asyncio.Future[Any] | None = None
-        # Why the first model cannot be served, if it is the only one.
+        # Why the first model could not be loaded.
         self.startup_failure: asyncio.Future[str] | None = None
+
+    @property
+    def _first(self) -> Slot:
+        """The model that is loaded at the start."""
+        return next(iter(self._slots.values()))
 
     # --- names --------------------------------------------------------------------------------------------------------
 
     def names(self) -> list[ModelCard]:
         """All models, in the order of the command line, then their adapters, and the aliases that somebody has asked for."""
-        cards = [self._card(name, slot) for name, slot in self._slots.items()]
-        cards += [self._card(name, self._slots[model]) for name, (model, _) in self._names.adapters.items()]
-        return cards + [self._card(alias, self._slot(name)) for alias, name in self._names.aliases.items()]
+        cards = [slot.card(name) for name, slot in self._slots.items()]
+        cards += [self._slots[model].card(name) for name, (model, _) in self._names.adapters.items()]
+        return cards + [self._slot(name).card(alias) for alias, name in self._names.aliases.items()]
 
     def card(self, name: str) -> ModelCard:
         """The card of one model or alias. Raises ApiError, a 404."""
-        return self._card(name, self._slot(name))
+        return self._slot(name).card(name)
 
-    def resolve(self, name: str) -> str:
-        """The model's own name. Raises ApiError, a 404."""
-        return self._slot(name).served.name
-
-    def _card(self, name: str, slot: _Slot) -> ModelCard:
-        return ModelCard(name, slot.served.created, slot.served.owned_by, slot.state)
-
-    def _slot(self, name: str) -> _Slot:
+    def _slot(self, name: str) -> Slot:
         return self._found(name)[0]
 
-    def _found(self, name: str) -> tuple[_Slot, str | None]:
+    def _found(self, name: str) -> tuple[Slot, str | None]:
         found = self._names.find(name)
         if found is None:
             known = ", ".join(self._slots)
@@ -209,7 +101,7 @@ class Registry:
         could not be loaded; the next request tries again. loading: nothing is in memory yet.
         """
         slots = list(self._slots.values())
-        if any(slot.dead or (slot.loaded is not None and slot.loaded.failure is not None) for slot in slots):
+        if any(slot.dead or slot.has_died for slot in slots):
             return "dead"
         states = {slot.state for slot in slots}
         if "ready" in states:
@@ -226,7 +118,7 @@ class Registry:
             default=self.settings.load_options.get("memory_limit"),
         )
         return {
-            "models": [self._status_of(name, slot) for name, slot in self._slots.items()],
+            "models": [slot.status(self._clock()) for slot in self._slots.values()],
             "aliases": dict(self._names.aliases),
             "memory": {
                 "used_bytes": mx.get_active_memory(),
@@ -234,31 +126,6 @@ class Registry:
                 "limit_bytes": limit or 0,
             },
         }
-
-    def _status_of(self, name: str, slot: _Slot) -> dict[str, Any]:
-        found: dict[str, Any] = {"id": name, "state": slot.state}
-        if slot.failure is not None:
-            found["error"] = slot.failure
-        if slot.state == "loading":
-            found["seconds"] = round(self._clock() - slot.began, 1)
-            if slot.progress is not None:
-                found["downloaded"], found["total"] = slot.progress
-        loaded = slot.loaded
-        if loaded is not None:
-            engine, plan = loaded.engine, loaded.plan
-            found |= {
-                "running": engine.num_running, "waiting": engine.num_waiting, "held_bytes": engine.held_bytes,
-                "kept_bytes": loaded.prefix_cache.nbytes, "family": loaded.model.spec.family,
-                "context_length": loaded.model.context_length, "has_chat": loaded.tokenizer is not None,
-            }  # fmt: skip
-            if plan is not None:
-                found["plan"] = {
-                    "weights_bytes": plan.weights_bytes, "kv_cache_bytes": plan.kv_cache_bytes,
-                    "scratch_bytes": plan.scratch_bytes, "total_bytes": plan.total_bytes, "memory_limit": plan.memory_limit,
-                    "context_length": plan.context_length, "max_context_length": plan.max_context_length,
-                    "expert_slots": plan.expert_slots,
-                }  # fmt: skip
-        return found
 
     # --- using a model ------------------------------------------------------------------------------------------------
 
@@ -273,10 +140,10 @@ class Registry:
         lease.adapter = adapter or (NO_ADAPTER if slot.served.adapters else None)
         return lease
 
-    async def _acquired(self, slot: _Slot) -> Lease:
+    async def _acquired(self, slot: Slot) -> Lease:
         if self._is_closing:
             raise _closing()
-        if slot.loaded is not None and slot.loaded.failure is not None:
+        if slot.has_died:
             self._bury(slot)
         if slot.loaded is not None and not slot.is_leaving:
             return Lease(self, slot.served.name, slot.loaded)
@@ -296,7 +163,7 @@ class Registry:
             )  # fmt: skip
         return waiter.result()
 
-    def _forget(self, slot: _Slot, waiter: asyncio.Future[Lease]) -> None:
+    def _forget(self, slot: Slot, waiter: asyncio.Future[Lease]) -> None:
         """Whoever waited has gone."""
         if waiter.done():
             if not waiter.cancelled() and waiter.exception() is None:
@@ -307,7 +174,7 @@ class Registry:
             slot.waiting.remove(waiter)
         self.something_changed()
 
-    def _why_not(self, slot: _Slot) -> str:
+    def _why_not(self, slot: Slot) -> str:
         if slot.needs_memory:
             return "others are being used, and there is no memory for one more"
         if slot.state != "loading":
@@ -325,9 +192,8 @@ class Registry:
             return
         self.startup_failure = asyncio.get_running_loop().create_future()
         self._housekeeping = asyncio.create_task(self._look_after())
-        for slot in list(self._slots.values())[:1]:
-            slot.is_preloaded = True
-            self._begin_loading(slot)
+        self._first.is_preloaded = True
+        self._begin_loading(self._first)
 
     async def close(self) -> None:
         """Give everything back. Who waits is told, and running requests end."""
@@ -337,7 +203,7 @@ class Registry:
             tasks.append(self._housekeeping)
         for slot in self._slots.values():
             slot.is_preloaded = False
-            self._tell(slot, _closing)
+            slot.refuse(_closing)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -351,23 +217,23 @@ class Registry:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _begin_loading(self, slot: _Slot) -> None:
+    def _begin_loading(self, slot: Slot) -> None:
         if slot.task is None or slot.task.done():
             slot.task = asyncio.create_task(self._load(slot))
 
-    async def _load(self, slot: _Slot) -> None:
+    async def _load(self, slot: Slot) -> None:
         """Bring a model into memory, and hand it to whoever waits; those who wait are told what went wrong."""
         try:
             async with self._turn:
                 if slot.loaded is not None:  # it was to leave for another model, and has stayed
-                    self._hand_out(slot)
+                    slot.hand_out(self)
                     return
                 slot.state, slot.began, slot.progress = "loading", self._clock(), None
                 if self.load_after is not None:
                     await asyncio.wait([self.load_after])
                 await self._bury_dead(slot)
                 name = slot.served.name
-                prepared = await in_thread(partial(self._loader.prepare, slot.served, partial(_note, slot)))
+                prepared = await in_thread(partial(self._loader.prepare, slot.served, slot.note_progress))
                 await self._make_room(slot, prepared.plan)
                 slot.loaded = await in_thread(partial(self._loader.read, slot.served, prepared))
                 del prepared
@@ -375,7 +241,7 @@ class Registry:
                 slot.state, slot.failure, slot.is_preloaded = "ready", None, False
                 self._share_memory()
                 log.info("%s is loaded (%.1f s)", name, self._clock() - slot.began)
-                self._hand_out(slot)
+                slot.hand_out(self)
         except _Unwanted:
             slot.state = "unloaded"
         except asyncio.CancelledError:
@@ -384,7 +250,7 @@ class Registry:
         except Exception as error:  # noqa: BLE001  (whatever it is, those who wait are told)
             self._failed(slot, error)
 
-    def _failed(self, slot: _Slot, error: Exception) -> None:
+    def _failed(self, slot: Slot, error: Exception) -> None:
         name = slot.served.name
         is_users = isinstance(error, UserError)
         reason = str(error) if is_users else f"{type(error).__name__}: {error}"
@@ -393,32 +259,17 @@ class Registry:
         else:
             log.error("%s could not be loaded: %s", name, reason)
         slot.state, slot.failure = "failed", reason
-        first = next(iter(self._slots.values()))
-        if self.startup_failure is not None and not self.startup_failure.done() and slot is first:
+        if self.startup_failure is not None and not self.startup_failure.done() and slot is self._first:
             self.startup_failure.set_result(reason)
         slot.is_preloaded = False
-        self._tell(slot, lambda: ApiError(
+        slot.refuse(lambda: ApiError(
             503, f"{name} could not be loaded: {reason}", "server_error", code="model_load_failed",
             retry_after=RETRY_AFTER_LOADING,
         ))  # fmt: skip
 
-    def _hand_out(self, slot: _Slot) -> None:
-        """Everybody who waited gets a lease at once: nobody can take the model away between."""
-        assert slot.loaded is not None
-        while slot.waiting:
-            waiter = slot.waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(Lease(self, slot.served.name, slot.loaded))
-
-    def _tell(self, slot: _Slot, make_error: Any) -> None:
-        while slot.waiting:
-            waiter = slot.waiting.popleft()
-            if not waiter.done():
-                waiter.set_exception(make_error())
-
     # --- memory -------------------------------------------------------------------------------------------------------
 
-    async def _make_room(self, slot: _Slot, plan: MemoryPlan | None) -> None:
+    async def _make_room(self, slot: Slot, plan: MemoryPlan | None) -> None:
         """Give back the least recently used models until this one fits beside the others. Raises _Unwanted."""
         try:
             while True:
@@ -445,25 +296,23 @@ class Registry:
                     self._wake(each)
         await in_thread(partial(self._loader.forget_kept, plan, self._all_loaded()))
 
-    def _wake(self, slot: _Slot) -> None:
+    def _wake(self, slot: Slot) -> None:
         """Who waited because the model was to leave gets it, if it has stayed."""
         if slot.loaded is not None and slot.state == "ready":
-            self._hand_out(slot)
+            slot.hand_out(self)
         else:
             self._begin_loading(slot)
 
-    def _victims(self, slot: _Slot, plan: MemoryPlan | None) -> list[_Slot]:
+    def _victims(self, slot: Slot, plan: MemoryPlan | None) -> list[Slot]:
         """Who has to leave so that a model of this plan fits: those not in use first, the least recently used first."""
-        others = [each for each in self._slots.values() if each.loaded is not None and each is not slot]
-        others.sort(
-            key=lambda each: (each.loaded.num_leases > 0, each.loaded.last_used) if each.loaded else (False, 0.0)
-        )
-        victims: list[_Slot] = []
-        while others and not self._loader.fits(plan, [each.loaded for each in others if each.loaded is not None]):
-            victims.append(others.pop(0))
+        holders = {each.loaded: each for each in self._slots.values() if each.loaded is not None and each is not slot}
+        others = sorted(holders, key=lambda loaded: (loaded.num_leases > 0, loaded.last_used))
+        victims = []
+        while others and not self._loader.fits(plan, others):
+            victims.append(holders[others.pop(0)])
         return victims
 
-    async def _give_back(self, slot: _Slot) -> None:
+    async def _give_back(self, slot: Slot) -> None:
         """A model leaves the memory."""
         loaded, slot.loaded = slot.loaded, None
         await self._bury_dead(slot)
@@ -492,7 +341,7 @@ class Registry:
     async def look_after(self) -> None:
         """Replace engines that have died, and give back models that nobody has used for long."""
         for slot in self._slots.values():
-            if slot.loaded is not None and slot.loaded.failure is not None:
+            if slot.has_died:
                 self._bury(slot)
                 slot.is_preloaded = True
                 self._begin_loading(slot)
@@ -502,13 +351,13 @@ class Registry:
                         log.info("%s is given back: nobody has used it for a while", slot.served.name)
                         await self._give_back(slot)
 
-    def _is_idle(self, slot: _Slot) -> bool:
+    def _is_idle(self, slot: Slot) -> bool:
         loaded, keep_alive = slot.loaded, self.settings.keep_alive
         if loaded is None or loaded.num_leases or keep_alive is None or slot.waiting:
             return False
         return bool(self._clock() - loaded.last_used >= keep_alive)
 
-    def _bury(self, slot: _Slot) -> None:
+    def _bury(self, slot: Slot) -> None:
         """An engine has died: nobody gets it any more."""
         assert slot.loaded is not None
         log.error("the engine of %s has died and is started anew: %s", slot.served.name, slot.loaded.failure)
@@ -516,7 +365,7 @@ class Registry:
         slot.dead.append(slot.loaded)
         slot.loaded, slot.state = None, "failed"
 
-    async def _bury_dead(self, slot: _Slot) -> None:
+    async def _bury_dead(self, slot: Slot) -> None:
         while slot.dead:
             until = self._clock() + DEAD_LEASES_WAIT
             while slot.dead[0].num_leases and self._clock() < until:
@@ -532,11 +381,6 @@ class Registry:
     def now(self) -> float:
         """By the registry's clock."""
         return float(self._clock())
-
-
-def _note(slot: _Slot, done: int, total: int) -> None:
-    """Called by a download, from its thread."""
-    slot.progress = (done, total)
 
 
 def _closing() -> ApiError:

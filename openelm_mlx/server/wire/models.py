@@ -12,7 +12,8 @@ from starlette.routing import Route
 from ..app import Json, services
 
 if TYPE_CHECKING:
-    from ..registry import ModelCard, Registry
+    from ..registry import Registry
+    from ..slots import ModelCard
 
 _PATH = "/v1/models"
 

@@ -158,14 +158,24 @@ class Side:
     cpu: list[float] = field(default_factory=list)
 
     @property
+    def rates(self) -> list[float]:
+        """Tokens a second of all clients together, round by round."""
+        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+
+    @property
+    def cpu_of_tokens(self) -> list[float]:
+        """Processor seconds a token, round by round."""
+        return [cpu / tokens for cpu, tokens in zip(self.cpu, self.tokens, strict=True)]
+
+    @property
     def tps(self) -> float:
-        """Tokens a second of all clients together: the rounds' median."""
-        return median(tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True))
+        """The rounds' median."""
+        return median(self.rates)
 
     @property
     def cpu_of_token(self) -> float:
-        """Processor seconds a token: the rounds' median."""
-        return median(cpu / tokens for cpu, tokens in zip(self.cpu, self.tokens, strict=True))
+        """The rounds' median."""
+        return median(self.cpu_of_tokens)
 
 
 @dataclass(frozen=True)
@@ -179,16 +189,13 @@ class Overhead:
     @property
     def overhead(self) -> float:
         """The share of the engine's tokens/s that HTTP costs: the median of neighbouring rounds, as loads come and go."""
-        alone = [tokens / seconds for tokens, seconds in zip(self.engine.tokens, self.engine.seconds, strict=True)]
-        served = [tokens / seconds for tokens, seconds in zip(self.http.tokens, self.http.seconds, strict=True)]
-        return 1 - median(each / other for each, other in zip(served, alone, strict=True))
+        return 1 - median(served / alone for served, alone in zip(self.http.rates, self.engine.rates, strict=True))
 
     @property
     def cpu_overhead(self) -> float:
         """What HTTP adds to the processor time of a token, which other programs' load moves less."""
-        alone = [cpu / tokens for cpu, tokens in zip(self.engine.cpu, self.engine.tokens, strict=True)]
-        served = [cpu / tokens for cpu, tokens in zip(self.http.cpu, self.http.tokens, strict=True)]
-        return median(each / other for each, other in zip(served, alone, strict=True)) - 1
+        both = zip(self.http.cpu_of_tokens, self.engine.cpu_of_tokens, strict=True)
+        return median(served / alone for served, alone in both) - 1
 
     def line(self) -> str:
         return (

@@ -221,7 +221,7 @@ def _content(content: Any, param: str) -> Any:
 
 
 def completion(
-    answers: list[Answer], asked: ChatRequest, created: int, call_reasoning: CallReasoning | None = None
+    answers: list[Answer], asked: ChatRequest, created: int, call_reasoning: CallReasoning
 ) -> dict[str, Any]:
     """A whole `chat.completion`. call_reasoning: remembers what was thought before its calls."""
     return {
@@ -234,13 +234,13 @@ def completion(
     }
 
 
-def _choice(answer: Answer, asked: ChatRequest, call_reasoning: CallReasoning | None) -> dict[str, Any]:
+def _choice(answer: Answer, asked: ChatRequest, call_reasoning: CallReasoning) -> dict[str, Any]:
     logprobs = None
     if asked.logprobs:
         tokens = [logprob_object(token) for item in answer.items for token in item.logprobs]
         logprobs = {"content": tokens, "refusal": None}
     message = _answer_message(answer.items)
-    if call_reasoning is not None and "tool_calls" in message:
+    if "tool_calls" in message:
         call_reasoning.keep(message["tool_calls"][0]["id"], message.get("reasoning", ""))
     return {
         "index": answer.index,
@@ -270,7 +270,7 @@ def _answer_message(items: list[Item]) -> dict[str, Any]:
 class ChatEvents(ChunkEvents):
     """A streamed `chat.completion`: one chunk a delta."""
 
-    def __init__(self, asked: ChatRequest, created: int, call_reasoning: CallReasoning | None = None) -> None:
+    def __init__(self, asked: ChatRequest, created: int, call_reasoning: CallReasoning) -> None:
         head = {
             "id": new_id("chatcmpl", "-"),
             "object": "chat.completion.chunk",
@@ -312,7 +312,7 @@ class ChatEvents(ChunkEvents):
         number = self._num_calls[index]
         self._num_calls[index] += 1
         name, call_id = encode_basestring(part.name or ""), new_id("call")
-        if self._call_reasoning is not None and number == 0:
+        if number == 0:
             self._call_reasoning.keep(call_id, self._reasoning[index])
         return self._delta(
             index,

@@ -318,6 +318,10 @@ WRONG = [
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "1"}]}, "messages"),
+    (
+        {"messages": [*SUM, {"role": "assistant", "tool_calls": [{"id": [], "function": {"name": "f"}}]}]},
+        "messages[1].tool_calls[0].id",
+    ),
     ({"tools": ["f"]}, "tools[0]"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function"),

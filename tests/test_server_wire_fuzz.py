@@ -6,6 +6,7 @@ import random
 
 import pytest
 from server_fakes import CALL, FakeGenerations
+from server_fuzz import places
 from starlette.testclient import TestClient
 
 from openelm_mlx.server.app import Services, make_app
@@ -86,14 +87,6 @@ MESSAGES = {
     "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {}}},
     "stop_sequences": ["x"],
 }
-
-
-def places(value, path=()):
-    """Every place in a body."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inner:
-        yield (*path, key)
-        yield from places(item, (*path, key))
 
 
 def changed(body, generator):

@@ -193,8 +193,11 @@ def _call(call: Any, param: str) -> dict[str, Any]:
     arguments = inner.get("arguments")
     if not isinstance(arguments, (str, dict, type(None))):
         raise bad_request(f"{param}.function.arguments is {shown(arguments)}: give JSON as text.", param)
+    call_id = call.get("id")
+    if isinstance(call_id, (dict, list)):
+        raise bad_request(f"{param}.id is {shown(call_id)}: give text.", f"{param}.id")
     return {
-        "id": call.get("id"),
+        "id": call_id,
         "function": {"name": inner["name"], "arguments": "{}" if arguments is None else arguments},
     }
 

@@ -32,7 +32,6 @@ class Services:
 
     generations: Generations
     registry: Any = None
-    settings: Any = None
     metrics: Any = None
     call_reasoning: CallReasoning = field(default_factory=CallReasoning)
 

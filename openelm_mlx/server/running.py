@@ -40,7 +40,7 @@ async def serve(settings: ServerSettings, listening: socket.socket, voice: Voice
     def make() -> Starlette:
         from .site import make_inner_site
 
-        return make_inner_site(settings, registry, counted)
+        return make_inner_site(registry, counted)
 
     site = LateSite(make, registry)
     registry.load_after = site.made

@@ -1,5 +1,5 @@
 // The field to write in. What was written and not sent survives a reload.
-import { byId, icon } from "./dom";
+import { byId, icon, isComposing } from "./dom";
 import { small } from "./store";
 
 interface Listener {
@@ -22,9 +22,7 @@ export class Composer {
     });
     this.field.addEventListener("input", () => this.changed());
     this.field.addEventListener("keydown", (event) => {
-      // Enter that ends the input of a Japanese or Chinese word sends nothing; Safari says so by 229 only
-      const isComposing = event.isComposing || event.keyCode === 229;
-      if (event.key === "Enter" && !event.shiftKey && !event.metaKey && !event.ctrlKey && !isComposing) {
+      if (event.key === "Enter" && !event.shiftKey && !event.metaKey && !event.ctrlKey && !isComposing(event)) {
         event.preventDefault();
         if (!this.running) this.submit();
       } else if (event.key === "ArrowUp" && !this.field.value && !this.running) {

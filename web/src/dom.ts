@@ -26,6 +26,9 @@ export function byId<T extends HTMLElement = HTMLElement>(id: string): T {
   return element as T;
 }
 
+/** Whether a key belongs to the input of a Japanese or Chinese word. Safari says so of the last one by 229 only. */
+export const isComposing = (event: KeyboardEvent): boolean => event.isComposing || event.keyCode === 229;
+
 // Strokes of 24 by 24 icons.
 const ICONS: Record<string, string> = {
   sidebar: "M4 5.5h16v13H4zM9.5 5.5v13",

@@ -2,7 +2,7 @@
 import { Answering } from "./answering";
 import { Composer } from "./composer";
 import { Connection, type Status } from "./connection";
-import { byId, h, icon } from "./dom";
+import { byId, h, icon, isComposing } from "./dom";
 import { askForKey, isMac, notice, showShortcuts } from "./dialogs";
 import { showSettings } from "./settings_view";
 import { Sidebar } from "./sidebar";
@@ -264,7 +264,7 @@ class Page {
       event.preventDefault();
       action();
     };
-    if (event.isComposing || isOpen) return;
+    if (isComposing(event) || isOpen) return;
     if (key === "escape" || (command && key === ".")) {
       if (this.answering.isRunning(this.conversation)) run(() => this.answering.stop(this.conversation));
       else if (NARROW.matches) run(() => this.toggleSidebar(false));

@@ -1,6 +1,6 @@
 // One message on the page. A view is kept while its message grows, and only what has changed is touched.
 import { speed, type Live } from "./answering";
-import { announce, copyButton, h, icon, iconButton } from "./dom";
+import { announce, copyButton, h, icon, iconButton, isComposing } from "./dom";
 import { MarkdownView } from "./markdown_view";
 import { count, rate, seconds, statisticsLine, waitingText } from "./status_text";
 import { isLive, type Message, type ToolCall } from "./types";
@@ -57,7 +57,7 @@ class UserView implements MessageView {
       if (event.key === "Escape") {
         event.stopPropagation();
         cancel();
-      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
+      } else if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) {
         event.preventDefault();
         send();
       }

@@ -1,5 +1,5 @@
 // The list of conversations: search, rename, delete, export, import.
-import { byId, download, h, icon } from "./dom";
+import { byId, download, h, icon, isComposing } from "./dom";
 import { notice } from "./dialogs";
 import type { Store } from "./store";
 import { asJson, asMarkdown, fileName, fromJson } from "./transfer";
@@ -112,7 +112,7 @@ export class Sidebar {
       this.list.querySelector<HTMLElement>(`li[data-id="${conversation.id}"] .open`)?.focus();
     };
     field.addEventListener("keydown", (event) => {
-      if (event.isComposing) return;
+      if (isComposing(event)) return;
       if (event.key === "Enter") end(true);
       if (event.key === "Escape") {
         event.stopPropagation();

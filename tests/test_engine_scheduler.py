@@ -48,6 +48,22 @@ def test_many_submitted_together_are_not_all_before_who_comes_later():
         assert scheduler.admit(lambda _: True) is wanted
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_queue_is_the_order_in_which_requests_are_admitted(seed):
+    draw = random.Random(seed)
+    scheduler = scheduler_with([Request(i, [8], group=draw.choice("abc")) for i in range(6)], max_running=3)
+    while scheduler.admit(lambda _: True) is not None:
+        pass
+    scheduler.put_back(scheduler.youngest())
+    scheduler.waiting += [Request(i, [8], group=draw.choice("abcd")) for i in range(6, 14)]
+    arriving = [Request(i, [8], group=draw.choice("ad")) for i in range(14, 17)]
+    queue = scheduler.queue(arriving)
+    scheduler.waiting += arriving
+    scheduler.max_running = 100
+    assert queue == [scheduler.admit(lambda _: True) for _ in range(len(queue))]
+    assert scheduler.queue() == []
+
+
 def test_a_prompt_has_its_turn_before_those_that_were_admitted_after_it():
     many = [Request(i, [8], group="many") for i in range(5)]
     later = Request(5, [8])

@@ -161,7 +161,7 @@ class Engine:
     def place_in_queue(self, handle: Handle) -> int | None:
         """How many requests are before this one in the queue; None once it has been admitted."""
         with self._shared.lock:
-            waiting = [*self._scheduler.waiting, *self._shared.incoming]
+            waiting = self._scheduler.queue(self._shared.incoming)
         for place, request in enumerate(waiting):
             if request.channel is handle.channel:
                 return place

@@ -213,6 +213,16 @@ class Scheduler(Generic[J]):
         running = Counter(each.job.group for each in self.running())
         return min(self.waiting, key=lambda each: (running[each.job.group], each.job.number))
 
+    def queue(self, arriving: Sequence[J] = ()) -> list[J]:
+        """Those who wait in the order in which they would be admitted if nobody ended before. arriving: who is on the way."""
+        running = Counter(each.job.group for each in self.running())
+        places = []
+        for each in [*self.waiting, *arriving]:
+            goes_first = each.job.was_put_back
+            places.append((not goes_first, 0 if goes_first else running[each.job.group], each.job.number, each))
+            running[each.job.group] += 1
+        return [each for *_, each in sorted(places, key=lambda place: place[:3])]
+
     def next_prompts(self, most: int) -> list[tuple[J, int]]:
         """Whose prompts are gone on with in the next pass, and by how many tokens each, `most` in all.
 

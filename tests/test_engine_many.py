@@ -299,7 +299,9 @@ def test_many_requests_leave_no_byte_behind(models):
     kinds = [(prompt[:17], {**options, "max_tokens": min(options["max_tokens"], 5)}) for prompt, options in kinds]
     kinds.append(([5, 6, 7, 8], {"max_tokens": 4, "draft": om.PromptLookup(ngram=1)}))
     kinds.append((prompt_of(16, 9), {"max_tokens": 2, "prefix_cache": store}))
-    alone = [[each[0] for each in seen(om.stream_generate(model, None, prompt, **options))] for prompt, options in kinds]
+    alone = [
+        [each[0] for each in seen(om.stream_generate(model, None, prompt, **options))] for prompt, options in kinds
+    ]
     watched = weakref.WeakSet()
 
     def some(engine, count):

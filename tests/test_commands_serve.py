@@ -22,7 +22,7 @@ from server_raw import raw, request
 
 from openelm_mlx.commands import build_parser, main
 from openelm_mlx.commands.serve import KEY_VARIABLE, _log_to_stderr, seconds_of, settings_of
-from openelm_mlx.errors import SettingError
+from openelm_mlx.errors import SettingError, ToolError
 from openelm_mlx.server import site
 from openelm_mlx.server.connections import listening_socket
 from openelm_mlx.server.loading import Loader
@@ -68,6 +68,9 @@ def nothing_listens(monkeypatch):
         ("--allow-origin localhost:3000", "--allow-origin localhost:3000 is not an origin"),
         ("--allow-origin *", "give it a key first"), ("--allow-host http://mac", "--allow-host http://mac is not a name"),
         ("--preset smallest --dense-bits 8", "--dense-bits"), ("--api-key-file /no/such/file", "/no/such/file cannot be read"),
+        ("--tools nothing", "There is no tool 'nothing'"), ("--tools python=3", "gives python a value"),
+        ("--tools calculator,calculator", "'calculator' is named twice"), ("--max-rounds 0", "--max-rounds is 0"),
+        ("--tools files=/no/such/folder", "/no/such/folder is not a folder"), ("--tools files", "'files' lacks its value"),
         ("--host no.such.host.invalid --api-key-file KEY", "is no address of this machine"),
         ("--host 192.0.2.1 --api-key-file KEY", "cannot be listened to"),
     ],
@@ -180,6 +183,34 @@ def test_adapters_are_those_of_their_models(tmp_path):
                    "--alias", "its=demo-openelm:b")  # fmt: skip
     assert found.aliases == {"mine": "demo-openelm", "its": "demo-openelm:b"}
     assert [each.options.get("adapter") for each in found.models] == [{"a": str(tmp_path)}, {"b": str(tmp_path)}]
+
+
+def test_tools_are_off_unless_named(tmp_path):
+    assert (parsed().tools, parsed("--tools", " ,").tools) == ("", "")
+    found = parsed("--tools", f"calculator,files={tmp_path}", "--allow-unsandboxed", "--max-rounds", "3")
+    assert (found.tools, found.allow_unsandboxed, found.max_rounds) == (f"calculator,files={tmp_path}", True, 3)
+
+
+def test_tools_are_opened_for_the_server_and_closed_after_it(monkeypatch, capsys, tmp_path):
+    seen = []
+
+    async def noting(settings, listening, voice, tools=None):
+        voice.listening(settings, "127.0.0.1", 8080)
+        seen.append(tools)
+
+    monkeypatch.setattr("openelm_mlx.server.running.serve", noting)
+    level = log.level
+    try:
+        assert main(["serve", "--port", "0"]) == 0
+        assert "Tools run" not in capsys.readouterr().err
+        assert main(["serve", "--port", "0", "--tools", f"calculator,files={tmp_path}"]) == 0
+    finally:
+        log.setLevel(level)
+    said = "for all who can reach this address: calculator, browser.search, browser.open, browser.find.\n"
+    assert capsys.readouterr().err.endswith(f"Tools run on this machine {said}")
+    assert seen[0] is None
+    with pytest.raises(ToolError):
+        seen[1].open_box("browser", len)
 
 
 @pytest.mark.parametrize("words", [(), ("--quiet",)])

@@ -11,7 +11,9 @@ from openelm_mlx.decoding.grammar import answer_format, engine_of
 from openelm_mlx.decoding.headers import HeaderRule
 from openelm_mlx.engine.calling import calling_of, rule_of
 from openelm_mlx.errors import SettingError
+from openelm_mlx.text.builtin_tools import BROWSER, PYTHON
 from openelm_mlx.text.harmony import HarmonyFormat
+from openelm_mlx.text.schema import ToolNamespace
 from openelm_mlx.text.tokenizer import load_tokenizer
 
 F, G = "functions.f", "functions.f_and_more"
@@ -158,3 +160,24 @@ def test_what_tools_and_tool_choice_mean():
         calling_of((), "required")
     with pytest.raises(SettingError, match="Two tools"):
         calling_of([*tools, {"name": "g"}], None)
+
+
+def test_the_tools_that_it_was_trained_with_are_called_by_their_own_names(harmony):
+    tools = [{"name": "f", "parameters": ARGUMENTS}, PYTHON, BROWSER]
+    calling = calling_of(tools, None)
+    names = ("functions.f", "browser.search", "browser.open", "browser.find", "python")
+    assert sorted(calling.recipients) == sorted(names)
+    assert set(calling.schemas(None)) == set(names) - {"python"}
+    assert calling_of(tools, "python").recipients == ("python",)
+    assert calling_of([PYTHON], None).recipients == ("python",)
+    for markup in (
+        "<|channel|>analysis to=python code<|message|>",
+        " to=browser.open<|channel|>analysis code<|message|>",
+    ):
+        assert goes_through(constraint(harmony, rule_of(calling, None, False, True)), harmony, markup)
+    with pytest.raises(SettingError, match="Two tools"):
+        calling_of([PYTHON, PYTHON], None)
+    with pytest.raises(SettingError, match="'files' is none that gpt-oss was trained with"):
+        calling_of([ToolNamespace("files")], None)
+    with pytest.raises(SettingError, match="the tools are f, python: choose"):
+        calling_of([tools[0], PYTHON], "g")

@@ -285,6 +285,28 @@ def test_penalties_and_biases_reach_the_sampler(demos):
     assert penalized["choices"][0]["message"]["reasoning"] != plain["choices"][0]["message"]["reasoning"]
 
 
+def test_penalties_change_the_answer_as_they_do_without_a_server(demos):
+    loaded = demos[1].models["demo-gpt-oss"]
+    asked = [{"role": "user", "content": "What is a harbor?"}]
+    options = {"max_tokens": 32, "reasoning_effort": "low"}
+    # It does not end by itself, and repeats itself then.
+    ends = {
+        *loaded.tokenizer.eos_tokens,
+        *map(loaded.tokenizer.special_tokens.get, ("<|return|>", "<|call|>", "<|end|>")),
+    }
+    bias = dict.fromkeys(ends, -100.0)
+    said = set()
+    for penalties in ({}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):
+        body = {**options, **penalties, "logit_bias": {str(token): value for token, value in bias.items()}}
+        message = ask(demos, messages=asked, **body)["choices"][0]["message"]
+        sampling = om.SamplingParams(temperature=0, logit_bias=bias, **penalties)
+        chunks = [*om.stream_generate(loaded.model, loaded.tokenizer, asked, sampling=sampling, **options)]
+        alone = "".join(chunk.reasoning for chunk in chunks), "".join(chunk.text for chunk in chunks)
+        assert (message["reasoning"], message["content"]) == alone
+        said.add(alone)
+    assert len(said) == 3
+
+
 def test_nulls_are_not_given_and_unknown_fields_are_passed_over(demos):
     wanted = ask(demos, max_tokens=30)["choices"]
     nulls = dict.fromkeys(

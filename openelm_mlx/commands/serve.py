@@ -9,7 +9,8 @@ import argparse
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..checks import whole_number
@@ -20,6 +21,7 @@ from .options import add_preset_argument, add_worker_arguments, bits_asked_for, 
 from .output import say
 
 if TYPE_CHECKING:
+    from ..server.own_tools import OwnTools
     from ..server.settings import ServerSettings
 
 HELP = "serve models over HTTP: OpenAI's and Anthropic's APIs, and a page to chat on"
@@ -90,6 +92,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests in a model's queue; one more is refused (default: 1024)",
     )
+    tools = parser.add_argument_group("tools (off unless named)")
+    tools.add_argument(
+        "--tools",
+        default="",
+        metavar="NAMES",
+        help="tools that gpt-oss may run on this machine, for whoever may reach the server, comma-separated: calculator, "
+        "python, files=DIR, patch=DIR, mcp=SERVER",
+    )
+    tools.add_argument(
+        "--allow-unsandboxed", action="store_true", help="run python without a sandbox if this machine has none"
+    )
+    tools.add_argument(
+        "--max-rounds", type=int, default=16, metavar="N", help="let it call tools N times an answer (default: 16)"
+    )
     network = parser.add_argument_group("network")
     network.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS",
@@ -122,10 +138,10 @@ def run(args: argparse.Namespace) -> int:
     from ..server.loading import is_still_loading
     from ..server.running import serve
 
-    _log_to_stderr(args.quiet)
-    told = Told()
-    with listening:
-        failure = asyncio.run(serve(settings, listening, told))
+    with listening, _opened_tools(settings) as tools:
+        _log_to_stderr(args.quiet)
+        told = Told([] if tools is None else tools.names)
+        failure = asyncio.run(serve(settings, listening, told, tools))
     if failure is not None:
         raise SettingError(failure)
     code = INTERRUPTED if told.was_hurried else 0
@@ -133,6 +149,18 @@ def run(args: argparse.Namespace) -> int:
         output.flush()
         os._exit(code)
     return code
+
+
+def _opened_tools(settings: ServerSettings) -> AbstractContextManager[OwnTools | None]:
+    """The tools that are switched on. Raises ToolError for those that cannot be started."""
+    if not settings.tools:
+        return nullcontext()
+    from ..server.own_tools import OwnTools
+
+    opened = OwnTools(settings.tools, allow_unsandboxed=settings.allow_unsandboxed)
+    for note in opened.notes:
+        say(note)
+    return opened
 
 
 def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None = None) -> ServerSettings:
@@ -153,6 +181,11 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None 
         value = getattr(args, name)
         if value is not None:
             whole_number(name, value, low=int(name == "max_running"))
+    whole_number("max_rounds", args.max_rounds)
+    if args.tools.strip(" ,"):
+        from ..tools.toolbox import parse_names
+
+        parse_names(args.tools)
     sources = args.model or ([] if args.models_folder else [DEFAULT_MODEL])
     models = [served_model(each) for each in sources]
     if args.models_folder is not None:
@@ -164,6 +197,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] | None 
     return ServerSettings(
         models=tuple(models), aliases=aliases, host=args.host, port=args.port, keep_alive=seconds_of(args.keep_alive),
         load_options=_load_options(args), max_running=args.max_running, max_waiting=args.max_waiting, api_keys=keys,
+        tools=args.tools.strip(" ,"), allow_unsandboxed=args.allow_unsandboxed, max_rounds=args.max_rounds,
         allow_hosts=checked_hosts(args.allow_host), allow_origins=checked_origins(args.allow_origin, bool(keys)),
     )  # fmt: skip
 
@@ -237,8 +271,9 @@ def _read_private(name: str) -> str:
 class Told:
     """What is said at the terminal while the server runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, tool_names: Sequence[str] = ()) -> None:
         self.was_hurried = False
+        self._tool_names = tool_names
 
     def listening(self, settings: ServerSettings, host: str, port: int) -> None:
         """The address, and what to point a client at."""
@@ -248,6 +283,9 @@ class Told:
         others = f" and {len(settings.models) - 1} more" if len(settings.models) > 1 else ""
         output.report(f"Serving {first}{others} at {address} (open it in a browser to chat).")
         say(f"Clients of OpenAI: base URL {address}/v1, model {first}, {key}. Of Anthropic: {address}. Ctrl-C ends it.")
+        if self._tool_names:
+            who = "have the key" if settings.api_keys else "can reach this address"
+            say(f"Tools run on this machine for all who {who}: {', '.join(self._tool_names)}.")
 
     def stopping(self, num_answers: int, seconds: float) -> None:
         """After the first Ctrl-C."""

@@ -92,13 +92,17 @@ def encode_prompt(
     # The model was trained with the current date in its prompt, as OpenAI's own template prints it.
     may_think = reasoning_effort != NO_REASONING
     effort = (reasoning_effort or "medium") if may_think else "low"
-    system = SystemContent(current_date=f"{date.today():%Y-%m-%d}", reasoning_effort=effort)
+    system = SystemContent(
+        current_date=f"{date.today():%Y-%m-%d}",
+        reasoning_effort=effort,
+        tools=() if calling is None else calling.built_in,
+    )
     schema = None if answer is None else answer.schema
     formats = [] if schema is None else [ResponseFormat("answer", schema)]
     tools = () if calling is None else calling.tools
     messages = conversation(chat, system=system, tools=tools, response_formats=formats)
     # With nothing to call, its answer is begun for it. Where it may call, what it may write is decided in its headers.
-    channel = None if may_think or tools else FINAL
+    channel = None if may_think or calling is not None else FINAL
     tokens = HarmonyFormat(tokenizer).render_for_completion(messages, channel=channel)
     return EncodedPrompt(tokens, template, False, channel)
 

@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 from ..decoding.grammar import AnswerFormat, answer_format
-from ..engine.calling import NO_ARGUMENTS, NONE, calling_of
+from ..engine.calling import NO_ARGUMENTS, NONE, calling_of, recipients_of
 from ..engine.handle import Handle, something_came
 from ..engine.prompt import Prompt, encode_prompt
 from ..engine.sequence import Chunk
 from ..errors import MemoryLimitError, PromptError, SettingError, UserError
 from ..text.chat import HARMONY, PLAIN
+from ..text.conversation import FUNCTIONS
 from ..text.schema import Tool
 from .failures import RETRY_AFTER, ApiError, api_error
 from .forgetting import most_prompt_tokens, shortened
@@ -119,7 +120,8 @@ class ModelGenerations:
     async def _in_thread(
         self, call: Callable[[ModelLease, GenerationRequest], T], lease: ModelLease, request: GenerationRequest
     ) -> T:
-        has_schemas = bool(request.tools) or request.answer_schema is not None
+        is_new = any(f"{FUNCTIONS}.{tool.name}" not in request.tool_formats for tool in request.tools)
+        has_schemas = is_new or request.answer_schema is not None
         pool, seconds = (self._with_schemas, LONGEST_COMPILATION) if has_schemas else (self._plain, None)
         working = asyncio.get_running_loop().run_in_executor(pool, call, lease, request)
         try:
@@ -286,7 +288,7 @@ def _options(lease: ModelLease, request: GenerationRequest) -> tuple[dict[str, A
             code="unsupported_model",
         )
     if not is_harmony(lease):
-        if request.tools and request.tool_choice != NONE:
+        if (request.tools or request.built_in) and request.tool_choice != NONE:
             raise ApiError(
                 400,
                 f"The model {request.model} was not trained to call functions, so tools cannot be used with it: leave "
@@ -303,17 +305,21 @@ def _options(lease: ModelLease, request: GenerationRequest) -> tuple[dict[str, A
             )
         return options, ()
     options["reasoning_effort"] = None if request.messages is None else request.reasoning_effort
-    if not request.tools:
+    if not request.tools and not request.built_in:
         options["tool_choice"] = NONE if answer is not None and request.messages is not None else None
         return options, ()
-    options["tools"] = request.tools
+    options["tools"] = (*request.tools, *request.built_in)
     choice = request.tool_choice
-    options["tool_choice"] = f"functions.{choice.name}" if isinstance(choice, NamedTool) else choice
-    options["tool_schemas"] = {f"functions.{tool.name}": _arguments(tool, request) for tool in request.tools}
-    return options, () if choice == NONE else options["tool_schemas"]
+    options["tool_choice"] = f"{FUNCTIONS}.{choice.name}" if isinstance(choice, NamedTool) else choice
+    functions = {f"{FUNCTIONS}.{tool.name}": _arguments(tool, request) for tool in request.tools}
+    options["tool_schemas"] = {**functions, **request.tool_formats}
+    return options, () if choice == NONE else recipients_of(request.tools, request.built_in)
 
 
 def _arguments(tool: Tool, request: GenerationRequest) -> AnswerFormat:
+    known = request.tool_formats.get(f"{FUNCTIONS}.{tool.name}")
+    if known is not None:
+        return known
     if tool.parameters is None:
         return schema_format(NO_ARGUMENTS)
     try:
@@ -374,7 +380,7 @@ def _count(lease: ModelLease, request: GenerationRequest) -> int:
 
 def _tokens(lease: ModelLease, request: GenerationRequest) -> int:
     answer = _answer_format(request)
-    calling = calling_of(request.tools, NONE if request.tool_choice == NONE else None)
+    calling = calling_of((*request.tools, *request.built_in), NONE if request.tool_choice == NONE else None)
     effort = request.reasoning_effort if is_harmony(lease) else None
     raw = request.messages is None
     return sum(

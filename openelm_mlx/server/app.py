@@ -28,12 +28,13 @@ CLIENT_CLOSED_REQUEST = 499
 
 @dataclass
 class Services:
-    """What the routes need: `services(request)`."""
+    """What the routes need: `services(request)`. tool_names: of the tools that run on this machine."""
 
     generations: Generations
     registry: Any = None
     metrics: Any = None
     call_reasoning: CallReasoning = field(default_factory=CallReasoning)
+    tool_names: tuple[str, ...] = ()
 
 
 def services(request: Request) -> Services:

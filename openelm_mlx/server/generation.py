@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+from ..decoding.grammar import AnswerFormat
 from ..decoding.sampling import SamplingParams
-from ..text.schema import Tool
+from ..text.schema import Tool, ToolNamespace
 from .parts import Answer, AnswerBuilder, Part, TokenLogprob
 
 Effort = Literal["none", "low", "medium", "high"]
@@ -43,6 +44,8 @@ class GenerationRequest:
             the first n of the answers are the first one's.
         tools: Functions that may be called. lenient_tools: names of those whose schema need not be enforced where the
             engine cannot follow it; others are then refused.
+        built_in: Tools that may be called beside them, of those that gpt-oss was trained with.
+        tool_formats: Formats of calls' arguments that are known already, by the whole name of the tool.
         answer_schema: What the answer has to be. Reasoning stays free.
         max_tokens: For reasoning and answer together; None: the model's own limit.
         logprobs: How many likely tokens are told with each token of the answer; None: no log-probabilities.
@@ -58,6 +61,8 @@ class GenerationRequest:
     prompts: Sequence[str | Sequence[int]] = ()
     tools: tuple[Tool, ...] = ()
     lenient_tools: frozenset[str] = frozenset()
+    built_in: tuple[ToolNamespace, ...] = ()
+    tool_formats: Mapping[str, AnswerFormat] = field(default_factory=dict)
     tool_choice: ToolChoice = "auto"
     answer_schema: AnswerSchema | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)

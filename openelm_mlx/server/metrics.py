@@ -19,10 +19,12 @@ async def health(request: Request) -> Response:
 
     With the key, or where none is asked for, the body says what the server is doing.
     """
-    registry: Registry = services(request).registry
+    own = services(request)
+    registry: Registry = own.registry
     found: dict[str, Any] = {"status": registry.health()}
     if request.scope.get("has_key"):
         found |= registry.status()
+        found["tools"] = list(own.tool_names)
     is_dead = found["status"] == "dead"
     return Json(found, 503 if is_dead else 200, {"Retry-After": "5"} if is_dead else {})
 

@@ -16,6 +16,8 @@ from .settings import ServerSettings
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from .own_tools import OwnTools
+
 
 class Voice(Protocol):
     """Who speaks to the person at the terminal."""
@@ -30,9 +32,12 @@ class Voice(Protocol):
         """It ends now."""
 
 
-async def serve(settings: ServerSettings, listening: socket.socket, voice: Voice) -> str | None:
+async def serve(
+    settings: ServerSettings, listening: socket.socket, voice: Voice, tools: OwnTools | None = None
+) -> str | None:
     """Serve until a signal, or until the only model cannot be loaded at the start: then why.
 
+    tools: that the models may run on this machine; whoever opened them closes them.
     Models are given back, and every answer is whole or has been told that it will not be, before this returns.
     """
     registry, counted = Registry(settings), Metrics()
@@ -40,7 +45,7 @@ async def serve(settings: ServerSettings, listening: socket.socket, voice: Voice
     def make() -> Starlette:
         from .site import make_inner_site
 
-        return make_inner_site(registry, counted)
+        return make_inner_site(registry, counted, tools)
 
     site = LateSite(make, registry)
     registry.load_after = site.made

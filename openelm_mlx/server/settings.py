@@ -41,6 +41,9 @@ class ServerSettings:
         keep_alive: A model that nobody has used for so long is given back; 0 at once, None never.
         load_options: Keywords of `om.load` for every model.
         max_running, max_waiting: As `om.Engine` has them, for each model.
+        tools: Tools that the models may run on this machine, as `Toolbox` reads them; none without a name.
+        allow_unsandboxed: Whether python may run where the machine has no sandbox.
+        max_rounds: How many times in an answer a model may call them.
         load_wait: How long a request waits for a model to be loaded, or for memory to become free for it.
         api_keys: Any of these is asked for, if there is one.
         allow_hosts: Names in the Host header beside those of this machine's own loopback.
@@ -61,6 +64,9 @@ class ServerSettings:
     load_options: Mapping[str, Any] = field(default_factory=dict)
     max_running: int | None = None
     max_waiting: int | None = None
+    tools: str = ""
+    allow_unsandboxed: bool = False
+    max_rounds: int = 16
     load_wait: float = 300.0
     api_keys: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ its patch.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -45,7 +46,7 @@ class PatchTool:
     """A tool that applies patches to the text files of `folder`. Raises ToolError if there is no such folder.
 
     Called with `{"patch": text}`, it returns what it changed; a patch that cannot be applied is a ToolError that says
-    why, and has changed nothing.
+    why, and has changed nothing. Threads may share the tool: patches are applied one after the other.
     """
 
     name = "apply_patch"
@@ -61,6 +62,7 @@ class PatchTool:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = existing_folder(folder, "is nothing to patch")
+        self._turn = threading.Lock()
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -70,7 +72,9 @@ class PatchTool:
 
     def __call__(self, arguments: Any) -> str:
         """Apply the patch in `arguments`, a dictionary or JSON; returns a line for each changed file."""
-        return "\n".join(apply_patch(_patch_text(arguments), self.folder))
+        patch = _patch_text(arguments)
+        with self._turn:
+            return "\n".join(apply_patch(patch, self.folder))
 
 
 def _patch_text(arguments: Any) -> str:

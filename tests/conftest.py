@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,35 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     A quarter of the time is spent on waiting: for children, terminals and servers. One file is done before a second
     process has started, and its output and debugger are wanted here.
     """
-    if not all(Path(argument.split("::")[0]).is_dir() for argument in config.args):
+    if not _is_whole_folder(config):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores == 1 else min(cores + 1, MOST_WORKERS)
+
+
+def _is_whole_folder(config: pytest.Config) -> bool:
+    return all(Path(argument.split("::")[0]).is_dir() for argument in config.args)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the slow tests where a whole folder is asked for, and nothing is said of marks or names (-m, -k).
+
+    Of a test marked slow(first=N) the first N cases stay.
+    """
+    if not _is_whole_folder(config) or config.option.markexpr or config.option.keyword:
+        return
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    cases: Counter[Any] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        if mark is None:
+            kept.append(item)
+            continue
+        cases[function := item.function] += 1  # type: ignore[attr-defined]
+        (kept if cases[function] <= mark.kwargs.get("first", 0) else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 def pytest_collection_finish() -> None:

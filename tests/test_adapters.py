@@ -180,6 +180,7 @@ def test_streamed_steps(compiled):
 # --- several at once --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_each_request_its_own_adapter(models, family, seed):
@@ -194,6 +195,7 @@ def test_each_request_its_own_adapter(models, family, seed):
             assert seen(handle) == known
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", ["slots", "compiled", "streamed"])
 def test_other_ways_of_a_pass(models, family, way):
@@ -431,6 +433,7 @@ def test_no_room_for_another():
     assert om.adapter_names(model) == ()
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_computing_takes_what_is_planned(family):
     """A prompt's peak grows by no more than the plan has for adapters, and by a good part of that."""

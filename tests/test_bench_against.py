@@ -164,6 +164,7 @@ def test_what_a_token_reads_is_the_active_weights():
     assert against.of_a_token(model)[0] == total - embedding - experts + experts * 2 // 8
 
 
+@pytest.mark.slow
 def test_apart_each_run_has_a_process_of_its_own(monkeypatch):
     commands, real = [], fresh.subprocess.run
 

@@ -47,6 +47,7 @@ def test_on_the_cpu_there_is_nothing_to_choose():
 ALL = alternatives._ALTERNATIVES | {name: make for name, (make, _) in alternatives._TOLD.items()}
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("name", ALL)
 def test_both_ways_give_the_same_numbers(name, on_a_gpu, monkeypatch):
     """What is timed must be the same arithmetic, or the faster one would be another model."""

@@ -42,6 +42,7 @@ def test_without_mlx_lm(limits):
     assert all(figure.mlx_lm_samples is None and figure.limit is None for figure in figures)
 
 
+@pytest.mark.slow
 def test_both_sides_in_processes_of_their_own_where_they_do_not_fit_together(limits, monkeypatch):
     machine = benchmark.this_machine()
     monkeypatch.setattr(benchmark, "this_machine", lambda: replace(machine, working_set_bytes=10_000_000))

@@ -20,6 +20,7 @@ def shapes(monkeypatch):
     monkeypatch.setattr(memory, "SHAPES", tiny)
 
 
+@pytest.mark.slow
 def test_a_row_for_each_shape_and_prompt(shapes, capsys, tmp_path):
     assert main(["--prompt-tokens", "8,20", "--folder", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -25,6 +25,7 @@ from openelm_mlx.checkpoint.released import released_gpt_oss_config
 ROW = Divergence("demo-openelm", "answers", 4, 100, 0.01, 0.5, 0.98, 0.2)
 
 
+@pytest.mark.slow
 def test_fewer_bits_move_a_demo_further(monkeypatch):
     monkeypatch.setattr(quality, "ANSWER_TOKENS", 6)
     found = list(demo_divergences("demo-openelm", (8, 4), WORDS[:1]))

@@ -138,6 +138,7 @@ def test_a_window_ends_a_run(openelm, side):
     assert all(5 < len(each) < 200 for each in timeline.arrivals)
 
 
+@pytest.mark.slow(first=1)
 def test_mlx_lm_s_rows_begin_together_where_ours_are_on_average(pair):
     """After a prompt that is computed once, the same as if each had computed it."""
     _, other = pair
@@ -161,6 +162,7 @@ def _short_loads(monkeypatch):
         monkeypatch.setattr(request_runs, name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_short_loads")
 def test_every_part_has_its_rows(pair):
     said = []
@@ -281,6 +283,7 @@ def tiny_shapes(monkeypatch):
     monkeypatch.setattr(pairs, "shape_config", lambda shape, num_layers=None: tiny(shape))
 
 
+@pytest.mark.slow
 def test_bench_requests_prints_tables(tiny_shapes, capsys):
     assert main(["bench", "--random", "openelm-270m", "--requests", "1,2,1", *QUICK]) == 0
     told = capsys.readouterr()
@@ -292,6 +295,7 @@ def test_bench_requests_prints_tables(tiny_shapes, capsys):
     assert "decode of 2: ours" in told.err
 
 
+@pytest.mark.slow
 def test_bench_requests_of_a_source_prints_json(capsys):
     options = ["--against", "nothing", "--requests", "2", "--json"]
     assert main(["bench", "--model", "demo-openelm", *options, *QUICK]) == 0
@@ -327,6 +331,7 @@ def test_a_model_that_leaves_no_room_for_mlx_lm_s_is_told(monkeypatch, capsys):
     assert "add --against nothing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_developers_command(tiny_shapes, capsys):
     options = ["--shapes", "openelm-270m:4,gpt-oss-20b", "--requests", "2", "--parts", "decode,gap", *QUICK]
     assert command.main(options) == 0

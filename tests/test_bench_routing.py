@@ -47,6 +47,7 @@ def short_trace(demo_routes, monkeypatch):
     monkeypatch.setattr("benchmarks.streaming.PREDICTED_TOKENS", 24)
 
 
+@pytest.mark.slow
 def test_the_trace_is_the_same_whatever_is_in_memory(runs):
     first, *others = (trace for trace, _ in runs.values())
     assert (first.num_layers, first.num_experts, first.experts_per_token) == (6, 16, 4)
@@ -208,6 +209,7 @@ def test_routing_that_never_changes_can_be_stretched_and_squeezed():
         assert chosen.max() < num_experts
 
 
+@pytest.mark.slow
 def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys, short_trace):
     assert main(["--predict", "20b", "--macs", "all"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
@@ -217,6 +219,7 @@ def test_every_mac_is_predicted_as_a_plan_leaves_it(capsys, short_trace):
     assert slots["M4 16GB"] == om.plan("openai/gpt-oss-20b", mac="M4 16GB").expert_slots < 32
 
 
+@pytest.mark.slow
 def test_the_bench_over_a_tiny_shape(tmp_path, capsys, monkeypatch, short_trace):
     known = streaming.released_gpt_oss_config("20b")
     monkeypatch.setattr(streaming, "released_gpt_oss_config", lambda size: {**known, **TINY})

@@ -74,6 +74,7 @@ def test_there_are_fifteen_with_an_expected_value_each_and_the_cheap_ones_first(
 
 
 # The heavy ones run whole in the test of the command below; here each with the least that says something.
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("number", [1, 4, 6, 9, 10, 12, 15])
 def test_a_check_passes_here(number, monkeypatch):
     monkeypatch.setattr(selfcheck_machine, "disk_rates", lambda n, **k: DISK(2**22, (1, 4), **k))
@@ -501,6 +502,7 @@ def test_a_report_says_nothing_of_whose_machine_it_is(monkeypatch, capsys, own_f
         assert "~/secret failed on" in text
 
 
+@pytest.mark.slow
 def test_the_whole_of_it_here(own_folder):
     """As a user runs it, but for what is timed: fifteen checks in processes of their own, none of which fails."""
     finished = subprocess.run(

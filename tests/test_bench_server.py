@@ -13,6 +13,7 @@ def rows_of(capsys, *arguments):
     return {row["part"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
 
 
+@pytest.mark.slow
 def test_every_part_is_measured(capsys):
     found = rows_of(capsys, "--clients", "2", "--completion-tokens", "6", "--rounds", "1")
     overhead, start, turns = found["overhead"], found["start"], found["turns"]

@@ -28,6 +28,7 @@ def test_the_formula():
     assert result(accepted_tokens=0).allowed_gain == 1.0  # it would lose, so it is left off
 
 
+@pytest.mark.slow
 def test_it_counts_what_happened():
     model, twin = load_fixture(FIXTURES / "gpt_oss_tiny"), load_fixture(FIXTURES / "gpt_oss_tiny")
     found = measure_speculation(model, om.DraftModel(twin), [[3, 4, 5, 6] * 6], max_tokens=21, repetitions=1)

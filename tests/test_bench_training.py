@@ -10,6 +10,7 @@ from benchmarks.command import run_benchmark
 SMALL = ["--rows", "2", "--length", "8", "--mixed", "8", "--long", "24", "--rounds", "1", "--json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["demo-openelm"])
 def test_it_measures_both_trainers(model, capsys):
     arguments = ["--model", model, *SMALL]

@@ -158,6 +158,7 @@ def test_the_counter_counts(capsys, reads):
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize(
     ("closing", "code", "out", "said"),
     [

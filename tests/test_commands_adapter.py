@@ -36,6 +36,7 @@ def demo_adapter(tmp_path_factory):
 ASK = ["--prompt", "What is a banjo?", "--max-tokens", "12", "-q"]
 
 
+@pytest.mark.slow
 def test_generate_answers_with_it(demo_adapter, capsys):
     answers = []
     for options in ([], ["--adapter", str(demo_adapter)]):
@@ -49,6 +50,7 @@ def test_generate_answers_with_it(demo_adapter, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_chat_and_an_engine_use_the_active_one(demo_adapter):
     model, tokenizer = om.load("demo-openelm", adapter=demo_adapter)
     known = om.generate(model, tokenizer, "What is a banjo?", max_tokens=12)
@@ -106,6 +108,7 @@ def test_what_is_wrong_is_a_sentence(given, said, capsys, tmp_path, monkeypatch)
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_prompt_caches_of_the_command_know_it(demo_adapter, tmp_path, capsys):
     kept, ask = str(tmp_path / "kept"), ["--prompt", "What is a banjo?", "--max-tokens", "4", "--json", "-q"]
     counts = []

@@ -183,6 +183,7 @@ def run_script(*arguments: object, **options) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
 
 
+@pytest.mark.slow
 def test_the_script_from_another_folder(tmp_path):
     done = run_script(TINY, "out", "--quantize", "8", "--group-size", "32", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -91,6 +91,7 @@ def test_a_mistake_is_one_sentence(source, data, tmp_path, capsys, more, message
     assert [each.name for each in tmp_path.iterdir()] == ["data.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_says_how_to_go_on(source, data, tmp_path, number):
     command = [sys.executable, "-m", "openelm_mlx", "finetune", str(source), "--data", str(data)]

@@ -163,6 +163,7 @@ def test_the_prompt_without_its_option(generate, folder):
     assert generate(*options, "Hello", "--prompt", "Hello")[0] == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_output_is_one_sentence(folder):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
@@ -306,6 +307,7 @@ sys.exit(main(["generate", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_ctrl_c_ends_cleanly_with_what_was_generated(folder, arguments):
     # 100,000 tokens in a window: it would take minutes.
@@ -367,6 +369,7 @@ def test_a_missing_mlx_is_one_sentence(tmp_path):
     assert "pip install 'mlx" in finished.stderr
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize(
     ("options", "is_shown"),
     [
@@ -384,6 +387,7 @@ def test_reasoning_is_shown_to_who_asks_for_it(capsys, options, is_shown):
     assert ("a kind of keyboard instrument" in shown.err) == is_shown
 
 
+@pytest.mark.slow
 def test_no_answer_is_said_with_the_option_to_raise(generate):
     question = ("--model", "demo-gpt-oss", "What is a piano?")
     code, out, err = generate(*question, "--max-tokens", 20, "--quiet")

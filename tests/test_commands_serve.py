@@ -372,6 +372,7 @@ class Served:
         return self.process.returncode, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_one_line_says_where_and_one_signal_ends_it(how):
     with Served("--alias", "gpt-4o-mini=demo-gpt-oss") as served:
@@ -388,6 +389,7 @@ def test_one_line_says_where_and_one_signal_ends_it(how):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_the_only_model_that_cannot_be_loaded_ends_it_with_a_sentence(tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(DEMOS["demo-openelm"], folder)
@@ -418,6 +420,7 @@ def streaming(served, max_tokens):
     return answer
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_an_answer_is_finished_and_nothing_new_begins():
     with Served() as served:
         answer = streaming(served, 200)
@@ -432,6 +435,7 @@ def test_after_ctrl_c_an_answer_is_finished_and_nothing_new_begins():
         served.get("/health")
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_everything_now():
     with Served() as served:
         answer = streaming(served, 100_000)

@@ -55,6 +55,7 @@ def test_generate_gives_text_for_a_prompt_in_each_form(openelm):
     assert isinstance(om.generate(model, tokenizer, tokenizer.encode("a banjo"), **options), str)
 
 
+@pytest.mark.slow
 def test_a_chunk_says_what_a_token_added(gpt_oss):
     model, tokenizer = gpt_oss
     chunks = list(om.stream_generate(model, tokenizer, "What is a piano?", logprobs=1))
@@ -70,6 +71,7 @@ def test_a_chunk_says_what_a_token_added(gpt_oss):
     assert last.statistics.completion_tokens == len(chunks)
 
 
+@pytest.mark.slow
 def test_the_arguments_of_a_call_are_neither_answer_nor_reasoning(gpt_oss):
     model, tokenizer = gpt_oss
     chat = om.Chat(model, tokenizer, tools=[calculator], reasoning_effort="low")

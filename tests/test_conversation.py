@@ -65,6 +65,7 @@ def results(events) -> list[str]:
 # --- the trained demos ---
 
 
+@pytest.mark.slow
 def test_the_demo_calls_the_calculator_and_answers_with_its_result(gpt_oss):
     chat = om.Chat(*gpt_oss, tools=[calculator], reasoning_effort="low")
     events = list(chat.stream("What is 12 + 30?"))
@@ -82,6 +83,7 @@ def test_the_demo_calls_the_calculator_and_answers_with_its_result(gpt_oss):
     assert "keyboard" in chat.ask("What is a piano?")
 
 
+@pytest.mark.slow
 def test_more_effort_thinks_longer_in_a_chat(gpt_oss):
     lengths = []
     for effort in ("low", "high"):
@@ -90,6 +92,7 @@ def test_more_effort_thinks_longer_in_a_chat(gpt_oss):
     assert lengths[1] > lengths[0] > 0
 
 
+@pytest.mark.slow
 def test_openelm_keeps_a_conversation_too(openelm):
     chat = om.Chat(*openelm)
     assert "string" in chat.ask("What is a banjo?")
@@ -100,6 +103,7 @@ def test_openelm_keeps_a_conversation_too(openelm):
     assert chat.messages == []
 
 
+@pytest.mark.slow
 def test_openelm_forgets_its_oldest_turns_when_the_context_is_full():
     model, tokenizer = om.load("demo-openelm", context_length=160)
     chat = om.Chat(model, tokenizer, max_tokens=8)
@@ -113,6 +117,7 @@ def test_openelm_forgets_its_oldest_turns_when_the_context_is_full():
     assert len(chat._plain_prompt(chat.messages)) <= model.context_length
 
 
+@pytest.mark.slow
 def test_a_chat_that_is_cancelled_keeps_what_was_said(gpt_oss, openelm):
     for pair in (gpt_oss, openelm):
         chat = om.Chat(*pair)

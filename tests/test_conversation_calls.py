@@ -21,6 +21,7 @@ def demo():
     return om.load("demo-gpt-oss")
 
 
+@pytest.mark.slow
 def test_the_demo_calls_python_in_the_sandbox(demo):
     if sys.platform != "linux" or sandbox.namespaces_fail():
         pytest.skip("no sandbox")

@@ -102,6 +102,7 @@ def copy_with(folder: Path, target: Path, **changes) -> Path:
 # --- converted = original
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_float32_gives_the_originals_logits_here_and_in_mlx_lm(tmp_path, name):
     source = ORIGINALS[name]
@@ -156,6 +157,7 @@ def test_stored_types_stay_each_its_own(tmp_path):
 # --- quantized
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize(
     ("recipe", "group_size"), [(r, None) for r in RECIPES] + [("4", 32), ("3", 128), ("mixed", 32)]
 )
@@ -252,6 +254,7 @@ def test_a_quantized_source_stays_packed_or_is_unpacked(tmp_path, prefix):
     assert "quantized already (8 bits)" in message_of(error)
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("layout", ["", "original"])
 @pytest.mark.parametrize("options", [{}, {"quantize": 8, "group_size": 32}, {"dtype": "float32"}], ids=str)
 def test_the_experts_of_gpt_oss_pass_through_byte_for_byte(tmp_path, layout, options):
@@ -654,6 +657,7 @@ convert(sys.argv[1], sys.argv[2], 4, group_size=32, max_file_bytes="40kB")
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_leaves_nothing_that_loads(tmp_path, monkeypatch):
     from mlx_lm.utils import load_model
 
@@ -932,6 +936,7 @@ def large_source(tmp_path_factory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp("large") / "source", config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "mode", "megabytes"), [("none", "", 80), ("4", "", 80), ("4", "verify", 130)])
 def test_memory_is_that_of_a_tensor_not_of_the_model(large_source, tmp_path, recipe, mode, megabytes):
     """What MLX allocates at most; and the whole process's growth, where the system tells its peak (Linux)."""

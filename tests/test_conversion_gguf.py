@@ -125,6 +125,7 @@ def test_every_tensor_is_the_source_s(tmp_path, folder):
     assert np.array_equal(keys, np.array(layer.self_attn.qkv_proj.weight)[heads : heads + len(keys)])
 
 
+@pytest.mark.slow
 def test_the_fields_that_llama_cpp_wants(tmp_path, demo_gguf):
     convert("demo-openelm", tmp_path / "o.gguf")
     openelm, gpt_oss = fields_of(tmp_path / "o.gguf"), fields_of(demo_gguf)
@@ -178,6 +179,7 @@ def test_what_llama_cpp_does_to_gpt_oss_is_said(demo_gguf, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_every_type_is_written_verified_and_read_back(tmp_path, source, kind):
     report = convert(source, tmp_path / "m.gguf", gguf_type=kind, verify=True)
@@ -272,6 +274,7 @@ def test_in_slices_is_whole(tmp_path, source, monkeypatch):
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("experts", [None, "f32", "q8_0"])
 def test_gpt_oss_there_and_back_is_exact(tmp_path, demo_gguf, experts):
     path = tmp_path / "m.gguf"

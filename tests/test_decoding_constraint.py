@@ -66,6 +66,7 @@ def write_at_random(constraint, max_tokens: int, seed: int, end_tokens) -> list[
     return tokens
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("demo_name", ["openelm", "gpt_oss"])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_writer_that_never_wants_to_end_ends_within_its_tokens(demo_name, name):
@@ -278,6 +279,7 @@ def naive(model, prompt, constraint, sampler, max_tokens) -> list[int]:
     return tokens
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 1.0, "top_p": 0.9}, {"frequency_penalty": 0.7, "temperature": 0.5}]
 )
@@ -362,6 +364,7 @@ def test_the_next_step_is_dispatched_before_the_mask_is_computed(monkeypatch):
     assert events == ["mask", "dispatch"] + ["dispatch", "mask", "dispatch"] * 3
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("name", ["demo-openelm", "demo-gpt-oss"])
 @pytest.mark.parametrize(
     ("schema", "temperature"), [("expression", 0.0), ("pattern, unanchored", 1.2), ("recipe", 0.7)]

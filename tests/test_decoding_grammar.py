@@ -60,6 +60,7 @@ def test_every_schema_has_an_end_from_its_beginning_and_it_is_valid(engine, name
     assert is_valid(text_of(engine, tokens), SCHEMAS[name])
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("name", [name for name in SCHEMAS if SCHEMAS[name].get("type") == "object"])
 def test_every_prefix_of_an_answer_has_an_end(engine, name):
     schema = SCHEMAS[name]

@@ -79,6 +79,7 @@ def load(family):
     return om.load("demo-gpt-oss", dtype="float32", expert_slots=8 if family == "streamed" else None)[0]
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("change", WAYS)
 def test_every_step_computes_with_the_weights_that_are_there_now(family, change):
     model = load(family)

@@ -19,6 +19,7 @@ def models():
     }
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("name", ["openelm", "gpt-oss", "odd", "demo-gpt-oss"])
 @pytest.mark.parametrize(
     ("length", "chunk"), [(1, 8), (2, 8), (7, 8), (8, 8), (9, 8), (15, 64), (16, 64), (17, 64), (40, 13)]
@@ -56,6 +57,7 @@ def test_the_last_layer_s_experts_compute_one_token(models, monkeypatch):
     assert rows == [30] * (len(model.layers) - 1) + [1]
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("slots", [4, 9])
 def test_streamed_experts_give_the_same_bits(models, slots):
     streamed = om.load("demo-gpt-oss", expert_slots=slots)[0]

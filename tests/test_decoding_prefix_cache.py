@@ -67,6 +67,7 @@ def assert_as_cold(model, prompt, cache, max_tokens=6, cold_run=None, **options)
     return statistics
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_cut_equals_a_cold_run(models, kind):
     model, options = case(models, kind)
@@ -86,6 +87,7 @@ def test_every_cut_equals_a_cold_run(models, kind):
         assert_as_cold(model, first, cache, cold_run=cold_first, **options)  # and the first one is as it was
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_prompt_again_feeds_its_last_token_only(models, kind):
     model, options = case(models, kind)
@@ -98,6 +100,7 @@ def test_the_same_prompt_again_feeds_its_last_token_only(models, kind):
         assert (statistics.prompt_tokens, len(cache)) == (length, 1 if length > 1 else 3)
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chat_that_grows_pays_for_what_is_new(models, kind):
     model, options = case(models, kind)
@@ -264,6 +267,7 @@ def test_a_snapshot_is_not_changed_by_what_follows(gpt_oss):
 # --- on disk ---
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_cache_serves_after_a_restart(models, kind, tmp_path):
     model, options = case(models, kind)
@@ -375,6 +379,7 @@ def demo():
     return om.load("demo-gpt-oss", dtype="float32")
 
 
+@pytest.mark.slow
 def test_the_second_turn_of_a_long_chat_prefills_what_is_new_only(demo):
     """Finished turns lose their reasoning, so the last answer's own words are computed again, and nothing before them."""
     model, tokenizer = demo

@@ -113,6 +113,7 @@ def guessed(model, prompt, answer, is_wrong, gain, make_step=PlainStep, **option
     return tokens, source.gain.counts
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
     ("family", "options"), [("gpt_oss", {}), ("gpt_oss", {"kv_bits": 8}), ("openelm", {}), ("openelm", {"window": 16})]
@@ -132,6 +133,7 @@ def test_greedy_tokens_are_the_plain_loop_s_around_the_window(models, answer_of,
             assert counts.accepted == 0
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("family", ["gpt_oss", "openelm"])
 def test_rounds_and_steps_of_the_traced_graph_in_turns(models, family):
     """The graph keeps its position as an array, and rejected guesses stay in the rings' slots."""
@@ -169,6 +171,7 @@ def outcome(chunks):
     return [(c.token, c.text, c.channel, c.finish_reason) for c in chunks], [c.logprob for c in chunks]
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize(
     "options",
@@ -236,6 +239,7 @@ def test_a_draft_model_takes_its_wrong_guesses_back(models, family):
         length += num_new
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_turns_are_kept_and_taken_up_while_guessing(models):
     model, chat = models["gpt_oss"], prompt_of(40)
@@ -252,6 +256,7 @@ def test_turns_are_kept_and_taken_up_while_guessing(models):
         chat = [*chat, *(chunk.token for chunk in chunks), *prompt_of(4, turn)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_an_answer_in_a_format_is_the_same(demo):
     model, tokenizer = demo
@@ -334,6 +339,7 @@ def exact_distribution(model, params, length):
     return probabilities
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guesser", ["model", "certain"])
 @pytest.mark.parametrize(
     "params",

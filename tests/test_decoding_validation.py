@@ -254,6 +254,7 @@ def combined(inner):
     return st.fixed_dictionaries({}, optional=words)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.recursive(LEAVES, combined, max_leaves=8), VALUES)
 def test_it_says_what_jsonschema_says(schema, value):

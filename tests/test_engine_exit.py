@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import openelm_mlx as om
 
 CLOSED = """
@@ -21,6 +23,7 @@ engine.submit([5, 6, 7], max_tokens=200)
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_as_it_should_after_its_engines():
     """The thread of an engine's stream, left running, aborted more than half of such processes at their end."""
     started = [

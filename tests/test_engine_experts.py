@@ -74,6 +74,7 @@ def test_one_request_has_all_that_it_read(model):
         assert mine.read_backs == alone.read_backs
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("num_failures", [1, 10**6])
 def test_a_disk_that_goes_while_several_are_computed(model, num_failures):
     """With one read that fails, the others go on; with all, each ends with the same sentence, and the next request works."""

@@ -87,6 +87,7 @@ def test_a_reader_that_reads_nothing_holds_nobody(model):
         assert seen(slow) == expected
 
 
+@pytest.mark.slow
 def test_tasks_that_are_cancelled_give_their_requests_up(model):
     async def ask(engine, seed):
         return [chunk async for chunk in engine.submit(prompt_of(9, seed), max_tokens=200)]
@@ -105,6 +106,7 @@ def test_tasks_that_are_cancelled_give_their_requests_up(model):
         assert engine.num_running == engine.num_waiting == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_requests_are_given_up_at_any_moment(rings, seed):
     """From any thread, in the queue, in a shared prompt, in the answer, twice, after the end; or the handle is dropped."""
@@ -213,6 +215,7 @@ while True:
 """
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("script", [READING, LISTED], ids=["handles", "a list"])
 def test_ctrl_c_while_an_engine_answers(script):
     process = subprocess.Popen(

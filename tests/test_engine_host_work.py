@@ -49,6 +49,7 @@ def gate(monkeypatch):
     gate.let_through.set()
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_a_slow_mask(demo, gate):
     """Whoever runs beside it, comes after it, or has a constraint of its own."""
     model, tokenizer = demo
@@ -94,6 +95,7 @@ def test_an_engine_is_closed_in_the_middle_of_a_slow_mask(demo, gate):
         list(slow)
 
 
+@pytest.mark.slow
 def test_who_gives_way_is_not_waited_for(demo, gate):
     """Where the youngest has a slow mask, the one before it gives way."""
     model, tokenizer = demo

@@ -63,6 +63,7 @@ def random_request(draw: random.Random, family: str):
     return prompt_of(draw.choice([1, 2, 3, 9, 17, 40, 90]), draw.randrange(6)), options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
 @pytest.mark.parametrize("seed", range(4))
 def test_no_answer_depends_on_its_company(models, family, seed):
@@ -87,6 +88,7 @@ def test_no_answer_depends_on_its_company(models, family, seed):
         assert engine.num_running == engine.num_waiting == 0
 
 
+@pytest.mark.slow
 def test_constraints_and_drafts_in_one_batch(demo):
     model, tokenizer = demo
     requests = [
@@ -104,6 +106,7 @@ def test_constraints_and_drafts_in_one_batch(demo):
     assert together == alone
 
 
+@pytest.mark.slow
 def test_a_list_of_prompts_gives_a_list_of_answers(demo):
     model, tokenizer = demo
     prompts = ["What is a banjo?", "What is a river?", "What is a cat?"]
@@ -115,6 +118,7 @@ def test_a_list_of_prompts_gives_a_list_of_answers(demo):
     ]
 
 
+@pytest.mark.slow
 def test_a_prompt_that_several_share_is_computed_once(models):
     model, prompt = models["gpt_oss"], prompt_of(60)
     expected = [
@@ -130,6 +134,7 @@ def test_a_prompt_that_several_share_is_computed_once(models):
     assert sorted(cached) == [0, 60, 60, 60]
 
 
+@pytest.mark.slow
 def test_whoever_waits_for_a_prompt_goes_on_when_its_first_asker_leaves(models):
     model, prompt = models["gpt_oss"], prompt_of(90)
     expected = seen(om.stream_generate(model, None, prompt, max_tokens=5))
@@ -261,6 +266,7 @@ def test_what_is_left_is_told_when_an_engine_is_closed(models):
     engine.close()
 
 
+@pytest.mark.slow
 def test_requests_leave_nothing_behind(models):
     model = models["gpt_oss"]
 
@@ -365,6 +371,7 @@ def with_slots(models, monkeypatch, request):
     return models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
 @pytest.mark.parametrize("seed", range(2))
 def test_slots_give_the_tokens_of_caches_apart(with_slots, family, seed):
@@ -394,6 +401,7 @@ def test_slots_give_the_tokens_of_caches_apart(with_slots, family, seed):
     assert [each[0] for each in again] == [each[0] for each in alone[0]]
 
 
+@pytest.mark.slow
 def test_a_prompt_comes_in_beside_slots(with_slots):
     model = with_slots["gpt_oss"]
     prompts = [prompt_of(9, 1), prompt_of(30, 2), prompt_of(200, 3)]

@@ -202,6 +202,7 @@ def spied(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [False, True])
 def test_whoever_came_last_gives_way_and_no_request_dies(openelm, monkeypatch, spied, slots):
     monkeypatch.setattr(openelm, "choices", replace(openelm.choices, slots=slots))
@@ -220,6 +221,7 @@ def test_whoever_came_last_gives_way_and_no_request_dies(openelm, monkeypatch, s
     assert max(peaks) <= limit + SMALL
 
 
+@pytest.mark.slow
 def test_kept_prefixes_give_way_before_any_request_whoever_left_them(openelm, spied):
     """Also those of a store that no running request has to do with."""
     store = om.PrefixCache()
@@ -240,6 +242,7 @@ def test_kept_prefixes_give_way_before_any_request_whoever_left_them(openelm, sp
 # --- what is refused ---
 
 
+@pytest.mark.slow
 def test_what_can_never_fit_is_refused_at_once_with_what_would(openelm):
     give_plan(openelm, room_for(openelm, 700, chunk=16))
     with om.Engine(openelm) as engine:
@@ -255,6 +258,7 @@ def test_what_can_never_fit_is_refused_at_once_with_what_would(openelm):
         assert engine.num_running == engine.num_waiting == 0
 
 
+@pytest.mark.slow
 def test_nothing_is_refused_merely_because_others_run_now(openelm):
     give_plan(openelm, room_for(openelm, 1000))
     store = om.PrefixCache()
@@ -324,6 +328,7 @@ def test_without_a_number_as_many_run_as_fit_at_a_usual_length(openelm):
 # --- experts on disk ---
 
 
+@pytest.mark.slow
 def test_experts_on_disk_with_several_requests_keep_to_the_plan_and_change_no_answer():
     longest = 120
     model, _ = om.load("demo-gpt-oss", expert_slots=4, batch_size=5, context_length=longest)

@@ -46,6 +46,7 @@ def answers_of(engine, requests):
     return read_all(handles)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
 @pytest.mark.parametrize("seed", range(2))
 def test_who_gives_way_answers_as_alone(models, family, seed):
@@ -63,6 +64,7 @@ def test_who_gives_way_answers_as_alone(models, family, seed):
         assert engine._runner.memory.held_bytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_constraints_and_drafts_that_give_way(demo, seed):
     model, tokenizer = demo
@@ -113,6 +115,7 @@ def before_step(engine, call):
     runner.step = stepped
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_computed_again_is_shared(models):
     """Whoever joins a request that gave way with its first token chosen gets its answer, too."""
     model, prompt = models["gpt_oss"], prompt_of(60)
@@ -139,6 +142,7 @@ def test_a_prompt_that_is_computed_again_is_shared(models):
         assert read_all(handles[1:]) == [expected] * 3
 
 
+@pytest.mark.slow
 def test_who_gives_way_while_its_constraint_is_slow(demo, monkeypatch):
     """Its mask and then its token are being worked out: it gives way when its source stands, not between the two."""
     model, tokenizer = demo
@@ -211,6 +215,7 @@ def test_a_failed_allocation_beside_a_pass_leaves_the_engine_alive(models, monke
         assert seen(engine.submit(prompt_of(9), max_tokens=12)) == expected
 
 
+@pytest.mark.slow
 def test_a_prompt_beside_a_request_whose_pass_raises(models, monkeypatch):
     """A pass of several raises once: what cannot be taken back, a prompt longer than the window, is computed again."""
     model = models["gpt_oss"]
@@ -238,6 +243,7 @@ def test_a_prompt_beside_a_request_whose_pass_raises(models, monkeypatch):
         assert found == [alone[0][1:], alone[1]], chunk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
 def test_who_gives_way_out_of_a_slot_answers_as_alone(models, monkeypatch, family):
     model, draw = models[family], random.Random(7)

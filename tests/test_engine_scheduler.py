@@ -160,6 +160,7 @@ def test_chunks_of_a_prompt_are_those_of_a_request_alone():
     assert prompt_chunks(19, 20, 8, (), True) == [1]
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("token_seconds", [1e-5, 1e-4, 2e-3, 2e-2])
 @pytest.mark.parametrize("fixed", [0.0, 0.004])
 def test_decoders_wait_at_most_so_long_for_a_prompt(token_seconds, fixed):

@@ -261,6 +261,7 @@ def test_choices_of_the_shipped_questions():
     assert len(make_task("examples/evaluate/sums.jsonl").questions) == 60
 
 
+@pytest.mark.slow
 def test_demo_openelm_knows_its_words(capsys):
     assert (
         main(["evaluate", "demo-openelm", "--tasks", "examples/evaluate/wordnet.jsonl", "--limit", "5", "--json", "-q"])

@@ -200,6 +200,7 @@ def test_experts_on_disk_score_as_in_memory(fixtures):
     assert difference(Scorer(few, 48).score(requests), Scorer(whole, 48).score(requests)) < 1e-4
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])
 def test_demos_with_packed_weights_keep_their_plan(source):
     model, tokenizer = load(source, dense_bits=4)

@@ -101,6 +101,7 @@ def test_requests_are_those_of_the_harness(model, tokenizer):
         assert ours.inputs == tuple([*before, *after][-(model.context_length + 1) :][:-1]), pair
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_harness(model, tokenizer):
     theirs = reference(model, tokenizer)
     pairs = [each for each in nasty_pairs(420) if theirs.pair(*each) is not None]

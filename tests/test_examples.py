@@ -48,6 +48,7 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_example(example, run):
     assert len(example.read_text().splitlines()) < 40

@@ -95,6 +95,7 @@ def tokens_of(chunks):
 # --- the same bits ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("chunk_length", [6, 512])
 @pytest.mark.parametrize(
     ("num_experts", "num_slots"), [(32, 4), (32, 7), (32, 31), (32, 32), (128, 4), (128, 33), (128, 128)]
@@ -112,6 +113,7 @@ def test_half_precision_is_the_same_too(folders):
     assert mx.array_equal(logits_of(om.load(folders[32], dtype="bfloat16", expert_slots=5)[0], 16, steps=4), expected)
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("num_slots", [4, 6, 16])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_demo_answers_the_same(num_slots, temperature):
@@ -579,6 +581,7 @@ def driver(monkeypatch):
     return driver
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("num_slots", [4, 9])
 @pytest.mark.parametrize("chunk_length", [6, 512])
 def test_through_the_driver_the_bits_are_the_same(folders, residents, driver, num_slots, chunk_length):
@@ -732,6 +735,7 @@ def failing(kind, number):
     return read_into
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("number", [0, 3, 50])
 @pytest.mark.parametrize("kind", ["end", "error"])
 @pytest.mark.parametrize("inline", [True, False])
@@ -821,6 +825,7 @@ print(json.dumps([model.residency.writes, *counts]))
 """
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("writes", ["view", "driver", "copy"])
 def test_ctrl_c_at_any_moment(folders, writes):
     """Raised in the thread that waits, wherever it is: the next answer is right, and nothing waits for ever."""
@@ -1044,6 +1049,7 @@ print(json.dumps([mx.get_peak_memory(), 0 if model.residency is None else model.
 """
 
 
+@pytest.mark.slow
 def test_memory_in_fresh_processes(tmp_path):
     """Streamed, the peak is that of all experts in memory, less those that are not there."""
     config = {**SMALL, "num_local_experts": 128, "hidden_size": 256, "intermediate_size": 256}

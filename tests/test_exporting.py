@@ -229,6 +229,7 @@ def run(program: Path, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(program), *map(str, words)], capture_output=True, text=True)
 
 
+@pytest.mark.slow(first=1)
 @needs_compiler
 @pytest.mark.parametrize("name", ["openelm", "gpt_oss"])
 def test_the_program_is_built_and_answers_as_the_model_does(request, tmp_path, name):
@@ -255,6 +256,7 @@ def has_sentencepiece() -> bool:
     return any(Path(each, "sentencepiece_processor.h").exists() for each in ("/usr/include", "/opt/homebrew/include"))
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(not has_sentencepiece(), reason="needs sentencepiece for C++ (libsentencepiece-dev)")
 def test_the_program_with_its_tokenizer(tmp_path):

@@ -28,6 +28,7 @@ FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 CASES = int(os.environ.get("FUZZ_CASES", "320"))
 
 
+@pytest.mark.slow
 def test_damaged_files_end_in_a_result_or_a_sentence():
     """In a child: a case that hangs, crashes or takes the memory of the machine ends that, and its number is known."""
     first, stop, faults = FIRST, FIRST + CASES, []

@@ -83,6 +83,7 @@ def narrow(size: str) -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("slots", [None, 4], ids=["in memory", "on disk"])
 @pytest.mark.parametrize("layout", ["openai-hf", "openai-original"])
 @pytest.mark.parametrize("size", ["20b", "120b"])

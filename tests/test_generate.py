@@ -313,6 +313,7 @@ def found_in_order():
     return dict(zip(ORDERS, map(json.loads, finished.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: " ; ".join(order))
 def test_function_and_module_coexist_in_every_import_order(found_in_order, order):
     assert found_in_order[order] is None

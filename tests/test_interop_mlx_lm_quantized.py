@@ -88,6 +88,7 @@ RECIPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 @pytest.mark.parametrize("family", ["openelm", "gpt_oss", "gpt_oss_dense"])
 def test_every_mode_and_recipe(sources, tmp_path, family, recipe):

@@ -228,6 +228,7 @@ def test_4000_damaged_messages_are_errors_and_nothing_else():
         assert isinstance(message.op, str)
 
 
+@pytest.mark.slow
 def test_a_worker_outlives_1000_damaged_sessions():
     """Damage in a handshake, and after it by somebody who knows the secret; the worker serves who comes next."""
     random_ = random.Random(7)

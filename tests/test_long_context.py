@@ -178,6 +178,7 @@ def check(folder, config, num_tokens, chunk, num_decoded, chunks_at):
     )
 
 
+@pytest.mark.slow
 def test_131072_tokens(tmp_path):
     folder, config = make(tmp_path / "m", "sf", 2)
     check(folder, config, CONTEXT, 256, 12, [4_000, 40_000, CONTEXT - 100])

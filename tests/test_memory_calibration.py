@@ -98,6 +98,7 @@ def test_a_strange_process_size_is_not_used():
     assert calibrated(this_machine()).calibration.process_bytes is None
 
 
+@pytest.mark.slow
 def test_the_command_measures_without_an_earlier_correction_and_stores_what_it_found(monkeypatch, capsys):
     monkeypatch.setattr(speeds, "measured_speeds", lambda machine: NOTHING)
     monkeypatch.setattr(memory, "CALIBRATION_SHAPES", ("thin OpenELM",))

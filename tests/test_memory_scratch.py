@@ -88,6 +88,7 @@ def measured_parts(model, length, offset):
     return found
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize(("length", "offset"), [(256, 0), (256, 256), (100, 50), (60, 300)])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_part_takes_what_its_sum_says(folders, name, length, offset):
@@ -101,6 +102,7 @@ def test_every_part_takes_what_its_sum_says(folders, name, length, offset):
             assert was - 0.1 * largest <= said <= was + 0.35 * largest, (layer.window, planned, measured)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 9])
 @pytest.mark.parametrize("name", ["OpenELM", "gpt-oss"])
 def test_a_few_tokens_go_over_packed_keys_as_they_are(folders, name, length):
@@ -115,6 +117,7 @@ def test_a_few_tokens_go_over_packed_keys_as_they_are(folders, name, length):
             assert planned.attention == pytest.approx(most, rel=0.1)
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("prompt", [40, 300, 560])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_takes_what_was_planned(folders, name, prompt):
@@ -128,6 +131,7 @@ def test_a_run_takes_what_was_planned(folders, name, prompt):
     assert used - 0.02 * model.plan.total_bytes - 100_000 <= planned <= 1.3 * used + 0.05 * model.plan.total_bytes
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("name", ["OpenELM", "gpt-oss"])
 @pytest.mark.parametrize("prompt", [256, 512, 300])
 def test_a_cache_keeps_its_own_places_and_nothing_of_the_chunk(folders, name, prompt):

@@ -102,6 +102,7 @@ def test_mixed_chunks_and_left_padding(chunks, padding):
             stream.extend(L)
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("written", ["one by one", "at one go", "one, then the rest"])
 @pytest.mark.parametrize(("window", "room"), [(1, 0), (1, 2), (2, 0), (2, 1), (4, 0), (4, 3)])
 def test_rewind_at_every_point_and_go_on(window, room, written):

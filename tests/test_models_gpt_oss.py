@@ -151,6 +151,7 @@ def test_left_padded_batch_equals_single_rows(folder, pieces):
         assert max_difference(logits[i, T - length :], known["logits_fp32"][0, :length]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_long_prompt(fixtures):
     """3,000 tokens, in chunks through the cache and then one at a time: no argmax differs from PyTorch's."""
     folder = fixtures / "gpt_oss_long"

@@ -251,6 +251,7 @@ def openelm_with_heads_of(head_dim):
     return model
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("chunk", [1, 5, 16, 61])
 @pytest.mark.parametrize("padding", [None, [0, 3, 30]])
 @pytest.mark.parametrize("family", ["gpt_oss_tiny", "openelm"])
@@ -325,6 +326,7 @@ def test_the_model_s_setting_and_a_request_s_own(monkeypatch):
         assert seen
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])
 def test_the_demos_answer_the_same(source):
     model, tokenizer = om.load(source, dtype="float32")

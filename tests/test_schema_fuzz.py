@@ -38,6 +38,7 @@ def faults_of(seed: int, first: int, count: int) -> tuple[dict[str, int], list[s
     return outcomes, faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, COUNT, SHARE))
 def test_the_process_lives_and_its_answers_are_valid(first):
     count = min(SHARE, COUNT - first)

@@ -129,6 +129,7 @@ REQUESTS = {
 }
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("name", REQUESTS)
 def test_streamed_is_whole(demos, name):
     body = REQUESTS[name]
@@ -140,6 +141,7 @@ def test_streamed_is_whole(demos, name):
     assert usage == wanted_usage
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("model", ["demo-gpt-oss", "demo-openelm"])
 def test_greedy_text_is_that_of_generate(demos, model):
     loaded = demos[1].models[model]
@@ -175,6 +177,7 @@ def test_a_call_and_its_result(demos):
         assert last["usage"]["prompt_tokens_details"]["cached_tokens"] > answer["usage"]["prompt_tokens"]
 
 
+@pytest.mark.slow
 def test_every_tool_choice(demos):
     tools = [OTHER, CALCULATOR]
 
@@ -208,6 +211,7 @@ def test_a_call_s_arguments_follow_its_schema_and_end_within_the_limit(demos):
         assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])["size"] in (3, 5)
 
 
+@pytest.mark.slow
 def test_json_is_enforced_and_reasoning_stays_free(demos):
     form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
     message = ask(demos, response_format=form)["choices"][0]["message"]
@@ -395,6 +399,7 @@ def test_errors_that_clients_look_for(demos):
     assert client.get("/v1/chat/completions").status_code == 405
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_reasoning_out_gets_the_same_answer(demos):
     """What was thought before a call is remembered by the call's name, streamed or not."""
     first = ask(demos, messages=SUM, tools=[CALCULATOR])["choices"][0]["message"]

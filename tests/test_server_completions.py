@@ -72,6 +72,7 @@ REQUESTS = {
 }
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("name", REQUESTS)
 def test_streamed_is_whole(demos, name):
     body = REQUESTS[name]

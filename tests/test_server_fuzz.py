@@ -81,6 +81,7 @@ def fault_of(one, answer):
     return None
 
 
+@pytest.mark.slow
 def test_hostile_requests_get_a_4xx_and_nobody_else_notices(errors):
     settings = ServerSettings(
         models=(served_model(server_fuzz.MODEL),),

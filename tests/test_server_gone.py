@@ -148,6 +148,7 @@ def test_an_engine_s_row_is_free_within_one_step_of_the_cancellation(demo):
     assert len(steps) <= 1
 
 
+@pytest.mark.slow
 def test_who_does_not_read_holds_nobody_up(demo):
     """Its answer is written to the end, and it can read all of it later."""
     address, model, _ = demo

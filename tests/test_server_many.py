@@ -76,6 +76,7 @@ def left(model) -> tuple[int, int, int]:
     return threading.active_count(), len(os.listdir("/dev/fd")), mx.get_active_memory()
 
 
+@pytest.mark.slow
 def test_sixty_four_clients_of_which_many_leave(demo):
     address, model = demo
     alone = {}

@@ -188,6 +188,7 @@ def answers(draw):
     return [*parts, end(draw(st.sampled_from(["stop", "length", "tool_calls"])))], items
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(answers(), st.integers(1, 30), st.sampled_from(["shown", "sealed", "hidden"]))
 def test_any_stream_has_one_open_block_and_sums_up_to_the_message(answer, batch, thinking):

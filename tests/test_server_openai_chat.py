@@ -38,6 +38,7 @@ def test_its_stream_helper_puts_the_same_answer_together(client):
     assert found.choices[0].finish_reason == whole.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_a_parsed_answer(client):
     class Thing(pydantic.BaseModel):
         name: str

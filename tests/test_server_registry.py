@@ -126,6 +126,7 @@ def test_the_least_recently_used_one_makes_room_and_its_memory_is_free(folder):
     assert threading.active_count() <= threads + 1  # a thread of loading may still be saying goodbye
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the process's memory is read from /proc")
 def test_swapping_models_does_not_make_the_process_grow(folder):
     """In a process of its own, since what other tests have left is given back at any time."""
@@ -443,6 +444,7 @@ def test_engines_leave_room_for_each_other(folder):
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_kept_prefixes_give_way_to_another_model(folder):
     async def main():
         async with Registry(settings(folder)) as registry:

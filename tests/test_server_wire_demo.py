@@ -55,6 +55,7 @@ def computed(arguments):
 # --- Responses ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("way", ["previous_response_id", "items", "references", "stateless"])
 def test_a_tool_is_called_and_its_result_answered(openai, way):
     """All ways in which clients bring the first turn back."""
@@ -81,6 +82,7 @@ def test_a_tool_is_called_and_its_result_answered(openai, way):
     assert second.usage.input_tokens_details.cached_tokens > first.usage.input_tokens // 2
 
 
+@pytest.mark.slow
 def test_streamed_is_whole(openai):
     for options in ({"input": "What is a dog?"}, {"input": QUESTION, "tools": [FUNCTION]}):
         options = {"model": MODEL, **GREEDY, **options}
@@ -96,6 +98,7 @@ def test_streamed_is_whole(openai):
         assert "".join(deltas) == "".join(texts(whole))
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("seed", range(6))
 def test_streamed_is_whole_where_the_model_writes_nonsense(openai, anthropic, seed):
     """Drawn hot, it writes headers that do not exist, calls nobody, and breaks off."""
@@ -160,6 +163,7 @@ class Meaning(BaseModel):
     meaning: str
 
 
+@pytest.mark.slow
 def test_an_answer_in_a_schema(openai):
     parsed = openai.responses.parse(model=MODEL, input="What is a dog?", text_format=Meaning, **GREEDY)
     assert isinstance(parsed.output_parsed, Meaning)
@@ -173,6 +177,7 @@ def test_a_limit_leaves_the_response_incomplete(openai):
     assert response.usage.output_tokens == 5
 
 
+@pytest.mark.slow
 def test_efforts_and_none(openai):
     counts = {}
     for effort in ("none", "low", "high"):
@@ -184,6 +189,7 @@ def test_efforts_and_none(openai):
     assert counts["none"] == 0 < counts["low"] < counts["high"]
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize(
     ("choice", "kind"),
     [
@@ -203,6 +209,7 @@ def test_a_call_that_has_to_be_or_must_not(openai, choice, kind):
     assert response.output[-1].type == kind
 
 
+@pytest.mark.slow
 def test_a_custom_tool_gets_text(openai):
     tool = {"type": "custom", "name": "note", "description": "Keeps a note."}
     options = {"model": MODEL, "tools": [tool], **GREEDY}
@@ -275,6 +282,7 @@ def test_openelm_answers_and_says_what_it_cannot_do(openai, anthropic):
 # --- Messages -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize(
     "thinking",
     [{"type": "adaptive"}, {"type": "adaptive", "display": "omitted"}, None],
@@ -320,6 +328,7 @@ def test_messages_streamed_is_whole(anthropic):
         ]
 
 
+@pytest.mark.slow
 def test_messages_stop_at_a_string_and_at_a_limit(anthropic):
     options = {"model": MODEL, "messages": [{"role": "user", "content": "What is a dog?"}], "extra_body": GREEDY}
     whole = anthropic.messages.create(max_tokens=300, **options).content[0].text
@@ -331,6 +340,7 @@ def test_messages_stop_at_a_string_and_at_a_limit(anthropic):
     assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 5)
 
 
+@pytest.mark.slow
 def test_messages_in_a_schema_and_without_thinking(anthropic):
     chat = [{"role": "user", "content": "What is a dog?"}]
     parsed = anthropic.messages.parse(

@@ -109,6 +109,7 @@ def changed(body, generator):
     return body
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize(
     ("path", "body"),
     [

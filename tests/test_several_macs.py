@@ -48,12 +48,14 @@ def same(a: mx.array, b: mx.array) -> bool:
     return a.shape == b.shape and bool(mx.array_equal(a, b).item())
 
 
+@pytest.mark.slow
 def test_this_machine_has_its_own_layers_alone(both):
     one, several, _ = both
     total = len(several.spec.layers) + sum(len(spec.layers) for spec in several.remote.specs)
     assert 0 < len(several.spec.layers) < total == len(one.spec.layers)
 
 
+@pytest.mark.slow(first=1)
 def test_a_call_of_the_model(both):
     one, several, _ = both
     tokens = mx.array([tokens_of(9), tokens_of(9, 1)])
@@ -66,6 +68,7 @@ def test_a_call_of_the_model(both):
     assert same(one(mx.array([5, 6]), caches[0]), several(mx.array([5, 6]), caches[1]))  # one token a row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "chunk"), [(4, 512), (295, 512), (295, 128), (1, 16)])
 def test_a_prompt_past_the_window_whole_and_in_chunks(both, length, chunk):
     one, several, _ = both
@@ -82,6 +85,7 @@ def test_a_prompt_past_the_window_whole_and_in_chunks(both, length, chunk):
     assert {layer.offset for layer in caches[1]} == {length + 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_tokens_taken_back_snapshots_and_forks(both, kv_bits):
     one, several, _ = both
@@ -111,6 +115,7 @@ def test_tokens_taken_back_snapshots_and_forks(both, kv_bits):
             layer.rewind(500)
 
 
+@pytest.mark.slow
 def test_generating_with_all_that_goes_with_it(both):
     one, several, tokenizer = both
     options = [
@@ -130,6 +135,7 @@ def test_generating_with_all_that_goes_with_it(both):
         assert found[0] == found[1], each
 
 
+@pytest.mark.slow
 def test_turns_reuse_what_is_there(both):
     one, several, tokenizer = both
     stores = om.PrefixCache(), om.PrefixCache()
@@ -151,6 +157,7 @@ def test_turns_reuse_what_is_there(both):
         assert prompt == prompts[0] or reused[1] > 0
 
 
+@pytest.mark.slow
 def test_eight_at_once(both):
     one, several, tokenizer = both
     prompts = [tokens_of(3 + 23 * i, i) for i in range(8)]
@@ -166,6 +173,7 @@ def test_eight_at_once(both):
         assert [[(chunk.token, chunk.logprob) for chunk in handle] for handle in handles] == expected
 
 
+@pytest.mark.slow(first=1)
 def test_answers_to_one_prompt_share_it(both):
     one, several, tokenizer = both
     prompts = [tokens_of(60)] * 3
@@ -173,6 +181,7 @@ def test_answers_to_one_prompt_share_it(both):
     assert om.generate(several, tokenizer, prompts, max_tokens=5, sampling=ENDLESS) == expected
 
 
+@pytest.mark.slow(first=1)
 def test_a_draft_model_guesses_here_what_several_check(both):
     one, several, tokenizer = both
     draft, _ = om.load(f"demo-{'gpt-oss' if one.spec.layers[0].num_experts else 'openelm'}", dtype="float32")

@@ -109,6 +109,13 @@ def test_memory_and_the_plan_are_told(server, new_chat):
     assert line.inner_text() == "Memory 12.1 GB of 16.4 GB"
 
 
+def test_tools_that_the_server_runs_are_told(server, new_chat):
+    names = ["calculator", "browser.search", "browser.open"]
+    server.health = {"status": "ok", "models": [READY], "memory": {"used_bytes": 12_100_000_000}, "tools": names}
+    line = new_chat().open().page.locator("#memory")
+    assert line.inner_text() == "Memory 12.1 GB, planned 13.2 GB · The server runs calculator, browser"
+
+
 def test_a_download_is_told(server, new_chat):
     loading = {"id": "demo-gpt-oss", "state": "loading", "seconds": 3.0, "downloaded": 30, "total": 120}
     server.health = {"status": "loading", "models": [loading]}

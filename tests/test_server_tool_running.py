@@ -1,81 +1,43 @@
-"""Tools of this machine in the server: one answer of several completions, whichever API it is asked through."""
+"""Tools of this machine in the server: one answer of several completions, who waits meanwhile, and whose tools they are."""
 
 import asyncio
-import json
-import logging
 import threading
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
-from httpx2 import Client
-from server_app import LoadedModels
-from server_fakes import THOUGHT_AND_ANSWER, USAGE, FakeGenerations, end, item
-from server_running import served
+from server_fakes import (
+    ASKED,
+    THOUGHT_AND_ANSWER,
+    USAGE,
+    FakeGenerations,
+    FakeModels,
+    FakePython,
+    after,
+    asked,
+    calling,
+    end,
+    item,
+    results,
+)
 
-import openelm_mlx as om
 from openelm_mlx.conversation.history import LEFT_OUT
-from openelm_mlx.engine.calling import calling_of
-from openelm_mlx.engine.prompt import encode_prompt
 from openelm_mlx.server import own_tools
-from openelm_mlx.server.answering import ModelGenerations
-from openelm_mlx.server.app import Services, make_app
 from openelm_mlx.server.failures import ApiError
-from openelm_mlx.server.generation import AnswerSchema, GenerationRequest, NamedTool, collected
+from openelm_mlx.server.generation import AnswerSchema, NamedTool, collected
 from openelm_mlx.server.own_tools import OwnTools
 from openelm_mlx.server.parts import Finished, ItemText
 from openelm_mlx.server.tool_running import ToolGenerations
-from openelm_mlx.server.wire import chat, messages, responses
-from openelm_mlx.text.chat import HARMONY, PLAIN
 from openelm_mlx.text.conversation import Message
 from openelm_mlx.text.schema import Tool
-from openelm_mlx.tools.toolbox import Toolbox
 
 FULL = ApiError(400, "It is too long.", code="context_length_exceeded")
 LOOK_UP = Tool("look_up", "Looks up.", {"type": "object", "properties": {}})
-ASKED = [{"role": "user", "content": "What is 2 + 2?"}]
-
-
-class FakeModels:
-    """Leases of models without one, counted."""
-
-    def __init__(self, context_length=1000):
-        self.num_leases, self._context_length = 0, context_length
-
-    async def acquire(self, name):
-        self.num_leases += 1
-        template = PLAIN if name == "openelm" else HARMONY
-        tokenizer = SimpleNamespace(chat_template=template, encode=lambda text: list(text.encode()))
-        model = SimpleNamespace(context_length=self._context_length)
-        return SimpleNamespace(tokenizer=tokenizer, model=model, release=self._release)
-
-    def _release(self):
-        self.num_leases -= 1
-
-
-def call(expression="2+2", name="calculator"):
-    """A completion that calls a tool."""
-    text = json.dumps({"expression": expression})
-    return [*item("reasoning", "I need it."), *item("call", text[:5], text[5:], name=name), end("tool_calls")]
-
-
-def results(request):
-    return [message["content"] for message in request.messages if message["role"] == "tool"]
-
-
-def after(*calls, then=THOUGHT_AND_ANSWER):
-    """A script that calls tools one after the other, and then answers."""
-    return lambda request: calls[len(results(request))] if len(results(request)) < len(calls) else then
 
 
 @pytest.fixture(scope="module")
 def tools():
     with OwnTools("calculator") as found:
         yield found
-
-
-def asked(**options):
-    return GenerationRequest(**{"model": "gpt-oss", "messages": ASKED, **options})
 
 
 def answered(script, tools, request=None, most_rounds=16, models=None):
@@ -102,7 +64,7 @@ def kinds(answer):
 
 
 def test_a_tool_runs_and_the_model_goes_on_in_the_same_answer(tools):
-    answer, requests = answered(after(call(), call("3*3")), tools)
+    answer, requests = answered(after(calling(), calling("3*3")), tools)
     assert kinds(answer) == [
         ("reasoning", "I need it."),
         ("reasoning", '[calculator {"expression": "2+2"}]\n[= 4]'),
@@ -116,17 +78,19 @@ def test_a_tool_runs_and_the_model_goes_on_in_the_same_answer(tools):
     assert (answer.usage.prompt_tokens, answer.usage.cached_tokens) == (12, 4)
     assert (answer.usage.completion_tokens, answer.usage.reasoning_tokens) == (27, 15)
     assert [tool.name for tool in requests[0].tools] == ["calculator"]
-    *before, said, result = requests[1].messages
-    assert before == ASKED
-    assert (said["reasoning"], said["content"]) == ("I need it.", None)
-    assert said["tool_calls"][0]["function"] == {"name": "calculator", "arguments": '{"expression": "2+2"}'}
-    assert (result["tool_call_id"], result["content"]) == (said["tool_calls"][0]["id"], "4")
-    ids = [each["tool_call_id"] for each in requests[2].messages if each["role"] == "tool"]
-    assert len(set(ids)) == 2
+    # The next prompt has the calls as they were written, and their results.
+    assert requests[1].messages == [
+        *ASKED,
+        Message("assistant", "I need it.", channel="analysis"),
+        Message("assistant", '{"expression": "2+2"}', channel="commentary", recipient="functions.calculator"),
+        Message("tool", "4", "functions.calculator", "commentary", "assistant"),
+    ]
+    assert requests[2].messages[:4] == requests[1].messages
+    assert results(requests[2]) == ["4", "9"]
 
 
 def test_several_calls_in_one_completion(tools):
-    both = [*call()[:-1], *call("3*3")[3:]]
+    both = [*calling()[:-1], *calling("3*3")[3:]]
     assert [part.kind for part in both if hasattr(part, "kind")] == ["reasoning", "call", "call"]
     answer, requests = answered(lambda request: THOUGHT_AND_ANSWER if results(request) else both, tools)
     assert results(requests[-1]) == ["4", "9"]
@@ -139,7 +103,7 @@ def test_what_a_tool_raises_is_told_to_the_model(tools, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(own_tools, "run_tool", fails)
-    answer, requests = answered(after(call()), tools)
+    answer, requests = answered(after(calling()), tools)
     said = "no" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     assert results(requests[1]) == [f"Error: {said}"]
     assert answer.items[1].text.endswith(f"\n[failed: {said}]")
@@ -147,14 +111,14 @@ def test_what_a_tool_raises_is_told_to_the_model(tools, monkeypatch, error):
 
 @pytest.mark.parametrize(("arguments", "said"), [("1/0", "cannot be computed"), ("2 + x", "is not arithmetic")])
 def test_arguments_that_the_tool_refuses(tools, arguments, said):
-    _, requests = answered(after(call(arguments)), tools)
+    _, requests = answered(after(calling(arguments)), tools)
     assert results(requests[1])[0].startswith("Error: ")
     assert said in results(requests[1])[0]
 
 
 def test_a_long_result_is_shown_short_and_cut_to_a_quarter_of_the_context(tools, monkeypatch):
     monkeypatch.setattr(own_tools, "run_tool", lambda *_: "line\n" * 100 + "\x1b[31m" + "x" * 500)
-    answer, requests = answered(after(call()), tools)
+    answer, requests = answered(after(calling()), tools)
     result = results(requests[1])[0]
     assert result.startswith("line\nline\n")
     assert 200 < result.index("\n[") <= 250
@@ -164,12 +128,12 @@ def test_a_long_result_is_shown_short_and_cut_to_a_quarter_of_the_context(tools,
     assert len(shown) < 320
     assert shown.endswith(" …]")
     monkeypatch.setattr(own_tools, "run_tool", lambda *_: "\x1b[31mred\a")
-    assert answered(after(call()), tools)[0].items[1].text.endswith("[= \ufffd[31mred\ufffd]")
+    assert answered(after(calling()), tools)[0].items[1].text.endswith("[= \ufffd[31mred\ufffd]")
 
 
 def test_after_so_many_rounds_it_has_to_answer(tools):
     def always(request):
-        return THOUGHT_AND_ANSWER if request.tool_choice == "none" else call()
+        return THOUGHT_AND_ANSWER if request.tool_choice == "none" else calling()
 
     answer, requests = answered(always, tools, most_rounds=3)
     assert len(requests) == 4
@@ -180,12 +144,12 @@ def test_after_so_many_rounds_it_has_to_answer(tools):
 
 
 def test_max_tokens_is_for_the_whole_answer(tools):
-    answer, requests = answered(after(call()), tools, asked(max_tokens=20))
+    answer, requests = answered(after(calling()), tools, asked(max_tokens=20))
     assert [each.max_tokens for each in requests] == [20, 11]
     assert answer.reason == "stop"
-    answer, requests = answered(after(call()), tools, asked(max_tokens=9))
+    answer, requests = answered(after(calling()), tools, asked(max_tokens=9))
     assert (len(requests), answer.reason, kinds(answer)) == (1, "length", [("reasoning", "I need it.")])
-    cut = [*call()[:-1], end("length")]
+    cut = [*calling()[:-1], end("length")]
     answer, requests = answered(lambda _: cut, tools)
     assert (len(requests), answer.reason, kinds(answer)) == (1, "length", [("reasoning", "I need it.")])
 
@@ -194,18 +158,18 @@ def test_a_full_context_costs_older_results_and_then_ends_the_answer(tools, monk
     monkeypatch.setattr(own_tools, "run_tool", lambda *_: "x" * 100)
 
     def small(request):
-        return [FULL] if sum(map(len, results(request))) > 190 else after(call(), call())(request)
+        return [FULL] if sum(map(len, results(request))) > 190 else after(calling(), calling())(request)
 
     answer, requests = answered(small, tools)
     assert answer.reason == "stop"
     assert results(requests[-1]) == [LEFT_OUT, "x" * 100]
-    answer, requests = answered(lambda request: [FULL] if results(request) else call(), tools)
+    answer, requests = answered(lambda request: [FULL] if results(request) else calling(), tools)
     assert (answer.reason, answer.items[-1].text.splitlines()[1]) == ("length", f"[= {'x' * 100}]")
     assert answer.usage.completion_tokens == 9
     # Any other error is the request's.
     broken = ApiError(503, "The queue is full.", code="overloaded")
     with pytest.raises(ApiError, match="queue"):
-        answered(lambda request: [broken] if results(request) else call(), tools)
+        answered(lambda request: [broken] if results(request) else calling(), tools)
 
 
 # --- Whose tools ------------------------------------------------------------------------------------------------------
@@ -214,17 +178,17 @@ def test_a_full_context_costs_older_results_and_then_ends_the_answer(tools, monk
 def test_the_clients_call_ends_the_answer(tools):
     theirs = [*item("call", "{}", name="look_up"), end("tool_calls")]
     request = asked(tools=(LOOK_UP,))
-    answer, requests = answered(after(call(), then=theirs), tools, request)
+    answer, requests = answered(after(calling(), then=theirs), tools, request)
     assert [each.name for each in requests[0].tools] == ["look_up", "calculator"]
     assert (answer.reason, answer.items[-1].kind, answer.items[-1].name) == ("tool_calls", "call", "look_up")
     # With its result, the chat goes on, and ours run again.
     said = {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "look_up", "arguments": "{}"}}]}
     history = [*ASKED, said, {"role": "tool", "tool_call_id": "c", "content": "found"}]
-    answer, requests = answered(after([], call()), tools, asked(tools=(LOOK_UP,), messages=history))
+    answer, requests = answered(after([], calling()), tools, asked(tools=(LOOK_UP,), messages=history))
     assert results(requests[-1]) == ["found", "4"]
     assert answer.reason == "stop"
     # When it calls both at once, ours waits: the model will call it again.
-    both = [*call()[:-1], *theirs]
+    both = [*calling()[:-1], *theirs]
     answer, requests = answered(lambda _: both, tools, request)
     assert (len(requests), [each.kind for each in answer.items]) == (1, ["reasoning", "call"])
     assert answer.items[-1].name == "look_up"
@@ -232,7 +196,7 @@ def test_the_clients_call_ends_the_answer(tools):
 
 def test_after_the_last_round_the_client_may_still_be_called(tools):
     theirs = [*item("call", "{}", name="look_up"), end("tool_calls")]
-    answer, requests = answered(after(call(), then=theirs), tools, asked(tools=(LOOK_UP,)), most_rounds=1)
+    answer, requests = answered(after(calling(), then=theirs), tools, asked(tools=(LOOK_UP,)), most_rounds=1)
     assert (requests[1].tools, requests[1].tool_choice) == ((LOOK_UP,), "auto")
     assert answer.items[-1].name == "look_up"
 
@@ -240,7 +204,7 @@ def test_after_the_last_round_the_client_may_still_be_called(tools):
 def test_the_clients_tool_goes_before_one_of_the_same_name(tools, monkeypatch):
     monkeypatch.setattr(own_tools, "run_tool", lambda *_: pytest.fail("it ran"))
     own = Tool("calculator", "Mine.", {"type": "object", "properties": {}})
-    answer, requests = answered(lambda _: call(), tools, asked(tools=(own,)))
+    answer, requests = answered(lambda _: calling(), tools, asked(tools=(own,)))
     assert requests[0].tools == (own,)
     assert (answer.reason, answer.items[-1].name) == ("tool_calls", "calculator")
 
@@ -257,7 +221,7 @@ def test_the_clients_tool_goes_before_one_of_the_same_name(tools, monkeypatch):
 def test_requests_that_are_passed_on_as_they_are(tools, monkeypatch, options):
     monkeypatch.setattr(own_tools, "run_tool", lambda *_: pytest.fail("it ran"))
     request = asked(**options)
-    answer, requests = answered(lambda _: call(), tools, request)
+    answer, requests = answered(lambda _: calling(), tools, request)
     assert requests == [request]
     assert answer.reason == "tool_calls"
     inner, models = FakeGenerations([]), FakeModels()
@@ -293,7 +257,7 @@ def blocked(monkeypatch):
 
 def test_whoever_waits_hears_that_it_is_worked_on(tools, blocked):
     async def main():
-        inner = FakeGenerations(after(call()))
+        inner = FakeGenerations(after(calling()))
         async with await ToolGenerations(inner, FakeModels(), tools, 16).start(asked()) as generation:
             seen = []
             async for parts in generation.batches(0.01):
@@ -325,7 +289,7 @@ def test_a_long_call_that_is_held_back_is_no_silence(tools):
 
 def test_a_client_that_goes_while_a_tool_runs_gets_everything_freed(tools, blocked):
     async def main():
-        inner, models = FakeGenerations(after(call())), FakeModels()
+        inner, models = FakeGenerations(after(calling())), FakeModels()
         generation = await ToolGenerations(inner, models, tools, 16).start(asked())
         async with generation:
             reading = asyncio.ensure_future(collected(generation))
@@ -354,7 +318,7 @@ def test_a_client_that_goes_while_the_next_completion_begins(tools):
             return found
 
     async def main():
-        inner, models = Slow(after(call())), FakeModels()
+        inner, models = Slow(after(calling())), FakeModels()
         async with await ToolGenerations(inner, models, tools, 16).start(asked()) as generation:
             reading = asyncio.ensure_future(collected(generation))
             while len(inner.requests) < 2:
@@ -368,30 +332,6 @@ def test_a_client_that_goes_while_the_next_completion_begins(tools):
 
 
 # --- Tools of one answer ----------------------------------------------------------------------------------------------
-
-
-class FakePython:
-    """An interpreter whose variables are a list."""
-
-    name, namespace, description, parameters = "python", None, "Runs.", None
-    made: ClassVar[list] = []
-
-    def __init__(self, **_):
-        self.ran, self.is_closed = [], False
-        self.made.append(self)
-
-    def __call__(self, script):
-        self.ran.append(script)
-        return " ".join(self.ran)
-
-    def close(self):
-        self.is_closed = True
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
 
 def script(text):
@@ -447,154 +387,3 @@ def test_pages_are_of_one_answer(tmp_path):
         assert "harbor" in results(requests[2])[1]
         _, requests = answered(after(back), tools)
         assert results(requests[1])[0].startswith("Error: ")
-
-
-# --- The demo ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def demo(tools):
-    """A client of the demo with a calculator, its model, and what each completion took."""
-    registry, usages = LoadedModels("demo-gpt-oss"), []
-    inner = ModelGenerations(registry, lambda name, usage, seconds: usages.append(usage))
-    routes = [*chat.routes(), *responses.routes(), *messages.routes()]
-    app = make_app(Services(ToolGenerations(inner, registry, tools, 16), registry), routes)
-    with served(app) as address, Client(base_url=address, timeout=300) as client:
-        yield client, registry.models["demo-gpt-oss"], usages
-    inner.close()
-    registry.close()
-
-
-def test_the_demo_really_has_its_sum_computed(demo):
-    client, model, usages = demo
-    body = {"model": "demo-gpt-oss", "messages": [{"role": "user", "content": "What is 12 + 30?"}], "temperature": 0,
-            "reasoning_effort": "low"}  # fmt: skip
-    whole = client.post("/v1/chat/completions", json=body).json()
-    message = whole["choices"][0]["message"]
-    assert message["content"] == "12 + 30 = 42"
-    assert message["reasoning"] == 'A sum: I call the tool.\n\n[calculator {"expression":"12 + 30"}]\n[= 42]'
-    first, second = usages
-    assert second.cached_tokens >= first.prompt_tokens  # only what is new was computed
-    assert whole["usage"]["prompt_tokens"] == first.prompt_tokens
-    assert whole["usage"]["completion_tokens"] == first.completion_tokens + second.completion_tokens
-    found = events(client, "/v1/chat/completions", body)
-    deltas = [each["choices"][0]["delta"] for each in found]
-    assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
-    assert "".join(delta.get("reasoning", "") for delta in deltas) == message["reasoning"]
-    assert model.num_leases == 0
-
-
-def test_the_prompt_is_that_of_a_chat_with_the_same_tools(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("openelm_mlx.tools.python_tool.PythonTool", FakePython)
-    _, model, _ = demo
-    names = f"calculator,python,files={tmp_path}"
-    with OwnTools(names) as tools, Toolbox(names) as toolbox:
-        chatting = om.Chat(model.model, model.tokenizer, tools=toolbox.tools)
-        added, ours = asyncio.run(tools.added_to(asked(), model.tokenizer))
-    calling = calling_of((*added.tools, *added.built_in), None)
-    found = encode_prompt(model.model, model.tokenizer, ASKED, calling=calling).tokens
-    assert found == chatting.harmony_prompt([Message("user", ASKED[0]["content"])])
-    assert ours == {"calculator", "python", "browser.search", "browser.open", "browser.find"}
-    assert set(added.tool_formats) == set(chatting.tool_schemas)
-
-
-# --- Over HTTP --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def http(tools):
-    """A client, and the fakes, of a server that has a calculator."""
-    inner = FakeGenerations(after(call("20+3")))
-    generations = ToolGenerations(inner, FakeModels(), tools, 16)
-    routes = [*chat.routes(), *responses.routes(), *messages.routes()]
-    with served(make_app(Services(generations), routes)) as address, Client(base_url=address, timeout=60) as client:
-        yield client, inner
-
-
-def events(client, path, body):
-    answer = client.post(path, json={**body, "stream": True})
-    assert answer.status_code == 200, answer.text
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
-    return [json.loads(line) for line in lines]
-
-
-RAN = '[calculator {"expression": "20+3"}]\n[= 23]'
-
-
-def test_chat_completions_streamed_and_whole(http):
-    client, _ = http
-    body = {"model": "gpt-oss", "messages": ASKED}
-    whole = client.post("/v1/chat/completions", json=body).json()
-    message = whole["choices"][0]["message"]
-    assert message["content"] == "2 + 2 = 4."
-    assert message["reasoning"] == f"I need it.\n\n{RAN}\n\nLet me think."
-    assert "tool_calls" not in message
-    assert whole["usage"]["completion_tokens"] == 18
-    found = events(client, "/v1/chat/completions", {**body, "stream_options": {"include_usage": True}})
-    deltas = [each["choices"][0]["delta"] for each in found if each["choices"]]
-    for key in ("content", "reasoning"):
-        assert "".join(delta.get(key) or "" for delta in deltas) == message[key]
-    assert not any("tool_calls" in delta for delta in deltas)
-    assert found[-1]["usage"] == whole["usage"]
-
-
-def test_responses_streamed_and_whole(http):
-    client, _ = http
-    body = {"model": "gpt-oss", "input": "What is 20 + 3?"}
-    whole = client.post("/v1/responses", json=body).json()
-    last = events(client, "/v1/responses", body)[-1]
-
-    def texts(response):
-        return [(each["type"], [part["text"] for part in each["content"]]) for each in response["output"]]
-
-    assert last["type"] == "response.completed"
-    assert texts(last["response"]) == texts(whole)
-    assert texts(whole) == [
-        ("reasoning", ["I need it."]),
-        ("reasoning", [RAN]),
-        ("reasoning", ["Let me think."]),
-        ("message", ["2 + 2 = 4."]),
-    ]
-    assert last["response"]["usage"] == whole["usage"]
-
-
-@pytest.mark.parametrize("thinking", [{"type": "enabled", "budget_tokens": 1024}, None])
-def test_messages_streamed_and_whole(http, thinking):
-    client, _ = http
-    body = {"model": "gpt-oss", "max_tokens": 2000, "messages": ASKED}
-    body |= {} if thinking is None else {"thinking": thinking}
-    whole = client.post("/v1/messages", json=body).json()
-    found = events(client, "/v1/messages", body)
-    shown = [each.get("thinking", each.get("text")) for each in whole["content"]]
-    assert shown == ["2 + 2 = 4."] if thinking is None else ["I need it.", RAN, "Let me think.", "2 + 2 = 4."]
-    streamed = ["" for _ in shown]
-    for event in found:
-        if event["type"] == "content_block_delta":
-            streamed[event["index"]] += event["delta"].get("thinking", event["delta"].get("text", ""))
-    assert streamed == shown
-    assert whole["stop_reason"] == "end_turn"
-    assert next(each for each in found if each["type"] == "message_delta")["usage"]["output_tokens"] == 18
-
-
-def test_neither_calls_nor_results_are_logged(http, caplog):
-    client, _ = http
-    with caplog.at_level(logging.DEBUG):
-        client.post("/v1/chat/completions", json={"model": "gpt-oss", "messages": ASKED})
-    assert "20+3" not in caplog.text
-    assert "2 + 2" not in caplog.text
-
-
-def test_without_tools_switched_on_nothing_runs(monkeypatch):
-    """A request that names ours gets its call back, as for any other function."""
-    monkeypatch.setattr(own_tools, "run_tool", lambda *_: pytest.fail("it ran"))
-    inner = FakeGenerations(call())
-    function = {"name": "calculator", "parameters": {"type": "object", "properties": {}}}
-    with (
-        served(make_app(Services(inner), chat.routes())) as address,
-        Client(base_url=address, timeout=60) as client,
-    ):
-        for tools in ([{"type": "function", "function": function}], []):
-            body = {"model": "gpt-oss", "messages": ASKED, "tools": tools}
-            choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
-            assert choice["finish_reason"] == "tool_calls"
-    assert [[tool.name for tool in each.tools] for each in inner.requests] == [["calculator"], []]

@@ -18,7 +18,8 @@ from ..engine.prompt import Prompt, encode_prompt
 from ..engine.sequence import Chunk
 from ..errors import MemoryLimitError, PromptError, SettingError, UserError
 from ..text.chat import HARMONY, PLAIN
-from ..text.conversation import FUNCTIONS
+from ..text.conversation import FUNCTIONS, Message
+from ..text.harmony import HarmonyFormat
 from ..text.schema import Tool
 from .failures import RETRY_AFTER, ApiError, api_error
 from .forgetting import most_prompt_tokens, shortened
@@ -157,6 +158,7 @@ class _Running(Generation):
         self._request = request
         self._texts = texts = TokenTexts(lease.tokenizer)
         has_channels = is_harmony(lease) and request.messages is not None
+        self._tokens: list[int] | None = [] if has_channels and len(handles) == 1 else None
         self._readers = [
             AnswerReader(index, recipients, texts, has_channels, len(request.stop)) for index in range(len(handles))
         ]
@@ -190,7 +192,10 @@ class _Running(Generation):
 
     def _taken(self, handle: Handle) -> list[Chunk]:
         try:
-            return handle.take()
+            chunks = handle.take()
+            if self._tokens is not None:
+                self._tokens += [chunk.token for chunk in chunks]
+            return chunks
         except MemoryLimitError as error:  # it fitted when it was submitted
             raise ApiError(
                 503, str(error), "server_error", code="memory_limit_exceeded", retry_after=RETRY_AFTER
@@ -218,6 +223,11 @@ class _Running(Generation):
             first = None if is_begin else texts.scored(tokens[0], 0.0).token
             found.append(PromptText(text, first, scored))
         return found
+
+    def written(self) -> list[Message]:
+        tokenizer = self._lease.tokenizer
+        assert tokenizer is not None
+        return HarmonyFormat(tokenizer).parse(self._tokens or ())
 
     async def __aenter__(self) -> Generation:
         return self
@@ -362,7 +372,8 @@ def _prompts(lease: ModelLease, request: GenerationRequest) -> Sequence[Any]:
     if is_harmony(lease):
         return [request.messages]
     roles = {"developer": "system"}  # OpenELM's template has one name for both
-    return [[{**each, "role": roles.get(each.get("role", ""), each.get("role"))} for each in request.messages]]
+    dicts = [each for each in request.messages if isinstance(each, Mapping)]
+    return [[{**each, "role": roles.get(each.get("role", ""), each.get("role"))} for each in dicts]]
 
 
 def _fitting(lease: ModelLease, request: GenerationRequest) -> GenerationRequest:

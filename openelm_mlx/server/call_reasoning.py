@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
+from ..text.conversation import Message
+
 MOST_CALLS = 4096
 MOST_BYTES = 8_000_000
 
@@ -46,12 +48,12 @@ class CallReasoning:
                 return self._texts[call_id]
         return ""
 
-    def completed(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def completed(self, messages: Sequence[Mapping[str, Any] | Message]) -> list[Mapping[str, Any] | Message]:
         """Chat messages, with the reasoning before calls where a client has left it out."""
         return [self._completed(message) for message in messages]
 
-    def _completed(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        if message.get("reasoning"):
+    def _completed(self, message: Mapping[str, Any] | Message) -> Mapping[str, Any] | Message:
+        if isinstance(message, Message) or message.get("reasoning"):
             return message
         reasoning = self.before(call.get("id") for call in message.get("tool_calls") or ())
         return {**message, "reasoning": reasoning} if reasoning else message

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Messages = Sequence[Mapping[str, Any]]
+from ..text.conversation import Message
+
+Messages = Sequence[Mapping[str, Any] | Message]
 
 _INSTRUCTING = ("system", "developer")
 # Room for an answer without a limit, and the part of the context that is kept for any answer at most.
@@ -23,7 +25,7 @@ def shortened(messages: Messages, most_tokens: int, count: Callable[[Messages], 
     A turn begins with a message of the user, so that calls and their results stay together. Instructions are kept, and so
     is the last turn, however long it is.
     """
-    starts = [place for place, message in enumerate(messages) if message.get("role") == "user"]
+    starts = [place for place, message in enumerate(messages) if _role(message) == "user"]
     low, high = 0, max(0, len(starts) - 1)
     if not high or count(messages) <= most_tokens:
         return messages
@@ -38,5 +40,9 @@ def shortened(messages: Messages, most_tokens: int, count: Callable[[Messages], 
 
 
 def _without(messages: Messages, begin: int, end: int) -> Messages:
-    kept = [message for message in messages[begin:end] if message.get("role") in _INSTRUCTING]
+    kept = [message for message in messages[begin:end] if _role(message) in _INSTRUCTING]
     return [*messages[:begin], *kept, *messages[end:]]
+
+
+def _role(message: Mapping[str, Any] | Message) -> Any:
+    return message.role if isinstance(message, Message) else message.get("role")

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from ..decoding.grammar import AnswerFormat
 from ..decoding.sampling import SamplingParams
+from ..text.conversation import Message
 from ..text.schema import Tool, ToolNamespace
 from .parts import Answer, AnswerBuilder, Part, TokenLogprob
 
@@ -39,7 +40,8 @@ class GenerationRequest:
 
     Attributes:
         model: A name that the registry knows.
-        messages: Chat dicts as text/openai_chat.py reads them (reasoning, tool_calls, results of tools).
+        messages: Chat dicts as text/openai_chat.py reads them (reasoning, tool_calls, results of tools), or, for gpt-oss, what
+            it wrote before.
         prompts: Instead of messages: texts, or tokens, that the model goes on with, without a template. Each has n answers,
             the first n of the answers are the first one's.
         tools: Functions that may be called. lenient_tools: names of those whose schema need not be enforced where the
@@ -57,7 +59,7 @@ class GenerationRequest:
     """
 
     model: str
-    messages: Sequence[Mapping[str, Any]] | None = None
+    messages: Sequence[Mapping[str, Any] | Message] | None = None
     prompts: Sequence[str | Sequence[int]] = ()
     tools: tuple[Tool, ...] = ()
     lenient_tools: frozenset[str] = frozenset()
@@ -117,6 +119,9 @@ class Generation(Protocol):
 
     def prompt_texts(self) -> list[PromptText]:
         """The request's `prompts`; with their log-probabilities once there are parts."""
+
+    def written(self) -> list[Message]:
+        """The one answer as gpt-oss wrote it, message by message, when it has finished. For a thread: it may take a while."""
 
     async def __aenter__(self) -> Generation:
         """The generation itself."""

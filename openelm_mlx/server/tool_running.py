@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
-from ..conversation.history import LEFT_OUT
+from ..conversation.history import result_of, without_old_results
+from ..text.conversation import Message
 from ..text.unicode import whole_characters
 from .answering import ModelLease, Models, is_harmony
+from .exchanges import Exchange, Exchanges
 from .failures import ApiError
 from .generation import Generation, GenerationRequest, Generations, Progress, PromptText
+from .loading import in_thread
 from .own_tools import OwnTools, Result, ToolsOfAnswer
 from .parts import (
     Answer,
@@ -28,6 +32,7 @@ from .parts import (
     ItemDone,
     ItemStarted,
     ItemText,
+    Kind,
     Part,
     Usage,
 )
@@ -57,6 +62,7 @@ class ToolGenerations(Generations):
 
     def __init__(self, inner: Generations, models: Models, tools: OwnTools, most_rounds: int) -> None:
         self._inner, self._models, self._tools, self._most_rounds = inner, models, tools, most_rounds
+        self._exchanges = Exchanges()
 
     async def start(self, request: GenerationRequest) -> Generation:
         """See `Generations`."""
@@ -67,9 +73,12 @@ class ToolGenerations(Generations):
         try:
             if is_harmony(lease):
                 assert lease.tokenizer is not None
-                added, names = await self._tools.added_to(request, lease.tokenizer)
+                added, names = await self._tools.added_to(self._completed(request), lease.tokenizer)
                 generation = await self._inner.start(added)
-                return _Running(self._inner, lease, self._tools, names, request, added, generation, self._most_rounds)
+                keep = partial(self._exchanges.keep, request.messages or ())
+                return _Running(
+                    self._inner, lease, self._tools, names, request, added, generation, self._most_rounds, keep
+                )
         except BaseException:
             lease.release()
             raise
@@ -83,17 +92,22 @@ class ToolGenerations(Generations):
             try:
                 if is_harmony(lease):
                     assert lease.tokenizer is not None
-                    request, _ = await self._tools.added_to(request, lease.tokenizer)
+                    request, _ = await self._tools.added_to(self._completed(request), lease.tokenizer)
             finally:
                 lease.release()
         return await self._inner.count_tokens(request)
+
+    def _completed(self, request: GenerationRequest) -> GenerationRequest:
+        """With what its tools said before a call that the client answers now."""
+        return replace(request, messages=self._exchanges.completed(request.messages or ()))
 
 
 @final
 class _Running(Generation):
     """One answer, of as many completions as the model calls tools, and one.
 
-    names: of the tools that run here. request: as the client sent it. added: with the tools.
+    names: of the tools that run here. request: as the client sent it. added: with the tools, and all that they said before.
+    keep: remembers an answer that ends with a call of the client's.
     """
 
     def __init__(
@@ -106,7 +120,9 @@ class _Running(Generation):
         added: GenerationRequest,
         generation: Generation,
         most_rounds: int,
+        keep: Callable[[Exchange], None],
     ) -> None:
+        self._keep, self._shown = keep, ""
         self._inner, self._lease, self._names = inner, lease, names
         self._request, self._added, self._most_rounds = request, added, most_rounds
         self._generation = generation  # the latest
@@ -114,7 +130,8 @@ class _Running(Generation):
         self.prompt_tokens = generation.prompt_tokens
         most_tokens = lease.model.context_length // _SHARE_OF_RESULT
         self._tools = ToolsOfAnswer(tools, most_tokens, _counting(lease))
-        self._messages: list[Mapping[str, Any]] = []  # what has come after the client's
+        self._before = added.messages or ()
+        self._messages: list[Message] = []  # what has come after those
         self._usage: Usage | None = None
         self._num_rounds = 0
         self._calling: asyncio.Future[Result] | None = None
@@ -133,13 +150,18 @@ class _Running(Generation):
             self._usage = _sum(self._usage, answer.usage)
             calls = completion.calls
             has_room = self._room is None or self._room > 0
+            self._shown += _text(answer, "reasoning")
             if not calls or not has_room:
+                if answer.reason == "tool_calls" and not calls and self._messages:
+                    said = [message for message in await self._written() if not message.is_call]
+                    self._keep(Exchange(self._shown, [*self._messages, *said]))
                 yield [self._last_part(answer, "length" if calls else answer.reason)]
                 return
             self._num_rounds += 1
-            self._messages.append(_as_message(answer, self._ids(len(calls))))
-            for call, call_id in zip(calls, self._ids(len(calls)), strict=True):
-                async for parts in self._call(call, call_id, every):
+            written = await self._written()
+            self._messages += written
+            for call, message in zip(calls, (each for each in written if each.is_call), strict=False):
+                async for parts in self._call(call, message, every):
                     yield parts
             if self._num_rounds == self._most_rounds:
                 self._allow_no_more_calls()
@@ -157,15 +179,16 @@ class _Running(Generation):
         most, usage = self._request.max_tokens, self._usage
         return most if most is None or usage is None else most - usage.completion_tokens
 
-    def _ids(self, count: int) -> list[str]:
-        """Of the calls of this round."""
-        return [f"own_{self._num_rounds}_{number}" for number in range(count)]
-
     def _last_part(self, answer: Answer, reason: FinishReason) -> Finished:
         assert self._usage is not None
         return Finished(0, reason, answer.stop_string, self._usage)
 
-    async def _call(self, call: Item, call_id: str, every: float | None) -> AsyncIterator[list[Part]]:
+    async def _written(self) -> list[Message]:
+        """The completion as the model wrote it, so that the next prompt begins with the same tokens."""
+        written = await in_thread(self._generation.written, uses_mlx=False)
+        return [message for message in written if message.role == "assistant"]  # others are invented
+
+    async def _call(self, call: Item, message: Message, every: float | None) -> AsyncIterator[list[Part]]:
         """Run a tool. What it was asked, and what it said, are shown; the model gets all of the latter."""
         assert call.name is not None
         asked = f"[{_line(f'{call.name} {call.text}')}]"
@@ -175,13 +198,14 @@ class _Running(Generation):
             yield []
         result = self._calling.result()
         said = f"\n[{_line(result.shown)}]"
+        self._shown += asked + said
         yield [ItemText(0, said), ItemDone(0, asked + said)]
-        self._messages.append({"role": "tool", "tool_call_id": call_id, "content": result.text})
+        self._messages.append(result_of(message, result.text))
 
     def _allow_no_more_calls(self) -> None:
         """The model has called tools often enough: it is told so, and has to answer, or call a function of the client's."""
         last = self._messages[-1]
-        self._messages[-1] = {**last, "content": f"{last['content']}\n{_NO_MORE}"}
+        self._messages[-1] = replace(last, content=f"{last.text}\n{_NO_MORE}")
         self._names = frozenset()
         # With its tools still in the prompt where it can be, which begins as before then.
         self._added = self._request if self._request.tools else replace(self._added, tool_choice="none")
@@ -189,8 +213,8 @@ class _Running(Generation):
     async def _go_on(self, every: float | None) -> AsyncIterator[list[Part]]:
         """Begin the next completion. Where the context has no room for it, even without older results, there is none."""
         await self._leave()
-        for messages in (self._messages, _without_old_results(self._messages)):
-            asked = replace(self._added, messages=[*(self._request.messages or ()), *messages], max_tokens=self._room)
+        for messages in (self._messages, without_old_results(self._messages)):
+            asked = replace(self._added, messages=[*self._before, *messages], max_tokens=self._room)
             self._starting = asyncio.ensure_future(self._inner.start(asked))
             async for _ in _while_waiting(self._starting, every):
                 yield []
@@ -207,6 +231,9 @@ class _Running(Generation):
 
     def prompt_texts(self) -> list[PromptText]:
         return self._generation.prompt_texts()
+
+    def written(self) -> list[Message]:
+        return self._generation.written()
 
     async def __aenter__(self) -> Generation:
         return self
@@ -292,32 +319,8 @@ async def _while_waiting(task: asyncio.Future[Any], every: float | None) -> Asyn
         yield None
 
 
-def _as_message(answer: Answer, call_ids: Sequence[str]) -> dict[str, Any]:
-    """A completion that calls tools, as the next one's prompt has it."""
-    texts = {
-        kind: _BETWEEN.join(item.text for item in answer.items if item.kind == kind)
-        for kind in ("reasoning", "message")
-    }
-    calls = [item for item in answer.items if item.kind == "call"]
-    return {
-        "role": "assistant",
-        "reasoning": texts["reasoning"],
-        "content": texts["message"] or None,
-        "tool_calls": [
-            {"id": call_id, "function": {"name": call.name, "arguments": call.text}}
-            for call, call_id in zip(calls, call_ids, strict=True)
-        ],
-    }
-
-
-def _without_old_results(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages with all results but the last replaced by a short notice, unless they are shorter."""
-    places = [place for place, message in enumerate(messages) if message["role"] == "tool"]
-    found = list(messages)
-    for place in places[:-1]:
-        if len(found[place]["content"]) > len(LEFT_OUT):
-            found[place] = {**found[place], "content": LEFT_OUT}
-    return found
+def _text(answer: Answer, kind: Kind) -> str:
+    return _BETWEEN.join(item.text for item in answer.items if item.kind == kind)
 
 
 def _sum(before: Usage | None, usage: Usage) -> Usage:

@@ -15,6 +15,8 @@ export interface Health {
   models: ModelHealth[];
   waiting: number;
   memory: { used: number; limit: number } | null;
+  /** Tools that the server runs itself: calculator, python, browser.search. */
+  tools: string[];
 }
 
 export interface ModelHealth {
@@ -110,6 +112,7 @@ function readHealth(body: Record<string, any>): Health {
     models,
     waiting: models.reduce((sum, each) => sum + each.waiting, 0),
     memory: used > 0 ? { used: Number(used), limit: Number(limit) || 0 } : null,
+    tools: Array.isArray(body.tools) ? body.tools.map(String) : [],
   };
 }
 

@@ -6,7 +6,7 @@ import { byId, h, icon, isComposing } from "./dom";
 import { askForKey, isMac, notice, showShortcuts } from "./dialogs";
 import { showSettings } from "./settings_view";
 import { Sidebar } from "./sidebar";
-import { memoryText, planText, stateText } from "./status_text";
+import { machineText, planText, stateText } from "./status_text";
 import { small, Store, type StoreEvent } from "./store";
 import { ThreadView } from "./thread_view";
 import { readSettings } from "./transfer";
@@ -212,7 +212,7 @@ class Page {
     const names = known.length ? known : settings.model ? [settings.model] : [];
     const field = byId<HTMLSelectElement>("model");
     const memory = byId("memory");
-    memory.textContent = memoryText(this.connection.status.health, settings.model);
+    memory.textContent = machineText(this.connection.status.health, settings.model);
     memory.title = planText(this.connection.status.health, settings.model) ?? "";
     const now = JSON.stringify([names, settings.model]);
     field.disabled = names.length === 0;

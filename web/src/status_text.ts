@@ -64,12 +64,22 @@ function loadingText(health: Health | null): string {
   return `Loading ${loading?.id ?? "the model"}${share}`;
 }
 
-export function memoryText(health: Health | null, model: string | null): string {
+/** The line below the field: the memory, and which tools the server runs. */
+export function machineText(health: Health | null, model: string | null): string {
+  return [memoryText(health, model), toolsText(health)].filter(Boolean).join(" · ");
+}
+
+function memoryText(health: Health | null, model: string | null): string {
   const memory = health?.memory;
   if (!memory) return "";
   const plan = health.models.find((each) => each.id === model)?.plan;
   const limit = memory.limit ? ` of ${gigabytes(memory.limit)}` : "";
   return `Memory ${gigabytes(memory.used)}${limit}${plan ? `, planned ${gigabytes(plan.total)}` : ""}`;
+}
+
+function toolsText(health: Health | null): string {
+  const names = new Set(health?.tools.map((name) => name.split(".")[0]));
+  return names.size ? `The server runs ${[...names].join(", ")}` : "";
 }
 
 /** What the plan is made of, and what is kept beside it; null for a model that is not in memory. */

@@ -123,7 +123,7 @@ class FakeModels:
         template = PLAIN if name == "openelm" else HARMONY
         tokenizer = SimpleNamespace(chat_template=template, encode=lambda text: list(text.encode()))
         model = SimpleNamespace(context_length=self._context_length)
-        return SimpleNamespace(tokenizer=tokenizer, model=model, release=self._release)
+        return SimpleNamespace(name=name, tokenizer=tokenizer, model=model, release=self._release)
 
     def _release(self):
         self.num_leases -= 1

@@ -230,6 +230,22 @@ def test_requests_that_are_passed_on_as_they_are(tools, monkeypatch, options):
     assert models.num_leases == 0
 
 
+def test_a_model_that_calls_no_tools_is_told_of_once(tools, caplog):
+    models = FakeModels()
+
+    async def main():
+        generations = ToolGenerations(FakeGenerations(lambda _: calling()), models, tools, 16)
+        for _ in range(2):
+            async with await generations.start(asked(model="openelm")) as generation:
+                await collected(generation)
+
+    asyncio.run(main())
+    assert [each.getMessage() for each in caplog.records] == [
+        "openelm was not trained to call functions: the server's tools are not used with it"
+    ]
+    assert models.num_leases == 0
+
+
 def test_tokens_are_counted_with_the_tools(tools):
     inner = FakeGenerations([])
     asyncio.run(ToolGenerations(inner, FakeModels(), tools, 16).count_tokens(asked()))

@@ -22,6 +22,7 @@ from .exchanges import Exchange, Exchanges
 from .failures import ApiError
 from .generation import Generation, GenerationRequest, Generations, Progress, PromptText
 from .loading import in_thread
+from .log import log
 from .own_tools import OwnTools, Result, ToolsOfAnswer
 from .parts import (
     Answer,
@@ -63,6 +64,7 @@ class ToolGenerations(Generations):
     def __init__(self, inner: Generations, models: Models, tools: OwnTools, most_rounds: int) -> None:
         self._inner, self._models, self._tools, self._most_rounds = inner, models, tools, most_rounds
         self._exchanges = Exchanges()
+        self._told: set[str] = set()  # models of which it was said that they call no tools
 
     async def start(self, request: GenerationRequest) -> Generation:
         """See `Generations`."""
@@ -79,6 +81,9 @@ class ToolGenerations(Generations):
                 return _Running(
                     self._inner, lease, self._tools, names, request, added, generation, self._most_rounds, keep
                 )
+            if lease.name not in self._told:
+                self._told.add(lease.name)
+                log.warning("%s was not trained to call functions: the server's tools are not used with it", lease.name)
         except BaseException:
             lease.release()
             raise

@@ -32,6 +32,7 @@ from .checkpoint.adapter_files import (
 )
 from .checks import size
 from .decoding.arguments import check_model
+from .decoding.pieces import forget_other_adapters
 from .errors import CheckpointError, DestinationError, MemoryLimitError, SettingError
 from .files import expanded, hears_the_disk, shown
 from .hub import Progress
@@ -108,28 +109,29 @@ def add_adapter(model: Model, source: SourceName, name: str | None = None, activ
     room for it.
     """
     check_model(model)
-    if model.is_followed:
-        raise SettingError(
-            "An adapter is not put beside a loaded model whose other layers have workers: load it again, with adapter=."
-        )
     place = locate_adapter(source)
-    adapter = read_adapter(place, model.spec)
+    adapter = read_adapter(place, _whole_spec(model))
     check_base(adapter, None if not adapter.base.get("hash") else base_hash(model))
     name = checked_name(_name_of(source, place) if name is None else name)
-    _check_room(model, adapter, name)
+    check_room_for_adapter(model, adapter, name)
     put_adapter(model, name, adapter, activate)
     return name
 
 
-def put_adapter(model: Model, name: str, adapter: Adapter, activate: bool = True, id: str | None = None) -> None:
+def put_adapter(
+    model: Model, name: str, adapter: Adapter, activate: bool = True, id: str | None = None, is_planned: bool = False
+) -> None:
     """Serve an adapter that has been read, or trained, under this name; one of the same name is replaced.
 
-    id: what requests know it by, where it is only a part of one.
+    id: what requests know it by, where that is known already. is_planned: the memory plans of all machines count it.
     """
-    adapters = model.adapters
+    adapters, others = model.adapters, runtime_of(model).others
+    id, kept = adapter_id(adapter) if id is None else id, None
+    if others is not None:
+        adapter, kept = others.give_adapter(name, adapter, is_planned)
     if name in adapters.served.names:
         remove_adapter(model, name)
-    served = added(model, name, adapter_id(adapter) if id is None else id, adapter)
+    served = added(model, name, id, adapter, kept)
     mx.eval(served.arrays)  # not by the first of several threads, and not in pieces of the first pass
     adapters.served = served
     _plan_again(model)
@@ -137,9 +139,18 @@ def put_adapter(model: Model, name: str, adapter: Adapter, activate: bool = True
         adapters.active = name
 
 
+def _whole_spec(model: Model) -> ModelSpec:
+    """Of all layers, also where other machines have some of them."""
+    others = runtime_of(model).others
+    return model.spec if others is None else others.source.spec
+
+
 @checked_call("om.remove_adapter", name=NAME)
 def remove_adapter(model: Model, name: str) -> None:
-    """Take an adapter away and free its memory; requests that use it end with an error. Raises SettingError."""
+    """Take an adapter away and free its memory, on every machine; requests that use it end with an error.
+
+    Raises SettingError where there is none of that name.
+    """
     check_model(model)
     adapters = model.adapters
     _check_known(model, name)
@@ -148,6 +159,7 @@ def remove_adapter(model: Model, name: str) -> None:
     served = without_adapter(adapters.served, name)
     mx.eval(served.arrays)
     adapters.served = served
+    forget_other_adapters(model)
     _plan_again(model)
 
 
@@ -275,11 +287,15 @@ def _plan_again(model: Model) -> None:
         )
 
 
-def _check_room(model: Model, adapter: Adapter, name: str) -> None:
+def check_room_for_adapter(model: Model, adapter: Adapter, name: str) -> None:
+    """Raise MemoryLimitError where the model's plan has no room for another adapter on this machine."""
     plan = runtime_of(model).plan
     if plan is None:
         return
-    needed = served_bytes(targets_of(model.spec), adapter)
+    targets = targets_of(model.spec)
+    # What goes to other machines stays here too, for one that comes back.
+    elsewhere = sum(pair.nbytes for each, pair in adapter.pairs.items() if each not in targets)
+    needed = served_bytes(targets, adapter) + elsewhere
     # While stacks are made anew, what is there is there twice.
     there = model.adapters.served.nbytes
     in_use = mx.get_active_memory()
@@ -319,8 +335,12 @@ def check_base(adapter: Adapter, known: str | None) -> None:
 
 def base_hash(model: Model) -> str:
     """A hash of a model's weights that stays the same when it is converted: of its norms, sinks and biases, which nothing
-    packs, rounded to bfloat16. Of weights in float16, which round otherwise, it begins with "f16".
+    packs, rounded to bfloat16. Of weights in float16, which round otherwise, it begins with "f16". Where other machines have
+    layers, of this machine's copy of the files.
     """
+    others = runtime_of(model).others
+    if others is not None:
+        return stored_base_hash(others.source.contents, others.source.checkpoint)
     vectors = {}
     for name, shape in model.spec.parameter_shapes().items():
         if len(shape) == 1:

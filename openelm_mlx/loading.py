@@ -23,7 +23,7 @@ from .errors import CheckpointError, SettingError
 from .experts.residency import Streaming, checked_slots
 from .files import hears_the_disk, shown
 from .hub import Progress
-from .link.several import Several, checked_workers, spread_out
+from .link.several import checked_workers, spread_out
 from .link.team import DEADLINE
 from .memory.admission import MOST_REQUESTS
 from .memory.calibration import calibrated
@@ -147,7 +147,6 @@ class Prepared:
     tokenizer: Tokenizer | None
     _read: Callable[[], Model]
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    several: Several | None = None
 
     @property
     def plan(self) -> MemoryPlan | None:
@@ -163,14 +162,12 @@ class Prepared:
         served = shape.adapters.served
         for name, id in zip(served.names, served.ids, strict=True):
             found = self.adapters.pop(name)  # each is given up once it stands beside the weights
-            if self.several is not None:
-                found = self.several.give_adapter(name, id, found)
-            put_adapter(model, name, found, name == shape.adapters.active, id)
+            put_adapter(model, name, found, name == shape.adapters.active, id, is_planned=True)
         return model, self.tokenizer
 
-    def serving(self, adapters: dict[str, Adapter], given: Adapters | None, several: Several | None = None) -> Prepared:
+    def serving(self, adapters: dict[str, Adapter], given: Adapters | None) -> Prepared:
         """The same with these adapters, which `given` named; requests are checked against their names."""
-        self.adapters, self.several = adapters, several
+        self.adapters = adapters
         served = self.model.adapters
         served.served = Served(tuple(adapters), tuple(map(adapter_id, adapters.values())))
         served.active = None if isinstance(given, Mapping) else next(iter(adapters), None)
@@ -260,7 +257,7 @@ def prepare(
     read = partial(_read, source, own, opened.checkpoint, streaming)
     if several is not None:
         read = partial(several.read, read, progress)
-    return Prepared(shape, found, read).serving(adapters, adapter, several)
+    return Prepared(shape, found, read).serving(adapters, adapter)
 
 
 @hears_the_disk(CheckpointError)

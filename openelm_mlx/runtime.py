@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .experts.residency import Residency
 from .memory.plan_types import MemoryPlan
 from .models.adapter_sets import AdaptersForm
+from .models.low_rank import Adapter
 from .models.remote import RemoteLayers
+from .sources import Source
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -27,13 +29,28 @@ class Traced:
     version: int = 0
 
 
+class OtherMachines(Protocol):
+    """Where a model's other layers are, as one: what is put beside the model goes to all of them (link/several.py)."""
+
+    @property
+    def source(self) -> Source:
+        """The whole model, of which each machine has a part."""
+
+    def give_adapter(self, name: str, adapter: Adapter, is_planned: bool) -> tuple[Adapter, Any]:
+        """Have each machine put its part of an adapter beside its layers; gives this machine's, and what keeps the others.
+
+        is_planned: the plans of all machines count it already. Raises MemoryLimitError where one has no room.
+        """
+
+
 @dataclass
 class Runtime:
     """One for each model; `runtime_of` finds it.
 
     plan: the memory plan that loading followed; None where nothing was planned, so no request is refused for memory.
     residency: reads experts that are not in memory; None when all are. failure: why the model has to be loaded again, if it
-    has. tokenizer: the one it was loaded with, for comparing two models. remote: the layers that other machines have.
+    has. tokenizer: the one it was loaded with, for comparing two models. remote: the layers that other machines have; others:
+    these machines.
     """
 
     plan: MemoryPlan | None = None
@@ -42,6 +59,7 @@ class Runtime:
     tokenizer: Tokenizer | None = None
     traced: Traced = field(default_factory=Traced)
     remote: RemoteLayers | None = None
+    others: OtherMachines | None = None
 
 
 def runtime_of(model: Model) -> Runtime:

@@ -1,5 +1,7 @@
 """What several machines do at the same time, and what one of them has on disk."""
 
+import time
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from openelm_mlx.checkpoint.adapter_files import write_adapter
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.budget import Budget
 from openelm_mlx.decoding.prefill import prefill
+from openelm_mlx.errors import CheckpointError, SettingError
+from openelm_mlx.link.adapter_parts import packed_adapter
 from openelm_mlx.link.arrays import unpacked
 from openelm_mlx.models.adapter_targets import targets_of
 from openelm_mlx.models.low_rank import Adapter, Pair
@@ -164,4 +168,113 @@ def test_adapters_on_every_machine(two_workers, tmp_path, demo):
         (chunk.token, chunk.logprob) for chunk in om.stream_generate(model, tokenizer, prompt, adapter=name, **options)
     ]
     assert again == expected[0]
+    model.remote.close()
+
+
+def written_adapter(folder, spec, name: str, seed: int, groups: tuple[str, ...], magnitudes: bool = False) -> str:
+    write_adapter(folder / name, random_adapter(spec, seed, groups, magnitudes), spec)
+    return str(folder / name)
+
+
+def bytes_there(model) -> list[int]:
+    """What MLX has in memory on each worker."""
+    chain = model.remote
+    return [chain.ask(number, {"op": "ping"}).header["bytes"] for number in range(len(chain.peers))]
+
+
+def wait_for_less(model, most: list[int]) -> None:
+    for _ in range(300):
+        found = bytes_there(model)
+        if all(each <= limit for each, limit in zip(found, most, strict=True)):
+            return
+        time.sleep(0.1)
+    raise AssertionError((found, most))
+
+
+@pytest.mark.parametrize("demo", ["demo-openelm", "demo-gpt-oss"])
+def test_adapters_come_and_go_on_every_machine(two_workers, tmp_path, demo, monkeypatch):
+    """Beside a loaded model, as on one machine; a worker has the memory of one that nobody uses any more back."""
+    spec = Source.open(demo).spec
+    a = written_adapter(tmp_path, spec, "a", 1, ("attention", "feed-forward", "experts", "router", "embedding", "head"))
+    b = written_adapter(tmp_path, spec, "b", 2, ("attention",), magnitudes=True)
+    third = len(spec.layers) // 3
+    one, tokenizer = om.load(demo, dtype="float32")
+    model, _ = om.load(
+        demo, dtype="float32", workers=[each.address for each in two_workers], worker_timeout=60,
+        layers=(third, third, len(spec.layers) - 2 * third),
+    )  # fmt: skip
+    both, prompt, options = (one, model), tokens_of(9), {"max_tokens": 3, "sampling": ENDLESS, "logprobs": 1}
+
+    def streamed_by(each, adapter=None):
+        return om.stream_generate(each, tokenizer, prompt, adapter=adapter, **options)
+
+    def answers(adapter=None) -> list:
+        found = [[(chunk.token, chunk.logprob) for chunk in streamed_by(each, adapter)] for each in both]
+        assert found[0] == found[1]
+        return found[0]
+
+    plain, before = answers(), bytes_there(model)
+    for each in both:
+        assert om.add_adapter(each, a) == "a"
+        om.add_adapter(each, b, activate=False)
+    assert all(now > earlier for now, earlier in zip(bytes_there(model), before, strict=True))
+    alone = {name: answers(name) for name in ("a", "b", "none")}
+    assert alone["none"] == plain == answers("none")
+    assert alone["a"] == answers()
+    assert len({str(each) for each in alone.values()}) == 3
+    with om.Engine(model, tokenizer) as engine:
+        handles = [engine.submit(prompt, adapter=name, **options) for name in alone]
+        together = [[(chunk.token, chunk.logprob) for chunk in handle] for handle in handles]
+    with om.Engine(one, tokenizer) as engine:
+        handles = [engine.submit(prompt, adapter=name, **options) for name in alone]
+        assert together == [[(chunk.token, chunk.logprob) for chunk in handle] for handle in handles]
+    for each in both:
+        om.use_adapter(each, "b")
+    assert answers() == alone["b"]
+
+    # Another one of the same name, and none; whoever has begun goes on with what it had.
+    running = [streamed_by(each, "a") for each in both]
+    first = [next(each) for each in running]
+    for each in both:
+        om.add_adapter(each, b, "a", activate=False)
+        om.remove_adapter(each, "b")
+    rest = [[(chunk.token, chunk.logprob) for chunk in (first[i], *each)] for i, each in enumerate(running)]
+    assert rest[0] == rest[1] == alone["a"]
+    assert answers("a") == alone["b"]
+    assert om.adapter_names(model) == ("a",)
+    with pytest.raises(SettingError, match="adapter is 'b'"):
+        next(streamed_by(model, "b"))
+
+    # One worker cannot take its part: nobody has any of it.
+    there = model.adapters.served
+    whole = packed_adapter
+
+    def damaged(name, number, part, is_planned):
+        header, body = whole(name, number, part, is_planned)
+        if "layers.1" in header["pairs"][-1][0]:
+            header["pairs"][-1][0] = "model.layers.77.self_attn.q_proj"
+        return header, body
+
+    with monkeypatch.context() as patched:
+        patched.setattr("openelm_mlx.link.several.packed_adapter", damaged)
+        with pytest.raises(
+            CheckpointError, match=r"On the worker 127\.0\.0\.1:\d+: The adapter belongs to another model"
+        ):
+            om.add_adapter(model, b, "c")
+    assert model.adapters.served is there
+
+    # A worker that comes back has what is there, and not what was taken away.
+    for peer in model.remote.peers:
+        peer.connection.close()
+    for each in both:
+        om.add_adapter(each, a, "again", activate=False)
+    assert answers("a") == alone["b"]
+    assert answers("again") == alone["a"]
+    del there
+    for each in both:
+        om.remove_adapter(each, "a")
+        om.remove_adapter(each, "again")
+    assert answers() == plain
+    wait_for_less(model, [each + 20_000 for each in before])
+    assert not model.remote.given
     model.remote.close()

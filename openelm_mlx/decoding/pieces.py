@@ -208,6 +208,14 @@ def forget_pieces(model: Model) -> None:
     _traced(model).pieces.clear()
 
 
+def forget_other_adapters(model: Model) -> None:
+    """Discard the pieces of adapters that have come or gone since: what they were traced with is in memory as long as they."""
+    made, there = _traced(model).pieces, model.adapters.served.ids
+    for old in list(made):
+        if old[2] is not None and old[2][0] != there:
+            made.pop(old, None)
+
+
 P = TypeVar("P", bound=Pieces)
 
 

@@ -16,6 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast, final
 
@@ -29,7 +30,7 @@ from ..models.remote_cache import Keeper, RemoteCache
 from ..specs import ModelSpec
 from .adapter_parts import told
 from .arrays import packed, unpacked
-from .framing import LostConnectionError
+from .framing import LostConnectionError, Message
 from .peer import Answer, Peer
 
 _T = TypeVar("_T")
@@ -67,7 +68,10 @@ class Chain(RemoteLayers, Keeper):
         self.epoch, self.is_up = 0, False
         # The model's own, which say what a pass at work uses; the workers have their parts of them.
         self.adapters: AdapterSet | None = None
-        self._trouble: Exception | None = None
+        # By number what each worker was sent of an adapter, for one that comes back; and which are not needed any more.
+        self.given: dict[int, Sequence[tuple[dict[str, Any], bytes]]] = {}
+        self._adapters_to_forget: deque[int] = deque()
+        self._trouble: str | None = None
         self._looked = 0.0
 
     # --- connections --------------------------------------------------------------------------------------------------
@@ -79,6 +83,7 @@ class Chain(RemoteLayers, Keeper):
                 return
             self.epoch += 1
             self._forgotten.clear()
+            self._forget_given()
             try:
                 self._connect()
             except BaseException as error:
@@ -121,13 +126,36 @@ class Chain(RemoteLayers, Keeper):
         """To worker k and back, for measuring: so many bytes."""
         self.ask(k, {"op": "echo"}, body)
 
-    def ask(self, k: int, header: Mapping[str, Any], body: bytes = b"") -> None:
+    def ask(self, k: int, header: Mapping[str, Any], body: bytes = b"") -> Message:
         """Ask worker k for something, and wait until it is done. Raises its error."""
         with self._at_work():
-            self._result(k, self.peers[k].ask(header, body, Answer()))
+            return self._result(k, self.peers[k].ask(header, body, Answer()))
+
+    def give_adapter(self, number: int, messages: Sequence[tuple[dict[str, Any], bytes]]) -> None:
+        """Have each worker serve its part of an adapter until `forget_adapter`. Raises the error of one that cannot."""
+        with self._lock:
+            try:
+                try:
+                    self._give(messages)
+                except LostConnectionError:
+                    self._give(messages)  # a worker that was gone may have come back
+            except BaseException:
+                self.forget_adapter(number)
+                raise
+            self.given[number] = messages
+
+    def _give(self, messages: Sequence[tuple[dict[str, Any], bytes]]) -> None:
+        self.start()
+        for k, message in enumerate(messages):
+            self.ask(k, *message)
+
+    def forget_adapter(self, number: int) -> None:
+        """An adapter is not needed any more; the workers are told with the next pass, or soon. Any thread may call it."""
+        self._adapters_to_forget.append(number)
 
     def _down(self, error: BaseException) -> None:
-        self.is_up, self._trouble = False, error if isinstance(error, Exception) else None
+        # Its text alone: with an error all that its callers had would be kept.
+        self.is_up, self._trouble = False, str(error) if isinstance(error, Exception) else None
         for peer in self.peers:
             peer.forget(error if isinstance(error, Exception) else WorkerError("It was interrupted."))
 
@@ -274,7 +302,7 @@ class Chain(RemoteLayers, Keeper):
         caches = [cache for each in rows for cache in each.caches]
         failure = next((each.failure for each in caches if each.failure is not None), None)
         if failure is not None:
-            raise failure
+            raise copy(failure)
         are_new = all(each.epoch is None for each in caches)
         if are_new:
             self.look()
@@ -287,19 +315,28 @@ class Chain(RemoteLayers, Keeper):
         reason = "" if self._trouble is None else f" ({self._trouble})"
         return WorkerError(f"The keys and values on another machine were lost with its connection{reason}")
 
+    def _forget_given(self) -> list[int]:
+        """The numbers of adapters that nobody needs any more; they are not sent again."""
+        numbers = []
+        while self._adapters_to_forget:
+            numbers.append(self._adapters_to_forget.popleft())
+            self.given.pop(numbers[-1], None)
+        return numbers
+
     def _pass_on_forgotten(self) -> None:
+        for number in self._forget_given():
+            for peer in self.peers:
+                peer.changes.append({"op": "forget", "adapter": number})
         while self._forgotten:
             machine, epoch, number, is_snapshot = self._forgotten.popleft()
             if epoch == self.epoch:
                 op = {"op": "forget", "snapshot": number} if is_snapshot else {"op": "forget", "cache": number}
                 self.peers[machine].changes.append(op)
 
-    def _result(self, k: int, answer: Answer) -> Any:
+    def _result(self, k: int, answer: Answer) -> Message:
         """An answer of worker k, waited for. Raises its error."""
         self._wait_for(k, answer)
-        if answer.failure is not None:
-            raise answer.failure
-        return answer.message
+        return answer.result()
 
     def _wait_for(self, k: int, answer: Answer) -> None:
         """Until it is here, an error too; what is sent before it may need the answer of the worker before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
@@ -18,7 +19,11 @@ MOST_CHANGES = 500
 
 @dataclass(eq=False)
 class Answer:
-    """An answer that is to come. on_failure: called with the worker's error, also where nobody waits for the answer."""
+    """An answer that is to come. on_failure: called with the worker's error, also where nobody waits for the answer.
+
+    failure: never raised itself, but copies of it. An error that was raised has the frames of its callers, and an answer is in
+    one of them: all that they have would stay in memory until Python looks for such rings.
+    """
 
     on_failure: Callable[[Exception], None] | None = None
     message: Message | None = None
@@ -30,9 +35,16 @@ class Answer:
 
     def fail(self, error: Exception) -> None:
         """It will not come, for this reason."""
-        self.failure = error
+        self.failure = copy(error)
         if self.on_failure is not None:
-            self.on_failure(error)
+            self.on_failure(self.failure)
+
+    def result(self) -> Message:
+        """What has come. Raises the worker's error, or the one of its connection."""
+        if self.failure is not None:
+            raise copy(self.failure)
+        assert self.message is not None
+        return self.message
 
 
 class Outgoing(NamedTuple):

@@ -20,7 +20,7 @@ from ..placement import Placement
 from ..runtime import runtime_of
 from ..sources import DEMOS, Source
 from ..specs import ModelSpec
-from .adapter_parts import adapter_part, packed_adapter
+from .adapter_parts import KeptAdapter, adapter_part, packed_adapter
 from .addresses import Address, parse_workers
 from .chain import Chain
 from .reading import SharedProgress
@@ -48,8 +48,9 @@ class Asked:
 
 @dataclass
 class Several:
-    """Who has what. parts: of each machine, this one's first. plan: this machine's, with a chunk that suits all of them."""
+    """Who has what of `source`. parts: of each machine, this one's first. plan: this machine's, with a chunk that suits all."""
 
+    source: Source
     team: Team
     chain: Chain
     parts: Sequence[Part]
@@ -88,18 +89,24 @@ class Several:
         model.is_followed = True
         # Requests keep their keys and values apart: the workers' are, too.
         model.choices = replace(model.choices, slots=False)
-        runtime_of(model).remote = self.chain
+        runtime = runtime_of(model)
+        runtime.remote, runtime.others = self.chain, self
         self.chain.adapters = model.adapters
         self.team.has_read()
         self.let_go_with(model)
 
-    def give_adapter(self, name: str, id: str, adapter: Adapter) -> Adapter:
-        """Have each worker serve its part of an adapter; gives this machine's."""
-        for number, (member, part) in enumerate(zip(self.team.members, self.parts[1:], strict=True)):
-            message = packed_adapter(name, id, adapter_part(adapter, part.start, part.stop))
-            self.chain.ask(number, *message)
-            member.adapters.append(message)
-        return adapter_part(adapter, self.own.start, self.own.stop)
+    def give_adapter(self, name: str, adapter: Adapter, is_planned: bool) -> tuple[Adapter, KeptAdapter]:
+        """Have each worker serve its part of an adapter; gives this machine's, and what keeps theirs there.
+
+        is_planned: the workers' plans count it already. Raises the error of a worker that has no room for it.
+        """
+        number = self.chain.new_number()
+        messages = [
+            packed_adapter(name, number, adapter_part(adapter, part.start, part.stop), is_planned)
+            for part in self.parts[1:]
+        ]
+        self.chain.give_adapter(number, messages)
+        return adapter_part(adapter, self.own.start, self.own.stop), KeptAdapter(self.chain, number)
 
     def let_go_with(self, model: Model) -> None:
         """Let the workers go when nobody has `model` any more; no longer with the one that was named before."""
@@ -159,7 +166,7 @@ def spread_out(
         ]  # fmt: skip
         chain = team.form([part.spec for part in parts[1:]], wanted)
         chunk = min([plan.prefill_chunk, *(int(each.plan["prefill_chunk"]) for each in team.members)])
-        return Several(team, chain, parts, replace(plan, prefill_chunk=chunk))
+        return Several(opened, team, chain, parts, replace(plan, prefill_chunk=chunk))
     except BaseException:
         team.close()
         raise

@@ -27,7 +27,7 @@ _NUMBERS = ("memory_bytes", "working_set_bytes", "used_bytes")
 class Member:
     """A worker: where it is, what it says of itself, and what it is asked for whenever it is connected.
 
-    other_addresses: of its networks and cables, as it knows them itself. adapters: messages with its parts of them.
+    other_addresses: of its networks and cables, as it knows them itself.
     """
 
     address: Address
@@ -37,7 +37,6 @@ class Member:
     other_addresses: Sequence[str] = ()
     wanted: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
-    adapters: list[tuple[dict[str, Any], bytes]] = field(default_factory=list)
 
 
 @final
@@ -102,11 +101,10 @@ class Team:
         if self._has_read:
             for each in self.members:
                 each.peer.open.send({"op": "read"})
-            for each in self.members:
+            for number, each in enumerate(self.members):
                 self._answer(each)
-                for header, body in each.adapters:
-                    each.peer.open.send(header, body)
-                    self._answer(each)
+                for messages in () if self.chain is None else self.chain.given.values():
+                    self._asked(each, *messages[number])
 
     def _meet(self, member: Member) -> None:
         peer, address = member.peer, member.address
@@ -160,8 +158,8 @@ class Team:
                 return
         raise WorkerError(f"{peer.name} has become another one: try again.")
 
-    def _asked(self, member: Member, header: dict[str, Any]) -> Message:
-        member.peer.open.send(header)
+    def _asked(self, member: Member, header: dict[str, Any], body: bytes = b"") -> Message:
+        member.peer.open.send(header, body)
         return self._answer(member)
 
     def _answer(self, member: Member) -> Message:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -52,11 +53,15 @@ class Stack:
 
 @dataclass(frozen=True)
 class Served:
-    """The adapters of a set at one time: names, what each is (a digest of its numbers), and the stacks by site."""
+    """The adapters of a set at one time: names, what each is (a digest of its numbers), and the stacks by site.
+
+    kept: of each what other machines keep of it, for as long as this is alive (remote.py).
+    """
 
     names: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    kept: tuple[Any, ...] = ()
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -326,7 +331,12 @@ def served_bytes(targets: Mapping[str, Target], adapter: Adapter) -> int:
 
 
 def with_adapter(
-    served: Served, name: str, id: str, adapter: Adapter, pairs: Mapping[str, tuple[SitePair, int]]
+    served: Served,
+    name: str,
+    id: str,
+    adapter: Adapter,
+    pairs: Mapping[str, tuple[SitePair, int]],
+    kept: Any = None,
 ) -> Served:
     """The set with one more adapter. Lazy."""
     count, stacks = len(served.names), {}
@@ -342,7 +352,7 @@ def with_adapter(
             stacks[site] = Stack(a, b, gains, (*(-1,) * count, 0), num_experts, (adapter.ties_head,))
         else:
             stacks[site] = _with_pair(old, new[0], adapter.ties_head)
-    return Served((*served.names, name), (*served.ids, id), stacks)
+    return Served((*served.names, name), (*served.ids, id), stacks, (*served.kept, kept))
 
 
 def _with_pair(old: Stack, pair: SitePair, ties_head: bool) -> Stack:
@@ -387,4 +397,4 @@ def without_adapter(served: Served, name: str) -> Served:
             ties = tuple(stack.ties_head[i] for i in kept)
             stacks[site] = Stack(a, b, gains, moved, stack.num_experts, ties)
     names, ids = ((*each[:at], *each[at + 1 :]) for each in (served.names, served.ids))
-    return Served(names, ids, stacks)
+    return Served(names, ids, stacks, (*served.kept[:at], *served.kept[at + 1 :]))

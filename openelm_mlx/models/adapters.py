@@ -226,16 +226,22 @@ def check_belongs(adapter: Adapter, spec: Any) -> None:
                 f"The adapter belongs to another model: its factors of {name} are {list(pair.a.shape)} and "
                 f"{list(pair.b.shape)}, and this model needs {list(wanted[0])} and {list(wanted[1])}."
             )
+        has_rows = not (target.num_experts or target.is_embedding)
+        if pair.magnitude is not None and not (has_rows and pair.magnitude.shape == (target.rows,)):
+            raise CheckpointError(
+                f"The adapter belongs to another model: its magnitudes of {name} are {list(pair.magnitude.shape)}, and this "
+                f"model needs {[target.rows] if has_rows else 'none there'}."
+            )
 
 
 # --- adapters that are served -----------------------------------------------------------------------------------------
 
 
-def added(model: LanguageModel, name: str, id: str, adapter: Adapter) -> Served:
+def added(model: LanguageModel, name: str, id: str, adapter: Adapter, kept: Any = None) -> Served:
     """The set of the model's adapters with one more; lazy. `model.adapters.served` is to be set to it once it is evaluated.
 
-    Modules are put beside the model's matrices at once; they add nothing before. Raises CheckpointError where the adapter is
-    one of another model.
+    Modules are put beside the model's matrices at once; they add nothing before. kept: see `Served`. Raises CheckpointError
+    where the adapter is one of another model.
     """
     check_belongs(adapter, model.spec)
     targets, gains = targets_of(model.spec), {}
@@ -244,7 +250,7 @@ def added(model: LanguageModel, name: str, id: str, adapter: Adapter) -> Served:
         if pair.magnitude is not None:
             assert isinstance(site, AdaptedLinear)
             gains[each] = pair.magnitude.astype(mx.float32) / site.norms(pair, targets[each]) - 1.0
-    return with_adapter(model.adapters.served, name, id, adapter, site_pairs(targets, adapter, gains))
+    return with_adapter(model.adapters.served, name, id, adapter, site_pairs(targets, adapter, gains), kept)
 
 
 __all__ = [

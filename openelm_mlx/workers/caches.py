@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import mlx.core as mx
 
+from ..adapters import remove_adapter
 from ..checks import is_whole
 from ..decoding.batch_step import BatchStep
 from ..decoding.budget import Budget
@@ -119,10 +120,19 @@ class Caches:
         if "snapshot" in change:
             self._snapshots.pop(_natural(change["snapshot"]), None)
             return
+        if "adapter" in change:
+            self._forget_adapter(str(_natural(change["adapter"])))
+            return
         held = self._held.pop(_natural(change["cache"]), None)
         if held is not None:
             for layer in held.cache:
                 layer.clear()
+
+    def _forget_adapter(self, name: str) -> None:
+        if name in self._model.adapters.served.names:
+            remove_adapter(self._model, name)
+            self._batch_step = BatchStep(self._model)  # the one before may have pieces that were traced with it
+            mx.clear_cache()
 
     def _of(self, change: Mapping[str, Any]) -> Held:
         return self._held[_natural(change["cache"])]

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..checkpoint.parts import identity
 from ..checks import is_whole
+from ..decoding.pieces import forget_other_adapters
 from ..errors import CheckpointError, UserError, WorkerError
 from ..experts.residency import Streaming
 from ..files import one_line
@@ -107,9 +108,10 @@ class Parts:
             model = read_model(planned.placement, checkpoint, streaming, stored_choices(), progress)
             model.is_followed = planned.is_followed
             model.context_length = planned.longest
-            runtime_of(model).plan = planned.plan
             self.model = model
         self.model.adapters.served = Served()  # those of the one before
+        forget_other_adapters(self.model)
+        runtime_of(self.model).plan = planned.plan
         return self.model
 
     def forget(self) -> None:

@@ -9,7 +9,8 @@ from typing import Any, final
 
 import mlx.core as mx
 
-from ..adapters import put_adapter
+from ..adapters import check_room_for_adapter, put_adapter
+from ..checks import is_whole
 from ..errors import UserError, WorkerError
 from ..files import one_line
 from ..link.adapter_parts import unpacked_adapter
@@ -77,13 +78,17 @@ class Session:
             return told_error(error), b""
         except (RuntimeError, MemoryError) as error:  # MLX's
             return told_error(WorkerError(f"A pass failed: {one_line(error)}.")), b""
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            # What was asked for makes no sense; the next one is served all the same.
+            what = f"{message.op[:40]!r} cannot be done ({type(error).__name__}: {one_line(str(error))[:200]})"
+            return told_error(WorkerError(f"{what}.")), b""
 
     def _done(self, message: Message) -> tuple[Mapping[str, Any], memoryview | bytes]:
         header = message.header
         if message.op == "pass":
             return self._passed(message)
         if message.op == "ping":
-            return {"op": "pong"}, b""
+            return {"op": "pong", "bytes": mx.get_active_memory()}, b""
         if message.op == "echo":
             return {"op": "echo"}, message.body
         if message.op == "facts":
@@ -129,8 +134,13 @@ class Session:
         model = self._parts.model
         if model is None or self._caches is None:
             raise WorkerError("Nothing has been read that an adapter could be put beside.")
-        name, id = str(message.header.get("name")), str(message.header.get("id"))
-        put_adapter(model, name, unpacked_adapter(message.header, message.body), False, id)
+        header, number = message.header, message.header.get("number")
+        if not is_whole(number):
+            raise WorkerError(f"{str(number)[:40]!r} is no number of an adapter.")
+        adapter = unpacked_adapter(header, message.body)
+        if header.get("is_planned") is not True:
+            check_room_for_adapter(model, adapter, one_line(str(header.get("name"))))
+        put_adapter(model, str(number), adapter, False, str(number))
 
     def _passed(self, message: Message) -> tuple[Mapping[str, Any], memoryview | bytes]:
         if self._caches is None:

@@ -393,6 +393,15 @@ def test_options_reach_what_loads_the_model(option, value, name, wanted):
         assert loading_options(args)[name] == wanted
 
 
+def test_what_measures_one_model_may_have_it_on_several_machines():
+    given = ["--workers", "mac2.local:7777", "--secret-file", "S", "--layers", "4,2", "--quiet"]
+    for command in (["perplexity", "m", "--text", "t"], ["evaluate", "m", "--tasks", "t"]):
+        options = loading_options(build_parser("openelm_mlx", command).parse_args([*command, *given]))
+        assert {name: options[name] for name in ("workers", "secret_file", "layers")} == {
+            "workers": "mac2.local:7777", "secret_file": "S", "layers": "4,2",
+        }  # fmt: skip
+
+
 OWN = [
     (["--limit", "3"], "limit", 3), (["--shots", "2"], "shots", 2), (["--seed", "7"], "seed", 7),
     (["--include-path", "f"], "include_path", "f"), (["--data", "aime25=f"], "data", (("aime25", "f"),)),

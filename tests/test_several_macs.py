@@ -9,6 +9,8 @@ import openelm_mlx as om
 from openelm_mlx.decoding.compiled_step import make_step
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.errors import SettingError
+from openelm_mlx.evaluation.requests import TokenRequest
+from openelm_mlx.evaluation.scorer import Scorer
 from openelm_mlx.runtime import runtime_of
 
 # demo -> how many layers each machine gets, where there are two and three: uneven, and never what would be chosen.
@@ -198,3 +200,22 @@ def test_kept_prompts_of_several_machines_stay_out_of_files(both, tmp_path):
         store.save(tmp_path / "cache")
     with pytest.raises(SettingError, match="over several machines"):
         store.load(tmp_path / "cache", several)
+
+
+def test_scores_are_those_of_one_machine(both):
+    """Log-likelihoods with what texts share, a text longer than a chunk, perplexity, and both models' predictions compared."""
+    one, several, tokenizer = both
+    shared, long = tokens_of(20), tokens_of(90, 5)
+    requests = [
+        TokenRequest.of([1, *shared[:shares], *tokens_of(3, seed)], tokens_of(length, seed + 1))
+        for seed, (shares, length) in enumerate([(20, 1), (20, 3), (20, 3), (5, 2), (0, 4)])
+    ] + [TokenRequest.of(long[:9], long[9:])]
+    expected, found = (Scorer(model, 64).score(requests) for model in (one, several))
+    assert [each.is_greedy for each in found] == [each.is_greedy for each in expected]
+    assert max(abs(a.logprob - b.logprob) for a, b in zip(found, expected, strict=True)) < 1e-4 * len(long)
+    text = "A banjo is a stringed instrument with a thin membrane."
+    scored = [om.perplexity(model, tokenizer, text).nll.value for model in (one, several)]
+    assert scored[0] == pytest.approx(scored[1], abs=1e-5)
+    compared = om.compare(one, several, text)
+    assert compared.same_top.value == 1.0
+    assert compared.max_kl < 1e-6

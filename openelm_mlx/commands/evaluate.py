@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 from . import INTERRUPTED, output
-from .evaluation_options import add_evaluated_model, loading_options
+from .evaluation_options import add_evaluated_model, add_workers, loading_options
 from .options import add_overwrite
 from .output import report, report_json, say
 
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-unsandboxed", action="store_true", help="run the model's code without a sandbox where there is none"
     )
     add_evaluated_model(parser)
+    add_workers(parser)
     files = parser.add_argument_group("files")
     files.add_argument(
         "--report",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import output
-from .options import add_preset_argument, bits_asked_for
+from .options import add_preset_argument, add_worker_arguments, bits_asked_for, worker_options
 
 Add = Callable[..., None]
 
@@ -33,6 +33,11 @@ def add_evaluated_model(parser: argparse.ArgumentParser, whose: str = "") -> Non
     shown.add_argument("--quiet", "-q", action="store_true", help="no progress on stderr")
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """For those commands that have one model, which may lie on several machines."""
+    add_worker_arguments(parser.add_argument_group("several machines"))
+
+
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `openelm_mlx.load` for those options."""
     from .progress import byte_bar
@@ -42,6 +47,7 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
         "kv_bits": args.kv_bits, "expert_slots": args.expert_slots, "memory_limit": args.memory_limit,
         "tokenizer": args.tokenizer, "revision": args.revision,
         "progress": None if args.quiet else byte_bar(str(args.model)),
+        **(worker_options(args) if "workers" in args else {}),
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .evaluation_options import add_evaluated_model, count_bar, loading_options
+from .evaluation_options import add_evaluated_model, add_workers, count_bar, loading_options
 from .output import report, report_json
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--window", type=int, metavar="N", help="read at most N tokens at once (default: the context)")
     add_evaluated_model(parser)
+    add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> int:

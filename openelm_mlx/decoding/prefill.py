@@ -172,6 +172,13 @@ def through_chunk(
     return last_block.after_attention(h[:, -1], out)
 
 
+def every_token(model: Model, h: mx.array, cache: Cache) -> mx.array:
+    """A chunk h (1, L, hidden_size) through all of the model's own layers, of every token, evaluated with keys and values."""
+    h = model.run_layers(h, cache, throttle=in_turn(cache, len(model.layers)))
+    mx.eval(h, [layer.buffers for layer in cache])
+    return h
+
+
 def lock_of(model: Model) -> Any:
     """What is held for a chunk of a prompt, where experts are on disk."""
     return nullcontext() if (residency := runtime_of(model).residency) is None else residency.lock

@@ -329,7 +329,8 @@ def _described(
 
 def _loaded(options: Mapping[str, Any]) -> dict[str, str]:
     """Keywords of `load`, as a report has them."""
-    return {name: str(value) for name, value in options.items() if value is not None and name != "progress"}
+    left_out = ("progress", "secret_file", "worker_timeout")
+    return {name: str(value) for name, value in options.items() if value is not None and name not in left_out}
 
 
 def _notes(report: Report, planned: Planned) -> list[str]:

@@ -2,7 +2,8 @@
 is asked for.
 
 `Scorer.score` decides with `Prefixes` what is computed together; a pass is a prompt's chunk into the cache or a forest of
-texts beside it. The answers are those of each text alone, whatever stands beside it.
+texts beside it, or where other machines have layers one text after the other. The answers are those of each text alone,
+whatever stands beside it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ import numpy as np
 
 from ..decoding.budget import Budget, check_room, chunk_of_plan, drop, keeping_to_plan
 from ..decoding.gpu_errors import empty_stream, is_watchdog
-from ..decoding.prefill import chunk_throttle, fill, in_turn, lock_of
+from ..decoding.prefill import chunk_throttle, every_token, fill, lock_of
 from ..engine.single import not_finite
-from ..errors import SettingError
 from ..models.buffers import Snapshot
 from ..models.cache import Cache
-from ..models.remote_cache import RemoteCache
 from ..models.trees import NO_PARENT, Forest, TreeWalk
 from ..runtime import runtime_of
 from .prefixes import Branch, Extend, Prefixes
@@ -78,11 +77,6 @@ class Scorer:
         missing = [len(each.inputs) for number, each in enumerate(requests) if number not in known]
         if missing:
             cache = self.model.make_cache()
-            if any(isinstance(each, RemoteCache) for each in cache):
-                raise SettingError(
-                    "Some layers of this model are on another Mac, and texts are scored with all of them here: load it "
-                    "without workers."
-                )
             check_room(self.model, cache, max(missing), 1)
             with keeping_to_plan(self.model, cache) as (budget, lease):
                 try:
@@ -182,6 +176,10 @@ class _Run:
 
     def _branch(self, step: Branch) -> None:
         """Whatever these texts have after the trunk, each token once."""
+        if self.model.remote is not None:  # a forest stands beside a cache, and those of other machines are there
+            for i in range(step.first, step.last):
+                self._extend(Extend(i, i + 1, step.trunk, len(self._texts[i])))
+            return
         self._return_to(step.first, step.trunk)
         size = self._prefixes.size(step.first, step.last, step.trunk)
         room = self._budget.chunk_of_prompt(size, size)
@@ -308,9 +306,8 @@ def kept_scores(
 def read_chunk(model: Model, tokens: Sequence[int], cache: Cache) -> mx.array:
     """The residual stream (L, hidden_size) after the last layer, of tokens whose keys and values go into the cache."""
     h = model.embed(mx.array(list(tokens))[None])
-    h = model.run_layers(h, cache, throttle=in_turn(cache, len(cache)))
-    mx.eval(h, [layer.buffers for layer in cache])
-    return h[0]
+    h = every_token(model, h, cache)
+    return (h if model.remote is None else model.remote.chunk(h, cache))[0]
 
 
 def target_logprobs(

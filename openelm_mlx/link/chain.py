@@ -237,6 +237,9 @@ class Chain(RemoteLayers, Keeper):
         self._filled("prompt", h, [row])
         return None
 
+    def chunk(self, h: mx.array, cache: Cache) -> mx.array:
+        return self._wanted("chunk", h, [_Row(self._of(cache), h.shape[1], True)])
+
     def rows(self, h: mx.array, rows: Sequence[RequestRows]) -> mx.array | None:
         made = [_Row(self._of(each.cache), each.length, each.is_prompt, each.wants_logits) for each in rows]
         if any(each.num_logits for each in rows):

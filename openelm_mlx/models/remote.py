@@ -51,5 +51,8 @@ class RemoteLayers(Protocol):
     def prompt(self, h: mx.array | None, cache: Cache, wants_last: bool) -> mx.array | None:
         """Of a chunk of a prompt (1, L, hidden_size) the last token, (1, hidden_size); nothing where it is not wanted."""
 
+    def chunk(self, h: mx.array, cache: Cache) -> mx.array:
+        """Of a chunk of a prompt (1, L, hidden_size) every token, the same shape."""
+
     def rows(self, h: mx.array, rows: Sequence[RequestRows]) -> mx.array | None:
         """Of flat rows (M, hidden_size) those whose logits are wanted, (R, hidden_size); None where none are."""

@@ -13,7 +13,7 @@ from ..checks import is_whole
 from ..decoding.batch_step import BatchStep
 from ..decoding.budget import Budget
 from ..decoding.compiled_step import make_step
-from ..decoding.prefill import chunk_throttle, lock_of, through_chunk
+from ..decoding.prefill import chunk_throttle, every_token, lock_of, through_chunk
 from ..decoding.step import Step
 from ..errors import UserError, WorkerError
 from ..link.adapter_parts import ids_of
@@ -209,6 +209,7 @@ class Caches:
 
     def _computed(self, form: str, header: Mapping[str, Any], h: mx.array, rows: list[Wanted]) -> mx.array | None:
         model = self._model
+        out: mx.array | None
         if form == "rows":
             return self._flat(h, rows)
         if form == "whole" and not rows:
@@ -222,10 +223,13 @@ class Caches:
             return held.step.many(h)
         if form == "whole" and row.length == (1 if h.ndim == 2 else h.shape[1]):
             return model(h, held.cache)
-        if form == "prompt" and h.ndim == 3 and h.shape[:2] == (1, row.length):
+        if form in ("prompt", "chunk") and h.ndim == 3 and h.shape[:2] == (1, row.length):
             with lock_of(model):
-                out = through_chunk(model, h, held.cache, row.wants)
-                mx.eval([[] if out is None else [out], *(layer.buffers for layer in held.cache)])
+                if form == "prompt":
+                    out = through_chunk(model, h, held.cache, row.wants)
+                    mx.eval([[] if out is None else [out], *(layer.buffers for layer in held.cache)])
+                else:
+                    out = every_token(model, h, held.cache)
             mx.clear_cache()
             return out
         raise WorkerError(f"There is no pass {form[:20]!r} of {h.shape} numbers.")

@@ -284,12 +284,14 @@ _LOADED = dict.fromkeys(
         "--context-length", "--json", "--quiet",
     ), "test_evaluation_text.py",
 )  # fmt: skip
+_WORKERS = dict.fromkeys(("--workers", "--secret-file", "--layers", "--worker-timeout"), "test_evaluation_text.py")
 _READ = dict.fromkeys(("--text", "--window"), "test_evaluation_text.py")
 ELSEWHERE |= {
-    "perplexity": {**_LOADED, **_READ},
+    "perplexity": {**_LOADED, **_WORKERS, **_READ},
     "compare": {**_LOADED, **_READ},
     "evaluate": {
         **_LOADED,
+        **_WORKERS,
         **dict.fromkeys(
             (
                 "--tasks", "--limit", "--shots", "--seed", "--include-path", "--data", "--add-bos",

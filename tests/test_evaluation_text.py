@@ -394,11 +394,21 @@ def test_options_reach_what_loads_the_model(option, value, name, wanted):
 
 
 def test_what_measures_one_model_may_have_it_on_several_machines():
-    given = ["--workers", "mac2.local:7777", "--secret-file", "S", "--layers", "4,2", "--quiet"]
+    given = [
+        "--workers",
+        "mac2.local:7777",
+        "--secret-file",
+        "S",
+        "--layers",
+        "4,2",
+        "--worker-timeout",
+        "3",
+        "--quiet",
+    ]
     for command in (["perplexity", "m", "--text", "t"], ["evaluate", "m", "--tasks", "t"]):
         options = loading_options(build_parser("openelm_mlx", command).parse_args([*command, *given]))
-        assert {name: options[name] for name in ("workers", "secret_file", "layers")} == {
-            "workers": "mac2.local:7777", "secret_file": "S", "layers": "4,2",
+        assert {name: options[name] for name in ("workers", "secret_file", "layers", "worker_timeout")} == {
+            "workers": "mac2.local:7777", "secret_file": "S", "layers": "4,2", "worker_timeout": 3.0,
         }  # fmt: skip
 
 

@@ -246,7 +246,8 @@ def test_a_worker_outlives_1000_damaged_sessions():
             {"op": "prepare", "demo": "../../etc", "repo": "../x", "start": 1, "stop": 2}, {"op": "read"}, {"op": "facts"},
             {"op": "prepare", "demo": "demo-openelm", "identity": "x", "start": {}, "stop": None}, {"op": "nothing"},
             {"op": "changes", "changes": [{"op": "rewind"}]}, {"op": "changes", "changes": 3}, {"op": "ping", "changes": {}},
-            {"op": "echo"}, {"op": "leave"},
+            {"op": "echo"}, {"op": "leave"}, {"op": "adapter", "number": 3, "pairs": [["x", 1.0, {}]]},
+            {"op": "prepare", "demo": "demo-openelm", "identity": [], "adapter_bytes": ["x", {}], "dtype": 3, "dense_bits": "y"},
         ]  # fmt: skip
         for number in range(50):
             connection = connected()

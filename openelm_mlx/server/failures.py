@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from ..errors import EngineClosedError, EngineFullError, MemoryLimitError, PromptError, UserError
+from ..errors import EngineClosedError, EngineFullError, MemoryLimitError, PromptError, UserError, WorkerError
 
 # Seconds after which a client may ask again, where nobody knows better.
 RETRY_AFTER = 5
@@ -76,6 +76,8 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
     if isinstance(error, PromptError) and "context holds" in str(error):
         message = str(error).split(", or ask for")[0].rstrip(".")  # what else there is, is not asked for over HTTP
         return ApiError(400, f"{message}.", param=param or "messages", code="context_length_exceeded")
+    if isinstance(error, WorkerError):
+        return ApiError(503, str(error), "server_error", code="worker_lost", retry_after=RETRY_AFTER)
     if isinstance(error, UserError):
         return bad_request(str(error), param)
     return ApiError(500, "The server failed on this request; its log has the error.", "server_error")

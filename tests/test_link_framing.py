@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import select
 import socket
 import struct
 import threading
@@ -63,8 +64,20 @@ def test_messages_go_both_ways_whole(pair):
     threading.Thread(target=lambda: here.send({"op": "x", "n": 1}, body)).start()
     message = there.receive()
     assert (message.op, message.header["n"], bytes(message.body)) == ("x", 1, body)
-    there.send({"op": "y"})
-    assert here.receive().header == {"op": "y"}
+    # Several that come at once, a long one among them, are read one after the other.
+    sent = [{"op": "y", "n": number} for number in range(5)]
+    bodies = [os.urandom(size) for size in (0, 11_520, 100_000, framing.PIECE - 1, 3)]
+
+    def send_all() -> None:
+        for header, each in zip(sent, bodies, strict=True):
+            there.send(header, each)
+
+    threading.Thread(target=send_all).start()
+    assert here.has_input() or here._wait(select.POLLIN, time.monotonic() + DEADLINE) is None
+    time.sleep(0.05)
+    received = [here.receive() for _ in sent]
+    assert [(each.header, bytes(each.body)) for each in received] == list(zip(sent, bodies, strict=True))
+    assert not here.has_input()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -113,7 +126,7 @@ def test_huge_messages_are_refused_before_memory_is_taken(pair, monkeypatch, hea
     here, there, sockets = pair
     keys = sign(here, there, largest=100)
     prefix = PREFIX.pack(MAGIC, header, body)
-    sockets[0].send(prefix + Connection._first_tag(keys.sending, 0, prefix))
+    sockets[0].send(prefix + framing._first_tag(keys.sending, 0, prefix))
     monkeypatch.setattr(framing, "bytearray", None, raising=False)
     with pytest.raises(LostConnectionError, match=f"it has {header + body:,} bytes, more than are read"):
         there.receive()
@@ -247,7 +260,7 @@ def test_a_worker_outlives_1000_damaged_sessions():
             {"op": "prepare", "demo": "demo-openelm", "identity": "x", "start": {}, "stop": None}, {"op": "nothing"},
             {"op": "changes", "changes": [{"op": "rewind"}]}, {"op": "changes", "changes": 3}, {"op": "ping", "changes": {}},
             {"op": "echo"}, {"op": "leave"}, {"op": "adapter", "number": 3, "pairs": [["x", 1.0, {}]]},
-            {"op": "prepare", "demo": "demo-openelm", "identity": [], "adapter_bytes": ["x", {}], "dtype": 3, "dense_bits": "y"},
+            {"op": "prepare", "demo": "demo-openelm", "identity": [], "adapter_bytes": ["x", {}], "dense_bits": "y"},
         ]  # fmt: skip
         for number in range(50):
             connection = connected()

@@ -6,6 +6,9 @@ The tags are made with a key of this connection and direction, over a number tha
 HMAC-SHA256 of all, which machines have instructions for): a damaged, repeated or
 foreign message is refused, the lengths before anything is allocated for them. Before the handshake there are no keys, the
 tags are zeros, and only short headers are read. Nothing is ever unpickled.
+
+A token's residual stream is a few kilobytes, and on a cable the time between two machines is what Python does here: such a
+message goes out in one call, comes in with one, and is signed in one.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ _START = PREFIX.size + TAG_BYTES
 LARGEST_GREETING, LARGEST_HEADER = 4096, 2**20
 # A body may take so long by its size beside the deadline: slower networks than this are no help.
 SLOWEST_BYTES_PER_SECOND = 250_000
+# A message up to so long goes out in one piece, and so much is read at once.
+PIECE = 2**16
 _NO_TAG = bytes(TAG_BYTES)
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+_encode, _decode = json.JSONEncoder(separators=(",", ":")).encode, json.JSONDecoder().decode
 
 
 class LostConnectionError(WorkerError):
@@ -82,9 +87,11 @@ class Connection:
         self._num_sent = self._num_received = 0
         self._sending = threading.RLock()
         self._unsent: list[memoryview] = []
-        # What has come of the message that is being received.
-        self._start, self._rest = bytearray(_START), bytearray()
-        self._have, self._has_start, self._header_length = 0, False, 0
+        # What has come: the start of the next message, and what there is of it and of those after it; then a long one.
+        self._came = memoryview(bytearray(PIECE))
+        self._have = 0
+        self._long, self._have_of_long = memoryview(b""), 0
+        self._header_length = 0
 
     def use(self, keys: Keys, largest_body: int) -> None:
         """From now on messages are signed, and may be large."""
@@ -108,9 +115,16 @@ class Connection:
         with self._sending:
             self._flush()
             prefix = PREFIX.pack(MAGIC, len(text), len(body))
-            first, last = self._tags(self._sent_key, self._num_sent, prefix, (text, body))
+            key = None if self._keys is None else self._keys.sending
+            first = _first_tag(key, self._num_sent, prefix)
             self._num_sent += 1
-            self._unsent = [memoryview(prefix + first + text), memoryview(body), memoryview(last)]
+            if len(body) < PIECE:
+                signed = b"".join((first, text, body))
+                self._unsent = [memoryview(b"".join((prefix, signed, _last_tag(key, signed))))]
+            else:
+                self._unsent = [
+                    memoryview(prefix + first + text), memoryview(body), memoryview(_last_tag(key, first, text, body)),
+                ]  # fmt: skip
             self._flush(len(body))
             self.sent = time.monotonic()
 
@@ -133,30 +147,36 @@ class Connection:
 
     def receive(self, timeout: float | None = None) -> Message:
         """The next message. timeout: seconds until it begins, the deadline when it is None."""
-        limit = time.monotonic() + (self.deadline if timeout is None else timeout)
-        if not self._has_start:
-            self._fill(self._start, limit, waits_first=True)
-            self._look_at_start()
-            limit = time.monotonic() + self.deadline + len(self._rest) / SLOWEST_BYTES_PER_SECOND
-        self._fill(self._rest, limit)
-        message = self._opened()
-        self._has_start, self._have = False, 0
-        self._num_received += 1
-        self.heard = time.monotonic()
-        return message
+        if not self._long:
+            if self._have == 0:
+                self._wait(select.POLLIN, time.monotonic() + (self.deadline if timeout is None else timeout))
+            limit = time.monotonic() + self.deadline
+            while self._have < _START:
+                self._have += self._read(self._came[self._have :], limit)
+            total = self._checked_start()
+            if total <= PIECE:
+                while self._have < total:
+                    self._have += self._read(self._came[self._have :], limit)
+                return self._opened(memoryview(self._taken(total)))
+            self._long = memoryview(bytearray(total))
+            self._have_of_long = self._have
+            self._long[: self._have] = self._came[: self._have]
+            self._have = 0
+        limit = time.monotonic() + self.deadline + len(self._long) / SLOWEST_BYTES_PER_SECOND
+        while self._have_of_long < len(self._long):
+            self._have_of_long += self._read(self._long[self._have_of_long :], limit)
+        whole, self._long = self._long, memoryview(b"")
+        return self._opened(whole)
 
     def has_input(self) -> bool:
         """Whether anything has come, which may be the end of the connection."""
-        return bool(self._poll(select.POLLIN, 0))
+        return self._have > 0 or bool(self._poll(select.POLLIN, 0))
 
-    def _fill(self, buffer: bytearray, limit: float, waits_first: bool = False) -> None:
-        view = memoryview(buffer)
-        while self._have < len(buffer):
-            if waits_first:
-                self._wait(select.POLLIN, limit)
-                waits_first = False
+    def _read(self, place: memoryview, limit: float) -> int:
+        """How many bytes have been read into a place."""
+        while True:
             try:
-                count = self._socket.recv_into(view[self._have :])
+                count = self._socket.recv_into(place)
             except BlockingIOError:
                 self._wait(select.POLLIN, limit)
                 continue
@@ -164,33 +184,46 @@ class Connection:
                 raise self._lost(error) from None
             if count == 0:
                 raise self._lost(None)
-            self._have += count
+            return count
 
-    def _look_at_start(self) -> None:
-        prefix, tag = bytes(self._start[: PREFIX.size]), bytes(self._start[PREFIX.size :])
+    def _taken(self, total: int) -> bytes:
+        """The first message of what has come, which it leaves; what came after it is the next one's."""
+        taken = bytes(self._came[:total])
+        self._have -= total
+        if self._have:
+            self._came[: self._have] = bytes(self._came[total : total + self._have])
+        return taken
+
+    def _checked_start(self) -> int:
+        """How long the next message is, of which the start is there; a false one is refused."""
+        prefix = bytes(self._came[: PREFIX.size])
         magic, header_length, body_length = PREFIX.unpack(prefix)
         if magic != MAGIC:
             raise self._damaged("it does not begin as one")
-        if not hmac.compare_digest(tag, self._first_tag(self._received_key, self._num_received, prefix)):
+        key = None if self._keys is None else self._keys.receiving
+        if not hmac.compare_digest(self._came[PREFIX.size : _START], _first_tag(key, self._num_received, prefix)):
             raise self._damaged("its tag is wrong")
-        most = LARGEST_GREETING if self._keys is None else LARGEST_HEADER
-        if not 0 < header_length <= most or body_length > (0 if self._keys is None else self.largest_body):
+        most = LARGEST_GREETING if key is None else LARGEST_HEADER
+        if not 0 < header_length <= most or body_length > (0 if key is None else self.largest_body):
             raise self._damaged(f"it has {header_length + body_length:,} bytes, more than are read")
-        self._rest = bytearray(header_length + body_length + TAG_BYTES)
-        self._have, self._has_start, self._header_length = 0, True, header_length
+        self._header_length = header_length
+        return int(_START + header_length + body_length + TAG_BYTES)
 
-    def _opened(self) -> Message:
-        content, tag = memoryview(self._rest)[:-TAG_BYTES], bytes(self._rest[-TAG_BYTES:])
-        first = bytes(self._start[PREFIX.size :])
-        if not hmac.compare_digest(tag, self._last_tag(self._received_key, first, (content,))):
+    def _opened(self, whole: memoryview) -> Message:
+        signed, tag = whole[PREFIX.size : -TAG_BYTES], whole[-TAG_BYTES:]
+        key = None if self._keys is None else self._keys.receiving
+        if not hmac.compare_digest(tag, _last_tag(key, signed)):
             raise self._damaged("its tag is wrong")
+        start = TAG_BYTES + self._header_length
         try:
-            header = json.loads(str(content[: self._header_length], "utf-8"))
+            header = _decode(str(signed[TAG_BYTES:start], "utf-8"))
         except (ValueError, RecursionError):
             raise self._damaged("its header is not JSON") from None
         if not isinstance(header, dict) or not isinstance(header.get("op"), str):
             raise self._damaged("its header does not say what it is")
-        return Message(header, content[self._header_length :])
+        self._num_received += 1
+        self.heard = time.monotonic()
+        return Message(header, signed[start:])
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
@@ -214,38 +247,6 @@ class Connection:
         except (OSError, ValueError) as error:
             raise self._lost(error) from None
 
-    # --- tags ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def _sent_key(self) -> bytes | None:
-        return None if self._keys is None else self._keys.sending
-
-    @property
-    def _received_key(self) -> bytes | None:
-        return None if self._keys is None else self._keys.receiving
-
-    def _tags(
-        self, key: bytes | None, number: int, prefix: bytes, content: tuple[bytes | memoryview, ...]
-    ) -> tuple[bytes, bytes]:
-        first = self._first_tag(key, number, prefix)
-        return first, self._last_tag(key, first, content)
-
-    @staticmethod
-    def _first_tag(key: bytes | None, number: int, prefix: bytes) -> bytes:
-        if key is None:
-            return _NO_TAG
-        # Keyed BLAKE2: for a few bytes it takes a third of an HMAC's time.
-        return hashlib.blake2b(number.to_bytes(8, "big") + prefix, key=key, digest_size=TAG_BYTES).digest()
-
-    @staticmethod
-    def _last_tag(key: bytes | None, first: bytes, content: tuple[bytes | memoryview, ...]) -> bytes:
-        if key is None:
-            return _NO_TAG
-        made = hmac.new(key, first, "sha256")
-        for each in content:
-            made.update(each)
-        return made.digest()[:TAG_BYTES]
-
     # --- errors -------------------------------------------------------------------------------------------------------
 
     def _lost(self, error: Exception | None) -> LostConnectionError:
@@ -259,3 +260,23 @@ class Connection:
             f"What came from {self.name} is no message of this library, or a damaged one ({why}): check the address and "
             "port, and that nothing else answers there."
         )
+
+
+def _first_tag(key: bytes | None, number: int, prefix: bytes) -> bytes:
+    """Of the lengths. number: how many messages went before this one."""
+    if key is None:
+        return _NO_TAG
+    # Keyed BLAKE2: for a few bytes it takes a third of an HMAC's time.
+    return hashlib.blake2b(number.to_bytes(8, "big") + prefix, key=key, digest_size=TAG_BYTES).digest()
+
+
+def _last_tag(key: bytes | None, *signed: bytes | memoryview) -> bytes:
+    """Of the first tag, the header and the body, which may be one piece or several."""
+    if key is None:
+        return _NO_TAG
+    if len(signed) == 1:
+        return hmac.digest(key, signed[0], "sha256")[:TAG_BYTES]
+    made = hmac.new(key, digestmod="sha256")
+    for each in signed:
+        made.update(each)
+    return made.digest()[:TAG_BYTES]

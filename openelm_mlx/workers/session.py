@@ -47,11 +47,11 @@ class Session:
                 message = self._connection.receive(LONGEST_SILENCE)
                 if message.op == "leave":
                     return
-                self._beat.is_on.set()
+                self._beat.is_on = True
                 try:
                     answer = self._answered(message)
                 finally:
-                    self._beat.is_on.clear()
+                    self._beat.is_on = False
                 if answer is not None:
                     self._connection.send(*answer)
         finally:
@@ -159,7 +159,7 @@ class _Beat(threading.Thread):
     def __init__(self, connection: Connection) -> None:
         super().__init__(daemon=True)
         self._connection, self._seconds = connection, BEAT_SECONDS
-        self.is_on, self._is_over = threading.Event(), threading.Event()
+        self.is_on, self._is_over = False, threading.Event()
 
     def set_deadline(self, seconds: Any) -> None:
         """As often as the other side's deadline asks for."""
@@ -171,7 +171,7 @@ class _Beat(threading.Thread):
 
     def run(self) -> None:
         while not self._is_over.wait(self._seconds):
-            if self.is_on.is_set():
+            if self.is_on:
                 try:
                     self._connection.send({"op": "alive"})
                 except LostConnectionError:

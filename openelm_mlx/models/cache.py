@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..specs import LayerSpec, ModelSpec, checked_kv_bits, kv_capacity
 from .attention import Mask, causal_mask, visible_keys
 from .buffers import Snapshot, appended, grown, ring_reaches, seen_before, write
+from .growing_cache import GrowingCache
 from .quantized_cache import QuantizedKVCache
 from .remote_cache import RemoteCache
 
@@ -47,17 +48,8 @@ def make_cache(
     ]
 
 
-class KVCache:
-    """Keys and values of every token, (B, K, T, D) each, in buffers that grow as `kv_capacity` says."""
-
-    def __init__(
-        self, left_padding: mx.array | None = None, context_length: int | None = None, spare_places: int = 0
-    ) -> None:
-        self.context_length, self.spare_places = context_length, spare_places
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.offset = 0
-        self.left_padding = left_padding
+class KVCache(GrowingCache[mx.array]):
+    """Keys and values of every token, (B, K, T, D) each."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append L new keys and values (B, K, L, D); all cached ones come back, (B, K, offset + L, D)."""
@@ -86,36 +78,6 @@ class KVCache:
             return self.nbytes
         places = kv_capacity(num_tokens, self.context_length) + self.spare_places
         return places * layer.kv_bytes_per_token(itemsize)
-
-    def clear(self) -> None:
-        """Forget everything and give the memory back."""
-        self.keys = self.values = None
-        self.offset = 0
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """The mask for the next N tokens, asked for before they are appended."""
-        if return_array:
-            positions = mx.arange(self.offset + N)
-            return visible_keys(positions[self.offset :], positions, window_size, self.left_padding)
-        return causal_mask(N, self.offset, window_size, self.left_padding)
-
-    def rewind(self, num_tokens: int) -> None:
-        """Forget the last `num_tokens` tokens. Raises ValueError when there are fewer."""
-        if not 0 <= num_tokens <= self.offset:
-            raise ValueError(f"cannot take back {num_tokens} of {self.offset} tokens")
-        self.offset -= num_tokens
-
-    def snapshot(self) -> Snapshot:
-        """What `restore` and `fork` need to come back here: the offset alone, since more tokens overwrite nothing."""
-        return Snapshot(self.offset, self.offset)
-
-    def can_reach(self, snapshot: Snapshot, offset: int) -> bool:
-        """Whether a cache brought back to `snapshot` can be rewound to `offset`."""
-        return 0 <= offset <= snapshot.offset
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Be again what this cache was at an earlier `snapshot`."""
-        self.rewind(self.offset - snapshot.offset)
 
     def fork(self, snapshot: Snapshot) -> KVCache:
         """Another cache, as this one was at an earlier `snapshot`; what is written to one is not seen by the other."""
@@ -154,29 +116,6 @@ class KVCache:
     def buffers(self) -> list[mx.array]:
         """The whole buffers, for `mx.eval`: evaluating a slice would allocate it again."""
         return [] if self.keys is None or self.values is None else [self.keys, self.values]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, empty places included."""
-        return sum(buffer.nbytes for buffer in self.buffers)
-
-    # --- mlx-lm's words ---
-
-    meta_state = ""
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, n: int) -> int:
-        n = min(n, self.offset)
-        self.rewind(n)
-        return n
-
-    def size(self) -> int:
-        return self.offset
-
-    def empty(self) -> bool:
-        return self.keys is None
 
 
 class SlidingKVCache:

@@ -5,22 +5,13 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..specs import LayerSpec, kv_capacity
-from .attention import Mask, causal_mask, visible_keys
 from .buffers import Snapshot, appended, grown
+from .growing_cache import GrowingCache
 from .packed import BITS, Packed, pack
 
 
-class QuantizedKVCache:
+class QuantizedKVCache(GrowingCache[Packed]):
     """`KVCache` with its numbers packed: it returns `Packed`, which `attention.attend` accepts."""
-
-    def __init__(
-        self, left_padding: mx.array | None = None, context_length: int | None = None, spare_places: int = 0
-    ) -> None:
-        self.keys: Packed | None = None
-        self.values: Packed | None = None
-        self.offset = 0
-        self.left_padding = left_padding
-        self.context_length, self.spare_places = context_length, spare_places
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Packed, Packed]:
         """Append L new keys and values (B, K, L, D); all cached ones come back, (B, K, offset + L, D)."""
@@ -45,36 +36,6 @@ class QuantizedKVCache:
             return self.nbytes
         places = kv_capacity(num_tokens, self.context_length) + self.spare_places
         return places * layer.kv_bytes_per_token(itemsize, BITS)
-
-    def clear(self) -> None:
-        """Drop everything and free the memory."""
-        self.keys = self.values = None
-        self.offset = 0
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """The mask for the next N tokens, asked for before they are appended."""
-        if return_array:
-            positions = mx.arange(self.offset + N)
-            return visible_keys(positions[self.offset :], positions, window_size, self.left_padding)
-        return causal_mask(N, self.offset, window_size, self.left_padding)
-
-    def rewind(self, num_tokens: int) -> None:
-        """Forget the last `num_tokens` tokens. Raises ValueError when there are fewer."""
-        if not 0 <= num_tokens <= self.offset:
-            raise ValueError(f"cannot take back {num_tokens} of {self.offset} tokens")
-        self.offset -= num_tokens
-
-    def snapshot(self) -> Snapshot:
-        """What `restore` and `fork` need to return here: only the offset, since later tokens overwrite nothing."""
-        return Snapshot(self.offset, self.offset)
-
-    def can_reach(self, snapshot: Snapshot, offset: int) -> bool:
-        """Whether a cache brought back to `snapshot` can be rewound to `offset`."""
-        return 0 <= offset <= snapshot.offset
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Return to the state of an earlier `snapshot`."""
-        self.rewind(self.offset - snapshot.offset)
 
     def fork(self, snapshot: Snapshot) -> QuantizedKVCache:
         """Another cache in the state of an earlier `snapshot`; later writes to one do not affect the other."""
@@ -101,30 +62,7 @@ class QuantizedKVCache:
         """The whole buffers, for `mx.eval`."""
         return [] if self.keys is None or self.values is None else [*self.keys, *self.values]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, empty places included."""
-        return sum(buffer.nbytes for buffer in self.buffers)
-
     def _appended(self, packed: Packed | None, new: Packed, used: int) -> Packed:
         parts = (None, None, None) if packed is None else packed
         limits = used, self.context_length, self.spare_places
         return Packed(*(appended(part, each, *limits) for part, each in zip(parts, new, strict=True)))
-
-    # --- mlx-lm's words ---
-
-    meta_state = ""
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, n: int) -> int:
-        n = min(n, self.offset)
-        self.rewind(n)
-        return n
-
-    def size(self) -> int:
-        return self.offset
-
-    def empty(self) -> bool:
-        return self.keys is None

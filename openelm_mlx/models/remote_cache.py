@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..specs import LayerSpec, ModelSpec
 from .attention import Mask
 from .buffers import Snapshot, ring_reaches, seen_before
+from .growing_cache import Trimmable
 
 # The epoch of no connection.
 LOST = -1
@@ -51,7 +52,7 @@ class KeptSnapshot:
 
 
 @final
-class RemoteCache:
+class RemoteCache(Trimmable):
     """See the module. machine: which one. spec: of the layers there. settings: what its caches are made with.
 
     epoch: of the connection in which they were made; None as long as they hold nothing.
@@ -183,18 +184,8 @@ class RemoteCache:
 
     # --- mlx-lm's words ---
 
-    meta_state = ""
-
     def is_trimmable(self) -> bool:
         return not self._rings
-
-    def trim(self, n: int) -> int:
-        n = min(n, self.offset)
-        self.rewind(n)
-        return n
-
-    def size(self) -> int:
-        return self.offset
 
     def empty(self) -> bool:
         return self.offset == 0

@@ -118,6 +118,60 @@ def test_a_stopped_worker_is_given_up_after_the_deadline(worker, whole):
     assert answer(model, tokenizer) == answer(*whole)
 
 
+class SlowNetwork:
+    """Between a first machine and a worker: small pieces, each a little late, and while it `is_out` none at all."""
+
+    def __init__(self, port: int) -> None:
+        self.is_out, self._port = threading.Event(), port
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._server]
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        for each in self._sockets:
+            each.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                ends = self._server.accept()[0], socket.create_connection(("127.0.0.1", self._port))
+            except OSError:
+                return
+            self._sockets += ends
+            for pair in (ends, ends[::-1]):
+                threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(700):
+                time.sleep(0.001)
+                while self.is_out.is_set():
+                    time.sleep(0.01)
+                target.sendall(data)
+            target.close()
+        except OSError:
+            return
+
+
+def test_a_slow_network_and_one_that_goes_away(worker, whole):
+    network = SlowNetwork(worker.port)
+    try:
+        model, tokenizer = om.load(
+            DEMO, dtype="float32", layers=LAYERS, worker_timeout=DEADLINE, workers=[network.address]
+        )
+        assert answer(model, tokenizer) == answer(*whole)
+        chunks = om.stream_generate(model, tokenizer, "What is a banjo?", max_tokens=200)
+        next(chunks)
+        network.is_out.set()
+        assert DEADLINE * 0.5 < took(lambda: list(chunks)) < PATIENCE
+        network.is_out.clear()
+        worker.said("waits for the next one")
+        assert answer(model, tokenizer) == answer(*whole)
+    finally:
+        network.close()
+
+
 def test_an_engine_s_requests_fail_and_the_engine_lives(worker, whole):
     model, tokenizer = load(worker)
     expected = answer(*whole)

@@ -9,7 +9,7 @@ import pytest
 from conftest import random_model, save_folder
 
 from openelm_mlx.checkpoint.parts import identity, part_name, part_of
-from openelm_mlx.errors import MemoryLimitError, SettingError
+from openelm_mlx.errors import MemoryLimitError, SettingError, WorkerError
 from openelm_mlx.experts.residency import Streaming
 from openelm_mlx.link.spread import parse_counts, spread_over
 from openelm_mlx.memory.machine import find_mac, own_machine, this_machine
@@ -19,6 +19,7 @@ from openelm_mlx.placement import Placement
 from openelm_mlx.planning import released_contents
 from openelm_mlx.sources import DEMOS, Source
 from openelm_mlx.weights import read_model
+from openelm_mlx.workers.parts import Parts
 
 GB = 10**9
 IO = Path("/proc/self/io")
@@ -85,6 +86,24 @@ def test_what_makes_two_checkpoints_one(tmp_path):
 def identity_of(folder: Path) -> str:
     source = Source.open(folder)
     return identity(source.checkpoint, source.config)
+
+
+def test_a_worker_finds_a_repository_in_its_own_cache_and_nothing_by_a_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit, repo = "0a" * 20, tmp_path / "models--me--tiny"
+    snapshot = save_folder(repo / "snapshots" / commit, random_model())
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    asked = {
+        "name": "me/tiny", "repo": "me/tiny", "identity": identity_of(snapshot), "start": 1, "stop": 2, "dtype": "float32",
+        "longest": 64,
+    }  # fmt: skip
+    for revision in (None, commit, "main"):
+        planned = Parts(None, None).prepare({**asked, "revision": revision})
+        assert (planned.source.repo, len(planned.placement.contents.spec.layers)) == ("me/tiny", 1)
+    for wrong in ({"repo": "me/other"}, {"repo": str(snapshot)}, {"repo": None, "demo": str(snapshot)}):
+        with pytest.raises(WorkerError, match="Hugging Face cache"):
+            Parts(None, None).prepare({**asked, **wrong})
 
 
 def test_experts_on_disk_in_a_part():

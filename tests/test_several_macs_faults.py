@@ -347,15 +347,15 @@ def test_a_recorded_session_is_refused(worker):
     recorded = bytearray()
     with socket.create_connection(("127.0.0.1", worker.port)) as sock:
         connection = Connection(sock, "the worker", DEADLINE)
-        send = sock.sendmsg
+        send = sock.send
 
         class Recorder:
             def __getattr__(self, name):
                 return getattr(sock, name)
 
-            def sendmsg(self, parts):
-                recorded.extend(b"".join(parts))
-                return send(parts)
+            def send(self, piece):
+                recorded.extend(piece)
+                return send(piece)
 
         connection._socket = Recorder()
         meet_worker(connection, NO_SECRET)

@@ -8,7 +8,8 @@ foreign message is refused, the lengths before anything is allocated for them. B
 tags are zeros, and only short headers are read. Nothing is ever unpickled.
 
 A token's residual stream is a few kilobytes, and on a cable the time between two machines is what Python does here: such a
-message goes out in one call, comes in with one, and is signed in one.
+message goes out with one call and comes in with one. The tag of all follows by itself, so that both sides compute it at the
+same time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, final
 
 from ..errors import WorkerError
@@ -86,7 +88,8 @@ class Connection:
         self._keys: Keys | None = None
         self._num_sent = self._num_received = 0
         self._sending = threading.RLock()
-        self._unsent: list[memoryview] = []
+        # What is still to be sent; the tag of what stands before it is computed when that is on its way.
+        self._unsent: list[memoryview | Callable[[], bytes]] = []
         # What has come: the start of the next message, and what there is of it and of those after it; then a long one.
         self._came = memoryview(bytearray(PIECE))
         self._have = 0
@@ -119,29 +122,31 @@ class Connection:
             first = _first_tag(key, self._num_sent, prefix)
             self._num_sent += 1
             if len(body) < PIECE:
-                signed = b"".join((first, text, body))
-                self._unsent = [memoryview(b"".join((prefix, signed, _last_tag(key, signed))))]
+                whole = memoryview(b"".join((prefix, first, text, body)))
+                self._unsent = [whole, partial(_last_tag, key, whole[PREFIX.size :])]
             else:
-                self._unsent = [
-                    memoryview(prefix + first + text), memoryview(body), memoryview(_last_tag(key, first, text, body)),
-                ]  # fmt: skip
+                start = memoryview(prefix + first + text)
+                self._unsent = [start, memoryview(body), partial(_last_tag, key, start[PREFIX.size :], body)]
             self._flush(len(body))
             self.sent = time.monotonic()
 
     def _flush(self, num_bytes: int = 0) -> None:
         limit = time.monotonic() + self.deadline + num_bytes / SLOWEST_BYTES_PER_SECOND
         while self._unsent:
+            piece = self._unsent[0]
+            if not isinstance(piece, memoryview):
+                self._unsent[0] = piece = memoryview(piece())
             try:
-                count = self._socket.sendmsg(self._unsent)
+                count = self._socket.send(piece) if len(piece) else 0
             except BlockingIOError:
                 self._wait(select.POLLOUT, limit)
                 continue
             except (OSError, ValueError) as error:
                 raise self._lost(error) from None
-            while self._unsent and count >= len(self._unsent[0]):
-                count -= len(self._unsent.pop(0))
-            if count:
-                self._unsent[0] = self._unsent[0][count:]
+            if count == len(piece):
+                self._unsent.pop(0)
+            else:
+                self._unsent[0] = piece[count:]
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 
@@ -155,18 +160,24 @@ class Connection:
                 self._have += self._read(self._came[self._have :], limit)
             total = self._checked_start()
             if total <= PIECE:
+                while self._have < total - TAG_BYTES:
+                    self._have += self._read(self._came[self._have :], limit)
+                expected = self._expected_tag(self._came[:total])
                 while self._have < total:
                     self._have += self._read(self._came[self._have :], limit)
-                return self._opened(memoryview(self._taken(total)))
+                return self._opened(memoryview(self._taken(total)), expected)
             self._long = memoryview(bytearray(total))
             self._have_of_long = self._have
             self._long[: self._have] = self._came[: self._have]
             self._have = 0
         limit = time.monotonic() + self.deadline + len(self._long) / SLOWEST_BYTES_PER_SECOND
+        while self._have_of_long < len(self._long) - TAG_BYTES:
+            self._have_of_long += self._read(self._long[self._have_of_long :], limit)
+        expected = self._expected_tag(self._long)
         while self._have_of_long < len(self._long):
             self._have_of_long += self._read(self._long[self._have_of_long :], limit)
         whole, self._long = self._long, memoryview(b"")
-        return self._opened(whole)
+        return self._opened(whole, expected)
 
     def has_input(self) -> bool:
         """Whether anything has come, which may be the end of the connection."""
@@ -209,21 +220,23 @@ class Connection:
         self._header_length = header_length
         return int(_START + header_length + body_length + TAG_BYTES)
 
-    def _opened(self, whole: memoryview) -> Message:
-        signed, tag = whole[PREFIX.size : -TAG_BYTES], whole[-TAG_BYTES:]
-        key = None if self._keys is None else self._keys.receiving
-        if not hmac.compare_digest(tag, _last_tag(key, signed)):
+    def _expected_tag(self, whole: memoryview) -> bytes:
+        """What the last tag of a message has to be, of which all before it is there."""
+        return _last_tag(None if self._keys is None else self._keys.receiving, whole[PREFIX.size : -TAG_BYTES])
+
+    def _opened(self, whole: memoryview, expected: bytes) -> Message:
+        if not hmac.compare_digest(whole[-TAG_BYTES:], expected):
             raise self._damaged("its tag is wrong")
-        start = TAG_BYTES + self._header_length
+        start = _START + self._header_length
         try:
-            header = _decode(str(signed[TAG_BYTES:start], "utf-8"))
+            header = _decode(str(whole[_START:start], "utf-8"))
         except (ValueError, RecursionError):
             raise self._damaged("its header is not JSON") from None
         if not isinstance(header, dict) or not isinstance(header.get("op"), str):
             raise self._damaged("its header does not say what it is")
         self._num_received += 1
         self.heard = time.monotonic()
-        return Message(header, signed[start:])
+        return Message(header, whole[start:-TAG_BYTES])
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 

@@ -3,9 +3,9 @@
     magic 4 | header length 4 | body length 8 | tag of these 16 | header, JSON | body | tag of all 16
 
 The tags are made with a key of this connection and direction, over a number that counts messages (BLAKE2 of the lengths,
-HMAC-SHA256 of all, which machines have instructions for): a damaged, repeated or
-foreign message is refused, the lengths before anything is allocated for them. Before the handshake there are no keys, the
-tags are zeros, and only short headers are read. Nothing is ever unpickled.
+HMAC-SHA256 of all, which machines have instructions for): a damaged, repeated or foreign message is refused, the lengths
+before anything is allocated for them. Before the handshake there are no keys, the tags are zeros, and only short headers are
+read. Nothing is ever unpickled.
 
 A token's residual stream is a few kilobytes, and on a cable the time between two machines is what Python does here: such a
 message goes out with one call and comes in with one. The tag of all follows by itself, so that both sides compute it at the

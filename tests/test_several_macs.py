@@ -202,6 +202,7 @@ def test_kept_prompts_of_several_machines_stay_out_of_files(both, tmp_path):
         store.load(tmp_path / "cache", several)
 
 
+@pytest.mark.slow(first=1)
 def test_scores_are_those_of_one_machine(both):
     """Log-likelihoods with what texts share, a text longer than a chunk, perplexity, and both models' predictions compared."""
     one, several, tokenizer = both

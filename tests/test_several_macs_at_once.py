@@ -191,6 +191,7 @@ def wait_for_less(model, most: list[int]) -> None:
     raise AssertionError((found, most))
 
 
+@pytest.mark.slow(first=1)
 @pytest.mark.parametrize("demo", ["demo-openelm", "demo-gpt-oss"])
 def test_adapters_come_and_go_on_every_machine(two_workers, tmp_path, demo, monkeypatch):
     """Beside a loaded model, as on one machine; a worker has the memory of one that nobody uses any more back."""

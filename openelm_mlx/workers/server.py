@@ -23,8 +23,8 @@ from .session import Session
 HANDSHAKE_SECONDS, MOST_HANDSHAKES = 5.0, 8
 # Seconds of a write to the first machine, and of a message that has begun.
 DEADLINE = 10.0
-# Seconds in which the one before may still be leaving.
-LEAVING_SECONDS = 1.0
+# Seconds in which the one before may still be leaving: it is the same machine, where a connection was lost in a pass.
+LEAVING_SECONDS = 3.0
 ALL_INTERFACES = ""
 
 
@@ -105,7 +105,8 @@ class Server:
             meet_first(connection, self._secret)
             limit = time.monotonic() + LEAVING_SECONDS
             while self._busy_with is not None and time.monotonic() < limit:
-                time.sleep(0.02)
+                connection.send({"op": "alive"})
+                time.sleep(0.05)
             if self._busy_with is not None:
                 connection.send(
                     told_error(WorkerError(f"It is busy with {self._busy_with}: try again when that is done."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,14 +12,12 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-import mlx.core as mx
-
 from openelm_mlx.bench.random_pair import random_pair, shape_config
+from openelm_mlx.conversion import convert
 from openelm_mlx.errors import SettingError
 from openelm_mlx.evaluation.requests import TokenRequest
 from openelm_mlx.evaluation.scorer import Scorer
 from openelm_mlx.loading import load
-from openelm_mlx.sources import Source
 
 DEMOS = ("demo-openelm", "demo-gpt-oss")
 
@@ -109,10 +108,13 @@ def models(name: str, num_layers: int | None = None) -> tuple[Any, Any, int]:
         return ours, theirs, ours.spec.usable_vocab_size
     from mlx_lm.utils import load_model
 
-    ours, tokenizer = load(name, dtype="float32")
+    # The demos are stored in 8 bits, which one side could compute with and the other not.
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "float32")
+        convert(name, place, dtype="float32")
+        ours, tokenizer = load(place)
+        theirs, _ = load_model(place)
     assert tokenizer is not None
-    theirs, _ = load_model(Path(Source.open(name).folder))
-    theirs.set_dtype(mx.float32)
     return ours, theirs, tokenizer.vocab_size
 
 

@@ -66,7 +66,7 @@ def _is_prose(paragraph: str) -> bool:
 def _austen(packages: Path) -> Iterator[str]:
     """Six novels, each an R character vector of lines in the package's lazy-load file."""
     archive = _find(packages, "r-cran-janeaustenr_*.deb")
-    data = _read_deb(archive, "./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
+    data = read_deb(archive, "./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
     while data:
         # Each object: its length in four bytes, then a zlib stream of R's serialization.
         stream = zlib.decompressobj()
@@ -93,8 +93,8 @@ def _bible(packages: Path) -> Iterator[str]:
     archive = _find(packages, "sword-text-web_*.deb")
     folder = "./usr/share/sword/modules/texts/ztext/engWEB2015eb"
     for testament in ("ot", "nt"):
-        index = _read_deb(archive, f"{folder}/{testament}.bzs")
-        blocks = _read_deb(archive, f"{folder}/{testament}.bzz")
+        index = read_deb(archive, f"{folder}/{testament}.bzs")
+        blocks = read_deb(archive, f"{folder}/{testament}.bzz")
         osis = b"".join(
             zlib.decompress(blocks[start : start + size])
             for start, size, _ in struct.iter_unpack("<III", index)
@@ -152,7 +152,7 @@ def _find(packages: Path, pattern: str) -> Path:
     return found[-1]
 
 
-def _read_deb(archive: Path, name: str) -> bytes:
+def read_deb(archive: Path, name: str) -> bytes:
     tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=BytesIO(tar)) as files:
         return files.extractfile(name).read()

@@ -20,6 +20,7 @@ from ..decoding.budget import Budget, check_room, chunk_of_plan, drop, keeping_t
 from ..decoding.gpu_errors import empty_stream, is_watchdog
 from ..decoding.prefill import chunk_throttle, every_token, fill, lock_of
 from ..engine.single import not_finite
+from ..memory.plan import DEFAULT_CHUNK
 from ..models.buffers import Snapshot
 from ..models.cache import Cache
 from ..models.trees import NO_PARENT, Forest, TreeWalk
@@ -43,14 +44,14 @@ OnScores = Callable[[Mapping[int, Score]], None]
 class Scorer:
     """Scores continuations with one model.
 
-    tokens_at_once: how many tokens a pass has at most; the plan's length of a prompt's chunk when it is None. Fewer where
-    memory is short. num_passes, num_tokens: what has been computed so far. peak_memory_bytes: the most that MLX had
-    meanwhile.
+    tokens_at_once: how many tokens a pass has at most; `longest_pass` when it is None. Fewer where memory is short.
+    num_passes, num_tokens: what has been computed so far. peak_memory_bytes: the most that MLX had meanwhile.
     """
 
     def __init__(self, model: Model, tokens_at_once: int | None = None) -> None:
         self.model = model
         self.tokens_at_once = chunk_of_plan(model) if tokens_at_once is None else tokens_at_once
+        self._is_fixed = tokens_at_once is not None
         self.num_passes = self.num_tokens = self.peak_memory_bytes = 0
 
     def score(
@@ -78,6 +79,8 @@ class Scorer:
         if missing:
             cache = self.model.make_cache()
             check_room(self.model, cache, max(missing), 1)
+            if not self._is_fixed:
+                self.tokens_at_once = longest_pass(self.model, max(missing))
             with keeping_to_plan(self.model, cache) as (budget, lease):
                 try:
                     run.through_all(cache, budget)
@@ -85,6 +88,10 @@ class Scorer:
                     drop(cache)
                     self.peak_memory_bytes = max(self.peak_memory_bytes, lease.peak_memory_bytes())
         return run
+
+    def shorten(self, tokens_at_once: int) -> None:
+        """Have so many tokens in a pass at most, from now on."""
+        self.tokens_at_once, self._is_fixed = tokens_at_once, True
 
 
 class _Target(NamedTuple):
@@ -148,7 +155,7 @@ class _Run:
             at_once = self.scorer.tokens_at_once // 2
             if not is_watchdog(error) or others or at_once < 1:
                 raise
-            self.scorer.tokens_at_once = at_once
+            self.scorer.shorten(at_once)
             drop(self._cache)
             self._trunks = [_Trunk(0, self._snapshots())]
             self._run_shorter(step, at_once)
@@ -327,6 +334,19 @@ def target_logprobs(
     if not np.isfinite(logprobs).all():
         raise not_finite()
     return logprobs.tolist(), np.array(likeliest).tolist()
+
+
+def longest_pass(model: Model, longest_text: int) -> int:
+    """How many tokens a pass has: a prompt's chunk, and more where the texts leave room.
+
+    The plan has room for the keys and values of a whole context. What shorter texts do not take is room for a longer pass,
+    which holds a question with all its answers, and several short ones.
+    """
+    plan, chunk = runtime_of(model).plan, chunk_of_plan(model)
+    if plan is None or plan.expert_slots is not None or chunk >= DEFAULT_CHUNK or not plan.scratch_bytes:
+        return chunk
+    free = plan.kv_cache_bytes * max(0.0, 1 - longest_text / plan.context_length)
+    return min(DEFAULT_CHUNK, int(chunk * (1 + free / plan.scratch_bytes)))
 
 
 def _head_rows(model: Model) -> int:

@@ -7,6 +7,7 @@ ancestors and what all trees have before them, the trunk, which is in a cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from .base import LanguageModel, WalkInParts
 from .block import LayerThrottle
 from .cache import Cache, LayerCache
 from .packed import pack
+from .precision import runs_on_cpu
 from .quantized_cache import QuantizedKVCache
 from .remote_cache import RemoteCache
 
@@ -58,11 +60,13 @@ def lay_out(forest: Forest, num_before: int) -> Layout:
     """Rows for the trees of `forest`, with `num_before` keys before each of them.
 
     A row without a trunk is as long as the longest tree. A long trunk is repeated for every row, so that then several
-    trees share one: scores between trees that do not see each other cost less than more copies of the trunk.
+    trees share one: on a GPU scores between trees that do not see each other cost less than more copies of the trunk. On
+    the CPU a copied number costs about as much as a multiplication, of which scores take many.
     """
     starts = np.flatnonzero(forest.parents == NO_PARENT)
     lengths = np.diff([*starts, len(forest)])
-    width = max(int(lengths.max()), min(len(forest), num_before))
+    shared = math.isqrt(num_before) if runs_on_cpu() else num_before
+    width = max(int(lengths.max()), min(len(forest), shared))
     rows = np.empty(len(starts), np.int64)
     columns = np.empty(len(starts), np.int64)
     used: list[int] = []  # of each row

@@ -8,6 +8,7 @@ import random
 
 import pytest
 from conftest import random_model, save_folder
+from python_sandboxes import SMALL, best_kind
 
 import openelm_mlx as om
 from openelm_mlx.commands import main
@@ -191,7 +192,7 @@ def test_human_eval_is_run_in_the_python_tool():
     assert len(make_task("humaneval_sandboxed").questions) == 164
     right = problem["canonical_solution"]
     whole = f"```python\n{problem['prompt']}{right}\n```"
-    with PythonTool(allow_unsandboxed=True) as python:
+    with PythonTool(limits=SMALL, sandbox=best_kind()) as python:
         assert list(run_tests(chat, [whole, "```python\nx = 1\n```", "no code"], python)) == [1, 0, 0]
         assert list(run_tests(base, [right, "    return True\n"], python)) == [1, 0]
     assert not chat.is_raw

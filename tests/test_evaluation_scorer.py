@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
 
+from openelm_mlx.checkpoint.adapter_files import write_adapter
+from openelm_mlx.conversion import convert
 from openelm_mlx.errors import CheckpointError, MemoryLimitError
 from openelm_mlx.evaluation import scorer as scorer_module
 from openelm_mlx.evaluation.prefixes import Branch, Extend, Prefixes
 from openelm_mlx.evaluation.requests import Score, TokenRequest
 from openelm_mlx.evaluation.scorer import Scorer
 from openelm_mlx.loading import load
+from openelm_mlx.models.adapter_targets import targets_of
+from openelm_mlx.models.low_rank import Adapter, Pair
 from openelm_mlx.models.trees import NO_PARENT, Forest, lay_out
 from openelm_mlx.runtime import runtime_of
 
@@ -198,6 +202,27 @@ def test_experts_on_disk_score_as_in_memory(fixtures):
     assert few.residency is not None
     requests = questions(whole.spec.usable_vocab_size, 3, 40)
     assert difference(Scorer(few, 48).score(requests), Scorer(whole, 48).score(requests)) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "bound"), [("openelm_tiny", 5e-5), ("gpt_oss_tiny", 1e-4)])
+def test_an_adapter_scores_as_the_merged_weights(tmp_path, fixtures, name, bound):
+    base, _ = load(fixtures / name, dtype="float32")
+    drawn = np.random.default_rng(0)
+    pairs = {
+        place: Pair(*(mx.array(drawn.normal(size=shape).astype(np.float32)) for shape in target.shapes(2)), 0.02)
+        for place, target in targets_of(base.spec).items()
+        if target.group not in ("router", "embedding")
+    }
+    write_adapter(tmp_path / "adapter", Adapter(pairs), base.spec, "peft")
+    convert(fixtures / name, tmp_path / "merged", dtype="float32", adapter=tmp_path / "adapter")
+    beside, _ = load(fixtures / name, dtype="float32", adapter=tmp_path / "adapter")
+    merged, _ = load(tmp_path / "merged", dtype="float32")
+    requests = questions(base.spec.usable_vocab_size, 4, 40)
+    scores = Scorer(beside, 32).score(requests)
+    assert difference(scores, Scorer(merged, 32).score(requests)) < bound
+    assert difference(scores, [alone(beside, each) for each in requests]) < bound
+    changed = zip(scores, Scorer(base, 32).score(requests), strict=True)
+    assert max(abs(a.logprob - b.logprob) for a, b in changed) > 100 * bound
 
 
 @pytest.mark.slow(first=1)

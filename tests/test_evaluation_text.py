@@ -378,7 +378,7 @@ LOADING = [
     ("--dtype", "float16", "dtype", "float16"),
     ("--preset", "smallest", "dense_bits", 4), ("--dense-bits", "6", "dense_bits", 6), ("--kv-bits", "8", "kv_bits", 8),
     ("--expert-slots", "5", "expert_slots", 5), ("--memory-limit", "3GB", "memory_limit", "3GB"),
-    ("--context-length", "77", "context_length", 77),
+    ("--context-length", "77", "context_length", 77), ("--adapter", "a", "adapter", "a"),
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     documents = read_documents(args.text)
     options = loading_options(args)
     # What makes another form of the model is about B: A is what it is compared with.
-    of_a = {**options, "dense_bits": None, "kv_bits": None}
+    of_a = {**options, "dense_bits": None, "kv_bits": None, "adapter": None}
     with count_bar("tokens", None, args.quiet) as add:
         done = 0
 

@@ -17,6 +17,9 @@ def add_evaluated_model(parser: argparse.ArgumentParser, whose: str = "") -> Non
     """How the model is loaded, and how results are shown. whose: said of what makes another form of a model."""
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of the repository")
+    group.add_argument(
+        "--adapter", metavar="PATH", help=f"a LoRA or DoRA adapter beside the weights, as for `generate`{whose}"
+    )
     group.add_argument("--tokenizer", metavar="SOURCE", help="a tokenizer's file, folder or repository")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type")
     add_preset_argument(group)
@@ -45,7 +48,7 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "context_length": args.context_length, "dtype": args.dtype, "dense_bits": bits_asked_for(args),
         "kv_bits": args.kv_bits, "expert_slots": args.expert_slots, "memory_limit": args.memory_limit,
-        "tokenizer": args.tokenizer, "revision": args.revision,
+        "tokenizer": args.tokenizer, "revision": args.revision, "adapter": args.adapter,
         "progress": None if args.quiet else byte_bar(str(args.model)),
         **(worker_options(args) if "workers" in args else {}),
     }  # fmt: skip

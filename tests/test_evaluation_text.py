@@ -335,6 +335,22 @@ def test_quantization_options_of_compare_are_of_the_second_model(tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["kl"]["value"] > 0
 
 
+def test_what_makes_another_form_of_a_model_is_said_of_the_second(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(TEXT)
+    seen = {}
+
+    def note(a, b, documents, **options):
+        seen.update(options)
+        raise SettingError("enough")
+
+    monkeypatch.setattr("openelm_mlx.evaluation.comparison.compare", note)
+    own = ["--adapter", "x", "--dense-bits", "4", "--kv-bits", "8", "--dtype", "float32"]
+    assert main(["compare", "a", "b", "--text", str(tmp_path / "a.txt"), *own]) == 2
+    of_a, of_b = seen["load_options"], seen["other_load_options"]
+    assert [of_b[each] for each in ("adapter", "dense_bits", "kv_bits", "dtype")] == ["x", 4, 8, "float32"]
+    assert [of_a[each] for each in ("adapter", "dense_bits", "kv_bits", "dtype")] == [None, None, None, "float32"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [

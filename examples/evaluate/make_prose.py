@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "train"))
 
-from corpus import paragraphs, read_deb
+from corpus import paragraphs, read_deb  # noqa: E402  (beside the folder of this file)
 
 PACKAGE = "golang-github-golang-snappy-dev_*.deb"
 TEXT = "./usr/share/gocode/src/github.com/golang/snappy/testdata/Mark.Twain-Tom.Sawyer.txt"

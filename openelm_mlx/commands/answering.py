@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from .options import add_kv_bits_argument
+
 if TYPE_CHECKING:
     from ..engine.statistics import Statistics
 
@@ -15,12 +17,7 @@ def add_answer_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prefill-chunk", type=int, metavar="N", help="prompt tokens computed at once (default: what memory allows)"
     )
-    group.add_argument(
-        "--kv-bits",
-        type=int,
-        choices=[8, 16],
-        help="8: keys and values in half the memory (default: 16, or the plan's)",
-    )
+    add_kv_bits_argument(group)
 
 
 def add_draft_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import output
-from .options import add_preset_argument, add_worker_arguments, bits_asked_for, worker_options
+from .options import (
+    add_kv_bits_argument,
+    add_loading_arguments,
+    add_worker_arguments,
+    bits_asked_for,
+    worker_options,
+)
 
 Add = Callable[..., None]
 
@@ -16,21 +22,8 @@ Add = Callable[..., None]
 def add_evaluated_model(parser: argparse.ArgumentParser, whose: str = "") -> None:
     """How the model is loaded, and how results are shown. whose: said of what makes another form of a model."""
     group = parser.add_argument_group("model")
-    group.add_argument("--revision", help="branch, tag or commit of the repository")
-    group.add_argument(
-        "--adapter", metavar="PATH", help=f"a LoRA or DoRA adapter beside the weights, as for `generate`{whose}"
-    )
-    group.add_argument("--tokenizer", metavar="SOURCE", help="a tokenizer's file, folder or repository")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="compute in this type")
-    add_preset_argument(group)
-    group.add_argument(
-        "--dense-bits", type=int, choices=[8, 6, 5, 4],
-        help=f"instead of a preset: quantize matrices that are not quantized yet to N bits as they are read{whose}",
-    )  # fmt: skip
-    group.add_argument("--kv-bits", type=int, choices=[8, 16], help=f"keys and values in N bits (default: 16){whose}")
-    group.add_argument("--expert-slots", type=int, metavar="N", help="keep N of each layer's experts in memory")
-    group.add_argument("--memory-limit", metavar="SIZE", help="memory limit, for example 8GB")
-    group.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
+    add_loading_arguments(group, whose)
+    add_kv_bits_argument(group, whose)
     shown = parser.add_argument_group("output")
     shown.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     shown.add_argument("--quiet", "-q", action="store_true", help="no progress on stderr")

@@ -21,10 +21,25 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         help="demo-openelm (the default: a pocket dictionary that comes with the package), a folder, a weight file, or a "
         "Hugging Face repository as owner/name",
     )
+    add_loading_arguments(group)
+    group.add_argument(
+        "--wire",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="wire the model's memory, so that macOS never pages it out (default: only if it needs most of the GPU's memory)",
+    )
+    group.add_argument(
+        "--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)"
+    )
+
+
+def add_loading_arguments(group: argparse._ArgumentGroup, whose: str = "") -> None:
+    """How a model is loaded. whose: said of what makes another form of it."""
     group.add_argument("--revision", help="branch, tag or commit of the repository")
     group.add_argument(
         "--adapter", metavar="PATH",
-        help="a LoRA or DoRA adapter beside the weights: a folder of PEFT's or mlx-lm's, CoreNet's file, or a repository",
+        help="a LoRA or DoRA adapter beside the weights: a folder of PEFT's or mlx-lm's, CoreNet's file, or a "
+        f"repository{whose}",
     )  # fmt: skip
     group.add_argument("--tokenizer", metavar="SOURCE", help="a tokenizer's file, folder or repository")
     group.add_argument(
@@ -35,7 +50,7 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--dense-bits",
         type=int,
         choices=[8, 6, 5, 4],
-        help="instead of a preset: quantize matrices that are not quantized yet to N bits as they are read",
+        help=f"instead of a preset: quantize matrices that are not quantized yet to N bits as they are read{whose}",
     )
     group.add_argument(
         "--expert-slots",
@@ -48,15 +63,16 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="memory limit, for example 8GB; experts that do not fit stay on disk (default: what the machine has)",
     )
-    group.add_argument(
-        "--wire",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="wire the model's memory, so that macOS never pages it out (default: only if it needs most of the GPU's memory)",
-    )
     group.add_argument("--context-length", type=int, metavar="N", help="use at most N tokens of the model's context")
+
+
+def add_kv_bits_argument(group: argparse._ArgumentGroup, whose: str = "") -> None:
+    """How exact keys and values are."""
     group.add_argument(
-        "--chat-template", metavar="NAME", help="openelm-instruct or plain (default: as stored, or by the name)"
+        "--kv-bits",
+        type=int,
+        choices=[8, 16],
+        help=f"8: keys and values in half the memory (default: 16, or the plan's){whose}",
     )
 
 

@@ -12,9 +12,10 @@ from python_sandboxes import SMALL, best_kind
 
 import openelm_mlx as om
 from openelm_mlx.commands import main
+from openelm_mlx.decoding.sampling import SamplingParams
 from openelm_mlx.errors import DestinationError, PromptError, SettingError
 from openelm_mlx.evaluation import answers as answers_module
-from openelm_mlx.evaluation.answers import Answer, answers
+from openelm_mlx.evaluation.answers import Answer, answers, seeded
 from openelm_mlx.evaluation.grading import boxed_integer, chosen_option, code_of, is_same_answer
 from openelm_mlx.evaluation.protocols import Choices, gpqa, make_task, run_tests
 from openelm_mlx.evaluation.report import Report, Row, compared, markdown, read_report
@@ -349,7 +350,8 @@ def test_equal_requests_are_kept_apart():
 def test_answers_are_kept_as_they_end(gpt_oss, tmp_path):
     store = Store(tmp_path / "s", {})
     prompts = [[{"role": "user", "content": f"What is {i} plus 1?"}] for i in range(3)]
-    options = [{"reasoning_effort": "low", "max_tokens": 40}] * 3
+    drawn = SamplingParams(temperature=1.0)
+    options = [{"reasoning_effort": "low", "max_tokens": 40, "sampling": seeded(drawn, i)} for i in range(3)]
     keys = [store.key("answer", i) for i in range(3)]
     found = answers(*gpt_oss, prompts, options, store, keys)
     store.close()
@@ -363,6 +365,10 @@ def test_answers_are_kept_as_they_end(gpt_oss, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers_module, "Engine", Never)
         assert answers(*gpt_oss, prompts, options, again, keys) == found
+    # Interrupted after the second one: the others come as they would have.
+    half = Store(None, {})
+    half.put({keys[1]: again.get(keys[1])})
+    assert answers(*gpt_oss, prompts, options, half, keys) == found
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------

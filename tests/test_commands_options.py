@@ -280,7 +280,7 @@ ELSEWHERE = {
 }  # fmt: skip
 _LOADED = dict.fromkeys(
     (
-        "--revision", "--tokenizer", "--dtype", "--preset", "--dense-bits", "--kv-bits", "--expert-slots", "--memory-limit",
+        "--revision", "--adapter", "--tokenizer", "--dtype", "--preset", "--dense-bits", "--kv-bits", "--expert-slots", "--memory-limit",
         "--context-length", "--json", "--quiet",
     ), "test_evaluation_text.py",
 )  # fmt: skip

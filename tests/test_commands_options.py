@@ -280,8 +280,8 @@ ELSEWHERE = {
 }  # fmt: skip
 _LOADED = dict.fromkeys(
     (
-        "--revision", "--adapter", "--tokenizer", "--dtype", "--preset", "--dense-bits", "--kv-bits", "--expert-slots", "--memory-limit",
-        "--context-length", "--json", "--quiet",
+        "--revision", "--adapter", "--tokenizer", "--dtype", "--preset", "--dense-bits", "--kv-bits", "--expert-slots",
+        "--memory-limit", "--context-length", "--json", "--quiet",
     ), "test_evaluation_text.py",
 )  # fmt: skip
 _WORKERS = dict.fromkeys(("--workers", "--secret-file", "--layers", "--worker-timeout"), "test_evaluation_text.py")

@@ -343,7 +343,8 @@ def longest_pass(model: Model, longest_text: int) -> int:
     which holds a question with all its answers, and several short ones.
     """
     plan, chunk = runtime_of(model).plan, chunk_of_plan(model)
-    if plan is None or plan.expert_slots is not None or chunk >= DEFAULT_CHUNK or not plan.scratch_bytes:
+    is_tight = plan is None or plan.expert_slots is not None or model.remote is not None
+    if plan is None or is_tight or chunk >= DEFAULT_CHUNK or not plan.scratch_bytes:
         return chunk
     free = plan.kv_cache_bytes * max(0.0, 1 - longest_text / plan.context_length)
     return min(DEFAULT_CHUNK, int(chunk * (1 + free / plan.scratch_bytes)))

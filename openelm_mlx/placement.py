@@ -122,19 +122,20 @@ class Placement:
         dtype: mx.Dtype | None = None,
         dense: Quantization | None = None,
         on_cpu: bool | None = None,
+        unpacks: bool = False,
     ) -> Placement:
         """The placement of a checkpoint.
 
         dtype: what was asked for; None chooses by `default_dtype`. dense: how matrices that the checkpoint has unpacked are
         packed as they are read; None leaves them. on_cpu: whether MLX's CPU backend will compute; as on this machine when
-        it is None.
+        it is None. unpacks: no matrix stays packed.
         """
         on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
         packings = {**contents.quantized, **dense_packings(contents, dense)}
         if dtype is None:
             plain = _plain_bytes(contents, packings)
             dtype = default_dtype(contents.spec, _stored_type(contents), packings.keys(), plain, on_cpu)
-        unpacked = _modules_to_unpack(contents, dtype, dense, on_cpu)
+        unpacked = set(contents.quantized) if unpacks else _modules_to_unpack(contents, dtype, dense, on_cpu)
         shapes = contents.spec.parameter_shapes()
 
         def decision(parameter: Parameter) -> Decision:

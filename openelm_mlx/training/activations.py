@@ -54,7 +54,7 @@ def batch_bytes(
 
     adapted: what has an adapter; trains_all: all weights are trained.
     """
-    has_experts = any(target.group == EXPERTS for target in adapted)
+    has_experts = any(target.group == EXPERTS for target in adapted) or (trains_all and spec.family == "gpt_oss")
     alive = ALIVE[spec.family, checkpointing, has_experts]
     layers = [_layer(spec, layer, batch, alive) for layer in spec.layers]
     places, count = batch.tokens.size, batch.targets.size

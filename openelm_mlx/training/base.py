@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..adapters import stored_base_hash
-from ..errors import SettingError, TokenizerError
+from ..errors import TokenizerError
 from ..hub import Progress
 from ..memory.choices import stored_choices
 from ..memory.machine import Machine, allow_open_files, this_machine
@@ -22,6 +22,7 @@ from ..text.chat import TemplateChoice
 from ..text.tokenizer import Tokenizer
 from ..tokenizers import find_tokenizer, missing_tokenizer_message, resolve_chat_template
 from ..weights import read_model
+from .products import multiply_both_ways
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -53,7 +54,7 @@ class Base:
         revision: str | None = None,
         progress: Progress | None = None,
     ) -> Base:
-        """Everything but the tensors. trains_all: its weights are read in float32 then, and computed with in `dtype`.
+        """Everything but the tensors. trains_all: its weights are unpacked and read in float32, and computed with in `dtype`.
 
         Raises the errors of `load`, and TokenizerError where there is no tokenizer.
         """
@@ -63,16 +64,11 @@ class Base:
         use_device()
         opened = Source.open(source, revision, progress)
         usual = Placement.of(opened.contents, wanted)
-        placement = Placement.of(opened.contents, mx.float32) if trains_all else usual
+        placement = Placement.of(opened.contents, mx.float32, unpacks=True) if trains_all else usual
         template = resolve_chat_template(opened.config, chat_template, opened.template_name, opened.spec.family)
         found = find_tokenizer(opened.folder, opened.spec, tokenizer, progress, template.template)
         if found is None:
             raise TokenizerError(missing_tokenizer_message(opened.spec))
-        if trains_all and placement.packed:
-            raise SettingError(
-                f'method is "full", and the weights of {source} are quantized, which cannot be trained: take method="lora", or '
-                "convert it to float32 first."
-            )
         return cls(
             name=str(source),
             source=opened,
@@ -98,6 +94,7 @@ class Base:
         """The model, with everything in memory and in training mode."""
         model = read_model(self.placement, self.source.checkpoint, None, stored_choices())
         runtime_of(model).tokenizer = self.tokenizer
+        multiply_both_ways(model)
         model.train()
         if not self.trains_all:
             model.freeze()

@@ -26,7 +26,7 @@ from ..text.chat import HARMONY
 from ..text.conversation import REASONING_EFFORTS
 from .base import Base
 from .data import PREFERENCE, DataSource, Example, read_examples, validation_file
-from .full_output import check_can_be_written, write_model
+from .full_output import write_model
 from .loop import Listener, Trainer
 from .optimizer import Schedule, adamw, is_matrix
 from .plan import TrainingPlan, adapter_config, make_training_plan
@@ -200,8 +200,6 @@ class Finetuning:
             raise SettingError(
                 f"reasoning_effort is {shown(reasoning_effort)}, and only gpt-oss's chat format has one: leave it out."
             )
-        if base.trains_all:
-            check_can_be_written(base.spec)
         wanted = settings_from(recipe, settings, len(base.spec.layers))
         is_preference = examples[0].kind == PREFERENCE
         before = {} if restart else previous_run(output)

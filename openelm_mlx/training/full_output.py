@@ -1,4 +1,4 @@
-"""A model with all of its weights trained, as a folder in Apple's Hugging Face layout, which appears complete."""
+"""A model with all of its weights trained, as a folder with this library's names (Apple's, of OpenELM), which appears complete."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.destination import check_destination, check_free_space, folder_beside, put_in_place, save_tensors
-from ..errors import DestinationError, SettingError
+from ..errors import DestinationError
 from ..files import expanded
-from ..specs import ModelSpec, openelm_config
+from ..specs import gpt_oss_config, openelm_config
 from .base import Base
 
 if TYPE_CHECKING:
@@ -24,22 +24,16 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def check_can_be_written(spec: ModelSpec) -> None:
-    """Raise SettingError for a family whose whole weights are not trained."""
-    if spec.family != "openelm":
-        raise SettingError(
-            'method is "full", and gpt-oss is trained by adapters only: its experts are packed; take method="lora", with '
-            'targets=["attention", "experts"] for everything.'
-        )
-
-
 def write_model(output: str | os.PathLike[str], model: Model, base: Base, others: Mapping[str, bytes]) -> Path:
     """Write the model, its tokenizer and `others` (name -> content) to a new folder. Raises DestinationError."""
     weights = {
         name: array if base.spec.keeps_float32(name) else array.astype(base.dtype)
         for name, array in tree_flatten(model.parameters())
     }
-    config = openelm_config(base.spec) | {"openelm_mlx": {"chat_template": base.template.template}}
+    if base.spec.family == "openelm":
+        config = openelm_config(base.spec) | {"openelm_mlx": {"chat_template": base.template.template}}
+    else:
+        config = gpt_oss_config(base.spec)
     files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **others}
     copied = {file.name: file for file in base.tokenizer.files}
     return write_folder(output, weights, files, copied)

@@ -229,12 +229,19 @@ class _Planner:
         gradient = FLOAT32 * trained
         # The sum of earlier batches' gradients stays while the next batch is computed.
         kept = gradient if len(groups) > 1 or not self.base.trains_all else 0
-        found = (2 * gradient, 0)
+        found = (2 * gradient + self._copied(), 0)
         for group in groups:
             batch = make_batch([cut[i] for i in group])
             needed, logits = batch_bytes(self.spec, self.targets, self.base.trains_all, batch, checkpointing)
-            found = max(found, (needed + kept, logits))
+            found = max(found, (needed + kept + self._copied(), logits))
         return found
+
+    def _copied(self) -> int:
+        """Copies of weights in a step: of experts' gradients, and on the CPU of one matrix (`products.product`)."""
+        shapes = self.spec.parameter_shapes().values()
+        experts = sum(math.prod(shape) for shape in shapes if len(shape) == 3) if self.base.trains_all else 0
+        turned = 0 if self.is_gpu else max(math.prod(shape) for shape in shapes if len(shape) == 2)
+        return FLOAT32 * (experts + turned)
 
 
 def chosen_targets(spec: ModelSpec, settings: Settings) -> list[Target]:

@@ -30,6 +30,7 @@ from .batches import NOT_LEARNED, Row, order_of, rows_of_step
 from .full_output import write_folder
 from .loop import Listener, Part, Trainer
 from .optimizer import Schedule, adamw, is_matrix
+from .products import multiply_both_ways
 from .rows import parts_of
 from .state import RunFolder, check_output
 from .steps import Gradients, Objective
@@ -305,6 +306,7 @@ def new_model(spec: ModelSpec, seed: int) -> Model:
 
     model.update(tree_unflatten([(name, initial(name, p.shape, keys[i])) for i, (name, p) in enumerate(names)]))
     mx.eval(model.parameters())
+    multiply_both_ways(model)
     model.train()
     return model
 

@@ -59,6 +59,17 @@ def test_a_chat_and_an_engine_use_the_active_one(demo_adapter):
     assert chat.ask("What is a banjo?") == known
 
 
+def test_what_measures_a_model_measures_it_with_the_adapter(demo_adapter, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("A banjo is a stringed instrument.")
+    options = ["--adapter", str(demo_adapter), "--text", str(text), "--json", "--quiet"]
+    assert main(["compare", "demo-openelm", "demo-openelm", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kl"]["value"] > 1e-6  # only the second one has it
+    assert main(["perplexity", "demo-openelm", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["nll"]["value"] == pytest.approx(found["other_nll"]["value"], rel=1e-5)
+
+
 def test_plan_and_info_know_it(demo_adapter, capsys):
     assert main(["plan", "demo-openelm", "--adapter", str(demo_adapter), "--memory-limit", "4GB"]) == 0
     assert "are the adapter" in capsys.readouterr().out

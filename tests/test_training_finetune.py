@@ -7,12 +7,13 @@ import sys
 
 import mlx.core as mx
 import pytest
-from conftest import random_model, save_folder
+from conftest import FIXTURES, random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
 from openelm_mlx.checkpoint.adapter_files import read_adapter
 from openelm_mlx.errors import DataError, DestinationError, MemoryLimitError, SettingError, TrainingError
+from openelm_mlx.models.adapter_sites import unpacked
 from openelm_mlx.training import loop
 from openelm_mlx.training.finetuning import Finetuning, finetune
 from openelm_mlx.training.settings import settings_from
@@ -303,17 +304,45 @@ def test_two_processes_do_not_train_one_output(source, tmp_path):
         folder.close()
 
 
-def test_quantized_weights_take_adapters_and_not_full(tmp_path, source):
+def test_quantized_weights_take_adapters_and_are_unpacked_for_full(tmp_path, source):
     om.convert(source, tmp_path / "packed", quantize=8, group_size=32)
     from openelm_mlx import placement
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "LARGEST_UNPACKED_BYTES", 0)  # as on a GPU, where they stay packed
-        assert finetune(
-            tmp_path / "packed", data=CHATS, output=tmp_path / "out", steps=2, chat_template="openelm-instruct"
-        )
-        with pytest.raises(SettingError, match="are quantized"):
-            finetune(tmp_path / "packed", data=CHATS, output=tmp_path / "full", method="full")
+        options = {"data": CHATS, "steps": 2, "chat_template": "openelm-instruct"}
+        assert finetune(tmp_path / "packed", output=tmp_path / "out", **options)
+        prepared = Finetuning.prepare(tmp_path / "packed", output=tmp_path / "full", method="full", **options)
+        assert prepared.plan.num_trained == prepared.base.spec.num_parameters()
+        assert not prepared.base.placement.packed
+        stored = om.load(prepared.run())[0]
+    assert not any("scales" in module for module in stored.modules())
+    packed = om.load(tmp_path / "packed")[0].transformer.layers[0].attn.qkv_proj
+    trained = stored.transformer.layers[0].attn.qkv_proj.weight
+    assert 0 < float(mx.abs(trained - unpacked(packed)).max()) < 1e-2
+
+
+def test_all_weights_of_gpt_oss_are_trained_its_packed_experts_too(tmp_path):
+    """They become numbers, since words cannot be trained, and the result is a model of its own."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    config = json.loads((FIXTURES / "gpt_oss_tiny" / "config.json").read_text())
+    arrays = mx.load(str(FIXTURES / "gpt_oss_tiny" / "model.safetensors"))
+    times = 4096 // config["vocab_size"]  # as many rows as the demo's tokenizer has tokens
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        arrays[name] = mx.concatenate([arrays[name]] * times)
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 4096}))
+    options = {"data": [{"text": "abc"}] * 2, "steps": 2, "learning_rate": 1e-3, "tokenizer": "demo-gpt-oss"}
+    path = finetune(folder, output=tmp_path / "out", method="full", **options)
+    base, trained = om.load(folder)[0], om.load(path)[0]
+    before, after = (dict(tree_flatten(each.parameters())) for each in (base, trained))
+    assert not any(name.endswith(".scales") for name in after)
+    for name, array in after.items():
+        if f"{name.removesuffix('weight')}scales" not in before:
+            assert not bool((array == before[name]).all()), name
+    down, packed = (each.model.layers[0].mlp.experts.down_proj for each in (trained, base))
+    assert 0 < float(mx.abs(down.weight - unpacked(packed)).max()) < 1e-2
 
 
 def test_recipes_are_apples(source, tmp_path):

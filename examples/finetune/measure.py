@@ -3,8 +3,8 @@
     python examples/finetune/measure.py --output build/finetune
 
 demo-openelm learns to talk like a pirate from 32 short chats (style.jsonl), demo-gpt-oss ten words that do not exist
-(data.jsonl). Each is asked what it was taught, and the same in words that were not in its lessons. Adapters, loss charts and
-results.json go to the output folder.
+(data.jsonl), both with the defaults of `finetune`. Each is asked what it was taught, and the same in words that were not in its
+lessons. Adapters, loss charts and results.json, with all answers, go to the output folder.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import openelm_mlx as om
 from openelm_mlx.commands.training_progress import draw_losses
 
 HERE = Path(__file__).parent
 NEW_PLACES = ("farm", "valley", "beach", "tower", "palace", "theatre", "school", "lighthouse")
+# A question, and how its answer begins.
+Questions = dict[str, list[tuple[str, str]]]
 
 
 def main() -> None:
@@ -32,36 +35,55 @@ def main() -> None:
         measure("demo-gpt-oss", HERE / "data.jsonl", word_questions(), arguments.output / "words", arguments.steps),
     ]
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print("| model | asked | right before | right after | time |\n|---|---|---|---|---|")
+    print("| model | asked | right before | right after | loss | time |\n|---|---|---|---|---|---|")
     for result in results:
-        for kind, (count, before, after) in result["right"].items():
-            print(f"| {result['model']} | {count} {kind} | {before} | {after} | {result['seconds'] / 60:.1f} min |")
+        first, last = result["loss"]
+        spent = f"{first:.1f} -> {last:.3f} | {result['steps']} steps, {result['seconds'] / 60:.1f} min"
+        for kind, asked in result["asked"].items():
+            right = [sum(each[f"right {when}"] for each in asked) for when in ("before", "after")]
+            print(f"| {result['model']} | {len(asked)} {kind} | {right[0]} | {right[1]} | {spent} |")
+    print("\n| asked | before | after |\n|---|---|---|")
+    for result in results:
+        for asked in result["asked"].values():
+            print("\n".join(f"| {each['question']} | {each['before']} | {each['after']} |" for each in asked[:2]))
 
 
-def measure(source: str, data: Path, questions: dict, output: Path, steps: int | None) -> dict:
-    """The right answers before and after training on `data`."""
-    before = {kind: count_right(source, pairs, None) for kind, pairs in questions.items()}
+def measure(source: str, data: Path, questions: Questions, output: Path, steps: int | None) -> dict[str, Any]:
+    """All answers before and after training on `data`, the time it took, and the losses."""
+    before = {kind: answers(source, pairs, None) for kind, pairs in questions.items()}
+    log: list[Any] = []
     begun = time.monotonic()
-    log: list = []
     adapter = om.finetune(source, data=data, output=output, steps=steps, progress=log.append)
     seconds = time.monotonic() - begun
-    after = {kind: count_right(source, pairs, adapter) for kind, pairs in questions.items()}
+    after = {kind: answers(source, pairs, adapter) for kind, pairs in questions.items()}
     draw_losses(output.with_suffix(".png"), source, [{"step": e.step, "loss": e.loss} for e in log], overwrite=True)
-    right = {kind: (len(pairs), before[kind], after[kind]) for kind, pairs in questions.items()}
-    return {"model": source, "seconds": seconds, "steps": len(log), "loss": [log[0].loss, log[-1].loss], "right": right}
+    asked = {
+        kind: [
+            {
+                "question": question, "before": one, "after": other,
+                "right before": is_right(one, wanted), "right after": is_right(other, wanted),
+            }
+            for (question, wanted), one, other in zip(pairs, before[kind], after[kind], strict=True)
+        ]
+        for kind, pairs in questions.items()
+    }  # fmt: skip
+    return {"model": source, "seconds": seconds, "steps": len(log), "loss": [log[0].loss, log[-1].loss], "asked": asked}
 
 
-def count_right(source: str, pairs: list, adapter: Path | None) -> int:
-    """How many questions get the wanted answer, or its beginning where it is a style."""
+def answers(source: str, pairs: list[tuple[str, str]], adapter: Path | None) -> list[str]:
+    """What the model says to each question, greedily."""
     model, tokenizer = om.load(source, adapter=adapter)
     sampling = om.SamplingParams(temperature=0.0)
-    answers = om.generate(model, tokenizer, [question for question, _ in pairs], max_tokens=48, sampling=sampling)
-    return sum(
-        answer.strip().lower().startswith(wanted.lower()) for answer, (_, wanted) in zip(answers, pairs, strict=True)
-    )
+    said = om.generate(model, tokenizer, [question for question, _ in pairs], max_tokens=48, sampling=sampling)
+    return [" ".join(each.split()) for each in said]
 
 
-def style_questions() -> dict[str, list[tuple[str, str]]]:
+def is_right(answer: str, wanted: str) -> bool:
+    """Whether the answer is the wanted one, or begins with it where it is a style."""
+    return answer.lower().startswith(wanted.lower())
+
+
+def style_questions() -> Questions:
     """The chats themselves, and places that are in none of them."""
     taught = [json.loads(line)["messages"] for line in (HERE / "style.jsonl").read_text().splitlines()]
     return {
@@ -70,7 +92,7 @@ def style_questions() -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def word_questions() -> dict[str, list[tuple[str, str]]]:
+def word_questions() -> Questions:
     """The words as they were taught, and in a question that was not."""
     words = json.loads((HERE / "words.json").read_text())
     return {

@@ -18,16 +18,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, ConfigError, DestinationError, SettingError
+from ..errors import CheckpointError, ConfigError, SettingError
 from ..files import expanded, read_object, shown
-from ..finder import sync_folder
 from ..models.adapters import check_belongs
 from ..models.low_rank import Adapter
 from ..specs import ModelSpec
 from .adapter_mlx_lm import mlx_lm_files, read_mlx_lm
 from .adapter_peft import peft_files, read_peft
 from .adapter_tensors import open_tensors
-from .destination import check_destination, folder_beside, put_in_place, save_tensors
+from .destination import write_folder
 
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS, MLX_LM_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
@@ -96,9 +95,6 @@ def write_adapter(
     """
     if format not in ("peft", "mlx-lm"):
         raise SettingError(f'format is {shown(format)}: adapters are written as "peft" or "mlx-lm".')
-    destination = Path(os.path.realpath(expanded(os.fspath(folder), DestinationError)))
-    if not replace:
-        check_destination(destination)
     if format == "peft":
         (config, tensors), name = peft_files(adapter, spec), PEFT_WEIGHTS
     else:
@@ -107,19 +103,7 @@ def write_adapter(
         "format": "pt" if format == "peft" else "mlx",
         **{f"base_{key}": each for key, each in adapter.base.items()},
     }
-    with folder_beside(destination) as beside:
-        for other, content in (others or {}).items():
-            (beside / other).write_bytes(content)
-        save_tensors(beside / name, tensors, metadata)
-        (beside / CONFIG).write_bytes(config)
-        if replace and destination.is_dir():  # file by file, so that there is a whole one at any moment
-            sync_folder(beside)
-            for file in sorted(beside.iterdir(), key=lambda each: each.name == CONFIG):
-                os.replace(file, destination / file.name)
-            sync_folder(destination)
-        else:
-            put_in_place(beside, destination)
-    return destination
+    return write_folder(folder, name, tensors, {**(others or {}), CONFIG: config}, metadata, replace=replace)
 
 
 def _holds_corenet(folder: Path) -> bool:

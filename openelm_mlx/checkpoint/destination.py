@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..checks import size
 from ..errors import DestinationError
+from ..files import expanded
 from ..finder import DISK_IS_GONE, is_empty, sync, sync_folder
 
 
@@ -90,6 +91,44 @@ def save_tensors(file: Path, tensors: Mapping[str, mx.array], metadata: Mapping[
         raise OSError(errno.ENOSPC if is_full else errno.EIO, str(error), str(file)) from error
     with file.open("rb") as stream:
         sync(stream)
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    weights: str,
+    tensors: Mapping[str, mx.array],
+    files: Mapping[str, bytes | Path],
+    metadata: Mapping[str, str],
+    *,
+    replace: bool = False,
+) -> Path:
+    """Write a small checkpoint into a new folder, which appears complete; returns it.
+
+    weights: the name of the file for `tensors`. files: name -> content, or a file to copy; the last one is what makes the
+    folder readable. replace: the files of an existing folder give way one by one, for a run that saves again what it wrote
+    itself.
+
+    Raises DestinationError where something is there, or it cannot be written.
+    """
+    destination = Path(os.path.realpath(expanded(os.fspath(folder), DestinationError)))
+    if not replace:
+        check_destination(destination)
+    with folder_beside(destination) as beside:
+        check_free_space(destination, sum(array.nbytes for array in tensors.values()))
+        for name, content in files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, beside / name)
+            else:
+                (beside / name).write_bytes(content)
+        save_tensors(beside / weights, tensors, metadata)
+        if not (replace and destination.is_dir()):
+            put_in_place(beside, destination)
+            return destination
+        sync_folder(beside)
+        for name in sorted([weights, *files], key=lambda each: each == list(files)[-1]):  # a whole one at any moment
+            os.replace(beside / name, destination / name)
+        sync_folder(destination)
+    return destination
 
 
 def destination_error(error: OSError, destination: Path) -> DestinationError:

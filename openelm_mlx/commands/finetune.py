@@ -55,9 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--beta", type=float, metavar="X", help="of preferences (default: 0.1)")
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--steps", type=int, metavar="N", help="how many steps (default: 3 epochs, at least 160 steps)")
+    run.add_argument("--steps", type=int, metavar="N", help="how many steps (default: 3 epochs, at least 80 steps)")
     run.add_argument("--epochs", type=float, metavar="X", help="how often the data are seen")
-    run.add_argument("--batch-size", type=int, metavar="N", help="examples a step (default: 8)")
+    run.add_argument(
+        "--batch-size", type=int, metavar="N", help="examples a step (default: 8, or an eighth of the data)"
+    )
     run.add_argument(
         "--learning-rate", type=float, metavar="X", help="default: 2e-3 for adapters, 2e-4 for all weights"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +25,9 @@ from ..sources import SourceName
 from ..text.chat import HARMONY
 from ..text.conversation import REASONING_EFFORTS
 from .base import Base
+from .batches import Row
 from .data import PREFERENCE, DataSource, Example, read_examples, validation_file
-from .full_output import write_model
+from .full_output import as_json, write_model
 from .loop import Listener, Trainer
 from .optimizer import Schedule, adamw, is_matrix
 from .plan import TrainingPlan, adapter_config, make_training_plan
@@ -108,13 +109,13 @@ def finetune(
             dictionaries. Each line has "messages" (and "tools"), "prompt" and "completion", "text", or "chosen" and
             "rejected" (and "prompt"), which are preferences.
         output: The folder to write; nothing may be there.
-        method: "lora" (the default), "dora", "rslora", or "full": all weights, of a model that is not quantized.
+        method: "lora" (the default), "dora", "rslora", or "full": all weights, which are unpacked where they are quantized.
         recipe: "apple-peft" or "apple-dpo", OpenELM's own; what is given besides takes the place of its settings.
         validation: Other data, measured `VALIDATIONS` times in the run or every validate_every steps; or a share of the data,
             as 0.1. patience: the run ends once it has failed to improve so often in a row, and the best adapter is written.
-        steps, epochs: The length of the run; by default three epochs, and for few examples as many as 160 steps are.
-        batch_size: Examples a step. How many tokens are computed at once is another matter (tokens_at_once), which changes
-            nothing but memory.
+        steps, epochs: The length of the run; by default three epochs, and for few examples as many as 80 steps are.
+        batch_size: Examples a step: by default 8, and of fewer than 64 examples an eighth. How many tokens are computed at
+            once is another matter (tokens_at_once), which changes nothing but memory.
         learning_rate, final_learning_rate, warmup_steps: A linear warm-up and a cosine.
         rank, alpha, dropout, targets, layers: The adapter's; targets are patterns such as "q_proj", "attention", "experts".
         preference, beta: "sigmoid" (DPO) or "hinge", for preferences.
@@ -157,86 +158,45 @@ class Finetuning:
     log: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def prepare(
-        cls,
-        source: SourceName,
-        *,
-        data: DataSource,
-        output: str | os.PathLike[str],
-        recipe: str | None = None,
-        validation: DataSource | float | None = None,
-        checkpointing: bool | None = None,
-        tokens_at_once: int | None = None,
-        memory_limit: int | str | None = None,
-        dtype: str | mx.Dtype | None = None,
-        tokenizer: SourceName | None = None,
-        chat_template: str | None = None,
-        revision: str | None = None,
-        reasoning_effort: str | None = None,
-        date: str | None = None,
-        format: str = "peft",
-        restart: bool = False,
-        **settings: Any,
-    ) -> Finetuning:
-        """Check everything that `finetune` was given, what is cheap first, and plan. Its errors are raised here."""
-        settings = _plain(settings)
-        wanted = settings_from(recipe, settings)
-        if format not in FORMATS:
-            raise SettingError(f"format is {shown(format)}: choose peft or mlx-lm.")
-        if reasoning_effort is not None and reasoning_effort not in REASONING_EFFORTS:
-            raise SettingError(f"reasoning_effort is {shown(reasoning_effort)}: use low, medium or high.")
-        check_output(output)
-        examples = read_examples(data)
-        examples, held_out = _divided(validation, data, examples, wanted.seed)
-        base = Base.open(
-            source,
-            trains_all=wanted.method == "full",
-            dtype=dtype,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            revision=revision,
-        )
-        if reasoning_effort is not None and base.template.template != HARMONY:
-            raise SettingError(
-                f"reasoning_effort is {shown(reasoning_effort)}, and only gpt-oss's chat format has one: leave it out."
-            )
-        wanted = settings_from(recipe, settings, len(base.spec.layers))
+    def prepare(cls, source: SourceName, **options: Any) -> Finetuning:
+        """Check everything that `finetune` was given, what is cheap first, and plan. Its errors are raised here.
+
+        options: those of `finetune`, which has their defaults.
+        """
+        call = inspect.signature(finetune).bind(source, **options)
+        call.apply_defaults()
+        asked = call.arguments
+        _check_words(asked)
+        chosen = _plain(asked)
+        wanted = settings_from(asked["recipe"], chosen)
+        check_output(asked["output"])
+        examples = read_examples(asked["data"])
+        examples, held_out = _divided(asked["validation"], asked["data"], examples, wanted.seed)
+        opening = {name: asked[name] for name in ("dtype", "tokenizer", "chat_template", "revision")}
+        base = Base.open(source, trains_all=wanted.method == "full", **opening)
+        wanted = settings_from(asked["recipe"], chosen, len(base.spec.layers))
         is_preference = examples[0].kind == PREFERENCE
-        before = {} if restart else previous_run(output)
-        most = base.spec.context_length if wanted.max_length is None else wanted.max_length
-        if most > base.spec.context_length:
-            raise SettingError(
-                f"max_length is {most:,}: it must be at most the model's context, {base.spec.context_length:,}."
-            )
-        rendering = Rendering(
-            tokenizer=base.tokenizer,
-            template=base.template.template,
-            max_length=most,
-            learn=wanted.learn,
-            too_long=wanted.too_long,
-            date=_checked_date(date) or before.get("date") or f"{day.today():%Y-%m-%d}",
-            reasoning_effort=reasoning_effort or "medium",
-        )
+        before = {} if asked["restart"] else previous_run(asked["output"])
+        rendering = _rendering(base, wanted, asked, before)
         rows = render_all(rendering, examples)
         validation_rows = render_all(rendering, held_out) if held_out else []
         complete = wanted.completed(len(rows), is_preference)
-        plan = make_training_plan(
-            base,
-            complete,
-            rows,
-            checkpointing=checkpointing if checkpointing is not None else before.get("checkpointing"),
-            tokens_at_once=tokens_at_once if tokens_at_once is not None else before.get("tokens_at_once"),
-            memory_limit=memory_limit,
-            is_preference=is_preference,
-        )
+        # As it was before an interruption, or the last bit would be another one.
+        ways = {
+            name: before.get(name) if asked[name] is None else asked[name]
+            for name in ("checkpointing", "tokens_at_once")
+        }
+        limit = asked["memory_limit"]
+        plan = make_training_plan(base, complete, rows, **ways, memory_limit=limit, is_preference=is_preference)
         if not plan.fits:
             raise plan.refusal()
-        reference = _no_reference(len(rows)) if is_preference else None
-        training = Rows(rows, complete.batch_size, plan.tokens_at_once, complete.seed, reference)
-        validating = None
-        if validation_rows:
-            other = _no_reference(len(validation_rows)) if is_preference else None
-            validating = Rows(validation_rows, complete.batch_size, plan.tokens_at_once, complete.seed, other)
+
+        def as_data(examples: Sequence[Sequence[Row]]) -> Rows:
+            assert complete.batch_size is not None
+            reference = _no_reference(len(examples)) if is_preference else None
+            return Rows(examples, complete.batch_size, plan.tokens_at_once, complete.seed, reference)
+
+        training, validating = as_data(rows), as_data(validation_rows) if validation_rows else None
         what = {
             "version": __version__,
             "source": base.name,
@@ -248,7 +208,8 @@ class Finetuning:
             "dtype": str(base.dtype),
             "settings": complete.as_dict(),
         }
-        return cls(base, complete, plan, training, validating, Path(output), what, format, restart)
+        output = Path(asked["output"])
+        return cls(base, complete, plan, training, validating, output, what, asked["format"], asked["restart"])
 
     @property
     def is_preference(self) -> bool:
@@ -322,7 +283,7 @@ class Finetuning:
                 rows.reference = reference_logprobs(gradients, rows.examples, self.plan.tokens_at_once, tell)
 
     def _write(self, model: Model, state: State) -> Path:
-        card = {"training.json": _as_json({**self.what, "log": state.log})}
+        card = {"training.json": as_json({**self.what, "log": state.log})}
         if self.base.trains_all:
             return write_model(self.output, model, self.base, card)
         base = {"name": self.base.name, "family": self.base.spec.family, "hash": self.base.hash()}
@@ -358,8 +319,41 @@ def _divided(
     return examples, found
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Lists as tuples, which settings are compared by."""
+def _check_words(asked: Mapping[str, Any]) -> None:
+    """Raise SettingError for a format or an effort that there is not."""
+    if asked["format"] not in FORMATS:
+        raise SettingError(f"format is {shown(asked['format'])}: choose peft or mlx-lm.")
+    effort = asked["reasoning_effort"]
+    if effort is not None and effort not in REASONING_EFFORTS:
+        raise SettingError(f"reasoning_effort is {shown(effort)}: use low, medium or high.")
+
+
+def _rendering(base: Base, settings: Settings, asked: Mapping[str, Any], before: Mapping[str, Any]) -> Rendering:
+    """How examples become rows. before: of an interrupted run, whose date holds on."""
+    effort = asked["reasoning_effort"]
+    if effort is not None and base.template.template != HARMONY:
+        raise SettingError(
+            f"reasoning_effort is {shown(effort)}, and only gpt-oss's chat format has one: leave it out."
+        )
+    most = base.spec.context_length if settings.max_length is None else settings.max_length
+    if most > base.spec.context_length:
+        raise SettingError(
+            f"max_length is {most:,}: it must be at most the model's context, {base.spec.context_length:,}."
+        )
+    return Rendering(
+        tokenizer=base.tokenizer,
+        template=base.template.template,
+        max_length=most,
+        learn=settings.learn,
+        too_long=settings.too_long,
+        date=_checked_date(asked["date"]) or before.get("date") or f"{day.today():%Y-%m-%d}",
+        reasoning_effort=effort or "medium",
+    )
+
+
+def _plain(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with lists as tuples, which settings are compared by."""
+    settings = dict(asked)
     for name, kind, example in (("targets", str, '["q_proj"]'), ("layers", int, "[0, 1]")):
         value = settings.get(name)
         if isinstance(value, str):
@@ -383,7 +377,3 @@ def _checked_date(date: str | None) -> str | None:
 def _no_reference(count: int) -> np.ndarray:
     """A place for the reference of so many pairs, which is computed once the model is read."""
     return np.zeros((count, 2), np.float32)
-
-
-def _as_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,20 +1,16 @@
-"""A model with all of its weights trained, as a folder with this library's names (Apple's, of OpenELM), which appears complete."""
+"""A model with all of its weights trained, as a folder that appears complete: Apple's layout, this library's of gpt-oss."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..checkpoint.destination import check_destination, check_free_space, folder_beside, put_in_place, save_tensors
-from ..errors import DestinationError
-from ..files import expanded
+from ..checkpoint.destination import write_folder
 from ..specs import gpt_oss_config, openelm_config
 from .base import Base
 
@@ -34,26 +30,14 @@ def write_model(output: str | os.PathLike[str], model: Model, base: Base, others
         config = openelm_config(base.spec) | {"openelm_mlx": {"chat_template": base.template.template}}
     else:
         config = gpt_oss_config(base.spec)
-    files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **others}
-    copied = {file.name: file for file in base.tokenizer.files}
-    return write_folder(output, weights, files, copied)
+    files: dict[str, bytes | Path] = {
+        **others,
+        **{file.name: file for file in base.tokenizer.files},
+        CONFIG: as_json(config),
+    }
+    return write_folder(output, WEIGHTS, weights, files, {"format": "mlx"})
 
 
-def write_folder(
-    output: str | os.PathLike[str],
-    weights: Mapping[str, mx.array],
-    files: Mapping[str, bytes],
-    copied: Mapping[str, Path],
-) -> Path:
-    """A folder of weights, of contents by name and of copied files; renamed into its place when it is whole."""
-    destination = Path(os.path.realpath(expanded(output, DestinationError)))
-    check_destination(destination)
-    with folder_beside(destination) as beside:
-        check_free_space(destination, sum(array.nbytes for array in weights.values()))
-        save_tensors(beside / WEIGHTS, weights, {"format": "mlx"})
-        for name, content in files.items():
-            (beside / name).write_bytes(content)
-        for name, file in copied.items():
-            shutil.copyfile(file, beside / name)
-        put_in_place(beside, destination)
-    return destination
+def as_json(value: Any) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(value, indent=2, default=dict) + "\n").encode()

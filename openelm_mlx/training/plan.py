@@ -41,7 +41,7 @@ class TrainingPlan:
     weights_bytes: of the model, where they are not trained. trained_bytes: what is trained and the optimizer's two moments.
     activations_bytes: what is kept for the gradient and computed with, logits (logits_bytes) and gradients included.
     num_trained: trained numbers. tokens_at_once: see `finetune`. longest: tokens of the longest row. tokens: that the whole run
-    sees. cache_limit_bytes: MLX's limit while it runs; 0: its own. changes: what would fit.
+    sees. cache_limit_bytes: MLX's limit while it runs; 0: its own. experts_bytes: of the weights. changes: what would fit.
     """
 
     source: str
@@ -62,6 +62,7 @@ class TrainingPlan:
     batch_size: int
     tokens: int
     cache_limit_bytes: int = 0
+    experts_bytes: int = 0
     changes: tuple[Change, ...] = ()
 
     @property
@@ -82,6 +83,9 @@ class TrainingPlan:
         """The error for a plan that does not fit."""
         options = "; ".join(f"{change.setting} ({change.cost})" for change in self.changes)
         what = f"It would fit with {options}." if options else "Train a smaller model, or adapt fewer layers."
+        if self.experts_bytes:
+            twice = size(2 * self.experts_bytes)
+            what += f" Experts stay on disk for answers only: each step of training would read all of them twice, {twice}."
         return MemoryLimitError(
             f"Training {self.source} does not fit: {self.arithmetic()} are {size(self.process_bytes)}, and "
             f"{size(self.memory_limit)} are allowed. {what}"
@@ -128,6 +132,8 @@ class _Planner:
         self, base: Base, settings: Settings, examples: Sequence[Sequence[Row]], limit: int, is_preference: bool
     ) -> None:
         self.base, self.settings, self.limit, self.is_preference = base, settings, limit, is_preference
+        assert settings.batch_size is not None
+        self.batch_size = settings.batch_size
         self.machine: Machine = base.machine
         self.spec: ModelSpec = base.spec
         self.examples = examples
@@ -150,7 +156,7 @@ class _Planner:
     def _of_a_step(self) -> int:
         """Tokens of the examples of a step, where they are the longest ones."""
         sizes = sorted((sum(map(len, rows)) for rows in self.examples), reverse=True)
-        return sum(sizes[: self.settings.batch_size])
+        return sum(sizes[: self.batch_size])
 
     def plan(self, places: int, checkpointing: bool, longest: int | None = None) -> TrainingPlan:
         """The plan with so many tokens at once. longest: with all rows cut to so many tokens."""
@@ -168,8 +174,9 @@ class _Planner:
             source=self.base.name, fits=whole <= self.limit, weights_bytes=weights, trained_bytes=trained,
             activations_bytes=kept, logits_bytes=logits, total_bytes=total, process_bytes=whole, memory_limit=self.limit,
             tokens_at_once=places, checkpointing=checkpointing, num_trained=num_trained, longest=max(lengths),
-            examples=len(self.examples), steps=steps, batch_size=self.settings.batch_size,
-            tokens=int(mean * steps * self.settings.batch_size), cache_limit_bytes=cache,
+            examples=len(self.examples), steps=steps, batch_size=self.batch_size,
+            tokens=int(mean * steps * self.batch_size), cache_limit_bytes=cache,
+            experts_bytes=self._experts(),
         )  # fmt: skip
 
     def changes(self, plan: TrainingPlan) -> list[Change]:
@@ -205,9 +212,10 @@ class _Planner:
 
     def _weights(self) -> int:
         """Weights that are not trained; trained ones are counted with their gradients."""
-        weights = self.base.weights
-        slots = self.spec.layers[0].num_experts * weights.slot
-        return 0 if self.base.trains_all else weights.dense + slots
+        return 0 if self.base.trains_all else self.base.weights.dense + self._experts()
+
+    def _experts(self) -> int:
+        return self.spec.layers[0].num_experts * self.base.weights.slot if self.spec.layers else 0
 
     def _trained(self, count: int) -> int:
         """Parameters and the optimizer's two moments, in float32; the best ones, where they are kept.
@@ -222,7 +230,7 @@ class _Planner:
         """What the largest batch of a step takes, gradients included, and the logits in it."""
         together = 2 if self.is_preference else 1
         longest = sorted(range(0, len(lengths), together), key=lambda i: -max(lengths[i : i + together]))
-        chosen = [i + k for i in longest[: self.settings.batch_size] for k in range(together)]
+        chosen = [i + k for i in longest[: self.batch_size] for k in range(together)]
         rows = [row for each in self.examples for row in each]
         cut = [Row(rows[i].tokens[: lengths[i]], rows[i].targets[: lengths[i]]) for i in chosen]
         groups = divided([len(row) for row in cut], places, together)

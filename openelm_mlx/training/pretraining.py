@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import __version__
 from ..arguments import FLAG, FUNCTION, PATH, check_kind, checked_call
+from ..checkpoint.destination import write_folder
 from ..checks import is_number, whole_number
 from ..errors import ConfigError, DataError, SettingError
 from ..files import expanded, read_yaml, shown
@@ -27,7 +28,7 @@ from ..specs import ModelSpec, openelm_config, spec_from_config
 from ..text.tokenizer import load_tokenizer
 from ..text.tokenizer_files import TOKENIZER_FILES
 from .batches import NOT_LEARNED, Row, order_of, rows_of_step
-from .full_output import write_folder
+from .full_output import CONFIG, WEIGHTS, as_json
 from .loop import Listener, Part, Trainer
 from .optimizer import Schedule, adamw, is_matrix
 from .products import multiply_both_ways
@@ -350,13 +351,10 @@ def _write(
     output: str | os.PathLike[str], model: Model, spec: ModelSpec, settings: TrainingConfig, log: list[dict[str, Any]]
 ) -> Path:
     template = {} if settings.chat_template is None else {"openelm_mlx": {"chat_template": settings.chat_template}}
-    files = {
-        "config.json": (json.dumps(openelm_config(spec) | template, indent=2) + "\n").encode(),
-        "training.json": (json.dumps({"config": vars(settings), "log": log}, indent=1, default=dict) + "\n").encode(),
-    }
-    copied = {}
+    files: dict[str, bytes | Path] = {"training.json": as_json({"config": vars(settings), "log": log})}
     if settings.tokenizer is not None:
         place = Path(settings.tokenizer)
         found = [place / name for name in TOKENIZER_FILES] if place.is_dir() else [place]
-        copied = {each.name: each for each in found if each.is_file()}
-    return write_folder(output, dict(tree_flatten(model.parameters())), files, copied)
+        files |= {each.name: each for each in found if each.is_file()}
+    files[CONFIG] = as_json(openelm_config(spec) | template)
+    return write_folder(output, WEIGHTS, dict(tree_flatten(model.parameters())), files, {"format": "mlx"})

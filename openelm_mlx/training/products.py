@@ -24,14 +24,14 @@ LEAST_ROWS, MOST_STREAMS = 16, 8
 _of_thread = threading.local()  # a thread cannot use the streams of another one
 
 
-@mx.custom_function  # type: ignore[untyped-decorator]
+@mx.custom_function
 def product(x: mx.array, matrix: mx.array) -> mx.array:
     """x @ matrix.T for x (..., columns) and a matrix (rows, columns): (..., rows). The same bits on any number of cores."""
     y = _on_all_cores(x.reshape(-1, x.shape[-1]), mx.contiguous(matrix.T))
     return y.reshape(*x.shape[:-1], -1)
 
 
-@product.vjp  # type: ignore[untyped-decorator]
+@product.vjp
 def _gradients(inputs: Any, gradient: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     x, matrix = inputs
     of_rows = gradient.reshape(-1, gradient.shape[-1])
@@ -62,6 +62,12 @@ def _streams() -> list[mx.Stream]:
     return [mx.default_stream(mx.cpu), *_of_thread.streams]
 
 
+def times(x: mx.array, matrix: mx.array) -> mx.array:
+    """`product` where x is float32; half precision has another kernel."""
+    y: mx.array = product(x, matrix) if x.dtype == mx.float32 else x @ matrix.T  # type: ignore[assignment]
+    return y
+
+
 class LinearBothWays(nn.Module):
     """In the place of an `nn.Linear`, with its parameters."""
 
@@ -72,7 +78,7 @@ class LinearBothWays(nn.Module):
             self.bias = base["bias"]
 
     def __call__(self, x: mx.array) -> mx.array:
-        y: mx.array = product(x, self["weight"]) if x.dtype == mx.float32 else x @ self["weight"].T
+        y = times(x, self["weight"])
         return y + self["bias"] if "bias" in self else y
 
 
@@ -88,8 +94,7 @@ class EmbeddingBothWays(nn.Module):
         return found
 
     def as_linear(self, x: mx.array) -> mx.array:
-        y: mx.array = product(x, self["weight"]) if x.dtype == mx.float32 else x @ self["weight"].T
-        return y
+        return times(x, self["weight"])
 
 
 def multiply_both_ways(model: LanguageModel) -> None:

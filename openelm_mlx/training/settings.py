@@ -15,7 +15,9 @@ from .rendering import LEARN, TOO_LONG, checked_choice
 METHODS = ("lora", "dora", "rslora", "full")
 PREFERENCES = ("sigmoid", "hinge")
 # A small data set is gone through until so many steps have been made; a large one so many times.
-USUAL_EPOCHS, FEWEST_STEPS = 3, 160
+USUAL_EPOCHS, FEWEST_STEPS = 3, 80
+# Examples a step: of few examples an eighth, since what is learned depends on the number of steps.
+USUAL_BATCH_SIZE, STEPS_OF_AN_EPOCH = 8, 8
 # Validation and log: so many times in a run, unless said otherwise.
 VALIDATIONS = 10
 
@@ -35,7 +37,7 @@ class Settings:
     method: str = "lora"
     steps: int | None = None
     epochs: float | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     learning_rate: float | None = None
     final_learning_rate: float | None = None
     warmup_steps: int | None = None
@@ -95,7 +97,8 @@ class Settings:
 
     def completed(self, num_examples: int, is_preference: bool) -> Settings:
         """The same with nothing left open."""
-        of_epoch = max(1, num_examples / self.batch_size)
+        batch_size = self.batch_size or min(USUAL_BATCH_SIZE, max(1, num_examples // STEPS_OF_AN_EPOCH))
+        of_epoch = max(1, num_examples / batch_size)
         if self.steps is not None:
             steps = self.steps
         elif self.epochs is not None:
@@ -116,8 +119,8 @@ class Settings:
         warmup = usual if self.warmup_steps is None else self.warmup_steps
         every = max(1, math.ceil(steps / VALIDATIONS)) if self.validate_every is None else self.validate_every
         return replace(
-            self, steps=steps, epochs=steps / of_epoch, learning_rate=rate, final_learning_rate=final,
-            warmup_steps=min(warmup, steps), validate_every=every,
+            self, steps=steps, epochs=steps / of_epoch, batch_size=batch_size, learning_rate=rate,
+            final_learning_rate=final, warmup_steps=min(warmup, steps), validate_every=every,
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:

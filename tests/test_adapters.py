@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture
+from mlx.utils import tree_map
 
 import openelm_mlx as om
 from openelm_mlx.adapters import base_hash, bytes_of, put_adapter, scratch_per_token
@@ -21,11 +22,13 @@ from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.step import PlainStep
 from openelm_mlx.decoding.streamed_step import StreamedStep
 from openelm_mlx.errors import CheckpointError, MemoryLimitError, SettingError
+from openelm_mlx.models import build_model
 from openelm_mlx.models.adapter_targets import targets_of
 from openelm_mlx.models.adapters import AdapterConfig, attach, detach
 from openelm_mlx.models.low_rank import Adapter, Pair
 from openelm_mlx.models.rows import Rows, flat_logits
 from openelm_mlx.runtime import runtime_of
+from openelm_mlx.specs import spec_from_config
 
 ADAPTERS = FIXTURES / "adapters"
 FAMILIES = {"openelm": "openelm_tiny", "gpt_oss": "gpt_oss_tiny"}
@@ -556,3 +559,21 @@ def test_from_one_format_to_another(tmp_path):
         format = "peft" if destination == "mlx" else "corenet"
         with pytest.raises(om.UserError, match=said.replace(".", r"\.")):
             om.convert_adapter(source, tmp_path / destination, base, format)
+
+
+def test_a_model_that_no_file_was_loaded_into_takes_an_adapter_of_experts():
+    """`build_model` and random weights: added, used, removed, and put in training beside them."""
+    spec = spec_from_config(json.loads((FIXTURES / "gpt_oss_tiny" / "config.json").read_text()))
+    model = build_model(spec)
+    keys = iter(mx.random.split(mx.random.key(3), 200))
+    model.update(tree_map(lambda a: 0.1 * mx.random.normal(a.shape, key=next(keys)), model.parameters()))
+    model.eval()
+    tokens = mx.array([[5, 6, 7, 8]])
+    alone = model(tokens)
+    om.add_adapter(model, ADAPTERS / "gpt_oss_experts" / "peft_final", name="mine")
+    om.use_adapter(model, "mine")
+    assert float(mx.abs(model(tokens) - alone).max()) > 1e-3
+    om.remove_adapter(model, "mine")
+    assert bool((model(tokens) == alone).all())
+    attach(model, AdapterConfig(targets=("experts",)))
+    assert bool((model(tokens) == alone).all())

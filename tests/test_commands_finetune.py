@@ -38,7 +38,7 @@ def test_a_run_says_what_it_takes_and_how_it_goes(source, data, tmp_path, capsys
     assert finetune(source, data, output, "--steps", 6, "--validation", 0.2, "--chart", tmp_path / "loss.png") == 0
     printed = capsys.readouterr()
     assert "4 examples" in printed.err
-    assert "trained numbers; 6 steps of 8 examples" in printed.err
+    assert "trained numbers; 6 steps of 4 examples" in printed.err
     assert "memory: " in printed.err
     assert "time: about" in printed.err
     assert "step 6 of 6: loss" in printed.err

@@ -80,7 +80,8 @@ def test_memory_is_saved_in_the_order_of_what_it_costs(tmp_path):
     assert tighter.checkpointing
     assert tighter.tokens_at_once < free.tokens_at_once
     with pytest.raises(
-        MemoryLimitError, match=r"Training demo-gpt-oss does not fit: weights .* computing .*max_length=\d+.* read all of them twice, \d"
+        MemoryLimitError,
+        match=r"Training demo-gpt-oss does not fit: weights .* computing .*max_length=\d+.* read all of them twice, \d",
     ):
         plan(memory_limit=least.process_bytes - 20_000_000)
     with pytest.raises(MemoryLimitError, match="checkpointing=True"):

@@ -1,13 +1,17 @@
 """Gradients and steps against PyTorch's, and every way to compute them against the plain one."""
 
 import json
+import threading
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture, max_difference, oracle
+from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
+from openelm_mlx.models.adapter_sites import put_module
+from openelm_mlx.training import products
 from openelm_mlx.training.batches import Row, divided, make_batch, rounded_up, rows_of_step
 from openelm_mlx.training.optimizer import Schedule, adamw, clipped, global_norm, set_rate
 from openelm_mlx.training.steps import Gradients, Objective, add_gradients, divided_by
@@ -122,6 +126,41 @@ def test_recomputing_changes_no_class_and_leaves_the_parameters_alone(family):
     mx.eval(gradients(model.trainable_parameters(), make_batch(rows)))
     assert type(model.layers[0]).__call__ is call
     assert {name: id(a) for name, a in tree_flatten(model.parameters())} == before
+
+
+def test_matrices_that_are_multiplied_both_ways_change_nothing(family, monkeypatch):
+    """In another module, on three streams: the same parameters, losses and gradients, computed again or not."""
+    model, rows, loss, plain = family
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    monkeypatch.setattr(products.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(products, "_of_thread", threading.local())
+    replaced = [(path, module) for path, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)]
+    products.multiply_both_ways(model)
+    try:
+        assert [name for name, _ in tree_flatten(model.parameters())] == names
+        for checkpointing in (False, True):
+            gradients = Gradients(model, Objective(z_loss=1e-4), checkpointing=checkpointing)
+            found, other = mean_gradients(gradients, model.trainable_parameters(), rows)
+            assert abs(found - loss) < 1e-5 * loss
+            assert relative(dict(tree_flatten(other)), plain) < 1e-5
+    finally:
+        for path, module in replaced:
+            put_module(model, path, module)
+
+
+def test_a_product_on_several_streams_has_the_bits_of_one(monkeypatch):
+    monkeypatch.setattr(products.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(products, "_of_thread", threading.local())
+    keys = mx.random.split(mx.random.key(0), 3)
+    x, matrix, cotangent = (
+        mx.random.normal(s, key=k) for s, k in zip([(7, 13, 9), (5, 9), (7, 13, 5)], keys, strict=True)
+    )
+    [y], [of_x, of_matrix] = mx.vjp(products.product, [x, matrix], [cotangent])
+    assert bool((y == x @ mx.contiguous(matrix.T)).all())
+    assert bool((of_x == cotangent @ matrix).all())
+    assert mx.allclose(of_matrix, cotangent.reshape(-1, 5).T @ x.reshape(-1, 9), rtol=1e-5, atol=1e-5)
+    half = products.times(x.astype(mx.bfloat16), matrix.astype(mx.bfloat16))
+    assert half.dtype == mx.bfloat16
 
 
 def test_gradients_need_no_training_mode():

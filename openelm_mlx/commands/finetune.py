@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import size
 from . import INTERRUPTED
-from .options import add_overwrite
-from .output import report, report_json, say
-from .training_progress import TrainingBar, show_losses, summary, watched
+from .output import report_json, say
+from .training_progress import TrainingBar, add_result_arguments, show_result, watched
 
 if TYPE_CHECKING:
     from ..training.finetuning import Finetuning
@@ -57,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("the run")
     run.add_argument("--steps", type=int, metavar="N", help="how many steps (default: 3 epochs, at least 80 steps)")
     run.add_argument("--epochs", type=float, metavar="X", help="how often the data are seen")
-    run.add_argument(
-        "--batch-size", type=int, metavar="N", help="examples a step (default: 8, or an eighth of the data)"
-    )
+    run.add_argument("--batch-size", type=int, metavar="N", help="examples a step (default: 8; of few examples 4 to 8)")
     run.add_argument(
         "--learning-rate", type=float, metavar="X", help="default: 2e-3 for adapters, 2e-4 for all weights"
     )
@@ -91,14 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--revision", help="branch, tag or commit of the repository")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write; nothing may be there")
+    add_result_arguments(output)
     output.add_argument("--format", metavar="NAME", help="of the adapter: peft (default) or mlx-lm")
-    output.add_argument("--restart", action="store_true", help="forget an interrupted run to this output")
-    output.add_argument("--chart", metavar="FILE", help="draw the losses into a .png or .svg file")
-    add_overwrite(output)
     output.add_argument("--dry-run", action="store_true", help="check and plan, and train nothing")
-    output.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    output.add_argument("--quiet", "-q", action="store_true", help="no progress")
 
 
 # Options that are not the run's own.
@@ -123,12 +115,13 @@ def run(args: argparse.Namespace) -> int:
     path = watched(bar, args.output, lambda: prepared.run(bar.show, bar.begin, bar.refer))
     if path is None:
         return INTERRUPTED
-    show_losses(args, prepared.log, f"{args.source}: {prepared.settings.method}", chart)
-    if args.json:
-        report_json({"output": str(path), "plan": prepared.plan.as_dict(), "log": prepared.log})
-    else:
-        print_result(prepared, str(path))
-    return 0
+    method = prepared.settings.method
+    model = str(path) if method == "full" else prepared.base.name
+    use = f"chat --model {shlex.quote(model)}"
+    if method != "full":
+        use += f" --adapter {shlex.quote(str(path))}"
+    facts = {"plan": prepared.plan.as_dict()}
+    return show_result(args, path, prepared.log, f"{args.source}: {method}", chart, use, facts)
 
 
 def share_or_path(value: str | None) -> Any:
@@ -153,16 +146,3 @@ def print_plan(prepared: Finetuning) -> None:
         f"({settings.epochs:.3g} epochs), learning rate {settings.learning_rate:g}"
     )
     say(f"memory: {size(plan.process_bytes)} of {size(plan.memory_limit)}: {plan.arithmetic()}")
-
-
-def print_result(prepared: Finetuning, path: str) -> None:
-    """What came of it."""
-    report(summary(path, prepared.log))
-    validated = [entry["validation"] for entry in prepared.log if "validation" in entry]
-    if validated:
-        report(f"validation loss {validated[0]:.3f} -> {validated[-1]:.3f}, the lowest {min(validated):.3f}")
-    if prepared.settings.method == "full":
-        report(f"use it: openelm_mlx chat --model {shlex.quote(path)}")
-    else:
-        source = shlex.quote(prepared.base.name)
-        report(f"use it: openelm_mlx chat --model {source} --adapter {shlex.quote(path)}")

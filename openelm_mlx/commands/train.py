@@ -8,9 +8,7 @@ import shlex
 from pathlib import Path
 
 from . import INTERRUPTED
-from .options import add_overwrite
-from .output import report, report_json
-from .training_progress import TrainingBar, show_losses, summary, watched
+from .training_progress import TrainingBar, add_result_arguments, show_result, watched
 
 HELP = "train a new OpenELM model from nothing, by a YAML file"
 
@@ -23,13 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the run: model, data, schedule (examples/train/demo_openelm.yaml)",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write; nothing may be there")
     parser.add_argument("--steps", type=int, metavar="N", help="only the first N steps of the file's schedule")
-    parser.add_argument("--restart", action="store_true", help="forget an interrupted run to this output")
-    parser.add_argument("--chart", metavar="FILE", help="draw the losses into a .png or .svg file")
-    add_overwrite(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    parser.add_argument("--quiet", "-q", action="store_true", help="no progress")
+    add_result_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,10 +38,4 @@ def run(args: argparse.Namespace) -> int:
     if path is None:
         return INTERRUPTED
     log = json.loads((path / "training.json").read_text(encoding="utf-8"))["log"]
-    show_losses(args, log, Path(args.config).name, chart)
-    if args.json:
-        report_json({"output": str(path), "log": log})
-        return 0
-    report(summary(str(path), log))
-    report(f"use it: openelm_mlx generate --model {shlex.quote(str(path))}")
-    return 0
+    return show_result(args, path, log, Path(args.config).name, chart, f"generate --model {shlex.quote(str(path))}")

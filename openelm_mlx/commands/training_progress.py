@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import output
+from .options import add_overwrite
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -105,18 +106,38 @@ def _ended_by_a_signal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def show_losses(args: argparse.Namespace, log: Sequence[dict[str, Any]], title: str, chart: Path | None) -> None:
-    """The losses of a run as text, unless --quiet, and as the picture that --chart asked for."""
+def add_result_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Where the result of a run goes, and what is shown of it."""
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write; nothing may be there")
+    parser.add_argument("--restart", action="store_true", help="forget an interrupted run to this output")
+    parser.add_argument("--chart", metavar="FILE", help="draw the losses into a .png or .svg file")
+    add_overwrite(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--quiet", "-q", action="store_true", help="no progress")
+
+
+def show_result(
+    args: argparse.Namespace, path: Path, log: Sequence[dict[str, Any]], title: str, chart: Path | None, use: str,
+    facts: Mapping[str, Any] | None = None,
+) -> int:  # fmt: skip
+    """The losses as text, unless --quiet, and as the picture of --chart; what came of the run. Returns the exit code.
+
+    use: the command that uses it. facts: more for --json.
+    """
     if not args.quiet:
         output.say(loss_picture([entry["loss"] for entry in log]))
     if chart is not None:
         draw_losses(chart, title, log, args.overwrite)
-
-
-def summary(path: str, log: Sequence[dict[str, Any]]) -> str:
-    """What came of a run, in a line."""
-    seconds = duration(log[-1]["seconds"])
-    return f"{path}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} in {len(log):,} steps, {seconds}"
+    if args.json:
+        output.report_json({"output": str(path), **(facts or {}), "log": log})
+        return 0
+    first, last = log[0]["loss"], log[-1]["loss"]
+    output.report(f"{path}: loss {first:.3f} -> {last:.3f} in {len(log):,} steps, {duration(log[-1]['seconds'])}")
+    validated = [entry["validation"] for entry in log if "validation" in entry]
+    if validated:
+        output.report(f"validation loss {validated[0]:.3f} -> {validated[-1]:.3f}, the lowest {min(validated):.3f}")
+    output.report(f"use it: openelm_mlx {use}")
+    return 0
 
 
 def duration(seconds: float) -> str:

@@ -114,8 +114,8 @@ def finetune(
         validation: Other data, measured `VALIDATIONS` times in the run or every validate_every steps; or a share of the data,
             as 0.1. patience: the run ends once it has failed to improve so often in a row, and the best adapter is written.
         steps, epochs: The length of the run; by default three epochs, and for few examples as many as 80 steps are.
-        batch_size: Examples a step: by default 8, and of fewer than 64 examples an eighth. How many tokens are computed at
-            once is another matter (tokens_at_once), which changes nothing but memory.
+        batch_size: Examples a step: by default 8, of fewer than 64 examples an eighth, 4 at least. How many tokens are
+            computed at once is another matter (tokens_at_once), which changes nothing but memory.
         learning_rate, final_learning_rate, warmup_steps: A linear warm-up and a cosine.
         rank, alpha, dropout, targets, layers: The adapter's; targets are patterns such as "q_proj", "attention", "experts".
         preference, beta: "sigmoid" (DPO) or "hinge", for preferences.

@@ -85,7 +85,9 @@ class TrainingPlan:
         what = f"It would fit with {options}." if options else "Train a smaller model, or adapt fewer layers."
         if self.experts_bytes:
             twice = size(2 * self.experts_bytes)
-            what += f" Experts stay on disk for answers only: each step of training would read all of them twice, {twice}."
+            what += (
+                f" Experts stay on disk for answers only: each step of training would read all of them twice, {twice}."
+            )
         return MemoryLimitError(
             f"Training {self.source} does not fit: {self.arithmetic()} are {size(self.process_bytes)}, and "
             f"{size(self.memory_limit)} are allowed. {what}"

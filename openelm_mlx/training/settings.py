@@ -16,8 +16,8 @@ METHODS = ("lora", "dora", "rslora", "full")
 PREFERENCES = ("sigmoid", "hinge")
 # A small data set is gone through until so many steps have been made; a large one so many times.
 USUAL_EPOCHS, FEWEST_STEPS = 3, 80
-# Examples a step: of few examples an eighth, since what is learned depends on the number of steps.
-USUAL_BATCH_SIZE, STEPS_OF_AN_EPOCH = 8, 8
+# Examples a step: of few examples an eighth, within these bounds, since what is learned depends on the number of steps.
+SMALL_BATCH_SIZE, USUAL_BATCH_SIZE = 4, 8
 # Validation and log: so many times in a run, unless said otherwise.
 VALIDATIONS = 10
 
@@ -97,7 +97,7 @@ class Settings:
 
     def completed(self, num_examples: int, is_preference: bool) -> Settings:
         """The same with nothing left open."""
-        batch_size = self.batch_size or min(USUAL_BATCH_SIZE, max(1, num_examples // STEPS_OF_AN_EPOCH))
+        batch_size = self.batch_size or min(USUAL_BATCH_SIZE, max(SMALL_BATCH_SIZE, num_examples // 8))
         of_epoch = max(1, num_examples / batch_size)
         if self.steps is not None:
             steps = self.steps

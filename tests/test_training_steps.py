@@ -11,7 +11,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
 from openelm_mlx.models.adapter_sites import put_module
-from openelm_mlx.training import products
+from openelm_mlx.training import forward, products
 from openelm_mlx.training.batches import Row, divided, make_batch, rounded_up, rows_of_step
 from openelm_mlx.training.optimizer import Schedule, adamw, clipped, global_norm, set_rate
 from openelm_mlx.training.steps import Gradients, Objective, add_gradients, divided_by
@@ -115,6 +115,30 @@ def test_recomputed_layers_and_losses_in_pieces_change_nothing(family, checkpoin
     found, other = mean_gradients(gradients, model.trainable_parameters(), rows)
     assert abs(found - loss) < 1e-5 * loss
     assert relative(dict(tree_flatten(other)), plain) < 1e-5
+
+
+def test_attention_of_a_few_queries_at_a_time_changes_nothing(family, monkeypatch):
+    model, rows, loss, plain = family
+    monkeypatch.setattr(forward, "QUERIES_AT_ONCE", 32)
+    gradients = Gradients(model, Objective(z_loss=1e-4), checkpointing=True)
+    found, other = mean_gradients(gradients, model.trainable_parameters(), rows)
+    assert abs(found - loss) < 1e-5 * loss
+    assert relative(dict(tree_flatten(other)), plain) < 1e-5
+
+
+def test_attention_of_a_few_queries_at_a_time_takes_less_memory(monkeypatch):
+    model = load_fixture(FIXTURES / "openelm_tiny")
+    model.train()
+    batch, peaks = make_batch(some_rows(model.spec.vocab_size, [300, 300])), []
+    for at_once in (300, 75):
+        monkeypatch.setattr(forward, "QUERIES_AT_ONCE", at_once)
+        gradients = Gradients(model, Objective(at_once=16), checkpointing=True)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(gradients(model.trainable_parameters(), batch))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.75 * peaks[0]
 
 
 def test_recomputing_changes_no_class_and_leaves_the_parameters_alone(family):

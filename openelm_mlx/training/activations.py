@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..models.adapter_targets import EXPERTS, Target
 from ..specs import LayerSpec, ModelSpec
 from .batches import Batch
+from .forward import QUERIES_AT_ONCE
 from .loss import targets_at_once
 
 FLOAT32 = 4
@@ -56,7 +57,7 @@ def batch_bytes(
     """
     has_experts = any(target.group == EXPERTS for target in adapted) or (trains_all and spec.family == "gpt_oss")
     alive = ALIVE[spec.family, checkpointing, has_experts]
-    layers = [_layer(spec, layer, batch, alive) for layer in spec.layers]
+    layers = [_layer(spec, layer, batch, alive, checkpointing) for layer in spec.layers]
     places, count = batch.tokens.size, batch.targets.size
     at_once = min(targets_at_once(spec.vocab_size), count)
     total = max(layers) if checkpointing else sum(layers)
@@ -69,12 +70,13 @@ def batch_bytes(
     return int(FLOAT32 * total), int(FLOAT32 * logits)
 
 
-def _layer(spec: ModelSpec, layer: LayerSpec, batch: Batch, alive: Alive) -> float:
+def _layer(spec: ModelSpec, layer: LayerSpec, batch: Batch, alive: Alive, checkpointing: bool) -> float:
     """Numbers that one layer keeps."""
     places, (rows, length) = batch.tokens.size, batch.rows.shape
     window = layer.window
     in_blocks = window is not None and 2 * window <= length
-    scores = rows * layer.num_heads * length * (2 * window if in_blocks and window is not None else length)
+    queries = min(length, QUERIES_AT_ONCE) if checkpointing and not in_blocks else length
+    scores = rows * layer.num_heads * queries * (2 * window if in_blocks and window is not None else length)
     heads = layer.num_heads + 2 * layer.num_kv_heads
     laid_out = 0 if batch.is_rows else rows * length * (heads + layer.num_heads) * layer.head_dim
     return (

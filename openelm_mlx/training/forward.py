@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..models.attention import causal_mask
+from ..models.attention import attend, causal_mask
 from ..models.base import LanguageModel
-from ..models.block import Block
+from ..models.block import Block, BlockAttention
+
+# Where layers are computed again, so many queries attend at once: of long rows, scores are the largest arrays of all.
+QUERIES_AT_ONCE = 512
 
 
 class Places(NamedTuple):
@@ -35,19 +38,40 @@ def hidden_states(model: LanguageModel, tokens: mx.array, places: Places, checkp
         tokens = tokens.reshape(places.shape)
     h = model.embed(tokens)
     for layer, spec in zip(model.layers, model.spec.layers, strict=True):
-        run = _layer(layer, masks[spec.window], places)
+        run = _layer(layer, masks[spec.window], places, checkpointing)
         h = _checkpointed(layer, run)(h) if checkpointing else run(h)
     return h.reshape(-1, h.shape[-1])
 
 
-def _layer(layer: Block, mask: Any, places: Places) -> Callable[[mx.array], mx.array]:
+def _layer(layer: Block, mask: Any, places: Places, checkpointing: bool) -> Callable[[mx.array], mx.array]:
+    def attended(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        if checkpointing and isinstance(mask, str) and queries.shape[2] > QUERIES_AT_ONCE:
+            return _in_pieces(layer.attention, queries, keys, values)
+        return layer.attention.attend(queries, keys, values, mask, None)
+
     def run(h: mx.array) -> mx.array:
         if places.rows is None:
-            return layer.after_attention(h, layer.attention.attend(*layer.before_attention(h, 0), mask, None))
+            return layer.after_attention(h, attended(*layer.before_attention(h, 0)))
         queries, keys, values = (_in_rows(x, places) for x in layer.before_attention(h, places.positions))
-        return layer.after_attention(h, _flat(layer.attention.attend(queries, keys, values, mask, None), places))
+        return layer.after_attention(h, _flat(attended(queries, keys, values), places))
 
     return run
+
+
+def _in_pieces(attention: BlockAttention, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    """Causal attention, some queries at a time, each time over the keys up to them; scores are computed again."""
+    sinks = attention.get("sinks")
+
+    def piece(*arrays: mx.array) -> mx.array:
+        return attend(*arrays[:3], "causal", attention.scale, arrays[3] if len(arrays) > 3 else None)
+
+    checkpointed = mx.checkpoint(piece)
+    pieces: list[mx.array] = []
+    for start in range(0, queries.shape[2], QUERIES_AT_ONCE):
+        stop = start + QUERIES_AT_ONCE
+        arrays = [queries[:, :, start:stop], keys[:, :, :stop], values[:, :, :stop]]
+        pieces.append(checkpointed(*arrays, *([] if sinks is None else [sinks])))
+    return mx.concatenate(pieces, axis=2)
 
 
 def _checkpointed(layer: Block, run: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:

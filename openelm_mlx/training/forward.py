@@ -63,7 +63,8 @@ def _in_pieces(attention: BlockAttention, queries: mx.array, keys: mx.array, val
     sinks = attention.get("sinks")
 
     def piece(*arrays: mx.array) -> mx.array:
-        return attend(*arrays[:3], "causal", attention.scale, arrays[3] if len(arrays) > 3 else None)
+        q, k, v, *rest = arrays
+        return attend(q, k, v, "causal", attention.scale, rest[0] if rest else None)
 
     checkpointed = mx.checkpoint(piece)
     pieces: list[mx.array] = []

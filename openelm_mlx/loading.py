@@ -36,6 +36,7 @@ from .memory.sizes import parse_memory
 from .models import build_model
 from .models.adapter_sets import Served
 from .models.low_rank import Adapter
+from .parallel.joining import agreeing, share_out, sharing_group
 from .placement import Placement, dense_packing, packed_weights, parse_dtype
 from .platforms import keep_float32, use_device
 from .runtime import runtime_of
@@ -72,6 +73,7 @@ def load(
     secret_file: str | os.PathLike[str] | None = None,
     layers: str | Sequence[int] | None = None,
     worker_timeout: float = DEADLINE,
+    parallel: str | None = None,
 ) -> tuple[Model, Tokenizer | None]:
     """The model and the tokenizer of `source`, ready to generate.
 
@@ -109,6 +111,8 @@ def load(
         secret_file: A file with the secret that all of them share; without it only this very machine is reached.
         layers: How many layers each machine gets, this one first, such as (20, 16); None: the fastest is filled first.
         worker_timeout: Seconds of silence after which a worker is given up. It says every second that it is at work.
+        parallel: "tensor" or "experts" where `mlx.launch` started this program on several machines: each of them has
+            its share of every layer, and all of them have to make the same calls (docs/several-macs.md).
 
     Raises the errors of `openelm_mlx.errors`, each with the next step.
     """
@@ -132,6 +136,7 @@ def load(
         secret_file=secret_file,
         layers=layers,
         worker_timeout=worker_timeout,
+        parallel=parallel,
     ).read()
 
 
@@ -174,6 +179,7 @@ class Prepared:
         return self
 
 
+@agreeing
 @hears_the_disk(CheckpointError)
 def prepare(
     source: SourceName,
@@ -198,6 +204,7 @@ def prepare(
     secret_file: str | os.PathLike[str] | None = None,
     layers: str | Sequence[int] | None = None,
     worker_timeout: float = DEADLINE,
+    parallel: str | None = None,
 ) -> Prepared:
     """Everything that `load` does except reading the tensors, with the same arguments and errors.
 
@@ -228,8 +235,16 @@ def prepare(
     placement = Placement.of(contents, wanted_type, dense_packing(dense_bits))
     adapter_bytes = planned_bytes(spec, adapters, backend_name())
     here = calibrated(this_machine() if machine is None else machine)
-    if asked is None:
-        several, own = None, placement
+    group = sharing_group(parallel)
+    several = shared = None
+    if asked is not None:
+        several = spread_out(opened, placement, request, asked, here, adapter_bytes)
+        own, plan = several.own.placement, several.plan
+    elif group is not None:
+        shared = share_out(opened, placement, request, str(parallel), group, here)
+        own, plan = shared.placement, shared.plan
+    else:
+        own = placement
         weights = placement.weights(opened.folder).with_adapters(*adapter_bytes)
 
         def with_8_bits() -> Weights:
@@ -239,12 +254,11 @@ def prepare(
         plan = make_plan(str(source), spec, weights, here, request, placement.dtype.size, packed)
         if not plan.fits:
             raise plan.refusal()
-    else:
-        several = spread_out(opened, placement, request, asked, here, adapter_bytes)
-        own, plan = several.own.placement, several.plan
     shape = build_model(own.contents.spec)  # lazy: its arrays are never evaluated
     if several is not None:
         several.let_go_with(shape)
+    if shared is not None:
+        shared.attach(shape)
     slots = plan.expert_slots
     streaming = None if slots is None else Streaming(own.contents, opened.checkpoint, slots)
     # Before the tensors are read: a tokenizer that does not fit is reported at once.
@@ -257,6 +271,8 @@ def prepare(
     read = partial(_read, source, own, opened.checkpoint, streaming)
     if several is not None:
         read = partial(several.read, read, progress)
+    if shared is not None:
+        read = partial(shared.read, partial(read, prepare=shared.make_room))
     return Prepared(shape, found, read).serving(adapters, adapter)
 
 
@@ -267,9 +283,10 @@ def _read(
     checkpoint: Checkpoint,
     streaming: Streaming | None,
     progress: Progress | None = None,
+    prepare: Callable[[Model], None] | None = None,
 ) -> Model:
     """The model of a source that was prepared; an error of its disk names the source."""
-    return read_model(placement, checkpoint, streaming, stored_choices(), progress)
+    return read_model(placement, checkpoint, streaming, stored_choices(), progress, prepare)
 
 
 def checked_context_length(asked: int | None, spec: ModelSpec) -> int:

@@ -9,6 +9,7 @@ from .experts.residency import Residency
 from .memory.plan_types import MemoryPlan
 from .models.adapter_sets import AdaptersForm
 from .models.low_rank import Adapter
+from .models.parallel import MachineGroup
 from .models.remote import RemoteLayers
 from .sources import Source
 from .text.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class Runtime:
     plan: the memory plan that loading followed; None where nothing was planned, so no request is refused for memory.
     residency: reads experts that are not in memory; None when all are. failure: why the model has to be loaded again, if it
     has. tokenizer: the one it was loaded with, for comparing two models. remote: the layers that other machines have; others:
-    these machines.
+    these machines. group: the machines that share every layer of it, where there are any.
     """
 
     plan: MemoryPlan | None = None
@@ -60,6 +61,7 @@ class Runtime:
     traced: Traced = field(default_factory=Traced)
     remote: RemoteLayers | None = None
     others: OtherMachines | None = None
+    group: MachineGroup | None = None
 
 
 def runtime_of(model: Model) -> Runtime:

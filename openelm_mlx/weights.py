@@ -4,7 +4,7 @@ memory twice. What is read in which form is a `Placement`'s decision.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
@@ -49,16 +49,20 @@ def read_model(
     streaming: Streaming | None = None,
     choices: KernelChoices | None = None,
     progress: Progress | None = None,
+    prepare: Callable[[Model], None] | None = None,
 ) -> Model:
     """The module with the checkpoint's parameters, evaluated; they are never in memory twice.
 
     streaming: what stays on disk; None keeps everything in memory. choices: which of equivalent kernels it uses; None: the
-    backend's defaults. progress: called with (bytes read so far, all bytes).
+    backend's defaults. progress: called with (bytes read so far, all bytes). prepare: called with the model before anything is
+    read into it.
     """
     model = build_model(placement.contents.spec, choices)
     packed = placement.packed
     if packed:
         nn.quantize(model, class_predicate=lambda path, _: path in packed and packed[path].as_config())
+    if prepare is not None:
+        prepare(model)
     if streaming is not None:
         placement = placement.leaving_on_disk(streaming.on_disk)
     weights = _read_arrays(placement, checkpoint, progress)

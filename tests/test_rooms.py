@@ -15,7 +15,7 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"
 # A room may import those before it, and itself.
 ORDER = [
     ["errors"], ["platforms", "finder"], ["files"], ["arguments", "checks", "outputs"], ["specs", "text"], ["models"], ["hub"],
-    ["checkpoint"], ["sources"], ["tokenizers"], ["memory"], ["placement", "experts"], ["runtime"], ["weights"], ["link"],
+    ["checkpoint"], ["sources"], ["tokenizers"], ["memory"], ["placement", "experts"], ["runtime"], ["weights"], ["parallel"], ["link"],
     ["decoding"], ["adapters"], ["engine"], ["loading"], ["conversion"], ["exporting"], ["planning"], ["generate"], ["tools"],
     ["conversation"], ["server"], ["training"], ["workers"], ["bench"], ["evaluation"], ["commands"], ["__init__", "__main__"],
 ]  # fmt: skip

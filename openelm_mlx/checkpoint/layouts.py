@@ -25,6 +25,7 @@ import mlx.core as mx
 from ..errors import CheckpointError, ConfigError
 from ..files import shown
 from ..specs import ModelSpec
+from .cuts import Cut, read_cut
 from .gpt_oss_layouts import gpt_oss_contents
 from .patterns import fits
 from .quantize import Quantization, stored_quantization
@@ -55,7 +56,8 @@ class Parameter:
     """How one parameter of the model is made: from which of the checkpoint's tensors, and by which function.
 
     name: canonical, e.g. "transformer.norm.weight". make: the arrays of `sources`, in order -> the parameter;
-    None when the one source is it. dtype: safetensors' name of the stored type.
+    None when the one source is it. dtype: safetensors' name of the stored type. cut: what a machine keeps of it that shares
+    the model with others; shape is the shape of that then.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Parameter:
     dtype: str
     sources: tuple[str, ...]
     make: Callable[..., mx.array] | None = None
+    cut: Cut | None = None
 
     @property
     def module(self) -> str:
@@ -70,7 +73,9 @@ class Parameter:
         return self.name.rpartition(".")[0]
 
     def read(self, checkpoint: Checkpoint) -> mx.array:
-        """The parameter, lazy: nothing is read before it is evaluated."""
+        """The parameter, lazy: nothing is read before it is evaluated, but for long parts of a tensor (cuts.py)."""
+        if self.cut is not None:
+            return read_cut(checkpoint, self.sources, self.make, self.cut)
         arrays = [checkpoint.read(source) for source in self.sources]
         return arrays[0] if self.make is None else self.make(*arrays)
 

@@ -6,10 +6,11 @@ Two formats are read: safetensors (one file, or shards with an index) and CoreNe
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,6 +110,35 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{entry.file} has changed since its header was read: restore it, or load it again.")
         return array
 
+    def read_ranges(self, name: str, axis: int, ranges: Sequence[tuple[int, int]]) -> mx.array:
+        """Of the tensor of that name only these ranges (start, stop) of an axis, side by side; nothing else is read.
+
+        Evaluated at once. For long runs of bytes: each range of each outer row is read by itself.
+        """
+        entry = self.entries[name]
+        *outer, length = entry.shape[: axis + 1]
+        rows = math.prod(outer)
+        each = entry.nbytes // max(1, rows * length)
+        data = np.empty((rows, sum(stop - start for start, stop in ranges) * each), np.uint8)
+        try:
+            with open_regular(entry.file, CheckpointError) as stream:
+                for row in range(rows):
+                    done = 0
+                    for start, stop in ranges:
+                        stream.seek(entry.start + (row * length + start) * each)
+                        part = memoryview(data[row])[done : done + (stop - start) * each]
+                        if stream.readinto(part) != len(part):
+                            raise _ends_within(entry)
+                        done += len(part)
+        except OSError as error:
+            raise unreadable(entry.file, error, CheckpointError) from error
+        kept = data.nbytes // max(1, rows * each)
+        return mx.array(data).view(_MLX_TYPES[entry.dtype]).reshape(*outer, kept, *entry.shape[axis + 1 :])
+
+
+def _ends_within(entry: TensorEntry) -> CheckpointError:
+    return CheckpointError(f"{entry.file} ends within {entry.name}: download or copy it again.")
+
 
 def _read_now(entry: TensorEntry) -> mx.array:
     """One tensor from a file that MLX refuses, because other tensors in it have types that MLX does not know."""
@@ -119,7 +149,7 @@ def _read_now(entry: TensorEntry) -> mx.array:
     except OSError as error:
         raise unreadable(entry.file, error, CheckpointError) from error
     if len(data) != entry.nbytes:
-        raise CheckpointError(f"{entry.file} ends within {entry.name}: download or copy it again.")
+        raise _ends_within(entry)
     return mx.array(data).view(_MLX_TYPES[entry.dtype]).reshape(entry.shape)
 
 

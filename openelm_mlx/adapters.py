@@ -109,6 +109,11 @@ def add_adapter(model: Model, source: SourceName, name: str | None = None, activ
     room for it.
     """
     check_model(model)
+    if model.runtime is not None and model.runtime.group is not None:
+        raise SettingError(
+            "An adapter is not put beside a model that several machines share: merge it into a copy of the model first "
+            "(om.convert, adapter=)."
+        )
     place = locate_adapter(source)
     adapter = read_adapter(place, _whole_spec(model))
     check_base(adapter, None if not adapter.base.get("hash") else base_hash(model))

@@ -15,9 +15,9 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"
 # A room may import those before it, and itself.
 ORDER = [
     ["errors"], ["platforms", "finder"], ["files"], ["arguments", "checks", "outputs"], ["specs", "text"], ["models"], ["hub"],
-    ["checkpoint"], ["sources"], ["tokenizers"], ["memory"], ["placement", "experts"], ["runtime"], ["weights"], ["parallel"], ["link"],
-    ["decoding"], ["adapters"], ["engine"], ["loading"], ["conversion"], ["exporting"], ["planning"], ["generate"], ["tools"],
-    ["conversation"], ["server"], ["training"], ["workers"], ["bench"], ["evaluation"], ["commands"], ["__init__", "__main__"],
+    ["checkpoint"], ["sources"], ["tokenizers"], ["memory"], ["placement", "experts"], ["runtime"], ["weights"], ["parallel"],
+    ["link"], ["decoding"], ["adapters"], ["engine"], ["loading"], ["conversion"], ["exporting"], ["planning"], ["generate"],
+    ["tools"], ["conversation"], ["server"], ["training"], ["workers"], ["bench"], ["evaluation"], ["commands"], ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SLOW = ("mlx_lm", "transformers", "torch", "huggingface_hub", "matplotlib", "wordfreq")

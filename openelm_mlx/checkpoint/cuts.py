@@ -31,12 +31,16 @@ class Cut:
 
     def of(self, array: mx.array) -> mx.array:
         """What is kept, in memory of its own once it is evaluated: the rest of the array is not kept with it."""
-        before = (slice(None),) * self.axis
-        pieces = [array[(*before, slice(start, stop))] for start, stop in self.ranges]
+        pieces = []
+        for start, stop in self.ranges:
+            index = (*[slice(None)] * self.axis, slice(start, stop))
+            pieces.append(array[index])
         return mx.contiguous(pieces[0]) if len(pieces) == 1 else mx.concatenate(pieces, axis=self.axis)
 
 
-def read_cut(checkpoint: Checkpoint, sources: Sequence[str], make: Callable[..., mx.array] | None, cut: Cut) -> mx.array:
+def read_cut(
+    checkpoint: Checkpoint, sources: Sequence[str], make: Callable[..., mx.array] | None, cut: Cut
+) -> mx.array:
     """The parameter that `make` gives of the checkpoint's tensors `sources`, cut.
 
     Where `make` leaves it at that, the tensors are cut as they are read; else each of them is read whole and let go.

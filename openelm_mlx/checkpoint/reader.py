@@ -126,9 +126,10 @@ class SafetensorsCheckpoint:
                     done = 0
                     for start, stop in ranges:
                         stream.seek(entry.start + (row * length + start) * each)
-                        part = memoryview(data[row])[done : done + (stop - start) * each]
-                        if stream.readinto(part) != len(part):
+                        part = stream.read((stop - start) * each)
+                        if len(part) != (stop - start) * each:
                             raise _ends_within(entry)
+                        data[row, done : done + len(part)] = np.frombuffer(part, np.uint8)
                         done += len(part)
         except OSError as error:
             raise unreadable(entry.file, error, CheckpointError) from error

@@ -29,6 +29,7 @@ from .options import (
     sampling_options,
 )
 from .output import answer, dimmed, end_answer, end_dimmed, report_json, say, typed
+from .parallel import add_parallel_argument, check_same, run_on_all
 
 if TYPE_CHECKING:
     from ..decoding.drafts import Drafts
@@ -49,7 +50,9 @@ LARGEST_PROMPT = 2**26
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_arguments(parser.add_argument_group("model"))
-    add_worker_arguments(parser.add_argument_group("several machines"))
+    several = parser.add_argument_group("several machines")
+    add_worker_arguments(several)
+    add_parallel_argument(several)
 
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument("text", nargs="?", help="the prompt; the same as --prompt")
@@ -88,12 +91,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print. Returns the exit code."""
+    return _run(args) if args.parallel is None else run_on_all(args, _run)
+
+
+def _run(args: argparse.Namespace) -> int:
     check_draft_options(args)
     bits_asked_for(args)
     if args.logprobs is not None and not args.json:
         raise SettingError("--logprobs are shown with --json only: add it.")
     prompt = read_prompt(args)
     form = read_form(args)
+    if args.parallel is not None:
+        check_same([form, answer_options(args), args.raw, args.reasoning_effort])
     if args.prompt_cache is not None:
         from ..decoding.prefix_file import check_readable, check_writable
 

@@ -139,6 +139,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "adapter": args.adapter,
         "progress": None if args.quiet else byte_bar(args.model),
         **worker_options(args),
+        "parallel": getattr(args, "parallel", None),
     }
 
 

@@ -88,6 +88,28 @@ def also_named(flags: Flags) -> None:
     _flags = {**_flags, **flags}
 
 
+_heard: int | None = None  # where standard error went before this process was silenced
+
+
+def silence() -> None:
+    """Show nothing from now on, whoever writes it: another machine speaks for this one."""
+    global _heard
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _heard = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def speak_again() -> None:
+    """After `silence`: there is something to say that nobody else knows."""
+    if _heard is not None:
+        sys.stderr.flush()
+        os.dup2(_heard, 2)
+
+
 def typed(sentence: str) -> str:
     """A message of the library with options as they are typed in the running command: `--dense-bits 8`."""
     return in_flags(sentence, _flags)

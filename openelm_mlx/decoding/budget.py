@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class Budget:
     """The memory of one request on `model` with its `cache`. `active_memory` can be injected.
 
+    Machines that share the model do the same, what the one with the least memory can.
+
     itemsize: bytes of a number of keys and values, where the model has no embedding to tell it.
     """
 
@@ -42,7 +44,8 @@ class Budget:
     ) -> None:
         self._spec, self._cache, self._lease = model.spec, cache, lease
         self._active_memory = mx.get_active_memory if active_memory is None else active_memory
-        plan = runtime_of(model).plan
+        runtime = runtime_of(model)
+        plan, self._group = runtime.plan, runtime.group
         self._limit = None if plan is None else plan.budget_bytes
         self._scratch_per_token = 0.0 if plan is None else plan.scratch_bytes / max(1, plan.prefill_chunk)
         # Lazy: nothing is computed.
@@ -79,6 +82,17 @@ class Budget:
 
         That is `chunk_length`, or half of it, a quarter and so on if memory is short. Raises MemoryLimitError.
         """
+        if self._group is None:
+            length = self._chunk_that_fits(chunk_length, num_left)
+        else:
+            length = self._group.least(lambda: self._chunk_that_fits(chunk_length, num_left))
+        self._make_room(self.num_tokens + length)
+        self._before_chunk = self._active_memory()
+        if self._lease is not None:
+            self._lease.lap()
+        return length
+
+    def _chunk_that_fits(self, chunk_length: int, num_left: int) -> int:
         length = min(chunk_length, num_left)
         while self._limit is not None and self._needed(self.num_tokens + length, length) > self._limit:
             if chunk_length <= LEAST_CHUNK:
@@ -90,10 +104,6 @@ class Budget:
                 )
             chunk_length = max(LEAST_CHUNK, chunk_length // 2)
             length = min(chunk_length, num_left)
-        self._make_room(self.num_tokens + length)
-        self._before_chunk = self._active_memory()
-        if self._lease is not None:
-            self._lease.lap()
         return length
 
     def check_pass(self, num_tokens: int, length: int) -> None:
@@ -120,6 +130,13 @@ class Budget:
         if count % TOKENS_AT_ONCE or count >= max_tokens:
             return
         total = self.num_tokens + min(TOKENS_AT_ONCE + 1, max_tokens - count)  # the loop runs one token ahead
+        if self._group is None:
+            self._check_tokens(total, count)
+        else:
+            self._group.least(lambda: self._check_tokens(total, count))
+        self._make_room(total)
+
+    def _check_tokens(self, total: int, count: int) -> int:
         if self._limit is not None and self._needed(total, 1) > self._limit:
             self._refuse(
                 f"The answer was stopped after {count:,} tokens, before it would pass the memory limit",
@@ -127,7 +144,7 @@ class Budget:
                 1,
                 "The model can be used again: ask for fewer tokens, or raise memory_limit (--memory-limit).",
             )
-        self._make_room(total)
+        return total
 
     def _make_room(self, num_tokens: int) -> None:
         """Grow the caches one layer after the other, so that only one is in memory twice while it is copied."""
@@ -167,11 +184,14 @@ def keeping_to_plan(model: Model, cache: Cache) -> Iterator[tuple[Budget, Limits
     After an error nothing of the cache stays in memory. When the backend itself ran out of memory, the model's state cannot be
     trusted: the model keeps an error message, which every later request raises.
     """
+    group = runtime_of(model).group
     with generating(runtime_of(model).plan) as lease:
         try:
             yield Budget(model, cache, lease), lease
         except (RuntimeError, MemoryError) as error:
             drop(cache)
+            if group is not None and group.is_lost(error):
+                raise group.lost(error) from None
             # So that the next request does not get errors of this one.
             error = next((each for each in (error, *empty_stream()) if is_out_of_memory(each)), error)
             if not is_out_of_memory(error):

@@ -65,7 +65,8 @@ def prefill(
         if not is_watchdog(error):
             raise
         drop(cache)  # what the chunk had begun to write is lost
-        if not is_retry and started_empty and chunk_length > 1:
+        # Other machines that share the model are not told.
+        if not is_retry and started_empty and chunk_length > 1 and runtime_of(model).group is None:
             return prefill(model, tokens, cache, chunk_length // 2, budget, True, stops, at_border)
         raise SettingError(
             f"The GPU was stopped because {chunk_length} prompt tokens at once took longer than macOS allows: ask for "

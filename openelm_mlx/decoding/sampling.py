@@ -93,6 +93,8 @@ class Sampler:
     ) -> None:
         params.check_tokens(usable_vocab_size)
         self.params = params
+        # What makes of this machine's choice the one that holds, where several machines share the model.
+        self.agreed: Callable[[mx.array], mx.array] | None = None
         self._bias = _bias(params.logit_bias, vocab_size, usable_vocab_size)
         self._key = mx.random.key(secrets.randbits(63) if params.seed is None else params.seed)
         self._in_prompt = self._in_answer = None
@@ -109,6 +111,13 @@ class Sampler:
             token = mx.random.categorical(logits, key=self.next_key())
         self.count(token)
         return token
+
+    def agree(self, token: mx.array) -> mx.array:
+        """The token that holds where this sampler has chosen `token`: the first machine's, where several share the model.
+
+        Their logits may differ in the last bit, and their random keys do; the first one's sampler is the one that counts.
+        """
+        return token if self.agreed is None else self.agreed(token)
 
     def processed(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
         """The logits (V,) after penalties and filters, from which the token is chosen or drawn."""

@@ -36,7 +36,7 @@ class Step(Protocol):
     def choose(self, token: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
         """The same logits, and the token that `sampler` chooses from them; it remembers its choice."""
         logits = self(token)
-        return logits, sampler(logits)
+        return logits, sampler.agree(sampler(logits))
 
 
 class PlainStep(Step):

@@ -183,7 +183,8 @@ class _Masks:
 
 def choose(sampler: Sampler, logits: mx.array, num_logprobs: int | None, words: mx.array | None = None) -> Choice:
     """Choose the next token from `logits` (V,) and start computing it. words: a constraint's mask, what may be chosen."""
-    return started(logits, sampler(logits) if words is None else choice_among(sampler, logits, words), num_logprobs)
+    token = sampler(logits) if words is None else choice_among(sampler, logits, words)
+    return started(logits, sampler.agree(token), num_logprobs)
 
 
 def started(logits: mx.array, token: mx.array, num_logprobs: int | None) -> Choice:

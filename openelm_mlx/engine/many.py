@@ -18,7 +18,8 @@ from ..arguments import checked_call, refuse_unknown
 from ..checks import whole_number
 from ..decoding.arguments import check_model
 from ..decoding.sampling import SamplingParams
-from ..errors import EngineClosedError, MemoryLimitError, PromptError
+from ..errors import EngineClosedError, MemoryLimitError, PromptError, SettingError
+from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
 from .handle import Channel, Handle, wake_readers
@@ -80,6 +81,11 @@ class Engine:
         max_waiting: int | None = None,
     ) -> None:
         check_model(model, tokenizer)
+        if runtime_of(model).group is not None:
+            raise SettingError(
+                "An engine decides by the clock what is computed next, and machines that share a model have to do the same: "
+                "call om.generate with one prompt after the other."
+            )
         max_running = (
             usual_number(model) if max_running is None else whole_number("max_running", max_running, high=4096)
         )

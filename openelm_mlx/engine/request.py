@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from ..checks import whole_number
-from ..decoding.budget import check_room, room_in_memory
+from ..decoding.budget import check_room, chunk_of_plan, room_in_memory
 from ..decoding.constraint import HarmonyConstraint, PlainConstraint, TokenConstraint
 from ..decoding.drafts import Drafts
 from ..decoding.grammar import AnswerFormat, answer_format, engine_of
@@ -19,6 +20,7 @@ from ..errors import MemoryLimitError, PromptError, SettingError, TokenizerError
 from ..files import shown
 from ..models.adapter_sets import NO_ADAPTER
 from ..models.cache import Cache
+from ..runtime import runtime_of
 from ..text.chat import HARMONY
 from ..text.harmony import HarmonyFormat
 from ..text.tokenizer import Tokenizer
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 256
 # Most answers of gpt-oss, reasoning included, are shorter.
 _LONG_ANSWER = 4096
+# What each machine would decide by its own clock and its own memory, where all of them have to do the same.
+_NOT_SHARED = {
+    "draft": "when it guesses is decided by the clock; leave it out.",
+    "prefix_cache": "what is kept is decided by memory; leave it out, and give the whole conversation each time.",
+}
 
 
 class Memory(Protocol):
@@ -69,6 +76,30 @@ class Request:
 
         memory: where others may be at work; None: it has what is in use now beside itself.
         """
+        group = runtime_of(model).group
+        if group is None:
+            return self._checked(model, tokenizer, memory)
+        for name, reason in _NOT_SHARED.items():
+            if getattr(self, name) is not None:
+                raise SettingError(f"{name} is not for a model that several machines share: {reason}")
+        group.is_computing = False
+        with group.told():
+            found = self._checked(model, tokenizer, memory)
+        asked = [list(map(int, self.prompt_tokens)), self.max_tokens, self.logprobs, self.sliding_window, self.kv_bits]
+        asked += [usable_vocab_size(model, tokenizer), None if tokenizer is None else sorted(tokenizer.eos_tokens)]
+        settings = [getattr(self.sampling, each.name) for each in fields(self.sampling)]
+        group.agreed(
+            {"request": hashlib.sha256(repr([asked, settings]).encode()).hexdigest()},
+            {
+                "request": "another prompt or other options: start all of them with the same command, and the same files."
+            },
+        )
+        limit, chunk = found.limit, self.prefill_chunk or chunk_of_plan(model)
+        least = group.least(lambda: limit)
+        limited_by = found.limited_by if least == limit else "memory"
+        return replace(found, limit=least, limited_by=limited_by, prefill_chunk=group.least(lambda: chunk))
+
+    def _checked(self, model: Model, tokenizer: Tokenizer | None, memory: Memory | None) -> Request:
         if self.max_tokens is not None:
             whole_number("max_tokens", self.max_tokens)
         if self.prefill_chunk is not None:

@@ -157,6 +157,9 @@ def _answer(
     sampler = Sampler(
         request.sampling, model.spec.vocab_size, usable_vocab_size(model, tokenizer), request.prompt_tokens
     )
+    group = runtime_of(model).group
+    if group is not None:
+        sampler.agreed, group.is_computing = group.first, True
     chunk_length = request.prefill_chunk or chunk_of_plan(model)
     at_border = None if request.prefix_cache is None else turn.at_border
     logits = prefill(model, turn.new_tokens, turn.cache, chunk_length, budget, stops=turn.stops, at_border=at_border)
@@ -166,6 +169,9 @@ def _answer(
         token = choice.item()
         turn.tokens.append(token)
         chunk = sequence.accept(token, *choice.logprob_values())
+        if chunk.finish_reason is not None and group is not None:
+            group.exchange()  # what all of them have begun of the next token is done then, and one of them may end
+            group.is_computing = False
         yield chunk
         if chunk.finish_reason is not None:
             return

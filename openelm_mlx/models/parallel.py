@@ -30,11 +30,13 @@ Total = Callable[[mx.array], mx.array]
 class MachineGroup(Protocol):
     """The machines that share a model, as its requests see them; parallel/group.py is the one that there is.
 
-    All of them run the same program. rank: this machine's number, from 0 on. size: how many they are.
+    All of them run the same program. rank: this machine's number, from 0 on. size: how many they are. is_computing: whether
+    sums are being made, so that nothing else may be sent.
     """
 
     rank: int
     size: int
+    is_computing: bool
 
     def first(self, x: mx.array) -> mx.array:
         """The first machine's x, of an integer type, on every machine. Lazy."""
@@ -145,8 +147,8 @@ class SharedExperts(nn.Module):
         if way == GROUPED:  # a group is an expert: those that are here, in their order
             first, each = self._start, groups.rows.shape[1]
             places = mx.clip(groups.places - first * each, 0, (self._stop - first) * each - 1)
-            here = slice(first, self._stop)
-            groups = groups._replace(rows=groups.rows[here], experts=groups.experts[here], places=places)
+            rows, numbers = (each[first : self._stop] for each in (groups.rows, groups.experts))
+            groups = groups._replace(rows=rows, experts=numbers, places=places)
         else:
             groups = groups._replace(slots=self._slots(groups.experts))
         return experts.of_groups(x.reshape(-1, x.shape[-1]), groups).reshape(*expert_indices.shape, -1)
@@ -179,8 +181,8 @@ def share_tensors(model: Model, is_first: bool, total: Total) -> None:
             down = cast(Experts, block.mlp.experts).down_proj
             if not is_first:
                 down.bias = mx.zeros_like(down.bias)
-            block.mlp = SharedMoE(block.mlp, total)  # type: ignore[assignment]
+            block.mlp = SharedMoE(block.mlp, total)
         return
     for layer in cast("OpenELM", model).layers:
-        layer.attn.out_proj = SharedLinear(layer.attn.out_proj, total)  # type: ignore[assignment]
-        layer.ffn.proj_2 = SharedLinear(layer.ffn.proj_2, total)  # type: ignore[assignment]
+        layer.attn.out_proj = SharedLinear(layer.attn.out_proj, total)
+        layer.ffn.proj_2 = SharedLinear(layer.ffn.proj_2, total)

@@ -32,7 +32,12 @@ T = TypeVar("T")
 
 
 class Group:
-    """The machines. rank: this one's number, from 0 on. size: how many they are."""
+    """The machines. rank: this one's number, from 0 on. size: how many they are.
+
+    is_computing: whether sums are being made: what goes wrong with one machine then is noticed by the others when it ends.
+    """
+
+    is_computing = False
 
     def __init__(self, group: mx.distributed.Group) -> None:
         self._group = group
@@ -48,8 +53,12 @@ class Group:
         return mx.distributed.all_sum(x, group=self._group)
 
     def first(self, x: mx.array) -> mx.array:
-        """The first machine's x, of an integer type, on every machine. Lazy."""
-        return self.total(x if self.is_first else mx.zeros_like(x))
+        """The first machine's x, of an integer type, on every machine. Lazy.
+
+        The others multiply theirs by 0 instead of making zeros: their graphs have to have the same form, since MLX makes sums in
+        the order in which it walks through a graph, and that order has to be the same on all machines.
+        """
+        return self.total(x * mx.array(int(self.is_first), x.dtype))
 
     def exchange(self, value: Any = None) -> list[Any]:
         """What each machine gave here, in their order; all of them have to come here. value: JSON.
@@ -59,7 +68,11 @@ class Group:
         return self._swap({"value": value})
 
     def tell(self, error: UserError) -> None:
-        """Have an error of this machine raised on the others, where they come to exchange something."""
+        """Have an error of this machine raised on the others, which come to exchange something; not while they make sums."""
+        if not (self.is_computing or is_told(error)):
+            self._tell(error)
+
+    def _tell(self, error: UserError) -> None:
         mark_told(error)
         try:
             self._swap({"error": type(error).__name__, "text": str(error)[:_LONGEST_ERROR]})
@@ -72,8 +85,7 @@ class Group:
         try:
             yield
         except UserError as error:
-            if not is_told(error):
-                self.tell(error)
+            self.tell(error)
             raise
         self.exchange()
 
@@ -87,7 +99,7 @@ class Group:
             value = call()
         except UserError as error:
             if not is_told(error):
-                self.tell(error)
+                self._tell(error)
             raise
         return self.exchange(value)
 
@@ -139,7 +151,10 @@ def is_told(error: BaseException) -> bool:
 
 @lru_cache(maxsize=1)
 def joined() -> Group:
-    """The machines that this process was started with. Raises SettingError where it is alone, WorkerError where one is not there."""
+    """The machines that this process was started with.
+
+    Raises SettingError where it is alone, and WorkerError where one is not there.
+    """
     try:
         group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:

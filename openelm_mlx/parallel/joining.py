@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -50,6 +50,13 @@ def sharing_group(parallel: object) -> Group | None:
     return joined()
 
 
+def check_together(options: Mapping[str, object]) -> None:
+    """Raise SettingError for options, by name, that do not go with `parallel` and are not None."""
+    for name, reason in _NOT_WITH.items():
+        if options.get(name) is not None:
+            raise SettingError(f"parallel= and {name}= do not go together: {reason}")
+
+
 def agreeing(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, which has a keyword `parallel`; with it an error of one machine is raised on all of them.
 
@@ -62,9 +69,7 @@ def agreeing(function: Callable[P, R]) -> Callable[P, R]:
         if parallel is None:
             return function(*args, **options)
         checked_form(parallel)
-        for name, reason in _NOT_WITH.items():
-            if options.get(name) is not None:
-                raise SettingError(f"parallel and {name} do not go together: {reason}")
+        check_together(options)
         with joined().told():
             return function(*args, **options)
 

@@ -141,9 +141,7 @@ def shared_placement(placement: Placement, form: str, rank: int, size: int) -> P
         )
         for each in placement.decisions
     )
-    return replace(
-        placement, contents=replace(contents, spec=own, parameters=parameters), decisions=decisions
-    )
+    return replace(placement, contents=replace(contents, spec=own, parameters=parameters), decisions=decisions)
 
 
 def _cut(

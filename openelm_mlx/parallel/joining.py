@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+import mlx.core as mx
+
 from .. import __version__
 from ..checkpoint.parts import identity
 from ..errors import SettingError
@@ -99,6 +101,8 @@ class Shared:
             share_experts(model, *self._experts, self.group.total)
         else:
             share_tensors(model, self.group.is_first, self.group.total)
+        for layer in model.layers:  # some were made anew; see `read_model`
+            mx.eval(layer.prepare_constants())
         self.attach(model)
         return model
 

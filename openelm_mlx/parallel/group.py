@@ -173,8 +173,18 @@ def _packed(message: Mapping[str, Any]) -> mx.array:
 
 
 def _unpacked(data: bytes) -> dict[str, Any]:
-    found = json.loads(data[4 : 4 + int.from_bytes(data[:4], "little")])
-    assert isinstance(found, dict)
+    """Raises WorkerError for what is not a message: a machine that made another call sent part of a sum."""
+    try:
+        found = json.loads(data[4 : 4 + int.from_bytes(data[:4], "little")])
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() & {"value", "error"}:
+        raise mark_told(
+            WorkerError(
+                "The machines that share the model have not made the same calls: each has to make all of them, and to evaluate "
+                "what it gets, not the first one alone."
+            )
+        )
     return found
 
 

@@ -241,6 +241,7 @@ ELSEWHERE = {
         "--grammar": "test_commands_generate_form.py", "--logprobs": "test_commands_generate.py",
         "--json": "test_commands_generate.py", "--show-reasoning": "test_commands_generate.py",
         "--hide-reasoning": "test_commands_generate.py", "--quiet": "test_commands_generate.py",
+        "--parallel": "test_parallel_processes.py",
     },
     "chat": {
         "--tools": "test_commands_chat.py", "--load": "test_commands_chat.py", "--no-history": "test_commands_chat.py",

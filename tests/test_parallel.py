@@ -126,8 +126,9 @@ def test_uneven_shares_of_three_and_four_machines_add_up_to_the_whole(folders, f
 
 def test_packed_matrices_are_shared_in_whole_groups(tmp_path):
     """Each group keeps its scale, so that the shares' numbers are the whole's."""
-    folder = save_folder(tmp_path / "m", random_model(head_dim=16, num_gqa_groups=1, model_dim=128, vocab_size=96,
-                                                      qkv_multipliers=[2.0, 2.0], ffn_multipliers=[2.0, 2.0], ffn_dim_divisor=64))  # fmt: skip
+    shape = {"head_dim": 16, "num_gqa_groups": 1, "model_dim": 128, "ffn_dim_divisor": 64}
+    wide = {"qkv_multipliers": [2.0, 2.0], "ffn_multipliers": [2.0, 2.0]}
+    folder = save_folder(tmp_path / "m", random_model(vocab_size=96, **shape, **wide))
     options = {"dense": dense_packing(8), "on_cpu": True}
     placement, _ = placement_of(folder, **options)
     spec = placement.contents.spec
@@ -228,7 +229,9 @@ def test_blocks_that_are_too_few_are_refused(folders):
     spec = placement_of(folders["gpt_oss"])[0].contents.spec
     spec = replace(spec, layers=tuple(replace(each, intermediate_size=64) for each in spec.layers))
     packings = {f"model.layers.{i}.mlp.experts.down_proj": Quantization(4, 32, "mxfp4") for i in range(2)}
-    with pytest.raises(SettingError, match="the feed-forward part of layer 0 has 2 blocks of columns; start 2 processes"):
+    with pytest.raises(
+        SettingError, match="the feed-forward part of layer 0 has 2 blocks of columns; start 2 processes"
+    ):
         layer_shares(spec, packings, "tensor", 0, 3)
 
 
@@ -261,4 +264,6 @@ def test_the_command_refuses_in_one_sentence(arguments, said, capsys):
     prompt = [] if "--prompt" in arguments else ["--prompt", "Hello"]
     assert main(["generate", "--model", "demo-openelm", "--parallel", "tensor", *prompt, *arguments]) == 2
     captured = capsys.readouterr()
-    assert said in captured.err and captured.err.count("\n") == 1 and not captured.out
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out

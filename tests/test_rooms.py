@@ -17,7 +17,8 @@ ORDER = [
     ["errors"], ["platforms", "finder"], ["files"], ["arguments", "checks", "outputs"], ["specs", "text"], ["models"], ["hub"],
     ["checkpoint"], ["sources"], ["tokenizers"], ["memory"], ["placement", "experts"], ["runtime"], ["weights"], ["parallel"],
     ["link"], ["decoding"], ["adapters"], ["engine"], ["loading"], ["conversion"], ["exporting"], ["planning"], ["generate"],
-    ["tools"], ["conversation"], ["server"], ["training"], ["workers"], ["bench"], ["evaluation"], ["commands"], ["__init__", "__main__"],
+    ["tools"], ["conversation"], ["server"], ["training"], ["workers"], ["bench"], ["evaluation"], ["commands"],
+    ["__init__", "__main__"],
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SLOW = ("mlx_lm", "transformers", "torch", "huggingface_hub", "matplotlib", "wordfreq")

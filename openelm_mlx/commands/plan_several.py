@@ -49,7 +49,12 @@ def lines(plan: SeveralPlan) -> list[str]:
     found.append(
         f"  `serve-layers` on the others, and `--workers HOST:PORT,... --layers {counts}` here, gives the pipeline."
     )
-    found.append("  (*) for comparison: this version does not share single tensors or experts.")
+    if any(form.is_ours and form.is_shared for form in plan.forms):
+        found.append(
+            "  `mlx.launch` with `generate --parallel tensor` (or `experts`) shares each layer: see docs/several-macs.md."
+        )
+    if not all(form.is_ours for form in plan.forms):
+        found.append("  (*) for comparison: a layer of this model has too few parts for so many Macs.")
     found.append("  (by published speeds of single Macs and reported latencies; no such pair was measured)")
     return found
 

@@ -20,6 +20,7 @@ from ..files import shown
 from ..memory.machine import Machine, find_mac
 from ..memory.plan_types import MemoryPlan, Weights
 from ..memory.rates import SpeedRange, rates_of
+from ..parallel.shares import EXPERTS, TENSOR, layer_shares
 from ..specs import ModelSpec
 from .spread import Part
 
@@ -51,12 +52,20 @@ _THUNDERBOLT_5 = ("M3 Ultra", "M4 Pro", "M4 Max", "M5 Pro", "M5 Max", "M5 Ultra"
 
 @dataclass(frozen=True)
 class Form:
-    """One way to use the Macs. terms: what its time is made of, in words. is_ours: whether this library does it."""
+    """One way to use the Macs. terms: what its time is made of, in words.
+
+    is_ours: whether this library does it: a layer with fewer units than Macs is not shared.
+    """
 
     name: str
     decode: SpeedRange | None
     terms: str
     is_ours: bool = True
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the Macs compute each layer together."""
+        return "shared" in self.name
 
     def as_dict(self) -> dict[str, Any]:
         decode = None if self.decode is None else self.decode.as_dict()
@@ -120,7 +129,7 @@ def forecast(
         Form(
             f"tensors shared, {way}", _tensor_speed(spec, weights, parts, total),
             f"the slowest Mac's share, and {2 * len(spec.layers)} sums of {1e6 * total[0]:,.0f} to {1e6 * total[1]:,.0f} us",
-            False,
+            _divides(spec, TENSOR, len(parts)),
         )
     )  # fmt: skip
     if weights.slot:
@@ -129,22 +138,36 @@ def forecast(
             Form(
                 f"experts shared, {way}", _expert_speed(spec, weights, parts, total, most),
                 f"all but experts on each Mac, {most:.3g} of {spec.layers[0].experts_per_token} experts, and "
-                f"{len(spec.layers)} sums", False,
+                f"{len(spec.layers)} sums", _divides(spec, EXPERTS, len(parts)),
             )
         )  # fmt: skip
     where = best.machine.name if best.machine is not None else "one Mac"
     if best.fits:
         how = "all in memory" if best.expert_slots is None else f"{best.expert_slots} of each layer's experts in memory"
         forms.append(Form(f"{where} alone", best.decode, how))
-    return SeveralPlan(
-        source,
-        link,
-        tuple(parts),
-        best,
-        tuple(forms),
-        _prefill(parts, link, spec),
-        _verdict(best, where, pipeline, link),
-    )
+    verdict = _verdict(best, where, pipeline, link) + _of_shared(forms)
+    return SeveralPlan(source, link, tuple(parts), best, tuple(forms), _prefill(parts, link, spec), verdict)
+
+
+def _of_shared(forms: Sequence[Form]) -> str:
+    """A sentence where sharing each layer is expected to be faster than whatever else there is; or nothing."""
+    known = [each for each in forms if each.is_ours and each.decode is not None]
+    best = max(known, key=lambda each: each.decode.fit if each.decode is not None else 0.0, default=None)
+    if best is None or not best.is_shared or len(known) < 2:
+        return ""
+    speeds = [each.decode.fit for each in known if each.decode is not None and not each.is_shared]
+    if best.decode is None or not speeds:
+        return ""
+    return f" With {best.name} it would be {best.decode.fit / max(speeds):.1f} times as fast as without."
+
+
+def _divides(spec: ModelSpec, form: str, count: int) -> bool:
+    """Whether so many Macs can share each layer."""
+    try:
+        layer_shares(spec, {}, form, 0, count)
+    except SettingError:
+        return False
+    return True
 
 
 def pipeline_speed(parts: Sequence[Part], link: Link) -> SpeedRange | None:

@@ -55,8 +55,8 @@ class Group:
     def first(self, x: mx.array) -> mx.array:
         """The first machine's x, of an integer type, on every machine. Lazy.
 
-        The others multiply theirs by 0 instead of making zeros: their graphs have to have the same form, since MLX makes sums in
-        the order in which it walks through a graph, and that order has to be the same on all machines.
+        The others multiply theirs by 0 instead of making zeros: MLX makes sums in the order in which it walks through a
+        graph, and that order is the same on all machines only where their graphs have the same form.
         """
         return self.total(x * mx.array(int(self.is_first), x.dtype))
 

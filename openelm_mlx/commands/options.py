@@ -95,7 +95,7 @@ def add_worker_arguments(group: argparse._ActionsContainer) -> None:
         "--worker-timeout",
         type=float,
         metavar="SECONDS",
-        help="give up a worker that is silent for so long (default: 10)",
+        help="give up a worker that is silent for so long (default: 10; with --parallel: 60)",
     )
 
 

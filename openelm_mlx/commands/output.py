@@ -88,23 +88,37 @@ def also_named(flags: Flags) -> None:
     _flags = {**_flags, **flags}
 
 
-_heard: int | None = None  # where standard error went before this process was silenced
+_heard: int | None = None  # where standard error went before `set_libraries_apart`
 
 
-def silence() -> None:
-    """Show nothing from now on, whoever writes it: another machine speaks for this one."""
+def set_libraries_apart(silent: bool) -> int:
+    """What compiled libraries write on standard error goes into a pipe; gives the end to read from.
+
+    silent: show nothing of this process's own either: another machine speaks for it.
+    """
     global _heard
     sys.stdout.flush()
     sys.stderr.flush()
     _heard = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, 2)
+    os.close(write_end)
+    if silent:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+    else:
+        sys.stderr = open(os.dup(_heard), "w", buffering=1, errors="replace")  # noqa: SIM115  (to the end)
+    return read_end
+
+
+def pass_on(line: bytes) -> None:
+    """Show a line that a library wrote."""
+    if _heard is not None:
+        os.write(_heard, line)
 
 
 def speak_again() -> None:
-    """After `silence`: there is something to say that nobody else knows."""
+    """After being silent: there is something to say that nobody else knows."""
     if _heard is not None:
         sys.stderr.flush()
         os.dup2(_heard, 2)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..errors import PromptError, SettingError, UserError
-from . import output
+from . import INTERRUPTED, output
+
+if TYPE_CHECKING:
+    from ..parallel.group import Group
 
 # The launcher ends all processes once one has failed: the first one is to have said why.
 LAST_WORDS_SECONDS = 0.5
+# MLX has no deadline, and after it has said that another machine is gone it may wait all the same. Seconds until this process
+# ends itself then; of silence of the others; and the same where only the first one knows whether somebody reads its output.
+GRACE_SECONDS, PATIENCE_SECONDS, PATIENCE_OF_OTHERS_SECONDS = 2.0, 60.0, 3600.0
+_OF_MLX = (b"[ring]", b"[jaccl]")
 
 
 def add_parallel_argument(group: argparse._ActionsContainer) -> None:
@@ -37,14 +48,15 @@ def run_on_all(args: argparse.Namespace, run: Callable[[argparse.Namespace], int
     check_together(vars(args))
     group = sharing_group(args.parallel)
     assert group is not None
+    watch = Watch(group, args.worker_timeout)
     if not group.is_first:
-        output.silence()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler waits for MLX, and MLX for the other machines
     try:
         return run(args)
     except UserError as error:
         group.tell(error)
         if group.is_first:
+            watch.has_said = True
             raise
         if is_told(error):
             time.sleep(LAST_WORDS_SECONDS)
@@ -54,6 +66,62 @@ def run_on_all(args: argparse.Namespace, run: Callable[[argparse.Namespace], int
     except Exception:
         output.speak_again()
         raise
+
+
+class Watch:
+    """Ends this process where MLX would wait for another machine without end. has_said: the error is known already.
+
+    patience: seconds of silence of the others, while this machine waits for them; None: a minute.
+    """
+
+    def __init__(self, group: Group, patience: float | None) -> None:
+        self.has_said = False
+        self._group = group
+        usual = PATIENCE_SECONDS if patience is None else patience
+        self._patience = usual if group.is_first else max(usual, PATIENCE_OF_OTHERS_SECONDS)
+        self._interrupts, wake = os.pipe()
+        for descriptor in (self._interrupts, wake):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        libraries = output.set_libraries_apart(silent=not group.is_first)
+        for target in (lambda: self._listen(libraries), self._look):
+            threading.Thread(target=target, daemon=True).start()
+
+    def _listen(self, libraries: int) -> None:
+        """Hide what MLX says of lost connections, ten lines and more, and act on it."""
+        is_lost = False
+        with open(libraries, "rb") as stream:
+            for line in stream:
+                if not line.startswith(_OF_MLX):
+                    if self._group.is_first:
+                        output.pass_on(line)
+                elif not is_lost:
+                    is_lost = True
+                    threading.Thread(target=self._end_soon, daemon=True).start()
+
+    def _end_soon(self) -> None:
+        time.sleep(GRACE_SECONDS)
+        self._end("was lost")
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._patience / 4))
+            since = self._group.since
+            if self._group.is_computing and since is not None and time.monotonic() - since > self._patience:
+                self._end(f"has been silent for {self._patience:g} seconds")
+
+    def _end(self, what: str) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if signal.SIGINT in os.read(self._interrupts, 64):
+                os._exit(INTERRUPTED)
+        if self._group.is_first and not self.has_said:
+            output.end_answer()
+            output.error(
+                "openelm_mlx",
+                f"Another of the {self._group.size} machines {what}: see whether it sleeps or what it said, and start all of "
+                "them again.",
+            )
+        os._exit(2)
 
 
 def check_same(form: object) -> None:

@@ -172,6 +172,8 @@ def _answer(
         if chunk.finish_reason is not None and group is not None:
             group.exchange()  # what all of them have begun of the next token is done then, and one of them may end
             group.is_computing = False
+        if group is not None:
+            group.since = None  # whatever the caller does with the chunk takes as long as it takes
         yield chunk
         if chunk.finish_reason is not None:
             return

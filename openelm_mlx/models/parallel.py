@@ -31,12 +31,14 @@ class MachineGroup(Protocol):
     """The machines that share a model, as its requests see them; parallel/group.py is the one that there is.
 
     All of them run the same program. rank: this machine's number, from 0 on. size: how many they are. is_computing: whether
-    sums are being made, so that nothing else may be sent.
+    sums are being made, so that nothing else may be sent. since: when this machine began to wait for the others; None while
+    it does not.
     """
 
     rank: int
     size: int
     is_computing: bool
+    since: float | None
 
     def first(self, x: mx.array) -> mx.array:
         """The first machine's x, of an integer type, on every machine. Lazy."""

@@ -8,6 +8,7 @@ one is told to all of them, so that nobody waits for who has given up.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -35,9 +36,11 @@ class Group:
     """The machines. rank: this one's number, from 0 on. size: how many they are.
 
     is_computing: whether sums are being made: what goes wrong with one machine then is noticed by the others when it ends.
+    since: when this machine began to wait for the others, by `time.monotonic`; None while it has something else to do.
     """
 
     is_computing = False
+    since: float | None = None
 
     def __init__(self, group: mx.distributed.Group) -> None:
         self._group = group
@@ -58,6 +61,7 @@ class Group:
         The others multiply theirs by 0 instead of making zeros: MLX makes sums in the order in which it walks through a
         graph, and that order is the same on all machines only where their graphs have the same form.
         """
+        self.since = time.monotonic()
         return self.total(x * mx.array(int(self.is_first), x.dtype))
 
     def exchange(self, value: Any = None) -> list[Any]:
@@ -126,6 +130,7 @@ class Group:
         )
 
     def _swap(self, message: Mapping[str, Any]) -> list[Any]:
+        self.since = time.monotonic()
         try:
             rows = mx.distributed.all_gather(_packed(message)[None], group=self._group)
             mx.eval(rows)  # the hosts need it

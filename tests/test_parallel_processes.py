@@ -186,7 +186,9 @@ def test_an_error_of_the_second_is_shown_by_the_first(models, tmp_path):
     assert second == (2, "", "")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGSTOP, signal.SIGINT))]
+)
 def test_when_one_ends_the_other_does(models, tmp_path, how):
     """The second one is killed or sleeps, and the first says so; or Ctrl-C ends the first one, and the second with it."""
     command = generate(
@@ -197,7 +199,7 @@ def test_when_one_ends_the_other_does(models, tmp_path, how):
         first, second = processes
         assert first.stdout.read(1)
         (first if how == signal.SIGINT else second).send_signal(how)
-        out, error = first.communicate(timeout=SECONDS)
+        _, error = first.communicate(timeout=SECONDS)
         second.send_signal(signal.SIGCONT)
         other_out, other_error = second.communicate(timeout=SECONDS)
     if how == signal.SIGINT:

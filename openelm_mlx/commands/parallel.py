@@ -101,7 +101,8 @@ class Watch:
 
     def _end_soon(self) -> None:
         time.sleep(GRACE_SECONDS)
-        self._end("was lost")
+        if self._group.is_computing or self._group.since is not None:  # else the others have only ended before this one
+            self._end("was lost")
 
     def _look(self) -> None:
         while True:

@@ -31,6 +31,7 @@ LOAD = {
     "revision": NOT_TEXT, "adapter": NOT_TEXT, "progress": NOT_A_FUNCTION,
     "workers": (5, 1.5, b"x", {}, ODD, True, "", "a\0b", [5]), "secret_file": (5, 1.5, b"x", [], {}, ODD, True),
     "layers": (5, 1.5, b"x", {}, ODD, True, "a", [ODD]), "worker_timeout": (*NOT_A_NUMBER, 0, -1),
+    "parallel": (*NOT_TEXT, "x", "tensor"),
 }  # fmt: skip
 FINETUNE = {
     "source": NOT_TEXT, "data": (5, 1.5, b"x", {}, ODD, True, [5], []), "output": (5, 1.5, b"x", [], {}, ODD, True, None),

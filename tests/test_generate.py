@@ -122,7 +122,7 @@ def test_a_prompt_that_fills_the_context_is_refused_before_any_work(model):
     calls = []
 
     class Watched:
-        spec, context_length = model.spec, model.context_length
+        spec, context_length, runtime = model.spec, model.context_length, None
 
         def __getattr__(self, name):
             calls.append(name)

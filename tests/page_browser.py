@@ -120,6 +120,8 @@ class Chat:
         return [(each["role"], each["content"]) for each in self.server.requests[-1]["messages"]]
 
     def titles(self) -> list[str]:
+        """Of the chats in the list, which is drawn in the frame after a change."""
+        self.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         return [each.inner_text() for each in self.page.query_selector_all("#conversations .open")]
 
     def wait_for(self, expression: str, argument: Any = None) -> None:

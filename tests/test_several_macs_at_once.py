@@ -218,8 +218,8 @@ def test_adapters_come_and_go_on_every_machine(two_workers, tmp_path, demo, monk
     for each in both:
         assert om.add_adapter(each, a) == "a"
         om.add_adapter(each, b, activate=False)
-    assert all(now > earlier for now, earlier in zip(bytes_there(model), before, strict=True))
     alone = {name: answers(name) for name in ("a", "b", "none")}
+    beside = bytes_there(model)
     assert alone["none"] == plain == answers("none")
     assert alone["a"] == answers()
     assert len({str(each) for each in alone.values()}) == 3
@@ -276,6 +276,7 @@ def test_adapters_come_and_go_on_every_machine(two_workers, tmp_path, demo, monk
         om.remove_adapter(each, "a")
         om.remove_adapter(each, "again")
     assert answers() == plain
-    wait_for_less(model, [each + 20_000 for each in before])
+    # What was there before may have had something of the test before.
+    wait_for_less(model, [min(each + 20_000, more - 1) for each, more in zip(before, beside, strict=True)])
     assert not model.remote.given
     model.remote.close()

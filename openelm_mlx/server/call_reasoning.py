@@ -8,11 +8,11 @@ the model wrote, and the prefix cache knows them all.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 from ..text.conversation import Message
+from .latest import Latest
 
 MOST_CALLS = 4096
 MOST_BYTES = 8_000_000
@@ -23,29 +23,28 @@ class CallReasoning:
     """The reasoning before the latest calls, in memory alone; the least recently used is forgotten first."""
 
     def __init__(self, most_calls: int = MOST_CALLS, most_bytes: int = MOST_BYTES) -> None:
-        self._most_calls, self._most_bytes = most_calls, most_bytes
-        self._texts: OrderedDict[str, str] = OrderedDict()
-        self.num_bytes = 0
+        self._texts: Latest[str, str] = Latest(most_calls, most_bytes)
 
     def __len__(self) -> int:
         return len(self._texts)
 
+    @property
+    def num_bytes(self) -> int:
+        """What all of them take, with the names of their calls."""
+        return self._texts.num_bytes
+
     def keep(self, call_id: str, reasoning: str) -> None:
         """Remember what was thought before this call."""
-        num_bytes = _num_bytes(call_id, reasoning)
-        if not reasoning or num_bytes > self._most_bytes:
-            return
-        self._texts[call_id] = reasoning
-        self.num_bytes += num_bytes
-        while len(self._texts) > self._most_calls or self.num_bytes > self._most_bytes:
-            self.num_bytes -= _num_bytes(*self._texts.popitem(last=False))
+        if reasoning:
+            self._texts.put(call_id, reasoning, len(call_id) + len(reasoning.encode("utf-8", "replace")))
 
     def before(self, call_ids: Iterable[Any]) -> str:
         """What was thought before the first of these calls that is known; "" where none is."""
         for call_id in map(str, call_ids):
-            if call_id in self._texts:
-                self._texts.move_to_end(call_id)
-                return self._texts[call_id]
+            reasoning = self._texts.get(call_id)
+            if reasoning is not None:
+                self._texts.use(call_id)
+                return reasoning
         return ""
 
     def completed(self, messages: Sequence[Mapping[str, Any] | Message]) -> list[Mapping[str, Any] | Message]:
@@ -57,7 +56,3 @@ class CallReasoning:
             return message
         reasoning = self.before(call.get("id") for call in message.get("tool_calls") or ())
         return {**message, "reasoning": reasoning} if reasoning else message
-
-
-def _num_bytes(call_id: str, reasoning: str) -> int:
-    return len(call_id) + len(reasoning.encode("utf-8", "replace"))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 from ..text.conversation import Message
+from .latest import Latest
 
 MOST_EXCHANGES = 1024
 MOST_BYTES = 8_000_000
@@ -47,27 +47,19 @@ class Exchanges:
     """
 
     def __init__(self, most: int = MOST_EXCHANGES, most_bytes: int = MOST_BYTES) -> None:
-        self._most, self._most_bytes = most, most_bytes
-        self._found: OrderedDict[bytes, tuple[Exchange, int]] = OrderedDict()
-        self.num_bytes = 0
+        self._found: Latest[bytes, Exchange] = Latest(most, most_bytes)
 
     def __len__(self) -> int:
         return len(self._found)
 
+    @property
+    def num_bytes(self) -> int:
+        """About what all of them take in memory."""
+        return self._found.num_bytes
+
     def keep(self, before: Messages, exchange: Exchange) -> None:
         """Remember what came after these messages."""
-        key, num_bytes = _digests(before)[-1], exchange.num_bytes
-        if num_bytes > self._most_bytes:
-            return
-        self._forget(key)
-        self._found[key] = exchange, num_bytes
-        self.num_bytes += num_bytes
-        while len(self._found) > self._most or self.num_bytes > self._most_bytes:
-            self._forget(next(iter(self._found)))
-
-    def _forget(self, key: bytes) -> None:
-        if key in self._found:
-            self.num_bytes -= self._found.pop(key)[1]
+        self._found.put(_digests(before)[-1], exchange, exchange.num_bytes)
 
     def completed(self, messages: Messages) -> Messages:
         """A chat with what is known put back where it was."""
@@ -78,14 +70,14 @@ class Exchanges:
         while place < len(messages):
             end = _end_of_call(messages, place)
             known = self._found.get(digests[place])
-            if known is None or end is None or _bare(_reasoning(messages[place:end])) != _bare(known[0].shown):
+            if known is None or end is None or _bare(_reasoning(messages[place:end])) != _bare(known.shown):
                 found.append(messages[place])
                 place += 1
                 continue
-            self._found.move_to_end(digests[place])
+            self._found.use(digests[place])
             call = messages[end - 1]
             assert isinstance(call, Mapping)
-            found += [*known[0].messages, {**call, "reasoning": None, "content": None}]
+            found += [*known.messages, {**call, "reasoning": None, "content": None}]
             place = end
         return found
 

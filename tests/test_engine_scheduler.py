@@ -48,6 +48,19 @@ def test_many_submitted_together_are_not_all_before_who_comes_later():
         assert scheduler.admit(lambda _: True) is wanted
 
 
+def test_who_was_put_back_goes_on_before_those_whose_groups_run_less():
+    requests = [Request(i, [8], group=group) for i, group in enumerate("aaacc")]
+    scheduler = scheduler_with(requests)
+    while scheduler.admit(lambda _: True) is not None:
+        pass
+    assert scheduler.waiting == [requests[2]]
+    scheduler.put_back(requests[4])
+    for ended in requests[:2]:
+        scheduler.forget(ended)
+    assert scheduler.queue() == [requests[4], requests[2]]
+    assert scheduler.admit(lambda _: True) is requests[4]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_queue_is_the_order_in_which_requests_are_admitted(seed):
     draw = random.Random(seed)

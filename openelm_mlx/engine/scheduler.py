@@ -207,21 +207,17 @@ class Scheduler(Generic[J]):
         return first
 
     def _next(self) -> J:
-        """The first one of those whose group has the fewest running. Who had begun before goes on first."""
-        if self.waiting[0].job.was_put_back:
-            return self.waiting[0]
         running = Counter(each.job.group for each in self.running())
-        return min(self.waiting, key=lambda each: (running[each.job.group], each.job.number))
+        return min(self.waiting, key=lambda each: _place(each, running[each.job.group]))
 
     def queue(self, arriving: Sequence[J] = ()) -> list[J]:
         """Those who wait in the order in which they would be admitted if nobody ended before. arriving: who is on the way."""
         running = Counter(each.job.group for each in self.running())
-        places = []
-        for each in [*self.waiting, *arriving]:
-            goes_first = each.job.was_put_back
-            places.append((not goes_first, 0 if goes_first else running[each.job.group], each.job.number, each))
+        places = {}
+        for each in sorted([*self.waiting, *arriving], key=lambda each: (not each.job.was_put_back, each.job.number)):
+            places[each] = _place(each, running[each.job.group])
             running[each.job.group] += 1
-        return [each for *_, each in sorted(places, key=lambda place: place[:3])]
+        return sorted(places, key=places.__getitem__)
 
     def next_prompts(self, most: int) -> list[tuple[J, int]]:
         """Whose prompts are gone on with in the next pass, and by how many tokens each, `most` in all.
@@ -290,6 +286,12 @@ class Scheduler(Generic[J]):
         for place in (self.waiting, self.prompts, self.following, self.decoding):
             if request in place:
                 place.remove(request)
+
+
+def _place(request: HasJob, num_running: int) -> tuple[bool, int, int]:
+    """What the queue is ordered by: who had begun before, then whose group has the fewest running, then who came first."""
+    was_put_back = request.job.was_put_back
+    return not was_put_back, 0 if was_put_back else num_running, request.job.number
 
 
 def _number(request: HasJob) -> int:

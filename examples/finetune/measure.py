@@ -35,7 +35,7 @@ def main() -> None:
         measure("demo-gpt-oss", HERE / "data.jsonl", word_questions(), arguments.output / "words", arguments.steps),
     ]
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print("| model | asked | right before | right after | loss | time |\n|---|---|---|---|---|---|")
+    print("| model | questions | right before | right after | loss | time |\n|---|---|---|---|---|---|")
     for result in results:
         first, last = result["loss"]
         spent = f"{first:.1f} -> {last:.3f} | {result['steps']} steps, {result['seconds'] / 60:.1f} min"

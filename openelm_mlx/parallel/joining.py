@@ -133,20 +133,9 @@ def share_out(
     own = shared_placement(placement, form, group.rank, group.size)
     # All of it is in memory, so that every machine does the same.
     weights = replace(own.weights(opened.folder), can_stream=False, embedding=0)
-
-    def planned() -> MemoryPlan:
+    with group.told():
         plan = make_plan(opened.name, own.contents.spec, weights, machine, request, placement.dtype.size)
         if not plan.fits:
             raise plan.refusal()
-        return plan
-
-    plan: MemoryPlan | None = None
-
-    def chunk() -> int:
-        nonlocal plan
-        plan = planned()
-        return plan.prefill_chunk
-
-    least = group.least(chunk)
-    assert plan is not None
+    least = group.least(lambda: plan.prefill_chunk)
     return Shared(form, group, own, replace(plan, prefill_chunk=least), experts)

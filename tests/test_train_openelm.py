@@ -116,6 +116,15 @@ def write_conversations(folder: Path, lengths: list[int]) -> None:
     )
 
 
+def write_prose(folder: Path) -> None:
+    """Three paragraphs, which are the sentences and the validation text too."""
+    text = np.arange(20, 60, dtype=np.uint16)
+    starts = np.array([0, 10, 25, 40], np.int32)
+    flat = {f"{name}_{kind}": value for name in ("opening", "running", "sentence", "validation")
+            for kind, value in (("tokens", text), ("starts", starts))}  # fmt: skip
+    np.savez(folder / "prose.npz", **flat, weights=np.ones(3, np.float32))
+
+
 def test_rows_hold_whole_turns_and_every_word_once_an_epoch(train, tmp_path):
     batches = train("batches")
     lengths = [6, 9, 4, 12, 7, 9, 5, 8, 10, 6]
@@ -143,11 +152,7 @@ def test_rows_hold_whole_turns_and_every_word_once_an_epoch(train, tmp_path):
 def test_a_resumed_stream_of_batches_is_the_uninterrupted_one(train, tmp_path):
     batches = train("batches")
     write_conversations(tmp_path, [6, 9, 4, 12, 7, 9, 5, 8])
-    text = np.arange(20, 60, dtype=np.uint16)
-    starts = np.array([0, 10, 25, 40], np.int32)
-    flat = {f"{name}_{kind}": value for name in ("opening", "running", "sentence", "validation")
-            for kind, value in (("tokens", text), ("starts", starts))}  # fmt: skip
-    np.savez(tmp_path / "prose.npz", **flat, weights=np.ones(3, np.float32))
+    write_prose(tmp_path)
     recipe = batches.Recipe(16, 2, 24, 1, 1, 1)
     sources = batches.Conversations(tmp_path / "conversations.npz"), batches.Prose(tmp_path / "prose.npz")
     whole = batches.batches(*sources, recipe, seed=3)
@@ -159,6 +164,31 @@ def test_a_resumed_stream_of_batches_is_the_uninterrupted_one(train, tmp_path):
         np.testing.assert_array_equal(expected.short.tokens, got.short.tokens)
         np.testing.assert_array_equal(expected.long.learned, got.long.learned)
         np.testing.assert_array_equal(expected.long.tokens, got.long.tokens)
+
+
+def test_documents_are_the_rows_of_the_first_steps(train, tmp_path):
+    """Of every kind as many as the old script sees, so that prose is not learned by heart."""
+    batches = train("batches")
+    write_conversations(tmp_path, [6, 9, 4, 12, 7, 9, 5, 8])
+    write_prose(tmp_path)
+    recipe = batches.Recipe(16, 2, 24, 1, 1, 1)
+    train("documents").write_documents(tmp_path, 3, 5, recipe)
+    found = np.load(tmp_path / "documents.npz")
+    documents = np.split(found["tokens"], found["starts"][1:])
+    learned = np.split(found["learned"], found["starts"][1:])
+    sources = batches.Conversations(tmp_path / "conversations.npz"), batches.Prose(tmp_path / "prose.npz")
+    drawn = batches.batches(*sources, recipe, seed=5)
+    rows = [row for _ in range(3) for rows in next(drawn)[:2] for row in zip(*rows, strict=True)]
+    assert len(documents) == len(rows) == 3 * 5
+    for document, marks, (tokens, wanted) in zip(documents, learned, rows, strict=True):
+        assert document[-1] != 0
+        np.testing.assert_array_equal(document, tokens[: len(document)])
+        assert not tokens[len(document) :].any()
+        np.testing.assert_array_equal(marks, wanted[: len(document)])
+    validation = np.load(tmp_path / "validation.npz")
+    assert validation["tokens"].tolist() == [1, *range(20, 36), 1, *range(36, 52)]
+    assert validation["starts"].tolist() == [0, 17]
+    assert validation["learned"].tolist() == 2 * [False, *[True] * 16]
 
 
 def test_an_exported_model_loads_and_is_the_quantized_one(train, tmp_path):

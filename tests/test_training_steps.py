@@ -250,6 +250,37 @@ def test_batches_keep_to_their_places_and_to_few_shapes():
     assert all(n <= rounded_up(n) <= 1.25 * n for n in range(16, 2049))
 
 
+def test_shorter_rows_of_a_large_batch_go_apart():
+    """Attention would lay each of them out in the places of the longest."""
+    lengths = [512] * 20 + [120] * 80
+    assert divided(lengths, 65_536) == [list(range(20)), list(range(20, 100))]
+    assert len(divided(lengths[:10] + lengths[20:25], 65_536)) == 1  # too few to be worth a batch of their own
+    assert len(divided([512] * 20 + [300] * 20, 65_536)) == 1
+    pairs = divided([512, 120] * 20 + [120, 100] * 20, 65_536, together=2)
+    assert pairs == [list(range(40)), list(range(40, 80))]
+
+
+def test_rows_of_one_length_have_few_shapes():
+    """A GPU compiles each of them: the numbers of rows are rounded up too, with rows in which nothing is learned."""
+    batches = [make_batch([Row.of(np.arange(65), np.ones(65, bool))] * n) for n in range(17, 65)]
+    assert all(batch.is_rows for batch in batches)
+    assert len({batch.rows.shape for batch in batches}) == 8
+    assert [batch.num_tokens for batch in batches] == [64 * n for n in range(17, 65)]
+    assert [float(batch.weights.sum()) for batch in batches] == [64.0 * n for n in range(17, 65)]
+
+
+def test_empty_rows_change_nothing():
+    model = load_fixture(FIXTURES / "openelm_tiny")
+    model.train()
+    rows = some_rows(model.spec.vocab_size, [17] * 18)
+    assert make_batch(rows).rows.shape == (20, 16)
+    gradients, parameters = Gradients(model, Objective(z_loss=1e-4)), model.trainable_parameters()
+    loss, plain = mean_gradients(gradients, parameters, rows, [[i] for i in range(18)])
+    found, padded = mean_gradients(gradients, parameters, rows)
+    assert abs(found - loss) < 1e-5 * loss
+    assert relative(dict(tree_flatten(padded)), dict(tree_flatten(plain))) < 1e-5
+
+
 def test_weights_say_how_much_a_row_counts():
     """The mean of batches' means, as some trainers accumulate, is a matter of weights."""
     model = load_fixture(FIXTURES / "openelm_untied")

@@ -7,9 +7,8 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from ..checks import size
-from . import INTERRUPTED
 from .output import report_json, say
-from .training_progress import TrainingBar, add_result_arguments, show_result, watched
+from .training_progress import TrainingBar, add_result_arguments, show_interrupted, show_result, watched
 
 if TYPE_CHECKING:
     from ..training.finetuning import Finetuning
@@ -113,15 +112,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     bar = TrainingBar(prepared.settings.steps or 0, args.quiet)
     path = watched(bar, args.output, lambda: prepared.run(bar.show, bar.begin, bar.refer))
-    if path is None:
-        return INTERRUPTED
     method = prepared.settings.method
+    title = f"{args.source}: {method}"
+    if path is None:
+        return show_interrupted(args, title, chart)
     model = str(path) if method == "full" else prepared.base.name
     use = f"chat --model {shlex.quote(model)}"
     if method != "full":
         use += f" --adapter {shlex.quote(str(path))}"
     facts = {"plan": prepared.plan.as_dict()}
-    return show_result(args, path, prepared.log, f"{args.source}: {method}", chart, use, facts)
+    return show_result(args, path, prepared.log, title, chart, use, facts)
 
 
 def share_or_path(value: str | None) -> Any:

@@ -7,8 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
-from . import INTERRUPTED
-from .training_progress import TrainingBar, add_result_arguments, show_result, watched
+from .training_progress import TrainingBar, add_result_arguments, show_interrupted, show_result, watched
 
 HELP = "train a new OpenELM model from nothing, by a YAML file"
 
@@ -35,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     bar = TrainingBar(args.steps or config.steps, args.quiet)
     options = {"output": args.output, "steps": args.steps, "restart": args.restart}
     path = watched(bar, args.output, lambda: train(config, progress=bar.show, started=bar.begin, **options))
+    title = Path(args.config).name
     if path is None:
-        return INTERRUPTED
+        return show_interrupted(args, title, chart)
     log = json.loads((path / "training.json").read_text(encoding="utf-8"))["log"]
-    return show_result(args, path, log, Path(args.config).name, chart, f"generate --model {shlex.quote(str(path))}")
+    return show_result(args, path, log, title, chart, f"generate --model {shlex.quote(str(path))}")

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import output
+from . import INTERRUPTED, output
 from .options import add_overwrite
 
 if TYPE_CHECKING:
@@ -114,6 +114,18 @@ def add_result_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGro
     add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress")
+
+
+def show_interrupted(args: argparse.Namespace, title: str, chart: Path | None) -> int:
+    """The losses of a run that was interrupted, so far as it came, as `show_result` shows them. Returns the exit code."""
+    from ..training.state import losses_so_far
+
+    log = losses_so_far(args.output)
+    if log and not args.quiet:
+        output.say(loss_picture([entry["loss"] for entry in log]))
+    if log and chart is not None:
+        draw_losses(chart, title, log, args.overwrite)  # replaced when the run goes on: it is a picture of ours
+    return INTERRUPTED
 
 
 def show_result(

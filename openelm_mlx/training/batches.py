@@ -18,6 +18,9 @@ NOT_LEARNED = -1
 # Sizes are rounded up to so many steps an octave: few shapes, of which a GPU compiles each once, and few empty places.
 STEPS_OF_AN_OCTAVE = 4
 LEAST_PLACES = 16
+# A batch of so many tokens keeps any device busy. From there on shorter rows go apart: attention lays every row out in as many
+# places as the longest one has, and the scores of those places grow with its square.
+ENOUGH_PLACES = 8192
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,10 @@ def make_batch(rows: Sequence[Row], weights: Sequence[float] | None = None) -> B
     """The batch of `rows`. weights: how much each row's targets count; 1 each when it is None."""
     weights = [1.0] * len(rows) if weights is None else weights
     lengths = [len(row) for row in rows]
-    longest = rounded_up(max(lengths))
-    if len(rows) == 1 or len(rows) * longest <= 1.1 * sum(lengths):  # hardly anything is empty: rows as they are
-        return _in_rows(rows, weights, longest)
-    count = rounded_up(sum(lengths))
+    longest, count = rounded_up(max(lengths)), rounded_up(sum(lengths))
+    num_rows = len(rows) if len(rows) <= LEAST_PLACES else rounded_up(len(rows))
+    if len(rows) == 1 or num_rows * longest <= max(1.1 * sum(lengths), count):  # hardly anything is empty: rows as they are
+        return _in_rows(rows, weights, num_rows, longest)
     tokens, positions = np.zeros(count, np.int32), np.zeros(count, np.int32)
     laid_out, found = np.zeros((rounded_up(len(rows), 1), longest), np.int32), np.zeros(count, np.int32)
     start = 0
@@ -107,13 +110,13 @@ def make_batch(rows: Sequence[Row], weights: Sequence[float] | None = None) -> B
     return Batch(tokens, positions, laid_out, found, *_targets(rows, weights, starts), np.int32(sum(lengths)))
 
 
-def _in_rows(rows: Sequence[Row], weights: Sequence[float], longest: int) -> Batch:
-    """The batch with every row padded to `longest`: flat and in rows it is the same."""
-    tokens = np.zeros((len(rows), longest), np.int32)
+def _in_rows(rows: Sequence[Row], weights: Sequence[float], num_rows: int, longest: int) -> Batch:
+    """The batch with every row padded to `longest`, and with empty rows: flat and in rows it is the same."""
+    tokens = np.zeros((num_rows, longest), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row.tokens
     order = np.arange(tokens.size, dtype=np.int32)
-    positions = np.tile(np.arange(longest, dtype=np.int32), len(rows))
+    positions = np.tile(np.arange(longest, dtype=np.int32), num_rows)
     starts = longest * np.arange(len(rows))
     length = np.int32(sum(map(len, rows)))
     return Batch(
@@ -147,18 +150,20 @@ def rounded_up(count: int, least: int = LEAST_PLACES) -> int:
 def divided(lengths: Sequence[int], most_places: int, together: int = 1) -> list[list[int]]:
     """Which rows go through the model together: lists of their numbers, each of `most_places` tokens at most.
 
-    Sorted by length, so that rows laid out side by side are alike. A row that is longer than that goes alone. together: so many
-    rows in a row belong together (a preference's two answers).
+    Sorted by length, so that rows laid out side by side are alike; from `ENOUGH_PLACES` on, rows of half the length go apart. A
+    row that is longer than `most_places` goes alone. together: so many rows in a row belong together (a preference's two
+    answers).
     """
     groups = [range(i, i + together) for i in range(0, len(lengths), together)]
     groups.sort(key=lambda group: -max(lengths[i] for i in group))
     parts: list[list[int]] = []
-    room = 0
+    room = longest = 0
     for group in groups:
-        size = sum(lengths[i] for i in group)
-        if size > room or not parts:
+        size, own = sum(lengths[i] for i in group), max(lengths[i] for i in group)
+        is_shorter = most_places - room >= ENOUGH_PLACES and 2 * own <= longest
+        if size > room or is_shorter or not parts:
             parts.append([])
-            room = most_places
+            room, longest = most_places, own
         parts[-1] += group
         room -= size
     return parts

@@ -162,9 +162,7 @@ class RunFolder:
             self._lock = None
 
     def _states(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(each for each in self.folder.glob("state-*") if (each / _STATE).is_file())
+        return _states_in(self.folder)
 
 
 def previous_run(output: str | os.PathLike[str]) -> dict[str, Any]:
@@ -173,6 +171,18 @@ def previous_run(output: str | os.PathLike[str]) -> dict[str, Any]:
     if not place.is_file() or not any(place.parent.glob("state-*")):
         return {}
     return read_object(place, TrainingError)
+
+
+def losses_so_far(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The log of an interrupted run to this output; empty where there is no state."""
+    states = _states_in(_folder_of(Path(os.path.realpath(expanded(output, DestinationError)))))
+    log: list[dict[str, Any]] = read_object(states[-1] / _STATE, TrainingError, most=2**30)["log"] if states else []
+    return log
+
+
+def _states_in(folder: Path) -> list[Path]:
+    """The states in a run's folder, the newest last."""
+    return sorted(each for each in folder.glob("state-*") if (each / _STATE).is_file()) if folder.is_dir() else []
 
 
 def _folder_of(output: Path) -> Path:

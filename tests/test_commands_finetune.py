@@ -9,7 +9,7 @@ import pytest
 from conftest import random_model, save_folder
 
 from openelm_mlx.commands import main
-from openelm_mlx.commands.training_progress import duration, loss_picture
+from openelm_mlx.commands.training_progress import TrainingBar, duration, loss_picture
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,26 @@ def test_a_mistake_is_one_sentence(source, data, tmp_path, capsys, more, message
     assert printed.err.count("\n") == 1
     assert printed.out == ""
     assert [each.name for each in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_an_interrupted_run_shows_its_losses_so_far(source, data, tmp_path, capsys, monkeypatch):
+    """As text and as the picture that was asked for, which the same command then replaces."""
+    show, chart = TrainingBar.show, tmp_path / "loss.png"
+
+    def stop_at_4(bar, progress):
+        show(bar, progress)
+        if progress.step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingBar, "show", stop_at_4)
+        assert finetune(source, data, tmp_path / "out", "--steps", 6, "--chart", chart) == 130
+    said, first = capsys.readouterr().err, chart.read_bytes()
+    assert "Interrupted after step 4" in said
+    assert " 4 steps\n" in said
+    assert finetune(source, data, tmp_path / "out", "--steps", 6, "--chart", chart) == 0
+    assert "going on after step 4" in capsys.readouterr().err
+    assert chart.read_bytes() != first
 
 
 @pytest.mark.slow

@@ -581,13 +581,15 @@ def test_a_model_that_no_file_was_loaded_into_takes_an_adapter_of_experts():
 
 @pytest.mark.parametrize("where", ["disk", "machines"])
 def test_no_adapter_is_trained_beside_what_is_not_in_memory(where):
-    """MLX's own error would come in the midst of the first gradient; nothing of the model is changed before."""
+    """MLX's own error would come in the midst of the first gradient."""
     options = {"expert_slots": 4} if where == "disk" else {}
     model, _ = om.load(FIXTURES / FAMILIES["gpt_oss"], dtype="float32", **options)
     if where == "machines":
         model.runtime.group = object()
     trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    with pytest.raises(SettingError, match=r"^(Experts on disk|A model of several machines) cannot be trained.*: load "):
+    with pytest.raises(
+        SettingError, match=r"^(Experts on disk|A model of several machines) cannot be trained.*: load "
+    ):
         attach(model, AdapterConfig(targets=("q_proj",)))
     assert model.attached is None
     assert [name for name, _ in tree_flatten(model.trainable_parameters())] == trainable

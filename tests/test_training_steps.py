@@ -254,14 +254,14 @@ def test_shorter_rows_of_a_large_batch_go_apart():
     """Attention would lay each of them out in the places of the longest."""
     lengths = [512] * 20 + [120] * 80
     assert divided(lengths, 65_536) == [list(range(20)), list(range(20, 100))]
-    assert len(divided(lengths[:10] + lengths[20:25], 65_536)) == 1  # too few to be worth a batch of their own
+    assert len(divided(lengths[:10] + lengths[20:25], 65_536)) == 1  # too few to go apart
     assert len(divided([512] * 20 + [300] * 20, 65_536)) == 1
     pairs = divided([512, 120] * 20 + [120, 100] * 20, 65_536, together=2)
     assert pairs == [list(range(40)), list(range(40, 80))]
 
 
 def test_rows_of_one_length_have_few_shapes():
-    """A GPU compiles each of them: the numbers of rows are rounded up too, with rows in which nothing is learned."""
+    """A GPU compiles each of them, so their number is rounded up with empty rows."""
     batches = [make_batch([Row.of(np.arange(65), np.ones(65, bool))] * n) for n in range(17, 65)]
     assert all(batch.is_rows for batch in batches)
     assert len({batch.rows.shape for batch in batches}) == 8

@@ -1,10 +1,11 @@
-"""What prepare.py wrote, as documents for `openelm_mlx train`: conversations and prose with what is learned of them.
+"""What prepare.py wrote, as documents for `openelm_mlx train`, with what is learned of them.
 
     python examples/train/documents.py --data build/demo-openelm
 
-Writes documents.npz and validation.npz beside them. A document is a row of train_openelm_demo.py: turns of conversations,
-a paragraph with what follows it, sentences. They are the rows of the first `--steps` of its steps, so that every kind is
-seen as often as there; the trainer begins again with them when it has seen all.
+Writes documents.npz and validation.npz beside it. A document is a row of train_openelm_demo.py:
+turns of conversations, a paragraph with what follows it, sentences. They are the rows of the first
+`--steps` of its steps, so that every kind is seen as often as there; the trainer begins again with
+them when it has seen all.
 """
 
 from __future__ import annotations
@@ -20,10 +21,8 @@ from batches import Conversations, Prose, Recipe, Rows, batches
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the folder that prepare.py wrote")
-    parser.add_argument(
-        "--steps", type=int, default=1500, help="of how many steps; with few, prose is learned by heart (default 1500)"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
+    parser.add_argument("--steps", type=int, default=1500, help="of how many steps; few teach the prose by heart")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     write_documents(arguments.data, arguments.steps, arguments.seed)
@@ -32,7 +31,8 @@ def main() -> None:
 def write_documents(folder: Path, steps: int, seed: int, recipe: Recipe | None = None) -> None:
     """documents.npz and validation.npz in the folder."""
     recipe = recipe or Recipe()
-    conversations, prose = Conversations(folder / "conversations.npz"), Prose(folder / "prose.npz")
+    conversations = Conversations(folder / "conversations.npz")
+    prose = Prose(folder / "prose.npz")
     drawn = islice(batches(conversations, prose, recipe, seed), steps)
     save(folder / "documents.npz", (rows for batch in drawn for rows in (batch.short, batch.long)))
     save(folder / "validation.npz", [prose.validation_rows(recipe.short_length, 400)])

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import size
 from .output import report_json, say
-from .training_progress import TrainingBar, add_result_arguments, show_interrupted, show_result, watched
+from .training_progress import (
+    TrainingBar,
+    add_result_arguments,
+    show_interrupted,
+    show_result,
+    watched,
+)
 
 if TYPE_CHECKING:
     from ..training.finetuning import Finetuning

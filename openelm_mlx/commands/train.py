@@ -7,7 +7,13 @@ import json
 import shlex
 from pathlib import Path
 
-from .training_progress import TrainingBar, add_result_arguments, show_interrupted, show_result, watched
+from .training_progress import (
+    TrainingBar,
+    add_result_arguments,
+    show_interrupted,
+    show_result,
+    watched,
+)
 
 HELP = "train a new OpenELM model from nothing, by a YAML file"
 

@@ -117,14 +117,15 @@ def add_result_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGro
 
 
 def show_interrupted(args: argparse.Namespace, title: str, chart: Path | None) -> int:
-    """The losses of a run that was interrupted, so far as it came, as `show_result` shows them. Returns the exit code."""
+    """The losses of an interrupted run so far, as `show_result` shows them. Returns the exit code."""
     from ..training.state import losses_so_far
 
     log = losses_so_far(args.output)
     if log and not args.quiet:
         output.say(loss_picture([entry["loss"] for entry in log]))
     if log and chart is not None:
-        draw_losses(chart, title, log, args.overwrite)  # replaced when the run goes on: it is a picture of ours
+        # It is in nobody's way when the run goes on: a picture of ours may be replaced.
+        draw_losses(chart, title, log, args.overwrite)
     return INTERRUPTED
 
 

@@ -109,8 +109,8 @@ def attach(model: LanguageModel, config: AdapterConfig, initial: Adapter | None 
 
     initial: begin with its pairs instead; `config` says nothing but the dropout then. Returns the names of its parameters,
     which are what `model.trainable_parameters()` has from now on. The model's output is unchanged, bit for bit, until they are.
-    Raises SettingError where something that was asked for is not there, an adapter is in training already, or a part of the
-    model is not in this machine's memory.
+    Raises SettingError where something that was asked for is not there, an adapter is in training
+    already, or a part of the model is not in this machine's memory.
     """
     if _attached(model) is not None:
         raise SettingError("The model has an adapter in training already: take it off first, with `detach`.")
@@ -143,14 +143,17 @@ def attach(model: LanguageModel, config: AdapterConfig, initial: Adapter | None 
 
 
 def _check_is_here(model: LanguageModel) -> None:
-    """A gradient goes through all layers at once, and MLX neither reads a file nor hears another machine in the midst of one."""
+    """MLX neither reads a file nor hears another machine in the midst of a gradient."""
     if model.residency is not None:
         raise SettingError(
-            "Experts on disk cannot be trained beside: load the model with all of its experts in memory (a higher memory_limit, "
-            "no expert_slots)."
+            "Experts on disk cannot be trained beside: load the model with all of its experts in "
+            "memory (a higher memory_limit, no expert_slots)."
         )
-    if model.remote is not None or (model.runtime is not None and model.runtime.group is not None):
-        raise SettingError("A model of several machines cannot be trained: load all of it on this one (no workers, no parallel).")
+    group = None if model.runtime is None else model.runtime.group
+    if model.remote is not None or group is not None:
+        raise SettingError(
+            "A model of several machines cannot be trained: load all of it on this one (no workers, no parallel)."
+        )
 
 
 @dataclass

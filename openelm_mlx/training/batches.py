@@ -18,8 +18,8 @@ NOT_LEARNED = -1
 # Sizes are rounded up to so many steps an octave: few shapes, of which a GPU compiles each once, and few empty places.
 STEPS_OF_AN_OCTAVE = 4
 LEAST_PLACES = 16
-# A batch of so many tokens keeps any device busy. From there on shorter rows go apart: attention lays every row out in as many
-# places as the longest one has, and the scores of those places grow with its square.
+# A batch of so many tokens keeps any device busy. From there on shorter rows go apart: attention
+# lays every row out in as many places as the longest one has, and scores grow with their square.
 ENOUGH_PLACES = 8192
 
 
@@ -94,7 +94,8 @@ def make_batch(rows: Sequence[Row], weights: Sequence[float] | None = None) -> B
     lengths = [len(row) for row in rows]
     longest, count = rounded_up(max(lengths)), rounded_up(sum(lengths))
     num_rows = len(rows) if len(rows) <= LEAST_PLACES else rounded_up(len(rows))
-    if len(rows) == 1 or num_rows * longest <= max(1.1 * sum(lengths), count):  # hardly anything is empty: rows as they are
+    # Hardly anything is empty: rows as they are.
+    if len(rows) == 1 or num_rows * longest <= max(1.1 * sum(lengths), count):
         return _in_rows(rows, weights, num_rows, longest)
     tokens, positions = np.zeros(count, np.int32), np.zeros(count, np.int32)
     laid_out, found = np.zeros((rounded_up(len(rows), 1), longest), np.int32), np.zeros(count, np.int32)
@@ -111,7 +112,7 @@ def make_batch(rows: Sequence[Row], weights: Sequence[float] | None = None) -> B
 
 
 def _in_rows(rows: Sequence[Row], weights: Sequence[float], num_rows: int, longest: int) -> Batch:
-    """The batch with every row padded to `longest`, and with empty rows: flat and in rows it is the same."""
+    """The batch with rows padded to `longest`, and empty ones: flat and in rows it is the same."""
     tokens = np.zeros((num_rows, longest), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row.tokens
@@ -150,9 +151,9 @@ def rounded_up(count: int, least: int = LEAST_PLACES) -> int:
 def divided(lengths: Sequence[int], most_places: int, together: int = 1) -> list[list[int]]:
     """Which rows go through the model together: lists of their numbers, each of `most_places` tokens at most.
 
-    Sorted by length, so that rows laid out side by side are alike; from `ENOUGH_PLACES` on, rows of half the length go apart. A
-    row that is longer than `most_places` goes alone. together: so many rows in a row belong together (a preference's two
-    answers).
+    Sorted by length, so that rows laid out side by side are alike; from `ENOUGH_PLACES` on, rows of
+    half the length go apart. A row that is longer than `most_places` goes alone. together: so many
+    rows in a row belong together (a preference's two answers).
     """
     groups = [range(i, i + together) for i in range(0, len(lengths), together)]
     groups.sort(key=lambda group: -max(lengths[i] for i in group))

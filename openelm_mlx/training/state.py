@@ -176,13 +176,17 @@ def previous_run(output: str | os.PathLike[str]) -> dict[str, Any]:
 def losses_so_far(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The log of an interrupted run to this output; empty where there is no state."""
     states = _states_in(_folder_of(Path(os.path.realpath(expanded(output, DestinationError)))))
-    log: list[dict[str, Any]] = read_object(states[-1] / _STATE, TrainingError, most=2**30)["log"] if states else []
+    if not states:
+        return []
+    log: list[dict[str, Any]] = read_object(states[-1] / _STATE, TrainingError, most=2**30)["log"]
     return log
 
 
 def _states_in(folder: Path) -> list[Path]:
     """The states in a run's folder, the newest last."""
-    return sorted(each for each in folder.glob("state-*") if (each / _STATE).is_file()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(each for each in folder.glob("state-*") if (each / _STATE).is_file())
 
 
 def _folder_of(output: Path) -> Path:

@@ -3,17 +3,22 @@
 On a GPU, with a released shape and random weights:
 
     python -m benchmarks.evaluation --model openelm-1.1b --questions 200
-    python -m benchmarks.evaluation --model openelm-1.1b --questions 200 --few-shot-tokens 1000
+    python -m benchmarks.evaluation --model openelm-1.1b --questions 200 --few-shot-tokens 1000 --seconds 60
+
+Besides mlx, mlx-lm and numpy it needs nothing, and no network.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from openelm_mlx.checks import whole_number
+from openelm_mlx.commands.output import say
+from openelm_mlx.errors import SettingError
 
 from .command import run_benchmark, show_rows
 
@@ -34,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--few-shot-tokens", default="0", metavar="N[,N...]", help="tokens that all questions begin with (default: 0)"
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each side (default: 3)")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S",
+        help="end a round of mlx-lm's side after so many, and compare the time that a question takes (default: never)",
+    )  # fmt: skip
     parser.add_argument("--layers", type=int, metavar="N", help="of a shape only so many layers")
     parser.add_argument("--tokens-at-once", type=int, metavar="N", help="in a pass of ours (default: the plan's chunk)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -45,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         whole_number(name, getattr(args, name))
     if args.tokens_at_once is not None:
         whole_number("tokens_at_once", args.tokens_at_once)
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        raise SettingError(f"--seconds is {args.seconds:g}: it must be above 0.")
     try:
         examples = [int(each) for each in args.few_shot_tokens.split(",")]
     except ValueError:
@@ -58,7 +69,10 @@ def _rows(args: argparse.Namespace, examples: Sequence[int]) -> Iterator[Rates]:
     from .measurements.evaluation import measure
 
     for each in examples:
-        yield measure(args.model, args.questions, each, args.rounds, args.layers, args.tokens_at_once)
+        yield measure(
+            args.model, args.questions, each, args.rounds, args.layers, args.tokens_at_once,
+            seconds=math.inf if args.seconds is None else args.seconds, note=say,
+        )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from openelm_mlx.evaluation.prefixes import Branch, Extend, Prefixes
 from openelm_mlx.evaluation.requests import Score, TokenRequest
 from openelm_mlx.evaluation.scorer import Scorer
 from openelm_mlx.loading import load
+from openelm_mlx.models import trees
 from openelm_mlx.models.adapter_targets import targets_of
 from openelm_mlx.models.low_rank import Adapter, Pair
 from openelm_mlx.models.trees import NO_PARENT, Forest, lay_out
@@ -75,6 +76,25 @@ def test_gpt_oss_scores_each_request_as_if_alone(gpt_oss, at_once):
     requests = questions(gpt_oss.spec.usable_vocab_size, 8, 5 * window)
     assert max(len(each.inputs) for each in requests) > 2 * window
     assert difference(Scorer(gpt_oss, at_once).score(requests), [alone(gpt_oss, each) for each in requests]) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
+def test_a_gpu_with_a_program_for_every_shape_attends_by_products(family, request, monkeypatch):
+    """As prompts in an engine do there: each pass has shapes of its own."""
+    model = request.getfixturevalue(family)
+    calls = []
+    by_products = trees.attend_by_products
+    monkeypatch.setattr(trees, "attend_by_products", lambda *given: calls.append(given) or by_products(*given))
+    requests = questions(model.spec.usable_vocab_size, 4, 40)
+    truth = Scorer(model, 40).score(requests)
+    assert not calls
+    monkeypatch.setattr(model, "choices", replace(model.choices, prompt_products_to=2**25))
+    assert difference(Scorer(model, 40).score(requests), truth) < 5e-5
+    assert any(given[0].shape[2] < given[1].shape[2] for given in calls)  # some of them over a trunk
+    calls.clear()
+    monkeypatch.setattr(model, "choices", replace(model.choices, prompt_products_to=100))
+    assert Scorer(model, 40).score(requests) == truth
+    assert not calls
 
 
 def test_the_order_of_requests_does_not_matter_and_equal_ones_are_computed_once(openelm):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .attention import Mask
+from .attention import attend_by_products
 from .base import LanguageModel, WalkInParts
 from .block import LayerThrottle
 from .cache import Cache, LayerCache
@@ -106,9 +106,11 @@ class TreeWalk(WalkInParts):
         self, model: LanguageModel, trunk: Cache, forest: Forest, throttle: LayerThrottle | None = None
     ) -> None:
         super().__init__(model, model.embed(mx.array(forest.tokens)), trunk, 1, throttle=throttle)
+        self._products_to = model.choices.prompt_products_to
         self.trunk = trunk
         self.offset = trunk[0].offset
         self.positions = mx.array(self.offset + forest.depths)
+        self._visible: dict[int | None, mx.array] = {}  # by window
         self._layout = layout = lay_out(forest, self.offset)
         self._sources, self._places = mx.array(layout.sources.ravel()), mx.array(layout.places)
         # One row with every token in its order needs no rearranging.
@@ -137,10 +139,14 @@ class TreeWalk(WalkInParts):
                 mx.concatenate([mx.broadcast_to(old, (rows, *old.shape[1:])), new], axis=2)
                 for old, new in zip(before, (keys, values), strict=True)
             )
-        if window not in self._masks:
-            self._masks[window] = self._mask(window)
-        out = self.layers[i].attention.attend_over(queries, keys, values, self._masks[window])
-        return self._flat(out)
+        mask = self._visible.get(window)
+        if mask is None:
+            self._visible[window] = mask = self._mask(window)
+        attention = self.layers[i].attention
+        # Every pass has shapes of its own: see `KernelChoices.prompt_products_to`.
+        if math.prod(queries.shape[:3]) * keys.shape[2] <= self._products_to:
+            return self._flat(attend_by_products(queries, keys, values, mask, attention.scale, attention.sinks))
+        return self._flat(attention.attend_over(queries, keys, values, mask))
 
     def _offset_in(self, i: int) -> mx.array:
         return self.positions
@@ -160,7 +166,7 @@ class TreeWalk(WalkInParts):
         out = out.swapaxes(1, 2).flatten(0, 1)[:, :, None]
         return out if self._is_in_order else out[self._places]
 
-    def _mask(self, window: int | None) -> Mask:
+    def _mask(self, window: int | None) -> mx.array:
         """(R, 1, L, T + L): what each place sees of the trunk and of its row."""
         layout = self._layout
         rows, length = layout.depths.shape

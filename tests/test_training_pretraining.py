@@ -1,6 +1,7 @@
 """`openelm_mlx train`: a model from nothing by a YAML file, interrupted and resumed, and what a file can get wrong."""
 
 import json
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ import openelm_mlx as om
 from openelm_mlx.commands import main
 from openelm_mlx.errors import ConfigError, DataError, SettingError
 from openelm_mlx.specs import spec_from_config
+from openelm_mlx.training.loop import Ahead
 from openelm_mlx.training.pretraining import TokenRows, TrainingConfig, new_model, train
 
 MODEL = {**TINY, "num_transformer_layers": 2, "vocab_size": 64, "max_context_length": 32}
@@ -96,6 +98,25 @@ def test_every_document_is_seen_in_each_epoch(config):
     lengths = [len(row) for group in seen[:per_epoch] for row in group]
     assert sorted(lengths) == sorted([4, 8, 13, 30, 2, 32, 11])
     assert all(sum(len(row) for row in group) <= 32 for group in seen)
+
+
+def test_the_next_step_is_laid_out_while_this_one_is_computed():
+    """By a thread that has one at a time, in their order; what goes wrong there is raised by its step."""
+    taken = []
+
+    class Data:
+        def parts(self, step):
+            taken.append((step, threading.current_thread() is threading.main_thread()))
+            if step == 6:
+                raise DataError("No more.")
+            return [step]
+
+    ahead = Ahead(Data())
+    assert [ahead.parts(step) for step in (3, 4, 5)] == [[3], [4], [5]]
+    with pytest.raises(DataError, match="No more"):
+        ahead.parts(6)
+    ahead.close()
+    assert taken == [(step, False) for step in (3, 4, 5, 6)]
 
 
 WRONG = [

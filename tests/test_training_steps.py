@@ -254,10 +254,12 @@ def test_shorter_rows_of_a_large_batch_go_apart():
     """Attention would lay each of them out in the places of the longest."""
     lengths = [512] * 20 + [120] * 80
     assert divided(lengths, 65_536) == [list(range(20)), list(range(20, 100))]
-    assert len(divided(lengths[:10] + lengths[20:25], 65_536)) == 1  # too few to go apart
+    assert len(divided(lengths[:10] + lengths[20:], 65_536)) == 1  # too few of the one
+    assert len(divided(lengths[:80], 65_536)) == 1  # and of the other
+    assert len(divided(lengths + [20] * 50, 65_536)) == 2
     assert len(divided([512] * 20 + [300] * 20, 65_536)) == 1
-    pairs = divided([512, 120] * 20 + [120, 100] * 20, 65_536, together=2)
-    assert pairs == [list(range(40)), list(range(40, 80))]
+    pairs = divided([512, 120] * 20 + [120, 100] * 40, 65_536, together=2)
+    assert pairs == [list(range(40)), list(range(40, 120))]
 
 
 def test_rows_of_one_length_have_few_shapes():

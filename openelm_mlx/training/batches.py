@@ -18,8 +18,9 @@ NOT_LEARNED = -1
 # Sizes are rounded up to so many steps an octave: few shapes, of which a GPU compiles each once, and few empty places.
 STEPS_OF_AN_OCTAVE = 4
 LEAST_PLACES = 16
-# A batch of so many tokens keeps any device busy. From there on shorter rows go apart: attention
-# lays every row out in as many places as the longest one has, and scores grow with their square.
+# A batch of so many tokens keeps any device busy, so shorter rows can go apart where there are as
+# many on both sides: attention lays every row out in as many places as the longest one has, and
+# scores grow with their square.
 ENOUGH_PLACES = 8192
 
 
@@ -151,22 +152,24 @@ def rounded_up(count: int, least: int = LEAST_PLACES) -> int:
 def divided(lengths: Sequence[int], most_places: int, together: int = 1) -> list[list[int]]:
     """Which rows go through the model together: lists of their numbers, each of `most_places` tokens at most.
 
-    Sorted by length, so that rows laid out side by side are alike; from `ENOUGH_PLACES` on, rows of
-    half the length go apart. A row that is longer than `most_places` goes alone. together: so many
-    rows in a row belong together (a preference's two answers).
+    Sorted by length, so that rows laid out side by side are alike; where there are `ENOUGH_PLACES`,
+    rows of half the length go apart. A row that is longer than `most_places` goes alone. together:
+    so many rows in a row belong together (a preference's two answers).
     """
     groups = [range(i, i + together) for i in range(0, len(lengths), together)]
     groups.sort(key=lambda group: -max(lengths[i] for i in group))
     parts: list[list[int]] = []
     room = longest = 0
+    left = sum(lengths)
     for group in groups:
         size, own = sum(lengths[i] for i in group), max(lengths[i] for i in group)
-        is_shorter = most_places - room >= ENOUGH_PLACES and 2 * own <= longest
+        is_shorter = 2 * own <= longest and min(most_places - room, left) >= ENOUGH_PLACES
         if size > room or is_shorter or not parts:
             parts.append([])
             room, longest = most_places, own
         parts[-1] += group
         room -= size
+        left -= size
     return parts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -38,6 +39,27 @@ class StepData(Protocol):
 
     def parts(self, step: int) -> Sequence[Part]:
         """What step `step` (from 0 on) learns from."""
+
+
+class Ahead:
+    """The data of a run's steps, those of the next one laid out while the device computes with these."""
+
+    def __init__(self, data: StepData) -> None:
+        self._data = data
+        self._thread = ThreadPoolExecutor(1, "next step")  # one at a time: data need not be thread-safe
+        self._next: tuple[int, Future[Sequence[Part]]] | None = None
+
+    def parts(self, step: int) -> Sequence[Part]:
+        """See `StepData`."""
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._thread.submit(self._data.parts, step)
+        found = self._next[1].result()
+        self._next = step + 1, self._thread.submit(self._data.parts, step + 1)
+        return found
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -124,9 +146,10 @@ class Trainer:
         assert self.state is not None
         saved = time.monotonic()
         started = saved - self.state.seconds
+        ahead = Ahead(self.data)
         try:
             while not self.is_over:
-                self._step(started)
+                self._step(started, ahead.parts(self.state.step))
                 if self.folder is not None and time.monotonic() - saved > self.save_every:
                     self.folder.save(self.state)
                     saved = time.monotonic()
@@ -134,6 +157,8 @@ class Trainer:
             if self.folder is not None and self.state is not None and self.state.step > self.resumed_at:
                 self.folder.save(self.state)
             raise
+        finally:
+            ahead.close()
         if self.folder is not None:
             self.folder.save(self.state)
         if self.patience is not None and self.state.best is not None:
@@ -156,11 +181,12 @@ class Trainer:
         each = (time.monotonic() - begun) / part.batch.num_tokens
         return each * sum(part.batch.num_tokens for part in parts) / min(3, steps) * steps
 
-    def _step(self, started: float) -> None:
+    def _step(self, started: float, parts: Sequence[Part] | None = None) -> None:
         state = self.state
         assert state is not None
+        parts = self.data.parts(state.step) if parts is None else parts
         rate = self.schedule.rate(state.step)
-        loss, gradients, tokens = self._gradients(state)
+        loss, gradients, tokens = self._gradients(state, parts)
         norm = global_norm(gradients)
         mx.eval(norm, gradients)
         length = float(cast(float, norm.item()))
@@ -194,11 +220,11 @@ class Trainer:
         mx.eval(parameters, self.optimizer.state)
         return made
 
-    def _gradients(self, state: State) -> tuple[float, dict[str, Any], int]:
+    def _gradients(self, state: State, parts: Sequence[Part]) -> tuple[float, dict[str, Any], int]:
         """The mean loss and gradient of a step over all of its parts, and the tokens in them."""
         total: dict[str, Any] | None = None
         loss, count, tokens = 0.0, 0.0, 0
-        for number, part in enumerate(self.data.parts(state.step)):
+        for number, part in enumerate(parts):
             key = mx.random.key((self.seed * 1_000_003 + state.step * 1009 + number) % 2**63)
             value, gradients = self.gradients(state.parameters, part.batch, part.reference, key)
             total = add_gradients(total, gradients)

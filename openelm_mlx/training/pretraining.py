@@ -196,6 +196,8 @@ class TokenRows:
         settings: TrainingConfig,
     ) -> None:
         self.tokens, self.starts, self.learned, self.settings = tokens, starts, learned, settings
+        # A document that is longer than a row loses its end.
+        self._sizes = np.minimum(np.diff([*starts, len(tokens)]), settings.length + 1)
         self._packed: tuple[int, list[list[int]]] | None = None
         self._begins: dict[int, int] = {0: 0}  # epoch -> the number of its first row, as far as is known
         digest = hashlib.sha256(tokens.tobytes())
@@ -230,7 +232,7 @@ class TokenRows:
         """Every token once, for validation."""
         if self.settings.documents == "stream":
             return self._as_parts([self._cut(i) for i in range(self._num_cuts)])
-        return self._as_parts([self._document(i) for i in range(len(self.starts)) if self._size(i) > 1])
+        return self._as_parts([self._document(i) for i in np.flatnonzero(self._sizes > 1).tolist()])
 
     def _as_parts(self, rows: list[Row]) -> list[Part]:
         return parts_of(rows, max(self.settings.tokens_at_once, self.settings.length))
@@ -248,13 +250,9 @@ class TokenRows:
         learned = np.ones(len(tokens), bool) if self.learned is None else self.learned[part]
         return Row.of(tokens, learned)
 
-    def _size(self, i: int) -> int:
-        stop = self.starts[i + 1] if i + 1 < len(self.starts) else len(self.tokens)
-        return int(min(stop - self.starts[i], self.settings.length + 1))
-
     def _document(self, i: int) -> Row:
         start = int(self.starts[i])
-        return self._row(slice(start, start + self._size(i)))
+        return self._row(slice(start, start + int(self._sizes[i])))
 
     def _documents_of(self, number: int) -> list[Row]:
         """The documents of the row with this number, counted over all epochs."""
@@ -273,8 +271,7 @@ class TokenRows:
             order = order_of(len(self.starts), epoch, self.settings.seed)
             rows: list[list[int]] = []
             room = 0
-            for i in order.tolist():
-                size = self._size(i) - 1
+            for i, size in zip(order.tolist(), (self._sizes[order] - 1).tolist(), strict=True):
                 if size < 1:
                     continue
                 if size > room:

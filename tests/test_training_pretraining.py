@@ -13,7 +13,7 @@ import openelm_mlx as om
 from openelm_mlx.commands import main
 from openelm_mlx.errors import ConfigError, DataError, SettingError
 from openelm_mlx.specs import spec_from_config
-from openelm_mlx.training.loop import Ahead
+from openelm_mlx.training.loop import Ahead, Trainer
 from openelm_mlx.training.pretraining import TokenRows, TrainingConfig, new_model, train
 
 MODEL = {**TINY, "num_transformer_layers": 2, "vocab_size": 64, "max_context_length": 32}
@@ -62,6 +62,22 @@ def test_a_model_is_trained_from_nothing_and_goes_on_bit_for_bit(config, tmp_pat
     other, _ = om.load(parts)
     tokens = mx.array([[1, 4, 5]])
     assert bool((model(tokens) == other(tokens)).all())
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for(config, tmp_path, monkeypatch):
+    """Its step was kept, and the run went on without what it should have measured."""
+    whole = train(config, output=tmp_path / "whole")
+    measured = Trainer.measured
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "measured", stop)
+    for _ in range(2):  # also of the run that should have made up for it
+        with pytest.raises(KeyboardInterrupt):
+            train(config, output=tmp_path / "parts")
+    monkeypatch.setattr(Trainer, "measured", measured)
+    assert losses(train(config, output=tmp_path / "parts")) == losses(whole)
 
 
 def test_the_command_trains_draws_and_prints(config, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     from ..training.loop import Progress
 
-# Where no bar can be drawn: so many lines in a run.
-LINES = 20
+# Where no bar can be drawn: so many lines in a run, and one at least after so many seconds.
+LINES, SECONDS_OF_A_LINE = 20, 30.0
 WIDTH, HEIGHT = 60, 10
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
@@ -32,6 +33,7 @@ class TrainingBar:
         self.step = 0
         self._bar: tqdm[Any] | None = None
         self._has_told = False
+        self._said = time.monotonic()
 
     def begin(self, seconds: float, resumed_at: int) -> None:
         """What is known before the first step."""
@@ -60,11 +62,18 @@ class TrainingBar:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {progress.loss:.3f}{measured}, {progress.tokens_per_second:,.0f} tok/s")
             self._bar.update(progress.step - self._bar.n)
-        elif measured or progress.step == progress.steps or progress.step % max(1, progress.steps // LINES) == 0:
+        elif measured or self._is_due(progress):
+            self._said = time.monotonic()
             output.say(
                 f"step {progress.step:,} of {progress.steps:,}: loss {progress.loss:.3f}{measured}, "
                 f"{progress.tokens_per_second:,.0f} tokens/s, {duration(progress.left)} left"
             )
+
+    def _is_due(self, progress: Progress) -> bool:
+        """Whether a line is, where there is no bar."""
+        if progress.step == progress.steps or progress.step % max(1, progress.steps // LINES) == 0:
+            return True
+        return time.monotonic() - self._said >= SECONDS_OF_A_LINE
 
     def close(self) -> None:
         """Stop drawing."""
@@ -79,11 +88,14 @@ def watched(bar: TrainingBar, output_folder: str, train: Callable[[], Path]) -> 
         with _ended_by_a_signal():
             return train()
     except KeyboardInterrupt:
+        from ..training.state import losses_so_far
+
         bar.close()
-        if bar.step:
+        log = losses_so_far(output_folder)
+        if log:
             output.say(
-                f"\nInterrupted after step {bar.step:,}: {output_folder} is not written yet; the same command goes on from "
-                "there, and gives what it would have given."
+                f"\nInterrupted after step {log[-1]['step']:,}: {output_folder} is not written yet; the "
+                "same command goes on from there, and gives what it would have given."
             )
         else:
             output.say(f"\nInterrupted before the first step: {output_folder} was not written.")

@@ -148,6 +148,7 @@ class Trainer:
         started = saved - self.state.seconds
         ahead = Ahead(self.data)
         try:
+            self._validate_if_due()  # the run ended in the midst of it
             while not self.is_over:
                 self._step(started, ahead.parts(self.state.step))
                 if self.folder is not None and time.monotonic() - saved > self.save_every:
@@ -202,10 +203,18 @@ class Trainer:
             mx.clear_cache()
         else:
             give_back_freed()
-        is_last = entry["step"] == self.last_step
-        if self.validation and self.validate_every and (entry["step"] % self.validate_every == 0 or is_last):
-            self.state = self._validated(self.state, entry)
+        self._validate_if_due()
         self._tell(entry)
+
+    def _validate_if_due(self) -> None:
+        """Measure after the last step, where that is due and has not been done."""
+        state = self.state
+        assert state is not None
+        if not (self.validation and self.validate_every and state.log):
+            return
+        is_last = state.step == self.last_step
+        if "validation" not in state.log[-1] and (is_last or state.step % self.validate_every == 0):
+            self.state = self._validated(state, state.log[-1])
 
     def _updated(self, state: State, gradients: dict[str, Any], norm: mx.array, rate: float) -> State:
         """The state after the update. Nothing refers to the old arrays meanwhile, so that their memory is used again."""

@@ -17,6 +17,7 @@ from .errors import CheckpointError
 from .experts.residency import Streaming
 from .finder import disk_trouble
 from .hub import Progress
+from .memory.machine import backend_name
 from .models import build_model
 from .models.moe import Experts
 from .models.precision import KernelChoices, by_columns
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Evaluated this many bytes at a time, so that a cast never holds more than this of the uncast weights.
 LOAD_BATCH_BYTES = 64 * 2**20
+# The widest group of packed weights that MLX's CUDA backend multiplies with any number of float32 rows.
+WIDEST_GROUP = 64
 
 
 def load_model(
@@ -76,6 +79,8 @@ def read_model(
     del weights
     if streaming is None and model.choices.rows_in_a_tile > 1 and placement.contents.spec.layers[0].num_experts:
         _pad_experts(cast("GptOss", model))
+    if placement.dtype == mx.float32 and backend_name() == "cuda":
+        split_wide_groups(model)
     model.eval()
     for layer in model.layers:  # now, and not by the first of several threads, whose streams the others do not have
         mx.eval(layer.prepare_constants())
@@ -132,6 +137,23 @@ def _pad_experts(model: GptOss) -> None:
         names = {f".experts.down_proj.{part}": part for part in PARTS if part in down}
         for name, part in names.items():
             down[part] = pad_expert_rows({name: down[part]}, model.choices.rows_in_a_tile)[name]
+
+
+def split_wide_groups(model: nn.Module) -> None:
+    """Let groups of 128 numbers be two groups of 64 with the same scale and bias, which are the same numbers.
+
+    MLX's CUDA backend asks for more of a multiprocessor's memory than it may have (64 KiB of 48) where more than 32 rows
+    in float32 are multiplied by groups of 128, and its driver refuses: "cuGraphAddKernelNode ... invalid argument".
+    """
+    for _, module in model.named_modules():
+        if module.get("scales") is None or module.group_size <= WIDEST_GROUP:
+            continue
+        times = module.group_size // WIDEST_GROUP
+        for part in ("scales", "biases"):
+            if part in module:
+                module[part] = mx.repeat(module[part], times, axis=-1)
+        module.group_size = WIDEST_GROUP
+        mx.eval(module.parameters())
 
 
 def pad_expert_rows(weights: Mapping[str, mx.array], tile: int) -> dict[str, mx.array]:

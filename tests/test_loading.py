@@ -11,7 +11,7 @@ from conftest import FIXTURES, load_fixture, random_model, save_folder
 from mlx.utils import tree_flatten
 
 import openelm_mlx as om
-from openelm_mlx import placement
+from openelm_mlx import placement, weights
 from openelm_mlx.errors import CheckpointError, SettingError, TokenizerError
 from openelm_mlx.hub import RepoFile
 from openelm_mlx.loading import load
@@ -258,3 +258,22 @@ def test_a_pipe_is_no_model(tmp_path):
         load(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="is a device"):
         load("/dev/zero")
+
+
+def test_wide_groups_are_two_of_half_the_width_in_float32_on_cuda(monkeypatch):
+    """MLX's kernel there asks for more memory than a multiprocessor gives, and the driver refuses it."""
+    monkeypatch.setattr(placement, "runs_on_cpu", lambda: False)
+    usual = load("demo-openelm", dtype="float32")[0]
+    monkeypatch.setattr(weights, "backend_name", lambda: "cuda")
+    split = load("demo-openelm", dtype="float32")[0]
+    widths = [module.group_size for _, module in split.named_modules() if "scales" in module]
+    assert widths
+    assert set(widths) == {64}
+    a, b = (each.layers[0].attn.qkv_proj for each in (usual, split))
+    wanted = mx.dequantize(a.weight, a.scales, a.biases, group_size=128, bits=8)
+    assert bool((mx.dequantize(b.weight, b.scales, b.biases, group_size=64, bits=8) == wanted).all())
+    tokens = mx.array([[1, 5, 9, 40]])
+    assert float(mx.abs(split(tokens) - usual(tokens)).max()) < 1e-3
+    assert {m.group_size for _, m in load("demo-openelm", dtype="bfloat16")[0].named_modules() if "scales" in m} == {
+        128
+    }

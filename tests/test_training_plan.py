@@ -8,6 +8,9 @@ import pytest
 
 from openelm_mlx.errors import MemoryLimitError
 from openelm_mlx.memory import limits
+from openelm_mlx.memory.machine import this_machine
+from openelm_mlx.training import base
+from openelm_mlx.training import plan as training_plan
 from openelm_mlx.training.finetuning import prepare_finetuning
 
 
@@ -61,6 +64,22 @@ def test_a_plans_cache_limit_holds_while_it_runs(tmp_path, monkeypatch):
     prepared.run(lambda _: held.append(watched.cache))
     assert held == [2**20, 2**20]
     assert watched.cache == before
+
+
+def test_a_gpu_keeps_buffers_where_there_is_room(tmp_path, monkeypatch):
+    """What computing takes, if it fits beside the rest; else no more than any run keeps."""
+    gpu = replace(this_machine(), backend="metal")
+    monkeypatch.setattr(base, "this_machine", lambda: gpu)
+
+    def plan(**options):
+        return prepare_finetuning("demo-openelm", data=chats(3), output=tmp_path / "out", steps=1, **options).plan
+
+    monkeypatch.setattr(training_plan, "CACHE_LIMIT_BYTES", 2**20)
+    roomy = plan(memory_limit=8 * 2**30)
+    assert roomy.cache_limit_bytes == roomy.activations_bytes > 4 * 2**20
+    tight = plan(memory_limit=roomy.process_bytes + 3 * 2**20)
+    assert (tight.process_bytes, tight.cache_limit_bytes) == (roomy.process_bytes, 3 * 2**20)
+    assert plan(memory_limit=roomy.process_bytes).cache_limit_bytes == 2**20
 
 
 def test_memory_is_saved_in_the_order_of_what_it_costs(tmp_path):

@@ -13,7 +13,9 @@ from mlx.utils import tree_flatten, tree_map
 from openelm_mlx.models.adapter_sites import put_module
 from openelm_mlx.training import forward, products
 from openelm_mlx.training.batches import Row, divided, make_batch, rounded_up, rows_of_step
+from openelm_mlx.training.loop import Part, Trainer
 from openelm_mlx.training.optimizer import Schedule, adamw, clipped, global_norm, set_rate
+from openelm_mlx.training.state import RunFolder
 from openelm_mlx.training.steps import Gradients, Objective, add_gradients, divided_by
 
 CASES = FIXTURES / "adapters"
@@ -294,3 +296,49 @@ def test_weights_say_how_much_a_row_counts():
     mean = sum(float(loss) / n for (loss, _), n in zip(alone, counts, strict=True)) / 2
     loss, _ = gradients(parameters, make_batch(rows, [1 / (2 * n) for n in counts]))
     assert float(loss) == pytest.approx(mean, rel=1e-5)
+
+
+class SameRows:
+    """Steps of the same rows; every third has other shapes."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._usual, self._other = some_rows(vocab_size, [20, 12, 9]), some_rows(vocab_size, [31, 5], seed=1)
+
+    def parts(self, step: int) -> list[Part]:
+        return [Part(make_batch(self._other if step % 3 == 2 else self._usual))]
+
+
+def trainer_of(compiled: bool, steps: int, folder: RunFolder | None = None, **options) -> Trainer:
+    model = load_fixture(FIXTURES / "openelm_untied")
+    model.train()
+    gradients = Gradients(model, Objective(), compiled=compiled)
+    data, schedule = SameRows(model.spec.vocab_size), Schedule(3e-3, 4, warmup=1, final=1e-3)
+    optimizer = adamw((0.9, 0.95), 1e-8, 0.1, lambda _, array: array.ndim > 1)
+    return Trainer(model, gradients, optimizer, schedule, data, folder=folder, last_step=steps, **options)
+
+
+def test_a_compiled_run_is_the_plain_one_and_goes_on_bit_for_bit(tmp_path):
+    plain, compiled = (trainer_of(way, 4).run() for way in (False, True))
+    moved, wanted = dict(tree_flatten(compiled.parameters)), dict(tree_flatten(plain.parameters))
+    assert relative(moved, wanted) < 1e-5
+    assert {name: a.shape for name, a in tree_flatten(compiled.optimizer)} == {
+        name: a.shape for name, a in tree_flatten(plain.optimizer)
+    }
+    for steps in (2, 4):
+        folder = RunFolder(tmp_path / "out", {}, False)
+        try:
+            resumed = trainer_of(True, steps, folder).run()
+        finally:
+            folder.close()
+    for name, array in tree_flatten(resumed.parameters):
+        assert bool((array == moved[name]).all()), name
+
+
+@pytest.mark.parametrize(("kept_bytes", "freed_after"), [(0, [1, 3, 4]), (2**40, [])])
+def test_a_gpus_buffers_are_kept_for_steps_of_the_same_shapes(kept_bytes, freed_after, monkeypatch):
+    trainer = trainer_of(True, 4, kept_bytes=kept_bytes)
+    freed: list[int] = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: freed.append(trainer.state.step))
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 2**20)
+    trainer.run()
+    assert freed == freed_after

@@ -274,6 +274,7 @@ class Finetuning:
             seed=settings.seed,
             folder=folder,
             listener=listener,
+            kept_bytes=self.plan.cache_limit_bytes,
         )
 
     def _refer(self, gradients: Gradients, tell: Callable[[int, int], None] | None) -> None:

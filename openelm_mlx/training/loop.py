@@ -27,6 +27,9 @@ from .steps import Gradients, add_gradients, divided_by
 SAVE_EVERY_SECONDS = 120.0
 
 
+Tree = dict[str, Any]
+
+
 class Part(NamedTuple):
     """What goes through the model at once in a step. reference: of a batch of preferences, see `Gradients`."""
 
@@ -90,6 +93,7 @@ class Trainer:
 
     max_grad_norm: see `Settings`. validation: parts to measure after every `validate_every` steps; patience: how often in a row
     that may fail to improve. folder: None keeps no state. last_step: where it ends, if that is before the schedule's end.
+    kept_bytes: freed buffers of other shapes that a GPU may keep for the steps to come.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Trainer:
         listener: Listener | None = None,
         save_every: float = SAVE_EVERY_SECONDS,
         last_step: int | None = None,
+        kept_bytes: int = 0,
     ) -> None:
         self.model, self.gradients, self.optimizer = model, gradients, optimizer
         self.schedule, self.data = schedule, data
@@ -116,6 +121,10 @@ class Trainer:
         self.last_step = schedule.steps if last_step is None else last_step
         self.validation, self.validate_every, self.patience = validation, validate_every, patience
         self.seed, self.folder, self.listener, self.save_every = seed, folder, listener, save_every
+        self.kept_bytes = kept_bytes
+        # Apart from each other, an update's operations read and write every weight a dozen times.
+        self._update = mx.compile(self._apply) if gradients.compiled else self._apply
+        self._shapes: list[Any] = []
         found = folder.load() if folder is not None else None
         own = _by_rows(model.trainable_parameters())
         model.update(own)
@@ -199,10 +208,7 @@ class Trainer:
             del gradients, state
             entry["seconds"] = round(time.monotonic() - started, 3)
             self.state = replace(made, log=[*made.log, entry], seconds=entry["seconds"])
-        if self.gradients.compiled:
-            mx.clear_cache()
-        else:
-            give_back_freed()
+        self._give_back(parts)
         self._validate_if_due()
         self._tell(entry)
 
@@ -218,16 +224,40 @@ class Trainer:
 
     def _updated(self, state: State, gradients: dict[str, Any], norm: mx.array, rate: float) -> State:
         """The state after the update. Nothing refers to the old arrays meanwhile, so that their memory is used again."""
-        gradients = clipped(gradients, norm, self.max_grad_norm)
-        set_rate(self.optimizer, mx.array(rate, mx.float32))
         self.state = None
-        parameters = _by_rows(self.optimizer.apply_gradients(gradients, state.parameters))
+        parameters, optimizer = self._update(
+            state.parameters, state.optimizer, gradients, norm, mx.array(rate, mx.float32)
+        )
+        self.optimizer.state = optimizer
+        parameters = _by_rows(parameters)
         self.model.update(parameters)
-        made = replace(state, step=state.step + 1, parameters=parameters, optimizer=self.optimizer.state)
+        made = replace(state, step=state.step + 1, parameters=parameters, optimizer=optimizer)
         state.parameters, state.optimizer = {}, {}
         del gradients
-        mx.eval(parameters, self.optimizer.state)
+        mx.eval(parameters, optimizer)
         return made
+
+    def _apply(
+        self, parameters: Tree, optimizer: Tree, gradients: Tree, norm: mx.array, rate: mx.array
+    ) -> tuple[Tree, Tree]:
+        """The parameters and the optimizer's state after one update."""
+        self.optimizer.state = optimizer
+        set_rate(self.optimizer, rate)
+        parameters = self.optimizer.apply_gradients(clipped(gradients, norm, self.max_grad_norm), parameters)
+        return parameters, self.optimizer.state
+
+    def _give_back(self, parts: Sequence[Part]) -> None:
+        """Free what this step took: always on the CPU, where nothing is gained by keeping it.
+
+        A GPU keeps it for the next step, since allocating takes a part of a step's time. Steps of other shapes would let it
+        pile up, so then it is freed when it is more than `kept_bytes`.
+        """
+        shapes = [(part.batch.rows.shape, part.batch.tokens.size, part.batch.targets.size) for part in parts]
+        if not self.gradients.compiled:
+            give_back_freed()
+        elif shapes != self._shapes and mx.get_cache_memory() > self.kept_bytes:
+            mx.clear_cache()
+        self._shapes = shapes
 
     def _gradients(self, state: State, parts: Sequence[Part]) -> tuple[float, dict[str, Any], int]:
         """The mean loss and gradient of a step over all of its parts, and the tokens in them."""

@@ -168,7 +168,7 @@ class _Planner:
         kept, logits = self._activations(lengths, places, checkpointing, num_trained)
         total = weights + trained + kept
         process = PROCESS_BYTES if self.is_gpu else PROCESS_BYTES_ON_CPU
-        cache = CACHE_LIMIT_BYTES if self.is_gpu else 0
+        cache = CACHE_LIMIT_BYTES if self.is_gpu else 0  # what it needs; buffers are kept where there is more room
         whole = max(total, self.base.weights.loading) + process + cache + TOKENIZER_FACTOR * self.base.weights.tokenizer
         steps = self.settings.steps or 0
         mean = sum(self.lengths) / len(self.examples)
@@ -177,7 +177,8 @@ class _Planner:
             activations_bytes=kept, logits_bytes=logits, total_bytes=total, process_bytes=whole, memory_limit=self.limit,
             tokens_at_once=places, checkpointing=checkpointing, num_trained=num_trained, longest=max(lengths),
             examples=len(self.examples), steps=steps, batch_size=self.batch_size,
-            tokens=int(mean * steps * self.batch_size), cache_limit_bytes=cache,
+            tokens=int(mean * steps * self.batch_size),
+            cache_limit_bytes=max(cache, min(kept, self.limit - whole)) if self.is_gpu else 0,
             experts_bytes=self._experts(),
         )  # fmt: skip
 

@@ -21,6 +21,7 @@ from ..checkpoint.destination import write_folder
 from ..checks import is_number, whole_number
 from ..errors import ConfigError, DataError, SettingError
 from ..files import expanded, read_yaml, shown
+from ..memory.machine import this_machine
 from ..models import build_model
 from ..placement import DTYPES
 from ..platforms import keep_float32, use_device
@@ -171,6 +172,7 @@ def train(
             folder=folder,
             listener=progress,
             last_step=None if steps is None else whole_number("steps", steps, high=settings.steps, whose="the file's "),
+            kept_bytes=this_machine().available_bytes // 4,
         )
         if started is not None:
             started(trainer.seconds_left(), trainer.resumed_at)

@@ -1,6 +1,9 @@
 """What several machines do at the same time, and what one of them has on disk."""
 
+import re
+import socket
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -10,15 +13,21 @@ from worker_processes import workers
 import openelm_mlx as om
 from openelm_mlx.bench.several import check_workers
 from openelm_mlx.checkpoint.adapter_files import write_adapter
+from openelm_mlx.checkpoint.parts import identity
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.budget import Budget
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.errors import CheckpointError, SettingError
-from openelm_mlx.link.adapter_parts import packed_adapter
+from openelm_mlx.link.adapter_parts import adapter_part, packed_adapter
 from openelm_mlx.link.arrays import unpacked
+from openelm_mlx.link.framing import Connection, Message
+from openelm_mlx.link.handshake import NO_SECRET, meet_worker
 from openelm_mlx.models.adapter_targets import targets_of
 from openelm_mlx.models.low_rank import Adapter, Pair
+from openelm_mlx.runtime import runtime_of
 from openelm_mlx.sources import Source
+from openelm_mlx.workers.parts import Parts
+from openelm_mlx.workers.session import Session
 
 ENDLESS = om.SamplingParams(logit_bias={2: -1e9, 4079: -1e9})
 pytestmark = pytest.mark.filterwarnings("ignore::openelm_mlx.NoAnswerWarning")
@@ -189,6 +198,63 @@ def wait_for_less(model, most: list[int]) -> None:
             return
         time.sleep(0.1)
     raise AssertionError((found, most))
+
+
+def bytes_without_a_session(worker) -> int:
+    """What MLX has in memory on a worker whose first machine has left."""
+    with socket.create_connection(("127.0.0.1", worker.port)) as sock:
+        connection = Connection(sock, "the worker", 60)
+        meet_worker(connection, NO_SECRET)
+        connection.send({"op": "ping"})
+        while (answer := connection.receive()).op == "alive":
+            pass  # until the one before has left
+        connection.send({"op": "leave"})
+        return answer.header["bytes"]
+
+
+def test_a_worker_gives_back_what_a_first_machine_had(two_workers, tmp_path):
+    """Its layers stay for the next one; keys, values and adapters are gone when it has left, and not with the next."""
+    worker, spec = two_workers[0], Source.open("demo-openelm").spec
+    model, tokenizer = om.load(
+        "demo-openelm", dtype="float32", workers=[worker.address], layers=(5, 3), worker_timeout=60
+    )
+    [layers] = bytes_there(model)
+    adapter = written_adapter(tmp_path, spec, "a", 1, ("attention", "feed-forward"))
+    om.add_adapter(model, adapter)
+    kept = om.PrefixCache()
+    list(om.stream_generate(model, tokenizer, tokens_of(90), max_tokens=2, sampling=ENDLESS, prefix_cache=kept))
+    [used] = bytes_there(model)
+    model.remote.close()
+    assert bytes_without_a_session(worker) <= layers + 20_000 < used
+
+
+def test_a_worker_without_room_for_an_adapter():
+    """It is refused with the numbers, nothing of it stays, and the layers compute as before."""
+    source, said = Source.open("demo-openelm"), []
+    parts = Parts(None, None)
+    here, there = socket.socketpair()
+    with here, there:
+        session = Session(Connection(here, "the first machine", 60), parts, "here", said.append)
+
+        def ask(header: dict, body: bytes = b"") -> dict:
+            return session._answered(Message(header, memoryview(body)))[0]
+
+        asked = {"demo": "demo-openelm", "identity": identity(source.checkpoint, source.config), "dtype": "float32"}
+        assert ask({"op": "prepare", **asked, "start": 5, "stop": 8, "longest": 64})["op"] == "prepared"
+        session._read()
+        plan = runtime_of(parts.model).plan
+        adapter = adapter_part(random_adapter(source.spec, 1, ("attention", "feed-forward")), 5, 8)
+        tight = mx.get_active_memory() + plan.scratch_bytes + adapter.nbytes // 2
+        runtime_of(parts.model).plan = replace(plan, budget_bytes=tight)
+        refused = ask(*packed_adapter("large", 7, adapter, False))
+        assert (refused["op"], refused["kind"]) == ("error", "MemoryLimitError")
+        assert re.search(
+            r"The adapter large takes .* allowed have no room for it: remove another one", refused["message"]
+        )
+        assert not parts.model.adapters.served.names
+        assert ask(*packed_adapter("large", 7, adapter, True)) == {"op": "added"}  # one that its plan counts
+        session._forget()
+        session._limits.close()
 
 
 @pytest.mark.slow(first=1)

@@ -109,10 +109,17 @@ class Parts:
             model.is_followed = planned.is_followed
             model.context_length = planned.longest
             self.model = model
-        self.model.adapters.served = Served()  # those of the one before
-        forget_other_adapters(self.model)
         runtime_of(self.model).plan = planned.plan
         return self.model
+
+    def forget_adapters(self) -> None:
+        """Give back what a first machine has had put beside the layers, which stay for the next one."""
+        if self.model is not None and self.planned is not None:
+            self.model.adapters.served = Served()
+            forget_other_adapters(self.model)
+            runtime_of(self.model).plan = self.planned.plan
+            gc.collect()  # compiled pieces and their model know each other
+            mx.clear_cache()
 
     def forget(self) -> None:
         """Give the memory back."""

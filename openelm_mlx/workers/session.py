@@ -57,8 +57,14 @@ class Session:
         finally:
             self._beat.stop()
             self._limits.close()
-            if self._caches is not None:
-                self._caches.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Give back what was made for this first machine: keys, values and adapters."""
+        if self._caches is not None:
+            self._caches.clear()
+            self._caches = None
+            self._parts.forget_adapters()
 
     def _answered(self, message: Message) -> tuple[Mapping[str, Any], memoryview | bytes] | None:
         """The header and the bytes of an answer; None for what has none."""
@@ -108,9 +114,7 @@ class Session:
         raise LostConnectionError(f"{self._connection.name} asks for {message.op[:40]!r}, which there is not.")
 
     def _prepared(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        if self._caches is not None:
-            self._caches.clear()
-            self._caches = None
+        self._forget()
         planned = self._parts.prepare(asked)
         plan = planned.plan
         self._say(f"{plan.source}: for {self._connection.name}.")
@@ -121,6 +125,7 @@ class Session:
         }  # fmt: skip
 
     def _read(self) -> None:
+        self._forget()
         model = self._parts.read(
             lambda done, total: self._connection.send({"op": "progress", "done": done, "total": total})
         )

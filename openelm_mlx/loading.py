@@ -23,7 +23,7 @@ from .errors import CheckpointError, SettingError
 from .experts.residency import Streaming, checked_slots
 from .files import hears_the_disk, shown
 from .hub import Progress
-from .link.several import checked_workers, spread_out
+from .link.several import Several, checked_workers, spread_out
 from .link.team import DEADLINE
 from .memory.admission import MOST_REQUESTS
 from .memory.calibration import calibrated
@@ -145,13 +145,14 @@ class Prepared:
     """What is known about a source before its tensors are read, which takes half a minute for a large model.
 
     model: has the same shape, plan, context and settings as the one that `read` returns, so requests can be checked
-    against it. It has no weights, and nothing may be computed with it.
+    against it. It has no weights, and nothing may be computed with it. several: the machines that it goes over.
     """
 
     model: Model
     tokenizer: Tokenizer | None
     _read: Callable[[], Model]
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    several: Several | None = None
 
     @property
     def plan(self) -> MemoryPlan | None:
@@ -273,7 +274,7 @@ def prepare(
         read = partial(several.read, read, progress)
     if shared is not None:
         read = partial(shared.read, partial(read, prepare=shared.make_room))
-    return Prepared(shape, found, read).serving(adapters, adapter)
+    return Prepared(shape, found, read, several=several).serving(adapters, adapter)
 
 
 @hears_the_disk(CheckpointError)

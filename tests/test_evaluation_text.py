@@ -409,7 +409,7 @@ def test_options_reach_what_loads_the_model(option, value, name, wanted):
         assert loading_options(args)[name] == wanted
 
 
-def test_what_measures_one_model_may_have_it_on_several_machines():
+def test_what_is_measured_may_lie_on_several_machines():
     given = [
         "--workers",
         "mac2.local:7777",
@@ -421,7 +421,11 @@ def test_what_measures_one_model_may_have_it_on_several_machines():
         "3",
         "--quiet",
     ]
-    for command in (["perplexity", "m", "--text", "t"], ["evaluate", "m", "--tasks", "t"]):
+    for command in (
+        ["perplexity", "m", "--text", "t"],
+        ["compare", "a", "b", "--text", "t"],
+        ["evaluate", "m", "--tasks", "t"],
+    ):
         options = loading_options(build_parser("openelm_mlx", command).parse_args([*command, *given]))
         assert {name: options[name] for name in ("workers", "secret_file", "layers", "worker_timeout")} == {
             "workers": "mac2.local:7777", "secret_file": "S", "layers": "4,2", "worker_timeout": 3.0,

@@ -1,5 +1,6 @@
 """What several machines do at the same time, and what one of them has on disk."""
 
+import json
 import re
 import socket
 import time
@@ -122,6 +123,22 @@ def test_selfcheck_sees_another_model(two_workers, monkeypatch):
     assert found.difference > 0
     assert not found.is_equal
     assert "differ by" in found.line()
+
+
+def test_two_models_are_compared_over_the_same_workers(two_workers, tmp_path, capsys):
+    """They have one at a time, and find what one machine finds with both."""
+    (tmp_path / "a.txt").write_text("A banjo is a stringed instrument with a thin membrane.")
+    given = f"compare demo-gpt-oss demo-gpt-oss --dense-bits 4 --dtype float32 --text {tmp_path / 'a.txt'}"
+    common = given.split()
+    assert main([*common, "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert main([*common, "--workers", two_workers[0].address, "--layers", "2,4"]) == 0
+    shown = capsys.readouterr().out
+    kl = float(re.search(r"KL divergence ([\d.e+-]+) ", shown)[1])
+    assert kl == pytest.approx(alone["kl"]["value"], rel=1e-2)
+    assert kl > 0
+    assert "Workers have one model at a time: they were loaded one after the other." in shown
+    assert len([line for line in two_workers[0].lines if "demo-gpt-oss, layers 2 to 5: ready" in line]) >= 2
 
 
 def random_adapter(spec, seed: int, groups: tuple[str, ...], magnitudes: bool = False) -> Adapter:

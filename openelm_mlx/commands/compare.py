@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .evaluation_options import add_evaluated_model, count_bar, loading_options
+from .evaluation_options import add_evaluated_model, add_workers, count_bar, loading_options
 from .output import report, report_json
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--window", type=int, metavar="N", help="read at most N tokens at once (default: the context)")
     add_evaluated_model(parser, " (of B)")
+    add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +57,13 @@ def run(args: argparse.Namespace) -> int:
         report_json({"reference": args.reference, "model": args.model, **found.as_dict()})
     else:
         print_comparison(args.reference, args.model, found)
+        if found.at_a_time == 1:
+            why = (
+                "The models do not fit into memory together"
+                if args.workers is None
+                else "Workers have one model at a time"
+            )
+            report(f"  {why}: they were loaded one after the other.")
     return 0
 
 
@@ -75,5 +83,3 @@ def print_comparison(a: str, b: str, found: Comparison) -> None:
         f"  probability of the right token {found.probability_change.value:+.3%} ± {found.probability_change.error:.3%}, "
         f"root mean square {found.probability_change_rms:.3%}"
     )
-    if found.at_a_time == 1:
-        report("  The models do not fit into memory together: they were loaded one after the other.")

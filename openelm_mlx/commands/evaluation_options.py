@@ -30,7 +30,7 @@ def add_evaluated_model(parser: argparse.ArgumentParser, whose: str = "") -> Non
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    """For those commands that have one model, which may lie on several machines."""
+    """For a model, or one after the other, that may lie on several machines."""
     add_worker_arguments(parser.add_argument_group("several machines"))
 
 

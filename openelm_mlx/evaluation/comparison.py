@@ -92,7 +92,7 @@ def compare(
 
     Args:
         a: A model as `om.load` returns it, or a source to be loaded. Two sources that do not fit into memory
-            together are loaded one after the other.
+            together, or that both have workers, are loaded one after the other.
         b: The same. Both must have the same tokenizer.
         texts: Documents, each a string, or a list of chat messages, which go through the model's chat template.
         window: The longest text that is read at once, in tokens; None: the shorter of the two contexts.
@@ -110,6 +110,7 @@ def compare(
     requests, number, length = _windows(sides, texts, window)
     # A model that the caller has is the caller's: nothing of it is given up for the other one.
     together = any(side.is_loaded for side in sides) or _fit_together(sides)
+    together &= not all(side.has_workers for side in sides)
     total = sum(len(each.inputs) for each in requests) * (1 if together else 2)
     counter = _Counter(progress, total)
     rows = _rows_together(sides, requests, counter) if together else _rows_in_turns(sides, requests, counter)
@@ -124,6 +125,7 @@ class _Side:
         self.model: Model | None = None
         if isinstance(given, (str, os.PathLike)):
             self.prepared = prepare(given, **options)
+            self.let_workers_go()  # they have one model at a time, and the other side may want the same ones
             shape = self.prepared.model
         else:
             check_model(given)
@@ -137,6 +139,15 @@ class _Side:
     @property
     def tokenizer(self) -> Tokenizer | None:
         return runtime_of(self.shape).tokenizer
+
+    @property
+    def has_workers(self) -> bool:
+        return self.prepared is not None and self.prepared.several is not None
+
+    def let_workers_go(self) -> None:
+        """Until this side is loaded, which asks them again."""
+        if self.prepared is not None and self.prepared.several is not None:
+            self.prepared.several.chain.close()
 
     def load(self) -> Model:
         if self.model is None:
@@ -251,6 +262,7 @@ def _rows_in_turns(sides: Sequence[_Side], requests: Sequence[TokenRequest], cou
     for request in requests:
         kept.append(mx.concatenate(list(_whole(first, request, counter))))
         mx.eval(kept[-1])
+    sides[0].let_workers_go()
     del first.layers[1:]  # the head asks the first one for its type
     runtime_of(first).residency = None
     mx.clear_cache()

@@ -104,8 +104,9 @@ class Chain(RemoteLayers, Keeper):
 
     def read(self, read_own: Callable[[Callable[[], None]], _T]) -> _T:
         """Have the workers read their tensors while `read_own` reads this machine's, calling what it is given now and then;
-        returns what it gives.
+        returns what it gives. Connects where they were given up meanwhile.
         """
+        self.start()
         with self._at_work():
             answers = [peer.ask({"op": "read"}, b"", Answer()) for peer in self.peers]
             for peer in self.peers:

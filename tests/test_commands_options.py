@@ -289,7 +289,7 @@ _WORKERS = dict.fromkeys(("--workers", "--secret-file", "--layers", "--worker-ti
 _READ = dict.fromkeys(("--text", "--window"), "test_evaluation_text.py")
 ELSEWHERE |= {
     "perplexity": {**_LOADED, **_WORKERS, **_READ},
-    "compare": {**_LOADED, **_READ},
+    "compare": {**_LOADED, **_WORKERS, **_READ},
     "evaluate": {
         **_LOADED,
         **_WORKERS,

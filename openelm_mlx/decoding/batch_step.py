@@ -59,9 +59,11 @@ class _CompiledRowsWalk(RowsWalk):
         self._tokens, self._pieces = tokens, pieces
 
     def enter(self, i: int) -> Projected:
+        first, between = self._pieces.for_slots(self.spare)
+        positions = self.positions_of_heads(i) if self.spare else self.positions
         if i == 0:
-            return self._pieces.first(self._tokens, self.positions)
-        return self._pieces.between[i - 1](*self.state, self.positions)
+            return first(self._tokens, positions)
+        return between[i - 1](*self.state, positions)
 
     def leave(self, i: int, x: mx.array, out: mx.array) -> None:
         self.state = x, out

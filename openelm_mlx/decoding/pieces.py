@@ -98,23 +98,38 @@ class ResidentPieces(Pieces):
 
     def __init__(self, model: Model, compile: bool) -> None:
         super().__init__(model, compile)
-        layers = model.layers
+        self.first, self.between = self._make_pieces(0)
+        self._for_slots = {0: (self.first, self.between)}
+        last = model.layers[-1]
+        # The logits (M, V) of many rows.
+        self.head_of_rows = self.compiled(lambda x, out: model.finish(last.after_attention(x, out)))
+
+    def for_slots(self, spare: int) -> tuple[Callable[..., Projected], list[Callable[..., Projected]]]:
+        """`first` and `between` for rows that are all in slots; spare: see `Block.before_slots`, 0: there are no marks."""
+        if spare not in self._for_slots:
+            mx.eval([layer.prepare_constants(spare) for layer in self.model.layers])
+            self._for_slots[spare] = self._make_pieces(spare)
+        return self._for_slots[spare]
+
+    def _make_pieces(self, spare: int) -> tuple[Callable[..., Projected], list[Callable[..., Projected]]]:
+        model, layers = self.model, self.model.layers
+
+        def before(i: int, x: mx.array, position: mx.array) -> Projected:
+            if spare:
+                queries, new = layers[i].before_slots(x, position, spare)
+                return x, queries, new, new
+            return (x, *layers[i].before_attention(x, position))
 
         def first(tokens: mx.array, position: mx.array) -> Projected:
-            x = model.embed(tokens)
-            return (x, *layers[0].before_attention(x, position))
+            return before(0, model.embed(tokens), position)
 
         def between(i: int) -> Callable[..., Projected]:
             def piece(x: mx.array, out: mx.array, position: mx.array) -> Projected:
-                x = layers[i].after_attention(x, out)
-                return (x, *layers[i + 1].before_attention(x, position))
+                return before(i + 1, layers[i].after_attention(x, out), position)
 
             return piece
 
-        self.first = self.compiled(first)
-        self.between = [self.compiled(between(i)) for i in range(len(layers) - 1)]
-        # The logits (M, V) of many rows.
-        self.head_of_rows = self.compiled(lambda x, out: model.finish(layers[-1].after_attention(x, out)))
+        return self.compiled(first), [self.compiled(between(i)) for i in range(len(layers) - 1)]
 
     def last_layer(self, *state: mx.array) -> mx.array:
         x, out = state

@@ -117,13 +117,16 @@ def attend_by_products(
     B, H, L, D = queries.shape
     K = keys.shape[1]
     scale = D**-0.5 if scale is None else scale
-    scores = ((queries * scale).reshape(B, K, -1, D) @ keys.swapaxes(-1, -2)).reshape(B, H, L, -1)
-    scores = scores.astype(mx.float32) if mask is None else _masked(scores, mask)
+    queries = queries if scale == 1.0 else queries * scale
+    scores = (queries.reshape(B, K, -1, D) @ keys.swapaxes(-1, -2)).reshape(B, H, L, -1)
     if sinks is None:
-        weights = mx.softmax(scores, axis=-1)
+        # The products have rounded the scores already; the softmax is float32 inside.
+        seen = scores if mask is None else mx.where(mask, scores, mx.finfo(scores.dtype).min)
+        weights = mx.softmax(seen, axis=-1, precise=True)
     else:
-        weights = _softmax_with_sinks(scores, sinks[:, None, None])
-    weights = weights.astype(values.dtype).reshape(B, K, -1, keys.shape[2])
+        scores = scores.astype(mx.float32) if mask is None else _masked(scores, mask)
+        weights = _softmax_with_sinks(scores, sinks[:, None, None], values.dtype)
+    weights = weights.reshape(B, K, -1, keys.shape[2])
     return (weights @ values).reshape(B, H, L, values.shape[-1])
 
 
@@ -133,11 +136,23 @@ def _masked(scores: mx.array, mask: mx.array) -> mx.array:
     return mx.where(mask, scores.astype(mx.float32), _UNSEEN)
 
 
-def _softmax_with_sinks(scores: mx.array, sinks: mx.array) -> mx.array:
-    sinks = sinks.astype(mx.float32)
-    largest = mx.maximum(mx.max(scores, axis=-1, keepdims=True), sinks)
-    weights = mx.exp(scores - largest)
-    return weights / (mx.sum(weights, axis=-1, keepdims=True) + mx.exp(sinks - largest))
+def _softmax_with_sinks(scores: mx.array, sinks: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Of scores in float32; the weights in `dtype`. Two sums and maxima, and what is elementwise in one kernel each."""
+    largest = mx.max(scores, axis=-1, keepdims=True)
+    weights = _exponentials(scores, largest, sinks)
+    return _over_sum(weights, mx.sum(weights, axis=-1, keepdims=True), largest, sinks).astype(dtype)
+
+
+@one_kernel
+def _exponentials(scores: mx.array, largest: mx.array, sinks: mx.array) -> mx.array:
+    return mx.exp(scores - mx.maximum(largest, sinks.astype(mx.float32)))
+
+
+@one_kernel
+def _over_sum(weights: mx.array, total: mx.array, largest: mx.array, sinks: mx.array) -> mx.array:
+    """In the type of the sinks, which is the layer's."""
+    wide = sinks.astype(mx.float32)
+    return (weights / (total + mx.exp(wide - mx.maximum(largest, wide)))).astype(sinks.dtype)
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:

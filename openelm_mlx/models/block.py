@@ -30,6 +30,12 @@ class BlockAttention(nn.Module):
 
     scale: float | None
     sinks: mx.array | None
+    head_dim: int
+
+    @property
+    def full_scale(self) -> float:
+        """The scale as a number."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: LayerCache | None
@@ -62,13 +68,23 @@ class Block(nn.Module):
         """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""
         raise NotImplementedError
 
+    def before_slots(self, x: mx.array, positions: mx.array, spare: int) -> tuple[mx.array, mx.array]:
+        """`before_attention` of one token a row, x (S, hidden_size), for slots whose keys have marks (models/marks.py).
+
+        positions: one for every head of every row, queries', keys' and values', (S * (H + 2 K),); 0 for values, which are
+        not rotated so. Queries (S, H, 1, D + spare) have their tails, and what `split_scale` says of attention's scale;
+        keys and values side by side are (S, 2 K, 1, D).
+        """
+        raise NotImplementedError
+
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
         """The layer's output from its input x and attention's output, (B, H, L, D)."""
         raise NotImplementedError
 
-    def prepare_constants(self) -> list[mx.array]:
+    def prepare_constants(self, spare: int = 0) -> list[mx.array]:
         """Compute constants that every token needs, if missing, and return them for evaluation.
 
-        Called before tracing: a compiled piece would otherwise compute them again for every token.
+        Called before tracing: a compiled piece would otherwise compute them again for every token. spare: as for
+        `before_slots`, whose constants are among them then.
         """
         raise NotImplementedError

@@ -26,8 +26,9 @@ class KernelChoices:
     """Choices between equivalent kernels; which one is faster depends on the machine.
 
     rows_in_a_tile: an expert's rows are padded to a multiple of it in memory (1: not padded). spare_places: how many unused
-    places a cache's buffer has at least. compiled_step: decode in compiled pieces. fuse_residual_add: the residual
-    stream is added in the product's own kernel. bias_apart: the bias of a single row is added in a kernel of its own.
+    places a cache's buffer has at least. compiled_step: decode in compiled pieces. fuse_residual_add: the residual stream
+    is added in the product's own kernel; fuse_many_residual_adds: only where there are several rows. bias_apart: the bias
+    of a single row is added in a kernel of its own.
     slots: decoding requests keep their keys and values side by side, and their attention is one call (models/slots.py).
     marks_keys: keys in slots, of heads of 64 numbers, say themselves who sees them, in half as much memory again.
     products_from: attention over slots is two products and a softmax where there are so many scores, and wherever a mask is
@@ -45,6 +46,7 @@ class KernelChoices:
     products_from: int = 0
     prompt_products_to: int = 0
     expert_ways: ExpertWays = BY_SORTING
+    fuse_many_residual_adds: bool = False
 
 
 def default_choices() -> KernelChoices:
@@ -72,6 +74,7 @@ def default_choices() -> KernelChoices:
             products_from=1_000_000,
             prompt_products_to=2**25,
             expert_ways=IN_BLOCKS,
+            fuse_many_residual_adds=True,
         )
     return KernelChoices(fuse_residual_add=True)
 

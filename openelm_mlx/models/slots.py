@@ -18,6 +18,7 @@ from ..specs import ModelSpec, kv_capacity
 from .attention import Mask, attend, attend_by_products
 from .block import BlockAttention
 from .cache import Cache, KVCache, SlidingKVCache
+from .marks import SPARE_DIMS, UNSEEN, split_scale
 
 # Numbers of slots: few, since each is a shape for which kernels are chosen and pieces traced.
 SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -35,18 +36,12 @@ def fits_in_slots(cache: Cache, spec: ModelSpec) -> bool:
     )
 
 
-# MLX's CUDA kernel for one query has no masks; it takes heads of 64, 96 and 128 numbers. Where heads have 64, one more
-# number of each key says whether its request may see it: the query has a 1 there, so that a key with _UNSEEN gets a score
-# whose exponential is 0.
-SPARE_DIMS = {64: 32}
-_UNSEEN = -30_000.0
-
-
 @final
 class SlotBank:
     """See the module. owners: who has which slot, None where nobody has. lengths: tokens of each.
 
-    products_from, marks_keys: see `KernelChoices`. evaluate: given what has been moved, one layer after the other, so that
+    products_from, marks_keys: see `KernelChoices`. spare_dims: numbers behind a key's own where keys have marks
+    (models/marks.py), else 0. evaluate: given what has been moved, one layer after the other, so that
     only one is there twice (`mx.eval`). A step is `begin`, `attend` for every layer, and `end`; without its end it has not
     been.
     """
@@ -61,13 +56,13 @@ class SlotBank:
     ) -> None:
         self._products_from = products_from
         sizes = {each.head_dim for each in spec.layers}
-        self._spare_dims = SPARE_DIMS.get(max(sizes), 0) if marks_keys and len(sizes) == 1 else 0
+        self.spare_dims = SPARE_DIMS.get(max(sizes), 0) if marks_keys and len(sizes) == 1 else 0
         self._tails: dict[tuple[int, ...], mx.array] = {}
         self.owners: list[Hashable | None] = []
         self.lengths: list[int] = []
         self._spec, self._spare, self._evaluate = spec, spare_places, evaluate
-        self._keys: list[mx.array | None] = [None] * len(spec.layers)
-        self._values: list[mx.array | None] = [None] * len(spec.layers)
+        # Of each layer keys and values in one, (2, S, K, T, D): both are written by one operation.
+        self._buffers: list[mx.array | None] = [None] * len(spec.layers)
         self._places = 0  # columns of the layers that keep everything
         # The column that the next tokens go to, counted on: modulo the columns that a layer has.
         self._full_column = self._ring_column = 0
@@ -90,7 +85,7 @@ class SlotBank:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in [*self._keys, *self._values] if buffer is not None)
+        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
 
     def nbytes_with(self, num_more: int, length: int, itemsize: int) -> int:
         """Bytes with so many more requests, the longest of all of `length` tokens."""
@@ -100,7 +95,7 @@ class SlotBank:
         tokens = zip(self._spec.layers, columns, strict=True)
         needed = slots * sum(count * each.kv_bytes_per_token(itemsize) for each, count in tokens)
         size = self._spec.layers[0].head_dim
-        return needed * (size + self._spare_dims) // size
+        return needed * (size + self.spare_dims) // size
 
     # --- joining and leaving ------------------------------------------------------------------------------------------
 
@@ -112,15 +107,16 @@ class SlotBank:
         self._go_round(length)
         for i, layer in enumerate(cache):
             keys, values = cast("KVCache | SlidingKVCache", layer).in_order()
-            for buffers, new in ((self._keys, keys), (self._values, values)):
-                if buffers[i] is None:
-                    _, heads, _, head_dim = new.shape
-                    shape = (len(self), heads, self._columns(i), head_dim + self._spare_dims)
-                    buffers[i] = mx.zeros(shape, new.dtype)
-                self._write_before(i, cast(mx.array, buffers[i]), slot, new)
-            if self._spare_dims:
-                self._mark(i, cast(mx.array, self._keys[i]), slot, keys.shape[2])
-            self._evaluate([self._keys[i], self._values[i]])
+            buffer = self._buffers[i]
+            if buffer is None:
+                _, heads, _, head_dim = keys.shape
+                shape = (2, len(self), heads, self._columns(i), head_dim + self.spare_dims)
+                self._buffers[i] = buffer = mx.zeros(shape, keys.dtype)
+            for part, new in enumerate((keys, values)):
+                self._write_before(i, buffer, part, slot, new)
+            if self.spare_dims:
+                self._mark(i, buffer, slot, keys.shape[2])
+            self._evaluate(buffer)
             layer.clear()
         self.owners[slot], self.lengths[slot] = owner, length
         return slot
@@ -131,7 +127,8 @@ class SlotBank:
         if cache is not None:
             for i, layer in enumerate(cache):
                 count = length if self._spec.layers[i].window is None else min(length, self._columns(i))
-                keys, values = (self._read_before(i, cast(mx.array, each[i]), slot, count) for each in self._buffers)
+                buffer = cast(mx.array, self._buffers[i])
+                keys, values = (self._read_before(i, buffer, part, slot, count) for part in range(2))
                 cast("KVCache | SlidingKVCache", layer).put_in_order(keys, values, length)
                 self._evaluate(layer.buffers)
         self.owners[slot], self.lengths[slot] = None, 0
@@ -144,7 +141,7 @@ class SlotBank:
     def clear(self) -> None:
         """Everybody is gone, and the memory with them."""
         self.owners, self.lengths = [], []
-        self._keys, self._values = [None] * len(self._spec.layers), [None] * len(self._spec.layers)
+        self._buffers = [None] * len(self._spec.layers)
         self._places = self._full_column = self._ring_column = 0
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -156,7 +153,7 @@ class SlotBank:
         self._whole_masks.clear()
         for window in {each.window for each in self._spec.layers}:
             seen = self._num_seen(window)
-            needs_none = self._spare_dims > 0 or self._sees_all(window, seen)
+            needs_none = self.spare_dims > 0 or self._sees_all(window, seen)
             self._masks[window] = None if needs_none else self._mask(window, seen)
 
     def _mask(self, window: int | None, seen: int) -> mx.array:
@@ -178,29 +175,15 @@ class SlotBank:
         self, i: int, attention: BlockAttention, queries: mx.array, keys: mx.array, values: mx.array
     ) -> mx.array:
         """Put the new keys and values (S, K, 1, D) into layer `i`; what the queries (S, H, 1, D) see of all, the same shape."""
-        window = self._spec.layers[i].window
-        columns = self._columns(i)
-        column = self._column(window) % columns
-        all_keys, all_values = cast(mx.array, self._keys[i]), cast(mx.array, self._values[i])
-        seen = self._num_seen(window)
-        if self._spare_dims:
-            size = queries.shape[-1]
-            all_keys[:, :, column : column + 1, :size] = keys
-            all_values[:, :, column : column + 1, :size] = values
-            if self._column(window) >= columns and not self._sees_all(window, columns + 1):
-                # It goes round, and the column was nobody's, or not everybody's.
-                all_keys[:, :, column : column + 1, size : size + 1] = 0
+        buffer, column, size = cast(mx.array, self._buffers[i]), self._new_column(i), keys.shape[-1]
+        for part, new in enumerate((keys, values)):
+            buffer[part : part + 1, :, :, column : column + 1, :size] = new
+        if self.spare_dims:
+            self._unmark(i, buffer, column, size)
             queries = mx.concatenate([queries, self._tail(queries)], axis=-1)
-            scale = size**-0.5 if attention.scale is None else attention.scale
-            if seen < columns:
-                all_keys, all_values = all_keys[:, :, :seen], all_values[:, :, :seen]
-            if self._uses_products(queries.shape[1] * columns, None):
-                out = attend_by_products(queries, all_keys, all_values, None, scale, attention.sinks)
-            else:
-                out = attend(queries, all_keys, all_values, None, scale, attention.sinks)
-            return out[..., :size]
-        all_keys[:, :, column : column + 1, :] = keys
-        all_values[:, :, column : column + 1, :] = values
+            return self._attend_marked(i, attention, queries, attention.full_scale)[..., :size]
+        window, columns, seen = self._spec.layers[i].window, self._columns(i), self._seen(i)
+        all_keys, all_values = _apart(buffer)
         mask = self._masks[window]
         if self._uses_products(queries.shape[1] * columns, mask):
             # Over all columns, so that shapes stay the same for many steps.
@@ -211,24 +194,47 @@ class SlotBank:
             all_keys, all_values = all_keys[:, :, :seen], all_values[:, :, :seen]
         return attention.attend_over(queries, all_keys, all_values, mask)
 
+    def attend_to_marked(
+        self, i: int, attention: BlockAttention, queries: mx.array, keys_and_values: mx.array
+    ) -> mx.array:
+        """`attend` for what `Block.before_slots` gives: queries (S, H, 1, D + spare), keys_and_values (S, 2 K, 1, D)."""
+        buffer, column, size = cast(mx.array, self._buffers[i]), self._new_column(i), keys_and_values.shape[-1]
+        slots, heads = buffer.shape[1:3]
+        new = keys_and_values.reshape(slots, 2, heads, 1, size).swapaxes(0, 1)
+        buffer[:, :, :, column : column + 1, :size] = new
+        self._unmark(i, buffer, column, size)
+        return self._attend_marked(i, attention, queries, split_scale(attention.full_scale)[1])[..., :size]
+
+    def _attend_marked(self, i: int, attention: BlockAttention, queries: mx.array, scale: float) -> mx.array:
+        buffer, columns, seen = cast(mx.array, self._buffers[i]), self._columns(i), self._seen(i)
+        if seen < columns:
+            buffer = buffer[:, :, :, :seen]
+        attends = attend_by_products if self._uses_products(queries.shape[1] * columns, None) else attend
+        return attends(queries, *_apart(buffer), None, scale, attention.sinks)
+
+    def _unmark(self, i: int, buffer: mx.array, column: int, size: int) -> None:
+        """Where layer `i` goes round, everybody sees the new column, which may have been nobody's."""
+        window, columns = self._spec.layers[i].window, self._columns(i)
+        if self._column(window) >= columns and not self._sees_all(window, columns + 1):
+            buffer[:1, :, :, column : column + 1, size : size + 1] = 0
+
     def _tail(self, queries: mx.array) -> mx.array:
         """What follows each query's own numbers: a 1, which meets the keys' marks, and zeros. (S, H, 1, spare)"""
-        shape = (*queries.shape[:-1], self._spare_dims)
+        shape = (*queries.shape[:-1], self.spare_dims)
         if shape not in self._tails:
             self._tails[shape] = mx.zeros(shape, queries.dtype) + (mx.arange(shape[-1]) == 0).astype(queries.dtype)
             self._evaluate(self._tails[shape])
         return self._tails[shape]
 
-    def _mark(self, i: int, keys: mx.array, slot: int, count: int) -> None:
+    def _mark(self, i: int, buffer: mx.array, slot: int, count: int) -> None:
         """Of the columns up to now only the last `count` are this request's; those to come are, once they are written."""
         columns, column = self._columns(i), self._column(self._spec.layers[i].window)
         places = np.arange(columns)
         is_seen = (column - 1 - places) % columns < count
         if column < columns:
             is_seen |= places >= column
-        size = keys.shape[-1] - self._spare_dims
-        marks = mx.array(np.where(is_seen, 0, _UNSEEN)).astype(keys.dtype)[:, None]
-        keys[slot : slot + 1, :, :, size : size + 1] = mx.broadcast_to(marks, (1, keys.shape[1], columns, 1))
+        size = buffer.shape[-1] - self.spare_dims
+        buffer[0, slot, :, :, size] = mx.array(np.where(is_seen, 0, UNSEEN)).astype(buffer.dtype)
 
     def end(self) -> None:
         """The step has been dispatched: everybody is one token longer."""
@@ -238,16 +244,19 @@ class SlotBank:
 
     # --- columns ------------------------------------------------------------------------------------------------------
 
-    @property
-    def _buffers(self) -> tuple[list[mx.array | None], list[mx.array | None]]:
-        return self._keys, self._values
-
     def _column(self, window: int | None) -> int:
         return self._full_column if window is None else self._ring_column
 
     def _columns(self, i: int) -> int:
         window = self._spec.layers[i].window
         return self._places if window is None else window
+
+    def _new_column(self, i: int) -> int:
+        """Where layer `i` puts the next tokens."""
+        return self._column(self._spec.layers[i].window) % self._columns(i)
+
+    def _seen(self, i: int) -> int:
+        return self._num_seen(self._spec.layers[i].window)
 
     def _num_seen(self, window: int | None) -> int:
         """How many of the first columns hold anything, the next tokens included."""
@@ -264,17 +273,17 @@ class SlotBank:
         runs = [slice(start, min(start + count, columns)), slice(0, start + count - columns)]
         return [run for run in runs if run.start < run.stop]
 
-    def _write_before(self, i: int, buffer: mx.array, slot: int, new: mx.array) -> None:
-        """The tokens `new` (1, K, n, D) into a slot, up to the current column."""
+    def _write_before(self, i: int, buffer: mx.array, part: int, slot: int, new: mx.array) -> None:
+        """The tokens `new` (1, K, n, D) into a slot, up to the current column. part: 0 for keys, 1 for values."""
         start = 0
         for run in self._runs(i, new.shape[2]):
             count = run.stop - run.start
-            buffer[slot : slot + 1, :, run, : new.shape[3]] = new[:, :, start : start + count]
+            buffer[part, slot, :, run, : new.shape[3]] = new[0, :, start : start + count]
             start += count
 
-    def _read_before(self, i: int, buffer: mx.array, slot: int, count: int) -> mx.array:
-        size = buffer.shape[-1] - self._spare_dims
-        pieces = [buffer[slot : slot + 1, :, run, :size] for run in self._runs(i, count)]
+    def _read_before(self, i: int, buffer: mx.array, part: int, slot: int, count: int) -> mx.array:
+        size = buffer.shape[-1] - self.spare_dims
+        pieces = [buffer[part, slot : slot + 1, :, run, :size] for run in self._runs(i, count)]
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
 
     # --- sizes --------------------------------------------------------------------------------------------------------
@@ -291,14 +300,13 @@ class SlotBank:
             return
         before, places = self._places, self._capacity(num_tokens)
         for i, layer in enumerate(self._spec.layers):
-            if layer.window is not None or self._keys[i] is None:
+            old = self._buffers[i]
+            if layer.window is not None or old is None:
                 continue
-            for buffers in self._buffers:
-                old = cast(mx.array, buffers[i])
-                kept = self._in_order(old, before)
-                empty = mx.zeros((*old.shape[:2], places - kept.shape[2], old.shape[3]), old.dtype)
-                buffers[i] = mx.concatenate([kept, empty], axis=2)
-            self._evaluate([self._keys[i], self._values[i]])
+            kept = self._in_order(old, before)
+            empty = mx.zeros((*old.shape[:3], places - kept.shape[3], old.shape[4]), old.dtype)
+            self._buffers[i] = mx.concatenate([kept, empty], axis=3)
+            self._evaluate(self._buffers[i])
         if self.num_owners and before:
             self._full_column = min(self._full_column, before)
         self._places = places
@@ -313,20 +321,20 @@ class SlotBank:
             while self._ring_column < min(length, window):
                 self._ring_column += window
                 gone_round.add(window)
-        if self._spare_dims:  # what was still to be written is looked at from now on
+        if self.spare_dims:  # what was still to be written is looked at from now on
             for i, layer in enumerate(self._spec.layers):
-                keys = self._keys[i]
-                if layer.window in gone_round and keys is not None:
+                buffer = self._buffers[i]
+                if layer.window in gone_round and buffer is not None:
                     for slot, owner in enumerate(self.owners):
                         if owner is not None:
-                            self._mark(i, keys, slot, min(self.lengths[slot], self._columns(i)))
+                            self._mark(i, buffer, slot, min(self.lengths[slot], self._columns(i)))
 
     def _in_order(self, buffer: mx.array, columns: int) -> mx.array:
         """Of a buffer with so many columns those that hold anything, the oldest first."""
         if self._full_column <= columns:
-            return buffer[:, :, : self._full_column]
+            return buffer[:, :, :, : self._full_column]
         turn = self._full_column % columns
-        return mx.concatenate([buffer[:, :, turn:], buffer[:, :, :turn]], axis=2)
+        return mx.concatenate([buffer[:, :, :, turn:], buffer[:, :, :, :turn]], axis=3)
 
     def _free_slot(self) -> int:
         if None in self.owners:
@@ -346,18 +354,21 @@ class SlotBank:
         """`size` slots, the first of them being those of `rows`."""
         is_prefix = list(rows) == list(range(len(rows)))
         for i in range(len(self._spec.layers)):
-            for buffers in self._buffers:
-                old = buffers[i]
-                if old is not None:
-                    kept = old[: len(rows)] if is_prefix else old[mx.array(list(rows))]
-                    empty = mx.zeros((size - len(rows), *old.shape[1:]), old.dtype)
-                    buffers[i] = mx.concatenate([kept, empty])
-            if self._keys[i] is not None:
-                self._evaluate([self._keys[i], self._values[i]])
+            old = self._buffers[i]
+            if old is not None:
+                kept = old[:, : len(rows)] if is_prefix else old[:, mx.array(list(rows))]
+                empty = mx.zeros((2, size - len(rows), *old.shape[2:]), old.dtype)
+                self._buffers[i] = mx.concatenate([kept, empty], axis=1)
+                self._evaluate(self._buffers[i])
         owners = [self.owners[row] for row in rows]
         lengths = [self.lengths[row] for row in rows]
         self.owners = [*owners, *[None] * (size - len(rows))]
         self.lengths = [*lengths, *[0] * (size - len(rows))]
+
+
+def _apart(buffer: mx.array) -> tuple[mx.array, mx.array]:
+    """Keys and values (S, K, T, D) of what has both. Views: an index in place of the slices would copy them."""
+    return buffer[:1].squeeze(0), buffer[1:].squeeze(0)
 
 
 def _size_for(count: int) -> int:

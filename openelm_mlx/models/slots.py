@@ -66,6 +66,8 @@ class SlotBank:
         self._places = 0  # columns of the layers that keep everything
         # The column that the next tokens go to, counted on: modulo the columns that a layer has.
         self._full_column = self._ring_column = 0
+        # Where keys have marks: which columns are hidden from somebody, by the layers' window.
+        self._hidden: dict[int | None, np.ndarray] = {}
         self._masks: dict[int | None, Mask] = {}
         self._whole_masks: dict[int | None, mx.array] = {}
 
@@ -143,6 +145,7 @@ class SlotBank:
         self.owners, self.lengths = [], []
         self._buffers = [None] * len(self._spec.layers)
         self._places = self._full_column = self._ring_column = 0
+        self._hidden.clear()
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -213,9 +216,8 @@ class SlotBank:
         return attends(queries, *_apart(buffer), None, scale, attention.sinks)
 
     def _unmark(self, i: int, buffer: mx.array, column: int, size: int) -> None:
-        """Where layer `i` goes round, everybody sees the new column, which may have been nobody's."""
-        window, columns = self._spec.layers[i].window, self._columns(i)
-        if self._column(window) >= columns and not self._sees_all(window, columns + 1):
+        """Let everybody see the new column, where it was hidden from somebody: layer `i` has gone round."""
+        if self._hidden[self._spec.layers[i].window][column]:
             buffer[:1, :, :, column : column + 1, size : size + 1] = 0
 
     def _tail(self, queries: mx.array) -> mx.array:
@@ -233,12 +235,16 @@ class SlotBank:
         is_seen = (column - 1 - places) % columns < count
         if column < columns:
             is_seen |= places >= column
+        window = self._spec.layers[i].window
+        self._hidden[window] = self._hidden.get(window, False) | ~is_seen
         size = buffer.shape[-1] - self.spare_dims
         buffer[0, slot, :, :, size] = mx.array(np.where(is_seen, 0, UNSEEN)).astype(buffer.dtype)
 
     def end(self) -> None:
         """The step has been dispatched: everybody is one token longer."""
         self.lengths = [n + (owner is not None) for n, owner in zip(self.lengths, self.owners, strict=True)]
+        for window, hidden in self._hidden.items():
+            hidden[self._column(window) % len(hidden)] = False
         self._full_column += 1
         self._ring_column += 1
 
@@ -310,6 +316,8 @@ class SlotBank:
         if self.num_owners and before:
             self._full_column = min(self._full_column, before)
         self._places = places
+        if None in self._hidden:  # what was there before is in another order now
+            self._hidden[None] = np.arange(places) < self._full_column
 
     def _go_round(self, length: int) -> None:
         """Let so many columns before the current ones count as written: a longer request joins, and goes round the end."""

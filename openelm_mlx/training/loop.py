@@ -124,6 +124,7 @@ class Trainer:
         self.kept_bytes = kept_bytes
         # Apart from each other, an update's operations read and write every weight a dozen times.
         self._update = mx.compile(self._apply) if gradients.compiled else self._apply
+        self._mean = mx.compile(_mean) if gradients.compiled else _mean
         self._shapes: list[Any] = []
         found = folder.load() if folder is not None else None
         own = _by_rows(model.trainable_parameters())
@@ -196,8 +197,9 @@ class Trainer:
         assert state is not None
         parts = self.data.parts(state.step) if parts is None else parts
         rate = self.schedule.rate(state.step)
-        loss, gradients, tokens = self._gradients(state, parts)
-        norm = global_norm(gradients)
+        loss, total, count, tokens = self._gradients(state, parts)
+        gradients, norm = self._mean(total, mx.array(count, mx.float32))
+        del total
         mx.eval(norm, gradients)
         length = float(cast(float, norm.item()))
         if not (math.isfinite(loss) and math.isfinite(length)):
@@ -259,8 +261,8 @@ class Trainer:
             mx.clear_cache()
         self._shapes = shapes
 
-    def _gradients(self, state: State, parts: Sequence[Part]) -> tuple[float, dict[str, Any], int]:
-        """The mean loss and gradient of a step over all of its parts, and the tokens in them."""
+    def _gradients(self, state: State, parts: Sequence[Part]) -> tuple[float, Tree, float, int]:
+        """The mean loss of a step over all of its parts, the sum of their gradients, over how many that is, and the tokens."""
         total: dict[str, Any] | None = None
         loss, count, tokens = 0.0, 0.0, 0
         for number, part in enumerate(parts):
@@ -273,7 +275,7 @@ class Trainer:
             count += weight_of(part)
             tokens += part.batch.num_tokens
         assert total is not None
-        return loss / count, divided_by(total, count), tokens
+        return loss / count, total, count, tokens
 
     def _validated(self, state: State, entry: dict[str, Any]) -> State:
         loss, accuracy = self.measured(state.parameters)
@@ -331,6 +333,12 @@ class Trainer:
                 accuracy=entry.get("accuracy"),
             )
         )
+
+
+def _mean(total: Tree, count: mx.array) -> tuple[Tree, mx.array]:
+    """A step's gradients from their sum, and their norm."""
+    gradients = divided_by(total, count)
+    return gradients, global_norm(gradients)
 
 
 def weight_of(part: Part) -> float:

@@ -196,7 +196,7 @@ def add_gradients(total: Tree | None, more: Tree) -> Tree:
     return summed
 
 
-def divided_by(gradients: Tree, count: float) -> Tree:
+def divided_by(gradients: Tree, count: float | mx.array) -> Tree:
     """Each gradient over `count`."""
     mean: Tree = tree_map(lambda gradient: gradient / count, gradients)
     return mean

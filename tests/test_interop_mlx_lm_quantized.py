@@ -7,8 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import config_of, random_model, save_folder
-from mlx_lm.convert import mixed_quant_predicate_builder
-from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+from late_imports import late
 
 import openelm_mlx as om
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
@@ -32,7 +31,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("sources")
     openelm = random_model(256, model_dim=128, head_dim=32, ffn_dim_divisor=128)
     packed = write_random_gpt_oss(place / "gpt_oss", GPT_OSS, "openai-hf")
-    model, config = load_model(packed)
+    model, config = late("mlx_lm.utils:load_model")(packed)
     for layer in model.model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
             experts = layer.mlp.experts[name]
@@ -56,24 +55,26 @@ def plain_experts(weight, bias):
 
 
 def written(folder, model, config) -> Path:
-    save_model(folder, model)
-    save_config(dict(config), folder / "config.json")
+    late("mlx_lm.utils:save_model")(folder, model)
+    late("mlx_lm.utils:save_config")(dict(config), folder / "config.json")
     return folder
 
 
 def converted(source: Path, folder: Path, **options) -> Path:
     """As `mlx_lm.convert -q` does it, in float32 so that only the packing rounds."""
-    model, config = load_model(source)
+    model, config = late("mlx_lm.utils:load_model")(source)
     model.set_dtype(mx.float32)
     recipe = options.pop("recipe", None)
+    group_size, bits = options.pop("group_size", None), options.pop("bits", None)
     if recipe is not None:
-        options["quant_predicate"] = mixed_quant_predicate_builder(recipe, model, options.get("group_size") or 64)
-    model, config = quantize_model(model, config, options.pop("group_size", None), options.pop("bits", None), **options)
+        made = late("mlx_lm.convert:mixed_quant_predicate_builder")
+        options["quant_predicate"] = made(recipe, model, group_size or 64)
+    model, config = late("mlx_lm.utils:quantize_model")(model, config, group_size, bits, **options)
     return written(folder, model, config)
 
 
 def same_logits(folder: Path, tolerance: float = 2e-4) -> None:
-    theirs, _ = load_model(folder)
+    theirs, _ = late("mlx_lm.utils:load_model")(folder)
     theirs.set_dtype(mx.float32)
     ours, _ = om.load(folder, dtype="float32")
     known = np.array(theirs(mx.array([TOKENS])))

@@ -176,10 +176,22 @@ def test_of_a_pass_the_last_layer_is_not_waited_for(monkeypatch):
     waited = []
     monkeypatch.setattr(prefill_module.mx, "eval", lambda arrays: waited.append(arrays))
     settle = prefill_module.in_turn([], 2)
-    for number in range(4):
-        settle([number], False)
-        settle([number], True)
-    assert waited == [[0], [0], [1], [1]]
+    parts = [[mx.zeros(1)] for _ in range(4)]
+    for part in parts:
+        settle(part, False)
+        settle(part, True)
+    assert [id(each) for each in waited] == [id(parts[i]) for i in (0, 0, 1, 1)]
+
+
+def test_memory_is_given_back_where_a_part_is_large(monkeypatch):
+    """To go through the process's heap takes longer than a small part, whose memory the next one takes again."""
+    given = []
+    monkeypatch.setattr(prefill_module, "runs_on_cpu", lambda: True)
+    monkeypatch.setattr(prefill_module, "give_back_freed", lambda: given.append(True))
+    settle = prefill_module.in_turn([], 3)
+    for count, expected in ((2**15 - 1, 0), (2**15, 1), (1, 1)):
+        settle([mx.zeros(count, mx.float32)], True)
+        assert len(given) == expected
 
 
 @pytest.mark.parametrize("backend", ["cpu", "metal", "cuda"])

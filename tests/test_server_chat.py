@@ -4,7 +4,7 @@ import json
 
 import pytest
 from httpx2 import Client
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from late_imports import late
 from pydantic import ValidationError
 from server_app import served_demos
 
@@ -46,7 +46,7 @@ def post(demos, **body):
 def ask(demos, **body):
     answer = post(demos, **body)
     assert answer.status_code == 200, answer.text
-    ChatCompletion.model_validate(answer.json())
+    late("openai.types.chat:ChatCompletion").model_validate(answer.json())
     return answer.json()
 
 
@@ -60,7 +60,7 @@ def stream(demos, **body):
         for line in answer.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 chunks.append(json.loads(line[6:]))
-                ChatCompletionChunk.model_validate(chunks[-1])
+                late("openai.types.chat:ChatCompletionChunk").model_validate(chunks[-1])
             if line and not line.startswith(":"):
                 lines.append(line)
     assert lines[-1] == "data: [DONE]"

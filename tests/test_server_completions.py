@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import pytest
 from httpx2 import Client
-from openai.types import Completion
+from late_imports import late
 from server_app import served_demos
 
 from openelm_mlx.server.wire import completions
@@ -35,7 +35,7 @@ def ask(demos, **body):
         # OpenAI sends null for a first token, which its own type has forgotten.
         scores["token_logprobs"] = [0.0 if each is None else each for each in scores["token_logprobs"]]
         scores["top_logprobs"] = [each or {} for each in scores["top_logprobs"]]
-    Completion.model_validate(copy)
+    late("openai.types:Completion").model_validate(copy)
     return answer.json()
 
 

@@ -4,9 +4,8 @@ import asyncio
 import json
 
 import pytest
-from anthropic import Anthropic, APIStatusError, AsyncAnthropic
-from anthropic.types import Message, RawMessageStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from late_imports import late, late_validator
+from pydantic import BaseModel
 from server_fakes import CALL, THOUGHT_AND_ANSWER, FakeGenerations, end, item
 from server_running import served
 from starlette.testclient import TestClient
@@ -17,7 +16,6 @@ from openelm_mlx.server.failures import ApiError
 from openelm_mlx.server.generation import NamedTool
 from openelm_mlx.server.wire import messages
 
-EVENT = TypeAdapter(RawMessageStreamEvent)
 CALCULATOR = {
     "name": "calculator",
     "description": "Adds.",
@@ -45,7 +43,7 @@ class Server:
         """The message, of Anthropic's own type."""
         answer = self.post(**body)
         assert answer.status_code == 200, answer.text
-        Message.model_validate(answer.json())
+        late("anthropic.types:Message").model_validate(answer.json())
         return answer.json()
 
     def refused(self, status=400, kind="invalid_request_error", **body):
@@ -377,7 +375,7 @@ def stream(server, **body):
         event = json.loads(data.removeprefix("data: "))
         assert name == f"event: {event['type']}"
         if event["type"] not in ("ping", "error"):
-            EVENT.validate_python(event)
+            late_validator("anthropic.types:RawMessageStreamEvent").validate_python(event)
         found.append(event)
     return found
 
@@ -423,7 +421,7 @@ class Sum(BaseModel):
 
 
 def test_anthropics_client_over_a_socket(address):
-    client = Anthropic(base_url=address, api_key="none", max_retries=0)
+    client = late("anthropic:Anthropic")(base_url=address, api_key="none", max_retries=0)
     chat = [{"role": "user", "content": "What is 2 + 2?"}]
     first = client.messages.create(model="demo", max_tokens=100, messages=chat, tools=[CALCULATOR])
     assert first.stop_reason == "tool_use"
@@ -438,13 +436,13 @@ def test_anthropics_client_over_a_socket(address):
     assert client.beta.messages.create(model="demo", max_tokens=9, messages=chat, betas=["x"]).type == "message"
     parsed = client.messages.parse(model="demo", max_tokens=100, messages=chat, output_format=Sum)
     assert parsed.parsed_output == Sum(sum=4)
-    with pytest.raises(APIStatusError) as failure:
+    with pytest.raises(late("anthropic:APIStatusError")) as failure:
         client.messages.create(model="demo", max_tokens=0, messages=chat)
     assert failure.value.type == "invalid_request_error"
 
 
 def test_anthropics_stream_helper(address):
-    client = Anthropic(base_url=address, api_key="none", max_retries=0)
+    client = late("anthropic:Anthropic")(base_url=address, api_key="none", max_retries=0)
     options = {"model": "demo", "max_tokens": 100, "thinking": {"type": "adaptive"}}
     with client.messages.stream(messages=[USER], **options) as stream:
         assert "".join(stream.text_stream) == "2 + 2 = 4."
@@ -461,7 +459,7 @@ def test_anthropics_stream_helper(address):
 
 def test_anthropics_async_client(address):
     async def run():
-        async with AsyncAnthropic(base_url=address, api_key="none", max_retries=0) as client:
+        async with late("anthropic:AsyncAnthropic")(base_url=address, api_key="none", max_retries=0) as client:
             stream = await client.messages.create(model="demo", max_tokens=100, messages=[USER], stream=True)
             return [event.type async for event in stream]
 

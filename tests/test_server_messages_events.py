@@ -3,17 +3,13 @@
 import json
 
 import pytest
-from anthropic.lib.streaming._messages import accumulate_event
-from anthropic.types import Message, RawMessageStreamEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from late_imports import late, late_validator
 from server_fakes import CALL, THOUGHT_AND_ANSWER, end, item
 
 from openelm_mlx.server.call_reasoning import CallReasoning
 from openelm_mlx.server.wire.messages_events import MessageEvents
-
-EVENT = TypeAdapter(RawMessageStreamEvent)
 
 
 def run(parts, batch=1, **options):
@@ -23,8 +19,8 @@ def run(parts, batch=1, **options):
     for i in range(0, len(parts), batch):
         events += sent(builder.more(parts[i : i + batch]))
     for event in events:
-        EVENT.validate_python(event)
-    Message.model_validate(builder.message)
+        late_validator("anthropic.types:RawMessageStreamEvent").validate_python(event)
+    late("anthropic.types:Message").model_validate(builder.message)
     return events, builder
 
 
@@ -36,16 +32,19 @@ def sent(events):
 def summed_up(events):
     """The message that Anthropic's own client makes of a stream."""
     message, buffers = None, {}
+    accumulate_event = late("anthropic.lib.streaming._messages:accumulate_event")
     for event in events:
-        parsed = EVENT.validate_python(event)
+        parsed = late_validator("anthropic.types:RawMessageStreamEvent").validate_python(event)
         message = accumulate_event(event=parsed, current_snapshot=message, json_bufs=buffers)
     return message
 
 
 def plain(message):
     """A message as JSON, without what each form of it leaves out."""
-    return Message.model_validate(message if isinstance(message, dict) else message.to_dict()).to_dict(
-        exclude_none=True
+    return (
+        late("anthropic.types:Message")
+        .model_validate(message if isinstance(message, dict) else message.to_dict())
+        .to_dict(exclude_none=True)
     )
 
 

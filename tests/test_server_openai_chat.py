@@ -1,8 +1,8 @@
 """Chat Completions as the openai package uses it: its streams, its parsed answers, its tools, its errors."""
 
-import openai
 import pydantic
 import pytest
+from late_imports import late
 from server_app import served_demos
 
 from openelm_mlx.server.wire import chat, completions, models
@@ -23,7 +23,7 @@ def client():
     routes = [route for api in (chat, completions, models) for route in api.routes()]
     with (
         served_demos(routes, MODEL) as (address, _),
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300) as client,
+        late("openai:OpenAI")(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300) as client,
     ):
         yield client
 
@@ -51,7 +51,7 @@ def test_a_parsed_answer(client):
 
 
 def test_a_tool_and_its_result(client):
-    tools = [openai.pydantic_function_tool(Calculator)]
+    tools = [late("openai:pydantic_function_tool")(Calculator)]
     with client.chat.completions.stream(model=MODEL, messages=SUM, temperature=0, tools=tools) as stream:
         arguments = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
         message = stream.get_final_completion().choices[0].message
@@ -65,13 +65,13 @@ def test_a_tool_and_its_result(client):
 
 
 def test_its_errors(client):
-    with pytest.raises(openai.NotFoundError) as missing:
+    with pytest.raises(late("openai:NotFoundError")) as missing:
         client.chat.completions.create(model="gpt-6", messages=WORD)
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError) as wrong:
+    with pytest.raises(late("openai:BadRequestError")) as wrong:
         client.chat.completions.create(model=MODEL, messages=WORD, temperature=1.5, top_p=1.5)
     assert wrong.value.param == "top_p"
-    with pytest.raises(openai.BadRequestError) as long:
+    with pytest.raises(late("openai:BadRequestError")) as long:
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "banjo " * 1000}])
     assert long.value.code == "context_length_exceeded"
 
@@ -80,7 +80,7 @@ def test_models_and_completions(client):
     [model] = client.models.list()
     assert (model.id, model.object) == (MODEL, "model")
     assert client.models.retrieve(MODEL).id == MODEL
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(late("openai:NotFoundError")):
         client.models.retrieve("someone/else")
     texts = [
         chunk.choices[0].text

@@ -4,9 +4,8 @@ import asyncio
 import json
 
 import pytest
-from openai import APIStatusError, AsyncOpenAI, OpenAI
-from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from late_imports import late, late_validator
+from pydantic import BaseModel
 from server_fakes import CALL, THOUGHT_AND_ANSWER, FakeGenerations, end, item
 from server_running import served
 from starlette.testclient import TestClient
@@ -17,7 +16,6 @@ from openelm_mlx.server.generation import NamedTool
 from openelm_mlx.server.responses_store import ResponseStore
 from openelm_mlx.server.wire import responses
 
-EVENT = TypeAdapter(ResponseStreamEvent)
 CALCULATOR = {
     "type": "function",
     "name": "calculator",
@@ -46,7 +44,7 @@ class Server:
         """The response, of OpenAI's own type."""
         answer = self.http.post("/v1/responses", json={"model": "demo", "input": "Hi", **body})
         assert answer.status_code == 200, answer.text
-        Response.model_validate(answer.json())
+        late("openai.types.responses:Response").model_validate(answer.json())
         return answer.json()
 
     def stream(self, **body):
@@ -76,7 +74,7 @@ def events(text):
         name, data = block.split("\n")
         event = json.loads(data.removeprefix("data: "))
         assert name == f"event: {event['type']}"
-        EVENT.validate_python(event)
+        late_validator("openai.types.responses:ResponseStreamEvent").validate_python(event)
         found.append(event)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
@@ -539,7 +537,7 @@ def test_input_items_are_those_before_the_output():
 
     def page(query=""):
         answer = server.http.get(path + query).json()
-        ResponseItemList.model_validate(answer)
+        late("openai.types.responses:ResponseItemList").model_validate(answer)
         return answer
 
     newest = page()
@@ -704,7 +702,7 @@ class Sum(BaseModel):
 
 
 def test_openais_client_over_a_socket(address):
-    client = OpenAI(base_url=address, api_key="none", max_retries=0)
+    client = late("openai:OpenAI")(base_url=address, api_key="none", max_retries=0)
     first = client.responses.create(model="demo", input="What is 2 + 2?", tools=[CALCULATOR])
     call = next(each for each in first.output if each.type == "function_call")
     assert json.loads(call.arguments) == {"expression": "2+2"}
@@ -715,7 +713,7 @@ def test_openais_client_over_a_socket(address):
     assert client.responses.input_items.list(second.id).data[0].type == "function_call_output"
     assert client.responses.input_tokens.count(model="demo", input="Hi").input_tokens == 12
     client.responses.delete(second.id)
-    with pytest.raises(APIStatusError) as failure:
+    with pytest.raises(late("openai:APIStatusError")) as failure:
         client.responses.retrieve(second.id)
     assert failure.value.status_code == 404
     parsed = client.responses.parse(model="demo", input="2 + 2", text_format=Sum)
@@ -723,7 +721,7 @@ def test_openais_client_over_a_socket(address):
 
 
 def test_openais_stream_helper(address):
-    client = OpenAI(base_url=address, api_key="none", max_retries=0)
+    client = late("openai:OpenAI")(base_url=address, api_key="none", max_retries=0)
     with client.responses.stream(model="demo", input="2 + 2", text_format=Sum) as stream:
         seen = list(stream)
         final = stream.get_final_response()
@@ -738,7 +736,7 @@ def test_openais_stream_helper(address):
 
 def test_openais_async_client(address):
     async def run():
-        async with AsyncOpenAI(base_url=address, api_key="none", max_retries=0) as client:
+        async with late("openai:AsyncOpenAI")(base_url=address, api_key="none", max_retries=0) as client:
             return [event.type async for event in await client.responses.create(model="demo", input="Hi", stream=True)]
 
     types = asyncio.run(run())

@@ -6,8 +6,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from late_imports import late, late_validator
 from server_fakes import CALL, THOUGHT_AND_ANSWER, end, item
 
 from openelm_mlx.server.failures import ApiError
@@ -17,7 +16,6 @@ from openelm_mlx.server.wire.responses_events import ResponseEvents
 from openelm_mlx.server.wire.responses_tools import read_tools
 
 FIELDS = {"model": "demo", "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
-EVENT = TypeAdapter(ResponseStreamEvent)
 TOOLS = [
     {"type": "function", "name": "calculator", "parameters": {"type": "object", "properties": {}}},
     {"type": "custom", "name": "patch"},
@@ -45,9 +43,9 @@ def sent(events):
 
 def check(events):
     for event in events:
-        EVENT.validate_python(event)
+        late_validator("openai.types.responses:ResponseStreamEvent").validate_python(event)
         if "response" in event:
-            Response.model_validate(event["response"])
+            late("openai.types.responses:Response").model_validate(event["response"])
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
@@ -88,7 +86,7 @@ def test_the_order_of_a_thought_and_an_answer():
         "total_tokens": 21,
     }
     assert response == builder.response
-    assert Response.model_validate(response).output_text == "2 + 2 = 4."
+    assert late("openai.types.responses:Response").model_validate(response).output_text == "2 + 2 = 4."
 
 
 def test_the_order_of_a_call_and_what_is_said_before_it():

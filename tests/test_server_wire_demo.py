@@ -4,8 +4,7 @@ import json
 import time
 
 import pytest
-from anthropic import Anthropic
-from openai import BadRequestError, OpenAI
+from late_imports import late
 from pydantic import BaseModel
 from server_app import served_demos
 
@@ -37,13 +36,13 @@ def demos():
 
 @pytest.fixture
 def openai(demos):
-    with OpenAI(base_url=f"{demos[0]}/v1", api_key="none", max_retries=0) as client:
+    with late("openai:OpenAI")(base_url=f"{demos[0]}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture
 def anthropic(demos):
-    with Anthropic(base_url=demos[0], api_key="none", max_retries=0) as client:
+    with late("anthropic:Anthropic")(base_url=demos[0], api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -243,7 +242,7 @@ def test_counting_is_what_is_used(openai, anthropic):
 
 def test_a_prompt_that_is_too_long_is_a_400(openai, anthropic):
     words = "word " * 132_000
-    with pytest.raises(BadRequestError) as failure:
+    with pytest.raises(late("openai:BadRequestError")) as failure:
         openai.responses.create(model=MODEL, input=words)
     assert failure.value.code == "context_length_exceeded"
     assert failure.value.param == "input"
@@ -254,7 +253,7 @@ def test_truncation_leaves_out_the_oldest_turns(openai, demos, monkeypatch):
     monkeypatch.setattr(model, "context_length", 256)
     chat = [{"role": "user", "content": f"What is {number} + {number}?"} for number in range(40)]
     options = {"model": MODEL, "input": chat, "max_output_tokens": 20, **GREEDY}
-    with pytest.raises(BadRequestError) as failure:
+    with pytest.raises(late("openai:BadRequestError")) as failure:
         openai.responses.create(**options)
     assert failure.value.code == "context_length_exceeded"
     response = openai.responses.create(truncation="auto", **options)
@@ -270,7 +269,7 @@ def test_openelm_answers_and_says_what_it_cannot_do(openai, anthropic):
     second = openai.responses.create(**options, previous_response_id=first.id)
     assert second.usage.input_tokens > first.usage.input_tokens
     for more, param in (({"tools": [FUNCTION]}, "tools"), ({"reasoning": {"effort": "high"}}, "reasoning.effort")):
-        with pytest.raises(BadRequestError) as failure:
+        with pytest.raises(late("openai:BadRequestError")) as failure:
             openai.responses.create(**options, **more)
         assert failure.value.param == param
     chat = {"model": "demo-openelm", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8}

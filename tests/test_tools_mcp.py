@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mcp", reason="the MCP SDK is not installed: pip install 'openelm_mlx[mcp]'")
+if find_spec("mcp") is None:  # which takes a second to import
+    pytest.skip("the MCP SDK is not installed: pip install 'openelm_mlx[mcp]'", allow_module_level=True)
 
 from openelm_mlx.errors import ToolError
 from openelm_mlx.text.schema import Tool, ToolNamespace, tools_section

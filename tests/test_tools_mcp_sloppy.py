@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("mcp", reason="the MCP SDK is not installed: pip install 'openelm_mlx[mcp]'")
+if find_spec("mcp") is None:  # which takes a second to import
+    pytest.skip("the MCP SDK is not installed: pip install 'openelm_mlx[mcp]'", allow_module_level=True)
 
 from openelm_mlx.errors import SettingError, ToolError
 from openelm_mlx.text.repair import repaired

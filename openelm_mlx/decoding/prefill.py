@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LONGEST_RELEASE = 1e-3
 # Tokens of prompts in a pass beside decoding requests; with fewer, what all layers take at once is small.
 THROTTLED_FROM = 512
+# Bytes of what a part hands on. With fewer, a few megabytes are freed, which the next part takes again; to give them back
+# to the system, all of the process's heap is walked through, which takes longer than the part.
+GIVEN_BACK_FROM = 2**17
 
 
 def prefill(
@@ -220,7 +223,8 @@ def in_turn(cache: Cache, num_layers: int, others: Sequence[Cache] = ()) -> Laye
         num_done += is_complete
         if on_cpu:
             mx.eval(arrays)
-            give_back_freed()
+            if arrays[0].nbytes >= GIVEN_BACK_FROM:
+                give_back_freed()
         elif is_complete:
             before = mx.get_active_memory()
             mx.async_eval(arrays)

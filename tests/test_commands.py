@@ -41,6 +41,11 @@ def refused(capsys, *arguments: str) -> str:
         ("generate --temprature 1 x", "did you mean --temperature? (see openelm_mlx generate -h)"),
         ("chat --xyzzy", "there is no option --xyzzy (see openelm_mlx chat -h)"),
         ("generate What is it", "'is' is one argument too many: put a text of several words in quotes"),
+        (
+            "serve demo-openelm",
+            "'demo-openelm' is one argument too many: put a text of several words in quotes, and name a",
+        ),
+        ("evaluate --model demo-openelm --tasks x", "there is no option --model: give the model without it"),
         ("generate --max-tokens many x", "--max-tokens is 'many', which is not a whole number"),
         ("generate --temperature warm x", "--temperature is 'warm', which is not a number"),
         ("generate --dtype float61 x", "--dtype cannot be 'float61': did you mean float16?"),

@@ -10,6 +10,7 @@ from conftest import FIXTURES, load_fixture
 import openelm_mlx as om
 from openelm_mlx.checkpoint.adapter_files import read_adapter, write_adapter
 from openelm_mlx.commands import main
+from openelm_mlx.commands.spelling import in_flags
 from openelm_mlx.errors import CheckpointError, ConversionError, SettingError
 from openelm_mlx.models.adapter_targets import targets_of
 from openelm_mlx.models.low_rank import Adapter, Pair
@@ -117,7 +118,10 @@ def test_what_would_drown_is_refused(tmp_path):
     told = []
     with pytest.raises(ConversionError, match=r"would drown: it changes the weights by 2\.0%") as raised:
         om.convert(FIXTURES / "gpt_oss_tiny", tmp_path / "merged", adapter=tmp_path / "adapter", on_merge=told.append)
-    assert "\n" not in str(raised.value)
+    typed = in_flags(
+        str(raised.value), {"dtype": "--dtype", "quantize": "--quantize", "merge_anyway": "--merge-anyway"}
+    )
+    assert typed.endswith("with --dtype bfloat16 or --quantize 8, or write it anyway with --merge-anyway.")
     assert told[0].total.error > 1
     assert told[0].worst.error >= told[0].total.error
     assert not (tmp_path / "merged").exists()

@@ -169,6 +169,9 @@ def test_rows_that_are_too_long(llama):
     long = {"text": "word " * 200}
     with pytest.raises(DataError, match=r'line 7: it has \d+ tokens and a row may have 128: .*too_long="split"'):
         llama.rows(checked(long, "line 7"))
+    for limit, advice in ((512, "shorten it, pass a larger max_length, or pass"), (128, "shorten it, or pass")):
+        with pytest.raises(DataError, match=advice):
+            replace(llama, context_length=limit).rows(checked(long, "line 7"))
     assert replace(llama, too_long="skip").rows(checked(long, "line 7")) == []
     cut = replace(llama, too_long="cut").rows(checked(long, "line 7"))
     assert [len(row) + 1 for row in cut] == [128]

@@ -44,6 +44,9 @@ COMMANDS = {
 
 INTERRUPTED = 130
 
+# Arguments without an option that are models.
+_MODELS = ("source", "model", "sources", "models")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one sentence instead of the whole usage, with the nearest name and the command's own -h."""
@@ -65,8 +68,14 @@ class Parser(argparse.ArgumentParser):
         """Exit with an error about the first of these unknown arguments."""
         first = unknown[0]
         if not first.startswith("-"):
-            self.error(f"{first!r} is one argument too many: put a text of several words in quotes")
+            advice = "put a text of several words in quotes"
+            if "--model" in self._option_string_actions:
+                advice += ", and name a model with --model"
+            self.error(f"{first!r} is one argument too many: {advice}")
         name = first.partition("=")[0]
+        without_option = {each.dest for each in self._get_positional_actions()}
+        if name == "--model" and not without_option.isdisjoint(_MODELS):
+            self.error("there is no option --model: give the model without it")
         self.error(f"there is no option {name}{_did_you_mean(name, self._option_string_actions)}")
 
     def _advised(self, message: str) -> str:

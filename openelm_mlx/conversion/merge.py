@@ -149,8 +149,8 @@ class MergeReport:
         raise ConversionError(
             f"The adapter {self.adapter} would drown: it changes the weights by {self.total.size:.1%}, and rounding them "
             f"afterwards is {self.total.error:.0%} of that (cosine {self.total.cosine:.2f}); leave it beside the weights "
-            '(adapter= of load), merge it with dtype="bfloat16" or quantize=8 (--dtype, --quantize), or write it anyway '
-            "with merge_anyway=True (--merge-anyway)."
+            'as it is used, merge it with dtype="bfloat16" or quantize=8, or write it anyway with '
+            "merge_anyway=True."
         )
 
 

@@ -349,6 +349,7 @@ def _rendering(base: Base, settings: Settings, asked: Mapping[str, Any], before:
         too_long=settings.too_long,
         date=_checked_date(asked["date"]) or before.get("date") or f"{day.today():%Y-%m-%d}",
         reasoning_effort=effort or "medium",
+        context_length=base.spec.context_length,
     )
 
 

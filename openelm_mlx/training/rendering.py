@@ -38,6 +38,7 @@ class Rendering:
 
     learn: see `LEARN`. too_long: see `TOO_LONG`; max_length: tokens of a row, its first one and the end of its answer included.
     date: in gpt-oss's system message, YYYY-MM-DD or None. reasoning_effort: where a line has none of its own.
+    context_length: the model's, where max_length may not be larger.
     """
 
     tokenizer: Tokenizer
@@ -47,6 +48,12 @@ class Rendering:
     too_long: str = "error"
     date: str | None = None
     reasoning_effort: str = "medium"
+    context_length: int | None = None
+
+    @property
+    def longer(self) -> str:
+        """The advice to let rows be longer, where they can be."""
+        return "" if self.max_length == self.context_length else "pass a larger max_length, "
 
     def rows(self, example: Example) -> list[Row]:
         """The rows of an example: one; two of a preference, chosen and rejected; none where it is skipped.
@@ -72,8 +79,8 @@ class Rendering:
         if not all(row.num_targets for row in rows):
             if self.too_long == "cut" and longest > self.max_length:
                 raise example.error(
-                    f"it has {longest:,} tokens, and in the first {self.max_length:,}, which are left, nothing is learned: "
-                    'shorten it, pass a larger max_length, or too_long="skip".'
+                    f"it has {longest:,} tokens, and in the first {self.max_length:,}, which are left, "
+                    f'nothing is learned: shorten it, {self.longer}or pass too_long="skip".'
                 )
             raise example.error("there is nothing to learn in it: give the assistant an answer.")
         return rows
@@ -84,8 +91,8 @@ class Rendering:
             ways = ['"cut"', *ways, *(['"split"'] if example.kind == TEXT else [])]
         listed = " or ".join(f"too_long={way}" for way in ways)
         return example.error(
-            f"it has {longest:,} tokens and a row may have {self.max_length:,}: shorten it, pass a larger max_length, or "
-            f"{listed}."
+            f"it has {longest:,} tokens and a row may have {self.max_length:,}: shorten it, "
+            f"{self.longer}or pass {listed}."
         )
 
     def _parts(self, tokens: list[int], written: list[int]) -> list[tuple[list[int], list[int]]]:
@@ -205,7 +212,7 @@ def render_all(rendering: Rendering, examples: Sequence[Example]) -> list[list[R
     found = [rows for rows in map(rendering.rows, examples) if rows]
     if not found:
         raise DataError(
-            f"Every example has more than {rendering.max_length:,} tokens and is skipped: pass a larger max_length, or "
-            'too_long="cut".'
+            f"Every example has more than {rendering.max_length:,} tokens and is skipped: "
+            f'{rendering.longer}{"or " if rendering.longer else ""}pass too_long="cut".'
         )
     return found

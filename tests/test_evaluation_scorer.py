@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from dataclasses import replace
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from openelm_mlx.models.adapter_targets import targets_of
 from openelm_mlx.models.low_rank import Adapter, Pair
 from openelm_mlx.models.trees import NO_PARENT, Forest, lay_out
 from openelm_mlx.runtime import runtime_of
+from openelm_mlx.training import products
 
 
 def alone(model, request: TokenRequest) -> Score:
@@ -95,6 +97,26 @@ def test_a_gpu_with_a_program_for_every_shape_attends_by_products(family, reques
     monkeypatch.setattr(model, "choices", replace(model.choices, prompt_products_to=100))
     assert Scorer(model, 40).score(requests) == truth
     assert not calls
+
+
+@pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
+def test_passes_on_all_cores_change_no_bit_and_leave_the_model_as_it_was(family, request, monkeypatch):
+    model = request.getfixturevalue(family)
+    requests = questions(model.spec.usable_vocab_size, 4, 40)
+    modules, updates = dict(model.named_modules()), model.num_updates
+    found = []
+    for cores in (1, 3):
+        monkeypatch.setattr(products.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(products, "_of_thread", threading.local())
+        found.append(Scorer(model, 100).score(requests))
+    assert found[0] == found[1]
+    monkeypatch.setattr(scorer_module, "target_logprobs", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Scorer(model).score(requests)
+    after = dict(model.named_modules())
+    assert after.keys() == modules.keys()
+    assert all(after[path] is module for path, module in modules.items())
+    assert model.num_updates == updates
 
 
 def test_the_order_of_requests_does_not_matter_and_equal_ones_are_computed_once(openelm):

@@ -189,6 +189,19 @@ def test_a_product_on_several_streams_has_the_bits_of_one(monkeypatch):
     assert half.dtype == mx.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_rows_on_all_cores_have_the_bits_of_a_linear_layer(dtype, monkeypatch):
+    monkeypatch.setattr(products.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(products, "_of_thread", threading.local())
+    x = mx.random.normal((2, 50, 24)).astype(dtype)
+    for has_bias in (False, True):
+        linear = nn.Linear(24, 40, bias=has_bias)
+        linear.set_dtype(dtype)
+        found = products.spread(x, linear["weight"], linear.get("bias"))
+        assert found.dtype == dtype
+        assert bool((found == linear(x)).all())
+
+
 def test_gradients_need_no_training_mode():
     """In evaluation mode the router's choice was differentiated too, which MLX refuses."""
     model = load_fixture(FIXTURES / "gpt_oss_tiny")

@@ -25,6 +25,7 @@ from ..models.buffers import Snapshot
 from ..models.cache import Cache
 from ..models.trees import NO_PARENT, Forest, TreeWalk
 from ..runtime import runtime_of
+from ..training.products import on_all_cores
 from .prefixes import Branch, Extend, Prefixes
 from .requests import OnDone, Score, TokenRequest
 from .store import Store
@@ -81,7 +82,7 @@ class Scorer:
             check_room(self.model, cache, max(missing), 1)
             if not self._is_fixed:
                 self.tokens_at_once = longest_pass(self.model, max(missing))
-            with keeping_to_plan(self.model, cache) as (budget, lease):
+            with keeping_to_plan(self.model, cache) as (budget, lease), on_all_cores(self.model):
                 try:
                     run.through_all(cache, budget)
                 finally:

@@ -5,12 +5,17 @@ import importlib.util
 import io
 import json
 import random
+import shutil
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from conftest import random_model, save_folder
 from python_sandboxes import SMALL, best_kind
 
 import openelm_mlx as om
+from openelm_mlx.checkpoint.adapter_files import write_adapter
+from openelm_mlx.commands import evaluate as evaluate_command
 from openelm_mlx.commands import main
 from openelm_mlx.decoding.sampling import SamplingParams
 from openelm_mlx.errors import DestinationError, PromptError, SettingError
@@ -21,6 +26,8 @@ from openelm_mlx.evaluation.protocols import Choices, gpqa, make_task, run_tests
 from openelm_mlx.evaluation.report import Report, Row, compared, markdown, read_report
 from openelm_mlx.evaluation.run import Settings, _Run, evaluate
 from openelm_mlx.evaluation.store import Store
+from openelm_mlx.models.adapter_targets import targets_of
+from openelm_mlx.models.low_rank import Adapter, Pair
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -337,6 +344,56 @@ def test_answers_of_another_run_or_a_damaged_file_are_left_alone(tmp_path, quest
     kept.unlink()
     assert main(arguments) == 2
     assert (tmp_path / "r.json").read_text() == "mine"
+
+
+def test_the_adapter_is_in_the_report_and_a_run_is_that_of_its_files(tmp_path, questions):
+    model = random_model(context_length=64)
+    source = save_folder(tmp_path / "model", model, "llama")
+    adapter, store = tmp_path / "adapter", tmp_path / "partial"
+    place, target = next(iter(targets_of(model.spec).items()))
+
+    def write(value):
+        pair = Pair(*(mx.full(shape, value) for shape in target.shapes(1)), 1.0)
+        write_adapter(adapter, Adapter({place: pair}), model.spec, "peft")
+
+    def run(**options):
+        return evaluate(str(source), Settings((str(questions),)), load_options=options, store_path=store)
+
+    write(0.5)
+    assert run(adapter=str(adapter)).settings["adapter"] == str(adapter)
+    kept = store.read_bytes()
+    with pytest.raises(DestinationError, match="other settings"):
+        run()
+    assert "adapter" not in evaluate(str(source), Settings((str(questions),))).settings
+    run(adapter=str(adapter))
+    assert store.read_bytes() == kept  # nothing was asked again
+    shutil.rmtree(adapter)
+    write(0.25)
+    with pytest.raises(DestinationError, match="adapter_files was"):
+        run(adapter=str(adapter))
+    assert store.read_bytes() == kept
+
+
+def test_progress_tells_how_long_the_rest_will_take(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(evaluate_command, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(evaluate_command.output, "can_draw_bars", lambda: False)
+    with evaluate_command.progress_of(quiet=False) as progress:
+        progress("words", 40, 100)  # known from an interrupted run
+        now[0] += 20
+        progress("words", 1, 100)
+        assert capsys.readouterr().err == ""
+        now[0] += 20
+        progress("words", 19, 100)
+        assert capsys.readouterr().err == "words: 60 of 100, about 80 seconds more\n"
+        now[0] += 31
+        progress("sums", 0, 50)
+        assert capsys.readouterr().err == "sums: 0 of 50\n"
+        now[0] += 60
+        progress("sums", 10, 50)
+        assert capsys.readouterr().err == "sums: 10 of 50, about 4 minutes more\n"
+    with evaluate_command.progress_of(quiet=True) as progress:
+        assert progress is None
 
 
 def test_equal_requests_are_kept_apart():

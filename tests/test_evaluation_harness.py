@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,8 +237,24 @@ def test_the_command_reports_and_compares(folder, tmp_path, capsys, model):
     assert "| task" in (tmp_path / "t.md").read_text()
     assert main([*arguments, "--limit", "2", "--compare", str(report), "-q"]) == 0
     assert "difference" in capsys.readouterr().out
-    assert main([*arguments, "--limit", "2", "--json", "-q"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["n"] == 2
+    assert main([*arguments, "--limit", "2", "--json", "--compare", str(report), "-q"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["rows"][0]["n"] == 2
+    assert json.loads(shown.out)["before"] == content
+    assert shown.err == ""
+
+
+def test_what_the_harness_refuses_is_one_sentence(folder, manager, tmp_path, capsys, model, tokenizer, monkeypatch):
+    source = save_folder(tmp_path / "model", model, "llama")
+    arguments = ["evaluate", str(source), "--tasks", "tiny_few", "--include-path", str(folder), "-q"]
+    assert main([*arguments, "--shots", "100"]) == 2
+    shown = capsys.readouterr()
+    assert "cannot run tiny_few with 100 examples" in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    # A mistake of ours stays one.
+    monkeypatch.setattr("openelm_mlx.evaluation.harness.kept_scores", lambda *_: {}["no such"])
+    with pytest.raises(KeyError):
+        run(HarnessModel(model=model, tokenizer=tokenizer), manager, "tiny_choices")
 
 
 @pytest.mark.parametrize(
@@ -274,6 +293,32 @@ def test_the_harness_finds_the_model_by_its_name(folder):
     assert made.loglikelihood([SimpleNamespace(args=("A banjo is", " a"))])[0][0] < 0
     with pytest.raises(SettingError, match="pretrained"):
         get_model("openelm_mlx").create_from_arg_string("", {})
+
+
+REGISTERS = Path(__file__).parent.parent / "examples" / "evaluate" / "openelm_mlx.yaml"
+
+
+def test_a_task_file_registers_the_model(monkeypatch):
+    from lm_eval.api.registry import get_model, model_registry
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    monkeypatch.delitem(model_registry._objs, "openelm_mlx")
+    monkeypatch.delitem(sys.modules, "openelm_mlx.evaluation.harness")
+    assert load_yaml(REGISTERS, resolve_func=True)["metadata"]["model"] == "openelm_mlx"
+    assert get_model("openelm_mlx").__module__ == "openelm_mlx.evaluation.harness"
+
+
+@pytest.mark.slow
+def test_lm_eval_itself_finds_the_model(folder):
+    command = "import sys; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
+    arguments = ["--model", "openelm_mlx", "--model_args", "pretrained=demo-openelm"]
+    tasks = ["--tasks", f"{REGISTERS},tiny_choices", "--include_path", str(folder), "--limit", "2"]
+    ran = subprocess.run(
+        [sys.executable, "-c", command, "run", *arguments, *tasks],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REGISTERS.parents[2])}, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "|tiny_choices|" in ran.stdout.replace(" ", "")
 
 
 def test_published_sets_are_apples():

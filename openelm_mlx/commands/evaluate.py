@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         write_output(args.markdown, markdown(found), "The table", None, args.overwrite)
     if chart is not None:
         draw(found, chart, args.overwrite)
-    show(found, args.json)
+    show(found, args.json, before)
     if before is not None and not args.json:
         report()
         for line in compared(before, found):
@@ -156,12 +156,12 @@ def settings_of(args: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def show(found: Report, as_json: bool) -> None:
-    """The report on stdout."""
+def show(found: Report, as_json: bool, before: Report | None = None) -> None:
+    """The report on stdout. before: another one, which is shown beside it; in JSON it is "before"."""
     from ..evaluation.report import markdown
 
     if as_json:
-        report_json(found.as_dict())
+        report_json({**found.as_dict(), **({} if before is None else {"before": before.as_dict()})})
     else:
         report(markdown(found).rstrip())
 

@@ -1,7 +1,8 @@
 """Our models as a model of lm-evaluation-harness; importing this needs `lm_eval`, which takes seconds.
 
-`python -m openelm_mlx.evaluation --model openelm_mlx --model_args pretrained=demo-openelm --tasks ...` is the harness's own
-command line with this model known to it; a program that imports this module has it registered.
+A program that imports this module has the model registered. The harness's command `lm_eval` does so for a task file in which
+a `!function` names something of this module, as `examples/evaluate/openelm_mlx.yaml` does; `python -m openelm_mlx.evaluation`
+is that command with the module imported.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from .store import Store
 if TYPE_CHECKING:
     from ..models import Model
 
+# By which the harness knows the model; a task file that names it has this module imported.
+MODEL_NAME = "openelm_mlx"
 # What the harness gives a task that says nothing.
 MAX_GEN_TOKS = 256
 # Its words for a request that have no meaning here.
@@ -35,7 +38,7 @@ _WITHOUT_MEANING = {"batch_size", "max_batch_size", "device", "trust_remote_code
 _PREFIX = "prefix"
 
 
-@register_model("openelm_mlx")
+@register_model(MODEL_NAME)
 class HarnessModel(LM):
     """pretrained: a source for `om.load`, with its keywords; or model and tokenizer, as it gave them.
 

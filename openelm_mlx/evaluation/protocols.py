@@ -183,7 +183,8 @@ def reasoning_gym(name: str, limit: int | None, seed: int) -> Asked:
 
     task, *settings = name.split(":")
     if task not in DATASETS:
-        raise SettingError(f"reasoning-gym has no task {task!r}{nearest(task, DATASETS)}.")
+        some = f"; it has {len(DATASETS)}, among them basic_arithmetic and chain_sum"
+        raise SettingError(f"reasoning-gym has no task {task!r}{nearest(task, DATASETS) or some}.")
     options = {key: _value(value) for key, _, value in (each.partition("=") for each in settings)}
     try:
         made = gym.create_dataset(task, size=limit or GYM_SIZE, seed=seed, **options)
@@ -245,7 +246,7 @@ def nearest(name: str, known: Any) -> str:
     """The nearest of known names, as the end of a sentence."""
     import difflib
 
-    near = difflib.get_close_matches(name, list(known), 3, 0.5)
+    near = difflib.get_close_matches(name, list(known), 3, 0.6)
     return f": did you mean {' or '.join(near)}" if near else ""
 
 

@@ -83,7 +83,7 @@ def read_report(name: str) -> Report:
         return Report(str(content["model"]), dict(content["settings"]), rows, float(content["seconds"]))
     except (ValueError, KeyError, TypeError, AssertionError, AttributeError):
         raise PromptError(
-            f"{name!r} is no complete report of `openelm_mlx evaluate`: give one that --output wrote."
+            f"{name!r} is no complete report of `openelm_mlx evaluate`: give a file that --report wrote."
         ) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,9 @@ from .tasks import check_data, check_names, run_tasks, task_manager, versions
 
 if TYPE_CHECKING:
     from ..models import Model
+
+# Of a model's folder, or an adapter's.
+_MODEL_FILES = (".safetensors", ".json", ".model", ".gguf", ".npz", ".jinja")
 
 NO_FINAL_NOTE = (
     "No final: questions to which gpt-oss came to no answer; they count as wrong. Raise --max-tokens if there are many."
@@ -68,11 +73,13 @@ class Settings:
                 )
 
     def identity(self, model: str, load_options: Mapping[str, Any]) -> dict[str, Any]:
-        """What answers of an interrupted run have to agree with."""
+        """What answers of an interrupted run have to agree with: the model and its files, and these settings."""
         own = {name: value for name, value in vars(self).items() if name != "allow_unsandboxed"}
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
         own["data"] = [list(pair) for pair in self.data]
-        return {"model": model, "load": _loaded(load_options), **own}
+        adapter = load_options.get("adapter")
+        files = {name: _state_of(path) for name, path in (("model_files", model), ("adapter_files", adapter))}
+        return {"model": model, "load": _loaded(load_options), **files, **own}
 
 
 @dataclass(frozen=True)
@@ -325,6 +332,17 @@ def _described(
         "date": time.strftime("%Y-%m-%d"),
         "versions": ", ".join(f"{name} {each}" for name, each in versions().items()),
     }
+
+
+def _state_of(path: Any) -> str | None:
+    """Tells whether a folder's files, or a file, have been written anew; None of what is not here."""
+    place = Path(str(path)).expanduser()
+    if path is None or not place.exists():
+        return None
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    states = [(each.name, each.stat()) for each in files if each.suffix in _MODEL_FILES]
+    told = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
 def _loaded(options: Mapping[str, Any]) -> dict[str, str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError, SettingError, UserError
@@ -19,7 +21,9 @@ from .report import Row
 if TYPE_CHECKING:
     from .harness import HarnessModel
 
-# Of a task's figures those that are shares, which are shown in per cent.
+# Variables that keep other libraries from drawing bars, and from saying that PyTorch is not there.
+_SWITCHES = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
+# Of a task's figures those that are no shares; shares are shown in per cent.
 _NO_SHARES = ("perplexity", "bits_per_byte", "likelihood_diff", "bleu", "ter", "chrf", "brier", "loglikelihood")
 
 
@@ -92,18 +96,38 @@ def run_tasks(
     model_name: str,
     effort: str | None,
 ) -> list[Row]:
-    """The figures of these tasks, all with the same number of shots (None: each its own)."""
+    """The figures of these tasks, all with the same number of shots (None: each its own).
+
+    Raises SettingError for what the harness itself refuses: more examples than a task has, code that it would run.
+    """
     from lm_eval import simple_evaluate
 
-    with quiet():
-        results = simple_evaluate(
-            lm, tasks=list(names), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False,
-            apply_chat_template=apply_chat_template, fewshot_as_multiturn=fewshot_as_multiturn,
-            system_instruction=system, random_seed=seed, numpy_random_seed=seed + 1234, fewshot_random_seed=seed + 1234,
-            torch_random_seed=seed + 1234, confirm_run_unsafe_code=False,
-        )  # fmt: skip
+    try:
+        with quiet():
+            results = simple_evaluate(
+                lm, tasks=list(names), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False,
+                apply_chat_template=apply_chat_template, fewshot_as_multiturn=fewshot_as_multiturn,
+                system_instruction=system, random_seed=seed, numpy_random_seed=seed + 1234,
+                fewshot_random_seed=seed + 1234, torch_random_seed=seed + 1234, confirm_run_unsafe_code=False,
+            )  # fmt: skip
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_ours(error):
+            raise
+        examples = "" if shots is None else f" with {shots} examples before each question"
+        raise SettingError(
+            f"lm-evaluation-harness cannot run {', '.join(names)}{examples} "
+            f"({type(error).__name__}: {one_line(error)}): leave out the task that it cannot run, or change --shots."
+        ) from None
     assert results is not None
     return [row for name in results["results"] for row in task_rows(name, results, task_set, model_name, effort)]
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error came out of our own answers to the harness, and not out of the harness itself."""
+    names = {frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)}
+    return any(name.split(".")[0] == __package__.split(".")[0] for name in names - {__name__})
 
 
 def task_rows(
@@ -152,21 +176,42 @@ def versions() -> dict[str, str]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the bars and log lines of other libraries; their warnings that matter come back as errors."""
+    # Of what it does not let anyone set: the bar of a task, and git's complaint where it is started in no repository.
+    parts = [("lm_eval.api.task", "tqdm", _without_bar), ("lm_eval.evaluator", "get_git_commit_hash", lambda: None)]
+    replaced = [
+        (sys.modules[name], part, vars(sys.modules[name])[part], by)
+        for name, part, by in parts
+        if name in sys.modules and part in vars(sys.modules[name])
+    ]
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "evaluate", "huggingface_hub")]
     before = [logger.level for logger in loggers]
-    bars = {name: os.environ.get(name) for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")}
+    switches = {name: os.environ.get(name) for name in _SWITCHES}
+    data = sys.modules.get("datasets")  # it looked at its switch when it was imported
+    has_bars = data is not None and not data.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    os.environ.update(dict.fromkeys(bars, "1"))
+    os.environ.update(dict.fromkeys(switches, "1"))
+    if data is not None and has_bars:
+        data.disable_progress_bars()
+    for module, part, _, by in replaced:
+        setattr(module, part, by)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        for module, part, was, _ in replaced:
+            setattr(module, part, was)
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-        for name, value in bars.items():
+        if data is not None and has_bars:
+            data.enable_progress_bars()
+        for name, value in switches.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _without_bar(each: Any, *_: Any, **__: Any) -> Any:
+    return each

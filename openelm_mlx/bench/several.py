@@ -124,7 +124,10 @@ def distance(chain: Chain, number: int, name: str) -> Distance:
 
 
 def compare(source: str, alone: Model, several: Model, hops: float) -> Compared:
-    """Prompts, and then tokens in turns, so that what else the machines do meanwhile is the same for both."""
+    """Prompts, and then a few tokens each in turns, so that what else the machines do meanwhile is the same for both.
+
+    Not token by token: on one machine each model would find the processor's caches full of the other one's weights.
+    """
     same, largest = True, 0.0
     times: tuple[list[float], list[float]] = ([], [])
     for length in PROMPTS:
@@ -133,16 +136,20 @@ def compare(source: str, alone: Model, several: Model, hops: float) -> Compared:
         logits = [prefill(model, prompt, cache, 128) for model, cache in zip((alone, several), caches, strict=True)]
         steps = [make_step(model, cache) for model, cache in zip((alone, several), caches, strict=True)]
         for _ in range(ROUNDS):
-            for _ in range(TOKENS):
-                tokens = [mx.argmax(each) for each in logits]
-                mx.eval(tokens)
-                same &= tokens[0].item() == tokens[1].item()
-                largest = max(largest, cast(float, mx.max(mx.abs(logits[0] - logits[1])).item()))
-                for place, step in enumerate(steps):
+            tokens, found = [mx.argmax(logits[0])], ([logits[0]], [logits[1]])
+            for place, step in enumerate(steps):
+                for i in range(TOKENS):
+                    mx.eval(tokens[i])
                     began = time.perf_counter()
-                    logits[place] = step(tokens[0])
-                    mx.eval(logits[place])
+                    found[place].append(step(tokens[i]))
+                    mx.eval(found[place][-1])
                     times[place].append(time.perf_counter() - began)
+                    if place == 0:
+                        tokens.append(mx.argmax(found[0][-1]))
+            for one, other in zip(*found, strict=True):
+                same &= mx.argmax(one).item() == mx.argmax(other).item()
+                largest = max(largest, cast(float, mx.max(mx.abs(one - other)).item()))
+            logits = [each[-1] for each in found]
     chain = several.remote
     assert isinstance(chain, Chain)
     layers = (len(several.spec.layers), *(len(spec.layers) for spec in chain.specs))

@@ -7,9 +7,9 @@ HMAC-SHA256 of all, which machines have instructions for): a damaged, repeated o
 before anything is allocated for them. Before the handshake there are no keys, the tags are zeros, and only short headers are
 read. Nothing is ever unpickled.
 
-A token's residual stream is a few kilobytes, and on a cable the time between two machines is what Python does here: such a
-message goes out with one call and comes in with one. The tag of all follows by itself, so that both sides compute it at the
-same time.
+A token's residual stream is a few kilobytes, and on a cable the time between two machines is what Python does here, and how
+often a process is woken: such a message goes out with one call and comes in with one. The tag of a longer one follows by
+itself, so that both sides compute it at the same time.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Connection:
         self._keys: Keys | None = None
         self._num_sent = self._num_received = 0
         self._sending = threading.RLock()
-        # What is still to be sent; the tag of what stands before it is computed when that is on its way.
+        # What is still to be sent; the tag of a long message is computed when what stands before it is on its way.
         self._unsent: list[memoryview | Callable[[], bytes]] = []
         # What has come: the start of the next message, and what there is of it and of those after it; then a long one.
         self._came = memoryview(bytearray(PIECE))
@@ -116,14 +116,15 @@ class Connection:
         """Send one message. Raises LostConnectionError when it cannot be delivered within the deadline."""
         text = _encode(header).encode()
         with self._sending:
-            self._flush()
+            if self._unsent:
+                self._flush()
             prefix = PREFIX.pack(MAGIC, len(text), len(body))
             key = None if self._keys is None else self._keys.sending
             first = _first_tag(key, self._num_sent, prefix)
             self._num_sent += 1
             if len(body) < PIECE:
-                whole = memoryview(b"".join((prefix, first, text, body)))
-                self._unsent = [whole, partial(_last_tag, key, whole[PREFIX.size :])]
+                signed = b"".join((first, text, body))
+                self._unsent = [memoryview(b"".join((prefix, signed, _last_tag(key, signed))))]
             else:
                 start = memoryview(prefix + first + text)
                 self._unsent = [start, memoryview(body), partial(_last_tag, key, start[PREFIX.size :], body)]

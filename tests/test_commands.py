@@ -40,6 +40,14 @@ def refused(capsys, *arguments: str) -> str:
         ("xyz", "there is no command 'xyz': give generate, chat"),
         ("generate --temprature 1 x", "did you mean --temperature? (see openelm_mlx generate -h)"),
         ("chat --xyzzy", "there is no option --xyzzy (see openelm_mlx chat -h)"),
+        (
+            "serve --parallel tensor",
+            "--parallel here, only generate has it; over several machines this command runs with --workers HOST:PORT (see",
+        ),
+        (
+            "bench --parallel tensor",
+            "there is no option --parallel here, only generate has it (see openelm_mlx bench -h)",
+        ),
         ("generate What is it", "'is' is one argument too many: put a text of several words in quotes"),
         (
             "serve demo-openelm",

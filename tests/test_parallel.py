@@ -44,9 +44,9 @@ def folders(tmp_path_factory):
     }
 
 
-def placement_of(folder, **options):
+def placement_of(folder, dtype=mx.float32, **options):
     config, checkpoint = read_config(folder), open_checkpoint(folder)
-    return Placement.of(understand(checkpoint, config, spec_from_config(config)), mx.float32, **options), checkpoint
+    return Placement.of(understand(checkpoint, config, spec_from_config(config)), dtype, **options), checkpoint
 
 
 def parts_of(folder, form, size, totals, **options):
@@ -139,6 +139,32 @@ def test_packed_matrices_are_shared_in_whole_groups(tmp_path):
     whole = whole_logits(folder, TOKENS, **options)
     for part in logits_of_all(folder, "tensor", 3, TOKENS, **options):
         assert np.abs(part[0] - whole[0]).max() < 1e-4 * np.abs(whole[0]).max()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
+def test_in_half_precision_no_product_is_rounded_before_it_is_added(folders, tmp_path, family, packed):
+    """Else a sum over machines is another one than the product that one machine rounds once."""
+    folder, options = folders[family], {"dtype": mx.bfloat16, "on_cpu": False}
+    if packed and family == "openelm":  # wide enough for groups of 64
+        wide = {"head_dim": 16, "num_gqa_groups": 1, "model_dim": 128, "ffn_dim_divisor": 64}
+        shape = {"qkv_multipliers": [2.0, 2.0], "ffn_multipliers": [2.0, 2.0]}
+        folder = save_folder(tmp_path / "m", random_model(vocab_size=96, **wide, **shape))
+    if packed:
+        options["dense"] = dense_packing(8)
+    seen = []
+
+    def total(x: mx.array) -> mx.array:
+        seen.append(x)
+        return x
+
+    model = parts_of(folder, "tensor", 2, [total, total], **options)[1]
+    mx.eval(model(TOKENS), seen)
+    assert len(seen) == 2 * len(model.layers)
+    for each in seen:
+        assert each.dtype == mx.float32
+        rounded = each.astype(mx.bfloat16).astype(mx.float32)
+        assert mx.mean(rounded != each).item() > 0.9
 
 
 def test_the_released_models_are_shared_in_whole_blocks():

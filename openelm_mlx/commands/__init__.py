@@ -72,11 +72,14 @@ class Parser(argparse.ArgumentParser):
             if "--model" in self._option_string_actions:
                 advice += ", and name a model with --model"
             self.error(f"{first!r} is one argument too many: {advice}")
-        name = first.partition("=")[0]
+        name, known = first.partition("=")[0], self._option_string_actions
         without_option = {each.dest for each in self._get_positional_actions()}
         if name == "--model" and not without_option.isdisjoint(_MODELS):
             self.error("there is no option --model: give the model without it")
-        self.error(f"there is no option {name}{_did_you_mean(name, self._option_string_actions)}")
+        if name == "--parallel":
+            instead = "; over several machines this command runs with --workers HOST:PORT" * ("--workers" in known)
+            self.error(f"there is no option {name} here, only generate has it{instead}")
+        self.error(f"there is no option {name}{_did_you_mean(name, known)}")
 
     def _advised(self, message: str) -> str:
         """argparse's own message, with the next step."""

@@ -138,8 +138,11 @@ class Experts(nn.Module):
     The rows of `gate_up_proj` alternate: gate 0, up 0, gate 1, up 1, ... as in OpenAI's files. `down_proj` may have
     more rows than hidden_size (whole tiles are several times faster on some GPUs); those beyond are ignored.
 
-    ways: which way so many rows go (`KernelChoices.expert_ways`).
+    ways: which way so many rows go (`KernelChoices.expert_ways`). outputs_float32: whether outputs are not rounded to the type
+    of the inputs, since those of other machines are added to them.
     """
+
+    outputs_float32 = False
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, ways: ExpertWays = BY_SORTING) -> None:
         super().__init__()
@@ -178,7 +181,7 @@ class Experts(nn.Module):
             gate_up[..., ::2], gate_up[..., 1::2], gate_up_bias[..., ::2], gate_up_bias[..., 1::2],
             self.swiglu_limit, self.swiglu_alpha,
         )  # fmt: skip
-        return self.down_proj(hidden, routes) + down_bias
+        return self.down_proj(self._before_down(hidden), routes) + down_bias
 
     def of_groups(self, rows: mx.array, groups: Groups) -> mx.array:
         """`feed_forward` of routes that stand in groups. rows (N, hidden_size) -> each route's output (R, hidden_size)."""
@@ -188,8 +191,12 @@ class Experts(nn.Module):
             gate_up[..., ::2], gate_up[..., 1::2], gate_up_bias[..., ::2], gate_up_bias[..., 1::2],
             self.swiglu_limit, self.swiglu_alpha,
         )  # fmt: skip
-        outputs = self.down_proj.of_groups(hidden, groups) + down_bias
+        outputs = self.down_proj.of_groups(self._before_down(hidden), groups) + down_bias
         return outputs.reshape(-1, outputs.shape[-1])[groups.places]
+
+    def _before_down(self, hidden: mx.array) -> mx.array:
+        """The input of the last product, whose type the outputs have."""
+        return hidden.astype(mx.float32) if self.outputs_float32 else hidden
 
     def _biases(self, experts: mx.array) -> tuple[mx.array, mx.array]:
         """The biases of gate_up and down for each of `experts` (..., n): (..., n, rows), twice.

@@ -1,7 +1,8 @@
 """A model that several machines share: where their parts of a layer are added up. What adds them is handed in.
 
 Each machine runs the same walk of the layers over its own share, and the residual stream is the same on all of them. A sum
-is made in float32, whatever type the layers compute in, and rounded once.
+and the products in it are float32, whatever type the layers compute in, and what comes out is rounded once. MLX's products
+have the type of their inputs: a packed matrix is given its input in float32, and another one is kept so (parallel/shares.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mlx import nn
 
 from ..errors import UserError
 from .groups import make_groups
-from .moe import Experts, MoE, Routes, sort_routes, uses_tiles
+from .moe import Experts, MoE, QuantizedExpertLinear, Routes, sort_routes, uses_tiles, weighted_sum
 from .routing_ways import GROUPED, SORTED, UNSORTED
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class MachineGroup(Protocol):
 class SharedLinear(nn.Module):
     """A linear layer of whose columns, and of whose input, each machine has some: the products are added up.
 
-    base: the machine's own. Its bias, which is the whole layer's, is added after the sum, on every machine.
+    base: the machine's own, packed or in float32. Its bias, which is the whole layer's, is added after the sum, on every
+    machine.
     """
 
     def __init__(self, base: nn.Module, total: Total) -> None:
@@ -77,7 +79,7 @@ class SharedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., the machine's columns) -> (..., rows), the same on all machines."""
-        y = self._total(self["base"](x).astype(mx.float32))
+        y = self._total(self["base"](x.astype(mx.float32)))
         if "bias" in self:
             y = y + self["bias"].astype(mx.float32)
         return y.astype(x.dtype)
@@ -102,7 +104,10 @@ class SharedMoE(nn.Module):
 
     def __call__(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
         """As `MoE`'s, always float32."""
-        return self._total(self["own"](x, dtype).astype(mx.float32))
+        own: MoE = self["own"]
+        expert_indices, expert_weights = own.route(x)
+        outputs = own.experts(x.astype(dtype), expert_indices)
+        return self._total(weighted_sum(outputs, expert_weights, mx.float32).astype(mx.float32))
 
 
 class SharedExperts(nn.Module):
@@ -180,9 +185,11 @@ def share_tensors(model: Model, is_first: bool, total: Total) -> None:
     if model.spec.family == "gpt_oss":
         for block in cast("GptOss", model).layers:
             block.self_attn.o_proj = SharedLinear(block.self_attn.o_proj, total)
-            down = cast(Experts, block.mlp.experts).down_proj
+            experts = cast(Experts, block.mlp.experts)
             if not is_first:
-                down.bias = mx.zeros_like(down.bias)
+                experts.down_proj.bias = mx.zeros_like(experts.down_proj.bias)
+            # Matrices that are not packed would be cast anew in every step.
+            experts.outputs_float32 = isinstance(experts.down_proj, QuantizedExpertLinear)
             block.mlp = SharedMoE(block.mlp, total)
         return
     for layer in cast("OpenELM", model).layers:

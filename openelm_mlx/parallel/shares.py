@@ -16,16 +16,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
+
 from ..checkpoint.cuts import Cut, Range
 from ..checkpoint.layouts import Parameter
 from ..checkpoint.quantize import Quantization
 from ..errors import SettingError
 from ..files import shown
-from ..placement import Placement
+from ..placement import Decision, Placement
 from ..specs import LayerSpec, ModelSpec
 
 TENSOR, EXPERTS = "tensor", "experts"
 FORMS = (TENSOR, EXPERTS)
+
+# The matrices of attention and feed-forward whose columns are divided.
+_ADDED_UP = (".attn.out_proj.weight", ".self_attn.o_proj.weight", ".ffn.proj_2.weight")
 
 # Columns of a matrix that is not packed: multiples of this suit every kernel.
 UNPACKED_UNIT = 32
@@ -137,11 +142,20 @@ def shared_placement(placement: Placement, form: str, rank: int, size: int) -> P
         replace(
             each,
             parameter=parameters[each.parameter.name],
+            dtype=mx.float32 if form == TENSOR and _is_added_up(each, placement) else each.dtype,
             unpacked=math.prod(shapes[each.parameter.name]) if each.unpacked else each.unpacked,
         )
         for each in placement.decisions
     )
     return replace(placement, contents=replace(contents, spec=own, parameters=parameters), decisions=decisions)
+
+
+def _is_added_up(decision: Decision, placement: Placement) -> bool:
+    """Whether it is a matrix, not packed, whose products are added to the other machines': in half precision each of them
+    would be rounded before. (Experts that are not packed would take too much memory in float32.)
+    """
+    name = decision.parameter.name
+    return name.endswith(_ADDED_UP) and decision.dtype is not None and decision.module not in placement.packings
 
 
 def _cut(

@@ -146,9 +146,9 @@ def compare(source: str, alone: Model, several: Model, hops: float) -> Compared:
                     times[place].append(time.perf_counter() - began)
                     if place == 0:
                         tokens.append(mx.argmax(found[0][-1]))
-            for one, other in zip(*found, strict=True):
-                same &= mx.argmax(one).item() == mx.argmax(other).item()
-                largest = max(largest, cast(float, mx.max(mx.abs(one - other)).item()))
+            for here, there in zip(*found, strict=True):
+                same &= mx.argmax(here).item() == mx.argmax(there).item()
+                largest = max(largest, cast(float, mx.max(mx.abs(here - there)).item()))
             logits = [each[-1] for each in found]
     chain = several.remote
     assert isinstance(chain, Chain)

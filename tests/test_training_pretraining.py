@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import FIXTURES, TINY
 
 import openelm_mlx as om
 from openelm_mlx.commands import main
-from openelm_mlx.errors import ConfigError, DataError, SettingError
+from openelm_mlx.errors import ConfigError, DataError, SettingError, TokenizerError
 from openelm_mlx.specs import spec_from_config
 from openelm_mlx.training.loop import Ahead, Trainer
 from openelm_mlx.training.pretraining import TokenRows, TrainingConfig, new_model, train
@@ -138,7 +139,19 @@ def test_the_next_step_is_laid_out_while_this_one_is_computed():
 WRONG = [
     ({"stepz": 3}, ConfigError, "has 'stepz'"),
     ({"data": None}, ConfigError, "has no data"),
-    ({"data": "none.npz"}, DataError, "none.npz is no .npz file"),
+    ({"data": "none.npz"}, DataError, r"none.npz cannot be read \(No such file"),
+    ({"data": "run.yaml"}, DataError, "run.yaml is no .npz file"),
+    ({"data": "unlearned.npz"}, DataError, "unlearned.npz has nothing to learn"),
+    ({"validation": "unlearned.npz"}, DataError, "unlearned.npz has nothing to learn"),
+    ({"steps": "many"}, SettingError, "run.yaml: steps is 'many'"),
+    ({"seed": -1}, SettingError, "run.yaml: seed is -1"),
+    ({"learning_rate": float("inf")}, SettingError, "learning_rate is inf"),
+    ({"betas": 5}, SettingError, "betas is 5: give two numbers"),
+    ({"betas": [0.9, 1.0]}, SettingError, "betas is .*: give two numbers"),
+    ({"betas": [0.9, "x"]}, SettingError, "betas is .*: give two numbers"),
+    ({"checkpointing": "maybe"}, SettingError, "checkpointing is 'maybe': it must be"),
+    ({"chat_template": "mine"}, SettingError, "chat_template is 'mine': choose openelm"),
+    ({"tokenizer": "nowhere"}, TokenizerError, "nowhere"),
     ({"length": 100}, SettingError, "length is 100: it must be at most the model's context, 32"),
     ({"dtype": "float8"}, SettingError, "dtype is 'float8'"),
     ({"learning_rate": "high"}, SettingError, "learning_rate is 'high'"),
@@ -150,10 +163,43 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "error", "message"), WRONG, ids=[str(each[0])[:30] for each in WRONG])
 def test_what_a_file_can_get_wrong(config, tmp_path, wrong, error, message):
+    np.savez(tmp_path / "unlearned.npz", tokens=np.arange(9) + 3, learned=np.arange(9) < 1)
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | wrong))
     with pytest.raises(error, match=message):
         train(config, output=tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_settings_made_in_python_are_checked_too(config, tmp_path):
+    settings = replace(TrainingConfig.read(config), betas=(0.9,))
+    with pytest.raises(SettingError, match=r"^betas is"):
+        train(settings, output=tmp_path / "out")
+
+
+def test_numbers_as_people_write_them(config):
+    """YAML takes 3e-3 for a text, because it has no point."""
+    config.write_text(config.read_text() + "learning_rate: 3e-3\neps: 1e-6\n")
+    found = TrainingConfig.read(config)
+    assert (found.learning_rate, found.eps) == (0.003, 1e-6)
+
+
+@pytest.mark.parametrize("documents", ["packed", "stream"])
+def test_rows_without_anything_to_learn_are_left_out(config, tmp_path, documents):
+    """A step of such rows alone had no mean, hours into a run."""
+    learned = np.zeros(99, bool)
+    learned[[5, 40, 70]] = True
+    tokens, starts = np.arange(99) % 50, np.arange(0, 99, 9)
+    np.savez(tmp_path / "data.npz", tokens=tokens, starts=starts, learned=learned)
+    fields = yaml.safe_load(config.read_text()) | {"documents": documents, "rows": 1, "length": 9}
+    config.write_text(yaml.safe_dump(fields))
+    settings = TrainingConfig.read(config)
+    rows = TokenRows.read(settings.data, settings, spec_from_config(MODEL))
+
+    def learned_in(parts):
+        return sum(float(part.batch.weights.sum()) for part in parts)
+
+    assert [learned_in(rows.parts(step)) for step in range(6)] == [1.0] * 6
+    assert learned_in(rows.all_parts()) == 3.0
 
 
 def test_the_demo_s_file_is_the_demo(tmp_path):

@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from ..models import build_model
 from ..placement import DTYPES
 from ..platforms import keep_float32, use_device
 from ..specs import ModelSpec, openelm_config, spec_from_config
+from ..text.chat import TEMPLATES
 from ..text.tokenizer import load_tokenizer
 from ..text.tokenizer_files import TOKENIZER_FILES
 from .batches import NOT_LEARNED, Row, order_of, rows_of_step
@@ -39,6 +42,11 @@ from .steps import Gradients, Objective
 
 if TYPE_CHECKING:
     from ..models import Model
+
+
+_NUMBERS = (
+    "learning_rate", "final_learning_rate", "eps", "weight_decay", "max_grad_norm", "z_loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,16 @@ class TrainingConfig:
         for name in ("data", "tokenizer", "validation"):
             if value.get(name) is not None:
                 value[name] = str(place.parent / expanded(str(value[name]), ConfigError))
-        if "betas" in value:
-            value["betas"] = tuple(value["betas"]) if isinstance(value["betas"], list) else value["betas"]
+        if isinstance(value.get("betas"), list):
+            value["betas"] = tuple(value["betas"])
+        for name in _NUMBERS:  # in YAML, 3e-3 is a text
+            with suppress(KeyError, ValueError, TypeError):
+                value[name] = float(value[name]) if isinstance(value[name], str) else value[name]
         found = cls(**value)
-        found.check()
+        try:
+            found.check()
+        except SettingError as error:
+            raise SettingError(f"{place}: {error}") from error
         return found
 
     def check(self) -> None:
@@ -103,13 +117,24 @@ class TrainingConfig:
         for name in ("steps", "validate_every", "rows", "tokens_at_once"):
             whole_number(name, getattr(self, name), high=10**9)
         whole_number("length", self.length, low=2, high=10**6)
-        whole_number("warmup_steps", self.warmup_steps, low=0, high=10**9)
+        for name in ("warmup_steps", "seed"):
+            whole_number(name, getattr(self, name), low=0, high=10**9)
         for name in ("learning_rate", "eps", "max_grad_norm"):
-            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
+            if not (is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise SettingError(f"{name} is {shown(getattr(self, name))}: it must be a number above 0.")
         for name in ("final_learning_rate", "weight_decay", "z_loss"):
-            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) < 10):
-                raise SettingError(f"{name} is {shown(getattr(self, name))}: it must be a number from 0 on.")
+            value = getattr(self, name)
+            if not (is_number(value) and 0 <= value < 10):
+                raise SettingError(f"{name} is {shown(value)}: it must be a number from 0 to 10.")
+        betas = self.betas if isinstance(self.betas, tuple) and len(self.betas) == 2 else ("",)
+        if not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
+            raise SettingError(f"betas is {shown(self.betas)}: give two numbers from 0 to below 1, as [0.9, 0.95].")
+        if not isinstance(self.checkpointing, bool):
+            given = shown(self.checkpointing)
+            raise SettingError(f"checkpointing is {given}: it must be true or false.")
+        if self.chat_template is not None and self.chat_template not in TEMPLATES:
+            given = shown(self.chat_template)
+            raise SettingError(f"chat_template is {given}: choose {' or '.join(TEMPLATES)}.")
         if self.documents not in ("packed", "stream"):
             raise SettingError(f"documents is {shown(self.documents)}: choose packed or stream.")
         if self.dtype not in DTYPES:
@@ -139,6 +164,8 @@ def train(
     if not isinstance(config, TrainingConfig):
         check_kind("config", config, PATH)
         config = TrainingConfig.read(config)
+    else:
+        config.check()
     settings = config
     check_output(output)
     keep_float32()
@@ -150,6 +177,8 @@ def train(
         raise SettingError(
             f"length is {settings.length}: it must be at most the model's context, {spec.context_length:,}."
         )
+    if settings.tokenizer is not None:
+        load_tokenizer(Path(settings.tokenizer))  # it is copied at the end, and must be one
     data = TokenRows.read(settings.data, settings, spec)
     validation = TokenRows.read(settings.validation, settings, spec) if settings.validation else None
     what = {
@@ -198,12 +227,22 @@ class TokenRows:
         settings: TrainingConfig,
     ) -> None:
         self.tokens, self.starts, self.learned, self.settings = tokens, starts, learned, settings
-        # A document that is longer than a row loses its end.
-        self._sizes = np.minimum(np.diff([*starts, len(tokens)]), settings.length + 1)
+        if settings.documents == "stream":
+            starts = settings.length * np.arange(max(1, (len(tokens) - 1) // settings.length))
+            self._sizes = np.minimum(starts + settings.length + 1, len(tokens)) - starts
+        else:
+            # A document that is longer than a row loses its end.
+            self._sizes = np.minimum(np.diff([*starts, len(tokens)]), settings.length + 1)
+        self._starts = starts
+        # Where nothing is learned, nothing is computed. The first token is nobody's target.
+        before = np.cumsum([0, *(np.ones(len(tokens), bool) if learned is None else learned)])
+        targets = before[starts + self._sizes] - before[np.minimum(starts + 1, len(tokens))]
+        self._usable = np.flatnonzero((self._sizes > 1) & (targets > 0))
         self._packed: tuple[int, list[list[int]]] | None = None
         self._begins: dict[int, int] = {0: 0}  # epoch -> the number of its first row, as far as is known
         digest = hashlib.sha256(tokens.tobytes())
-        digest.update(starts.tobytes())
+        digest.update(self.starts.tobytes())
+        digest.update(b"" if learned is None else learned.tobytes())
         self.fingerprint = digest.hexdigest()
 
     @classmethod
@@ -220,32 +259,25 @@ class TokenRows:
                 f"{path} has token {int(tokens.max())}, and the model's are 0 to {spec.vocab_size - 1}: it was made for "
                 "another one."
             )
-        return cls(tokens.astype(np.int32), starts.astype(np.int64), learned, settings)
+        found = cls(tokens.astype(np.int32), starts.astype(np.int64), learned, settings)
+        if not len(found._usable):
+            raise DataError(f"{path} has nothing to learn: no row has a learned token after its first one.")
+        return found
 
     def parts(self, step: int) -> list[Part]:
         """See `StepData`."""
         if self.settings.documents == "stream":
-            chosen = rows_of_step(step, self.settings.rows, self._num_cuts, self.settings.seed)
-            return self._as_parts([self._cut(i) for i in chosen])
+            chosen = rows_of_step(step, self.settings.rows, len(self._usable), self.settings.seed)
+            return self._as_parts([self._document(i) for i in self._usable[chosen].tolist()])
         first = step * self.settings.rows
         return self._as_parts([row for i in range(self.settings.rows) for row in self._documents_of(first + i)])
 
     def all_parts(self) -> list[Part]:
         """Every token once, for validation."""
-        if self.settings.documents == "stream":
-            return self._as_parts([self._cut(i) for i in range(self._num_cuts)])
-        return self._as_parts([self._document(i) for i in np.flatnonzero(self._sizes > 1).tolist()])
+        return self._as_parts([self._document(i) for i in self._usable.tolist()])
 
     def _as_parts(self, rows: list[Row]) -> list[Part]:
         return parts_of(rows, max(self.settings.tokens_at_once, self.settings.length))
-
-    @property
-    def _num_cuts(self) -> int:
-        return max(1, (len(self.tokens) - 1) // self.settings.length)
-
-    def _cut(self, i: int) -> Row:
-        length = self.settings.length
-        return self._row(slice(i * length, min(len(self.tokens), (i + 1) * length + 1)))
 
     def _row(self, part: slice) -> Row:
         tokens = self.tokens[part]
@@ -253,7 +285,7 @@ class TokenRows:
         return Row.of(tokens, learned)
 
     def _document(self, i: int) -> Row:
-        start = int(self.starts[i])
+        start = int(self._starts[i])
         return self._row(slice(start, start + int(self._sizes[i])))
 
     def _documents_of(self, number: int) -> list[Row]:
@@ -270,19 +302,15 @@ class TokenRows:
     def _epoch(self, epoch: int) -> list[list[int]]:
         """An epoch's documents in rows that are as full as they come."""
         if self._packed is None or self._packed[0] != epoch:
-            order = order_of(len(self.starts), epoch, self.settings.seed)
+            order = self._usable[order_of(len(self._usable), epoch, self.settings.seed)]
             rows: list[list[int]] = []
             room = 0
             for i, size in zip(order.tolist(), (self._sizes[order] - 1).tolist(), strict=True):
-                if size < 1:
-                    continue
                 if size > room:
                     rows.append([])
                     room = self.settings.length
                 rows[-1].append(i)
                 room -= size
-            if not rows:
-                raise DataError("No document has two tokens: there is nothing to learn.")
             self._packed = epoch, rows
         return self._packed[1]
 
@@ -317,12 +345,18 @@ def _arrays(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
             tokens = found["tokens"]
             starts = found["starts"] if "starts" in found else np.zeros(1, np.int64)
             learned = found["learned"].astype(bool) if "learned" in found else None
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or error}): check that it is there and that you may read it."
+        ) from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} is no .npz file with an array `tokens` ({error}): give one, or a .jsonl file of texts."
         ) from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or (learned is not None and learned.shape != tokens.shape):
         raise DataError(f"{path}: tokens must be whole numbers in one row, and learned as many.")
+    if starts.ndim != 1 or starts.dtype.kind not in "iu":
+        raise DataError(f"{path}: starts must be whole numbers in one row.")
     if len(starts) == 0 or starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] > len(tokens):
         raise DataError(f"{path}: starts must begin with 0, not decrease, and end within the tokens.")
     return tokens, starts, learned

@@ -1,6 +1,7 @@
 """Handles as a server uses them: all that has come at once, one wait for several, progress, and scores of a prompt."""
 
 import asyncio
+from dataclasses import FrozenInstanceError, fields
 
 import mlx.core as mx
 import pytest
@@ -33,6 +34,16 @@ def test_what_is_taken_is_what_would_have_been_read(model):
         handles = engine.submit_several(prompt_of(9), 3, max_tokens=30)
         assert asyncio.run(read(handles)) == [expected] * 3
         assert all(handle.take() == [] for handle in handles)
+
+
+def test_a_chunk_of_a_sequence_is_one_like_any_other(model):
+    """It is made in a shorter way than a frozen class's own, and has every field."""
+    chunk = next(om.stream_generate(model, None, prompt_of(9), max_tokens=3))
+    assert chunk == Chunk("", chunk.token)
+    assert set(vars(chunk)) == {each.name for each in fields(Chunk)}
+    assert hash(chunk) == hash(Chunk("", chunk.token))
+    with pytest.raises(FrozenInstanceError):
+        chunk.text = "other"
 
 
 def test_waiting_ends_by_itself_and_no_wake_up_is_lost():

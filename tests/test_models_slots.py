@@ -1,6 +1,7 @@
 """Keys and values of many requests in one buffer a layer: against caches apart, and in how few operations."""
 
 from collections import Counter
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +11,7 @@ from primitive_counts import forms_of_a_gpu, primitives
 
 from openelm_mlx.decoding.pieces import ResidentPieces
 from openelm_mlx.models import marks
+from openelm_mlx.models import rows as rows_module
 from openelm_mlx.models.attention import attend, attend_by_products
 from openelm_mlx.models.rows import Rows, flat_logits, positions_of
 from openelm_mlx.models.slots import SlotBank
@@ -64,6 +66,58 @@ def test_a_prompt_beside_marked_slots_changes_nothing(model):
     alone = flat_logits(model, tokens, [], bank=bank)
     beside = flat_logits(model, mx.array([5, 6, 7, 8]), [Rows(caches[0], 2, True)], bank=other)
     assert max_difference(alone, np.array(beside[:2])) <= 1e-5
+
+
+@pytest.mark.parametrize("block", [3, 7, 100])
+def test_a_chunk_of_a_prompt_attends_by_products_in_blocks(model, block, monkeypatch):
+    """cuDNN, which a GPU would take else, builds a program for every length."""
+    heads, length, before = model.spec.layers[0].num_heads, 20, 5
+    tokens = mx.array(np.random.default_rng(5).integers(3, 250, (before + length,)))
+    found = []
+    for limit in (0, block * heads * (before + length)):
+        monkeypatch.setattr(model, "choices", replace(model.choices, prompt_products_to=limit))
+        calls = []
+
+        def counted(*arguments, calls=calls):
+            calls.append(arguments)
+            return attend_by_products(*arguments)
+
+        monkeypatch.setattr(rows_module, "attend_by_products", counted)
+        cache = model.make_cache()
+        flat_logits(model, tokens[:before], [Rows(cache, before, True)])
+        calls.clear()
+        found.append(flat_logits(model, tokens[before:], [Rows(cache, length, True)]))
+        seen_by = [each[0].shape[1] * each[0].shape[2] * (before + length) for each in calls]
+        assert all(scores <= limit for scores in seen_by)
+        # Of the last layer only the last token is wanted; OpenELM's layers differ in their heads.
+        by_products = [
+            each for each in model.spec.layers[:-1] if each.num_heads * length * (before + length) <= 8 * limit
+        ]
+        assert sum(each[0].shape[2] for each in calls) == length * len(by_products)
+        assert not limit or by_products
+    assert max_difference(found[0], np.array(found[1])) <= 1e-5
+
+
+def test_a_prompt_of_more_blocks_than_that_attends_as_ever(model, monkeypatch):
+    heads = model.spec.layers[0].num_heads
+    monkeypatch.setattr(model, "choices", replace(model.choices, prompt_products_to=heads * 20))
+    monkeypatch.setattr(rows_module, "attend_by_products", pytest.fail)
+    flat_logits(model, mx.arange(3, 23), [Rows(model.make_cache(), 20, True)])
+
+
+def test_who_joins_is_written_in_place_and_waited_for_once(model):
+    """What a pass still reads would be copied as a whole; and each wait is a way to the device and back."""
+    done = []
+    bank = SlotBank(
+        model.spec, evaluate=lambda arrays: (mx.eval(arrays), done.append("evaluated")), marks_keys=True,
+        settle=lambda: done.append("settled"),
+    )  # fmt: skip
+    for owner in range(2):
+        cache = model.make_cache()
+        mx.eval(model(mx.array([[5, 6, 7]]), cache))
+        done.clear()
+        bank.join(owner, cache)
+        assert done == ["settled", "evaluated"]
 
 
 def test_what_slots_are_given_is_what_caches_are_given(model):

@@ -56,14 +56,14 @@ class _CompiledRowsWalk(RowsWalk):
         self, model: Model, rows: Sequence[Rows], tokens: mx.array, pieces: ResidentPieces, bank: SlotBank | None
     ) -> None:
         super().__init__(model, rows, None, None, bank)
-        self._tokens, self._pieces = tokens, pieces
+        self._tokens = tokens
+        self._first, self._between = pieces.for_slots(self.spare)
 
     def enter(self, i: int) -> Projected:
-        first, between = self._pieces.for_slots(self.spare)
         positions = self.positions_of_heads(i) if self.spare else self.positions
         if i == 0:
-            return first(self._tokens, positions)
-        return between[i - 1](*self.state, positions)
+            return self._first(self._tokens, positions)
+        return self._between[i - 1](*self.state, positions)
 
     def leave(self, i: int, x: mx.array, out: mx.array) -> None:
         self.state = x, out

@@ -50,11 +50,10 @@ class Delivery:
             try:
                 if pending.is_finite is not None and not pending.is_finite.item():
                     raise not_finite()
-                key = id(pending.tokens)
-                if key not in on_host:
-                    on_host[key] = pending.tokens.tolist()
-                values = on_host[key]
-                token = cast(int, values if pending.tokens.ndim == 0 else values[pending.at])
+                values = on_host.get(id(pending.tokens))
+                if values is None:
+                    values = on_host[id(pending.tokens)] = pending.tokens.tolist()
+                token = values[pending.at] if isinstance(values, list) else cast(int, values)
                 scores = (None, None) if pending.choice is None else pending.choice.logprob_values()
             except RuntimeError as error:  # the device's
                 self._fail(list(self._scheduler.running()), error)

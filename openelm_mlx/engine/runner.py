@@ -440,7 +440,9 @@ class Runner:
 def slot_bank(model: Model) -> SlotBank:
     """Slots as the model's choices have them."""
     choices = model.choices
-    return SlotBank(model.spec, choices.spare_places, mx.eval, choices.products_from, choices.marks_keys)
+    return SlotBank(
+        model.spec, choices.spare_places, mx.eval, choices.products_from, choices.marks_keys, mx.synchronize
+    )
 
 
 def _arrays_of(request: ActiveRequest) -> list[mx.array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from ..text.conversation import Message
 from ..text.streams import FINAL, Piece, TextStream
@@ -46,6 +46,13 @@ class Chunk:
     stop: str | None = None
 
 
+def _chunk(**fields: Any) -> Chunk:
+    """A `Chunk` of all its fields. There is one for every token, and a frozen class's own way takes six times as long."""
+    made = object.__new__(Chunk)
+    made.__dict__.update(fields)
+    return made
+
+
 @final
 class Sequence:
     """A request that is being answered. A loop, for one request or for many, passes it one token after the other.
@@ -79,7 +86,7 @@ class Sequence:
         statistics = None
         if self.finish_reason is not None and self.clock is not None:
             statistics = self.clock.statistics(self.finish_reason, self._text.ended_in)
-        return Chunk(
+        return _chunk(
             text=piece.text,
             reasoning=piece.reasoning,
             preamble=piece.preamble,

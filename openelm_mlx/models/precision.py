@@ -32,8 +32,9 @@ class KernelChoices:
     slots: decoding requests keep their keys and values side by side, and their attention is one call (models/slots.py).
     marks_keys: keys in slots, of heads of 64 numbers, say themselves who sees them, in half as much memory again.
     products_from: attention over slots is two products and a softmax where there are so many scores, and wherever a mask is
-    needed; 0: never. prompt_products_to: a chunk of a prompt that goes beside others attends so, up to so many scores a
-    layer; 0: never. expert_ways: which way so many rows at once go through their experts (models/routing_ways.py).
+    needed; 0: never. prompt_products_to: a chunk of a prompt that goes beside others attends so, in up to eight blocks of
+    so many scores a layer; 0: never. expert_ways: which way so many rows at once go through their experts
+    (models/routing_ways.py).
     """
 
     rows_in_a_tile: int = 1

@@ -21,6 +21,9 @@ from .cache import Cache, seen_by_last
 from .quantized_cache import QuantizedKVCache
 from .slots import SlotBank
 
+# A chunk of a prompt attends by products in so many blocks at most (`KernelChoices.prompt_products_to` is for one).
+MOST_BLOCKS = 8
+
 
 @dataclass
 class Rows:
@@ -90,6 +93,8 @@ class RowsWalk(WalkInParts):
         self._num_slots = 0 if bank is None else len(bank)
         self._masks_of: list[dict[tuple[int | None, bool], Mask]] = [{} for _ in rows]
         self._products_to = model.choices.prompt_products_to
+        # How many numbers queries have behind their own: where all rows are in slots whose keys have marks.
+        self.spare = 0 if bank is None or rows else bank.spare_dims
         self._positions_of_heads: dict[tuple[int, int], mx.array] = {}
 
     def logits(self) -> mx.array | None:
@@ -136,11 +141,6 @@ class RowsWalk(WalkInParts):
         adapters = self._model.adapters
         with adapters.using(adapters.selection.taking(taken)):
             return self._model.head(h)
-
-    @property
-    def spare(self) -> int:
-        """How many numbers queries and keys have behind their own: where all rows are in slots whose keys have marks."""
-        return 0 if self._bank is None or self._rows else self._bank.spare_dims
 
     def positions_of_heads(self, i: int) -> mx.array:
         """The positions that `Block.before_slots` of layer `i` is given."""
@@ -200,15 +200,27 @@ class RowsWalk(WalkInParts):
         queries, keys, values = (each.swapaxes(0, 2) for each in (queries, keys, values))
         if uses_products:
             seen = cast("tuple[mx.array, mx.array]", cache.update_and_fetch(keys, values))
-            out = attend_by_products(queries, *seen, cast(mx.array, mask), attention.scale, attention.sinks)
-            return out.swapaxes(0, 2)
+            return self._by_products(i, queries, *seen, cast(mx.array, mask)).swapaxes(0, 2)
         return attention.attend(queries, keys, values, mask, cache).swapaxes(0, 2)
 
     def _uses_products(self, rows: Rows, i: int) -> bool:
         """Whether layer `i` attends to a chunk of a prompt by products: see `KernelChoices.prompt_products_to`."""
         num_scores = self._specs[i].num_heads * rows.length * (rows.cache[i].offset + rows.length)
         is_plain = not isinstance(rows.cache[i], QuantizedKVCache)
-        return rows.is_prompt and rows.length > 1 and num_scores <= self._products_to and is_plain
+        return rows.is_prompt and rows.length > 1 and num_scores <= MOST_BLOCKS * self._products_to and is_plain
+
+    def _by_products(self, i: int, queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
+        """The attention of a chunk of a prompt, queries (1, H, L, D); mask (L, T). A block of them at a time."""
+        attention, (_, heads, length, _), num_keys = self.layers[i].attention, queries.shape, keys.shape[2]
+        block = max(1, self._products_to // (heads * num_keys))
+        outs = []
+        for start in range(0, length, block):
+            stop = min(start + block, length)
+            # Without a window, nobody in the block sees what comes after its last token.
+            end = num_keys - (length - stop) if self._specs[i].window is None else num_keys
+            some = queries[:, :, start:stop], keys[:, :, :end], values[:, :, :end], mask[start:stop, :end]
+            outs.append(attend_by_products(*some, attention.scale, attention.sinks))
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
 
     def _end_of_prompt(
         self, i: int, rows: Rows, queries: mx.array, keys: mx.array, values: mx.array

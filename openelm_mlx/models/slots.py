@@ -41,9 +41,9 @@ class SlotBank:
     """See the module. owners: who has which slot, None where nobody has. lengths: tokens of each.
 
     products_from, marks_keys: see `KernelChoices`. spare_dims: numbers behind a key's own where keys have marks
-    (models/marks.py), else 0. evaluate: given what has been moved, one layer after the other, so that
-    only one is there twice (`mx.eval`). A step is `begin`, `attend` for every layer, and `end`; without its end it has not
-    been.
+    (models/marks.py), else 0. evaluate: given what has been moved, one layer after the other, so that only one is there
+    twice (`mx.eval`). settle: waits until nothing is being computed (`mx.synchronize`): what a pass still reads would not be
+    written in place, but copied. A step is `begin`, `attend` for every layer, and `end`; without its end it has not been.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class SlotBank:
         evaluate: Callable[[Any], None] = lambda arrays: None,
         products_from: int = 0,
         marks_keys: bool = False,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._products_from = products_from
         sizes = {each.head_dim for each in spec.layers}
@@ -60,7 +61,7 @@ class SlotBank:
         self._tails: dict[tuple[int, ...], mx.array] = {}
         self.owners: list[Hashable | None] = []
         self.lengths: list[int] = []
-        self._spec, self._spare, self._evaluate = spec, spare_places, evaluate
+        self._spec, self._spare, self._evaluate, self._settle = spec, spare_places, evaluate, settle
         # Of each layer keys and values in one, (2, S, K, T, D): both are written by one operation.
         self._buffers: list[mx.array | None] = [None] * len(spec.layers)
         self._places = 0  # columns of the layers that keep everything
@@ -106,6 +107,7 @@ class SlotBank:
         length = cache[0].offset
         slot = self._free_slot()
         self._make_places(length + 1)
+        self._settle()
         self._go_round(length)
         for i, layer in enumerate(cache):
             keys, values = cast("KVCache | SlidingKVCache", layer).in_order()
@@ -118,8 +120,8 @@ class SlotBank:
                 self._write_before(i, buffer, part, slot, new)
             if self.spare_dims:
                 self._mark(i, buffer, slot, keys.shape[2])
-            self._evaluate(buffer)
             layer.clear()
+        self._evaluate(self._buffers)  # all in one: each has been written in place
         self.owners[slot], self.lengths[slot] = owner, length
         return slot
 

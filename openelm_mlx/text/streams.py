@@ -78,6 +78,9 @@ class TextStream(Protocol):
         """Return the text that was held back. `end`: the token that ended the completion, if one did."""
 
 
+_NOTHING = Piece()
+
+
 @final
 class SilentStream:
     """The stream of a model without a tokenizer: no text."""
@@ -90,10 +93,10 @@ class SilentStream:
         return []
 
     def add(self, token: int) -> Piece:
-        return Piece()
+        return _NOTHING
 
     def finish(self, end: int | None = None) -> Piece:
-        return Piece()
+        return _NOTHING
 
 
 @final

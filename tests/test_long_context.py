@@ -186,7 +186,7 @@ def test_131072_tokens(tmp_path):
 
 def test_every_pair_of_a_shorter_context(tmp_path):
     folder, config = make(tmp_path / "m", "sfs", 2)
-    check(folder, config, 6_144, 128, 20, [300, 6_000])
+    check(folder, config, 4_096, 128, 20, [300, 4_000])
 
 
 @pytest.mark.skipif(not os.environ.get("OPENELM_MLX_LONG"), reason="takes minutes: set OPENELM_MLX_LONG=1")

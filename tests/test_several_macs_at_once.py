@@ -100,6 +100,7 @@ def test_progress_is_of_all_machines(two_workers):
 
 def test_selfcheck_of_several_machines(two_workers, capsys, monkeypatch):
     monkeypatch.setattr("openelm_mlx.bench.several.HOPS", 20)
+    monkeypatch.setattr("openelm_mlx.bench.several.PROMPTS", (7, 140))  # within the window, and beyond
     monkeypatch.setattr("openelm_mlx.bench.several.ROUNDS", 1)
     addresses = ",".join(each.address for each in two_workers)
     assert main(["selfcheck", "--workers", addresses]) == 0
@@ -119,6 +120,7 @@ def test_selfcheck_sees_another_model(two_workers, monkeypatch):
     monkeypatch.setattr("openelm_mlx.link.chain.unpacked", lambda header, body: unpacked(header, body) * 1.001)
     monkeypatch.setattr("openelm_mlx.bench.several.ROUNDS", 1)
     monkeypatch.setattr("openelm_mlx.bench.several.HOPS", 5)
+    monkeypatch.setattr("openelm_mlx.bench.several.PROMPTS", (7, 20))
     _, [found] = check_workers(addresses, None, 60, lambda line: None, ["demo-openelm"])
     assert found.difference > 0
     assert not found.is_equal

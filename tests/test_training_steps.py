@@ -131,8 +131,8 @@ def test_attention_of_a_few_queries_at_a_time_changes_nothing(family, monkeypatc
 def test_attention_of_a_few_queries_at_a_time_takes_less_memory(monkeypatch):
     model = load_fixture(FIXTURES / "openelm_tiny")
     model.train()
-    batch, peaks = make_batch(some_rows(model.spec.vocab_size, [500, 500])), []
-    for at_once in (512, 128):
+    batch, peaks = make_batch(some_rows(model.spec.vocab_size, [320, 320])), []
+    for at_once in (512, 64):
         monkeypatch.setattr(forward, "QUERIES_AT_ONCE", at_once)
         gradients = Gradients(model, Objective(at_once=16), checkpointing=True)
         mx.clear_cache()

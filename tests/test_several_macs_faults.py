@@ -415,6 +415,7 @@ def test_options_that_do_not_go_together(options, message):
 def test_layers_that_do_not_add_up_and_too_little_memory(worker):
     with pytest.raises(SettingError, match="layers is 3,4, together 7, and the model has 8 layers"):
         load(worker, layers=(3, 4))
+    worker.said("waits for the next one (it has left)")  # and not that its first machine is gone
     with pytest.raises(SettingError, match="layers has 3 numbers for 2 machines"):
         load(worker, layers=(3, 4, 1))
     with pytest.raises(SettingError, match="at least one layer"):
@@ -477,6 +478,7 @@ def test_the_nearest_of_a_worker_s_addresses_is_taken(tmp_path, monkeypatch, nea
     monkeypatch.setattr("openelm_mlx.link.team.is_loopback", lambda host: False)
     monkeypatch.setattr("openelm_mlx.link.team.latency_of", latency)
     with workers(1, "--secret-file", str(secret), "--host", "127.0.0.1") as [worker]:
+        assert "to this machine alone (--host 127.0.0.1)" in worker.lines[0]
         model, tokenizer = load(worker, secret_file=secret)
         assert answer(model, tokenizer)
         assert len([line for line in worker.lines if "is connected" in line]) == expected

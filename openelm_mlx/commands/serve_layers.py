@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
     if not 0 <= args.port < 65536:
         raise SettingError(f"--port is {args.port}: give one from 1 to 65535, or 0 for any that is free.")
+    from ..link.addresses import is_loopback
     from ..link.secret import read_secret
     from ..memory.machine import allow_open_files
     from ..memory.sizes import parse_memory
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
     given = None if args.model is None else Source.open(args.model)
     server = Server(Parts(given, parse_memory(args.memory_limit)), args.host, args.port, secret, tell)
     what = "the demos and what is in the Hugging Face cache" if given is None else given.name
-    where = "this machine alone (no --secret-file)" if secret is None else "every machine that has the secret"
+    where = "every machine that has the secret"
+    if secret is None or (args.host is not None and is_loopback(args.host)):
+        where = f"this machine alone ({'no --secret-file' if secret is None else f'--host {args.host}'})"
     tell(f"Serving layers of {what} on port {server.port}, to {where}. Ctrl-C ends it.")
     server.serve()
     return 0

@@ -75,6 +75,9 @@ class Team:
         if self.chain is not None:
             self.chain.close()
         for each in self.members:
+            if each.peer.connection is not None:
+                with suppress(LostConnectionError):
+                    each.peer.connection.send({"op": "leave"})
             each.peer.forget(WorkerError("The workers were given up."))
 
     def form(self, specs: Sequence[ModelSpec], wanted: Sequence[dict[str, Any]]) -> Chain:

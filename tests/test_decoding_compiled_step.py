@@ -207,9 +207,9 @@ def test_the_cpu_keeps_the_plain_step(models, monkeypatch):
 def test_the_demos_say_the_same(source, monkeypatch):
     model, tokenizer = om.load(source)
     question = "What is a piano?"
-    expected = [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=60)]
+    expected = [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=36)]
     monkeypatch.setattr("openelm_mlx.engine.single.make_step", lambda m, c: CompiledStep(m, c, compile=False))
-    assert [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=60)] == expected
+    assert [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=36)] == expected
 
 
 @pytest.mark.parametrize("length", [2, 5, 9])

@@ -149,7 +149,7 @@ def test_rounds_and_steps_of_the_traced_graph_in_turns(models, family):
     model = models[family]
     for length in (5, WINDOW - 1, WINDOW + 1, 40):
         prompt = prompt_of(length, length)
-        answer = plain(model, prompt, 28)
+        answer = plain(model, prompt, 20)
         for pattern in ("all wrong", "now and then"):
             make_step = functools.partial(CompiledStep, compile=False)
             assert guessed(model, prompt, answer, PATTERNS[pattern], Mixed(), make_step)[0] == answer

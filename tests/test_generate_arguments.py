@@ -116,7 +116,8 @@ def test_without_a_number_the_memory_is_the_limit(gpt_oss):
     model, tokenizer = gpt_oss
     room = model.spec.kv_cache_bytes(8192, itemsize=4)
     try:
-        runtime_of(model).plan = dataclasses.replace(plan(budget=mx.get_active_memory() + room), scratch_bytes=0)
+        made = plan(budget=mx.get_active_memory() + room)
+        runtime_of(model).plan = dataclasses.replace(made, scratch_bytes=0, prefill_chunk=64)
         *_, last = om.stream_generate(model, tokenizer, "What is a piano?", prefix_cache=om.PrefixCache())
         used = last.statistics
         assert last.finish_reason == "stop"

@@ -30,7 +30,7 @@ def chats(repeated: int) -> list[dict]:
 @pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])
 def test_a_plan_is_near_the_peak_of_its_run(source, checkpointing, tmp_path):
     prepared = prepare_finetuning(
-        source, data=chats(3), output=tmp_path / "out", steps=1, batch_size=3, checkpointing=checkpointing
+        source, data=chats(2), output=tmp_path / "out", steps=1, batch_size=3, checkpointing=checkpointing
     )
     gc.collect()
     mx.clear_cache()

@@ -59,7 +59,7 @@ def test_a_plans_cache_limit_holds_while_it_runs(tmp_path, monkeypatch):
     watched, held = Watched(), []
     before = watched.cache
     monkeypatch.setattr(limits, "_process_limits", limits.ProcessLimits(watched, {"memory_size": 16 * 2**30}))
-    prepared = prepare_finetuning("demo-openelm", data=chats(1), output=tmp_path / "out", steps=2)
+    prepared = prepare_finetuning("demo-openelm", data=chats(1), output=tmp_path / "out", steps=2, batch_size=1)
     prepared.plan = replace(prepared.plan, cache_limit_bytes=2**20)
     prepared.run(lambda _: held.append(watched.cache))
     assert held == [2**20, 2**20]

@@ -4,13 +4,14 @@ import importlib.util
 import json
 import sys
 
+import mlx.core as mx
 import pytest
 
 pytest.importorskip("mlx_lm", reason="its evaluator is the other side")
 
 from benchmarks.evaluation import main
 from benchmarks.measurements import evaluation
-from benchmarks.measurements.evaluation import Rates, measure, questions
+from benchmarks.measurements.evaluation import Rates, measure, models, questions
 
 
 @pytest.fixture
@@ -33,6 +34,13 @@ def test_both_sides_answer_alike_without_the_harness_installed():
     assert found.answered == (2,)
     assert [each.split(": ")[1].split()[0] for each in notes[1:]] == ["ours", "mlx-lm"]  # before all is done
     del sys.modules["mlx_lm.evaluate"]  # made of what stood in
+
+
+def test_both_sides_of_gpt_oss_have_the_same_weights():
+    """One token: of more the angles differ, since mlx-lm rounds YaRN's bounds."""
+    ours, theirs, _ = models("demo-gpt-oss")
+    tokens = mx.array([[700]])
+    assert mx.allclose(ours(tokens), theirs(tokens), rtol=0, atol=1e-3)
 
 
 def test_their_side_ends_when_its_time_is_over(monkeypatch):

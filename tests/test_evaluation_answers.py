@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+from datetime import date
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -394,6 +395,34 @@ def test_progress_tells_how_long_the_rest_will_take(monkeypatch, capsys):
         assert capsys.readouterr().err == "sums: 10 of 50, about 4 minutes more\n"
     with evaluate_command.progress_of(quiet=True) as progress:
         assert progress is None
+
+
+def test_a_run_goes_on_with_the_date_that_gpt_oss_was_told_when_it_was_begun(gpt_oss, tmp_path):
+    _, tokenizer = gpt_oss
+    store = Store(tmp_path / "partial", {})
+    assert store.date == f"{date.today():%Y-%m-%d}"
+    store.date = "2026-01-02"
+    store.put({"key": 1})
+    store.close()
+    store = Store(tmp_path / "partial", {})
+    assert store.date == "2026-01-02"
+    question = [{"role": "user", "content": "What is 2 plus 3?"}]
+    options = {"reasoning_effort": "low", "max_tokens": 40}
+    prompt = answers_module.as_begun(*gpt_oss, question, options, store.date)
+    text = b"".join(map(tokenizer.token_bytes, prompt)).decode()
+    assert "Current date: 2026-01-02" in text
+    assert "Reasoning: low" in text
+    [answer] = answers(*gpt_oss, [question], [options], store, ["other"])
+    assert answer.has_final
+    assert answer.text.strip().endswith("5")
+    today = f"{date.today():%Y-%m-%d}"
+    assert answers_module.as_begun(*gpt_oss, question, options, today) is question
+    # The text of a harness's chat names its answers, so it has to be the same as well.
+    pytest.importorskip("lm_eval")
+    from openelm_mlx.evaluation.harness import HarnessModel
+
+    lm = HarnessModel(model=gpt_oss[0], tokenizer=tokenizer, store=store)
+    assert "Current date: 2026-01-02" in lm.apply_chat_template(question)
 
 
 def test_equal_requests_are_kept_apart():

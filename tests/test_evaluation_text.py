@@ -16,6 +16,7 @@ from openelm_mlx.commands import build_parser, main
 from openelm_mlx.commands.evaluate import settings_of
 from openelm_mlx.commands.evaluation_options import loading_options
 from openelm_mlx.errors import PromptError, SettingError, TokenizerError
+from openelm_mlx.evaluation import comparison
 from openelm_mlx.evaluation.borders import Borders, windows
 from openelm_mlx.evaluation.comparison import _fit_together
 from openelm_mlx.evaluation.scorer import Scorer
@@ -298,6 +299,19 @@ def test_gpt_oss_is_compared_on_rendered_chats():
     assert found.kl.value == 0
     assert found.num_tokens > len(tokenizer.encode("What is a dog?"))
     assert om.compare(gpt_oss, gpt_oss, chat).num_tokens == found.num_tokens
+
+
+def test_compared_chats_are_the_same_on_any_day(monkeypatch):
+    model, tokenizer = om.load("demo-gpt-oss")
+    asked = []
+    encode = comparison.encode_prompt
+    monkeypatch.setattr(
+        comparison, "encode_prompt", lambda *a, **k: asked.append(encode(*a, **k).tokens) or encode(*a, **k)
+    )
+    monkeypatch.setattr("openelm_mlx.engine.prompt.date", None)  # no look at the calendar
+    om.compare(model, model, [[{"role": "user", "content": "Hi"}]])
+    text = b"".join(map(tokenizer.token_bytes, asked[0])).decode()
+    assert f"Current date: {comparison.CHAT_DATE}" in text
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import random
 import sys
@@ -16,7 +17,11 @@ from statistics import median
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from openelm_mlx.bench.random_pair import random_pair, shape_config
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from openelm_mlx.bench.random_pair import mlx_lm_model, random_pair, shape_config
+from openelm_mlx.checkpoint.quantize import Quantization
 from openelm_mlx.conversion import convert
 from openelm_mlx.errors import SettingError
 from openelm_mlx.evaluation.requests import TokenRequest
@@ -144,14 +149,17 @@ def models(name: str, num_layers: int | None = None) -> tuple[Any, Any, int]:
         config = shape_config(name, num_layers)
         ours, theirs = random_pair(config)
         return ours, theirs, ours.spec.usable_vocab_size
-    from mlx_lm.utils import load_model
-
     # The demos are stored in 8 bits, which one side could compute with and the other not.
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "float32")
         convert(name, place, dtype="float32")
         ours, tokenizer = load(place)
-        theirs, _ = load_model(place)
+        config = json.loads((place / "config.json").read_text())
+    # Rows that mlx-lm's products read as they read those of its own files.
+    weights = {key: mx.contiguous(array) for key, array in tree_flatten(ours.parameters())}
+    # gpt-oss's experts stay as they were released.
+    packed = {key.removesuffix(".scales"): Quantization(4, 32, "mxfp4") for key in weights if key.endswith(".scales")}
+    theirs = mlx_lm_model(config, ours.spec, weights, packed, keeps=False, float32_as=mx.float32)
     assert tokenizer is not None
     return ours, theirs, tokenizer.vocab_size
 

@@ -61,7 +61,7 @@ def random_pair(
     for name, array in tree_flatten(model.parameters()):
         weights[name] = _random_like(name, array, spec.keeps_float32(name))
         mx.eval(weights[name])  # one at a time: drawing needs twice its size
-    other = _mlx_lm_model(config, spec, weights, packings, ours) if theirs else None
+    other = mlx_lm_model(config, spec, weights, packings, ours) if theirs else None
     if not ours:
         return model, other
     # Not strict: padded rows are not in the empty model's shapes.
@@ -103,14 +103,18 @@ def _random_like(name: str, array: mx.array, is_float32: bool) -> mx.array:
     return (mx.random.normal(array.shape, mx.bfloat16) * scale).astype(dtype)
 
 
-def _mlx_lm_model(
+def mlx_lm_model(
     config: Mapping[str, Any],
     spec: Any,
     weights: dict[str, mx.array],
     packings: Mapping[str, Quantization],
     keeps: bool,
+    float32_as: mx.Dtype = mx.bfloat16,
 ) -> Any:
-    """mlx-lm's model with these weights; unless `keeps`, they are removed from the dictionary one by one."""
+    """mlx-lm's model with these weights; unless `keeps`, they are removed from the dictionary one by one.
+
+    float32_as: the type that mlx-lm's model has where ours has float32.
+    """
     try:
         from mlx_lm.utils import _get_classes
     except ImportError as error:
@@ -122,7 +126,7 @@ def _mlx_lm_model(
     for our_name in list(weights):
         array = weights[our_name] if keeps else weights.pop(our_name)
         for name, part in _their_parts(our_name, array, spec):
-            theirs[name] = part.astype(mx.bfloat16) if part.dtype == mx.float32 else part
+            theirs[name] = part.astype(float32_as) if part.dtype == mx.float32 else part
             mx.eval(theirs[name])
         del array
     nn.quantize(model, class_predicate=lambda path, _: _their_packing(path, packings, theirs))

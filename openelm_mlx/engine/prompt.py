@@ -49,11 +49,12 @@ def encode_prompt(
     reasoning_effort: str | None = None,
     answer: AnswerFormat | None = None,
     calling: Calling | None = None,
+    current_date: str | None = None,
 ) -> EncodedPrompt:
     """The tokens of a prompt in any of its forms. Token ids are taken as they are, already through the template.
 
     answer: the format of the answer. gpt-oss is told a JSON Schema in its prompt, as it was trained.
-    calling: the functions that gpt-oss may call.
+    calling: the functions that gpt-oss may call. current_date: in gpt-oss's system message, YYYY-MM-DD; today if None.
 
     Raises PromptError when the prompt is empty or has ids that the model lacks, TokenizerError when text needs a tokenizer.
     """
@@ -93,7 +94,7 @@ def encode_prompt(
     may_think = reasoning_effort != NO_REASONING
     effort = (reasoning_effort or "medium") if may_think else "low"
     system = SystemContent(
-        current_date=f"{date.today():%Y-%m-%d}",
+        current_date=current_date or f"{date.today():%Y-%m-%d}",
         reasoning_effort=effort,
         tools=() if calling is None else calling.built_in,
     )

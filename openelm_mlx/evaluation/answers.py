@@ -6,13 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from ..decoding.sampling import SamplingParams
 from ..engine.handle import Handle
 from ..engine.many import Engine
-from ..engine.prompt import Prompt
+from ..engine.prompt import Prompt, encode_prompt
 from ..errors import MemoryLimitError, PromptError
+from ..text.chat import HARMONY
 from ..text.tokenizer import Tokenizer
 from .requests import OnDone
 from .store import Store
@@ -66,7 +68,8 @@ def answers(
         waiting: dict[int, Handle] = {}
         for i in missing:
             with _numbered(i, len(prompts)):
-                waiting[i] = engine.submit(prompts[i], **options[i])
+                prompt = as_begun(model, tokenizer, prompts[i], options[i], store.date)
+                waiting[i] = engine.submit(prompt, **options[i])
         while waiting:
             done = [i for i, handle in waiting.items() if handle.is_done]
             if not done:
@@ -79,6 +82,15 @@ def answers(
             if on_done is not None:
                 on_done(len(done))
     return [found[i] for i in range(len(prompts))]
+
+
+def as_begun(model: Model, tokenizer: Tokenizer | None, prompt: Prompt, options: Mapping[str, Any], day: str) -> Prompt:
+    """The prompt, with the date in gpt-oss's system message on which the run was begun, as tokens where it was another."""
+    is_harmony = tokenizer is not None and tokenizer.chat_template == HARMONY and not options.get("raw")
+    if not is_harmony or day == f"{date.today():%Y-%m-%d}":
+        return prompt
+    effort = options.get("reasoning_effort")
+    return encode_prompt(model, tokenizer, prompt, reasoning_effort=effort, current_date=day).tokens
 
 
 def _answer(handle: Handle) -> Answer:

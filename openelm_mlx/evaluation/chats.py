@@ -24,15 +24,19 @@ def chat_tokens(
     begun: str | None = None,
     is_scored: bool = False,
     effort: str | None = None,
+    day: str | None = None,
 ) -> list[int]:
     """A chat up to the assistant's next message. begun: the beginning of that message, on gpt-oss's final channel.
 
     is_scored: what comes next is a choice, which stands where gpt-oss's answer would: on its final channel, without
-    analysis. Raises PromptError for a model without a chat template.
+    analysis. day: the date that gpt-oss is told, YYYY-MM-DD; today if None.
+
+    Raises PromptError for a model without a chat template.
     """
     if tokenizer.chat_template == HARMONY:
         if begun is None and not is_scored:
-            return encode_prompt(model, tokenizer, list(messages), reasoning_effort=effort).tokens
+            encoded = encode_prompt(model, tokenizer, list(messages), reasoning_effort=effort, current_date=day)
+            return encoded.tokens
         system = SystemContent(reasoning_effort=effort or "medium")
         return HarmonyFormat(tokenizer).render_for_completion(
             conversation(messages, system=system), channel="final", text=begun or ""

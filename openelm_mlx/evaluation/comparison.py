@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 # How many arrays of logits the comparison of two has in memory at most.
 _COPIES = 8
+# In gpt-oss's system message of compared chats, so that a comparison is the same on any day: that of its release.
+CHAT_DATE = "2025-08-05"
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _tokens(borders: Borders, model: Model, tokenizer: Tokenizer, document: Docu
     """The tokens that are predicted, without the BOS that a window begins with."""
     if isinstance(document, str):
         return borders.encode(document, add_bos=False)
-    tokens = encode_prompt(model, tokenizer, cast(Any, document)).tokens
+    tokens = encode_prompt(model, tokenizer, cast(Any, document), current_date=CHAT_DATE).tokens
     return tokens[1:] if tokens[:1] == [borders.prefix_token] else tokens
 
 

@@ -191,7 +191,8 @@ class HarnessModel(LM):
         messages, begun = chat, None
         if chat[-1]["role"] == _PREFIX:
             messages, begun = chat[:-2], str(chat[-2]["content"])
-        return chat_tokens(self.model, self._tokenizer, messages, begun, is_scored, self.reasoning_effort)
+        effort, day = self.reasoning_effort, self.store.date
+        return chat_tokens(self.model, self._tokenizer, messages, begun, is_scored, effort, day)
 
 
 def _with_markup(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:

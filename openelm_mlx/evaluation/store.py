@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,10 +22,12 @@ class Store:
 
     path: made when the first answer comes. identity: what has to be the same for the answers to be of use: the model, the
     tasks, the settings. Raises DestinationError for a file that holds something else, which stays as it is.
+    date: when the run was begun, YYYY-MM-DD, which gpt-oss is told.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
         self.path, self.identity = path, dict(identity)
+        self.date = f"{date.today():%Y-%m-%d}"
         self._answers: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
         self._length = 0
@@ -71,7 +74,7 @@ class Store:
             self._file = open(self.path, "ab")  # noqa: SIM115  (for as long as the run takes)
             if is_new or not self._length:
                 self._file.truncate(0)
-                header = {"format": FORMAT, "identity": self.identity}
+                header = {"format": FORMAT, "identity": self.identity, "date": self.date}
                 self._file.write(json.dumps(header, sort_keys=True).encode() + b"\n")
             else:
                 os.truncate(self.path, self._length)
@@ -101,6 +104,7 @@ class Store:
                 f"{str(path)!r} belongs to a run with other settings ({name} was {shown(found.get(name))} and is "
                 f"{shown(self.identity.get(name))}): name another output, or remove it to begin anew."
             )
+        self.date = str(header.get("date", self.date))
         self._length = len(lines[0])
         for line in lines[1:]:
             try:

@@ -10,7 +10,7 @@ from test_memory_limits import plan
 
 from openelm_mlx.checks import size
 from openelm_mlx.decoding import budget as budget_module
-from openelm_mlx.decoding.budget import Budget, keeping_to_plan
+from openelm_mlx.decoding.budget import Budget, chunk_of_plan, keeping_to_plan
 from openelm_mlx.decoding.gpu_errors import is_out_of_memory, is_watchdog
 from openelm_mlx.decoding.prefill import prefill
 from openelm_mlx.decoding.sampling import SamplingParams
@@ -48,6 +48,15 @@ PROMPT = [(7 * i) % 599 + 1 for i in range(600)]
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("is_cuda", "on_cpu", "chunk"), [(True, False, 2048), (True, True, 512), (False, False, 512)])
+def test_a_chunk_without_a_plan_is_long_where_a_pass_costs_much_by_itself(model, monkeypatch, is_cuda, on_cpu, chunk):
+    monkeypatch.setattr(budget_module.mx.cuda, "is_available", lambda: is_cuda)
+    monkeypatch.setattr(budget_module, "runs_on_cpu", lambda: on_cpu)
+    assert chunk_of_plan(model) == chunk
+    runtime_of(model).plan = plan_with(model, 10**9, chunk=64)
+    assert chunk_of_plan(model) == 64
 
 
 @pytest.mark.parametrize("num_tokens", [1, 256, 257, 2049, 4096])

@@ -17,8 +17,9 @@ from ..errors import MemoryLimitError
 from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, what_fits
 from ..memory.cache_bytes import Growth, growth_of, most_that
 from ..memory.limits import LimitsLease, generating
-from ..memory.plan import DEFAULT_CHUNK
+from ..memory.plan import CHUNKS, DEFAULT_CHUNK
 from ..models.cache import Cache
+from ..models.precision import runs_on_cpu
 from ..runtime import runtime_of
 from .gpu_errors import empty_stream, is_out_of_memory
 
@@ -232,7 +233,10 @@ def room_in_memory(
 def chunk_of_plan(model: Model) -> int:
     """The default number of prompt tokens that are computed at once."""
     plan = runtime_of(model).plan
-    return DEFAULT_CHUNK if plan is None else plan.prefill_chunk
+    if plan is not None:
+        return plan.prefill_chunk
+    # On CUDA dispatching a pass takes as long as computing thousands of tokens (docs/LOG.md).
+    return CHUNKS[0] if mx.cuda.is_available() and not runs_on_cpu() else DEFAULT_CHUNK
 
 
 def drop(cache: Cache) -> None:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Protocol, final
 import mlx.core as mx
 
 from ..checks import size
+from ..decoding.budget import chunk_of_plan
 from ..decoding.prefix_cache import MAX_CHECKPOINTS, PrefixCache
 from ..errors import MemoryLimitError
 from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, Admission, Held
 from ..memory.cache_bytes import CacheBytes, Growth
 from ..memory.machine import backend_name
-from ..memory.plan import DEFAULT_CHUNK, USUAL_CONTEXT
+from ..memory.plan import USUAL_CONTEXT
 from ..memory.plan_types import MemoryPlan
 from ..memory.scratch import slots_bytes
 from ..models.cache import Cache, KVCache
@@ -409,7 +410,7 @@ def usual_number(model: Model) -> int:
 
 def admission_of(model: Model, plan: MemoryPlan | None, itemsize: int) -> Admission:
     """The arithmetic of a model's plan, for requests with its own settings."""
-    chunk = DEFAULT_CHUNK if plan is None else plan.prefill_chunk
+    chunk = chunk_of_plan(model) if plan is None else plan.prefill_chunk
     return Admission.of(plan, _cache_bytes(model, itemsize), backend_name(), chunk)
 
 

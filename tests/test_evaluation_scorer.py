@@ -176,8 +176,8 @@ def test_too_long_a_request_loses_its_beginning():
 
 @pytest.mark.parametrize("stop_after", [1, 3, 10])
 def test_an_interrupted_run_goes_on_with_the_same_result(openelm, stop_after):
-    requests = questions(600, 6, 40)
-    uninterrupted = Scorer(openelm, 12)
+    requests = questions(600, 8, 60)
+    uninterrupted = Scorer(openelm, 24)
     whole = uninterrupted.score(requests)
     known: dict[int, Score] = {}
     calls = itertools.count(1)
@@ -188,9 +188,9 @@ def test_an_interrupted_run_goes_on_with_the_same_result(openelm, stop_after):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Scorer(openelm, 12).score(requests, on_scores=note)
+        Scorer(openelm, 24).score(requests, on_scores=note)
     assert 0 < len(known) < len(requests)
-    again = Scorer(openelm, 12)
+    again = Scorer(openelm, 24)
     assert again.score(requests, known) == whole
     assert again.num_tokens < uninterrupted.num_tokens
 

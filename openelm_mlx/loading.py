@@ -145,7 +145,8 @@ class Prepared:
     """What is known about a source before its tensors are read, which takes half a minute for a large model.
 
     model: has the same shape, plan, context and settings as the one that `read` returns, so requests can be checked
-    against it. It has no weights, and nothing may be computed with it. several: the machines that it goes over.
+    against it. It has no weights, and nothing may be computed with it. several: the machines that
+    it goes over.
     """
 
     model: Model

@@ -232,7 +232,7 @@ def bytes_without_a_session(worker) -> int:
 
 
 def test_a_worker_gives_back_what_a_first_machine_had(two_workers, tmp_path):
-    """Its layers stay for the next one; keys, values and adapters are gone when it has left, and not with the next."""
+    """Keys, values and adapters are gone when it has left; the layers stay for the next one."""
     worker, spec = two_workers[0], Source.open("demo-openelm").spec
     model, tokenizer = om.load(
         "demo-openelm", dtype="float32", workers=[worker.address], layers=(5, 3), worker_timeout=60

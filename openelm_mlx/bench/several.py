@@ -124,9 +124,10 @@ def distance(chain: Chain, number: int, name: str) -> Distance:
 
 
 def compare(source: str, alone: Model, several: Model, hops: float) -> Compared:
-    """Prompts, and then a few tokens each in turns, so that what else the machines do meanwhile is the same for both.
+    """Prompts, and then a few tokens each in turns: what else the machines do is the same for both.
 
-    Not token by token: on one machine each model would find the processor's caches full of the other one's weights.
+    Not token by token: on one machine each model would find the processor's caches full of the other
+    one's weights.
     """
     same, largest = True, 0.0
     times: tuple[list[float], list[float]] = ([], [])

@@ -51,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
     server = Server(Parts(given, parse_memory(args.memory_limit)), args.host, args.port, secret, tell)
     what = "the demos and what is in the Hugging Face cache" if given is None else given.name
     where = "every machine that has the secret"
-    if secret is None or (args.host is not None and is_loopback(args.host)):
-        where = f"this machine alone ({'no --secret-file' if secret is None else f'--host {args.host}'})"
+    if secret is None:
+        where = "this machine alone (no --secret-file)"
+    elif args.host is not None and is_loopback(args.host):
+        where = f"this machine alone (--host {args.host})"
     tell(f"Serving layers of {what} on port {server.port}, to {where}. Ctrl-C ends it.")
     server.serve()
     return 0

@@ -127,7 +127,7 @@ class _Side:
         self.model: Model | None = None
         if isinstance(given, (str, os.PathLike)):
             self.prepared = prepare(given, **options)
-            self.let_workers_go()  # they have one model at a time, and the other side may want the same ones
+            self.let_workers_go()  # the other side may want the same ones
             shape = self.prepared.model
         else:
             check_model(given)

@@ -7,9 +7,9 @@ HMAC-SHA256 of all, which machines have instructions for): a damaged, repeated o
 before anything is allocated for them. Before the handshake there are no keys, the tags are zeros, and only short headers are
 read. Nothing is ever unpickled.
 
-A token's residual stream is a few kilobytes, and on a cable the time between two machines is what Python does here, and how
-often a process is woken: such a message goes out with one call and comes in with one. The tag of a longer one follows by
-itself, so that both sides compute it at the same time.
+A token's residual stream is a few kilobytes, and on a cable the time between two machines is what
+Python does here, and how often a process is woken: such a message goes out with one call and comes
+in with one. The tag of a longer one follows by itself, so that both sides compute it at once.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Connection:
         self._keys: Keys | None = None
         self._num_sent = self._num_received = 0
         self._sending = threading.RLock()
-        # What is still to be sent; the tag of a long message is computed when what stands before it is on its way.
+        # What is still to be sent; the tag of a long message is computed when the rest is on its way.
         self._unsent: list[memoryview | Callable[[], bytes]] = []
         # What has come: the start of the next message, and what there is of it and of those after it; then a long one.
         self._came = memoryview(bytearray(PIECE))

@@ -138,8 +138,8 @@ class Experts(nn.Module):
     The rows of `gate_up_proj` alternate: gate 0, up 0, gate 1, up 1, ... as in OpenAI's files. `down_proj` may have
     more rows than hidden_size (whole tiles are several times faster on some GPUs); those beyond are ignored.
 
-    ways: which way so many rows go (`KernelChoices.expert_ways`). outputs_float32: whether outputs are not rounded to the type
-    of the inputs, since those of other machines are added to them.
+    ways: which way so many rows go (`KernelChoices.expert_ways`). outputs_float32: whether outputs
+    are not rounded to the type of the inputs, since those of other machines are added to them.
     """
 
     outputs_float32 = False

@@ -1,8 +1,9 @@
 """A model that several machines share: where their parts of a layer are added up. What adds them is handed in.
 
 Each machine runs the same walk of the layers over its own share, and the residual stream is the same on all of them. A sum
-and the products in it are float32, whatever type the layers compute in, and what comes out is rounded once. MLX's products
-have the type of their inputs: a packed matrix is given its input in float32, and another one is kept so (parallel/shares.py).
+and the products in it are float32, whatever type the layers compute in, and what comes out is
+rounded once. MLX's products have the type of their inputs: a packed matrix is given its input in
+float32, and another one is kept so (parallel/shares.py).
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class MachineGroup(Protocol):
 class SharedLinear(nn.Module):
     """A linear layer of whose columns, and of whose input, each machine has some: the products are added up.
 
-    base: the machine's own, packed or in float32. Its bias, which is the whole layer's, is added after the sum, on every
-    machine.
+    base: the machine's own, packed or in float32. Its bias, which is the whole layer's, is added
+    after the sum, on every machine.
     """
 
     def __init__(self, base: nn.Module, total: Total) -> None:

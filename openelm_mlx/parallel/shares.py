@@ -151,11 +151,14 @@ def shared_placement(placement: Placement, form: str, rank: int, size: int) -> P
 
 
 def _is_added_up(decision: Decision, placement: Placement) -> bool:
-    """Whether it is a matrix, not packed, whose products are added to the other machines': in half precision each of them
-    would be rounded before. (Experts that are not packed would take too much memory in float32.)
+    """Whether it is a matrix, not packed, whose products are added to the other machines'.
+
+    In half precision each of them would be rounded before. (Experts that are not packed would take
+    too much memory in float32.)
     """
-    name = decision.parameter.name
-    return name.endswith(_ADDED_UP) and decision.dtype is not None and decision.module not in placement.packings
+    if decision.dtype is None or decision.module in placement.packings:
+        return False
+    return decision.parameter.name.endswith(_ADDED_UP)
 
 
 def _cut(

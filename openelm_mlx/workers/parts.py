@@ -113,7 +113,7 @@ class Parts:
         return self.model
 
     def forget_adapters(self) -> None:
-        """Give back what a first machine has had put beside the layers, which stay for the next one."""
+        """Give back what a first machine has had put beside the layers, which stay."""
         if self.model is not None and self.planned is not None:
             self.model.adapters.served = Served()
             forget_other_adapters(self.model)

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,8 @@ import pytest
 from conftest import FIXTURES, load_fixture, random_model
 
 import openelm_mlx as om
+from openelm_mlx.engine.active import Pending
+from openelm_mlx.engine.flat_pass import joined_tokens
 from openelm_mlx.errors import EngineClosedError, EngineFullError, MemoryLimitError, PromptError, SettingError
 from openelm_mlx.models import slots
 
@@ -352,6 +355,18 @@ def test_a_handle_that_is_dropped_cancels_its_request(models):
         del handle
         assert len(list(engine.submit([7], max_tokens=2))) == 2
         assert engine.num_running == 0
+
+
+def test_tokens_that_were_chosen_together_stay_one_array():
+    """Where nobody came or went, the next pass is given the last choice as it is."""
+    chosen = mx.array([7, 8, 9])
+    requests = [SimpleNamespace(pending=Pending(chosen, at)) for at in range(3)]
+    assert joined_tokens(requests, []) is chosen
+    assert joined_tokens(requests[::-1], []).tolist() == [9, 8, 7]
+    assert joined_tokens(requests[:2], []).tolist() == [7, 8]
+    assert joined_tokens([None, *requests[:2]], []).tolist()[1:] == [7, 8]
+    other = SimpleNamespace(pending=Pending(mx.array([1, 2, 3]), 1))
+    assert joined_tokens([requests[0], other, requests[2]], []).tolist() == [7, 2, 9]
 
 
 @pytest.fixture(params=["kernel", "products", "marks", "marks and products"])

@@ -184,7 +184,10 @@ class _Part:
             timeline = (
                 self._answer(side, load, self.whole)
                 if turn
-                else self._answer(side, load.first(4, 8), LEAST_SHARE * self.whole)
+                # A GPU's kernels are compiled when they are first used, for lengths and numbers of rows too.
+                else self._answer(
+                    side, load.first(4 if runs_on_cpu() else len(load.prompts), 8), LEAST_SHARE * self.whole
+                )
             )
             if not turn:
                 continue

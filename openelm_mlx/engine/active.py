@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import mlx.core as mx
 
@@ -38,8 +37,7 @@ if TYPE_CHECKING:
     from ..models import Model
 
 
-@dataclass(frozen=True)
-class Pending:
+class Pending(NamedTuple):
     """A token that has been chosen, is perhaps still being computed, and has not been handed over.
 
     tokens: a scalar, or those of several requests (n,), of which this one's stands at `at`. choice: its log-probabilities,

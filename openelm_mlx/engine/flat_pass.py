@@ -86,6 +86,14 @@ def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part
 
     Those that were chosen together stay together: where nobody came or went, they are the last choice as it is.
     """
+    last = None if parts or in_slots[0] is None else in_slots[0].pending
+    if (
+        last is not None
+        and last.tokens.ndim
+        and last.tokens.size == len(in_slots)
+        and _are_all_of(in_slots, last.tokens)
+    ):
+        return last.tokens
     vectors: list[mx.array] = []
     starts: dict[int, int] = {}
     places: list[int] = []
@@ -114,6 +122,15 @@ def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part
         vectors = [vector.astype(mx.uint32) for vector in vectors]
     tokens = vectors[0] if len(vectors) == 1 else mx.concatenate(vectors)
     return tokens if places == list(range(tokens.size)) else tokens[mx.array(places)]
+
+
+def _are_all_of(in_slots: Sequence[ActiveRequest | None], tokens: mx.array) -> bool:
+    """Whether these are the pending tokens of everybody, in this order."""
+    for at, request in enumerate(in_slots):
+        pending = None if request is None else request.pending
+        if pending is None or pending.tokens is not tokens or pending.at != at:
+            return False
+    return True
 
 
 @final

@@ -251,8 +251,7 @@ class Runner:
         self._distribute(in_slots, parts, logits)
         try:
             requests = [*(each for each in in_slots if each is not None), *(part.request for part in parts)]
-            arrays = [array for each in requests for array in _arrays_of(each)]
-            mx.async_eval([*arrays, *(layer.buffers for cache in replayed for layer in cache)])
+            mx.async_eval([*_arrays_of(requests), *(layer.buffers for cache in replayed for layer in cache)])
         except RuntimeError as error:
             self._failed(list(self.scheduler.running()), error)
             return False
@@ -445,5 +444,12 @@ def slot_bank(model: Model) -> SlotBank:
     )
 
 
-def _arrays_of(request: ActiveRequest) -> list[mx.array]:
-    return [] if request.pending is None else request.pending.arrays
+def _arrays_of(requests: Sequence[ActiveRequest]) -> list[mx.array]:
+    """What is to be computed of the pending tokens; those that were chosen together are one array."""
+    found: list[mx.array] = []
+    for each in requests:
+        pending = each.pending
+        if pending is None or (found and pending.tokens is found[-1] and pending.choice is pending.is_finite is None):
+            continue
+        found += pending.arrays
+    return found

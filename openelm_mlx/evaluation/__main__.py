@@ -5,6 +5,12 @@ from __future__ import annotations
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
+    from ..commands.output import error
+    from ..errors import UserError
     from . import harness  # noqa: F401  (registers the model)
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as mistake:
+        error("python -m openelm_mlx.evaluation", str(mistake))
+        raise SystemExit(2) from None

@@ -104,6 +104,7 @@ def test_passes_on_all_cores_change_no_bit_and_leave_the_model_as_it_was(family,
     model = request.getfixturevalue(family)
     requests = questions(model.spec.usable_vocab_size, 4, 40)
     modules, updates = dict(model.named_modules()), model.num_updates
+    kinds = [type(module) for module in modules.values()]
     found = []
     for cores in (1, 3):
         monkeypatch.setattr(products.os, "cpu_count", lambda cores=cores: cores)
@@ -116,6 +117,7 @@ def test_passes_on_all_cores_change_no_bit_and_leave_the_model_as_it_was(family,
     after = dict(model.named_modules())
     assert after.keys() == modules.keys()
     assert all(after[path] is module for path, module in modules.items())
+    assert [type(module) for module in after.values()] == kinds
     assert model.num_updates == updates
 
 

@@ -217,7 +217,8 @@ def _their_answers(
     evaluator: Any, asked: Sequence[Sequence[TokenRequest]], seconds: float = math.inf
 ) -> list[tuple[float, bool]]:
     """Of the questions as far as they are answered after so many seconds, at least of the first part."""
-    import mlx_lm.evaluate as module
+    with _importable_harness():
+        import mlx_lm.evaluate as module
 
     end = time.perf_counter() + seconds
     found: list[tuple[float, bool]] = []

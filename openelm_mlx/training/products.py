@@ -20,7 +20,7 @@ from mlx import nn
 
 from ..models.adapter_sites import put_module
 from ..models.base import LanguageModel
-from ..models.moe import ExpertLinear, QuantizedExpertLinear, Routes
+from ..models.moe import Experts, Routes
 from ..models.precision import runs_on_cpu
 
 # Fewer rows are not worth a stream of their own; more streams than this wait for memory.
@@ -117,37 +117,25 @@ class _Embedding(nn.Module):
         return self.times(x, self["weight"], None)
 
 
-class _Experts(ExpertLinear):
-    """`ExpertLinear` whose rows are shared among the cores."""
+class _Experts(Experts):
+    """`Experts` that share sorted rows among the cores: each piece goes through its own on a stream."""
 
-    def __call__(self, x: mx.array, routes: Routes) -> mx.array:
-        return _routes_on_all_cores(super().__call__, x, routes)
-
-
-class _QuantizedExperts(QuantizedExpertLinear):
-    """`QuantizedExpertLinear` whose rows are shared among the cores."""
-
-    def __call__(self, x: mx.array, routes: Routes) -> mx.array:
-        return _routes_on_all_cores(super().__call__, x, routes)
-
-
-def _routes_on_all_cores(multiply: Callable[[mx.array, Routes], mx.array], x: mx.array, routes: Routes) -> mx.array:
-    """Rows x (R, columns), each by its expert's matrix, a piece of them on each stream. Rows in other shapes are few."""
-    streams = _streams()
-    count = min(len(streams), x.shape[0] // LEAST_ROWS)
-    if x.ndim != 2 or count < 2:
-        return multiply(x, routes)
-    pieces = []
-    for i in range(count):
-        rows = slice(x.shape[0] * i // count, x.shape[0] * (i + 1) // count)
-        part = routes._replace(
-            experts=routes.experts[rows],
-            slots=None if routes.slots is None else routes.slots[rows],
-            rows=None if routes.rows is None else routes.rows[rows],
-        )
-        with mx.stream(streams[i]):
-            pieces.append(multiply(x[rows], part))
-    return mx.concatenate(pieces)
+    def feed_forward(self, x: mx.array, routes: Routes) -> mx.array:
+        streams = _streams()
+        count = min(len(streams), x.shape[0] // LEAST_ROWS)
+        if x.ndim != 2 or count < 2:  # in other shapes there are few
+            return super().feed_forward(x, routes)
+        pieces = []
+        for i in range(count):
+            rows = slice(x.shape[0] * i // count, x.shape[0] * (i + 1) // count)
+            part = routes._replace(
+                experts=routes.experts[rows],
+                slots=None if routes.slots is None else routes.slots[rows],
+                rows=None if routes.rows is None else routes.rows[rows],
+            )
+            with mx.stream(streams[i]):
+                pieces.append(super().feed_forward(x[rows], part))
+        return mx.concatenate(pieces)
 
 
 def multiply_both_ways(model: LanguageModel) -> None:
@@ -159,15 +147,14 @@ def multiply_both_ways(model: LanguageModel) -> None:
 def on_all_cores(model: LanguageModel) -> Iterator[None]:
     """Within the block matrices are multiplied by `spread`, where the CPU computes, for long passes; experts' likewise."""
     replaced = _replace(model, spread)
-    kinds: dict[type, Any] = {ExpertLinear: _Experts, QuantizedExpertLinear: _QuantizedExperts}
-    experts = [module for module in model.modules() if type(module) in kinds] if runs_on_cpu() else []
+    experts = [module for module in model.modules() if type(module) is Experts] if runs_on_cpu() else []
     for module in experts:
-        module.__class__ = kinds[type(module)]
+        module.__class__ = _Experts
     try:
         yield
     finally:
         for module in experts:
-            module.__class__ = type(module).__base__
+            module.__class__ = Experts
         for path, module in replaced.items():
             put_module(model, path, module)
 

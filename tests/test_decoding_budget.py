@@ -52,8 +52,8 @@ PROMPT = [(7 * i) % 599 + 1 for i in range(600)]
 
 @pytest.mark.parametrize(("is_cuda", "on_cpu", "chunk"), [(True, False, 2048), (True, True, 512), (False, False, 512)])
 def test_a_chunk_without_a_plan_is_long_where_a_pass_costs_much_by_itself(model, monkeypatch, is_cuda, on_cpu, chunk):
-    monkeypatch.setattr(budget_module.mx.cuda, "is_available", lambda: is_cuda)
-    monkeypatch.setattr(budget_module, "runs_on_cpu", lambda: on_cpu)
+    backend = "cpu" if on_cpu else "cuda" if is_cuda else "metal"
+    monkeypatch.setattr(budget_module, "backend_name", lambda: backend)
     assert chunk_of_plan(model) == chunk
     runtime_of(model).plan = plan_with(model, 10**9, chunk=64)
     assert chunk_of_plan(model) == 64

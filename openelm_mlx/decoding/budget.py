@@ -17,9 +17,9 @@ from ..errors import MemoryLimitError
 from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, what_fits
 from ..memory.cache_bytes import Growth, growth_of, most_that
 from ..memory.limits import LimitsLease, generating
+from ..memory.machine import backend_name
 from ..memory.plan import CHUNKS, DEFAULT_CHUNK
 from ..models.cache import Cache
-from ..models.precision import runs_on_cpu
 from ..runtime import runtime_of
 from .gpu_errors import empty_stream, is_out_of_memory
 
@@ -236,7 +236,7 @@ def chunk_of_plan(model: Model) -> int:
     if plan is not None:
         return plan.prefill_chunk
     # On CUDA dispatching a pass takes as long as computing thousands of tokens (docs/LOG.md).
-    return CHUNKS[0] if mx.cuda.is_available() and not runs_on_cpu() else DEFAULT_CHUNK
+    return CHUNKS[0] if backend_name() == "cuda" else DEFAULT_CHUNK
 
 
 def drop(cache: Cache) -> None:

@@ -86,14 +86,9 @@ def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part
 
     Those that were chosen together stay together: where nobody came or went, they are the last choice as it is.
     """
-    last = None if parts or in_slots[0] is None else in_slots[0].pending
-    if (
-        last is not None
-        and last.tokens.ndim
-        and last.tokens.size == len(in_slots)
-        and _are_all_of(in_slots, last.tokens)
-    ):
-        return last.tokens
+    together = None if parts else _chosen_together(in_slots)
+    if together is not None:
+        return together
     vectors: list[mx.array] = []
     starts: dict[int, int] = {}
     places: list[int] = []
@@ -124,13 +119,29 @@ def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part
     return tokens if places == list(range(tokens.size)) else tokens[mx.array(places)]
 
 
-def _are_all_of(in_slots: Sequence[ActiveRequest | None], tokens: mx.array) -> bool:
-    """Whether these are the pending tokens of everybody, in this order."""
+def _chosen_together(in_slots: Sequence[ActiveRequest | None]) -> mx.array | None:
+    """The pending tokens of everybody where they are one array (M,) in this order; else None."""
+    tokens = None
     for at, request in enumerate(in_slots):
         pending = None if request is None else request.pending
-        if pending is None or pending.tokens is not tokens or pending.at != at:
-            return False
-    return True
+        if pending is None or pending.at != at:
+            return None
+        if tokens is None:
+            tokens = pending.tokens
+        elif pending.tokens is not tokens:
+            return None
+    return tokens if tokens is not None and tokens.ndim and tokens.size == len(in_slots) else None
+
+
+def pending_arrays(requests: Sequence[ActiveRequest]) -> list[mx.array]:
+    """What is to be computed of the pending tokens; those that were chosen together are one array."""
+    found: list[mx.array] = []
+    for each in requests:
+        pending = each.pending
+        if pending is None or (found and pending.tokens is found[-1] and pending.choice is pending.is_finite is None):
+            continue
+        found += pending.arrays
+    return found
 
 
 @final

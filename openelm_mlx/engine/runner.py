@@ -27,7 +27,7 @@ from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest, Pending
 from .delivery import Delivery
 from .expert_shares import ExpertShares
-from .flat_pass import Part, SamplerGroups, compute, decoding_part, prompt_part
+from .flat_pass import Part, SamplerGroups, compute, decoding_part, pending_arrays, prompt_part
 from .lifecycle import Lifecycle
 from .memory import BatchMemory
 from .scheduler import Scheduler
@@ -251,7 +251,7 @@ class Runner:
         self._distribute(in_slots, parts, logits)
         try:
             requests = [*(each for each in in_slots if each is not None), *(part.request for part in parts)]
-            mx.async_eval([*_arrays_of(requests), *(layer.buffers for cache in replayed for layer in cache)])
+            mx.async_eval([*pending_arrays(requests), *(layer.buffers for cache in replayed for layer in cache)])
         except RuntimeError as error:
             self._failed(list(self.scheduler.running()), error)
             return False
@@ -442,14 +442,3 @@ def slot_bank(model: Model) -> SlotBank:
     return SlotBank(
         model.spec, choices.spare_places, mx.eval, choices.products_from, choices.marks_keys, mx.synchronize
     )
-
-
-def _arrays_of(requests: Sequence[ActiveRequest]) -> list[mx.array]:
-    """What is to be computed of the pending tokens; those that were chosen together are one array."""
-    found: list[mx.array] = []
-    for each in requests:
-        pending = each.pending
-        if pending is None or (found and pending.tokens is found[-1] and pending.choice is pending.is_finite is None):
-            continue
-        found += pending.arrays
-    return found

@@ -21,13 +21,10 @@ from ..outputs import signals_wait
 from .batches import Batch
 from .optimizer import Schedule, clipped, global_norm, set_rate
 from .state import RunFolder, State
-from .steps import Gradients, add_gradients, divided_by
+from .steps import Gradients, Tree, add_gradients, divided_by
 
 # How often the state is written, unless a step takes longer.
 SAVE_EVERY_SECONDS = 120.0
-
-
-Tree = dict[str, Any]
 
 
 class Part(NamedTuple):

@@ -52,15 +52,17 @@ def _gradients(inputs: Any, gradient: mx.array, _: mx.array) -> tuple[mx.array, 
 
 def _on_all_cores(x: mx.array, matrix: mx.array, multiply: Multiply = mx.matmul) -> mx.array:
     """x (M, K) @ matrix (K, N), a piece of the rows on each stream."""
-    streams = _streams()
-    count = min(len(streams), x.shape[0] // LEAST_ROWS)
-    if count < 2:
+    pieces = _pieces(x.shape[0])
+    if len(pieces) < 2:
         return multiply(x, matrix)
-    pieces = []
-    for i in range(count):
-        rows = slice(x.shape[0] * i // count, x.shape[0] * (i + 1) // count)
-        pieces.append(multiply(x[rows], matrix, stream=streams[i]))
-    return mx.concatenate(pieces)
+    return mx.concatenate([multiply(x[rows], matrix, stream=stream) for stream, rows in pieces])
+
+
+def _pieces(num_rows: int) -> list[tuple[mx.Stream, slice]]:
+    """The rows that each stream is given; with fewer than two pieces they are not worth sharing."""
+    streams = _streams()
+    count = min(len(streams), num_rows // LEAST_ROWS)
+    return [(streams[i], slice(num_rows * i // count, num_rows * (i + 1) // count)) for i in range(count)]
 
 
 def _streams() -> list[mx.Stream]:
@@ -121,21 +123,19 @@ class _Experts(Experts):
     """`Experts` that share sorted rows among the cores: each piece goes through its own on a stream."""
 
     def feed_forward(self, x: mx.array, routes: Routes) -> mx.array:
-        streams = _streams()
-        count = min(len(streams), x.shape[0] // LEAST_ROWS)
-        if x.ndim != 2 or count < 2:  # in other shapes there are few
+        pieces = _pieces(x.shape[0]) if x.ndim == 2 else []  # in other shapes there are few
+        if len(pieces) < 2:
             return super().feed_forward(x, routes)
-        pieces = []
-        for i in range(count):
-            rows = slice(x.shape[0] * i // count, x.shape[0] * (i + 1) // count)
+        outputs = []
+        for stream, rows in pieces:
             part = routes._replace(
                 experts=routes.experts[rows],
                 slots=None if routes.slots is None else routes.slots[rows],
                 rows=None if routes.rows is None else routes.rows[rows],
             )
-            with mx.stream(streams[i]):
-                pieces.append(super().feed_forward(x[rows], part))
-        return mx.concatenate(pieces)
+            with mx.stream(stream):
+                outputs.append(super().feed_forward(x[rows], part))
+        return mx.concatenate(outputs)
 
 
 def multiply_both_ways(model: LanguageModel) -> None:

@@ -167,7 +167,7 @@ class RunFolder:
 
 def previous_run(output: str | os.PathLike[str]) -> dict[str, Any]:
     """What an interrupted run to this output is; empty where there is none."""
-    place = _folder_of(Path(os.path.realpath(expanded(output, DestinationError)))) / _RUN
+    place = _folder_of(_real_path(output)) / _RUN
     if not place.is_file() or not any(place.parent.glob("state-*")):
         return {}
     return read_object(place, TrainingError)
@@ -175,7 +175,7 @@ def previous_run(output: str | os.PathLike[str]) -> dict[str, Any]:
 
 def losses_so_far(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The log of an interrupted run to this output; empty where there is no state."""
-    states = _states_in(_folder_of(Path(os.path.realpath(expanded(output, DestinationError)))))
+    states = _states_in(_folder_of(_real_path(output)))
     if not states:
         return []
     log: list[dict[str, Any]] = read_object(states[-1] / _STATE, TrainingError, most=2**30)["log"]
@@ -189,6 +189,10 @@ def _states_in(folder: Path) -> list[Path]:
     return sorted(each for each in folder.glob("state-*") if (each / _STATE).is_file())
 
 
+def _real_path(output: str | os.PathLike[str]) -> Path:
+    return Path(os.path.realpath(expanded(output, DestinationError)))
+
+
 def _folder_of(output: Path) -> Path:
     return Path(f"{output}.partial")
 
@@ -198,7 +202,7 @@ def check_output(output: str | os.PathLike[str]) -> Path:
     text = os.fspath(output)
     if not text.strip():
         raise DestinationError("output is empty: name the folder that the result is written to.")
-    path = Path(os.path.realpath(expanded(text, DestinationError)))
+    path = _real_path(text)
     check_destination(path)
     try:
         parent = next(each for each in path.parents if each.exists())

@@ -99,13 +99,13 @@ def test_what_a_request_grows_by_is_what_its_caches_then_have(request, family, k
     model = request.getfixturevalue(family)
     memory = memory_of(model)
     one = active(model, prompt_of(length), max_tokens=200, **kind)
-    held = memory._held(one)
-    assert held == Held(0, length + 65, 0, 0, memory._caches_of(one.sequence.request))
+    held = memory._holdings.held(one)
+    assert held == Held(0, length + 65, 0, 0, memory._holdings.caches_of(one.sequence.request))
     planned = memory.admission.growth([held]).more
     feed(model, one, length)
     memory.reserve(one)
     assert allocated(one) == planned
-    assert memory.admission.growth([memory._held(one)]).more == 0
+    assert memory.admission.growth([memory._holdings.held(one)]).more == 0
 
 
 def test_a_fork_is_planned_for_as_what_it_really_comes_to_take(openelm):
@@ -114,16 +114,16 @@ def test_a_fork_is_planned_for_as_what_it_really_comes_to_take(openelm):
     leader = active(openelm, prompt_of(300), max_tokens=100)
     feed(openelm, leader, 300)
     follower = ActiveRequest(1, new_sequence(openelm, None, prompt_of(300), max_tokens=100), Channel(lambda: None))
-    waiting = memory.admission.growth([memory._held(follower)]).more
+    waiting = memory.admission.growth([memory._holdings.held(follower)]).more
     before = mx.get_active_memory()
     follower.begin_with(openelm, None, leader.turn.forked())
     follower.job.chunks.clear()
     assert mx.get_active_memory() - before < 10_000  # of the sampler
-    planned = memory.admission.growth([memory._held(follower)]).more
+    planned = memory.admission.growth([memory._holdings.held(follower)]).more
     assert planned == waiting == kv_of(openelm, 365)
     memory.reserve(follower)
     assert allocated(follower) == planned
-    assert memory.admission.growth([memory._held(follower)]).more == 0
+    assert memory.admission.growth([memory._holdings.held(follower)]).more == 0
 
 
 def test_a_kept_prefix_and_the_snapshots_to_come_are_part_of_what_is_planned(gpt_oss):
@@ -131,12 +131,12 @@ def test_a_kept_prefix_and_the_snapshots_to_come_are_part_of_what_is_planned(gpt
     rings = memory.admission.caches.rings
     assert rings
     new = active(gpt_oss, prompt_of(100), max_tokens=20, prefix_cache=store, prefill_chunk=30)
-    assert memory._held(new).snapshots == 4  # after 30, 60, 90 and 99 tokens
+    assert memory._holdings.held(new).snapshots == 4  # after 30, 60, 90 and 99 tokens
     list(om.stream_generate(gpt_oss, None, prompt_of(100), max_tokens=20, prefix_cache=store, prefill_chunk=30))
     longer = [*prompt_of(100)[:95], *prompt_of(50, 7)]
     again = active(gpt_oss, longer, max_tokens=20, prefix_cache=store, prefill_chunk=30)
     assert again.turn.is_fork
-    held = memory._held(again)
+    held = memory._holdings.held(again)
     assert held.places == 0  # what it has is the store's
     assert memory.admission.growth([held]).more == kv_of(gpt_oss, 165) + held.snapshots * rings
 
@@ -151,12 +151,14 @@ def test_slots_are_counted_whole_and_their_requests_not_twice(gpt_oss):
         each.join(bank)
     memory.changed(requests)
     assert memory.held_bytes == bank.nbytes
-    assert memory.admission.growth([memory._held(each) for each in requests]).more == 0
+    assert memory.admission.growth([memory._holdings.held(each) for each in requests]).more == 0
     # The longest is to have 315 places: the bank grows, for all of its slots.
-    growth = memory._growth([memory._held(each) for each in requests])
+    growth = memory._growth([memory._holdings.held(each) for each in requests])
     assert growth.more == bank.nbytes_with(0, 315, memory._itemsize) - bank.nbytes > 0
     in_use = mx.get_active_memory()
-    needed = memory._needed([memory._held(each) for each in requests], [memory._row(each) for each in requests], 2)
+    needed = memory._needed(
+        [memory._holdings.held(each) for each in requests], [memory._row(each) for each in requests], 2
+    )
     assert needed >= in_use + growth.more + growth.copied
     runtime_of(gpt_oss).plan = replace(plan(budget=needed), prefill_chunk=64)
     try:

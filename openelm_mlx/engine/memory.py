@@ -18,20 +18,19 @@ import mlx.core as mx
 
 from ..checks import size
 from ..decoding.budget import chunk_of_plan
-from ..decoding.prefix_cache import MAX_CHECKPOINTS, PrefixCache
+from ..decoding.prefix_cache import PrefixCache
 from ..errors import MemoryLimitError
 from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, Admission, Held
-from ..memory.cache_bytes import CacheBytes, Growth
+from ..memory.cache_bytes import Growth
 from ..memory.machine import backend_name
 from ..memory.plan import USUAL_CONTEXT
 from ..memory.plan_types import MemoryPlan
 from ..memory.scratch import slots_bytes
-from ..models.cache import Cache, KVCache
-from ..models.quantized_cache import QuantizedKVCache
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
-from ..specs import KV_STEP, checked_kv_bits
+from ..specs import KV_STEP
 from .active import ActiveRequest
+from .held import Holdings, PassRow, model_caches
 from .request import Request
 
 if TYPE_CHECKING:
@@ -44,9 +43,6 @@ ADMITTED_TOKENS = 4 * TOKENS_AT_ONCE
 MAX_RUNNING = 32
 # Of more requests, only how long they are in steps of the caches is looked at.
 _LOOKED_AT = 4
-
-# A pass: tokens of a request, and how many are cached before them.
-_Part = tuple[int, int, CacheBytes]
 
 
 class Neighbours(Protocol):
@@ -81,7 +77,7 @@ class BatchMemory:
         self._excess = 0
         # In use when nobody ran, kept prefixes left out, and adapters, which come and go.
         self._without_requests = self._active_memory() - self._adapters()
-        self._kinds: dict[tuple[int | None, int | None, int], CacheBytes] = {}
+        self._holdings = Holdings(model, self._itemsize)
         self._stores: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._admission: tuple[MemoryPlan, Admission] | None = None
@@ -135,6 +131,9 @@ class BatchMemory:
         longest = self._alone(request).longest(self.without_requests(), [], Held(0, 0))
         return max(0, min(most, longest - len(request.prompt_tokens)))
 
+    def _alone(self, request: Request) -> Admission:
+        return replace(self.admission, caches=self._holdings.caches_of(request))
+
     # --- those that run: called from the engine's thread ---
 
     def changed(self, running: Iterable[ActiveRequest]) -> None:
@@ -156,19 +155,17 @@ class BatchMemory:
         self._know(checked.prefix_cache)
         length = len(checked.prompt_tokens)
         chunk = min(length, checked.prefill_chunk or self.admission.chunk)
-        caches = self._caches_of(checked)
-        new = self._held(request, ADMITTED_TOKENS)._replace(snapshots=self._num_snapshots(checked))
-        rows = [self._row(each) for each in running]
-        return self._fits(
-            [*(self._held(each) for each in running), new], [*rows, (chunk, length - chunk, caches)], len(rows)
-        )
+        new = self._holdings.held_by_new(request, ADMITTED_TOKENS, self.admission.chunk)
+        rows = [self._holdings.row(each) for each in running]
+        first = chunk, length - chunk, self._holdings.caches_of(checked)
+        return self._fits([*(self._holdings.held(each) for each in running), new], [*rows, first], len(rows))
 
     def can_grow(self, running: Sequence[ActiveRequest]) -> bool:
         """Whether the next tokens of all have room beside each other. Kept prefixes give way first."""
         if self.limit is None:
             return True
-        rows = [self._row(each) for each in running]
-        return self._fits([self._held(each) for each in running], rows, len(rows))
+        rows = [self._holdings.row(each) for each in running]
+        return self._fits([self._holdings.held(each) for each in running], rows, len(rows))
 
     def longest_piece(self, request: ActiveRequest, wanted: int, decoding: Sequence[ActiveRequest]) -> int:
         """How many tokens of a prompt to compute beside those who decode: `wanted`, or half of it, or a quarter ...
@@ -205,7 +202,7 @@ class BatchMemory:
         """
         if request.turn is None or request.bank is not None:
             return
-        num_tokens = self._held(request).reserved if num_tokens is None else num_tokens
+        num_tokens = self._holdings.held(request).reserved if num_tokens is None else num_tokens
         for layer in request.cache:
             mx.eval(layer.reserve(num_tokens))  # before the next layer's copy is made
 
@@ -217,7 +214,7 @@ class BatchMemory:
         """Learn from a pass: `computed` bytes beside what was in use. parts: requests, their tokens, cached ones before."""
         neighbours = self._neighbours
         if self.limit is not None and (neighbours is None or not neighbours.are_computing()):
-            made = [(length, cached, self._caches_of(each.sequence.request)) for each, length, cached in parts]
+            made = [(length, cached, self._holdings.caches_of(each.sequence.request)) for each, length, cached in parts]
             self._excess = max(self._excess, computed - self._pass_bytes(made, len(made)))
 
     def forget_kept(self) -> bool:
@@ -229,7 +226,7 @@ class BatchMemory:
 
     def refusal(self, request: ActiveRequest) -> MemoryLimitError:
         """Why a request cannot go on though nobody else runs."""
-        held = self._held(request)
+        held = self._holdings.held(request)
         count = len(request.sequence.tokens)
         if request.job.chunks and not count:
             what = f"The prompt was stopped after {request.position:,} tokens"
@@ -237,7 +234,7 @@ class BatchMemory:
         else:
             what, advice = f"The answer was stopped after {count:,} tokens", "ask for fewer tokens"
         growth = self._growth([held])
-        needed = self._needed([held], [self._row(request)], 1)
+        needed = self._needed([held], [self._holdings.row(request)], 1)
         in_use = self._active_memory()
         return MemoryLimitError(
             f"{what}, before it would pass the memory limit: {size(in_use)} are in use, the keys and values of "
@@ -245,54 +242,6 @@ class BatchMemory:
             f"{size(needed - in_use - growth.more)}, together {size(needed)} of the {size(self.limit or 0)} allowed. "
             f"The model can be used again: {advice}, or raise memory_limit (--memory-limit)."
         )
-
-    # --- what they hold ---
-
-    def _held(self, request: ActiveRequest, answer: int = TOKENS_AT_ONCE + 1) -> Held:
-        """A request as admission sees it, with so many tokens of its answer to come."""
-        checked = request.sequence.request
-        total = len(checked.prompt_tokens) + len(request.sequence.tokens) + min(request.num_left, answer)
-        caches = self._caches_of(checked)
-        turn = request.turn
-        if turn is None:  # it waits, or another computes its prompt
-            return Held(0, total, 0, 0, caches)
-        if request.bank is not None:  # the bank grows for all
-            return Held(request.position, total, max(total, request.position), 0, caches)
-        position, places = request.cache[0].offset, _places(request.cache)
-        snapshots = 0
-        if checked.prefix_cache is not None and request.job.chunks:
-            snapshots = max(0, min(len(request.job.chunks) - 1, MAX_CHECKPOINTS + 1 - turn.num_checkpoints))
-        if position and position == turn.num_reused:  # nothing has been written yet, and what is there may be shared
-            if turn.is_fork and places <= position:
-                places = 0
-            else:
-                snapshots += 1
-        return Held(position, total, places, snapshots, caches)
-
-    def _row(self, request: ActiveRequest) -> _Part:
-        """Its part of a pass in which it decodes."""
-        held = self._held(request)
-        return 1, held.most, self._caches_of(request.sequence.request)
-
-    def _num_snapshots(self, request: Request) -> int:
-        """How many snapshots of its rings a request will take that has not begun."""
-        if request.prefix_cache is None:
-            return 0
-        chunk = request.prefill_chunk or self.admission.chunk
-        return min(MAX_CHECKPOINTS, -(-len(request.prompt_tokens) // chunk))
-
-    def _caches_of(self, request: Request) -> CacheBytes:
-        window, room = request.sliding_window, request.room
-        kv_bits = request.kv_bits or (None if window else self._model.kv_bits)
-        key = kv_bits, window, room
-        if key not in self._kinds:
-            bits = checked_kv_bits(self._model.spec, kv_bits, window)
-            made = _cache_bytes(self._model, self._itemsize)
-            self._kinds[key] = replace(made, kv_bits=bits, window=window, room=room)
-        return self._kinds[key]
-
-    def _alone(self, request: Request) -> Admission:
-        return replace(self.admission, caches=self._caches_of(request))
 
     # --- the sum ---
 
@@ -312,12 +261,12 @@ class BatchMemory:
         # A buffer that grows is there twice, one layer at a time.
         return Growth(max(0, more), 2 * bank.nbytes // max(1, len(self._model.spec.layers)))
 
-    def _needed(self, held: Sequence[Held], parts: Sequence[_Part], num_logits: int) -> int:
+    def _needed(self, held: Sequence[Held], parts: Sequence[PassRow], num_logits: int) -> int:
         growth = self._growth(held)
         computing = self._pass_bytes(parts, num_logits) + self._excess
         return self._active_memory() + growth.more + max(growth.copied, computing)
 
-    def _shortage(self, held: Sequence[Held], parts: Sequence[_Part], num_logits: int) -> int:
+    def _shortage(self, held: Sequence[Held], parts: Sequence[PassRow], num_logits: int) -> int:
         """By how many bytes that is above the limit; 0 when it fits."""
         limit = self.limit
         if limit is None or self._needed(held, parts, num_logits) <= limit:
@@ -326,7 +275,7 @@ class BatchMemory:
             mx.synchronize()  # what is being computed now is not there then
         return max(0, self._needed(held, parts, num_logits) - limit)
 
-    def _fits(self, held: Sequence[Held], parts: Sequence[_Part], num_logits: int) -> bool:
+    def _fits(self, held: Sequence[Held], parts: Sequence[PassRow], num_logits: int) -> bool:
         """Whether that fits, once as many kept prefixes are gone as it takes."""
         while self._shortage(held, parts, num_logits):
             if not self.forget_kept():
@@ -335,16 +284,16 @@ class BatchMemory:
 
     def _pass_of(
         self, pieces: Sequence[tuple[ActiveRequest, int]], decoding: Sequence[ActiveRequest]
-    ) -> tuple[list[Held], list[_Part], int]:
+    ) -> tuple[list[Held], list[PassRow], int]:
         """What a pass of these pieces of prompts and of those who decode grows, computes and gives logits of."""
-        held, parts = [self._held(each) for each in decoding], [self._row(each) for each in decoding]
+        held, parts = [self._holdings.held(each) for each in decoding], [self._holdings.row(each) for each in decoding]
         for request, length in pieces:
-            offset, caches = request.position, self._caches_of(request.sequence.request)
-            held.append(self._held(request)._replace(reserved=offset + length))
+            offset, caches = request.position, self._holdings.caches_of(request.sequence.request)
+            held.append(self._holdings.held(request)._replace(reserved=offset + length))
             parts.append((length, offset, caches))
         return held, parts, len(parts)
 
-    def _pass_bytes(self, parts: Sequence[_Part], num_logits: int) -> int:
+    def _pass_bytes(self, parts: Sequence[PassRow], num_logits: int) -> int:
         """The arrays of a pass."""
         is_long = len(parts) > _LOOKED_AT
         counts = Counter(
@@ -411,21 +360,4 @@ def usual_number(model: Model) -> int:
 def admission_of(model: Model, plan: MemoryPlan | None, itemsize: int) -> Admission:
     """The arithmetic of a model's plan, for requests with its own settings."""
     chunk = chunk_of_plan(model) if plan is None else plan.prefill_chunk
-    return Admission.of(plan, _cache_bytes(model, itemsize), backend_name(), chunk)
-
-
-def _cache_bytes(model: Model, itemsize: int) -> CacheBytes:
-    kv_bits = checked_kv_bits(model.spec, model.kv_bits)
-    return CacheBytes(
-        model.spec, itemsize, kv_bits, context_length=model.context_length, spare_places=model.choices.spare_places
-    )
-
-
-def _places(cache: Cache) -> int:
-    """How many places the layers have that keep everything; 1 where there are only rings, 0 before the first token."""
-    for layer in cache:
-        if isinstance(layer, KVCache):
-            return 0 if layer.keys is None else layer.keys.shape[2]
-        if isinstance(layer, QuantizedKVCache):
-            return 0 if layer.keys is None else layer.keys.weight.shape[2]
-    return int(bool(cache[0].buffers))
+    return Admission.of(plan, model_caches(model, itemsize), backend_name(), chunk)

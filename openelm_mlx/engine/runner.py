@@ -11,27 +11,27 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, final
 
 import mlx.core as mx
 
 from ..decoding.batch_step import BatchStep
 from ..decoding.budget import chunk_of_plan
-from ..decoding.gpu_errors import empty_stream, is_out_of_memory, is_watchdog
 from ..decoding.tokens import computed
-from ..errors import MemoryLimitError, SettingError
+from ..errors import SettingError
 from ..models.rows import Rows
-from ..models.slots import LONGEST_IN_SLOTS, SlotBank, fits_in_slots
 from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest, Pending
 from .delivery import Delivery
 from .expert_shares import ExpertShares
+from .failures import Failures
 from .flat_pass import Part, SamplerGroups, compute, decoding_part, pending_arrays, prompt_part
 from .lifecycle import Lifecycle
 from .memory import BatchMemory
 from .scheduler import Scheduler
 from .single import CLEAR_CACHE_EVERY, not_finite
+from .slots import arrange_slots, slot_bank
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -66,8 +66,8 @@ class Runner:
         self._chunk = chunk_of_plan(model)
         self._groups = SamplerGroups()
         self.life = Lifecycle(model, tokenizer, scheduler, self.memory, self._groups)
-        self._delivery = Delivery(scheduler, self.life, self._failed, self._wake)
-        self._has_failed_before = False
+        self._failures = Failures(scheduler, self.life, self._groups)
+        self._delivery = Delivery(scheduler, self.life, self._failures.handle, self._wake)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class Runner:
         try:
             self._step()
         except Exception as error:
-            self._failed(list(self.scheduler.running()) or self.scheduler.waiting[:1], error)
+            self._failures.handle(list(self.scheduler.running()) or self.scheduler.waiting[:1], error)
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -95,7 +95,7 @@ class Runner:
             self._step_alone(single)
             self._note_time(began, 0)
             return
-        in_slots = self._arrange_slots()
+        in_slots = arrange_slots(self.model, self.bank, self.memory, self.scheduler.decoding)
         parts = self._parts(prompts)
         before = [(each, each.pending) for each in self.scheduler.decoding if each.pending and not each.replay]
         chunk_length = sum(length for _, length in prompts)
@@ -178,7 +178,7 @@ class Runner:
                 with self._shared([(request, max(1, forward.tokens.size))]):
                     reply = computed(request.step, forward)
             except Exception as error:
-                self._failed([request], error)
+                self._failures.handle([request], error)
                 return
             self._delivery.go_on(request, reply)
             return
@@ -196,28 +196,7 @@ class Runner:
                     request.pending = request.chosen(*request.step.choose(pending.token, request.sampler))
                 mx.async_eval(request.pending.arrays)
         except Exception as error:
-            self._failed([request], error)
-
-    def _arrange_slots(self) -> list[ActiveRequest | None]:
-        """Who has a token for its slot in the next pass, by slot; those join who can. Empty where slots are not used."""
-        if not self.model.choices.slots:
-            return []
-        bank = self.bank
-        are_too_long = bank.longest > LONGEST_IN_SLOTS
-        for each in self.scheduler.decoding:
-            if each.bank is not None and (each.pending is None or each.replay or are_too_long):
-                each.leave_slot()
-        new = [each for each in self.scheduler.decoding if self._can_join(each)]
-        if bank.num_owners + len(new) > 1:
-            for each in sorted(new, key=lambda one: -one.position):  # the longest first: nobody is moved for it
-                if self.memory.has_slot_for(each):
-                    each.join(bank)
-        if not bank.num_owners:
-            return []
-        return [cast("ActiveRequest | None", owner) for owner in bank.owners]
-
-    def _can_join(self, request: ActiveRequest) -> bool:
-        return request.bank is None and request.has_token_to_feed and fits_in_slots(request.cache, self.model.spec)
+            self._failures.handle([request], error)
 
     def _parts(self, prompts: Sequence[tuple[ActiveRequest, int]]) -> list[Part]:
         """What everybody who is in no slot brings to the next pass, plain requests first."""
@@ -253,7 +232,7 @@ class Runner:
             requests = [*(each for each in in_slots if each is not None), *(part.request for part in parts)]
             mx.async_eval([*pending_arrays(requests), *(layer.buffers for cache in replayed for layer in cache)])
         except RuntimeError as error:
-            self._failed(list(self.scheduler.running()), error)
+            self._failures.handle(list(self.scheduler.running()), error)
             return False
         return True
 
@@ -368,7 +347,7 @@ class Runner:
         together = [each for each in in_slots if each is not None]
         everybody = [*together, *(part.request for part in parts)]
         if isinstance(error, RuntimeError | MemoryError) or len(everybody) == 1:
-            self._failed(everybody, error, can_recompute=True)
+            self._failures.handle(everybody, error, can_recompute=True)
             return
         self._groups.release()
         for request in together:
@@ -388,41 +367,11 @@ class Runner:
             if part.tokens is None:
                 self._delivery.hand_over([(request, before)])
 
-    def _failed(self, requests: Sequence[ActiveRequest], error: Exception, can_recompute: bool = False) -> None:
-        """A pass has failed for all of them together. can_recompute: before any token was chosen from it."""
-        errors = (error, *empty_stream())
-        found = next((each for each in errors if is_out_of_memory(each)), error)
-        is_retried = is_watchdog(found) and can_recompute and not self._has_failed_before
-        if is_retried:
-            self._groups.release()  # as they were before the pass, which has chosen nothing yet
-        else:
-            self._groups.forget()  # their arrays may be part of what failed
-        if is_out_of_memory(found):
-            text = (str(found).strip().splitlines() or [type(found).__name__])[0]
-            self.life.end_all(requests, lambda: MemoryLimitError(
-                "The memory ran out while several requests were being computed, and they were ended: ask again, with fewer "
-                f"requests at once (max_running), shorter ones, or a smaller memory_limit. (MLX says: {text})"
-            ))  # fmt: skip
-        elif is_retried:
-            self._has_failed_before = True
-            self.scheduler.pace.halve()
-            for each in requests:
-                if each.turn is not None:
-                    self.life.recompute(each)
-        elif is_watchdog(found):
-            self.life.end_all(requests, lambda: SettingError(
-                "The GPU was stopped because a pass took longer than macOS allows: ask for a shorter prefill_chunk "
-                "(--prefill-chunk), or fewer requests at once (max_running)."
-            ))  # fmt: skip
-        else:
-            self.life.end_all(requests, lambda: found)
-        mx.clear_cache()
-
     def _evaluated(self, pending: Sequence[Pending]) -> None:
         try:
             mx.eval([array for each in pending for array in each.arrays])
         except RuntimeError as error:
-            self._failed(list(self.scheduler.running()), error)
+            self._failures.handle(list(self.scheduler.running()), error)
 
     def _note_time(self, began: float, chunk_length: int, was_first: bool = False) -> None:
         """was_first: nobody decoded before this step."""
@@ -434,11 +383,3 @@ class Runner:
             self.scheduler.pace.step_took(seconds, chunk_length)
         elif chunk_length:
             self.scheduler.pace.prompt_took(seconds, chunk_length)
-
-
-def slot_bank(model: Model) -> SlotBank:
-    """Slots as the model's choices have them."""
-    choices = model.choices
-    return SlotBank(
-        model.spec, choices.spare_places, mx.eval, choices.products_from, choices.marks_keys, mx.synchronize
-    )

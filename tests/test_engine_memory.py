@@ -157,7 +157,7 @@ def test_slots_are_counted_whole_and_their_requests_not_twice(gpt_oss):
     assert growth.more == bank.nbytes_with(0, 315, memory._itemsize) - bank.nbytes > 0
     in_use = mx.get_active_memory()
     needed = memory._needed(
-        [memory._holdings.held(each) for each in requests], [memory._row(each) for each in requests], 2
+        [memory._holdings.held(each) for each in requests], [memory._holdings.row(each) for each in requests], 2
     )
     assert needed >= in_use + growth.more + growth.copied
     runtime_of(gpt_oss).plan = replace(plan(budget=needed), prefill_chunk=64)
@@ -173,13 +173,13 @@ def test_what_a_pass_took_beyond_its_plan_counts_until_nobody_runs(openelm):
     give_plan(openelm, 10**9)
     memory = memory_of(openelm)
     one = active(openelm, prompt_of(50), max_tokens=10)
-    before = memory._needed([], [memory._row(one)], 1)
+    before = memory._needed([], [memory._holdings.row(one)], 1)
     memory.pass_took(10, [(one, 50, 0)])
-    assert memory._needed([], [memory._row(one)], 1) == before
+    assert memory._needed([], [memory._holdings.row(one)], 1) == before
     memory.pass_took(50_000_000, [(one, 50, 0)])
-    assert memory._needed([], [memory._row(one)], 1) > before + 49_000_000
+    assert memory._needed([], [memory._holdings.row(one)], 1) > before + 49_000_000
     memory.changed([])
-    assert memory._needed([], [memory._row(one)], 1) == before
+    assert memory._needed([], [memory._holdings.row(one)], 1) == before
 
 
 # --- who gives way ---

@@ -22,8 +22,7 @@ from openelm_mlx.checkpoint.layouts import understand
 from openelm_mlx.checkpoint.quantize import RECIPES, Quantization, parse_recipe, quantization_of
 from openelm_mlx.checkpoint.reader import TensorEntry, open_checkpoint, read_config
 from openelm_mlx.checkpoint.released import released_openelm_config
-from openelm_mlx.conversion import convert, plan_conversion
-from openelm_mlx.conversion import plan as plan_module
+from openelm_mlx.conversion import convert, plan_conversion, planned_weight
 from openelm_mlx.conversion import verify as verify_module
 from openelm_mlx.errors import (
     CheckpointError,
@@ -137,7 +136,7 @@ def test_converting_twice_is_converting_once(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", mx.bfloat16])
 def test_casts_are_mlxs_own(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(plan_module, "SLICE_ELEMENTS", 1000)  # many slices even of a small weight
+    monkeypatch.setattr(planned_weight, "SLICE_ELEMENTS", 1000)  # many slices even of a small weight
     report = convert(TINY, tmp_path / "out", dtype=dtype)
     target = getattr(mx, dtype) if isinstance(dtype, str) else dtype
     for name, array in arrays_of(tmp_path / "out").items():
@@ -164,7 +163,7 @@ def test_stored_types_stay_each_its_own(tmp_path):
 def test_every_recipe_loads_here_and_in_mlx_lm_with_equal_logits(
     tmp_path, monkeypatch, model_folder, recipe, group_size
 ):
-    monkeypatch.setattr(plan_module, "SLICE_ELEMENTS", 1000)
+    monkeypatch.setattr(planned_weight, "SLICE_ELEMENTS", 1000)
     if group_size == 128:  # no column of the small model is that long
         wide = {
             "num_transformer_layers": 3,
@@ -184,7 +183,7 @@ def test_every_recipe_loads_here_and_in_mlx_lm_with_equal_logits(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_packed_in_slices_is_packed_whole(tmp_path, monkeypatch, model_folder, recipe):
-    monkeypatch.setattr(plan_module, "SLICE_ELEMENTS", 1000)
+    monkeypatch.setattr(planned_weight, "SLICE_ELEMENTS", 1000)
     convert(model_folder, tmp_path / "out", recipe, dtype="bfloat16")
     written = arrays_of(tmp_path / "out")
     spec = spec_from_config(config_of(model_folder))

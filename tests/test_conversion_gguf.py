@@ -262,7 +262,7 @@ def test_experts_and_the_rest_have_types_of_their_own(tmp_path):
 
 def test_in_slices_is_whole(tmp_path, source, monkeypatch):
     convert(source, tmp_path / "whole.gguf", gguf_type="q4_1")
-    monkeypatch.setattr("openelm_mlx.conversion.plan.SLICE_ELEMENTS", 700)
+    monkeypatch.setattr("openelm_mlx.conversion.planned_weight.SLICE_ELEMENTS", 700)
     convert(source, tmp_path / "slices.gguf", gguf_type="q4_1", verify=True)
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "slices.gguf").read_bytes()
     monkeypatch.setattr("openelm_mlx.checkpoint.gguf_checkpoint._SLICE_ELEMENTS", 700)

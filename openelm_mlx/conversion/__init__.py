@@ -1,24 +1,22 @@
 """Converting a checkpoint: any layout in, Apple's names out, cast and quantized, in the memory of one tensor.
 
 `convert` below goes through all of it: source, plan, tokenizer, weights one by one, the other files, verification, and
-the rename that makes the result visible. `plan.py` decides, `checkpoint/writer.py` writes, `verify.py`
-compares, `card.py` carries the licence along. A GGUF file is written by `to_gguf.py` and read by `from_gguf.py`;
-`for_swift.py` says which models a Swift app can run.
+the rename that makes the result visible. `plan.py` decides, `planned_weight.py` computes one weight,
+`checkpoint/writer.py` writes, `other_files.py` has what stands beside the weights (`card.py` the licence),
+`verify.py` compares. A GGUF file is written by `to_gguf.py` and read by `from_gguf.py`; `for_swift.py` says which
+models a Swift app can run.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from .. import __version__, hub
+from .. import hub
 from ..adapters import check_base, locate_adapter, stored_base_hash
 from ..arguments import FLAG, FUNCTION, NAME, PATH, Kind, checked_call
 from ..checkpoint.adapter_files import read_adapter
@@ -26,28 +24,21 @@ from ..checkpoint.destination import check_destination
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_plan import MAX_FILE_BYTES
 from ..checkpoint.writer import CheckpointWriter
-from ..errors import (
-    CheckpointError,
-    ConfigError,
-    DestinationError,
-    HubError,
-    SettingError,
-    TokenizerError,
-)
-from ..files import expanded, hears_the_disk, read_bytes, read_object
+from ..errors import CheckpointError, DestinationError, HubError, SettingError
+from ..files import expanded, hears_the_disk
 from ..finder import files_of
 from ..memory.presets import preset_bits
 from ..memory.sizes import parse_size
 from ..outputs import checked_output
 from ..sources import Source, SourceName
 from ..text.tokenizer import Tokenizer
-from ..text.unicode import whole_characters
 from ..tokenizers import find_tokenizer, resolve_chat_template
-from .card import CardFacts, licence_files, model_card
 from .from_gguf import open_source
 from .gguf_verify import GgufVerification
 from .merge import AdapterToMerge, MergeReport, merged_contents
-from .plan import TYPE_WORDS, ConversionPlan, PlannedTensor, PlannedWeight, plan_conversion
+from .other_files import PROGRAM, other_files
+from .plan import ConversionPlan, plan_conversion
+from .planned_weight import PlannedTensor, PlannedWeight
 from .report import ByteCount, ConversionReport, StageProgress, bytes_of, no_buffer_cache, stage
 from .source_state import source_changed
 from .to_gguf import GgufOptions, convert_to_gguf, is_gguf, refuse_folder_options
@@ -68,11 +59,6 @@ __all__ = [
 
 # Nothing, where nothing is written, is told in a sentence of its own.
 DESTINATION = Kind(lambda value: value in (None, "") or PATH.accepts(value), PATH.wanted)
-_PROGRAM = f"openelm_mlx {__version__}"
-
-# Small files that belong to the model and are copied as they are.
-_COPIED = ("generation_config.json",)
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @hears_the_disk(CheckpointError)
@@ -183,7 +169,7 @@ def convert(
         if place is None:
             return report
         report = _write_folder(opened, plan, found, report, place, verify, progress)
-    url = None if upload is None else hub.upload(place, upload, private, f"Convert {opened.name} with {_PROGRAM}")
+    url = None if upload is None else hub.upload(place, upload, private, f"Convert {opened.name} with {PROGRAM}")
     return replace(report, upload_url=url)
 
 
@@ -203,7 +189,7 @@ def _write_folder(
         _write_weights(plan, opened, writer, progress)
         if plan.fingerprint(opened.checkpoint.files, opened.config) != fingerprint:
             raise source_changed(opened.name)
-        folder = writer.assemble(_other_files(opened, plan, found, report.chat_template))
+        folder = writer.assemble(other_files(opened, plan, found, report.chat_template))
         verification = None
         if verify:
             contents = opened.contents if plan.merging is None else merged_contents(plan.merging)
@@ -312,107 +298,3 @@ def _write_weight(
     writer.write(names[0], pieces())
     for name, kept in zip(names[1:], held, strict=True):
         writer.write(name, map(report.add, kept))
-
-
-# --- the files beside them --------------------------------------------------------------------------------------------
-
-
-def _other_files(
-    source: Source, plan: ConversionPlan, tokenizer: Tokenizer | None, template: str | None
-) -> dict[str, bytes | Path]:
-    """Name -> content (or the file to copy) of everything but the weights."""
-    licences = licence_files(source.folder)
-    config = dict(plan.config) | {
-        "openelm_mlx": {"version": __version__, "source": source.name, "chat_template": template}
-    }
-    card = source.folder / "README.md"
-    facts = CardFacts(
-        title=source.name.split("/")[-1],
-        source=source.name,
-        repo=source.repo,
-        revision=source.revision,
-        program=_PROGRAM,
-        changes=_changes(source, plan),
-        tokenizer=_tokenizer_note(tokenizer, plan.spec.family),
-        licence_files=[path.name for path in licences],
-        is_released_openelm=plan.spec.family == "openelm" and plan.spec.size is not None,
-        loads_in_mlx_lm=plan.spec.family == "openelm" or plan.target == "swift",
-    )
-    stored = read_bytes(card, CheckpointError).decode("utf-8", errors="replace") if card.is_file() else None
-    text = model_card(stored, facts)
-    copied = [path for name in _COPIED if (path := source.folder / name).is_file()]
-    generation: dict[str, bytes | Path] = {}
-    if plan.spec.family == "gpt_oss":
-        stops = list(dict.fromkeys((*plan.spec.eos_tokens, *(() if tokenizer is None else tokenizer.eos_tokens))))
-        config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
-        # Other programs read the end tokens from this file, not from the config.
-        for path in copied:
-            named = read_object(path, ConfigError)
-            if named.get("eos_token_id") != config["eos_token_id"]:
-                generation[path.name] = _as_json(named | {"eos_token_id": config["eos_token_id"]})
-    return {
-        **{path.name: path for path in (*licences, *copied)},
-        **generation,
-        **_tokenizer_files(tokenizer),
-        "README.md": whole_characters(text).encode(),
-        "config.json": _as_json(config),
-    }
-
-
-def _as_json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes | Path]:
-    """The tokenizer's files, with a tokenizer_config.json by which other programs know its kind and that it gives BOS."""
-    if tokenizer is None:
-        return {}
-    files: dict[str, bytes | Path] = {path.name: path for path in tokenizer.files}
-    stored = next((path for path in tokenizer.files if path.name == _TOKENIZER_CONFIG), None)
-    config: dict[str, Any] = {} if stored is None else read_object(stored, TokenizerError)
-    begins_with_bos = tokenizer.encode_prompt("")[:1] == [tokenizer.bos_token]
-    if stored is None:
-        names = {token: name for name, token in tokenizer.special_tokens.items()}
-        config = {
-            "tokenizer_class": "LlamaTokenizer" if begins_with_bos else "PreTrainedTokenizerFast",
-            "bos_token": None if tokenizer.bos_token is None else names.get(tokenizer.bos_token),
-            "eos_token": names.get(tokenizer.eos_tokens[0]) if tokenizer.eos_tokens else None,
-            "legacy": False,
-        }
-    if begins_with_bos:
-        config["add_bos_token"] = True  # OpenELM needs it, and mlx-lm goes by this field
-    if stored is None or config != read_object(stored, TokenizerError):
-        files[_TOKENIZER_CONFIG] = whole_characters(json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    return files
-
-
-def _tokenizer_note(tokenizer: Tokenizer | None, family: str) -> str:
-    if tokenizer is not None:
-        return f"The tokenizer is stored with them ({', '.join(file.name for file in tokenizer.files)})."
-    if family == "openelm":
-        llama = "[Llama 2](https://huggingface.co/meta-llama/Llama-2-7b-hf)"
-        return f"No tokenizer is stored with them; OpenELM was trained with that of {llama}."
-    return "No tokenizer is stored with them."
-
-
-def _changes(source: Source, plan: ConversionPlan) -> list[str]:
-    """What the conversion changed in the weights, one line each."""
-    before, after = source.contents.spec, plan.spec
-    changes = []
-    if plan.merging is not None:
-        changes.append(f"the adapter {plan.merging.name} is merged into {len(plan.merging.merges)} weights")
-    if source.contents.layout == "corenet-adapters":
-        changes.append("the adapters are merged into the weights")
-    if source.contents.layout in ("corenet", "corenet-adapters", "apple-mlx"):
-        changes.append("the tensors have the names of Apple's Hugging Face files")
-    if after.vocab_size < before.vocab_size:
-        changes.append(f"the vocabulary's {before.vocab_size - after.vocab_size} rows of padding are dropped")
-    types = sorted({tensor.source_dtype for tensor in plan.tensors if tensor.source_dtype in TYPE_WORDS})
-    changes.append(f"type: {' and '.join(TYPE_WORDS[name] for name in types)} before, {plan.dtype} now")
-    if plan.quantization is not None:
-        kinds = Counter(
-            f"{packing.bits} bits ({packing.mode}, groups of {packing.group_size})"
-            for packing in plan.packings.values()
-        )
-        changes.append("quantized: " + ", ".join(f"{count} weights to {kind}" for kind, count in kinds.most_common()))
-    return changes

@@ -29,7 +29,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConversionError, SettingError
 from ..files import shown
 from ..specs import ModelSpec, YarnSpec
-from .plan import PlannedTensor, PlannedWeight, rows_in_a_slice
+from .planned_weight import PlannedTensor, PlannedWeight, rows_in_a_slice
 from .source_state import source_state
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")

@@ -16,7 +16,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import file_checksum
 from ..errors import ConversionError
 from .gguf_plan import GgufPlan, GgufWeight
-from .plan import rows_in_a_slice
+from .planned_weight import rows_in_a_slice
 
 # The largest relative rms error that rounding to a type may cause.
 _MOST_ERROR = {

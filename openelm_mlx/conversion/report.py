@@ -15,7 +15,7 @@ import numpy as np
 from .. import hub
 from .gguf_verify import GgufVerification
 from .merge import MergeReport
-from .plan import PlannedTensor
+from .planned_weight import PlannedTensor
 from .verify import Verification
 
 # Stage ("download", "convert" or "verify"), what is done, and of how much.

@@ -25,7 +25,7 @@ from ..finder import disk_trouble
 from ..models import build_model
 from ..specs import ModelSpec, spec_from_config
 from ..text.tokenizer import Tokenizer
-from .plan import rows_in_a_slice
+from .planned_weight import rows_in_a_slice
 
 if TYPE_CHECKING:
     from ..models import Model

@@ -14,6 +14,7 @@ from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.commands.plan import text
 from openelm_mlx.memory import calibration, stored
+from openelm_mlx.memory.cache_bytes import kv_cache_bytes
 from openelm_mlx.memory.calibration import (
     LARGEST,
     SMALLEST,
@@ -26,7 +27,6 @@ from openelm_mlx.memory.calibration import (
 )
 from openelm_mlx.memory.machine import find_mac, this_machine
 from openelm_mlx.memory.measured import MeasuredRates
-from openelm_mlx.memory.plan import kv_cache_bytes
 from openelm_mlx.memory.rates import rates_of
 from openelm_mlx.specs import spec_from_config
 

@@ -17,8 +17,9 @@ from openelm_mlx.bench.random_pair import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import MemoryLimitError, SettingError
+from openelm_mlx.memory.cache_bytes import kv_cache_bytes
 from openelm_mlx.memory.machine import find_mac, macs
-from openelm_mlx.memory.plan import kv_cache_bytes, make_plan
+from openelm_mlx.memory.plan import make_plan
 from openelm_mlx.memory.plan_types import PlanRequest, Weights
 from openelm_mlx.memory.rates import rounded
 from openelm_mlx.memory.sizes import parse_memory

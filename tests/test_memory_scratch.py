@@ -13,7 +13,8 @@ from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.decoding import prefill as prefill_module
 from openelm_mlx.decoding.prefill import prefill
-from openelm_mlx.memory.scratch import layer_scratch, scratch_bytes
+from openelm_mlx.memory.layer_scratch import layer_scratch
+from openelm_mlx.memory.scratch import scratch_bytes
 from openelm_mlx.specs import spec_from_config
 
 GPT_OSS = {

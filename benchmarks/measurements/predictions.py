@@ -13,7 +13,7 @@ from openelm_mlx.experts.pace import READ_BACK_COST
 from openelm_mlx.generate import stream_generate
 from openelm_mlx.loading import load
 from openelm_mlx.memory.machine import Machine
-from openelm_mlx.memory.plan import ASSUMED_DISK
+from openelm_mlx.memory.plan_speeds import ASSUMED_DISK
 from openelm_mlx.memory.rates import rates_of
 from openelm_mlx.models.gpt_oss import GptOss
 from openelm_mlx.planning import plans_on

@@ -22,10 +22,10 @@ from ..checkpoint.released import released_gpt_oss_config, released_openelm_conf
 from ..decoding.compiled_step import make_step
 from ..decoding.prefill import prefill
 from ..loading import load
+from ..memory.cache_bytes import kv_cache_bytes
 from ..memory.calibration import Timed, checked_rates, spread_of
 from ..memory.machine import Machine
 from ..memory.measured import MeasuredRates
-from ..memory.plan import kv_cache_bytes
 from ..memory.rates import ATTENTION_SHARE
 from ..models.precision import runs_on_cpu
 from ..specs import ModelSpec, openelm_config, spec_from_config

@@ -103,3 +103,11 @@ class CacheBytes:
     @cached_property
     def _per_place(self) -> int:
         return sum(self._full)
+
+
+def kv_cache_bytes(
+    spec: ModelSpec, num_tokens: int, itemsize: int, batch_size: int = 1, kv_bits: int | None = None
+) -> int:
+    """Bytes allocated for keys and values once `num_tokens` are cached: places in steps, rings whole."""
+    caches = CacheBytes(spec, itemsize, kv_bits)
+    return batch_size * max(caches.rings, caches.total(num_tokens))

@@ -1,4 +1,7 @@
-"""What loading and running a model will take, from its shapes and its files' headers alone: pure arithmetic, no arrays."""
+"""What loading and running a model will take, from its shapes and its files' headers alone: pure arithmetic, no arrays.
+
+What a plan says of speed is in plan_speeds.py.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ from dataclasses import replace
 
 from ..specs import ModelSpec
 from .admission import MOST_REQUESTS
-from .cache_bytes import CacheBytes, most_that
+from .cache_bytes import kv_cache_bytes, most_that
 from .machine import Machine, wired_limit_advice
+from .plan_speeds import Speeds
 from .plan_types import Change, MemoryPlan, PlanRequest, Weights
-from .rates import SpeedRange, prefill_seconds, rates_of, streamed_seconds
 from .scratch import logits_bytes, scratch_bytes
-from .together import LENGTHS, SHORT, ExpertReads, Fit, Mixture, Together
+from .together import LENGTHS, SHORT, Fit, Mixture, Together
 
 # The interpreter, MLX and the library; a tokenizer takes some five times its file (measured on Linux, docs/memory.md).
 # With a GPU there are its libraries, too, of which nothing was measured on a Mac.
@@ -23,25 +26,15 @@ CACHE_LIMIT_BYTES = 256 * 2**20
 CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
 # A chunk is as long as a prompt is fast with, unless computing would take more than this share of weights and cache; no
-# shorter than this for that alone. Where experts are read from disk another rule holds: `_Planner.usual_seconds`.
+# shorter than this for that alone. Where experts are read from disk another rule holds: `Speeds.usual_seconds`.
 CHUNK_SHARE, SHORT_CHUNK, SHORT_CHUNK_ON_CUDA = 0.07, 64, 32
 # A context that nobody asked for is not paid for in advance beyond this; where several requests at once have no room for
 # so much each, not beyond the next.
 USUAL_CONTEXT, SHORTER_CONTEXTS = 8192, (4096, 2048)
 # What a prefix cache keeps when nobody says (decoding/prefix_cache.py).
 KEPT_BYTES = 1_000_000_000
-# A request by which chunks are weighed against slots where experts are on disk; and what is assumed of a machine of which
-# it is not known: bytes and tokens a second.
-USUAL_PROMPT, USUAL_ANSWER = 2048, 256
-ASSUMED_DISK, ASSUMED_PREFILL, ASSUMED_PREFILL_ON_CPU = 3e9, 300.0, 20.0
-# Real routers come back to experts: the demo's choices, stretched to the released models' experts, miss 0.6 to 0.9 times as
-# often as if every expert were equally likely (docs/streaming.md).
-SKEWED_READS = 0.6
 # What the system's file cache and macOS keep when experts are read through it and nobody set a limit.
 LEFT_TO_FILES = 6_000_000_000
-# Rows that have chosen the same expert may each read it. On an H200 unsorted products of 2 to 32 rows of the 20b took at
-# most 1.4 times what their different experts would, by the time of one row.
-READ_AGAIN = 1.5
 # From this share of the working set on a model is wired. One that took 89 % of it was 40 times slower unwired
 # (vmlx-swift#418); one that is far below has room, and wiring was reported to stop some Macs (mlx#3186).
 WIRED_FROM = 0.8
@@ -94,7 +87,7 @@ class _Planner:
         self.process = process_bytes(machine) + TOKENIZER_FACTOR * weights.tokenizer
         layer = spec.layers[0]
         self.num_experts, self.per_token = layer.num_experts, layer.experts_per_token
-        self.rates = rates_of(machine, spec, self._dense_bits())
+        self.speeds = Speeds(spec, weights, machine, itemsize)
 
     def best(self) -> MemoryPlan:
         """The first plan that fits, from the one that costs nothing on; the last one when none does."""
@@ -129,30 +122,8 @@ class _Planner:
         for chunk in [self.request.prefill_chunk] if self.request.prefill_chunk else CHUNKS:
             slots = self.request.expert_slots or self._most_slots(context, chunk)
             plans.append(self.plan(context, chunk, slots, with_limits=False))
-        best = min((plan for plan in plans if plan.fits), key=self.usual_seconds, default=plans[-1])
+        best = min((plan for plan in plans if plan.fits), key=self.speeds.usual_seconds, default=plans[-1])
         return self.plan(context, best.prefill_chunk, best.expert_slots)
-
-    def usual_seconds(self, plan: MemoryPlan) -> float:
-        """Seconds of requests of usual lengths, as many as are at work at once, as far as they depend on how memory is
-        shared by chunks and slots.
-
-        A chunk is read and computed at the same time; every expert is equally likely. Rates that are not known are assumed:
-        they only weigh a prompt against its answer.
-        """
-        prompt = min(plan.context_length, USUAL_PROMPT)
-        chunk = min(plan.prefill_chunk, prompt)
-        slots = plan.expert_slots or 0
-        disk = self.machine.ssd_bandwidth or ASSUMED_DISK
-        rate = self._prefill_rate() or (ASSUMED_PREFILL if self.is_gpu else ASSUMED_PREFILL_ON_CPU)
-        read = self._read_bytes(slots, chunk) / disk
-        prompts = plan.batch_size * prompt / chunk * max(read, chunk / rate)
-        return prompts + USUAL_ANSWER * self._read_bytes(slots, plan.batch_size) / disk
-
-    def _read_bytes(self, slots: int, chunk: int = 1) -> float:
-        """Expert bytes that so many tokens at once read from disk, every expert being equally likely: more than a real
-        model's routing.
-        """
-        return self._touched_experts(chunk) * (1 - slots / self.num_experts) * self.weights.slot
 
     def _chunks(self, context: int) -> list[int]:
         """The chunks to try with everything in memory, from the one that costs nothing on."""
@@ -208,7 +179,7 @@ class _Planner:
         )  # fmt: skip
         if not with_limits:
             return plan
-        return replace(self.with_speeds(plan), max_context_length=self._longest(plan), least_bytes=self._least())
+        return replace(self.speeds.with_speeds(plan), max_context_length=self._longest(plan), least_bytes=self._least())
 
     def _cache_limit(self, batch_size: int) -> int:
         """Of freed buffers that serve the next step: the logits of many rows are large."""
@@ -238,58 +209,6 @@ class _Planner:
         slots = self.per_token if self.weights.can_stream and self.weights.slot else None
         return self.plan(min(self.spec.context_length, 256), CHUNKS[-1], slots, with_limits=False).process_bytes
 
-    def with_speeds(self, plan: MemoryPlan) -> MemoryPlan:
-        """A plan with its `decode`, `decode_at_start` and `prefill` (memory/rates.py)."""
-        rates = self.rates
-        if rates is None:
-            return plan
-        basis = rates.basis if plan.expert_slots is None or rates.basis == "measured" else "no run"
-        slow_disk, fast_disk = self._disk()
-        prompt, chunk = plan.context_length, min(plan.prefill_chunk, plan.context_length)
-        found = prefill_seconds(self.spec, rates, prompt, chunk, self._touched_bytes(chunk))
-        prefill = None
-        if found is not None:
-            # Computed and read at the same time.
-            reads = prompt / chunk * (0.0 if plan.expert_slots is None else self._read_bytes(plan.expert_slots, chunk))
-            slow, fast = max(found[0], reads / slow_disk), max(found[1], reads / fast_disk)
-            prefill = SpeedRange.of(prompt / slow, prompt / fast, prompt, basis)
-        decode, at_start = (self._decode(plan, tokens, plan.batch_size)[0] for tokens in (plan.context_length, 0))
-        return replace(plan, decode=decode, decode_at_start=at_start, prefill=prefill)
-
-    def _decode(self, plan: MemoryPlan, tokens: int, rows: int) -> tuple[SpeedRange | None, SpeedRange | None]:
-        """Tokens a second of each of so many requests with so many tokens each, and of all together; None: not known.
-
-        A step of all of them reads the weights once; of experts that several rows have chosen, some more often. Many rows
-        take as long as their products do.
-        """
-        rates = self.rates
-        if rates is None:
-            return None, None
-        layers, is_streamed = len(self.spec.layers), plan.expert_slots is not None
-        basis = rates.basis if not is_streamed or rates.basis == "measured" else "no run"
-        cached = kv_cache_bytes(self.spec, tokens, self.itemsize, rows, plan.kv_bits)
-        touched, experts = self._touched_bytes(rows), self._touched_experts(rows)
-        most = touched + (min(rows * self.per_token, READ_AGAIN * experts) - experts) * self.weights.slot
-        slow, fast = (
-            rates.decode_seconds(layers, each, cached) / factor
-            for each, factor in ((most, rates.low), (touched, rates.high))
-        )
-        if rows > 1 and rates.products is not None:
-            operations = 2 * rows * self.spec.num_active_parameters()
-            slow, fast = max(slow, operations / rates.products[0]), max(fast, operations / rates.products[1])
-        if is_streamed:
-            read = self._read_bytes(plan.expert_slots or 0, rows)
-            slow_disk, fast_disk = self._disk()
-            slow += read / slow_disk + streamed_seconds(layers)
-            fast += SKEWED_READS * read / fast_disk
-        return (
-            SpeedRange.of(1 / slow, 1 / fast, tokens, basis),
-            SpeedRange.of(rows / slow, rows / fast, tokens, basis),
-        )
-
-    def _disk(self) -> tuple[float, float]:
-        return self.machine.ssd or (ASSUMED_DISK, ASSUMED_DISK)
-
     def together(self, plan: MemoryPlan) -> Together:
         """What a plan says of several requests at once."""
         num_requests = plan.batch_size
@@ -299,18 +218,19 @@ class _Planner:
         if num_requests > 1 and others:
             longest = most_that(lambda n: self._fits_beside(plan, n, others), self.spec.context_length)
             mixture = Mixture(longest, num_requests - 1, others)
-        each, in_all = self._decode(plan, plan.context_length, num_requests) if plan.fits else (None, None)
-        alone = self._decode(plan, plan.context_length, 1)[0] if plan.fits else None
+        each, in_all = self.speeds.decode(plan, plan.context_length, num_requests) if plan.fits else (None, None)
+        alone = self.speeds.decode(plan, plan.context_length, 1)[0] if plan.fits else None
         is_streamed = plan.fits and plan.expert_slots is not None
         return Together(
             num_requests, plan.max_context_length, tuple(self._fit(plan, length) for length in lengths), mixture,
-            each, in_all, alone, self._reads(plan, num_requests) if is_streamed else None,
-            self._reads(plan, 1) if is_streamed else None, min(KEPT_BYTES, max(0, plan.memory_limit - plan.process_bytes)),
+            each, in_all, alone, self.speeds.reads(plan, num_requests) if is_streamed else None,
+            self.speeds.reads(plan, 1) if is_streamed else None,
+            min(KEPT_BYTES, max(0, plan.memory_limit - plan.process_bytes)),
         )  # fmt: skip
 
     def _fit(self, plan: MemoryPlan, length: int) -> Fit:
         most = most_that(lambda n: self._again(plan, length, n).fits, MOST_REQUESTS)
-        return Fit(length, most, *self._decode(plan, length, most)) if most else Fit(length, 0)
+        return Fit(length, most, *self.speeds.decode(plan, length, most)) if most else Fit(length, 0)
 
     def _fits_beside(self, plan: MemoryPlan, longest: int, others: int) -> bool:
         """Whether one request of so many tokens fits beside all others with so many each."""
@@ -319,33 +239,6 @@ class _Planner:
         most = self._again(plan, longest)
         used = most.process_bytes - most.kv_cache_bytes + long + (plan.batch_size - 1) * short
         return used <= self.limit
-
-    def _reads(self, plan: MemoryPlan, rows: int) -> ExpertReads:
-        """What a step reads of experts that are on disk."""
-        touched, slots = self._touched_experts(rows), plan.expert_slots or 0
-        read = self._read_bytes(slots, rows)
-        slow, fast = (None, None)
-        if self.machine.ssd is not None:
-            slow, fast = read / self.machine.ssd[0], SKEWED_READS * read / self.machine.ssd[1]
-        return ExpertReads(rows, touched, touched * (1 - slots / self.num_experts), int(read), slow, fast)
-
-    def _touched_bytes(self, tokens: int) -> float:
-        """Bytes of weights that so many tokens at once are computed with, every expert being equally likely."""
-        return self.weights.dense - self.weights.looked_up + self._touched_experts(tokens) * self.weights.slot
-
-    def _touched_experts(self, tokens: int) -> float:
-        return self.num_experts * (1 - (1 - self.per_token / self.num_experts) ** tokens) if self.num_experts else 0.0
-
-    def _prefill_rate(self) -> float | None:
-        products = None if self.rates is None else self.rates.products
-        return None if products is None else sum(products) / 2 / (2 * self.spec.num_active_parameters())
-
-    def _dense_bits(self) -> int:
-        """Of how many bits, by their bytes, the parts are that are not experts."""
-        spec = self.spec
-        experts = sum(layer.num_experts * layer.parameters_per_expert(spec.hidden_size) for layer in spec.layers)
-        each = 8 * (self.weights.dense - self.weights.adapters) / max(1, spec.num_parameters() - experts)
-        return min((32, 16, 8, 6, 5, 4), key=lambda bits: abs(bits + (0.5 if bits < 16 else 0) - each))
 
     def changes(self, plan: MemoryPlan) -> Iterator[Change]:
         """What would make it fit: each alone, the cheapest first."""
@@ -394,11 +287,3 @@ def process_bytes(machine: Machine) -> int:
     if calibration is not None and calibration.process_bytes is not None:
         return calibration.process_bytes
     return PROCESS_BYTES_ON_CPU if machine.backend == "cpu" else PROCESS_BYTES
-
-
-def kv_cache_bytes(
-    spec: ModelSpec, num_tokens: int, itemsize: int, batch_size: int = 1, kv_bits: int | None = None
-) -> int:
-    """Bytes allocated for keys and values once `num_tokens` are cached: places in steps, rings whole."""
-    caches = CacheBytes(spec, itemsize, kv_bits)
-    return batch_size * max(caches.rings, caches.total(num_tokens))

@@ -1,0 +1,243 @@
+"""The scratch memory of one layer: every array that its parts make for so many tokens, counted from the shapes.
+
+The sums follow from the code in `models/`; a test measures each part on the CPU. GPUs have kernels where the CPU needs
+several steps; their internal memory was measured on CUDA and is assumed for Metal (docs/memory.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..models.routing_ways import BY_SORTING, IN_BLOCKS, MOST_ROUTES_OF_A_TABLE, ExpertWays, most_places
+from ..specs import KV_SCORES_BYTES, KV_UNPACK_FROM, LayerSpec, ModelSpec
+
+FLOAT32 = 4
+# How a GPU's rows go through their experts unless `selfcheck` found another way faster (models/precision.py).
+_EXPERT_WAYS = {"metal": BY_SORTING, "cuda": IN_BLOCKS}
+
+
+@dataclass(frozen=True)
+class LayerScratch:
+    """Bytes of the arrays that the parts of one layer make, with their results: before, in and after attention.
+
+    projected: the part of `before` that stays until attention is done: queries, keys and values; attended: attention's result.
+    """
+
+    before: int
+    attention: int
+    after: int
+    projected: int
+    attended: int
+
+    @property
+    def all(self) -> int:
+        """Everything that the layer makes."""
+        return self.before + self.attention + self.after
+
+
+def layer_scratch(
+    spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None = None
+) -> LayerScratch:
+    """The scratch memory of one layer for `L` tokens after `offset` cached ones, with numbers of `itemsize` bytes."""
+    return counting(spec, layer, L, offset, itemsize, backend, kv_bits).layer()
+
+
+def counting(
+    spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None
+) -> Counting:
+    """The sums of one layer for `L` tokens, as this backend computes it."""
+    if backend == "cpu":
+        return _OnCpu(spec, layer, L, offset, itemsize, kv_bits)
+    return _OnGpu(spec, layer, L, offset, itemsize, kv_bits, _EXPERT_WAYS[backend])
+
+
+class Counting:
+    """The shapes, and the sums that both backends share."""
+
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, kv_bits: int | None
+    ) -> None:
+        self.spec, self.layer_spec, self.L, self.offset, self.itemsize = spec, layer, L, offset, itemsize
+        self.is_packed = kv_bits is not None and layer.window is None
+        self.hidden = L * spec.hidden_size
+        self.queries = L * layer.num_heads * layer.head_dim
+        self.new_keys = L * layer.num_kv_heads * layer.head_dim
+        self.qkv = self.queries + 2 * self.new_keys
+        self.rotated = self.queries + self.new_keys
+        self.routes = L * layer.experts_per_token
+
+    def layer(self) -> LayerScratch:
+        kept = self.itemsize * (self.qkv + self.rotated)
+        return LayerScratch(self.before(), self.attention(), self.after(), kept, self.itemsize * self.queries)
+
+    def before(self) -> int:
+        raise NotImplementedError
+
+    def attention(self) -> int:
+        raise NotImplementedError
+
+    def after(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a short window is attended to in blocks (models/attention.py, `causal_mask`)."""
+        window = self.layer_spec.window
+        return window is not None and window < self.num_keys and 2 * window <= self.L
+
+    @property
+    def joins(self) -> bool:
+        """Whether a ring's tokens and the new ones are laid side by side; one token is attended to in the ring itself."""
+        return self.layer_spec.window is not None and self.L > 1
+
+    @property
+    def num_keys(self) -> int:
+        """How many keys attention reads: all, or in a sliding layer the new ones and up to a window before them."""
+        window = self.layer_spec.window
+        return self.L + (self.offset if window is None else min(self.offset, window - 1))
+
+    @property
+    def stays_packed(self) -> bool:
+        """Whether so few queries go over packed keys as they are (models/packed.py)."""
+        return self.is_packed and self.L < KV_UNPACK_FROM
+
+    def over_packed(self) -> int:
+        """Of an attention over packed keys: the new ones before they are packed, queries and results, scores, a mask."""
+        heads, keys = self.layer_spec.num_heads, self.num_keys
+        scores = FLOAT32 * heads * keys
+        at_once = min(self.L, max(1, KV_SCORES_BYTES // scores))
+        mask = self.L * keys if self.L > 1 else 0
+        return 2 * FLOAT32 * self.keys_and_values(self.L) + 3 * FLOAT32 * self.queries + 2 * at_once * scores + mask
+
+    def keys_and_values(self, num_keys: int) -> int:
+        """How many numbers the keys and values of `num_keys` tokens have."""
+        return 2 * num_keys * self.layer_spec.num_kv_heads * self.layer_spec.head_dim
+
+
+class _OnCpu(Counting):
+    """MLX's CPU backend: norms, rotations, attention and experts are computed in float32, in many steps."""
+
+    def cast(self, count: int) -> int:
+        """A copy in float32, which float32 does not need."""
+        return FLOAT32 * count if self.itemsize < FLOAT32 else 0
+
+    def rounded(self, count: int) -> int:
+        """A copy in the model's type."""
+        return self.itemsize * count if self.itemsize < FLOAT32 else 0
+
+    def norm(self, count: int) -> int:
+        """The square and the product, and the casts there and back."""
+        return self.cast(count) + 2 * FLOAT32 * count + self.rounded(count)
+
+    def before(self) -> int:
+        if self.layer_spec.num_experts:
+            norm, heads_norm = 2 * FLOAT32 * self.hidden + self.rounded(self.hidden), 0
+        else:
+            norm, heads_norm = self.norm(self.hidden), self.norm(self.rotated) if self.spec.qk_norm else 0
+        rotation = self.cast(self.rotated) + 2 * FLOAT32 * self.rotated + self.rounded(self.rotated)
+        return norm + self.itemsize * self.qkv + heads_norm + rotation
+
+    def attention(self) -> int:
+        keys = self.num_keys
+        total = 0
+        if self.joins:
+            total += self.itemsize * self.keys_and_values(keys)
+        if self.in_blocks:
+            total += self.blocks()
+        else:
+            if self.is_packed:  # a copy without gaps between heads
+                total += keys * self.layer_spec.kv_bytes_per_token(self.itemsize, 8)
+            if self.stays_packed:
+                return total + self.over_packed()
+            total += self.scores(self.L, keys) + self.L * keys
+            total += self.cast(self.keys_and_values(keys))
+            if self.is_packed:  # the new ones packed, and all of them unpacked
+                total += 2 * FLOAT32 * self.keys_and_values(self.L) + self.itemsize * self.keys_and_values(keys)
+        return total
+
+    def scores(self, L: int, keys: int) -> int:
+        """Scaled queries, scores, the sinks, and the result."""
+        heads, queries = self.layer_spec.num_heads, L * self.layer_spec.num_heads * self.layer_spec.head_dim
+        scores = FLOAT32 * heads * L * keys
+        if self.layer_spec.num_experts:
+            scores = 3 * scores + FLOAT32 * heads * L
+        # In float32 MLX copies the queries too where nothing is cached yet, and for blocks.
+        copies = 3 if self.itemsize == FLOAT32 and (self.offset == 0 or self.in_blocks) else 2
+        return copies * FLOAT32 * queries + scores + self.rounded(queries)
+
+    def blocks(self) -> int:
+        window = self.layer_spec.window or 1
+        n = -(-self.L // window)
+        paired = self.itemsize * self.keys_and_values(2 * n * window)
+        padded = self.itemsize * self.keys_and_values((n + 1) * window)
+        L = n * window
+        scores = self.scores(L, 2 * window)
+        return padded + paired + self.cast(self.keys_and_values(2 * n * window)) + scores
+
+    def after(self) -> int:
+        e = self.itemsize
+        merged = e * self.queries
+        if not self.layer_spec.num_experts:
+            inner = self.L * self.layer_spec.intermediate_size
+            return merged + 2 * e * self.hidden + self.norm(self.hidden) + 3 * e * inner
+        routed, inner = self.routes * self.spec.hidden_size, self.routes * self.layer_spec.intermediate_size
+        add = FLOAT32 * self.hidden + self.cast(self.hidden) + self.rounded(self.hidden)
+        norm = 2 * FLOAT32 * self.hidden + self.rounded(self.hidden)
+        router = 3 * FLOAT32 * self.L * self.layer_spec.num_experts
+        gate_up = self.cast(routed) + FLOAT32 * 2 * inner + self.rounded(2 * inner) + e * 2 * inner
+        swiglu = 3 * FLOAT32 * inner + (2 * self.cast(inner) + self.rounded(inner) if e < FLOAT32 else 0)
+        down = self.cast(inner) + FLOAT32 * routed + self.rounded(routed) + 3 * e * routed
+        # To be summed (models/moe.py, `weighted_sum`).
+        is_copied = e < FLOAT32 and self.routes <= MOST_ROUTES_OF_A_TABLE
+        summed = 2 * (e + FLOAT32) * self.hidden + (FLOAT32 * routed if is_copied else 0)
+        return merged + 2 * add + norm + router + e * routed + gate_up + swiglu + down + summed
+
+
+class _OnGpu(Counting):
+    """A kernel each for a norm, a rotation, an attention and what is elementwise between them. Measured on CUDA."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layer: LayerSpec,
+        L: int,
+        offset: int,
+        itemsize: int,
+        kv_bits: int | None,
+        expert_ways: ExpertWays,
+    ) -> None:
+        super().__init__(spec, layer, L, offset, itemsize, kv_bits)
+        # With what they are padded with; a few tokens that are left over may take more than a whole chunk.
+        k = layer.experts_per_token
+        self.places = most_places(L, k, layer.num_experts, expert_ways) if k else 0
+
+    def before(self) -> int:
+        e, is_moe = self.itemsize, self.layer_spec.num_experts > 0
+        norm = (FLOAT32 + e) * self.hidden + e * self.new_keys if is_moe else e * self.hidden
+        return norm + e * self.qkv + e * self.rotated
+
+    def attention(self) -> int:
+        e, window = self.itemsize, self.layer_spec.window
+        total = e * self.queries
+        if window is None:
+            if self.stays_packed:
+                return total + self.over_packed()
+            return total + (e * self.keys_and_values(self.num_keys) if self.is_packed else 0)
+        if self.joins:
+            total += e * self.keys_and_values(self.num_keys)
+        if self.in_blocks:
+            n = -(-self.L // window)
+            total += e * self.keys_and_values((n + 1) * window) + e * self.keys_and_values(2 * n * window)
+            # With a mask there is no fused kernel: the scores, and copies of queries and results around them.
+            scores = self.layer_spec.num_heads * n * window * 2 * window
+            total += e * scores + (3 if self.L % window == 0 else 4) * e * self.queries
+        return total
+
+    def after(self) -> int:
+        e = self.itemsize
+        if not self.layer_spec.num_experts:
+            return e * (self.queries + 3 * self.hidden + 3 * self.L * self.layer_spec.intermediate_size)
+        routed, inner = self.places * self.spec.hidden_size, self.places * self.layer_spec.intermediate_size
+        stream = (3 * e + 4 * FLOAT32) * self.hidden
+        routing = FLOAT32 * (3 * self.L * self.layer_spec.num_experts + 8 * self.routes)
+        return stream + routing + e * (4 * routed + 5 * inner)

@@ -237,6 +237,48 @@ def test_short_chunks_that_save_no_time_are_not_taken(compiling):
         assert count <= 8
 
 
+@pytest.mark.parametrize("fixed", [0.0, 0.012, 0.02])
+def test_chunks_grow_while_requests_come_in_one_after_the_other(fixed):
+    """Of 64 prompts one is always being computed while others decode: the usual step is measured all the same.
+
+    A step without a chunk hands over what the one before it computed: the first of them is a short one.
+    """
+    draw = random.Random(7)
+    scheduler = Scheduler(64, 100)
+    for i in range(64):
+        scheduler.waiting.append(Request(i, [draw.randrange(64, 1024)]))
+        scheduler.admit(lambda _: True)
+    num_tokens = sum(each.job.num_left for each in scheduler.prompts)
+    pace, num_chunks, num_plain, unseen = scheduler.pace, 0, 0, 0.0
+    while scheduler.prompts:
+        usual = 0.006 + 1e-4 * len(scheduler.decoding)
+        if scheduler.decoding and pace.is_usual_due:
+            pace.step_took(0.002 + unseen, 0)
+            unseen, num_plain = usual - 0.002, num_plain + 1
+            continue
+        found = scheduler.next_prompts(2048)
+        length = sum(piece for _, piece in found)
+        seconds = unseen + (usual + fixed + 2e-5 * length) * draw.uniform(0.95, 1.05)
+        learn = pace.step_took if scheduler.decoding else pace.prompt_took
+        for request, piece in found:
+            request.job.take(piece)
+            if not request.job.chunks:
+                scheduler.prompt_is_done(request)
+        learn(seconds, length)
+        unseen, num_chunks = 0.0, num_chunks + 1
+    assert num_chunks < num_tokens / 64 / 3  # chunks as short as the first one would be three times as many
+    assert num_plain <= 14
+
+
+def test_a_usual_step_that_was_long_once_is_forgotten():
+    pace = ChunkPace()
+    pace.step_took(5.0, 0)  # a kernel was compiled
+    for _ in range(8):
+        pace.step_took(0.008, 0)
+    pace.step_took(0.02, 64)
+    assert pace.length(2048) <= 128
+
+
 def test_a_chunk_the_device_stopped_is_halved():
     pace = ChunkPace()
     pace.last = 512

@@ -140,6 +140,11 @@ class ActiveRequest(HasJob):
         return self.pending is not None and not self.replay and self.num_left > 1
 
     @property
+    def can_go_on(self) -> bool:
+        """Whether the next pass has anything to compute for it, its prompt done."""
+        return bool(self.replay) or self.forward is not None or self.has_token_to_feed
+
+    @property
     def is_plain(self) -> bool:
         request = self.sequence.request
         return request.constraint is None and request.draft is None

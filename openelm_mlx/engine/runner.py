@@ -131,6 +131,8 @@ class Runner:
 
     def _next_prompts(self) -> list[tuple[ActiveRequest, int]]:
         """Whose prompts are gone on with, and by how many tokens each."""
+        if self.scheduler.pace.is_usual_due and any(each.can_go_on for each in self.scheduler.decoding):
+            return []
         wanted = self.scheduler.next_prompts(self._chunk)
         if not wanted:
             return []

@@ -21,6 +21,11 @@ from ..errors import EngineFullError
 LONGEST_GAP = 4.0
 # What the chunk's length aims at: below the bound, since a chunk's cost is known only afterwards.
 _AIM = 2.5
+# Where a chunk's fixed time is not within that, its tokens take this part of it at least: else decoders would wait more
+# often, and not less.
+_LEAST_SHARE = 0.5
+# Chunks after which the usual step is measured again; fewer at first, while requests come in.
+_MOST_CHUNKS = 32
 # Shorter chunks cost nearly as much as this one: each reads all weights.
 LEAST_CHUNK = 16
 # Prompts in one pass: each has attention of its own.
@@ -73,9 +78,13 @@ class ChunkPace:
     """How long a chunk of a prompt may be while others decode, learned from the steps' times (seconds).
 
     A chunk adds a fixed time to the usual step and another for each token; both are estimated by rank, so that a step
-    that was long once (a kernel was compiled) means little. Where the fixed time alone is more than decoders should wait,
-    short chunks would make them wait more often and not less: a chunk is then at least so long that its tokens take as
-    much as what is fixed.
+    that was long once (a kernel was compiled) means little. Where the fixed time leaves too little of what decoders should
+    wait, short chunks would make them wait more often and not less: a chunk is then so long that its tokens take as much
+    as what is fixed.
+
+    The usual step is only seen where nobody's prompt is computed, which may never be while requests come and come: so
+    `is_usual_due` asks for two steps without a chunk now and then. The first of them hands over what the chunk's step
+    computed, and says nothing.
 
     first: the first chunk beside somebody who decodes, where nothing is known of what a prompt's token takes.
     """
@@ -87,11 +96,28 @@ class ChunkPace:
         self._usual: float | None = None  # of a step without a chunk
         self._per_token_alone: float | None = None  # of a prompt that nobody decoded beside
         self._added: deque[tuple[int, float]] = deque(maxlen=16)  # by the last chunks: their lengths, and seconds
+        self._is_after_chunk = False
+        # Steps with a chunk since the usual one was measured, and after how many it is measured again.
+        self._num_chunks = self._due_after = 0
         self._fixed, self._per_token = 0.0, 0.0
+
+    @property
+    def is_usual_due(self) -> bool:
+        """Whether the next step should be one without a chunk, where somebody decodes."""
+        return self._num_chunks >= self._due_after
 
     def length(self, most: int) -> int:
         """The chunk's length now, at most `most`, in coarse steps, so that shapes are few."""
         return min(most, _in_coarse_steps(self._wanted()))
+
+    def _measured_usual(self, seconds: float) -> None:
+        known = self._usual
+        # Once it was far longer: a kernel had to be compiled.
+        known = seconds if known is None else min(known, LONGEST_GAP * seconds)
+        self._usual = known + 0.25 * (seconds - known)
+        if self.is_usual_due:
+            self._due_after = min(_MOST_CHUNKS, max(1, 2 * self._due_after))
+        self._num_chunks = 0
 
     def _wanted(self) -> float:
         usual = self._usual
@@ -99,9 +125,9 @@ class ChunkPace:
             if usual is None or self._per_token_alone is None:
                 return self._first
             return min(self._first, (_AIM - 1) * usual / self._per_token_alone)
-        seconds = (_AIM - 1) * usual - self._fixed
         most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
-        seconds = max(seconds, min(self._fixed, most_seconds) if most_seconds > 0 else self._fixed)
+        least_seconds = self._fixed if most_seconds < _LEAST_SHARE * self._fixed else min(self._fixed, most_seconds)
+        seconds = max(least_seconds, (_AIM - 1) * usual - self._fixed)
         length = seconds / max(self._per_token, 1e-9)
         last = self._added[-1][0]
         return max(last / 4, min(2 * last, length))  # what has not been tried is only an estimate
@@ -112,14 +138,18 @@ class ChunkPace:
 
     def prompt_took(self, seconds: float, length: int) -> None:
         """Learn from a step in which nobody decoded what a token of a prompt takes."""
+        self._is_after_chunk = True
         found, known = seconds / max(1, length), self._per_token_alone
         self._per_token_alone = found if known is None else min(found, 0.5 * (found + known))
 
     def step_took(self, seconds: float, chunk_length: int) -> None:
         """Learn from a step in which somebody decoded. chunk_length: 0 for a step without a prompt."""
+        was_after_chunk, self._is_after_chunk = self._is_after_chunk, chunk_length > 0
         if chunk_length == 0:
-            self._usual = seconds if self._usual is None else self._usual + 0.25 * (seconds - self._usual)
+            if not was_after_chunk:
+                self._measured_usual(seconds)
             return
+        self._num_chunks += 1
         if self._usual is None or seconds <= 0:
             return
         self._added.append((chunk_length, max(0.0, seconds - self._usual)))

@@ -42,11 +42,15 @@ class Lifecycle:
 
     def admit(self) -> None:
         """Begin with those who wait, as far as there is room."""
+        is_anybody_new = False
         while (request := self._scheduler.admit(self._fits)) is not None:
+            is_anybody_new = True
             try:
                 self._begin(request)
             except Exception as error:
                 self.end(request, error=error)
+        if is_anybody_new:
+            self._memory.changed(self._scheduler.running())
 
     def fork(self, leader: ActiveRequest, request: ActiveRequest) -> None:
         """One more answer to the leader's prompt, which has just been computed."""
@@ -71,7 +75,6 @@ class Lifecycle:
                 self._scheduler.follow(request)
                 return
         request.begin(self._model, self._tokenizer)
-        self._memory.changed(self._scheduler.running())
 
     # --- going --------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from ..memory.machine import backend_name
 from ..memory.plan import USUAL_CONTEXT
 from ..memory.plan_types import MemoryPlan
 from ..memory.scratch import slots_bytes
+from ..models.cache import cache_bytes
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from ..specs import KV_STEP
@@ -140,7 +141,7 @@ class BatchMemory:
         """Somebody's keys and values have grown, or are gone."""
         running = list(running)
         self.held_bytes = self._bank.nbytes + sum(
-            layer.nbytes for each in running if each.turn is not None and each.bank is None for layer in each.cache
+            cache_bytes(each.cache) for each in running if each.turn is not None and each.bank is None
         )
         if not running:
             self._excess = 0

@@ -302,6 +302,11 @@ class SlidingKVCache:
         return self.keys is None
 
 
+def cache_bytes(cache: Cache) -> int:
+    """Bytes allocated for all layers. They are written together: where the first one has none, no other has."""
+    return sum(layer.nbytes for layer in cache) if cache and cache[0].buffers else 0
+
+
 def seen_by_last(cache: LayerCache, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
     """Of the keys and values that `cache` gave for several new tokens those that the last token sees."""
     if isinstance(cache, SlidingKVCache):  # they are in the order of positions

@@ -34,23 +34,24 @@ def make_groups(expert_indices: mx.array, way: str, num_experts: int, slots: mx.
     k, experts = expert_indices.shape[-1], expert_indices.flatten()
     routes, num_rows = experts.size, experts.size // k
     places_each = rows_in_a_group(way, num_rows)
-    # Experts that are not in memory may share a slot: then a row has more than one route there, which are of no use.
-    count = num_groups(way, num_rows if slots is None else routes, routes, num_experts)
     where = experts if slots is None else slots.flatten()
     each = _up_to(routes)
+    if way == GROUPED:
+        # Every row has a place in every group, chosen or not: so places need not be found.
+        rows = mx.broadcast_to(mx.minimum(_up_to(places_each), num_rows - 1), (num_experts, places_each))
+        owners = _up_to(num_experts)
+        if slots is not None:  # a group that nobody chose has any expert's bias
+            owners = experts[mx.argmax(_is_there(where[None], owners[:, None]), axis=1)]
+        return Groups(rows, owners, None, _place_of_row(where, each, places_each, k))
+    # Experts that are not in memory may share a slot: then a row has more than one route there, which are of no use.
+    count = num_groups(way, num_rows if slots is None else routes, routes, num_experts)
     mine, others = where[:, None], where[None]
     ranks = mx.sum(_same_and_before(mine, others, each[:, None], each[None]), axis=1)
-    if way == GROUPED:
-        places = _places(where, ranks, places_each)
-    else:
-        opened = mx.sum(_is_opened(mine, others, ranks[:, None], ranks[None], places_each), axis=1)
-        places = _places(opened - 1, ranks, places_each)
+    opened = mx.sum(_is_opened(mine, others, ranks[:, None], ranks[None], places_each), axis=1)
+    places = _places(opened - 1, ranks, places_each)
     # The route in each place; the first one where there is none, whose results nobody reads.
     route = mx.argmax(_is_there(places[None], _up_to(count * places_each)[:, None]), axis=1).reshape(count, places_each)
     first = route[:, 0]
-    if way == GROUPED:
-        # A group that nobody chose has any expert's bias.
-        return Groups(route // k, experts[first] if slots is not None else _up_to(count), None, places)
     return Groups(route // k, experts[first], where[first], places)
 
 
@@ -71,6 +72,11 @@ def _places(group: mx.array, rank: mx.array, places_each: int) -> mx.array:
 
 
 @one_kernel
+def _place_of_row(group: mx.array, route: mx.array, places_each: int, k: int) -> mx.array:
+    return group.astype(mx.int32) * places_each + route // k
+
+
+@one_kernel
 def _is_there(places: mx.array, numbers: mx.array) -> mx.array:
     return places == numbers
 
@@ -88,18 +94,20 @@ def groups_on_host(
     num_rows: of the whole step, of which these may be a part: how many places a group has follows from it.
     """
     places_each = rows_in_a_group(way, num_rows)
+    if way == GROUPED:
+        inputs, owners = np.minimum(np.arange(places_each), num_rows - 1), np.full(num_slots, experts[0])
+        owners[slots] = experts
+        inputs = np.broadcast_to(inputs, (num_slots, places_each))
+        return Groups(_numbers(inputs), _numbers(owners), None, _numbers(slots.astype(np.int64) * places_each + rows))
     starts = np.flatnonzero(np.concatenate([[True], slots[1:] != slots[:-1]]))
     ranks = np.arange(len(slots)) - np.repeat(starts, np.diff([*starts, len(slots)]))
     opens = ranks % places_each == 0
-    groups = slots.astype(np.int64) if way == GROUPED else np.cumsum(opens) - 1
-    count = num_slots if way == GROUPED else int(opens.sum())
+    groups, count = np.cumsum(opens) - 1, int(opens.sum())
     places = groups * places_each + ranks % places_each
     inputs, of_groups = np.full(count * places_each, rows[0]), np.full(count, experts[0])
     inputs[places], of_groups[groups] = rows, experts
-    return Groups(
-        _numbers(inputs.reshape(count, places_each)), _numbers(of_groups),
-        None if way == GROUPED else _numbers(slots[opens]), _numbers(places),
-    )  # fmt: skip
+    inputs = inputs.reshape(count, places_each)
+    return Groups(_numbers(inputs), _numbers(of_groups), _numbers(slots[opens]), _numbers(places))
 
 
 def _numbers(values: np.ndarray) -> mx.array:

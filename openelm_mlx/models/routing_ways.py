@@ -4,8 +4,9 @@ All give the same sums. What they cost depends on how often an expert's weights 
 
 - unsorted: once for each route, a (row, expert) pair. The fewest steps: the best for one row.
 - sorted: the routes in the order of their experts; from some routes an expert on MLX multiplies them by tiles. For many.
-- grouped: the routes of each expert side by side, padded to as many as there are rows; all experts in one batch.
-- blocks_16, blocks_32: the same in blocks of so many routes, an expert having as many blocks as it needs.
+- grouped: every row through every expert, all in one batch, of which the chosen outputs are taken: nothing is to be placed.
+- blocks_16, blocks_32: the routes of each expert side by side in blocks of so many, an expert having as many blocks as it
+  needs.
 
 Shapes decide alone. Nothing is asked of the host: an expert has at most one route from each row, and however the routes
 fall, the blocks are no more than `num_groups` says.
@@ -23,7 +24,7 @@ WAYS = (UNSORTED, SORTED, GROUPED, "blocks_16", "blocks_32")
 
 # What holds where nobody has measured, and for MLX's CUDA backend (`precision.default_choices`).
 BY_SORTING: ExpertWays = ((1, UNSORTED), (16, SORTED))
-IN_BLOCKS: ExpertWays = ((1, UNSORTED), (16, "blocks_16"))
+IN_BLOCKS: ExpertWays = ((1, UNSORTED), (16, GROUPED), (17, "blocks_16"))
 
 # What a row of the table is: gpt-oss takes four experts a token. Fewer a token count as fewer rows.
 ROUTES_A_ROW = 4

@@ -3,7 +3,7 @@
 The engine (llguidance) supports less than the standard, and some unsupported schemas crash the process or break off an
 answer. So a schema is rewritten first, always to one that allows the same or less: objects are closed, dates exist, counts
 and bounds are numbers that the engine can write, infinite parts are left out. What cannot be rewritten is refused with its
-place. text/schema_check.py checks a schema's form.
+place. Numbers are rewritten in schema_numbers.py; text/schema_check.py checks a schema's form.
 """
 
 from __future__ import annotations
@@ -19,33 +19,20 @@ from ..text.schema_check import check_schema
 from .alternatives import Alternatives, strings_apart
 from .engine_schema import engine_refusal
 from .json_patterns import fits, held_pattern
-from .number_bounds import (
-    BOUNDS,
-    LARGEST_MULTIPLE,
-    bounds_of,
-    common_multiple_is_too_large,
-    engine_multiple,
-    exact,
-    far_values,
-    few_multiples,
-    fraction_bounds,
-    is_writable,
-    whole_bounds,
-    writable,
-)
+from .number_bounds import common_multiple_is_too_large
 from .schema_ends import SchemaEnds
 from .schema_keywords import ANNOTATIONS, COMBINING, KNOWN, UNHELD, combines_conditions
+from .schema_numbers import SchemaNumbers
 from .schema_parts import (
     DATA,
     NAMED_SCHEMAS,
     OTHER_TYPES,
     REFUSED,
     find,
-    kind_of,
     may_be,
-    may_be_other,
     nodes,
     num_combined,
+    refuse,
     shown,
 )
 from .string_formats import FORMATS
@@ -77,11 +64,10 @@ class _Preparation:
         parts = list(nodes(schema))
         # If parts are combined, closing one would forbid members that another requires.
         self._may_close = not any("allOf" in part or "unevaluatedProperties" in part for part in parts)
-        # Numbers beyond 64 bits must never be combined with `integer` in the engine.
-        self._is_combined = any(map(combines_conditions, parts))
         self._has_references = any("$ref" in part for part in parts)
         self._identifiers = [part["$id"] for part in parts if isinstance(part.get("$id"), str)]
         self._notes: dict[str, None] = {}
+        self._numbers = SchemaNumbers(any(map(combines_conditions, parts)), self._note)
         self._alternatives = Alternatives(schema, self._walk)
 
     def result(self) -> Prepared:
@@ -116,7 +102,16 @@ class _Preparation:
             if key in KNOWN or self._may_hold_schemas(key, value)
         }
         here = path or "the top level"
-        steps = (self._names, self._values, self._counts, self._string, self._numbers, self._choices, self._object)
+        numbers = self._numbers
+        steps = (
+            self._names,
+            numbers.constants,
+            self._counts,
+            self._string,
+            numbers.bounds,
+            self._choices,
+            self._object,
+        )
         for step in (*steps, self._unheld):
             step(walked, schema, here)
         return walked
@@ -141,10 +136,6 @@ class _Preparation:
     def _note(self, sentence: str) -> None:
         self._notes[sentence] = None
 
-    def _refuse(self, walked: dict[str, Any], sentence: str) -> None:
-        """Mark a part that cannot be enforced. It is an error only if the part is needed: see `_followed` and `SchemaEnds`."""
-        walked.setdefault(REFUSED, sentence)
-
     def _names(self, walked: dict[str, Any], schema: Mapping[str, Any], here: str) -> None:
         """Names of schemas, and references."""
         if "$schema" in walked and not _DRAFT.fullmatch(walked["$schema"]):
@@ -155,13 +146,13 @@ class _Preparation:
         if not isinstance(reference, str):
             return
         if not reference.startswith("#") and not self._identifiers:
-            self._refuse(
+            refuse(
                 walked,
                 f"The $ref {shown(reference)} at {here} leads out of the schema, and nothing outside it is read: put the "
                 f"definition under $defs.",
             )
         elif reference.startswith("#/") and not self._identifiers and find(self._root, reference) is None:
-            self._refuse(
+            refuse(
                 walked,
                 f"The $ref {shown(reference)} at {here} points to nothing in the schema: correct it, or add the definition.",
             )
@@ -179,56 +170,17 @@ class _Preparation:
         odd = [key for key in UNHELD if key in walked]
         if odd:
             names = " and ".join(odd)
-            self._refuse(
+            refuse(
                 walked,
                 f"{names} at {here} cannot be enforced while tokens are chosen: leave {'it' if len(odd) == 1 else 'them'} out, "
                 f"and check the answer afterwards.",
             )
 
-    def _values(self, walked: dict[str, Any], schema: Mapping[str, Any], here: str) -> None:
-        if "const" not in walked and not isinstance(walked.get("enum"), (list, tuple)):
-            return
-        may_be_far = self._without_type(walked)
-        if "const" in walked:
-            if not is_writable(walked["const"], may_be_far):
-                sentence = (
-                    f"The const at {here} has a number that cannot be enforced ({shown(walked['const'])}): {_WHICH}"
-                )
-                self._refuse(walked, f"{sentence} Use a string.")
-                walked["const"] = None
-            walked["const"] = writable(walked["const"], may_be_far)
-        if isinstance(walked.get("enum"), (list, tuple)):
-            values = [writable(value, may_be_far) for value in walked["enum"] if is_writable(value, may_be_far)]
-            if len(values) < len(walked["enum"]):
-                odd = next(value for value in walked["enum"] if not is_writable(value, may_be_far))
-                if values:
-                    self._note(
-                        f"The value {shown(odd)} of the enum at {here} is left out: it cannot be written exactly."
-                    )
-                else:
-                    sentence = f"The enum at {here} has only numbers that cannot be enforced ({shown(odd)}): {_WHICH}"
-                    self._refuse(walked, f"{sentence} Use strings.")
-            walked["enum"] = values
-
-    def _without_type(self, walked: dict[str, Any]) -> bool:
-        """Drop a `type` that all values have anyway, so that the engine has nothing to combine; return whether it did."""
-        if (
-            self._is_combined
-            or not set(walked) <= {"const", "enum", "type"}
-            or ("const" in walked and "enum" in walked)
-        ):
-            return False
-        values = [walked["const"]] if "const" in walked else walked["enum"]
-        if not all(_has_type(walked, value) for value in values):
-            return False
-        walked.pop("type", None)
-        return True
-
     def _counts(self, walked: dict[str, Any], schema: Mapping[str, Any], here: str) -> None:
         for kind in ("Length", "Items", "Properties"):
             low, high = schema.get(f"min{kind}"), schema.get(f"max{kind}")
             if low is not None and low > _MOST_COUNT:
-                self._refuse(
+                refuse(
                     walked,
                     f"min{kind} at {here} is {shown(low)}, and no answer is that long: the limit is {_MOST_COUNT:,}.",
                 )
@@ -263,62 +215,6 @@ class _Preparation:
         else:
             walked["pattern"] = pattern
 
-    def _numbers(self, walked: dict[str, Any], schema: Mapping[str, Any], here: str) -> None:
-        multiple = schema.get("multipleOf")
-        if multiple is not None and engine_multiple(multiple) is None:
-            self._refuse(
-                walked,
-                f"multipleOf at {here} is {shown(multiple)}, which cannot be enforced: give a whole number up to "
-                f"{LARGEST_MULTIPLE:,}, or one with few decimals such as 0.01 or 0.5.",
-            )
-            walked.pop("multipleOf", None)
-            multiple = None
-        low, high = bounds_of(walked)
-        for key in BOUNDS:
-            walked.pop(key, None)
-        if (low is None and high is None) or not may_be(walked, "number"):
-            return
-        kinds = walked.get("type")
-        kinds = [kinds] if isinstance(kinds, str) else [*OTHER_TYPES, "number"] if kinds is None else list(kinds)
-        is_whole = "number" not in kinds
-        new: dict[str, Any] | None = whole_bounds(low, high) if is_whole else fraction_bounds(low, high)
-        if multiple is not None and new is not None:
-            values = few_multiples(low, high, exact(multiple), is_whole)
-            if values is not None:
-                values = [value for value in values if is_writable(value, False)]
-                if not values:
-                    new = None
-                elif not may_be_other(walked) and "enum" not in walked and "const" not in walked:
-                    del walked["multipleOf"]  # the engine computes multiples with floats
-                    new = {"enum": [writable(value, False) for value in values]}
-        if new is None and multiple is None and not self._is_combined and (values := far_values(low, high)):
-            self._note(f"Of the numbers beyond 64 bits at {here} only powers of ten are written.")
-            new = {"enum": values}
-        if new is None:
-            others = [kind for kind in kinds if kind in OTHER_TYPES]
-            words = " and ".join(f"{key} {shown(schema[key])}" for key in (*BOUNDS, "multipleOf") if key in schema)
-            if not others:
-                self._refuse(
-                    walked,
-                    f"The bounds at {here} ({words}) make it unsatisfiable: they leave no number that can be written "
-                    f"exactly: {_WHICH} Change the bounds, or use a string.",
-                )
-            else:
-                walked["type"] = others
-            return
-        if "enum" in new and not self._is_combined:
-            others = [kind for kind in kinds if kind in OTHER_TYPES]
-            numbers = {"enum": new["enum"]}
-            beside = {key: walked.pop(key) for key in list(walked) if not key.startswith("$")}
-            beside.pop("multipleOf", None)
-            if others:
-                walked["anyOf"] = [numbers, {**beside, "type": others}]
-            else:
-                walked.update(numbers)
-                walked.update({key: value for key, value in beside.items() if key in NAMED_SCHEMAS or key == REFUSED})
-            return
-        walked.update(new)
-
     def _choices(self, walked: dict[str, Any], schema: Mapping[str, Any], here: str) -> None:
         self._check_pattern(walked, here)
         if isinstance(walked.get("anyOf"), list):
@@ -326,7 +222,7 @@ class _Preparation:
         if isinstance(walked.get("oneOf"), list) and isinstance(schema.get("oneOf"), (list, tuple)):
             branches, one = self._alternatives.apart(list(schema["oneOf"]), walked["oneOf"], here)
             if branches is None:
-                self._refuse(walked, f"The oneOf at {here} cannot be enforced: {one}")
+                refuse(walked, f"The oneOf at {here} cannot be enforced: {one}")
                 branches = walked["oneOf"]
             del walked["oneOf"]
             if "anyOf" in walked:
@@ -344,7 +240,7 @@ class _Preparation:
         held = None if reason else held_pattern(pattern)
         if held is None:
             reason = reason or "it has every control character, and quotes or backslashes are not told from them"
-            self._refuse(walked, f"The pattern {shown(pattern)} at {here} cannot be enforced: {reason[:200]}.")
+            refuse(walked, f"The pattern {shown(pattern)} at {here} cannot be enforced: {reason[:200]}.")
             return pattern
         return held
 
@@ -371,7 +267,7 @@ class _Preparation:
         low = walked.get("minProperties", 0)
         is_open = walked.get("additionalProperties") is not False or walked.get("patternProperties")
         if is_open and may_be(walked, "object") and low > len(required) + 1:
-            self._refuse(
+            refuse(
                 walked,
                 f"minProperties at {here} is {low}, and only {len(required)} names are required: an additional one could be "
                 f"written twice, and counts once. List the names under properties and required.",
@@ -385,7 +281,7 @@ class _Preparation:
             return
         for first, second in combinations(patterns, 2):
             if not strings_apart({"pattern": first}, {"pattern": second}):
-                self._refuse(
+                refuse(
                     walked,
                     f"The patterns {shown(first)} and {shown(second)} at {here} may match one name: change them so that no "
                     f"name matches both.",
@@ -418,17 +314,3 @@ class _Preparation:
             f"At {here} a property's name matches patternProperties ({names}): of these names only the listed properties "
             f"are written, and no additional ones."
         )
-
-
-_WHICH = (
-    "whole numbers are possible up to 9,223,372,036,854,774,784 (either sign) if a 64-bit float represents them exactly, as it "
-    "does all up to 2^53, and fractions with 15 digits."
-)
-
-
-def _has_type(schema: Mapping[str, Any], value: Any) -> bool:
-    """Whether a value is of the schema's `type`."""
-    if isinstance(value, float) and value != int(value):
-        kinds = schema.get("type", "number")
-        return "number" in ([kinds] if isinstance(kinds, str) else kinds)
-    return may_be(schema, kind_of(value))

@@ -95,6 +95,11 @@ def may_be_other(schema: Mapping[str, Any]) -> bool:
     return any(may_be(schema, kind) for kind in OTHER_TYPES)
 
 
+def refuse(walked: dict[str, Any], sentence: str) -> None:
+    """Mark a part that cannot be enforced: an error only if the part is needed (`SchemaEnds`); an alternative is left out."""
+    walked.setdefault(REFUSED, sentence)
+
+
 def shown(value: Any) -> str:
     """A value for a message: as short JSON."""
     text = json.dumps(value, ensure_ascii=False, default=str) if not has_huge_number(value) else "a huge number"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -33,6 +34,10 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 # Each process holds MLX and small models, 400 MB or so; on a Mac they share one GPU, so that more of them gain little.
 MOST_WORKERS = 4
+
+
+# pytest rewrites each assert: 20 s of processor time in each process, unless it may keep what it wrote in tests/__pycache__.
+sys.dont_write_bytecode = False
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

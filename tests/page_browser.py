@@ -1,7 +1,8 @@
 """The chat page in a real browser, for tests: Chromium without a window, and a server whose answers are scripts.
 
-Each test has a browser profile of its own. At its end nothing may have failed in the page, the policy may not have had to
-forbid anything, and no other host may have been asked for anything.
+Each test has a server of its own, and so an origin with storage of its own; who changes the browser has a profile of its own
+too (`new_chat`). At a test's end nothing may have failed in the page, the policy may not have had to forbid anything, and no
+other host may have been asked for anything.
 """
 
 from __future__ import annotations
@@ -83,16 +84,20 @@ def server() -> Iterator[PageServer]:
 class Chat:
     """A tab with the page, and what a person does there."""
 
-    def __init__(self, context: Any, server: PageServer) -> None:
+    def __init__(self, context: Any, server: PageServer, page: Any = None) -> None:
         self.context, self.server = context, server
-        self.page = context.new_page()
+        self.page = page or context.new_page()
         # What a test causes on purpose, as patterns of the browser's messages
         self.expected: list[str] = []
         self.messages: list[str] = []
         self.hosts: set[str] = set()
-        self.page.on("console", lambda message: self.messages.append(f"{message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.messages.append(f"error: {error}"))
-        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        self._listeners: dict[str, Any] = {
+            "console": lambda message: self.messages.append(f"{message.type}: {message.text}"),
+            "pageerror": lambda error: self.messages.append(f"error: {error}"),
+            "request": lambda request: self.hosts.add(urlsplit(request.url).netloc),
+        }
+        for event, listener in self._listeners.items():
+            self.page.on(event, listener)
 
     def open(self, state: str = "ready") -> Chat:
         self.page.goto(self.server.url)
@@ -153,6 +158,27 @@ class Chat:
         assert [text for text in self.messages if not any(re.search(each, text) for each in known)] == []
         assert self.hosts - {""} == {urlsplit(self.server.url).netloc}
 
+    def leave(self) -> None:
+        """Leaves the tab to the next test as a new one would be: nothing stored, nothing listening, no second tab."""
+        for event, listener in self._listeners.items():
+            self.page.remove_listener(event, listener)
+        for each in self.context.pages:
+            if each != self.page:
+                each.close()
+        self.page.mouse.move(0, 0)
+        self.page.goto("about:blank")
+        devtools = self.context.new_cdp_session(self.page)
+        origin = self.server.url.rstrip("/")  # a later server may get the same port
+        devtools.send("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})
+        devtools.detach()
+
+
+def new_context(chromium: Any, **options: Any) -> Any:
+    """A profile."""
+    context = chromium.new_context(**{"viewport": {"width": 1180, "height": 820}, "locale": "en-US", **options})
+    context.set_default_timeout(PATIENCE)
+    return context
+
 
 @pytest.fixture
 def new_chat(chromium: Any, server: PageServer) -> Iterator[Any]:
@@ -160,9 +186,7 @@ def new_chat(chromium: Any, server: PageServer) -> Iterator[Any]:
     chats: list[Chat] = []
 
     def new(**options: Any) -> Chat:
-        context = chromium.new_context(**{"viewport": {"width": 1180, "height": 820}, "locale": "en-US", **options})
-        context.set_default_timeout(PATIENCE)
-        chats.append(Chat(context, server))
+        chats.append(Chat(new_context(chromium, **options), server))
         return chats[-1]
 
     yield new
@@ -171,6 +195,18 @@ def new_chat(chromium: Any, server: PageServer) -> Iterator[Any]:
         chat.context.close()
 
 
+@pytest.fixture(scope="module")
+def tab(chromium: Any) -> Any:
+    """One tab for many tests: a new one costs Chromium more than most of them do with it."""
+    return new_context(chromium).new_page()
+
+
 @pytest.fixture
-def chat(new_chat: Any) -> Chat:
-    return new_chat().open()
+def chat(tab: Any, server: PageServer) -> Iterator[Chat]:
+    """The page, opened. A test that changes the tab or its profile, as a script for each page does, asks for new_chat."""
+    chat = Chat(tab.context, server, tab).open()
+    try:
+        yield chat
+        chat.check()
+    finally:
+        chat.leave()

@@ -1,5 +1,7 @@
 """Messages between machines: of bounded size, signed, each within a deadline; what is damaged is an error and never a crash."""
 
+import hashlib
+import hmac
 import json
 import os
 import random
@@ -18,7 +20,7 @@ import openelm_mlx as om
 from openelm_mlx.errors import WorkerError
 from openelm_mlx.link import framing
 from openelm_mlx.link.arrays import packed, unpacked
-from openelm_mlx.link.framing import MAGIC, PREFIX, Connection, Keys, LostConnectionError
+from openelm_mlx.link.framing import MAGIC, PREFIX, Connection, Keys, LostConnectionError, Signer
 from openelm_mlx.link.handshake import NO_SECRET, meet_first, meet_worker
 
 DEADLINE = 20.0
@@ -103,6 +105,38 @@ def test_arrays_that_are_none(header):
         unpacked(header, memoryview(bytes(8)))
 
 
+@pytest.mark.parametrize("length", [1, 32, 64])
+def test_tags_are_what_the_standard_library_computes(length):
+    key, pieces = os.urandom(length), [os.urandom(16), os.urandom(40), os.urandom(11_520)]
+    signer = Signer(key)
+    for number in (0, 1, 2**40):
+        expected = hashlib.blake2b(number.to_bytes(8, "big") + pieces[0], key=key, digest_size=16).digest()
+        assert signer.first(number, pieces[0]) == expected
+    for signed in (pieces, [b"".join(pieces)], [memoryview(pieces[1])]):
+        assert signer.last(*signed) == hmac.digest(key, b"".join(signed), "sha256")[:16]
+
+
+def test_closing_lets_go_of_a_thread_that_is_sending(pair):
+    """Before the file's number is free for another one."""
+    here, there, _ = pair
+    sign(here, there, 2**30)
+    ended = []
+
+    def send() -> None:
+        with pytest.raises(LostConnectionError) as caught:
+            here.send({"op": "x"}, bytes(2**24))  # which nobody reads
+        ended.append(str(caught.value))
+
+    here.deadline = 600.0
+    sender = threading.Thread(target=send)
+    sender.start()
+    while not here.is_waiting:
+        time.sleep(0.01)
+    here.close()
+    sender.join(DEADLINE)
+    assert not sender.is_alive() and "is gone" in ended[0]
+
+
 @pytest.mark.parametrize("kind", ["repeated", "foreign", "unsigned", "later"])
 def test_what_is_not_the_next_message_of_this_connection_is_refused(pair, kind):
     here, there, sockets = pair
@@ -126,7 +160,7 @@ def test_huge_messages_are_refused_before_memory_is_taken(pair, monkeypatch, hea
     here, there, sockets = pair
     keys = sign(here, there, largest=100)
     prefix = PREFIX.pack(MAGIC, header, body)
-    sockets[0].send(prefix + framing._first_tag(keys.sending, 0, prefix))
+    sockets[0].send(prefix + Signer(keys.sending).first(0, prefix))
     monkeypatch.setattr(framing, "bytearray", None, raising=False)
     with pytest.raises(LostConnectionError, match=f"it has {header + body:,} bytes, more than are read"):
         there.receive()
@@ -165,8 +199,7 @@ def test_who_does_not_read_is_given_up(pair, monkeypatch):
 
 def test_a_receiver_that_was_interrupted_goes_on(pair, monkeypatch):
     here, there, sockets = pair
-    sign(here, there)
-    data = sent_bytes({"op": "x"}, b"abc" * 100, keys=here._keys)
+    data = sent_bytes({"op": "x"}, b"abc" * 100, keys=sign(here, there))
     sockets[0].send(data[:50])
     wait = there._wait
 

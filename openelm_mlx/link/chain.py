@@ -192,10 +192,14 @@ class Chain(RemoteLayers, Keeper):
 
     def look(self) -> None:
         now = time.monotonic()
-        if not self.is_up or now - self._looked < LOOK_SECONDS:
+        if not self.is_up:
             return
-        self._looked = now
         with suppress(LostConnectionError), self._at_work():
+            for peer in self.peers:
+                peer.glance()  # a connection that has ended says so at once
+            if now - self._looked < LOOK_SECONDS:
+                return
+            self._looked = now
             quiet = [
                 k for k, peer in enumerate(self.peers)
                 if not (peer.outbox or peer.awaited) and now - peer.open.heard > LOOK_SECONDS

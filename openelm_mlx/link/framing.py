@@ -23,6 +23,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, final
 
@@ -40,6 +41,9 @@ SLOWEST_BYTES_PER_SECOND = 250_000
 # A message up to so long goes out in one piece, and so much is read at once.
 PIECE = 2**16
 _NO_TAG = bytes(TAG_BYTES)
+# An HMAC hashes its key twice before anything else (RFC 2104): in blocks of SHA-256, masked so.
+_BLOCK = 64
+_INNER, _OUTER = (bytes(each ^ mask for each in range(256)) for mask in (0x36, 0x5C))
 _encode, _decode = json.JSONEncoder(separators=(",", ":")).encode, json.JSONDecoder().decode
 
 
@@ -66,6 +70,42 @@ class Keys(NamedTuple):
 
 
 @final
+class Signer:
+    """Makes the tags of one direction. key: None before the handshake, when they are zeros.
+
+    What depends on the key alone is computed once: between two passes, `hmac.digest` takes as long for that as for the
+    bytes of a token.
+    """
+
+    def __init__(self, key: bytes | None) -> None:
+        self._states = None
+        if key is not None:
+            assert 0 < len(key) <= _BLOCK
+            padded = key.ljust(_BLOCK, b"\0")
+            inner, outer = (hashlib.sha256(padded.translate(mask)) for mask in (_INNER, _OUTER))
+            # Keyed BLAKE2: for a few bytes it takes a third of an HMAC's time.
+            self._states = hashlib.blake2b(key=key, digest_size=TAG_BYTES), inner, outer
+
+    def first(self, number: int, prefix: bytes) -> bytes:
+        """Of the lengths. number: how many messages went before this one."""
+        if self._states is None:
+            return _NO_TAG
+        made = self._states[0].copy()
+        made.update(number.to_bytes(8, "big") + prefix)
+        return made.digest()
+
+    def last(self, *signed: bytes | memoryview) -> bytes:
+        """Of the first tag, the header and the body, which may be one piece or several."""
+        if self._states is None:
+            return _NO_TAG
+        inner, outer = (each.copy() for each in self._states[1:])
+        for piece in signed:
+            inner.update(piece)
+        outer.update(inner.digest())
+        return outer.digest()[:TAG_BYTES]
+
+
+@final
 class Connection:
     """One connection, seen from one side. name: the other side, in errors. deadline: seconds, of every read and write.
 
@@ -85,7 +125,8 @@ class Connection:
         self._reading, self._writing = select.poll(), select.poll()
         self._reading.register(sock, select.POLLIN)
         self._writing.register(sock, select.POLLOUT)
-        self._keys: Keys | None = None
+        self._is_signed = False
+        self._signer = self._checker = Signer(None)
         self._num_sent = self._num_received = 0
         self._sending = threading.RLock()
         # What is still to be sent; the tag of a long message is computed when the rest is on its way.
@@ -98,7 +139,8 @@ class Connection:
 
     def use(self, keys: Keys, largest_body: int) -> None:
         """From now on messages are signed, and may be large."""
-        self._keys, self.largest_body = keys, largest_body
+        self._is_signed, self.largest_body = True, largest_body
+        self._signer, self._checker = Signer(keys.sending), Signer(keys.receiving)
         self._num_sent = self._num_received = 0
 
     @property
@@ -107,8 +149,14 @@ class Connection:
         return str(self._socket.getpeername()[0]).removeprefix("::ffff:")
 
     def close(self) -> None:
-        """Close it; the other side is told by its network."""
-        self._socket.close()
+        """Close it; the other side is told by its network. A thread that is sending is woken, and done when this returns.
+
+        Without that its next call would find another file under the number of this one.
+        """
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with self._sending:
+            self._socket.close()
 
     # --- sending ------------------------------------------------------------------------------------------------------
 
@@ -119,15 +167,14 @@ class Connection:
             if self._unsent:
                 self._flush()
             prefix = PREFIX.pack(MAGIC, len(text), len(body))
-            key = None if self._keys is None else self._keys.sending
-            first = _first_tag(key, self._num_sent, prefix)
+            first = self._signer.first(self._num_sent, prefix)
             self._num_sent += 1
             if len(body) < PIECE:
                 signed = b"".join((first, text, body))
-                self._unsent = [memoryview(b"".join((prefix, signed, _last_tag(key, signed))))]
+                self._unsent = [memoryview(b"".join((prefix, signed, self._signer.last(signed))))]
             else:
                 start = memoryview(prefix + first + text)
-                self._unsent = [start, memoryview(body), partial(_last_tag, key, start[PREFIX.size :], body)]
+                self._unsent = [start, memoryview(body), partial(self._signer.last, start[PREFIX.size :], body)]
             self._flush(len(body))
             self.sent = time.monotonic()
 
@@ -212,18 +259,17 @@ class Connection:
         magic, header_length, body_length = PREFIX.unpack(prefix)
         if magic != MAGIC:
             raise self._damaged("it does not begin as one")
-        key = None if self._keys is None else self._keys.receiving
-        if not hmac.compare_digest(self._came[PREFIX.size : _START], _first_tag(key, self._num_received, prefix)):
+        if not hmac.compare_digest(self._came[PREFIX.size : _START], self._checker.first(self._num_received, prefix)):
             raise self._damaged("its tag is wrong")
-        most = LARGEST_GREETING if key is None else LARGEST_HEADER
-        if not 0 < header_length <= most or body_length > (0 if key is None else self.largest_body):
+        most = LARGEST_HEADER if self._is_signed else LARGEST_GREETING
+        if not 0 < header_length <= most or body_length > (self.largest_body if self._is_signed else 0):
             raise self._damaged(f"it has {header_length + body_length:,} bytes, more than are read")
         self._header_length = header_length
         return int(_START + header_length + body_length + TAG_BYTES)
 
     def _expected_tag(self, whole: memoryview) -> bytes:
         """What the last tag of a message has to be, of which all before it is there."""
-        return _last_tag(None if self._keys is None else self._keys.receiving, whole[PREFIX.size : -TAG_BYTES])
+        return self._checker.last(whole[PREFIX.size : -TAG_BYTES])
 
     def _opened(self, whole: memoryview, expected: bytes) -> Message:
         if not hmac.compare_digest(whole[-TAG_BYTES:], expected):
@@ -274,23 +320,3 @@ class Connection:
             f"What came from {self.name} is no message of this library, or a damaged one ({why}): check the address and "
             "port, and that nothing else answers there."
         )
-
-
-def _first_tag(key: bytes | None, number: int, prefix: bytes) -> bytes:
-    """Of the lengths. number: how many messages went before this one."""
-    if key is None:
-        return _NO_TAG
-    # Keyed BLAKE2: for a few bytes it takes a third of an HMAC's time.
-    return hashlib.blake2b(number.to_bytes(8, "big") + prefix, key=key, digest_size=TAG_BYTES).digest()
-
-
-def _last_tag(key: bytes | None, *signed: bytes | memoryview) -> bytes:
-    """Of the first tag, the header and the body, which may be one piece or several."""
-    if key is None:
-        return _NO_TAG
-    if len(signed) == 1:
-        return hmac.digest(key, signed[0], "sha256")[:TAG_BYTES]
-    made = hmac.new(key, digestmod="sha256")
-    for each in signed:
-        made.update(each)
-    return made.digest()[:TAG_BYTES]

@@ -116,7 +116,7 @@ class Peer:
 
     def glance(self) -> None:
         """Take what has come already, without waiting for more."""
-        while self.awaited and self.open.has_input():
+        while self.open.has_input():
             self._take(self.open.receive())
 
     def _take(self, message: Message) -> bool:

@@ -82,7 +82,7 @@ def test_a_killed_worker_is_an_error_and_its_successor_goes_on(worker, whole):
     expected = answer(*whole)
     assert answer(model, tokenizer, prefix_cache=store) == expected
     worker.kill()
-    with pytest.raises(WorkerError, match=r"127\.0\.0\.1.*(gone|No worker answers)"):
+    with pytest.raises(WorkerError, match=r"127\.0\.0\.1.* is gone|No worker answers at 127"):
         answer(model, tokenizer, prefix_cache=store)
     successor = Worker(port=worker.port)
     try:
@@ -92,6 +92,22 @@ def test_a_killed_worker_is_an_error_and_its_successor_goes_on(worker, whole):
         assert chunks[-1].statistics.cached_tokens > 0
     finally:
         successor.kill()
+
+
+def test_a_connection_that_ended_between_requests_is_made_again(worker, whole):
+    """By the next request, however soon it comes after one that found the workers there."""
+    model, tokenizer = load(worker)
+    expected = answer(*whole)
+    for end in ("close", "shutdown"):
+        assert answer(model, tokenizer) == expected
+        model.remote.look()
+        connection = model.remote.peers[0].connection
+        if end == "close":
+            connection.close()
+        else:
+            connection._socket.shutdown(socket.SHUT_RDWR)
+        assert answer(model, tokenizer) == expected
+        assert model.remote.peers[0].connection is not connection
 
 
 def test_a_worker_killed_in_an_answer(worker, whole):

@@ -1,5 +1,6 @@
 """Shares of a model for machines that compute every layer together: how it is divided, read, and added up again."""
 
+import json
 import threading
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import in_threads, random_model, save_folder
+from mlx.utils import tree_flatten
 
 import openelm_mlx as om
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
@@ -17,6 +19,7 @@ from openelm_mlx.checkpoint.reader import open_checkpoint, read_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.commands import main
 from openelm_mlx.errors import SettingError
+from openelm_mlx.models.moe import ExpertLinear
 from openelm_mlx.models.parallel import SharedExperts, keep_experts, share_experts, share_tensors
 from openelm_mlx.models.routing_ways import WAYS
 from openelm_mlx.parallel.shares import layer_shares, shared_placement
@@ -165,6 +168,25 @@ def test_in_half_precision_no_product_is_rounded_before_it_is_added(folders, tmp
         assert each.dtype == mx.float32
         rounded = each.astype(mx.bfloat16).astype(mx.float32)
         assert mx.mean(rounded != each).item() > 0.9
+
+
+def test_in_half_precision_experts_that_are_not_packed_are_not_rounded_either(folders, tmp_path):
+    options = {"dtype": mx.bfloat16, "on_cpu": False}
+    model = read_model(*placement_of(folders["gpt_oss"], unpacks=True, **options))
+    weights = {name: array.astype(mx.bfloat16) for name, array in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    config = {name: value for name, value in GPT_OSS.items() if name != "quantization_config"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for part in parts_of(tmp_path, "tensor", 2, [lambda y: y] * 2, **options):
+        for layer in part.layers:
+            experts = layer.mlp.own.experts
+            assert isinstance(experts.down_proj, ExpertLinear)
+            assert experts.gate_up_proj.weight.dtype == mx.bfloat16
+            for rows in (1, 20):
+                x = mx.random.normal((1, rows, 64), key=mx.random.key(rows)).astype(mx.bfloat16)
+                out = experts(x, mx.broadcast_to(mx.array([0, 3], mx.uint32), (1, rows, 2)))
+                assert out.dtype == mx.float32
+                assert mx.mean(out.astype(mx.bfloat16).astype(mx.float32) != out).item() > 0.9
 
 
 def test_the_released_models_are_shared_in_whole_blocks():

@@ -17,7 +17,7 @@ from mlx import nn
 
 from ..errors import UserError
 from .groups import make_groups
-from .moe import Experts, MoE, QuantizedExpertLinear, Routes, sort_routes, uses_tiles, weighted_sum
+from .moe import Experts, MoE, Routes, sort_routes, uses_tiles, weighted_sum
 from .routing_ways import GROUPED, SORTED, UNSORTED
 
 if TYPE_CHECKING:
@@ -189,8 +189,7 @@ def share_tensors(model: Model, is_first: bool, total: Total) -> None:
             experts = cast(Experts, block.mlp.experts)
             if not is_first:
                 experts.down_proj.bias = mx.zeros_like(experts.down_proj.bias)
-            # Matrices that are not packed would be cast anew in every step.
-            experts.outputs_float32 = isinstance(experts.down_proj, QuantizedExpertLinear)
+            experts.outputs_float32 = True
             block.mlp = SharedMoE(block.mlp, total)
         return
     for layer in cast("OpenELM", model).layers:

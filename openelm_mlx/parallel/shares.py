@@ -30,7 +30,9 @@ TENSOR, EXPERTS = "tensor", "experts"
 FORMS = (TENSOR, EXPERTS)
 
 # The matrices of attention and feed-forward whose columns are divided.
-_ADDED_UP = (".attn.out_proj.weight", ".self_attn.o_proj.weight", ".ffn.proj_2.weight")
+_ADDED_UP = (
+    ".attn.out_proj.weight", ".self_attn.o_proj.weight", ".ffn.proj_2.weight", ".experts.down_proj.weight",
+)  # fmt: skip
 
 # Columns of a matrix that is not packed: multiples of this suit every kernel.
 UNPACKED_UNIT = 32
@@ -153,8 +155,7 @@ def shared_placement(placement: Placement, form: str, rank: int, size: int) -> P
 def _is_added_up(decision: Decision, placement: Placement) -> bool:
     """Whether it is a matrix, not packed, whose products are added to the other machines'.
 
-    In half precision each of them would be rounded before. (Experts that are not packed would take
-    too much memory in float32.)
+    In half precision each of them would be rounded before.
     """
     if decision.dtype is None or decision.module in placement.packings:
         return False

@@ -134,7 +134,8 @@ def test_closing_lets_go_of_a_thread_that_is_sending(pair):
         time.sleep(0.01)
     here.close()
     sender.join(DEADLINE)
-    assert not sender.is_alive() and "is gone" in ended[0]
+    assert not sender.is_alive()
+    assert "is gone" in ended[0]
 
 
 @pytest.mark.parametrize("kind", ["repeated", "foreign", "unsigned", "later"])

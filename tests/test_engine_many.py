@@ -384,6 +384,7 @@ def with_slots(models, monkeypatch, request):
             products_from=products_from,
             prompt_products_to=30 * products_from,  # not for the longest chunks
             marks_keys="marks" in request.param,
+            pads_rows="marks" in request.param,
         )
         monkeypatch.setattr(model, "choices", choices)
     return models

@@ -13,7 +13,7 @@ from openelm_mlx.decoding.pieces import ResidentPieces
 from openelm_mlx.models import marks
 from openelm_mlx.models import rows as rows_module
 from openelm_mlx.models.attention import attend, attend_by_products
-from openelm_mlx.models.rows import Rows, flat_logits, positions_of
+from openelm_mlx.models.rows import Rows, flat_logits, num_padding, positions_of
 from openelm_mlx.models.slots import SlotBank
 
 FAMILIES = {"openelm": "openelm_tiny", "gpt_oss": "gpt_oss_tiny"}
@@ -96,6 +96,29 @@ def test_a_chunk_of_a_prompt_attends_by_products_in_blocks(model, block, monkeyp
         assert sum(each[0].shape[2] for each in calls) == length * len(by_products)
         assert not limit or by_products
     assert max_difference(found[0], np.array(found[1])) <= 1e-5
+
+
+def test_rows_that_are_nobodys_change_nothing(model):
+    """Beside slots, a request apart, and chunks of two prompts of which one is not at its end."""
+    found = []
+    for padding in (0, 1, 7):
+        bank, caches = filled(model, LENGTHS[:2])
+        rows = [Rows(caches[0]), Rows(model.make_cache(), 5, True, False), Rows(caches[1], 9, True)]
+        bank.begin()
+        found.append(flat_logits(model, mx.arange(3, 3 + len(bank) + 15), rows, None, bank, padding))
+        mx.eval([layer.buffers for each in rows for layer in each.cache])
+        bank.end()
+        found.append(model(mx.array([[4, 5]]), rows[1].cache)[0])
+    assert found[0].shape[0] == len(bank) + 2
+    for logits, known in zip(found[2:], found[:2] * 2, strict=True):
+        assert mx.array_equal(logits, known)
+
+
+def test_passes_with_prompts_have_few_numbers_of_rows():
+    numbers = {n + num_padding(n) for n in range(1, 2049)}
+    assert len(numbers) <= 4 * 11
+    assert all(num_padding(n) == 0 for n in numbers)
+    assert all(num_padding(n) <= n / 4 for n in range(1, 2049))
 
 
 def test_a_prompt_of_more_blocks_than_that_attends_as_ever(model, monkeypatch):

@@ -12,8 +12,9 @@ from ..decoding.batch_sampling import SamplerGroup
 from ..decoding.batch_step import BatchStep
 from ..decoding.prefill import THROTTLED_FROM, chunk_throttle, lock_of
 from ..models.precision import runs_on_cpu
-from ..models.rows import Rows, flat_logits
+from ..models.rows import Rows, flat_logits, num_padding
 from ..models.slots import SlotBank
+from ..runtime import runtime_of
 from .active import ActiveRequest, Pending
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def compute(
             used.begin()
         if any(each.rows.length > 1 for each in prompts):
             throttle = chunk_throttle([each.rows.cache for each in prompts], total)
-            logits = flat_logits(model, tokens, rows, throttle, used)
+            logits = flat_logits(model, tokens, rows, throttle, used, _padding(model, tokens.size))
         else:
             logits = step(tokens, rows, used)
         if used is not None:
@@ -79,6 +80,12 @@ def compute(
     if prompts and (runs_on_cpu() or total >= THROTTLED_FROM):
         mx.clear_cache()
     return logits
+
+
+def _padding(model: Model, num_rows: int) -> int:
+    """How many rows that are nobody's a pass of so many gets (`KernelChoices.pads_rows`)."""
+    is_plain = runtime_of(model).residency is None and model.adapters.selection.rows is None and not model.is_followed
+    return num_padding(num_rows) if model.choices.pads_rows and is_plain else 0
 
 
 def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> mx.array:

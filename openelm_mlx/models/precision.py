@@ -33,7 +33,8 @@ class KernelChoices:
     marks_keys: keys in slots, of heads of 64 numbers, say themselves who sees them, in half as much memory again.
     products_from: attention over slots is two products and a softmax where there are so many scores, and wherever a mask is
     needed; 0: never. prompt_products_to: a chunk of a prompt that goes beside others attends so, in up to eight blocks of
-    so many scores a layer; 0: never. expert_ways: which way so many rows at once go through their experts
+    so many scores a layer; 0: never. pads_rows: a pass with chunks of prompts gets rows that are nobody's, so that numbers of
+    rows are few. expert_ways: which way so many rows at once go through their experts
     (models/routing_ways.py).
     """
 
@@ -48,6 +49,7 @@ class KernelChoices:
     prompt_products_to: int = 0
     expert_ways: ExpertWays = BY_SORTING
     fuse_many_residual_adds: bool = False
+    pads_rows: bool = False
 
 
 def default_choices() -> KernelChoices:
@@ -58,7 +60,8 @@ def default_choices() -> KernelChoices:
     bias goes through cublasLt, which takes longer than MLX's own kernel for one row and the sum. Few rows and their experts:
     a route took as long as the 16 rows of a tile, sorted or not, and experts with all their rows side by side half of that
     from 16 rows on; blocks of 16 are the same kernel for fewer tiles (`python -m benchmarks.experts_for_few_rows`).
-    cuDNN builds a program for each shape of a prompt's chunk, which took 40 ms and more a shape; products do not.
+    cuDNN builds a program for each shape of a prompt's chunk, which took 40 ms and more a shape; products do not. But cublasLt
+    takes half a millisecond for a product whose shape is new, and an OpenELM has a hundred of them for each number of rows.
     Attention over caches apart costs a GPU some calls a layer for each request (docs/benchmarks.md). Metal: nothing is
     measured; its product with one row is written so that a sum costs nothing. The CPU backend is slower
     compiled, its BLAS would add each product to the residual stream itself, which is larger: less exact; and it computes
@@ -76,6 +79,7 @@ def default_choices() -> KernelChoices:
             prompt_products_to=2**25,
             expert_ways=IN_BLOCKS,
             fuse_many_residual_adds=True,
+            pads_rows=True,
         )
     return KernelChoices(fuse_residual_add=True)
 

@@ -46,33 +46,43 @@ class Rows:
         return self.length
 
 
+def num_padding(num_rows: int) -> int:
+    """How many rows are missing up to one of few numbers: of each power of two, and three between it and the next one."""
+    step = max(1, (1 << num_rows.bit_length() - 1) // 4)
+    return -num_rows % step
+
+
 def flat_logits(
     model: LanguageModel,
     tokens: mx.array,
     rows: Sequence[Rows],
     throttle: LayerThrottle | None = None,
     bank: SlotBank | None = None,
+    padding: int = 0,
 ) -> mx.array | None:
     """The logits (R, V) of those of the flat `tokens` (M,) that want any, in their order; None where none does.
 
-    tokens: one for each slot of `bank`, and then of each of `rows` its own. throttle: see `LanguageModel.run_layers`. Lazy,
+    tokens: one for each slot of `bank`, and then of each of `rows` its own. throttle: see `LanguageModel.run_layers`.
+    padding: so many rows that are nobody's go with them through all layers but the last (`KernelChoices.pads_rows`). Lazy,
     but for what the throttle waits for.
     """
-    walk = RowsWalk(model, rows, model.embed(tokens), throttle, bank)
+    if padding:
+        tokens = mx.pad(tokens, (0, padding))
+    walk = RowsWalk(model, rows, model.embed(tokens), throttle, bank, padding)
     if not model.is_followed:
         return walk.logits()
     walk.run(0, len(walk.layers))
     return walk.h if model.remote is None else walk.head_of(model.remote.rows(walk.h, rows))
 
 
-def positions_of(rows: Sequence[Rows], bank: SlotBank | None = None) -> mx.array:
-    """The position of every flat row, (M,)."""
+def positions_of(rows: Sequence[Rows], bank: SlotBank | None = None, padding: int = 0) -> mx.array:
+    """The position of every flat row, (M,), and 0 for so many rows that are nobody's."""
     starts = [each.cache[0].offset for each in rows]
     in_slots = [] if bank is None else bank.lengths
     if all(each.length == 1 for each in rows):
-        return mx.array([*in_slots, *starts])
+        return mx.array([*in_slots, *starts, *[0] * padding])
     spans = [np.arange(start, start + each.length) for start, each in zip(starts, rows, strict=True)]
-    return mx.array(np.concatenate([np.array(in_slots, np.int64), *spans]))
+    return mx.array(np.concatenate([np.array(in_slots, np.int64), *spans, np.zeros(padding, np.int64)]))
 
 
 class RowsWalk(WalkInParts):
@@ -85,11 +95,12 @@ class RowsWalk(WalkInParts):
         h: mx.array | None,
         throttle: LayerThrottle | None = None,
         bank: SlotBank | None = None,
+        padding: int = 0,
     ) -> None:
         super().__init__(model, cast(mx.array, h), None, 1, throttle=throttle)
         self._model = model
-        self.positions = positions_of(rows, bank)
-        self._rows, self._bank = rows, bank
+        self.positions = positions_of(rows, bank, padding)
+        self._rows, self._bank, self._padding = rows, bank, padding
         self._num_slots = 0 if bank is None else len(bank)
         self._masks_of: list[dict[tuple[int | None, bool], Mask]] = [{} for _ in rows]
         self._products_to = model.choices.prompt_products_to
@@ -167,6 +178,8 @@ class RowsWalk(WalkInParts):
             stop = start + rows.length
             outs.append(self._attend_rows(i, at, queries[start:stop], keys[start:stop], values[start:stop]))
             start = stop
+        if self._padding:
+            outs.append(mx.zeros((self._padding, *outs[0].shape[1:]), outs[0].dtype))
         return _joined(outs)
 
     def _offset_in(self, i: int) -> mx.array:

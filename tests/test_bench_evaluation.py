@@ -7,11 +7,14 @@ import sys
 import mlx.core as mx
 import pytest
 
-pytest.importorskip("mlx_lm", reason="its evaluator is the other side")
-
 from benchmarks.evaluation import main
 from benchmarks.measurements import evaluation
 from benchmarks.measurements.evaluation import Rates, measure, models, questions
+
+# Not importorskip: each process of the tests would import it, which takes four seconds.
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("mlx_lm") is None, reason="mlx-lm's evaluator is the other side"
+)
 
 
 @pytest.fixture

@@ -43,7 +43,8 @@ def check_whole(chat) -> None:
 # --- a full context ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("effort", ["low", "high"])  # the shortest reasoning and the longest
+# The shortest reasoning and the longest.
+@pytest.mark.parametrize("effort", ["low", pytest.param("high", marks=pytest.mark.slow)])
 def test_a_long_chat_goes_on_when_the_context_is_full(effort):
     model, tokenizer = om.load("demo-gpt-oss", context_length=220)
     chat = om.Chat(model, tokenizer, instructions="Be brief.", reasoning_effort=effort)
@@ -225,7 +226,8 @@ def test_what_strikes_in_a_tool_leaves_a_history_that_can_go_on(scripted, kind):
     assert chat.ask("And now?") in ("Fine.", "Going on.")
 
 
-def test_an_interruption_at_any_line_leaves_a_history_that_can_go_on(scripted):  # noqa: F811
+@pytest.mark.parametrize("stride", [37, pytest.param(11, marks=pytest.mark.slow)])
+def test_an_interruption_at_any_line_leaves_a_history_that_can_go_on(scripted, stride):  # noqa: F811
     """The interruption is raised at each line of the chat's code in turn, as a signal would be."""
     both = THOUGHT + ONE.replace("<|call|>", "<|end|><|start|>assistant") + ONE
     names = ("session", "turn", "history")
@@ -259,7 +261,7 @@ def test_an_interruption_at_any_line_leaves_a_history_that_can_go_on(scripted): 
     wanted, num_kept, is_done = 1, 0, False
     while not is_done:
         chat, is_done = interrupted_at(wanted)
-        wanted += 11 if wanted % 3 else 1  # each line would take a while; which ones are met moves along
+        wanted += stride if wanted % 3 else 1  # each line would take a while; which ones are met moves along
         if not is_done:
             said = chat.ask("And now?")
             assert said in ("Fine.", "Going on.", "Still.") or said == ""

@@ -62,7 +62,11 @@ def spied(engine):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "max_tokens", "places"), [((180, 190, 170), 110, 1485), ((40, 400, 60, 30), 230, 1900)]
+    ("lengths", "max_tokens", "places"),
+    [
+        ((180, 190, 170), 110, 1485),
+        pytest.param((40, 400, 60, 30), 230, 1900, marks=pytest.mark.slow),
+    ],
 )
 def test_nobody_fails_where_each_has_room_alone(model, monkeypatch, lengths, max_tokens, places):
     monkeypatch.setattr(memory, "ADMITTED_TOKENS", 0)  # admitted early, so that it gets tight

@@ -495,7 +495,7 @@ def test_the_command_line_says_what_was_read(capsys):
     ]
     assert main(arguments) == 0
     assert "MB a token" in capsys.readouterr().err
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--max-tokens", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["statistics"]
     assert found["answer_experts"]["misses"] > 0
     assert 0 < found["answer_experts"]["hit_rate"] < 1

@@ -286,7 +286,7 @@ def test_experts_that_stay_on_disk_are_refused(tmp_path):
         found = om.plan("demo-gpt-oss", memory_limit=limit, context_length=64)
         return found.fits and found.expert_slots is not None
 
-    memory_limit = next(limit for limit in range(200_000_000, 0, -1_000_000) if streams(limit))
+    memory_limit = next(limit for limit in range(200_000_000, 0, -4_000_000) if streams(limit))
     with pytest.raises(ConversionError, match="experts that stay on disk cannot be exported"):
         om.export("demo-gpt-oss", tmp_path / "out", places=(64,), memory_limit=memory_limit)
     assert not list(tmp_path.iterdir())

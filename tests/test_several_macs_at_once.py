@@ -153,7 +153,8 @@ def random_adapter(spec, seed: int, groups: tuple[str, ...], magnitudes: bool = 
     return Adapter(pairs)
 
 
-@pytest.mark.parametrize("demo", ["demo-openelm", "demo-gpt-oss"])
+@pytest.mark.slow(first=1)
+@pytest.mark.parametrize("demo", ["demo-gpt-oss", "demo-openelm"])
 def test_adapters_on_every_machine(two_workers, tmp_path, demo):
     """Each machine has its part of each; requests with different ones go through together."""
     spec = Source.open(demo).spec

@@ -24,6 +24,25 @@ pytest.importorskip("lm_eval", reason="an extra of its own")
 from openelm_mlx.evaluation.harness import HarnessModel
 from openelm_mlx.evaluation.tasks import run_tasks, task_manager
 
+
+@pytest.fixture(scope="module", autouse=True)
+def one_description_of_the_machine():
+    """The harness describes the machine beside each result (pip's list, lscpu), which takes seconds: here, the first time."""
+    from lm_eval import evaluator
+
+    described = {}
+
+    def add_env_info(results):
+        if not described:
+            describe(described)
+        results.update(described)
+
+    with pytest.MonkeyPatch.context() as patch:
+        describe = evaluator.add_env_info
+        patch.setattr(evaluator, "add_env_info", add_env_info)
+        yield
+
+
 ROWS = [
     {"question": "A banjo is", "choices": ["a stringed instrument", "a fruit", "a sea"], "answer": 0},
     {

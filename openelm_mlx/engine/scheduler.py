@@ -124,7 +124,7 @@ class ChunkPace:
         if not self._added or usual is None:
             if usual is None or self._per_token_alone is None:
                 return self._first
-            return min(self._first, (_AIM - 1) * usual / self._per_token_alone)
+            return (_AIM - 1) * usual / self._per_token_alone  # which has its share of what is fixed
         most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
         least_seconds = self._fixed if most_seconds < _LEAST_SHARE * self._fixed else min(self._fixed, most_seconds)
         seconds = max(least_seconds, (_AIM - 1) * usual - self._fixed)

@@ -8,8 +8,8 @@ before anything is allocated for them. Before the handshake there are no keys, t
 read. Nothing is ever unpickled.
 
 A token's residual stream is a few kilobytes, and on a cable the time between two machines is what
-Python does here, and how often a process is woken: such a message goes out with one call and comes
-in with one. The tag of a longer one follows by itself, so that both sides compute it at once.
+Python does here: the tag of such a message follows by itself, so that both sides compute it at once.
+Only that of a shorter one goes with it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ _START = PREFIX.size + TAG_BYTES
 LARGEST_GREETING, LARGEST_HEADER = 4096, 2**20
 # A body may take so long by its size beside the deadline: slower networks than this are no help.
 SLOWEST_BYTES_PER_SECOND = 250_000
-# A message up to so long goes out in one piece, and so much is read at once.
+# A message up to so long is made one piece before it goes out, and so much is read at once.
 PIECE = 2**16
+# A body of fewer bytes goes out with the message's tag: that is computed sooner than a second call is made.
+WITH_TAG = 2**12
 _NO_TAG = bytes(TAG_BYTES)
 # An HMAC hashes its key twice before anything else (RFC 2104): in blocks of SHA-256, masked so.
 _BLOCK = 64
@@ -169,9 +171,12 @@ class Connection:
             prefix = PREFIX.pack(MAGIC, len(text), len(body))
             first = self._signer.first(self._num_sent, prefix)
             self._num_sent += 1
-            if len(body) < PIECE:
+            if len(body) < WITH_TAG:
                 signed = b"".join((first, text, body))
                 self._unsent = [memoryview(b"".join((prefix, signed, self._signer.last(signed))))]
+            elif len(body) < PIECE:
+                whole = memoryview(b"".join((prefix, first, text, body)))
+                self._unsent = [whole, partial(self._signer.last, whole[PREFIX.size :])]
             else:
                 start = memoryview(prefix + first + text)
                 self._unsent = [start, memoryview(body), partial(self._signer.last, start[PREFIX.size :], body)]

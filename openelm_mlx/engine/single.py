@@ -117,17 +117,17 @@ def new_sequence(
 def run(model: Model, tokenizer: Tokenizer | None, sequence: Sequence) -> Iterator[Chunk]:
     """The chunks of a prepared sequence, one for each token, until it ends or the caller stops."""
     adapters = model.adapters
-    selection = adapters.select([sequence.request.adapter])
+    in_use = adapters.using(adapters.select([sequence.request.adapter]))
     chunks = _run(model, tokenizer, sequence)
     while True:
-        with adapters.using(selection):  # not while the caller has a chunk
+        with in_use:  # not while the caller has a chunk
             chunk = next(chunks, None)
         if chunk is None:
             return
         try:
             yield chunk
         except BaseException as error:  # the caller stops, or was stopped, here
-            with adapters.using(selection):
+            with in_use:
                 chunks.throw(error)
             raise
 

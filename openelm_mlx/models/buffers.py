@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -33,18 +34,27 @@ def ring_reaches(window: int, capacity: int, snapshot: Snapshot, offset: int) ->
 
 
 def appended(
-    buffer: mx.array | None, new: mx.array, used: int, context_length: int | None = None, spare_places: int = 0
-) -> mx.array:
-    """`buffer` (B, K, T, D), of which `used` tokens count, with `new` (B, K, L, D) after them, in place where they fit."""
-    needed = used + new.shape[2]
-    if buffer is None or needed > buffer.shape[2]:
-        empty = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
-        buffer = grown(empty if buffer is None else buffer, used, needed, context_length, spare_places)
-    if new.shape[2] == 1 < buffer.shape[2]:  # one more token: the common case, with the least work on the host
-        buffer[..., used:needed, :] = new
-    else:
-        write(buffer, slice(used, needed), new)
-    return buffer
+    buffers: Sequence[mx.array | None],
+    new: Sequence[mx.array],
+    used: int,
+    context_length: int | None = None,
+    spare_places: int = 0,
+) -> list[mx.array]:
+    """Each of `buffers` (B, K, T, D), of which `used` tokens count, with its `new` ones (B, K, L, D) after them.
+
+    Where they fit, in place. All at once: it is called in every layer for every token.
+    """
+    extended, needed = [], used + new[0].shape[2]
+    for buffer, tokens in zip(buffers, new, strict=True):
+        if buffer is None or needed > buffer.shape[2]:
+            empty = mx.zeros((*tokens.shape[:2], 0, tokens.shape[3]), tokens.dtype)
+            buffer = grown(empty if buffer is None else buffer, used, needed, context_length, spare_places)
+        if tokens.shape[2] == 1 < buffer.shape[2]:  # one more token: the common case, with the least work on the host
+            buffer[..., used:needed, :] = tokens
+        else:
+            write(buffer, slice(used, needed), tokens)
+        extended.append(buffer)
+    return extended
 
 
 def write(buffer: mx.array, places: slice, new: mx.array) -> None:

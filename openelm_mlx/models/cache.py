@@ -54,8 +54,8 @@ class KVCache(GrowingCache[mx.array]):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append L new keys and values (B, K, L, D); all cached ones come back, (B, K, offset + L, D)."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = appended(self.keys, keys, start, self.context_length, self.spare_places)
-        self.values = appended(self.values, values, start, self.context_length, self.spare_places)
+        limits = start, self.context_length, self.spare_places
+        self.keys, self.values = appended((self.keys, self.values), (keys, values), *limits)
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
 
     def reserve(self, num_tokens: int) -> list[mx.array]:

@@ -30,17 +30,23 @@ class OpenELM(LanguageModel):
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        return tokens if self.spec.only_layers else self.transformer.token_embeddings(tokens)
+        if self.spec.only_layers:
+            return tokens
+        embedded: mx.array = self["transformer"]["token_embeddings"](tokens)
+        return embedded
 
     def head(self, h: mx.array) -> mx.array:
         if self.spec.only_layers:
             return h
-        h = self.transformer.norm(h)
-        return self.transformer.token_embeddings.as_linear(h) if self.spec.tied_head else self.lm_head(h)
+        transformer: Transformer = self["transformer"]
+        h = transformer["norm"](h)
+        logits: mx.array = transformer["token_embeddings"].as_linear(h) if self.spec.tied_head else self["lm_head"](h)
+        return logits
 
     @property
     def layers(self) -> list[Block]:
-        return self.transformer.layers
+        found: list[Block] = self["transformer"]["layers"]
+        return found
 
 
 class Transformer(nn.Module):
@@ -170,7 +176,7 @@ class Attention(block.BlockAttention):
 
     def gains(self) -> mx.array:
         """The gains of the queries' and the keys' norm, a row a head, (H + K, 1, D); made again when one is replaced."""
-        q, k, made = self["q_norm"]["weight"], self["k_norm"]["weight"], self._gains
+        q, k, made = self["q_norm"]["weight"], self["k_norm"]["weight"], self.get("_gains")
         if made is None or made[0] is not q or made[1] is not k:
             of_queries = mx.broadcast_to(q, (self.num_heads, 1, self.head_dim))
             of_keys = mx.broadcast_to(k, (self.num_kv_heads, 1, self.head_dim))

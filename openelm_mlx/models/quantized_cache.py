@@ -65,4 +65,4 @@ class QuantizedKVCache(GrowingCache[Packed]):
     def _appended(self, packed: Packed | None, new: Packed, used: int) -> Packed:
         parts = (None, None, None) if packed is None else packed
         limits = used, self.context_length, self.spare_places
-        return Packed(*(appended(part, each, *limits) for part, each in zip(parts, new, strict=True)))
+        return Packed(*appended(parts, new, *limits))

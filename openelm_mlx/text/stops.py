@@ -42,6 +42,8 @@ class StopStrings:
         """
         if self._stopped:
             return "", True
+        if not self._stops:
+            return piece, False
         text = self._held + piece
         if (first := self._first_stop(text)) is not None:
             start, self.found = first

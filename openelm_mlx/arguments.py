@@ -83,14 +83,14 @@ def checked_call(what: str, error: type[UserError] = SettingError, /, **kinds: K
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())
         is_method = parameters[0].name == "self"
-        parameters = parameters[is_method:]
-        assert kinds.keys() <= {each.name for each in parameters}, what
+        accepted = _accepted(parameters[is_method:])
+        assert kinds.keys() <= {*accepted.named}, what
 
         @wraps(function)
         def checked(*args: Any, **keywords: Any) -> Any:
             own = args[is_method:]
-            _check_call(what, error, parameters, own, keywords)
-            given = {**{each.name: value for each, value in zip(parameters, own, strict=False)}, **keywords}
+            _check_call(what, error, accepted, own, keywords)
+            given = {**dict(zip(accepted.in_order, own, strict=False)), **keywords}
             for name, kind in kinds.items():
                 if name in given:
                     default = signature.parameters[name].default
@@ -114,17 +114,37 @@ def check_kind(
     raise error(f"{name} is {shown(value)}: {kind.wanted}{', or leave it out' if may_be_none else ''}.")
 
 
+class _Accepted(NamedTuple):
+    """Names of a function's parameters: all, those that need no name in a call, and those without a default.
+
+    takes_any: whether it takes others too.
+    """
+
+    named: list[str]
+    in_order: list[str]
+    required: list[str]
+    takes_any: bool
+
+
+def _accepted(parameters: list[inspect.Parameter]) -> _Accepted:
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    return _Accepted(
+        [each.name for each in named],
+        [each.name for each in named if each.kind is each.POSITIONAL_OR_KEYWORD],
+        [each.name for each in named if each.default is each.empty],
+        any(each.kind is each.VAR_KEYWORD for each in parameters),
+    )
+
+
 def _check_call(
     what: str,
     error: type[UserError],
-    parameters: list[inspect.Parameter],
+    accepted: _Accepted,
     args: tuple[Any, ...],
     keywords: Mapping[str, Any],
 ) -> None:
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
-    named = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-    in_order = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-    if not takes_any:
+    named, in_order = accepted.named, accepted.in_order
+    if not accepted.takes_any:
         refuse_unknown(what, {name: value for name, value in keywords.items() if name not in named}, named, error)
     if len(args) > len(in_order):
         others = [name for name in named if name not in in_order[: len(args)]]
@@ -140,15 +160,9 @@ def _check_call(
                 f"{what} got {name} twice, as {shown(args[given.index(name)])} and as {name}={shown(keywords[name])}: give "
                 "one of them."
             )
-    for each in parameters:
-        if each.default is each.empty and each.name in named and each.name not in {*given, *keywords}:
-            raise error(f"{what} has no {each.name}: write {what}({_written(parameters)}).")
-
-
-def _written(parameters: list[inspect.Parameter]) -> str:
-    """The required arguments of a call."""
-    needed = [each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
-    return ", ".join([*needed, "..."])
+    for name in accepted.required:
+        if name not in given and name not in keywords:
+            raise error(f"{what} has no {name}: write {what}({', '.join([*accepted.required, '...'])}).")
 
 
 def refuse_unknown(

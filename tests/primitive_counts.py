@@ -13,7 +13,7 @@ from unittest import mock
 import mlx.core as mx
 from mlx import nn
 
-from openelm_mlx.models import attention, openelm, precision, rope
+from openelm_mlx.models import openelm
 
 # They move no data: a GPU launches nothing for them.
 VIEWS = frozenset(
@@ -46,8 +46,7 @@ def forms_of_a_gpu() -> Iterator[None]:
     with ExitStack() as patches:
         for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
             patches.enter_context(mock.patch.object(mx.fast, name, stand_in))
-        for module in (attention, precision, rope):
-            patches.enter_context(mock.patch.object(module, "runs_on_cpu", return_value=False))
+        patches.enter_context(mock.patch.object(mx, "default_device", return_value=mx.Device(mx.gpu)))
         patches.enter_context(mock.patch.object(openelm.Block, "_plus", _fused_plus))
         yield
 

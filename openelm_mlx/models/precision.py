@@ -16,9 +16,12 @@ from .routing_ways import BY_SORTING, IN_BLOCKS, ExpertWays
 MOST_TRACES = 64
 
 
+_CPU = mx.Device(mx.cpu)
+
+
 def runs_on_cpu() -> bool:
     """Whether MLX's CPU backend computes."""
-    return mx.default_device() == mx.Device(mx.cpu)
+    return mx.default_device() == _CPU
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def one_kernel(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     @wraps(function)
     def call(*arguments: mx.array | float) -> mx.array:
         nonlocal compiled
-        if runs_on_cpu():
+        if mx.default_device() == _CPU:  # `runs_on_cpu`, without one more call in every layer
             return function(*arguments)
         seen.add(tuple(each.shape for each in arguments if isinstance(each, mx.array)))
         if len(seen) > MOST_TRACES:  # MLX looks through them one by one

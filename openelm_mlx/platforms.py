@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import MutableMapping
 
 from .errors import PlatformError
@@ -29,6 +28,8 @@ def require_mlx(
 
     release: of macOS, such as "14.5".
     """
+    import platform  # here, because --help does not need it
+
     system, machine = system or platform.system(), machine or platform.machine()
     if system == "Darwin" and machine == "x86_64":
         if (_sysctl("sysctl.proc_translated") == "1") if translated is None else translated:

@@ -118,6 +118,27 @@ def test_importing_the_package_loads_nothing():
     assert run(script) == "['openelm_mlx']"
 
 
+# Of the standard library too, what commands need only once they run; dataclasses bring `inspect`.
+SLOW_FOR_HELP = (
+    *SLOW, "dataclasses", "difflib", "hashlib", "inspect", "logging", "mlx", "numpy", "platform", "subprocess", "traceback",
+)  # fmt: skip
+
+
+def test_help_imports_nothing_slow():
+    """Beyond what argparse itself imports to show it, which depends on the Python."""
+    script = (
+        "import argparse, json, pathlib, sys\n"
+        "argparse.ArgumentParser().format_help()\n"
+        "before = set(sys.modules)\n"
+        "from openelm_mlx.commands import main\n"
+        "try: main(['--help'])\n"
+        f"except SystemExit: print([m for m in {SLOW_FOR_HELP!r} if m in sys.modules and m not in before])"
+    )
+    shown = run(script).splitlines()
+    assert shown[0].startswith("usage: openelm_mlx")
+    assert shown[-1] == "[]"
+
+
 def test_loading_and_generating_import_nothing_slow():
     script = f"import sys, openelm_mlx.generate; print([m for m in {SLOW!r} if m in sys.modules])"
     assert run(script) == "[]"

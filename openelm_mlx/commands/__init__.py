@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -98,6 +96,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(name, list(known), 1, 0.6)
     return f": did you mean {near[0]}?" if near else ""
 
@@ -139,6 +139,8 @@ def run_program(prog: str, arguments: Sequence[str], make_parser: Callable[[], P
         output.error(prog, f"{what}: {error.strerror or error}.")
         return 2
     except Exception:  # noqa: BLE001  (whatever it is, it holds text that others wrote, and it is our mistake)
+        import traceback
+
         output.say(traceback.format_exc().rstrip())
         output.error(prog, f"This is a bug in {prog}, not your mistake: please open an issue with all of the above.")
         return 70

@@ -7,7 +7,6 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
 from . import INTERRUPTED
@@ -125,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
         say(f"\n{interruption(args)}")
         return INTERRUPTED
     if args.json:
+        from dataclasses import asdict
+
         report_json(asdict(result))
     elif args.dry_run:
         print_plan(result)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -101,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         kept = Path(f"{args.report}.partial").expanduser()
     else:
+        import hashlib
+
         identity = json.dumps(settings.identity(args.model, options), sort_keys=True).encode()
         kept = cache_folder() / "evaluation" / f"{hashlib.sha256(identity).hexdigest()[:16]}.partial"
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import asdict
 
 from . import INTERRUPTED
 from .options import add_preset_argument, bits_asked_for
@@ -71,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         say(f"\nInterrupted: {args.destination} was not written; the same command begins anew.")
         return INTERRUPTED
     if args.json:
+        from dataclasses import asdict
+
         report_json(asdict(result))
         return 0
     folder, build = (shlex.quote(str(each)) for each in (result.destination, result.destination / "build"))

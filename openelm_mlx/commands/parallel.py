@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -127,6 +126,8 @@ class Watch:
 
 def check_same(form: object) -> None:
     """Raise SettingError where another machine has another answer's format: files of one name may differ."""
+    import hashlib
+
     from ..parallel.group import joined
 
     found = hashlib.sha256(json.dumps(form, sort_keys=True, default=str).encode()).hexdigest()

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +129,8 @@ def run_several(args: argparse.Namespace) -> int:
 
 def failure_of(work: Callable[[], None]) -> str | None:
     """Run `work`; return its error, of any class, for the report, or None."""
+    import traceback
+
     from ..errors import UserError
 
     try:

@@ -6,7 +6,6 @@ What has to be known is checked first, then the server listens, and only then ML
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -300,6 +299,8 @@ class Told:
 
 def _log_to_stderr(quiet: bool) -> None:
     """Lines of the server's log, each with its request's id."""
+    import logging
+
     from ..server.log import log, request_id
 
     class Lines(logging.Handler):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import SettingError
 from ..files import shown
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """dense_bits: bits for matrices that the source has not quantized; None leaves them. meaning: in words.
 
     These are gpt-oss's attention, embedding and head (its experts stay in MXFP4 as released, routers and norms unquantized) and

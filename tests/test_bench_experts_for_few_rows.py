@@ -9,7 +9,6 @@ import pytest
 from benchmarks.experts_for_few_rows import main
 from benchmarks.measurements import experts_for_few_rows as measured
 from benchmarks.measurements.experts_for_few_rows import (
-    ALL_PLACED,
     FORMS,
     PLACED,
     Measured,
@@ -44,7 +43,7 @@ def experts():
 @pytest.mark.parametrize("number", [1, 5, 40])
 def test_every_form_is_the_same_arithmetic(experts, form, number):
     rows = random_rows(TINY, number, 2)
-    way = placed(form, rows, TINY.num_experts) if form in (PLACED, ALL_PLACED) else form_of(form)
+    way = placed(rows, TINY.num_experts) if form == PLACED else form_of(form)
     plain = form_of("unsorted")
     for chosen in rows.chosen:
         known = plain(experts, rows.x, chosen)

@@ -26,10 +26,10 @@ from openelm_mlx.models.routing_ways import GROUPED, SORTED, UNSORTED, num_group
 Form = Callable[[Experts, mx.array, mx.array], mx.array]
 Clock = Callable[[], float]
 
-PROMISED, PLACED, ALL_PLACED = "sorted, promised", "blocks_16, placed before", "grouped, placed before"
-FORMS = (UNSORTED, SORTED, PROMISED, "blocks_16", "blocks_32", GROUPED, PLACED, ALL_PLACED, "blocks_64")
+PROMISED, PLACED = "sorted, promised", "blocks_16, placed before"
+FORMS = (UNSORTED, SORTED, PROMISED, "blocks_16", "blocks_32", GROUPED, PLACED, "blocks_64")
 # What a form is good for, in rows: beyond, it would take memory or time for nothing.
-_MOST_ROWS = {GROUPED: 64, ALL_PLACED: 64, UNSORTED: 256}
+_MOST_ROWS = {GROUPED: 64, UNSORTED: 256}
 _LEAST_ROWS = {"blocks_32": 4, "blocks_64": 32}
 
 
@@ -96,15 +96,13 @@ def form_of(name: str) -> Form:
     return in_groups
 
 
-def placed(name: str, rows: Rows, num_experts: int) -> Form:
-    """The form without what finding the places costs: the host has found them. grouped: in as many as the fullest needs."""
+def placed(rows: Rows, num_experts: int) -> Form:
+    """Blocks without what finding the places costs: the host has found them."""
     made: list[Groups] = []
     for chosen in rows.chosen:
         routes = np.array(chosen).ravel()
         k, order = chosen.shape[-1], np.argsort(routes, kind="stable")
-        way = GROUPED if name == ALL_PLACED else "blocks_16"
-        number = int(np.bincount(routes).max()) if way == GROUPED else chosen.shape[0]
-        groups = groups_on_host(order // k, routes[order], routes[order], way, number, num_experts)
+        groups = groups_on_host(order // k, routes[order], routes[order], "blocks_16", chosen.shape[0], num_experts)
         places = np.empty(len(routes), np.uint32)
         places[order] = np.array(groups.places)
         made.append(groups._replace(places=mx.array(places)))
@@ -147,7 +145,7 @@ def measured_ways(
                 return
             groups = groups_of(form, number, shape)
             try:
-                way = placed(form, rows, shape.num_experts) if form in (PLACED, ALL_PLACED) else form_of(form)
+                way = placed(rows, shape.num_experts) if form == PLACED else form_of(form)
                 found = _once(way, experts, rows)
                 known = found if known is None else known
                 off = distance(found, known)

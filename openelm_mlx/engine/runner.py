@@ -159,7 +159,7 @@ class Runner:
         if prompts or len(decoding) != 1 or decoding[0].replay:
             return None
         request = decoding[0]
-        return request if request.has_token_to_feed or request.forward is not None else None
+        return request if request.can_go_on else None
 
     def _step_alone(self, request: ActiveRequest) -> None:
         adapters = self.model.adapters

@@ -137,6 +137,26 @@ def test_a_prompt_that_several_share_is_computed_once(models):
     assert sorted(cached) == [0, 60, 60, 60]
 
 
+def test_who_decodes_has_steps_of_its_own_while_prompts_come_and_come(models):
+    """Else it would never be known what a step takes without a chunk, and chunks would stay short."""
+    with om.Engine(models["openelm"]) as engine:
+        pace, steps = engine._scheduler.pace, []
+        pace.longest, learn = 8, pace.step_took
+
+        def step_took(seconds, chunk_length):
+            steps.append((bool(engine._scheduler.prompts), chunk_length > 0))
+            learn(seconds, chunk_length)
+
+        pace.step_took = step_took
+        blocker = engine.submit(prompt_of(5, 9), max_tokens=80)
+        next(blocker)
+        for handle in [engine.submit(prompt_of(60, seed), max_tokens=2) for seed in range(3)]:
+            list(handle)
+        blocker.cancel()
+    assert steps.count((True, True)) > 10
+    assert 2 <= steps.count((True, False)) <= 20
+
+
 @pytest.mark.slow
 def test_whoever_waits_for_a_prompt_goes_on_when_its_first_asker_leaves(models):
     model, prompt = models["gpt_oss"], prompt_of(90)

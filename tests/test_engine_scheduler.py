@@ -270,6 +270,17 @@ def test_chunks_grow_while_requests_come_in_one_after_the_other(fixed):
     assert num_plain <= 14
 
 
+def test_the_first_step_after_a_chunk_does_not_count_as_a_usual_one():
+    """It hands over what the chunk's step has computed, and says nothing of what computing takes."""
+    pace = ChunkPace()
+    pace.step_took(0.02, 64)
+    assert pace.is_usual_due
+    pace.step_took(0.002, 0)
+    assert pace.is_usual_due
+    pace.step_took(0.008, 0)
+    assert not pace.is_usual_due
+
+
 def test_a_usual_step_that_was_long_once_is_forgotten():
     pace = ChunkPace()
     pace.step_took(5.0, 0)  # a kernel was compiled

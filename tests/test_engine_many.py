@@ -148,7 +148,7 @@ def test_who_decodes_has_steps_of_its_own_while_prompts_come_and_come(models):
             learn(seconds, chunk_length)
 
         pace.step_took = step_took
-        blocker = engine.submit(prompt_of(5, 9), max_tokens=80)
+        blocker = engine.submit(prompt_of(5, 9), max_tokens=400)
         next(blocker)
         for handle in [engine.submit(prompt_of(60, seed), max_tokens=2) for seed in range(3)]:
             list(handle)

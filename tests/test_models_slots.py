@@ -98,6 +98,19 @@ def test_a_chunk_of_a_prompt_attends_by_products_in_blocks(model, block, monkeyp
     assert max_difference(found[0], np.array(found[1])) <= 1e-5
 
 
+def test_slots_are_copied_only_where_fewer_will_do(model):
+    """A copy is there beside the buffer for a moment, which memory may be too short for."""
+    bank, _ = filled(model, LENGTHS[:3])
+    assert len(bank) == 4
+    bank.leave(bank.slot_of(0))
+    assert len(bank) == 2
+    before = list(bank._buffers)
+    bank.leave(bank.slot_of(1))
+    assert len(bank) == 2
+    assert all(now is then for now, then in zip(bank._buffers, before, strict=True))
+    assert bank.slot_of(2) is not None
+
+
 def test_rows_that_are_nobodys_change_nothing(model):
     """Beside slots, a request apart, and chunks of two prompts of which one is not at its end."""
     found = []

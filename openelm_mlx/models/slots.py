@@ -357,8 +357,10 @@ class SlotBank:
         """Fewer slots, where they would do."""
         if not self.num_owners:
             self.clear()
-        elif _size_for(2 * self.num_owners) <= len(self):
-            self._resize([i for i, owner in enumerate(self.owners) if owner is not None], _size_for(self.num_owners))
+            return
+        fewer = _size_for(self.num_owners)
+        if fewer < len(self) and _size_for(2 * self.num_owners) <= len(self):
+            self._resize([i for i, owner in enumerate(self.owners) if owner is not None], fewer)
 
     def _resize(self, rows: Sequence[int], size: int) -> None:
         """`size` slots, the first of them being those of `rows`."""

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FIXTURES, config_of, random_model, save_folder
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx import hub as hub_module
@@ -65,9 +66,9 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo_gguf(tmp_path_factory) -> Path:
-    """demo-gpt-oss as it is, experts in MXFP4."""
+    """A short demo-gpt-oss as it is, experts in MXFP4."""
     path = tmp_path_factory.mktemp("demo") / "demo.gguf"
-    convert("demo-gpt-oss", path)
+    convert(short_demo("demo-gpt-oss"), path)
     return path
 
 
@@ -146,7 +147,7 @@ def test_the_fields_that_llama_cpp_wants(tmp_path, demo_gguf):
     assert "tokenizer.chat_template" not in plain
     assert plain["tokenizer.ggml.add_space_prefix"] is True
     assert openelm["openelm_mlx.licences"][0] == "NOTICE"
-    spec = om.load("demo-gpt-oss")[0].spec
+    spec = om.load(short_demo("demo-gpt-oss"))[0].spec
     assert gpt_oss["general.architecture"] == "gpt-oss"
     assert gpt_oss["gpt-oss.rope.scaling.type"] == "yarn"
     assert gpt_oss["gpt-oss.rope.scaling.original_context_length"] == spec.yarn.original_context_length
@@ -245,7 +246,7 @@ def test_scales_that_float16_lacks_are_looked_at_one_matrix_at_a_time(tmp_path, 
 
 
 def test_experts_and_the_rest_have_types_of_their_own(tmp_path):
-    report = convert("demo-gpt-oss", tmp_path / "a.gguf", gguf_type="q8_0", verify=True)
+    report = convert(short_demo("demo-gpt-oss"), tmp_path / "a.gguf", gguf_type="q8_0", verify=True)
     kinds = {tensor.name: tensor.dtype for tensor in report.tensors}
     assert kinds["blk.0.ffn_up_exps.weight"] == "MXFP4"
     assert kinds["blk.0.attn_q.weight"] == kinds["output.weight"] == "Q8_0"
@@ -281,12 +282,12 @@ def test_gpt_oss_there_and_back_is_exact(tmp_path, demo_gguf, experts):
     if experts is None:
         path.symlink_to(demo_gguf)
     else:
-        convert("demo-gpt-oss", path, gguf_experts=experts)
+        convert(short_demo("demo-gpt-oss"), path, gguf_experts=experts)
     report = convert(path, tmp_path / "back", verify=True)
     assert all(layer.weights == layer.stream == 0 for layer in report.verification.layers)
     assert report.dtype == ("float32" if experts == "f32" else "bfloat16")
     if experts != "q8_0":  # float32 experts go through another product
-        assert mx.max(mx.abs(logits_of(tmp_path / "back") - logits_of("demo-gpt-oss"))).item() <= (
+        assert mx.max(mx.abs(logits_of(tmp_path / "back") - logits_of(short_demo("demo-gpt-oss")))).item() <= (
             1e-3 if experts else 0
         )
     convert(tmp_path / "back", tmp_path / "again.gguf")
@@ -780,7 +781,10 @@ def test_the_process_s_peak_in_the_real_size(tmp_path, size, gigabytes):
 
 
 def test_the_command_says_what_it_wrote(tmp_path, capsys):
-    assert main(["convert", "demo-gpt-oss", str(tmp_path / "m.gguf"), "--gguf-type", "q8_0", "--verify"]) == 0
+    assert (
+        main(["convert", str(short_demo("demo-gpt-oss")), str(tmp_path / "m.gguf"), "--gguf-type", "q8_0", "--verify"])
+        == 0
+    )
     out, err = capsys.readouterr()
     assert "MXFP4" in out
     assert "tensors hold the source's own numbers" in out

@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
 from primitive_counts import primitives
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.decoding import pieces
@@ -22,7 +23,7 @@ def models():
         "openelm": random_model(context_length=2048),
         "gpt-oss": load_fixture(FIXTURES / "gpt_oss_tiny"),
         "odd": load_fixture(FIXTURES / "gpt_oss_odd"),
-        "demo-gpt-oss": om.load("demo-gpt-oss")[0],
+        "demo-gpt-oss": om.load(short_demo("demo-gpt-oss"))[0],
     }
 
 
@@ -205,7 +206,7 @@ def test_the_cpu_keeps_the_plain_step(models, monkeypatch):
 
 @pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])
 def test_the_demos_say_the_same(source, monkeypatch):
-    model, tokenizer = om.load(source)
+    model, tokenizer = om.load(short_demo(source))
     question = "What is a piano?"
     expected = [chunk.token for chunk in om.stream_generate(model, tokenizer, question, max_tokens=36)]
     monkeypatch.setattr("openelm_mlx.engine.single.make_step", lambda m, c: CompiledStep(m, c, compile=False))

@@ -5,6 +5,7 @@ import pytest
 from conftest import random_model
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.decoding.compiled_step import CompiledStep
@@ -76,7 +77,7 @@ def load(family):
     if family == "openelm":
         mx.random.seed(5)
         return random_model()
-    return om.load("demo-gpt-oss", dtype="float32", expert_slots=8 if family == "streamed" else None)[0]
+    return om.load(short_demo("demo-gpt-oss"), dtype="float32", expert_slots=8 if family == "streamed" else None)[0]
 
 
 @pytest.mark.slow(first=1)

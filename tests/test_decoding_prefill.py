@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.decoding.prefill import prefill
@@ -15,7 +16,7 @@ def models():
         "openelm": random_model(context_length=2048),
         "gpt-oss": load_fixture(FIXTURES / "gpt_oss_tiny"),
         "odd": load_fixture(FIXTURES / "gpt_oss_odd"),  # its last layer is a sliding one
-        "demo-gpt-oss": om.load("demo-gpt-oss")[0],
+        "demo-gpt-oss": om.load(short_demo("demo-gpt-oss"))[0],
     }
 
 
@@ -60,7 +61,7 @@ def test_the_last_layer_s_experts_compute_one_token(models, monkeypatch):
 @pytest.mark.slow(first=1)
 @pytest.mark.parametrize("slots", [4, 9])
 def test_streamed_experts_give_the_same_bits(models, slots):
-    streamed = om.load("demo-gpt-oss", expert_slots=slots)[0]
+    streamed = om.load(short_demo("demo-gpt-oss"), expert_slots=slots)[0]
     tokens = list(range(100, 230))
     expected = prefill(models["demo-gpt-oss"], tokens, models["demo-gpt-oss"].make_cache(), 64)
     assert mx.array_equal(prefill(streamed, tokens, streamed.make_cache(), 64), expected)

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.decoding import prefix_cache as module
@@ -379,6 +380,11 @@ def demo():
     return om.load("demo-gpt-oss", dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def short():
+    return om.load(short_demo("demo-gpt-oss"), dtype="float32")
+
+
 @pytest.mark.slow
 def test_the_second_turn_of_a_long_chat_prefills_what_is_new_only(demo):
     """Finished turns lose their reasoning, so the last answer's own words are computed again, and nothing before them."""
@@ -403,8 +409,8 @@ def test_the_second_turn_of_a_long_chat_prefills_what_is_new_only(demo):
         chat = [*chat, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
 
 
-def test_another_question_after_the_same_system_prompt(demo):
-    model, tokenizer = demo
+def test_another_question_after_the_same_system_prompt(short):
+    model, tokenizer = short
     cache, words = PrefixCache(), " ".join(f"word {i}" for i in range(40))
     counts = []
     for question in ("What is a violin?", "Do you know a sparrow?", "Tell me what a poodle is."):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from short_demos import short_demo
 
 import openelm_mlx as om
 
@@ -35,7 +36,7 @@ def test_a_process_ends_as_it_should_after_its_engines():
 
 
 def test_prompts_that_an_engine_kept_are_there_when_it_has_gone():
-    model, _ = om.load("demo-gpt-oss")
+    model, _ = om.load(short_demo("demo-gpt-oss"))
     prompt, store = [(7 * i) % 200 + 3 for i in range(150)], om.PrefixCache()
     expected = [chunk.token for chunk in om.stream_generate(model, None, [*prompt, 9], max_tokens=4)]
     with om.Engine(model, None) as engine:

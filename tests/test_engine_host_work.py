@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from short_demos import short_demo
 from test_engine_many import seen
 
 import openelm_mlx as om
@@ -15,7 +16,7 @@ REGEX = "[a-z ]{5,20}"
 
 @pytest.fixture(scope="module")
 def demo():
-    return om.load("demo-openelm", dtype="float32")
+    return om.load(short_demo("demo-openelm"), dtype="float32")
 
 
 class Gate:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.engine.active import Pending
@@ -31,7 +32,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def demo():
-    return om.load("demo-openelm", dtype="float32")
+    return om.load(short_demo("demo-openelm"), dtype="float32")
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

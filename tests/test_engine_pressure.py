@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
+from short_demos import short_demo
 from test_engine_many import prompt_of, random_request, seen
 
 import openelm_mlx as om
@@ -21,7 +22,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def demo():
-    return om.load("demo-openelm", dtype="float32")
+    return om.load(short_demo("demo-openelm"), dtype="float32")
 
 
 def give_way_at_random(engine, draw, chance=0.25, most=25):

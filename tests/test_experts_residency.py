@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import in_threads
 from mlx.utils import tree_flatten
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
@@ -118,8 +119,9 @@ def test_half_precision_is_the_same_too(folders):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_demo_answers_the_same(num_slots, temperature):
     sampling = om.SamplingParams(temperature=temperature, seed=3)
-    known, tokenizer = om.load("demo-gpt-oss")
-    model, _ = om.load("demo-gpt-oss", expert_slots=num_slots)
+    source = short_demo("demo-gpt-oss")
+    known, tokenizer = om.load(source)
+    model, _ = om.load(source, expert_slots=num_slots)
     question = "What is a banjo?"
     expected, seen = (
         tokens_of(stream_generate(each, tokenizer, question, max_tokens=14, sampling=sampling))

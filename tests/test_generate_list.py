@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.errors import NoAnswerWarning, PromptError, SettingError
@@ -9,7 +10,7 @@ from openelm_mlx.errors import NoAnswerWarning, PromptError, SettingError
 
 @pytest.fixture(scope="module")
 def demo():
-    return om.load("demo-openelm", dtype="float32")
+    return om.load(short_demo("demo-openelm"), dtype="float32")
 
 
 def test_prompts_of_every_kind(demo):

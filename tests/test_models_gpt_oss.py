@@ -19,6 +19,7 @@ from conftest import config_of, in_threads, max_difference, oracle
 from mlx import nn
 from mlx.utils import tree_flatten
 from reference import gpt_oss as reference
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.checkpoint.gpt_oss_layouts import gpt_oss_contents
@@ -879,6 +880,7 @@ def test_threads_have_tables_of_their_own():
 
 @pytest.mark.parametrize("source", ["demo-gpt-oss", "demo-openelm"])
 def test_two_threads_call_one_model(source):
+    source = short_demo(source)
     model, _ = om.load(source)
     prompts = [[[7, 8, 9]], [[11, 12, 13]]]
     expected = [np.array(model(mx.array(each))) for each in prompts]

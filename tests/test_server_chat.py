@@ -25,7 +25,7 @@ CALCULATOR = {
 }
 OTHER = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
 SUM = [{"role": "user", "content": "What is 12 * 34?"}]
-WORD = [{"role": "user", "content": "What is a banjo?"}]
+WORD = [{"role": "user", "content": "What is a boat?"}]  # of all words one of the shortest answers
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,13 @@ def post(demos, **body):
     return demos[0].post("/v1/chat/completions", json=body)
 
 
+def thinking_little(body):
+    """The request with the shortest reasoning, where it says nothing of it: most tests are of what comes around the text."""
+    return body if body.get("model", "demo-gpt-oss") == "demo-openelm" else {"reasoning_effort": "low", **body}
+
+
 def ask(demos, **body):
-    answer = post(demos, **body)
+    answer = post(demos, **thinking_little(body))
     assert answer.status_code == 200, answer.text
     late("openai.types.chat:ChatCompletion").model_validate(answer.json())
     return answer.json()
@@ -52,7 +57,7 @@ def ask(demos, **body):
 
 def stream(demos, **body):
     """The chunks, checked: their form, their order, and the end."""
-    body = {"model": "demo-gpt-oss", "messages": WORD, "temperature": 0, "stream": True, **body}
+    body = {"model": "demo-gpt-oss", "messages": WORD, "temperature": 0, "stream": True, **thinking_little(body)}
     chunks, lines = [], []
     with demos[0].stream("POST", "/v1/chat/completions", json=body) as answer:
         assert answer.status_code == 200
@@ -121,7 +126,7 @@ REQUESTS = {
     "a call that has to be": {"tools": [CALCULATOR], "tool_choice": "required", "max_tokens": 80},
     "a schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}},
     "cut in its reasoning": {"max_tokens": 5},
-    "a stop string": {"stop": ["instrument", "kind"], "max_tokens": 60},
+    "a stop string": {"stop": ["vessel", "kind"], "max_tokens": 60},
     "log-probabilities": {"logprobs": True, "top_logprobs": 2},
     "three answers": {"n": 3, "seed": 5, "temperature": 1.0, "max_tokens": 24},
     "without reasoning": {"reasoning_effort": "none", "max_tokens": 12},
@@ -145,13 +150,15 @@ def test_streamed_is_whole(demos, name):
 @pytest.mark.parametrize("model", ["demo-gpt-oss", "demo-openelm"])
 def test_greedy_text_is_that_of_generate(demos, model):
     loaded = demos[1].models[model]
+    options = thinking_little({"model": model, "max_tokens": 60})
+    del options["model"]
     for messages in (WORD, [{"role": "system", "content": "Be brief."}, *SUM]):
-        answer = ask(demos, model=model, messages=messages, max_tokens=60)
-        handle = loaded.engine.submit(messages, max_tokens=60)
+        answer = ask(demos, model=model, messages=messages, **options)
+        handle = loaded.engine.submit(messages, **options, prefix_cache=loaded.prefix_cache)
         assert answer["choices"][0]["message"]["content"] == handle.text()
         assert answer["usage"]["completion_tokens"] == handle.statistics.completion_tokens
     assert answer["choices"][0]["message"]["content"] == om.generate(
-        loaded.model, loaded.tokenizer, messages, max_tokens=60
+        loaded.model, loaded.tokenizer, messages, **options
     )
 
 
@@ -203,7 +210,7 @@ def test_a_call_s_arguments_follow_its_schema_and_end_within_the_limit(demos):
     }
     tool = {"type": "function", "function": {"name": "resize", "parameters": size, "strict": True}}
     for seed in range(3):
-        answer = ask(demos, tools=[tool], tool_choice="required", temperature=1.5, seed=seed, max_tokens=100)
+        answer = ask(demos, tools=[tool], tool_choice="required", temperature=1.5, seed=seed, max_tokens=60)
         choice = answer["choices"][0]
         if choice["finish_reason"] == "length":  # it was still thinking
             assert "tool_calls" not in choice["message"]
@@ -249,22 +256,23 @@ def test_a_stop_string_ends_the_answer_and_not_the_reasoning(demos):
 
 
 def test_several_answers_come_of_one_prompt_and_a_seed_repeats_them(demos):
-    body = {"n": 3, "seed": 7, "temperature": 1.0, "max_tokens": 20}
+    hard = [{"role": "user", "content": "What is a banjo?"}]  # it does not know that word, and so hesitates
+    body = {"messages": hard, "n": 3, "seed": 7, "temperature": 1.5, "max_tokens": 14}
     first, second = ask(demos, **body), ask(demos, **body)
     assert [each["index"] for each in first["choices"]] == [0, 1, 2]
     texts = [each["message"] for each in first["choices"]]
     assert texts == [each["message"] for each in second["choices"]]
     assert len({json.dumps(text) for text in texts}) > 1
-    one = ask(demos, n=1, seed=8, temperature=1.0, max_tokens=20)
+    one = ask(demos, **body | {"n": 1, "seed": 8})
     assert one["choices"][0]["message"] == texts[1]
 
 
 def test_the_second_turn_computes_only_what_is_new(demos):
-    talk = [{"role": "user", "content": "What is a cello? " + "Tell me in a few words. " * 40}]
-    first = ask(demos, messages=talk, max_tokens=40)
+    talk = [{"role": "user", "content": "What is a cello? " + "Tell me in a few words. " * 20}]
+    first = ask(demos, messages=talk, max_tokens=12)
     said = first["choices"][0]["message"]
     again = [*talk, {"role": "assistant", "content": said["content"]}, {"role": "user", "content": "And a horse?"}]
-    second = ask(demos, messages=again, max_tokens=20)
+    second = ask(demos, messages=again, max_tokens=2)
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     # The reasoning is not told again, so the first turn's prompt is what can be known, up to its last token.
     assert first["usage"]["prompt_tokens"] - 8 <= cached <= first["usage"]["prompt_tokens"]
@@ -282,17 +290,19 @@ def test_reasoning_tokens_are_the_reasoning(demos):
 
 def test_penalties_and_biases_reach_the_sampler(demos):
     tokenizer = demos[1].models["demo-gpt-oss"].tokenizer
-    word = ask(demos)["choices"][0]["message"]["content"].split()[0]
+    asked = {"messages": [{"role": "user", "content": "What is a cello?"}]}
+    plain = ask(demos, **asked)
+    word = plain["choices"][0]["message"]["content"].split()[0]
     bias = {str(token): -100 for token in tokenizer.encode(word, continuation=True)}
-    assert not ask(demos, logit_bias=bias)["choices"][0]["message"]["content"].startswith(word)
-    plain, penalized = ask(demos), ask(demos, repetition_penalty=50.0, max_tokens=40)
+    assert not ask(demos, logit_bias=bias, **asked)["choices"][0]["message"]["content"].startswith(word)
+    penalized = ask(demos, repetition_penalty=50.0, max_tokens=16, **asked)
     assert penalized["choices"][0]["message"]["reasoning"] != plain["choices"][0]["message"]["reasoning"]
 
 
 def test_penalties_change_the_answer_as_they_do_without_a_server(demos):
     loaded = demos[1].models["demo-gpt-oss"]
     asked = [{"role": "user", "content": "What is a harbor?"}]
-    options = {"max_tokens": 32, "reasoning_effort": "low"}
+    options, known = {"max_tokens": 28, "reasoning_effort": "low"}, om.PrefixCache()
     # It does not end by itself, and repeats itself then.
     ends = {
         *loaded.tokenizer.eos_tokens,
@@ -304,7 +314,9 @@ def test_penalties_change_the_answer_as_they_do_without_a_server(demos):
         body = {**options, **penalties, "logit_bias": {str(token): value for token, value in bias.items()}}
         message = ask(demos, messages=asked, **body)["choices"][0]["message"]
         sampling = om.SamplingParams(temperature=0, logit_bias=bias, **penalties)
-        chunks = [*om.stream_generate(loaded.model, loaded.tokenizer, asked, sampling=sampling, **options)]
+        chunks = [
+            *om.stream_generate(loaded.model, loaded.tokenizer, asked, sampling=sampling, prefix_cache=known, **options)
+        ]
         alone = "".join(chunk.reasoning for chunk in chunks), "".join(chunk.text for chunk in chunks)
         assert (message["reasoning"], message["content"]) == alone
         said.add(alone)
@@ -312,7 +324,7 @@ def test_penalties_change_the_answer_as_they_do_without_a_server(demos):
 
 
 def test_nulls_are_not_given_and_unknown_fields_are_passed_over(demos):
-    wanted = ask(demos, max_tokens=30)["choices"]
+    wanted = ask(demos, max_tokens=10, reasoning_effort="medium")["choices"]  # which is OpenAI's usual one
     nulls = dict.fromkeys(
         ("tools", "tool_choice", "stream", "stream_options", "response_format", "n", "stop", "logprobs", "top_logprobs", "seed",
          "logit_bias", "presence_penalty", "top_p", "user", "metadata", "reasoning_effort", "max_completion_tokens")
@@ -324,10 +336,10 @@ def test_nulls_are_not_given_and_unknown_fields_are_passed_over(demos):
         "store": False,
         "tools": [{"type": "web_search"}],
     }
-    assert ask(demos, max_tokens=30, **nulls)["choices"] == wanted
-    assert ask(demos, max_tokens=30, **unknown)["choices"] == wanted
-    parts = [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "a banjo?"}]}]
-    assert ask(demos, max_tokens=30, messages=parts)["choices"][0]["finish_reason"]
+    assert post(demos, max_tokens=10, **nulls).json()["choices"] == wanted
+    assert post(demos, max_tokens=10, **unknown).json()["choices"] == wanted
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "a boat?"}]}]
+    assert ask(demos, max_tokens=2, messages=parts)["choices"][0]["finish_reason"]
 
 
 WRONG = [
@@ -469,7 +481,7 @@ def test_several_calls_of_a_history_are_each_followed_by_their_result(demos, par
         "messages": [*SUM, said, *results],
         "tools": [CALCULATOR],
         "parallel_tool_calls": parallel,
-        "max_tokens": 20,
+        "max_tokens": 2,
     }
     assert ask(demos, **body)["choices"][0]["message"]["role"] == "assistant"
 

@@ -83,7 +83,7 @@ def test_a_tool_is_called_and_its_result_answered(openai, way):
 
 @pytest.mark.slow
 def test_streamed_is_whole(openai):
-    for options in ({"input": "What is a dog?"}, {"input": QUESTION, "tools": [FUNCTION]}):
+    for options in ({"input": "What is a boat?"}, {"input": QUESTION, "tools": [FUNCTION]}):
         options = {"model": MODEL, **GREEDY, **options}
         whole = openai.responses.create(**options)
         with openai.responses.stream(**options) as stream:
@@ -102,7 +102,7 @@ def test_streamed_is_whole(openai):
 def test_streamed_is_whole_where_the_model_writes_nonsense(openai, anthropic, seed):
     """Drawn hot, it writes headers that do not exist, calls nobody, and breaks off."""
     asked = {"temperature": 2.0, "seed": seed}
-    options = {"model": MODEL, "input": QUESTION, "tools": [FUNCTION], "max_output_tokens": 40}
+    options = {"model": MODEL, "input": QUESTION, "tools": [FUNCTION], "max_output_tokens": 24}
     whole = openai.responses.create(**options, extra_body=asked)
     with openai.responses.create(**options, extra_body=asked, stream=True) as stream:
         seen = list(stream)
@@ -112,7 +112,7 @@ def test_streamed_is_whole_where_the_model_writes_nonsense(openai, anthropic, se
     assert done == [each.to_dict() for each in seen[-1].response.output]
     # The same draws as a message: one block for each item, and it can all be sent back.
     chat = [{"role": "user", "content": QUESTION}]
-    options = {"model": MODEL, "tools": [TOOL], "max_tokens": 40, "thinking": {"type": "adaptive"}}
+    options = {"model": MODEL, "tools": [TOOL], "max_tokens": 24, "thinking": {"type": "adaptive"}}
     asked["temperature"] = 1.0
     message = anthropic.messages.create(messages=chat, **options, extra_body=asked)
     with anthropic.messages.stream(messages=chat, **options, extra_body=asked) as stream:
@@ -164,13 +164,13 @@ class Meaning(BaseModel):
 
 @pytest.mark.slow
 def test_an_answer_in_a_schema(openai):
-    parsed = openai.responses.parse(model=MODEL, input="What is a dog?", text_format=Meaning, **GREEDY)
+    parsed = openai.responses.parse(model=MODEL, input="What is a boat?", text_format=Meaning, **GREEDY)
     assert isinstance(parsed.output_parsed, Meaning)
     assert parsed.status == "completed"
 
 
 def test_a_limit_leaves_the_response_incomplete(openai):
-    response = openai.responses.create(model=MODEL, input="What is a dog?", max_output_tokens=5, **GREEDY)
+    response = openai.responses.create(model=MODEL, input="What is a boat?", max_output_tokens=5, **GREEDY)
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert response.output[-1].status == "incomplete"
     assert response.usage.output_tokens == 5
@@ -181,7 +181,7 @@ def test_efforts_and_none(openai):
     counts = {}
     for effort in ("none", "low", "high"):
         response = openai.responses.create(
-            model=MODEL, input="What is a dog?", reasoning={"effort": effort}, max_output_tokens=100, **GREEDY
+            model=MODEL, input="What is a boat?", reasoning={"effort": effort}, max_output_tokens=100, **GREEDY
         )
         counts[effort] = response.usage.output_tokens_details.reasoning_tokens
         assert response.output_text
@@ -203,7 +203,7 @@ def test_efforts_and_none(openai):
 )
 def test_a_call_that_has_to_be_or_must_not(openai, choice, kind):
     response = openai.responses.create(
-        model=MODEL, input="What is a dog?", tools=[FUNCTION], tool_choice=choice, max_output_tokens=60, **GREEDY
+        model=MODEL, input="What is a boat?", tools=[FUNCTION], tool_choice=choice, max_output_tokens=60, **GREEDY
     )
     assert response.output[-1].type == kind
 
@@ -213,7 +213,7 @@ def test_a_custom_tool_gets_text(openai):
     tool = {"type": "custom", "name": "note", "description": "Keeps a note."}
     options = {"model": MODEL, "tools": [tool], **GREEDY}
     response = openai.responses.create(
-        input="What is a dog?", tool_choice={"type": "custom", "name": "note"}, max_output_tokens=60, **options
+        input="What is a boat?", tool_choice={"type": "custom", "name": "note"}, max_output_tokens=60, **options
     )
     call = response.output[-1]
     assert (call.type, call.name) == ("custom_tool_call", "note")
@@ -223,7 +223,12 @@ def test_a_custom_tool_gets_text(openai):
 
 def test_log_probabilities(openai):
     response = openai.responses.create(
-        model=MODEL, input="What is a dog?", top_logprobs=2, include=["message.output_text.logprobs"], **GREEDY
+        model=MODEL,
+        input="What is a boat?",
+        top_logprobs=2,
+        include=["message.output_text.logprobs"],
+        reasoning={"effort": "low"},
+        **GREEDY,
     )
     part = response.output[-1].content[0]
     assert "".join(bytes(each.bytes).decode() for each in part.logprobs) == part.text
@@ -316,7 +321,7 @@ def test_messages_call_a_tool_and_answer_its_result(anthropic, thinking, is_stre
 
 def test_messages_streamed_is_whole(anthropic):
     options = {"model": MODEL, "max_tokens": 300, "thinking": {"type": "adaptive"}, "extra_body": GREEDY}
-    chat = [{"role": "user", "content": "What is a dog?"}]
+    chat = [{"role": "user", "content": "What is a boat?"}]
     whole = anthropic.messages.create(messages=chat, **options)
     with anthropic.messages.stream(messages=chat, **options) as stream:
         final = stream.get_final_message()
@@ -329,7 +334,7 @@ def test_messages_streamed_is_whole(anthropic):
 
 @pytest.mark.slow
 def test_messages_stop_at_a_string_and_at_a_limit(anthropic):
-    options = {"model": MODEL, "messages": [{"role": "user", "content": "What is a dog?"}], "extra_body": GREEDY}
+    options = {"model": MODEL, "messages": [{"role": "user", "content": "What is a boat?"}], "extra_body": GREEDY}
     whole = anthropic.messages.create(max_tokens=300, **options).content[0].text
     word = whole.split()[3]
     stopped = anthropic.messages.create(max_tokens=300, stop_sequences=[word], **options)
@@ -341,7 +346,7 @@ def test_messages_stop_at_a_string_and_at_a_limit(anthropic):
 
 @pytest.mark.slow
 def test_messages_in_a_schema_and_without_thinking(anthropic):
-    chat = [{"role": "user", "content": "What is a dog?"}]
+    chat = [{"role": "user", "content": "What is a boat?"}]
     parsed = anthropic.messages.parse(
         model=MODEL, max_tokens=300, messages=chat, output_format=Meaning, extra_body=GREEDY
     )
@@ -358,7 +363,7 @@ def test_messages_in_a_schema_and_without_thinking(anthropic):
     [({"type": "any"}, "tool_use"), ({"type": "tool", "name": "calculator"}, "tool_use"), ({"type": "none"}, "text")],
 )
 def test_messages_every_tool_choice(anthropic, choice, kind):
-    chat = [{"role": "user", "content": "What is a dog?"}]
+    chat = [{"role": "user", "content": "What is a boat?"}]
     answer = anthropic.messages.create(
         model=MODEL, max_tokens=60, messages=chat, tools=[TOOL], tool_choice=choice, extra_body=GREEDY
     )
@@ -370,10 +375,10 @@ def test_messages_every_tool_choice(anthropic, choice, kind):
 
 def test_nothing_runs_on_and_no_model_stays_leased(demos, openai, anthropic):
     _, registry, _ = demos
-    with openai.responses.create(model=MODEL, input="What is a dog?", stream=True) as stream:
+    with openai.responses.create(model=MODEL, input="What is a boat?", stream=True) as stream:
         next(iter(stream))
     with anthropic.messages.create(
-        model=MODEL, max_tokens=300, messages=[{"role": "user", "content": "What is a dog?"}], stream=True
+        model=MODEL, max_tokens=300, messages=[{"role": "user", "content": "What is a boat?"}], stream=True
     ) as stream:
         next(iter(stream))
     openai.responses.create(model=MODEL, input="What is a cat?")  # behind which the others have been noticed

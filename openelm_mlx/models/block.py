@@ -68,12 +68,11 @@ class Block(nn.Module):
         """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""
         raise NotImplementedError
 
-    def before_slots(self, x: mx.array, positions: mx.array, spare: int) -> tuple[mx.array, mx.array]:
-        """`before_attention` of one token a row, x (S, hidden_size), for slots whose keys have marks (models/marks.py).
+    def before_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """`before_attention` of one token a row, x (S, hidden_size), for `SlotBank.write`: in fewer kernels.
 
         positions: one for every head of every row, queries', keys' and values', (S * (H + 2 K),); 0 for values, which are
-        not rotated so. Queries (S, H, 1, D + spare) have their tails, and what `split_scale` says of attention's scale;
-        keys and values side by side are (S, 2 K, 1, D).
+        not rotated so. Queries (S, H, 1, D); keys and values in one, (2, S, K, 1, D).
         """
         raise NotImplementedError
 
@@ -81,10 +80,10 @@ class Block(nn.Module):
         """The layer's output from its input x and attention's output, (B, H, L, D)."""
         raise NotImplementedError
 
-    def prepare_constants(self, spare: int = 0) -> list[mx.array]:
+    def prepare_constants(self, for_slots: bool = False) -> list[mx.array]:
         """Compute constants that every token needs, if missing, and return them for evaluation.
 
-        Called before tracing: a compiled piece would otherwise compute them again for every token. spare: as for
-        `before_slots`, whose constants are among them then.
+        Called before tracing: a compiled piece would otherwise compute them again for every token. for_slots: those of
+        `before_slots` are among them.
         """
         raise NotImplementedError

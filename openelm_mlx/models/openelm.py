@@ -15,9 +15,9 @@ from . import block
 from .adapter_sites import AdaptedLinear
 from .attention import merge_heads, split_heads
 from .base import LanguageModel
-from .marks import Tails, make_tails, split_scale, with_tails
 from .precision import KernelChoices, one_kernel
 from .rope import Rotation
+from .slot_attention import for_slots
 
 
 class OpenELM(LanguageModel):
@@ -74,7 +74,6 @@ class Block(block.Block):
         # mx.fast.rms_norm rounds before the gain, as CoreNet's RMSNorm does (normalization/rms_norm.py).
         self.attn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         self.ffn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
-        self._tails: tuple[tuple[int, mx.Dtype], Tails] | None = None
 
     @property
     def attention(self) -> Attention:
@@ -85,16 +84,9 @@ class Block(block.Block):
         attention: Attention = self["attn"]
         return attention.project(self["attn_norm"](x), offset)
 
-    def before_slots(self, x: mx.array, positions: mx.array, spare: int) -> tuple[mx.array, mx.array]:
+    def before_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         attention: Attention = self["attn"]
-        return attention.project_for_slots(self["attn_norm"](x), positions, self.tails(spare))
-
-    def tails(self, spare: int) -> Tails:
-        """What stands behind the queries of slots."""
-        key = spare, self["attn_norm"]["weight"].dtype
-        if self._tails is None or self._tails[0] != key:
-            self._tails = key, make_tails(self["attn"].head_dim, *key)
-        return self._tails[1]
+        return attention.project_for_slots(self["attn_norm"](x), positions)
 
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
         h = self._plus(x, self["attn"]["out_proj"], merge_heads(out, x))
@@ -116,11 +108,10 @@ class Block(block.Block):
             return mx.addmm(residual, x, module["weight"].T)
         return residual + module(x)
 
-    def prepare_constants(self, spare: int = 0) -> list[mx.array]:
-        found = [self.attn.gains()] if self.attn.qk_norm else []
-        if not spare:
-            return found
-        return [*found, *self.tails(spare), *(self.attn.wide_gains() if self.attn.qk_norm else ())]
+    def prepare_constants(self, for_slots: bool = False) -> list[mx.array]:
+        if not self.attn.qk_norm:
+            return []
+        return [self.attn.gains(), *(self.attn.wide_gains() if for_slots else ())]
 
 
 class Attention(block.BlockAttention):
@@ -155,15 +146,14 @@ class Attention(block.BlockAttention):
         queries, keys = mx.split(self.rotation(queries_and_keys, offset), [self.num_heads], axis=1)
         return queries, keys, values
 
-    def project_for_slots(self, x: mx.array, positions: mx.array, tails: Tails) -> tuple[mx.array, mx.array]:
+    def project_for_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """`project` of one token a row, x (S, hidden_size), for `Block.before_slots`."""
         heads = split_heads(self["qkv_proj"](x), self.head_dim)
         if self.qk_norm:  # of all heads: the norm would copy a slice of them first
             normed = mx.fast.rms_norm(heads, None, self.norm_eps)
             heads = _with_gains(normed, heads, *self.wide_gains())
         heads = self.rotation(heads.reshape(-1, 1, 1, self.head_dim), positions).reshape(heads.shape)
-        queries = with_tails(heads, self.num_heads, tails, split_scale(self.full_scale)[0])
-        return queries, heads[:, self.num_heads :]
+        return for_slots(heads, self.num_heads)
 
     def wide_gains(self) -> tuple[mx.array, mx.array]:
         """The gains of all heads, values' included, (H + 2 K, 1, D), and which heads are values', (H + 2 K, 1, 1)."""

@@ -15,7 +15,6 @@ from openelm_mlx.decoding.pieces import LatestPieces, SlotPieces
 from openelm_mlx.models import rows as rows_module
 from openelm_mlx.models.attention import attend, attend_by_products
 from openelm_mlx.models.rows import Rows, flat_logits, num_padding
-from openelm_mlx.models.slot_attention import for_slots
 from openelm_mlx.models.slots import SlotBank
 
 FAMILIES = {"openelm": "openelm_tiny", "gpt_oss": "gpt_oss_tiny"}
@@ -164,21 +163,11 @@ def test_who_joins_is_written_in_place_and_waited_for_once(model):
 def test_what_slots_are_given_is_what_caches_are_given(model):
     """Bit for bit, keys and values in one."""
     layer, positions = model.layers[-1], [4, 0, 30]
-    heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
     x = mx.random.normal((3, model.spec.hidden_size))
     known, keys, values = layer.before_attention(x, mx.array(positions))
-    are_rotated = [1] * (heads + kv_heads) + [0] * kv_heads
-    every = mx.array([position * each for position in positions for each in are_rotated])
-    queries, new = layer.before_slots(x, every)
+    queries, new = layer.before_slots(x, mx.array(positions, mx.float32))
     assert mx.array_equal(queries, known)
     assert mx.array_equal(new, mx.stack([keys, values]))
-
-
-def test_heads_for_slots_are_views():
-    heads = mx.arange(2 * 8 * 4).reshape(2, 8, 1, 4)
-    queries, new = for_slots(heads, 4)
-    assert mx.array_equal(queries, heads[:, :4])
-    assert mx.array_equal(new, mx.stack([heads[:, 4:6], heads[:, 6:]]))
 
 
 def test_a_layer_of_a_step_in_slots_takes_few_operations(fixtures, monkeypatch):
@@ -204,8 +193,8 @@ def test_a_layer_of_a_step_in_slots_takes_few_operations(fixtures, monkeypatch):
     assert groups["Concatenate"] == groups["Contiguous"] == 0
     assert groups["Gather"] == 1  # the embedding
     assert groups["Matmul"] + groups["AddMM"] == 4 * layers + 1
-    assert groups["Compiled"] == 2 * layers  # gains, the feed-forward's gate
-    assert groups["Depends"] == 5 * layers + 1  # norms, the rotation, attention
+    assert groups["Compiled"] == 2 * layers  # the rotation with the norm's gains, the feed-forward's gate
+    assert groups["Depends"] == 4 * layers + 1  # norms, attention
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])

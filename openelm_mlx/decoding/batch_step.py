@@ -76,9 +76,10 @@ class _CompiledRowsWalk(RowsWalk):
 
 def logits_of_slots(pieces: SlotPieces, tokens: mx.array, bank: SlotBank) -> mx.array:
     """The logits (S, V) after one token for each slot."""
-    x, queries, new = pieces.first(tokens, bank.positions(0))
+    positions = mx.array(bank.lengths, mx.float32)
+    x, queries, new = pieces.first(tokens, positions)
     for i, piece in enumerate(pieces.between):
-        x, queries, new = piece(x, queries, bank.write(i, new), bank.state(i), bank.positions(i + 1))
+        x, queries, new = piece(x, queries, bank.write(i, new), bank.state(i), positions)
     last = len(pieces.between)
     found: mx.array = pieces.head_of_rows(x, queries, bank.write(last, new), bank.state(last))
     return found

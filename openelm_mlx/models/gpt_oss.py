@@ -19,7 +19,6 @@ from .moe import Experts, MoE, weighted_sum
 from .norm import RMSNorm
 from .precision import KernelChoices, add_rounded, linear
 from .rope import Rotation
-from .slot_attention import for_slots
 
 
 class GptOss(LanguageModel):
@@ -118,10 +117,11 @@ class Block(block.Block):
         return add_rounded(routed.h, weighted_sum(outputs, routed.expert_weights, dtype), dtype)
 
     def prepare_constants(self, for_slots: bool = False) -> list[mx.array]:
+        rotation = self.self_attn.slot_constants() if for_slots else []
         experts = getattr(self.mlp.experts, "experts", self.mlp.experts)  # streamed experts wrap them
         if not (isinstance(experts, Experts) and experts.has_one_bias_type):
-            return []
-        return [experts.bias_table(), experts.gate_up_proj.bias, experts.down_proj.bias]
+            return rotation
+        return [experts.bias_table(), experts.gate_up_proj.bias, experts.down_proj.bias, *rotation]
 
 
 class Attention(block.BlockAttention):
@@ -156,6 +156,5 @@ class Attention(block.BlockAttention):
 
     def project_for_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """`project` of one token a row, x (S, hidden_size), for `Block.before_slots`."""
-        heads = linear(self["qkv_proj"], x, self.bias_apart).reshape(-1, 1, 1, self.head_dim)
-        heads = self.rotation(heads, positions).reshape(x.shape[0], -1, 1, self.head_dim)
-        return for_slots(heads, self.num_heads)
+        heads = split_heads(linear(self["qkv_proj"], x, self.bias_apart), self.head_dim)
+        return self.for_slots(heads, positions)

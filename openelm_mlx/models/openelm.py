@@ -7,7 +7,6 @@ modeling_openelm.py. Attribute names are those of Apple's Hugging Face files, so
 from __future__ import annotations
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
@@ -17,7 +16,6 @@ from .attention import merge_heads, split_heads
 from .base import LanguageModel
 from .precision import KernelChoices, one_kernel
 from .rope import Rotation
-from .slot_attention import for_slots
 
 
 class OpenELM(LanguageModel):
@@ -109,9 +107,10 @@ class Block(block.Block):
         return residual + module(x)
 
     def prepare_constants(self, for_slots: bool = False) -> list[mx.array]:
-        if not self.attn.qk_norm:
-            return []
-        return [self.attn.gains(), *(self.attn.wide_gains() if for_slots else ())]
+        found = [self.attn.gains()] if self.attn.qk_norm else []
+        if not for_slots:
+            return found
+        return [*found, *self.attn.slot_constants(), *([self.attn.wide_gains()] if self.attn.qk_norm else [])]
 
 
 class Attention(block.BlockAttention):
@@ -131,7 +130,7 @@ class Attention(block.BlockAttention):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=spec.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=spec.norm_eps)
             self._gains: tuple[mx.array, mx.array, mx.array] | None = None
-            self._wide_gains: tuple[mx.array, mx.array, mx.array] | None = None
+            self._wide_gains: tuple[mx.array, mx.array] | None = None
         self.out_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size, bias=False)
 
     def project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -149,20 +148,17 @@ class Attention(block.BlockAttention):
     def project_for_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """`project` of one token a row, x (S, hidden_size), for `Block.before_slots`."""
         heads = split_heads(self["qkv_proj"](x), self.head_dim)
-        if self.qk_norm:  # of all heads: the norm would copy a slice of them first
-            normed = mx.fast.rms_norm(heads, None, self.norm_eps)
-            heads = _with_gains(normed, heads, *self.wide_gains())
-        heads = self.rotation(heads.reshape(-1, 1, 1, self.head_dim), positions).reshape(heads.shape)
-        return for_slots(heads, self.num_heads)
+        # Of all heads, values' too, which are taken as they were: the norm would copy a slice of them first.
+        normed = mx.fast.rms_norm(heads, None, self.norm_eps) if self.qk_norm else None
+        gains = self.wide_gains() if self.qk_norm else None
+        return self.for_slots(heads, positions, normed, gains)
 
-    def wide_gains(self) -> tuple[mx.array, mx.array]:
-        """The gains of all heads, values' included, (H + 2 K, 1, D), and which heads are values', (H + 2 K, 1, 1)."""
+    def wide_gains(self) -> mx.array:
+        """The gains of all heads, values' included, which have none, (H + 2 K, 1, D)."""
         gains = self.gains()
         if self._wide_gains is None or self._wide_gains[0] is not gains:
-            wide = mx.pad(gains, [(0, self.num_kv_heads), (0, 0), (0, 0)])
-            are_values = mx.array(np.arange(wide.shape[0])[:, None, None] >= gains.shape[0])
-            self._wide_gains = gains, wide, are_values
-        return self._wide_gains[1:]
+            self._wide_gains = gains, mx.pad(gains, [(0, self.num_kv_heads), (0, 0), (0, 0)])
+        return self._wide_gains[1]
 
     def gains(self) -> mx.array:
         """The gains of the queries' and the keys' norm, a row a head, (H + K, 1, D); made again when one is replaced."""
@@ -189,11 +185,6 @@ class FeedForward(nn.Module):
         """The input of the second projection. (..., hidden_size) -> (..., intermediate_size)"""
         gate, up = mx.split(self["proj_1"](x), 2, axis=-1)
         return swiglu(gate, up)
-
-
-@one_kernel
-def _with_gains(normed: mx.array, plain: mx.array, gains: mx.array, are_plain: mx.array) -> mx.array:
-    return mx.where(are_plain, plain, normed * gains)
 
 
 @one_kernel

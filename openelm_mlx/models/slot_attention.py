@@ -206,13 +206,6 @@ def attend_with_mask(
     return attend(queries, *keys_and_values(buffer), mask, scale, sinks)
 
 
-def for_slots(heads: mx.array, num_queries: int) -> tuple[mx.array, mx.array]:
-    """Of all heads (S, H + 2 K, 1, D) the queries (S, H, 1, D), and keys and values in one (2, S, K, 1, D). Views."""
-    slots, _, _, head_dim = heads.shape
-    new = heads[:, num_queries:].reshape(slots, 2, -1, 1, head_dim)
-    return heads[:, :num_queries], new.swapaxes(0, 1)
-
-
 def keys_and_values(buffer: mx.array) -> tuple[mx.array, mx.array]:
     """Keys and values (S, K, T, D) of what has both. Views: an index in place of the slices would copy them."""
     return buffer[:1].squeeze(0), buffer[1:].squeeze(0)

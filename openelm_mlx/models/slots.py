@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast, final
 
 import mlx.core as mx
-import numpy as np
 
 from ..specs import ModelSpec, kv_capacity
 from .attention import Mask
@@ -66,7 +65,6 @@ class SlotBank:
         # Of a step, by the layers' window: what the kernel is told, or the masks of attention without it.
         self._states: dict[int | None, mx.array] = {}
         self._masks: dict[int | None, Mask] = {}
-        self._positions: dict[tuple[int, int], mx.array] = {}
 
     def __len__(self) -> int:
         """Slots, those that nobody has included."""
@@ -147,7 +145,6 @@ class SlotBank:
         self._make_places(self.longest + 1)
         self._states.clear()
         self._masks.clear()
-        self._positions.clear()
         for window in {each.window for each in self._spec.layers}:
             if self.has_kernel:
                 column, columns = self._column(window), self._places if window is None else window
@@ -181,16 +178,6 @@ class SlotBank:
         buffer, column = cast(mx.array, self._buffers[i]), self._new_column(i)
         buffer[:, :, :, column : column + 1] = new
         return buffer
-
-    def positions(self, i: int) -> mx.array:
-        """The positions that `Block.before_slots` of layer `i` is given."""
-        layer = self._spec.layers[i]
-        form = layer.num_heads, layer.num_kv_heads
-        if form not in self._positions:
-            are_rotated = np.arange(layer.num_heads + 2 * layer.num_kv_heads) < layer.num_heads + layer.num_kv_heads
-            every = np.array(self.lengths, np.int32)[:, None] * are_rotated
-            self._positions[form] = mx.array(every.reshape(-1).astype(np.int32))
-        return self._positions[form]
 
     def state(self, i: int) -> mx.array:
         """What `attend_in_slots` is told of layer `i` in this step."""

@@ -14,7 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openelm_mlx.platforms import keep_float32, use_device
+# pytest rewrites each assert: 20 s of processor time in each process, unless it may keep what it wrote in tests/__pycache__.
+# And each child of a test reads a hundred of our files: a third of its start is compiling them, unless they are kept too.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+from openelm_mlx.platforms import keep_float32, use_device  # noqa: E402
 
 keep_float32()  # before MLX makes its first product: what is compared here is float32
 use_device()
@@ -34,10 +39,6 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 # Each process holds MLX and small models, 400 MB or so; on a Mac they share one GPU, so that more of them gain little.
 MOST_WORKERS = 4
-
-
-# pytest rewrites each assert: 20 s of processor time in each process, unless it may keep what it wrote in tests/__pycache__.
-sys.dont_write_bytecode = False
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

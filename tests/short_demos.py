@@ -24,9 +24,9 @@ _LAYERS = {"demo-gpt-oss": 2, "demo-openelm": 3}
 
 
 @cache
-def short_demo(name: str) -> Path:
+def short_demo(name: str, num_layers: int | None = None) -> Path:
     """The folder of a demo's first layers, made once in a process. It is the caller's to read, not to change."""
-    num_layers = _LAYERS[name]
+    num_layers = num_layers or _LAYERS[name]
     place = Path(tempfile.mkdtemp(prefix="short-demo-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     folder = place / name

@@ -6,10 +6,12 @@ import sys
 
 import mlx.core as mx
 import pytest
+from short_demos import short_demo
 
 from benchmarks.evaluation import main
 from benchmarks.measurements import evaluation
 from benchmarks.measurements.evaluation import Rates, measure, models, questions
+from openelm_mlx.conversion import convert
 
 # Not importorskip: each process of the tests would import it, which takes four seconds.
 pytestmark = pytest.mark.skipif(
@@ -27,7 +29,9 @@ def no_harness(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_harness")
-def test_both_sides_answer_alike_without_the_harness_installed():
+def test_both_sides_answer_alike_without_the_harness_installed(monkeypatch):
+    demo = short_demo("demo-openelm")
+    monkeypatch.setattr(evaluation, "convert", lambda name, place, **options: convert(demo, place, **options))
     notes = []
     found = measure("demo-openelm", 2, few_shot_tokens=10, rounds=1, note=notes.append)
     assert "lm_eval" not in sys.modules  # neither it nor what stood in for it

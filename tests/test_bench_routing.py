@@ -10,6 +10,7 @@ from benchmarks.measurements import predictions, routing, streaming
 from benchmarks.measurements.routing import Speed, Trace, alike, recording, replay, reuse_depths, uniform
 from benchmarks.streaming import main
 from openelm_mlx.checkpoint.layouts import Parameter
+from openelm_mlx.engine.prompt import encode_prompt
 from openelm_mlx.errors import DestinationError, SettingError
 from openelm_mlx.experts.slots import LeastRecentlyUsed
 from openelm_mlx.memory.machine import find_mac
@@ -30,7 +31,8 @@ def runs():
         model, tokenizer = om.load("demo-gpt-oss", expert_slots=num_slots)
         with recording(model.residency) as trace:
             for word in ("banjo", "glacier"):
-                list(om.stream_generate(model, tokenizer, f"What is a {word}?", max_tokens=6, prefill_chunk=32))
+                prompt = encode_prompt(model, tokenizer, f"What is a {word}?").tokens[-40:]
+                list(om.stream_generate(model, tokenizer, prompt, max_tokens=6, prefill_chunk=32))
         found[num_slots] = trace, model.residency.statistics()
     return found
 

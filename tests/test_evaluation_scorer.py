@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
+from short_demos import short_demo
 
 from openelm_mlx.checkpoint.adapter_files import write_adapter
 from openelm_mlx.conversion import convert
@@ -271,7 +272,7 @@ def test_an_adapter_scores_as_the_merged_weights(tmp_path, fixtures, name, bound
 @pytest.mark.slow(first=1)
 @pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])
 def test_demos_with_packed_weights_keep_their_plan(source):
-    model, tokenizer = load(source, dense_bits=4)
+    model, tokenizer = load(short_demo(source), dense_bits=4)
     requests = questions(tokenizer.vocab_size, 2, 40)
     plan = model.plan
     scorer = Scorer(model)
@@ -281,7 +282,7 @@ def test_demos_with_packed_weights_keep_their_plan(source):
     assert max(abs(a.logprob - b.logprob) for a, b in zip(scores, expected, strict=True)) < 0.2
 
 
-def test_a_pass_stays_within_what_was_planned_for_a_chunk(openelm):
+def test_a_pass_stays_within_what_was_planned_for_a_chunk():
     """A pass of branches takes no more than a prompt's chunk of as many tokens, its logits included."""
     model, _ = load("demo-openelm", dtype="float32")
     plan = model.plan

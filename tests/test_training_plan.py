@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from short_demos import short_demo
 
 from openelm_mlx.errors import MemoryLimitError
 from openelm_mlx.memory import limits
@@ -36,24 +37,45 @@ def peak_of_run(prepared) -> int:
     return mx.get_peak_memory() - before
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])
-def test_a_plan_is_near_the_peak_of_its_run(source, checkpointing, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "layers", "repeated", "checkpointing"),
+    [
+        ("demo-openelm", 5, 2, False),
+        ("demo-openelm", None, 2, True),  # what is planned for a layer is its last and widest one's
+        ("demo-gpt-oss", 4, 1, False),
+        ("demo-gpt-oss", 4, 1, True),
+        *(
+            pytest.param(source, None, 2, checkpointing, marks=pytest.mark.slow)
+            for source, checkpointing in (("demo-openelm", False), ("demo-gpt-oss", False), ("demo-gpt-oss", True))
+        ),
+    ],
+)
+def test_a_plan_is_near_the_peak_of_its_run(source, layers, repeated, checkpointing, tmp_path):
     prepared = prepare_finetuning(
-        source, data=chats(2), output=tmp_path / "out", steps=1, batch_size=3, checkpointing=checkpointing
-    )
+        source if layers is None else short_demo(source, layers),
+        data=chats(repeated), output=tmp_path / "out", steps=1, batch_size=3, checkpointing=checkpointing,
+    )  # fmt: skip
     assert 0.9 < peak_of_run(prepared) / prepared.plan.total_bytes < 1.05
 
 
 @pytest.mark.parametrize(
-    ("repeated", "checkpointing"),
-    [(1, False), pytest.param(4, False, marks=pytest.mark.slow), pytest.param(4, True, marks=pytest.mark.slow)],
-)
+    ("layers", "repeated", "batch_size", "checkpointing"),
+    [
+        (4, 1, 1, False),
+        *(pytest.param(None, repeated, 3, checkpointing, marks=pytest.mark.slow)
+          for repeated, checkpointing in ((1, False), (4, False), (4, True))),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("source", ["demo-openelm", "demo-gpt-oss"])
-def test_a_plan_is_near_the_peak_where_all_weights_are_trained(source, repeated, checkpointing, tmp_path):
+def test_a_plan_is_near_the_peak_where_all_weights_are_trained(
+    source, layers, repeated, batch_size, checkpointing, tmp_path
+):
     """With little data the optimizer's arithmetic takes the most; there are moments from the second step on."""
-    options = {"steps": 2, "batch_size": 3, "method": "full", "checkpointing": checkpointing}
-    prepared = prepare_finetuning(source, data=chats(repeated), output=tmp_path / "out", **options)
+    prepared = prepare_finetuning(
+        source if layers is None else short_demo(source, layers),
+        data=chats(repeated), output=tmp_path / "out", steps=2, batch_size=batch_size, method="full",
+        checkpointing=checkpointing,
+    )  # fmt: skip
     assert 0.9 < peak_of_run(prepared) / prepared.plan.total_bytes < 1.05
 
 

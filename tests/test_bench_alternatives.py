@@ -72,6 +72,25 @@ def test_both_ways_give_the_same_numbers(name, on_a_gpu, monkeypatch):
     assert mx.allclose(outs[0].astype(mx.float32), outs[1].astype(mx.float32), rtol=0.1, atol=0.25)
 
 
+def _no_compiler(*_):
+    raise RuntimeError("Failed to compile kernel")
+
+
+@pytest.mark.parametrize(
+    "kernel", [_no_compiler, lambda queries, *_: queries, lambda queries, *_: queries * float("nan")]
+)
+def test_a_kernel_that_is_not_right_is_no_way(kernel, on_a_gpu, monkeypatch):
+    """Nor is it where the backend's default is to take it."""
+    monkeypatch.setattr(alternatives, "attend_in_slots", kernel)
+    assert list(alternatives._slot_kernel(SMALL)) == [False]
+    monkeypatch.setattr(alternatives, "_ALTERNATIVES", {"slot_kernel": alternatives._slot_kernel})
+    monkeypatch.setattr(alternatives, "_TOLD", {})
+    monkeypatch.setattr(alternatives, "time_expert_ways", lambda *_: WaysTiming({}, TABLE, TABLE, {}))
+    monkeypatch.setattr(alternatives, "default_choices", lambda: KernelChoices(slot_kernel=True))
+    (timing, _) = time_alternatives(SMALL)
+    assert timing.winner is False
+
+
 def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monkeypatch):
     monkeypatch.setattr(
         alternatives, "in_turns",

@@ -20,7 +20,6 @@ import openelm_mlx as om
 from openelm_mlx.engine.active import Pending
 from openelm_mlx.engine.flat_pass import joined_tokens
 from openelm_mlx.errors import EngineClosedError, EngineFullError, MemoryLimitError, PromptError, SettingError
-from openelm_mlx.models import slots
 
 WINDOW = 16  # of the gpt-oss fixture's sliding layers
 
@@ -393,19 +392,17 @@ def test_tokens_that_were_chosen_together_stay_one_array():
     assert joined_tokens([requests[0], other, requests[2]], []).tolist() == [7, 2, 9]
 
 
-@pytest.fixture(params=["kernel", "products", "marks", "marks and products"])
+@pytest.fixture(params=["as on Metal", "as on CUDA"])
 def with_slots(models, monkeypatch, request):
-    """The models as on a GPU, where decoding requests share buffers; as on CUDA, with products where a mask is needed."""
+    """The models as on a GPU, where decoding requests share buffers."""
+    is_cuda = request.param == "as on CUDA"
     for model in models.values():
-        monkeypatch.setitem(slots.SPARE_DIMS, model.spec.layers[0].head_dim, 16)
-        products_from = 1_000 if "products" in request.param else 0
         choices = replace(
             model.choices,
             slots=True,
-            products_from=products_from,
-            prompt_products_to=30 * products_from,  # not for the longest chunks
-            marks_keys="marks" in request.param,
-            pads_rows="marks" in request.param,
+            slot_kernel=is_cuda,
+            prompt_products_to=30_000 if is_cuda else 0,  # not for the longest chunks
+            pads_rows=is_cuda,
         )
         monkeypatch.setattr(model, "choices", choices)
     return models

@@ -9,29 +9,27 @@ import pytest
 from conftest import load_fixture, max_difference
 from primitive_counts import forms_of_a_gpu, primitives
 
-from openelm_mlx.decoding.pieces import ResidentPieces
-from openelm_mlx.models import marks
+from openelm_mlx.decoding import pieces as pieces_module
+from openelm_mlx.decoding.batch_step import BatchStep, logits_of_slots
+from openelm_mlx.decoding.pieces import LatestPieces, SlotPieces
 from openelm_mlx.models import rows as rows_module
 from openelm_mlx.models.attention import attend, attend_by_products
-from openelm_mlx.models.rows import Rows, flat_logits, num_padding, positions_of
+from openelm_mlx.models.rows import Rows, flat_logits, num_padding
 from openelm_mlx.models.slots import SlotBank
 
 FAMILIES = {"openelm": "openelm_tiny", "gpt_oss": "gpt_oss_tiny"}
 # The last of them have gone round the ring.
 LENGTHS = [3, 17, 9, 140, 12]
-SPARE = 8
 
 
 @pytest.fixture(params=FAMILIES)
-def model(fixtures, request, monkeypatch):
-    found = load_fixture(fixtures / FAMILIES[request.param])
-    monkeypatch.setitem(marks.SPARE_DIMS, found.spec.layers[0].head_dim, SPARE)
-    return found
+def model(fixtures, request):
+    return load_fixture(fixtures / FAMILIES[request.param])
 
 
 def filled(model, lengths=LENGTHS, **options):
     """A bank of requests of these lengths, and the same ones' own caches."""
-    bank, caches = SlotBank(model.spec, evaluate=mx.eval, marks_keys=True, **options), []
+    bank, caches = SlotBank(model.spec, evaluate=mx.eval, **options), []
     draw = np.random.default_rng(3)
     for owner, length in enumerate(lengths):
         prompt = mx.array(draw.integers(3, 250, (1, length)))
@@ -43,24 +41,30 @@ def filled(model, lengths=LENGTHS, **options):
     return bank, caches
 
 
-@pytest.mark.parametrize("products_from", [0, 1])
-def test_marked_slots_are_caches_apart(model, products_from):
-    bank, caches = filled(model, products_from=products_from)
-    count = len(caches)
+@pytest.mark.parametrize("form", ["masks", "kernel", "pieces"])
+def test_slots_are_caches_apart(model, form, monkeypatch):
+    """pieces: with the attention of each layer in the piece between two writes, as on a GPU that has the kernel."""
+    monkeypatch.setattr(model, "choices", replace(model.choices, slot_kernel=form == "pieces"))
+    bank, caches = filled(model, has_kernel=form != "masks")
+    step, count = BatchStep(model, compile=False), len(caches)
+    if form == "pieces":
+        step = BatchStep(model, compile=True)
+        step._slot_pieces = LatestPieces(model, SlotPieces, False)  # MLX's compiler would call the machine's
     draw = np.random.default_rng(4)
     for _ in range(8):
         tokens = mx.array(draw.integers(3, 250, (len(bank),)))
         bank.begin()
-        found = flat_logits(model, tokens, [], bank=bank)[:count]
+        found = step(tokens, [], bank)[:count]
         bank.end()
         known = flat_logits(model, tokens[:count], [Rows(cache) for cache in caches])
         assert max_difference(found, np.array(known)) <= 1e-4
         assert mx.array_equal(mx.argmax(found, axis=-1), mx.argmax(known, axis=-1))
 
 
-def test_a_prompt_beside_marked_slots_changes_nothing(model):
-    """A pass with others' rows has its queries' tails from the bank, and one without from the layer."""
-    (bank, _), (other, caches) = filled(model, LENGTHS[:2]), filled(model, LENGTHS[:2])
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_a_prompt_beside_slots_changes_nothing(model, has_kernel):
+    bank, _ = filled(model, LENGTHS[:2], has_kernel=has_kernel)
+    other, caches = filled(model, LENGTHS[:2], has_kernel=has_kernel)
     tokens = mx.array([5, 6])
     bank.begin(), other.begin()
     alone = flat_logits(model, tokens, [], bank=bank)
@@ -145,7 +149,7 @@ def test_who_joins_is_written_in_place_and_waited_for_once(model):
     """What a pass still reads would be copied as a whole; and each wait is a way to the device and back."""
     done = []
     bank = SlotBank(
-        model.spec, evaluate=lambda arrays: (mx.eval(arrays), done.append("evaluated")), marks_keys=True,
+        model.spec, evaluate=lambda arrays: (mx.eval(arrays), done.append("evaluated")),
         settle=lambda: done.append("settled"),
     )  # fmt: skip
     for owner in range(2):
@@ -157,66 +161,40 @@ def test_who_joins_is_written_in_place_and_waited_for_once(model):
 
 
 def test_what_slots_are_given_is_what_caches_are_given(model):
-    """Bit for bit: queries with their part of the scale and their tails, keys and values side by side."""
+    """Bit for bit, keys and values in one."""
     layer, positions = model.layers[-1], [4, 0, 30]
-    heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
     x = mx.random.normal((3, model.spec.hidden_size))
-    queries, keys, values = layer.before_attention(x, mx.array(positions))
-    are_rotated = [1] * (heads + kv_heads) + [0] * kv_heads
-    every = mx.array([position * each for position in positions for each in are_rotated])
-    marked, new = layer.before_slots(x, every, SPARE)
-    size = queries.shape[-1]
-    assert mx.array_equal(marked[..., :size], queries * marks.split_scale(layer.attention.full_scale)[0])
-    assert mx.array_equal(marked[..., size], mx.ones((3, heads, 1)))
-    assert not mx.any(marked[..., size + 1 :])
-    assert mx.array_equal(new, mx.concatenate([keys, values], axis=1))
-
-
-@pytest.mark.parametrize(("scale", "parts"), [(0.125, (0.125, 1.0)), (2.0, (2.0, 1.0)), (0.2265, (1.0, 0.2265))])
-def test_only_a_power_of_two_goes_into_the_queries(scale, parts):
-    assert marks.split_scale(scale) == parts
+    known, keys, values = layer.before_attention(x, mx.array(positions))
+    queries, new = layer.before_slots(x, mx.array(positions, mx.float32))
+    assert mx.array_equal(queries, known)
+    assert mx.array_equal(new, mx.stack([keys, values]))
 
 
 def test_a_layer_of_a_step_in_slots_takes_few_operations(fixtures, monkeypatch):
-    """One write for keys and values, nothing copied behind one another, and no index that copies a buffer."""
+    """One write for keys and values, one attention, nothing copied, and no index that copies a buffer."""
     model = load_fixture(fixtures / FAMILIES["openelm"])
-    monkeypatch.setitem(marks.SPARE_DIMS, model.spec.layers[0].head_dim, SPARE)
-    bank, _ = filled(model, [6, 4])
+    bank, _ = filled(model, [6, 4], has_kernel=True)
     tokens = mx.array([5, 6])
-    for layer in model.layers:
-        mx.eval(layer.prepare_constants(SPARE))
+    pieces = SlotPieces(model, compile=False)
+
+    def one_kernel(queries, buffer, state, scale, sinks=None):
+        return mx.depends([queries], [buffer, state])[0]
+
+    monkeypatch.setattr(pieces_module, "attend_in_slots", one_kernel)
     mx.eval(tokens)
     with forms_of_a_gpu():
         bank.begin()
-        counts = primitives(flat_logits(model, tokens, [], bank=bank))
-    views = {"AsStrided", "Contiguous"}
+        counts = primitives(logits_of_slots(pieces, tokens, bank))
     groups = Counter({"Compiled": 0})
     for name, number in counts.items():
-        if name not in views:
-            groups["Compiled" if name.startswith("Compiled") else name] += number
+        groups["Compiled" if name.startswith("Compiled") else name] += number
     layers = len(model.layers)
     assert groups["SliceUpdate"] == layers
-    assert groups["Concatenate"] == 0
+    assert groups["Concatenate"] == groups["Contiguous"] == 0
     assert groups["Gather"] == 1  # the embedding
     assert groups["Matmul"] + groups["AddMM"] == 4 * layers + 1
-    assert groups["Compiled"] == 3 * layers  # gains, tails, the feed-forward's gate
-    assert groups["Depends"] == 5 * layers + 1  # norms, the rotation, attention
-
-
-def test_pieces_for_slots_are_made_once_and_equal_the_others(model):
-    pieces = ResidentPieces(model, compile=False)
-    assert pieces.for_slots(0)[1] is pieces.between
-    assert pieces.for_slots(SPARE) is pieces.for_slots(SPARE)
-    layer = model.spec.layers[0]
-    are_rotated = [1] * (layer.num_heads + layer.num_kv_heads) + [0] * layer.num_kv_heads
-    tokens, positions = mx.array([5, 6]), positions_of([], None)
-    assert positions.size == 0
-    every = mx.array([7 * each for _ in range(2) for each in are_rotated])
-    x, queries, new, _ = pieces.for_slots(SPARE)[0](tokens, every)
-    known = pieces.first(tokens, mx.array([7, 7]))
-    assert mx.array_equal(x, known[0])
-    assert mx.array_equal(new[:, : layer.num_kv_heads], known[2])
-    assert queries.shape[-1] == layer.head_dim + SPARE
+    assert groups["Compiled"] == 2 * layers  # the rotation with the norm's gains, the feed-forward's gate
+    assert groups["Depends"] == 4 * layers + 1  # norms, attention
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])

@@ -11,7 +11,7 @@ from ..models.block import Projected
 from ..models.rows import Rows, RowsWalk, flat_logits
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
-from .pieces import LatestPieces, ResidentPieces
+from .pieces import LatestPieces, ResidentPieces, SlotPieces
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -28,7 +28,11 @@ class BatchStep:
         self._model = model
         compiles = model.choices.compiled_step if compile is None else compile
         can_compile = runtime_of(model).residency is None
-        self._latest = LatestPieces(model, ResidentPieces, compiles) if compiles and can_compile else None
+        is_compiled = compiles and can_compile
+        self._latest = LatestPieces(model, ResidentPieces, compiles) if is_compiled else None
+        self._slot_pieces = (
+            LatestPieces(model, SlotPieces, compiles) if is_compiled and model.choices.slot_kernel else None
+        )
 
     def __call__(self, tokens: mx.array, rows: Sequence[Rows], bank: SlotBank | None = None) -> mx.array:
         """The logits (M, V) after each of the flat `tokens` (M,); see `flat_logits`. Lazy."""
@@ -36,10 +40,13 @@ class BatchStep:
             logits = flat_logits(self._model, tokens, rows, bank=bank)
             assert logits is not None
             return logits
-        pieces = self._latest.get()
-        walk = _CompiledRowsWalk(self._model, rows, tokens, pieces, bank)
-        walk.run(0, len(walk.layers))
-        found: mx.array = pieces.head_of_rows(*walk.state)
+        if self._slot_pieces is not None and bank is not None and not rows:
+            found = logits_of_slots(self._slot_pieces.get(), tokens, bank)
+        else:
+            pieces = self._latest.get()
+            walk = _CompiledRowsWalk(self._model, rows, tokens, pieces, bank)
+            walk.run(0, len(walk.layers))
+            found = pieces.head_of_rows(*walk.state)
         if self._model.remote is None:
             return found
         h = self._model.remote.rows(found, rows)
@@ -56,14 +63,23 @@ class _CompiledRowsWalk(RowsWalk):
         self, model: Model, rows: Sequence[Rows], tokens: mx.array, pieces: ResidentPieces, bank: SlotBank | None
     ) -> None:
         super().__init__(model, rows, None, None, bank)
-        self._tokens = tokens
-        self._first, self._between = pieces.for_slots(self.spare)
+        self._tokens, self._pieces = tokens, pieces
 
     def enter(self, i: int) -> Projected:
-        positions = self.positions_of_heads(i) if self.spare else self.positions
         if i == 0:
-            return self._first(self._tokens, positions)
-        return self._between[i - 1](*self.state, positions)
+            return self._pieces.first(self._tokens, self.positions)
+        return self._pieces.between[i - 1](*self.state, self.positions)
 
     def leave(self, i: int, x: mx.array, out: mx.array) -> None:
         self.state = x, out
+
+
+def logits_of_slots(pieces: SlotPieces, tokens: mx.array, bank: SlotBank) -> mx.array:
+    """The logits (S, V) after one token for each slot."""
+    positions = mx.array(bank.lengths, mx.float32)
+    x, queries, new = pieces.first(tokens, positions)
+    for i, piece in enumerate(pieces.between):
+        x, queries, new = piece(x, queries, bank.write(i, new), bank.state(i), positions)
+    last = len(pieces.between)
+    found: mx.array = pieces.head_of_rows(x, queries, bank.write(last, new), bank.state(last))
+    return found

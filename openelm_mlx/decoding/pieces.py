@@ -18,6 +18,7 @@ from ..models.adapter_sets import AdaptersForm, RowChoice
 from ..models.adapter_sites import Adapted
 from ..models.block import Projected
 from ..models.gpt_oss import GptOss, Routed
+from ..models.slot_attention import attend_in_slots
 from ..runtime import Traced, runtime_of
 from .sampling import Sampler
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ..experts.residency import Residency
     from ..models import Model
 
+# A layer's input, its queries, and its keys and values in one.
+SlotState = tuple[mx.array, mx.array, mx.array]
 # How many last pieces are kept for a model, one for each form of sampler; the others are few.
 MOST_CHOICES = 32
 
@@ -98,42 +101,64 @@ class ResidentPieces(Pieces):
 
     def __init__(self, model: Model, compile: bool) -> None:
         super().__init__(model, compile)
-        self.first, self.between = self._make_pieces(0)
-        self._for_slots = {0: (self.first, self.between)}
-        last = model.layers[-1]
-        # The logits (M, V) of many rows.
-        self.head_of_rows = self.compiled(lambda x, out: model.finish(last.after_attention(x, out)))
-
-    def for_slots(self, spare: int) -> tuple[Callable[..., Projected], list[Callable[..., Projected]]]:
-        """`first` and `between` for rows that are all in slots; spare: see `Block.before_slots`, 0: there are no marks."""
-        if spare not in self._for_slots:
-            mx.eval([layer.prepare_constants(spare) for layer in self.model.layers])
-            self._for_slots[spare] = self._make_pieces(spare)
-        return self._for_slots[spare]
-
-    def _make_pieces(self, spare: int) -> tuple[Callable[..., Projected], list[Callable[..., Projected]]]:
-        model, layers = self.model, self.model.layers
-
-        def before(i: int, x: mx.array, position: mx.array) -> Projected:
-            if spare:
-                queries, new = layers[i].before_slots(x, position, spare)
-                return x, queries, new, new
-            return (x, *layers[i].before_attention(x, position))
+        layers = model.layers
 
         def first(tokens: mx.array, position: mx.array) -> Projected:
-            return before(0, model.embed(tokens), position)
+            x = model.embed(tokens)
+            return (x, *layers[0].before_attention(x, position))
 
         def between(i: int) -> Callable[..., Projected]:
             def piece(x: mx.array, out: mx.array, position: mx.array) -> Projected:
-                return before(i + 1, layers[i].after_attention(x, out), position)
+                h = layers[i].after_attention(x, out)
+                return (h, *layers[i + 1].before_attention(h, position))
 
             return piece
 
-        return self.compiled(first), [self.compiled(between(i)) for i in range(len(layers) - 1)]
+        self.first = self.compiled(first)
+        self.between = [self.compiled(between(i)) for i in range(len(layers) - 1)]
+        # The logits (M, V) of many rows.
+        self.head_of_rows = self.compiled(lambda x, out: model.finish(layers[-1].after_attention(x, out)))
 
     def last_layer(self, *state: mx.array) -> mx.array:
         x, out = state
         return self.model.layers[-1].after_attention(x, out)
+
+
+class SlotPieces(Pieces):
+    """Rows that are all in slots: between two writes into the slots' buffers everything is one piece, attention included.
+
+    `first` gives the first layer's input, queries, and keys and values (`Block.before_slots`); each of `between` takes the
+    input, the queries, the buffer that has been written into, and what `attend_in_slots` is told, and gives the same of the
+    next layer; `head_of_rows` gives the logits (S, V). They are traced anew for each number of columns.
+    """
+
+    def __init__(self, model: Model, compile: bool) -> None:
+        super().__init__(model, compile)
+        layers = model.layers
+        mx.eval([layer.prepare_constants(for_slots=True) for layer in layers])
+
+        def after(i: int, x: mx.array, queries: mx.array, buffer: mx.array, state: mx.array) -> mx.array:
+            attention = layers[i].attention
+            out = attend_in_slots(queries, buffer, state, attention.full_scale, attention.sinks)
+            found: mx.array = layers[i].after_attention(x, out)
+            return found
+
+        def first(tokens: mx.array, positions: mx.array) -> SlotState:
+            x = model.embed(tokens)
+            return (x, *layers[0].before_slots(x, positions))
+
+        def between(i: int) -> Callable[..., SlotState]:
+            def piece(
+                x: mx.array, queries: mx.array, buffer: mx.array, state: mx.array, positions: mx.array
+            ) -> SlotState:
+                h = after(i, x, queries, buffer, state)
+                return (h, *layers[i + 1].before_slots(h, positions))
+
+            return piece
+
+        self.first = self.compiled(first)
+        self.between = [self.compiled(between(i)) for i in range(len(layers) - 1)]
+        self.head_of_rows = self.compiled(lambda *last: model.finish(after(len(layers) - 1, *last)))
 
 
 class StreamedPieces(Pieces):

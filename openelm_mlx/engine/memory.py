@@ -25,7 +25,6 @@ from ..memory.cache_bytes import Growth
 from ..memory.machine import backend_name
 from ..memory.plan import USUAL_CONTEXT
 from ..memory.plan_types import MemoryPlan
-from ..memory.scratch import slots_bytes
 from ..models.cache import cache_bytes
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
@@ -301,9 +300,7 @@ class BatchMemory:
             (length, -(-cached // KV_STEP) * KV_STEP if is_long else cached, id(caches), caches.kv_bits, caches.window)
             for length, cached, caches in parts
         )
-        in_slots = len(self._bank) if self._model.choices.products_from else 0
-        columns = -(-(self._bank.longest + 1) // KV_STEP) * KV_STEP
-        key = (tuple(sorted(counts.items(), key=str)), num_logits, in_slots, columns)
+        key = (tuple(sorted(counts.items(), key=str)), num_logits)
         admission = self.admission
         if key not in self._computing:
             if len(self._computing) > 4096:
@@ -313,10 +310,7 @@ class BatchMemory:
                 admission.part(length, cached, kinds[kind])._replace(number=number)
                 for (length, cached, kind, *_), number in counts.items()
             ]
-            computing = admission.parts_bytes(made, num_logits)
-            if in_slots:
-                computing += slots_bytes(self._model.spec, in_slots, columns, self._itemsize, admission.backend)
-            self._computing[key] = computing
+            self._computing[key] = admission.parts_bytes(made, num_logits)
         return self._computing[key]
 
     # --- kept prefixes ---

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 def slot_bank(model: Model) -> SlotBank:
     """An empty one, as the model's choices have it."""
     choices = model.choices
-    return SlotBank(
-        model.spec, choices.spare_places, mx.eval, choices.products_from, choices.marks_keys, mx.synchronize
-    )
+    return SlotBank(model.spec, choices.spare_places, mx.eval, choices.slot_kernel, mx.synchronize)
 
 
 def arrange_slots(

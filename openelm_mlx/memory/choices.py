@@ -14,11 +14,11 @@ SUBJECT = "choices"
 # Valid values: a file with others was not written by this program.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rows_in_a_tile": (1, 32, 64, 128), "spare_places": (0, 8), "compiled_step": (False, True),
-    "fuse_residual_add": (False, True), "bias_apart": (False, True),
+    "fuse_residual_add": (False, True), "bias_apart": (False, True), "slot_kernel": (False, True),
 }  # fmt: skip
 
 # What nobody times, and what is therefore the backend's default whatever is stored.
-BY_BACKEND = {"slots", "marks_keys", "products_from", "prompt_products_to", "fuse_many_residual_adds", "pads_rows"}
+BY_BACKEND = {"slots", "prompt_products_to", "fuse_many_residual_adds", "pads_rows"}
 
 
 def stored_choices() -> KernelChoices | None:

@@ -132,15 +132,6 @@ def parts_bytes(spec: ModelSpec, parts: Sequence[PassPart], itemsize: int, backe
     return stream + min(LAYERS_IN_FLIGHT[backend], len(spec.layers)) * max(each.all for each in scratch)
 
 
-def slots_bytes(spec: ModelSpec, slots: int, columns: int, itemsize: int, backend: str) -> int:
-    """Bytes of one attention of all slots by products (models/slots.py): scores, hidden ones far below, weights.
-
-    columns: of the layers that keep everything.
-    """
-    scores = max(layer.num_heads * min(columns, layer.window or columns) for layer in spec.layers)
-    return LAYERS_IN_FLIGHT.get(backend, 1) * slots * scores * (2 * itemsize + FLOAT32)
-
-
 def _largest_part(layer: LayerScratch) -> int:
     """Of a layer whose parts are computed one after the other."""
     return max(layer.before, layer.projected + layer.attention, layer.attended + layer.after)

@@ -17,6 +17,7 @@ from mlx import nn
 from .attention import Mask, attend
 from .cache import LayerCache
 from .packed import Packed
+from .rope import Rotation
 
 # Called with arrays that have just been dispatched, and whether a layer is complete; it may wait (decoding/prefill.py).
 LayerThrottle = Callable[[Sequence[mx.array], bool], None]
@@ -30,12 +31,28 @@ class BlockAttention(nn.Module):
 
     scale: float | None
     sinks: mx.array | None
+    rotation: Rotation
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
 
     @property
     def full_scale(self) -> float:
         """The scale as a number."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    def for_slots(
+        self, heads: mx.array, positions: mx.array, normed: mx.array | None = None, gains: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """What `Block.before_slots` gives, from the projection's heads (S, H + 2 K, 1, D). Others: see `Rotation.of_slots`."""
+        rotated = self.rotation.of_slots(heads, positions, self.num_heads + self.num_kv_heads, normed, gains)
+        new = rotated[:, self.num_heads :].reshape(heads.shape[0], 2, self.num_kv_heads, 1, self.head_dim)
+        return rotated[:, : self.num_heads], new.swapaxes(0, 1)
+
+    def slot_constants(self) -> list[mx.array]:
+        """The constants of `for_slots`."""
+        num_rotated = self.num_heads + self.num_kv_heads
+        return self.rotation.slot_constants(num_rotated + self.num_kv_heads, num_rotated, self.head_dim)
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: LayerCache | None
@@ -68,12 +85,10 @@ class Block(nn.Module):
         """The new tokens' queries (B, H, L, D), keys and values (B, K, L, D), rotated from position `offset` on."""
         raise NotImplementedError
 
-    def before_slots(self, x: mx.array, positions: mx.array, spare: int) -> tuple[mx.array, mx.array]:
-        """`before_attention` of one token a row, x (S, hidden_size), for slots whose keys have marks (models/marks.py).
+    def before_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """`before_attention` of one token a row, x (S, hidden_size), in fewer kernels.
 
-        positions: one for every head of every row, queries', keys' and values', (S * (H + 2 K),); 0 for values, which are
-        not rotated so. Queries (S, H, 1, D + spare) have their tails, and what `split_scale` says of attention's scale;
-        keys and values side by side are (S, 2 K, 1, D).
+        positions: (S,), in float32. Queries (S, H, 1, D); keys and values in one, (2, S, K, 1, D), for `SlotBank.write`.
         """
         raise NotImplementedError
 
@@ -81,10 +96,10 @@ class Block(nn.Module):
         """The layer's output from its input x and attention's output, (B, H, L, D)."""
         raise NotImplementedError
 
-    def prepare_constants(self, spare: int = 0) -> list[mx.array]:
+    def prepare_constants(self, for_slots: bool = False) -> list[mx.array]:
         """Compute constants that every token needs, if missing, and return them for evaluation.
 
-        Called before tracing: a compiled piece would otherwise compute them again for every token. spare: as for
-        `before_slots`, whose constants are among them then.
+        Called before tracing: a compiled piece would otherwise compute them again for every token. for_slots: those of
+        `before_slots` are among them.
         """
         raise NotImplementedError

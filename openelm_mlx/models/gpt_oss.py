@@ -15,7 +15,6 @@ from ..specs import LayerSpec, ModelSpec
 from . import block
 from .attention import merge_heads, split_heads
 from .base import LanguageModel
-from .marks import Tails, make_tails, split_scale, with_tails
 from .moe import Experts, MoE, weighted_sum
 from .norm import RMSNorm
 from .precision import KernelChoices, add_rounded, linear
@@ -93,10 +92,9 @@ class Block(block.Block):
         attention: Attention = self["self_attn"]
         return attention.project(self["input_layernorm"](x, attention.dtype), offset)
 
-    def before_slots(self, x: mx.array, positions: mx.array, spare: int) -> tuple[mx.array, mx.array]:
+    def before_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         attention: Attention = self["self_attn"]
-        normed = self["input_layernorm"](x, attention.dtype)
-        return attention.project_for_slots(normed, positions, attention.tails(spare))
+        return attention.project_for_slots(self["input_layernorm"](x, attention.dtype), positions)
 
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
         h, dtype = self._after_output(x, out), self["self_attn"].dtype
@@ -118,12 +116,12 @@ class Block(block.Block):
         dtype = self.self_attn.dtype
         return add_rounded(routed.h, weighted_sum(outputs, routed.expert_weights, dtype), dtype)
 
-    def prepare_constants(self, spare: int = 0) -> list[mx.array]:
-        tails = list(self.self_attn.tails(spare)) if spare else []
+    def prepare_constants(self, for_slots: bool = False) -> list[mx.array]:
+        rotation = self.self_attn.slot_constants() if for_slots else []
         experts = getattr(self.mlp.experts, "experts", self.mlp.experts)  # streamed experts wrap them
         if not (isinstance(experts, Experts) and experts.has_one_bias_type):
-            return tails
-        return [experts.bias_table(), experts.gate_up_proj.bias, experts.down_proj.bias, *tails]
+            return rotation
+        return [experts.bias_table(), experts.gate_up_proj.bias, experts.down_proj.bias, *rotation]
 
 
 class Attention(block.BlockAttention):
@@ -142,7 +140,6 @@ class Attention(block.BlockAttention):
         self.qkv_proj = nn.Linear(spec.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
         self.sinks = mx.zeros((self.num_heads,))
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size)
-        self._tails: tuple[tuple[int, mx.Dtype], Tails] | None = None
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -157,16 +154,7 @@ class Attention(block.BlockAttention):
         queries, keys = mx.split(self.rotation(rotated, offset), [self.num_heads], axis=1)
         return queries, keys, values
 
-    def project_for_slots(self, x: mx.array, positions: mx.array, tails: Tails) -> tuple[mx.array, mx.array]:
+    def project_for_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """`project` of one token a row, x (S, hidden_size), for `Block.before_slots`."""
-        heads = linear(self["qkv_proj"], x, self.bias_apart).reshape(-1, 1, 1, self.head_dim)
-        heads = self.rotation(heads, positions).reshape(x.shape[0], -1, 1, self.head_dim)
-        queries = with_tails(heads, self.num_heads, tails, split_scale(self.full_scale)[0])
-        return queries, heads[:, self.num_heads :]
-
-    def tails(self, spare: int) -> Tails:
-        """What stands behind the queries of slots."""
-        key = spare, self.dtype
-        if self._tails is None or self._tails[0] != key:
-            self._tails = key, make_tails(self.head_dim, *key)
-        return self._tails[1]
+        heads = split_heads(linear(self["qkv_proj"], x, self.bias_apart), self.head_dim)
+        return self.for_slots(heads, positions)

@@ -7,7 +7,6 @@ modeling_openelm.py. Attribute names are those of Apple's Hugging Face files, so
 from __future__ import annotations
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
@@ -15,7 +14,6 @@ from . import block
 from .adapter_sites import AdaptedLinear
 from .attention import merge_heads, split_heads
 from .base import LanguageModel
-from .marks import Tails, make_tails, split_scale, with_tails
 from .precision import KernelChoices, one_kernel
 from .rope import Rotation
 
@@ -74,7 +72,6 @@ class Block(block.Block):
         # mx.fast.rms_norm rounds before the gain, as CoreNet's RMSNorm does (normalization/rms_norm.py).
         self.attn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         self.ffn_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
-        self._tails: tuple[tuple[int, mx.Dtype], Tails] | None = None
 
     @property
     def attention(self) -> Attention:
@@ -85,16 +82,9 @@ class Block(block.Block):
         attention: Attention = self["attn"]
         return attention.project(self["attn_norm"](x), offset)
 
-    def before_slots(self, x: mx.array, positions: mx.array, spare: int) -> tuple[mx.array, mx.array]:
+    def before_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         attention: Attention = self["attn"]
-        return attention.project_for_slots(self["attn_norm"](x), positions, self.tails(spare))
-
-    def tails(self, spare: int) -> Tails:
-        """What stands behind the queries of slots."""
-        key = spare, self["attn_norm"]["weight"].dtype
-        if self._tails is None or self._tails[0] != key:
-            self._tails = key, make_tails(self["attn"].head_dim, *key)
-        return self._tails[1]
+        return attention.project_for_slots(self["attn_norm"](x), positions)
 
     def after_attention(self, x: mx.array, out: mx.array) -> mx.array:
         h = self._plus(x, self["attn"]["out_proj"], merge_heads(out, x))
@@ -116,11 +106,11 @@ class Block(block.Block):
             return mx.addmm(residual, x, module["weight"].T)
         return residual + module(x)
 
-    def prepare_constants(self, spare: int = 0) -> list[mx.array]:
+    def prepare_constants(self, for_slots: bool = False) -> list[mx.array]:
         found = [self.attn.gains()] if self.attn.qk_norm else []
-        if not spare:
+        if not for_slots:
             return found
-        return [*found, *self.tails(spare), *(self.attn.wide_gains() if self.attn.qk_norm else ())]
+        return [*found, *self.attn.slot_constants(), *([self.attn.wide_gains()] if self.attn.qk_norm else [])]
 
 
 class Attention(block.BlockAttention):
@@ -140,7 +130,7 @@ class Attention(block.BlockAttention):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=spec.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=spec.norm_eps)
             self._gains: tuple[mx.array, mx.array, mx.array] | None = None
-            self._wide_gains: tuple[mx.array, mx.array, mx.array] | None = None
+            self._wide_gains: tuple[mx.array, mx.array] | None = None
         self.out_proj = nn.Linear(self.num_heads * self.head_dim, spec.hidden_size, bias=False)
 
     def project(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -155,24 +145,20 @@ class Attention(block.BlockAttention):
         queries, keys = mx.split(self.rotation(queries_and_keys, offset), [self.num_heads], axis=1)
         return queries, keys, values
 
-    def project_for_slots(self, x: mx.array, positions: mx.array, tails: Tails) -> tuple[mx.array, mx.array]:
+    def project_for_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """`project` of one token a row, x (S, hidden_size), for `Block.before_slots`."""
         heads = split_heads(self["qkv_proj"](x), self.head_dim)
-        if self.qk_norm:  # of all heads: the norm would copy a slice of them first
-            normed = mx.fast.rms_norm(heads, None, self.norm_eps)
-            heads = _with_gains(normed, heads, *self.wide_gains())
-        heads = self.rotation(heads.reshape(-1, 1, 1, self.head_dim), positions).reshape(heads.shape)
-        queries = with_tails(heads, self.num_heads, tails, split_scale(self.full_scale)[0])
-        return queries, heads[:, self.num_heads :]
+        # Of all heads, values' too, which are taken as they were: the norm would copy a slice of them first.
+        normed = mx.fast.rms_norm(heads, None, self.norm_eps) if self.qk_norm else None
+        gains = self.wide_gains() if self.qk_norm else None
+        return self.for_slots(heads, positions, normed, gains)
 
-    def wide_gains(self) -> tuple[mx.array, mx.array]:
-        """The gains of all heads, values' included, (H + 2 K, 1, D), and which heads are values', (H + 2 K, 1, 1)."""
+    def wide_gains(self) -> mx.array:
+        """The gains of all heads, values' included, which have none, (H + 2 K, 1, D)."""
         gains = self.gains()
         if self._wide_gains is None or self._wide_gains[0] is not gains:
-            wide = mx.pad(gains, [(0, self.num_kv_heads), (0, 0), (0, 0)])
-            are_values = mx.array(np.arange(wide.shape[0])[:, None, None] >= gains.shape[0])
-            self._wide_gains = gains, wide, are_values
-        return self._wide_gains[1:]
+            self._wide_gains = gains, mx.pad(gains, [(0, self.num_kv_heads), (0, 0), (0, 0)])
+        return self._wide_gains[1]
 
     def gains(self) -> mx.array:
         """The gains of the queries' and the keys' norm, a row a head, (H + K, 1, D); made again when one is replaced."""
@@ -199,11 +185,6 @@ class FeedForward(nn.Module):
         """The input of the second projection. (..., hidden_size) -> (..., intermediate_size)"""
         gate, up = mx.split(self["proj_1"](x), 2, axis=-1)
         return swiglu(gate, up)
-
-
-@one_kernel
-def _with_gains(normed: mx.array, plain: mx.array, gains: mx.array, are_plain: mx.array) -> mx.array:
-    return mx.where(are_plain, plain, normed * gains)
 
 
 @one_kernel

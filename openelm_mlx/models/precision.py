@@ -33,12 +33,10 @@ class KernelChoices:
     is added in the product's own kernel; fuse_many_residual_adds: only where there are several rows. bias_apart: the bias
     of a single row is added in a kernel of its own.
     slots: decoding requests keep their keys and values side by side, and their attention is one call (models/slots.py).
-    marks_keys: keys in slots, of heads of 64 numbers, say themselves who sees them, in half as much memory again.
-    products_from: attention over slots is two products and a softmax where there are so many scores, and wherever a mask is
-    needed; 0: never. prompt_products_to: a chunk of a prompt that goes beside others attends so, in up to eight blocks of
-    so many scores a layer; 0: never. pads_rows: a pass with chunks of prompts gets rows that are nobody's, so that numbers of
-    rows are few. expert_ways: which way so many rows at once go through their experts
-    (models/routing_ways.py).
+    slot_kernel: that call is a kernel of our own (models/slot_attention.py). prompt_products_to: a chunk of a prompt that goes
+    beside others attends by two products and a softmax, in up to eight blocks of so many scores a layer; 0: never.
+    pads_rows: a pass with chunks of prompts gets rows that are nobody's, so that numbers of rows are few. expert_ways: which
+    way so many rows at once go through their experts (models/routing_ways.py).
     """
 
     rows_in_a_tile: int = 1
@@ -47,8 +45,7 @@ class KernelChoices:
     fuse_residual_add: bool = False
     bias_apart: bool = False
     slots: bool = True
-    marks_keys: bool = False
-    products_from: int = 0
+    slot_kernel: bool = False
     prompt_products_to: int = 0
     expert_ways: ExpertWays = BY_SORTING
     fuse_many_residual_adds: bool = False
@@ -77,8 +74,7 @@ def default_choices() -> KernelChoices:
             rows_in_a_tile=128,
             spare_places=8,
             bias_apart=True,
-            marks_keys=True,
-            products_from=1_000_000,
+            slot_kernel=True,
             prompt_products_to=2**25,
             expert_ways=IN_BLOCKS,
             fuse_many_residual_adds=True,

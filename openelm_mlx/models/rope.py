@@ -8,7 +8,7 @@ import threading
 import mlx.core as mx
 
 from ..specs import YarnSpec
-from .precision import runs_on_cpu, widen
+from .precision import one_kernel, runs_on_cpu, widen
 
 
 class Rotation:
@@ -21,6 +21,7 @@ class Rotation:
     def __init__(self, theta: float, yarn: YarnSpec | None = None) -> None:
         self.theta, self.yarn = theta, yarn
         self._periods: dict[int, mx.array | None] = {}
+        self._slot_constants: dict[tuple[int, int, int], list[mx.array]] = {}
         # The table's key (tokens, head_dim and thread; the offset) and the table: one tuple, replaced as a whole.
         self._made: tuple[tuple[int, int, int], int | mx.array, tuple[mx.array, mx.array]] | None = None
 
@@ -42,6 +43,39 @@ class Rotation:
         first, second = mx.split(y, 2, axis=-1)
         return (y * cosines + mx.concatenate([second, first], axis=-1) * sines).astype(x.dtype)
 
+    def of_slots(
+        self,
+        heads: mx.array,
+        positions: mx.array,
+        num_rotated: int,
+        normed: mx.array | None = None,
+        gains: mx.array | None = None,
+    ) -> mx.array:
+        """One token a row, heads (S, n, 1, D): the first `num_rotated` of them rotated, the others as they are.
+
+        positions: (S,), in float32. normed (the shape of heads), gains (n, 1, D): where they are given, normed * gains is what
+        is rotated. One elementwise kernel: MLX's for the rotation takes no gains, and would copy a part of the heads.
+        """
+        S, n, _, head_dim = heads.shape
+        pairs = (S, n, 2, head_dim // 2)  # the two halves of a head, which are rotated with each other
+        source = (heads if normed is None else normed).reshape(pairs)
+        given = [source[:, :, :1], source[:, :, 1:], heads.reshape(pairs), positions[:, None, None, None]]
+        given += self.slot_constants(n, num_rotated, head_dim)
+        if gains is None:
+            found = _rotated_pairs(*given)
+        else:
+            wide = gains.reshape(pairs[1:])
+            found = _rotated_pairs_with_gains(*given, wide[:, :1], wide[:, 1:])
+        return found.reshape(heads.shape)
+
+    def slot_constants(self, num_heads: int, num_rotated: int, head_dim: int) -> list[mx.array]:
+        """Radians a position of each pair, (D/2,); which of its two numbers is the second; which heads are rotated."""
+        key = num_heads, num_rotated, head_dim
+        if key not in self._slot_constants:
+            are_rotated = mx.arange(num_heads)[:, None, None] < num_rotated
+            self._slot_constants[key] = [self._frequencies(head_dim), mx.array([[False], [True]]), are_rotated]
+        return self._slot_constants[key]
+
     def periods(self, head_dim: int) -> mx.array | None:
         """`rotary_periods`, made once."""
         if head_dim not in self._periods:
@@ -53,17 +87,64 @@ class Rotation:
 
         With the position of one token a row, (B,): (B, 1, 1, D).
         """
-        half, periods = head_dim // 2, self.periods(head_dim)
-        if periods is None:
-            frequencies = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(self.theta) / half))
-        else:
-            frequencies = mx.reciprocal(periods)
+        frequencies = self._frequencies(head_dim)
         positions = (mx.arange(L) + offset).astype(mx.float32)[:, None]
         if isinstance(offset, mx.array) and offset.ndim > 0:
             positions = positions[:, None, None]
         angles = positions * frequencies
         cosines, sines = mx.cos(angles), mx.sin(angles)
         return mx.concatenate([cosines, cosines], axis=-1), mx.concatenate([-sines, sines], axis=-1)
+
+    def _frequencies(self, head_dim: int) -> mx.array:
+        """Radians a position of each pair of numbers, (D/2,)."""
+        half, periods = head_dim // 2, self.periods(head_dim)
+        if periods is None:
+            return mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(self.theta) / half))
+        return mx.reciprocal(periods)
+
+
+def _turned(
+    first: mx.array,
+    second: mx.array,
+    own: mx.array,
+    positions: mx.array,
+    frequencies: mx.array,
+    is_second: mx.array,
+    are_rotated: mx.array,
+) -> mx.array:
+    angles = positions * frequencies
+    cosines, sines = mx.cos(angles), mx.sin(angles)
+    of_first, of_second = mx.where(is_second, sines, cosines), mx.where(is_second, cosines, -sines)
+    turned = first.astype(mx.float32) * of_first + second.astype(mx.float32) * of_second
+    return mx.where(are_rotated, turned.astype(own.dtype), own)
+
+
+@one_kernel
+def _rotated_pairs(
+    first: mx.array,
+    second: mx.array,
+    own: mx.array,
+    positions: mx.array,
+    frequencies: mx.array,
+    is_second: mx.array,
+    are_rotated: mx.array,
+) -> mx.array:
+    return _turned(first, second, own, positions, frequencies, is_second, are_rotated)
+
+
+@one_kernel
+def _rotated_pairs_with_gains(
+    first: mx.array,
+    second: mx.array,
+    own: mx.array,
+    positions: mx.array,
+    frequencies: mx.array,
+    is_second: mx.array,
+    are_rotated: mx.array,
+    first_gains: mx.array,
+    second_gains: mx.array,
+) -> mx.array:
+    return _turned(first * first_gains, second * second_gains, own, positions, frequencies, is_second, are_rotated)
 
 
 def rotate(x: mx.array, theta: float, offset: int | mx.array, periods: mx.array | None = None) -> mx.array:

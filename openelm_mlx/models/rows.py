@@ -16,7 +16,7 @@ import numpy as np
 
 from .attention import Mask, attend_by_products
 from .base import LanguageModel, WalkInParts
-from .block import LayerThrottle, Projected
+from .block import LayerThrottle
 from .cache import Cache, seen_by_last
 from .quantized_cache import QuantizedKVCache
 from .slots import SlotBank
@@ -104,9 +104,6 @@ class RowsWalk(WalkInParts):
         self._num_slots = 0 if bank is None else len(bank)
         self._masks_of: list[dict[tuple[int | None, bool], Mask]] = [{} for _ in rows]
         self._products_to = model.choices.prompt_products_to
-        # How many numbers queries have behind their own: where all rows are in slots whose keys have marks.
-        self.spare = 0 if bank is None or rows else bank.spare_dims
-        self._positions_of_heads: dict[tuple[int, int], mx.array] = {}
 
     def logits(self) -> mx.array | None:
         """Through all layers and the head: the logits (R, V) of the rows that want them."""
@@ -153,23 +150,6 @@ class RowsWalk(WalkInParts):
         with adapters.using(adapters.selection.taking(taken)):
             return self._model.head(h)
 
-    def positions_of_heads(self, i: int) -> mx.array:
-        """The positions that `Block.before_slots` of layer `i` is given."""
-        layer = self._specs[i]
-        form = layer.num_heads, layer.num_kv_heads
-        if form not in self._positions_of_heads:
-            assert self._bank is not None
-            are_rotated = np.arange(layer.num_heads + 2 * layer.num_kv_heads) < layer.num_heads + layer.num_kv_heads
-            every = np.array(self._bank.lengths, np.int32)[:, None] * are_rotated
-            self._positions_of_heads[form] = mx.array(every.reshape(-1).astype(np.int32))
-        return self._positions_of_heads[form]
-
-    def enter(self, i: int) -> Projected:
-        if not self.spare:
-            return super().enter(i)
-        queries, new = self.layers[i].before_slots(self.h, self.positions_of_heads(i), self.spare)
-        return self.h, queries, new, new
-
     def attend(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         outs, start = [], self._num_slots
         if start:
@@ -191,8 +171,6 @@ class RowsWalk(WalkInParts):
     def _attend_slots(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """The attention of all that are in slots, (S, H, 1, D), which stand first."""
         assert self._bank is not None
-        if self.spare:
-            return self._bank.attend_to_marked(i, self.layers[i].attention, queries, keys)
         count = self._num_slots
         if queries.shape[0] > count:
             queries, keys, values = queries[:count], keys[:count], values[:count]

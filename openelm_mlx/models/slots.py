@@ -3,7 +3,7 @@
 Every request writes its next token into the same column, whatever its length, and its earlier tokens lie in the columns
 before: a write is one slice for all, and joining moves nobody else. The column goes round: a request of n tokens has the
 n columns up to the current one, modulo the buffer's length. Rotary positions are the requests' own, so where a token lies
-means nothing; a mask a row says which columns are its own. Layers with a window have rings of just that many columns.
+means nothing: who sees which columns follows from lengths alone. Layers with a window have rings of just that many columns.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast, final
 
 import mlx.core as mx
-import numpy as np
 
 from ..specs import ModelSpec, kv_capacity
-from .attention import Mask, attend, attend_by_products
+from .attention import Mask
 from .block import BlockAttention
 from .cache import Cache, KVCache, SlidingKVCache
-from .marks import SPARE_DIMS, UNSEEN, split_scale
+from .slot_attention import attend_in_slots, keys_and_values
 
 # Numbers of slots: few, since each is a shape for which kernels are chosen and pieces traced.
 SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -40,10 +39,10 @@ def fits_in_slots(cache: Cache, spec: ModelSpec) -> bool:
 class SlotBank:
     """See the module. owners: who has which slot, None where nobody has. lengths: tokens of each.
 
-    products_from, marks_keys: see `KernelChoices`. spare_dims: numbers behind a key's own where keys have marks
-    (models/marks.py), else 0. evaluate: given what has been moved, one layer after the other, so that only one is there
-    twice (`mx.eval`). settle: waits until nothing is being computed (`mx.synchronize`): what a pass still reads would not be
-    written in place, but copied. A step is `begin`, `attend` for every layer, and `end`; without its end it has not been.
+    has_kernel: attention is one kernel of our own (`KernelChoices.slot_kernel`). evaluate: given what has been moved, one
+    layer after the other, so that only one is there twice (`mx.eval`). settle: waits until nothing is being computed
+    (`mx.synchronize`): what a pass still reads would not be written in place, but copied. A step is `begin`, `attend` for
+    every layer, and `end`; without its end it has not been.
     """
 
     def __init__(
@@ -51,14 +50,10 @@ class SlotBank:
         spec: ModelSpec,
         spare_places: int = 0,
         evaluate: Callable[[Any], None] = lambda arrays: None,
-        products_from: int = 0,
-        marks_keys: bool = False,
+        has_kernel: bool = False,
         settle: Callable[[], None] = lambda: None,
     ) -> None:
-        self._products_from = products_from
-        sizes = {each.head_dim for each in spec.layers}
-        self.spare_dims = SPARE_DIMS.get(max(sizes), 0) if marks_keys and len(sizes) == 1 else 0
-        self._tails: dict[tuple[int, ...], mx.array] = {}
+        self.has_kernel = has_kernel
         self.owners: list[Hashable | None] = []
         self.lengths: list[int] = []
         self._spec, self._spare, self._evaluate, self._settle = spec, spare_places, evaluate, settle
@@ -67,10 +62,9 @@ class SlotBank:
         self._places = 0  # columns of the layers that keep everything
         # The column that the next tokens go to, counted on: modulo the columns that a layer has.
         self._full_column = self._ring_column = 0
-        # Where keys have marks: which columns are hidden from somebody, by the layers' window.
-        self._hidden: dict[int | None, np.ndarray] = {}
+        # Of a step, by the layers' window: what the kernel is told, or the masks of attention without it.
+        self._states: dict[int | None, mx.array] = {}
         self._masks: dict[int | None, Mask] = {}
-        self._whole_masks: dict[int | None, mx.array] = {}
 
     def __len__(self) -> int:
         """Slots, those that nobody has included."""
@@ -96,9 +90,7 @@ class SlotBank:
         places = max(self._places, self._capacity(max(length, self.longest)))
         columns = (places if each.window is None else each.window for each in self._spec.layers)
         tokens = zip(self._spec.layers, columns, strict=True)
-        needed = slots * sum(count * each.kv_bytes_per_token(itemsize) for each, count in tokens)
-        size = self._spec.layers[0].head_dim
-        return needed * (size + self.spare_dims) // size
+        return slots * sum(count * each.kv_bytes_per_token(itemsize) for each, count in tokens)
 
     # --- joining and leaving ------------------------------------------------------------------------------------------
 
@@ -114,12 +106,10 @@ class SlotBank:
             buffer = self._buffers[i]
             if buffer is None:
                 _, heads, _, head_dim = keys.shape
-                shape = (2, len(self), heads, self._columns(i), head_dim + self.spare_dims)
+                shape = (2, len(self), heads, self._columns(i), head_dim)
                 self._buffers[i] = buffer = mx.zeros(shape, keys.dtype)
             for part, new in enumerate((keys, values)):
                 self._write_before(i, buffer, part, slot, new)
-            if self.spare_dims:
-                self._mark(i, buffer, slot, keys.shape[2])
             layer.clear()
         self._evaluate(self._buffers)  # all in one: each has been written in place
         self.owners[slot], self.lengths[slot] = owner, length
@@ -147,19 +137,21 @@ class SlotBank:
         self.owners, self.lengths = [], []
         self._buffers = [None] * len(self._spec.layers)
         self._places = self._full_column = self._ring_column = 0
-        self._hidden.clear()
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """One more token of everybody: make places for it, and say who sees what."""
         self._make_places(self.longest + 1)
+        self._states.clear()
         self._masks.clear()
-        self._whole_masks.clear()
         for window in {each.window for each in self._spec.layers}:
-            seen = self._num_seen(window)
-            needs_none = self.spare_dims > 0 or self._sees_all(window, seen)
-            self._masks[window] = None if needs_none else self._mask(window, seen)
+            if self.has_kernel:
+                column, columns = self._column(window), self._places if window is None else window
+                self._states[window] = mx.array([column % columns, *self.lengths], mx.int32)
+            else:
+                seen = self._num_seen(window)
+                self._masks[window] = None if self._sees_all(window, seen) else self._mask(window, seen)
 
     def _mask(self, window: int | None, seen: int) -> mx.array:
         """Which of the first columns each request sees, (S, 1, 1, seen)."""
@@ -167,86 +159,33 @@ class SlotBank:
         ages = (column - mx.arange(seen)) % columns  # how many tokens ago a column was written; 0: the new ones
         return ages <= mx.array(self.lengths)[:, None, None, None]
 
-    def _whole_mask(self, window: int | None) -> mx.array:
-        if window not in self._whole_masks:
-            self._whole_masks[window] = self._mask(window, self._places if window is None else window)
-        return self._whole_masks[window]
-
-    def _uses_products(self, num_scores: int, mask: Mask) -> bool:
-        """num_scores: of one request."""
-        return self._products_from > 0 and (mask is not None or num_scores * len(self) >= self._products_from)
-
     def attend(
         self, i: int, attention: BlockAttention, queries: mx.array, keys: mx.array, values: mx.array
     ) -> mx.array:
         """Put the new keys and values (S, K, 1, D) into layer `i`; what the queries (S, H, 1, D) see of all, the same shape."""
-        buffer, column, size = cast(mx.array, self._buffers[i]), self._new_column(i), keys.shape[-1]
+        buffer, column = cast(mx.array, self._buffers[i]), self._new_column(i)
         for part, new in enumerate((keys, values)):
-            buffer[part : part + 1, :, :, column : column + 1, :size] = new
-        if self.spare_dims:
-            self._unmark(i, buffer, column, size)
-            queries = mx.concatenate([queries, self._tail(queries)], axis=-1)
-            return self._attend_marked(i, attention, queries, attention.full_scale)[..., :size]
-        window, columns, seen = self._spec.layers[i].window, self._columns(i), self._seen(i)
-        all_keys, all_values = _apart(buffer)
-        mask = self._masks[window]
-        if self._uses_products(queries.shape[1] * columns, mask):
-            # Over all columns, so that shapes stay the same for many steps.
-            return attend_by_products(
-                queries, all_keys, all_values, self._whole_mask(window), attention.scale, attention.sinks
-            )
-        if seen < columns:
-            all_keys, all_values = all_keys[:, :, :seen], all_values[:, :, :seen]
-        return attention.attend_over(queries, all_keys, all_values, mask)
-
-    def attend_to_marked(
-        self, i: int, attention: BlockAttention, queries: mx.array, keys_and_values: mx.array
-    ) -> mx.array:
-        """`attend` for what `Block.before_slots` gives: queries (S, H, 1, D + spare), keys_and_values (S, 2 K, 1, D)."""
-        buffer, column, size = cast(mx.array, self._buffers[i]), self._new_column(i), keys_and_values.shape[-1]
-        slots, heads = buffer.shape[1:3]
-        new = keys_and_values.reshape(slots, 2, heads, 1, size).swapaxes(0, 1)
-        buffer[:, :, :, column : column + 1, :size] = new
-        self._unmark(i, buffer, column, size)
-        return self._attend_marked(i, attention, queries, split_scale(attention.full_scale)[1])[..., :size]
-
-    def _attend_marked(self, i: int, attention: BlockAttention, queries: mx.array, scale: float) -> mx.array:
-        buffer, columns, seen = cast(mx.array, self._buffers[i]), self._columns(i), self._seen(i)
-        if seen < columns:
+            buffer[part : part + 1, :, :, column : column + 1] = new
+        if self.has_kernel:
+            return attend_in_slots(queries, buffer, self.state(i), attention.full_scale, attention.sinks)
+        seen = self._seen(i)
+        if seen < self._columns(i):
             buffer = buffer[:, :, :, :seen]
-        attends = attend_by_products if self._uses_products(queries.shape[1] * columns, None) else attend
-        return attends(queries, *_apart(buffer), None, scale, attention.sinks)
+        return attention.attend_over(queries, *keys_and_values(buffer), self._masks[self._spec.layers[i].window])
 
-    def _unmark(self, i: int, buffer: mx.array, column: int, size: int) -> None:
-        """Let everybody see the new column, where it was hidden from somebody: layer `i` has gone round."""
-        if self._hidden[self._spec.layers[i].window][column]:
-            buffer[:1, :, :, column : column + 1, size : size + 1] = 0
+    def write(self, i: int, new: mx.array) -> mx.array:
+        """Put the new keys and values (2, S, K, 1, D) into layer `i`; its buffer, for `attend_in_slots`."""
+        buffer, column = cast(mx.array, self._buffers[i]), self._new_column(i)
+        buffer[:, :, :, column : column + 1] = new
+        return buffer
 
-    def _tail(self, queries: mx.array) -> mx.array:
-        """What follows each query's own numbers: a 1, which meets the keys' marks, and zeros. (S, H, 1, spare)"""
-        shape = (*queries.shape[:-1], self.spare_dims)
-        if shape not in self._tails:
-            self._tails[shape] = mx.zeros(shape, queries.dtype) + (mx.arange(shape[-1]) == 0).astype(queries.dtype)
-            self._evaluate(self._tails[shape])
-        return self._tails[shape]
-
-    def _mark(self, i: int, buffer: mx.array, slot: int, count: int) -> None:
-        """Of the columns up to now only the last `count` are this request's; those to come are, once they are written."""
-        columns, column = self._columns(i), self._column(self._spec.layers[i].window)
-        places = np.arange(columns)
-        is_seen = (column - 1 - places) % columns < count
-        if column < columns:
-            is_seen |= places >= column
-        window = self._spec.layers[i].window
-        self._hidden[window] = self._hidden.get(window, False) | ~is_seen
-        size = buffer.shape[-1] - self.spare_dims
-        buffer[0, slot, :, :, size] = mx.array(np.where(is_seen, 0, UNSEEN)).astype(buffer.dtype)
+    def state(self, i: int) -> mx.array:
+        """What `attend_in_slots` is told of layer `i` in this step."""
+        return self._states[self._spec.layers[i].window]
 
     def end(self) -> None:
         """The step has been dispatched: everybody is one token longer."""
         self.lengths = [n + (owner is not None) for n, owner in zip(self.lengths, self.owners, strict=True)]
-        for window, hidden in self._hidden.items():
-            hidden[self._column(window) % len(hidden)] = False
         self._full_column += 1
         self._ring_column += 1
 
@@ -286,12 +225,11 @@ class SlotBank:
         start = 0
         for run in self._runs(i, new.shape[2]):
             count = run.stop - run.start
-            buffer[part, slot, :, run, : new.shape[3]] = new[0, :, start : start + count]
+            buffer[part, slot, :, run] = new[0, :, start : start + count]
             start += count
 
     def _read_before(self, i: int, buffer: mx.array, part: int, slot: int, count: int) -> mx.array:
-        size = buffer.shape[-1] - self.spare_dims
-        pieces = [buffer[part, slot : slot + 1, :, run, :size] for run in self._runs(i, count)]
+        pieces = [buffer[part, slot : slot + 1, :, run] for run in self._runs(i, count)]
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
 
     # --- sizes --------------------------------------------------------------------------------------------------------
@@ -318,26 +256,14 @@ class SlotBank:
         if self.num_owners and before:
             self._full_column = min(self._full_column, before)
         self._places = places
-        if None in self._hidden:  # what was there before is in another order now
-            self._hidden[None] = np.arange(places) < self._full_column
 
     def _go_round(self, length: int) -> None:
         """Let so many columns before the current ones count as written: a longer request joins, and goes round the end."""
-        gone_round: set[int | None] = set()
         while self._full_column < length:
             self._full_column += self._places
-            gone_round.add(None)
         for window in {each.window for each in self._spec.layers if each.window is not None}:
             while self._ring_column < min(length, window):
                 self._ring_column += window
-                gone_round.add(window)
-        if self.spare_dims:  # what was still to be written is looked at from now on
-            for i, layer in enumerate(self._spec.layers):
-                buffer = self._buffers[i]
-                if layer.window in gone_round and buffer is not None:
-                    for slot, owner in enumerate(self.owners):
-                        if owner is not None:
-                            self._mark(i, buffer, slot, min(self.lengths[slot], self._columns(i)))
 
     def _in_order(self, buffer: mx.array, columns: int) -> mx.array:
         """Of a buffer with so many columns those that hold anything, the oldest first."""
@@ -376,11 +302,6 @@ class SlotBank:
         lengths = [self.lengths[row] for row in rows]
         self.owners = [*owners, *[None] * (size - len(rows))]
         self.lengths = [*lengths, *[0] * (size - len(rows))]
-
-
-def _apart(buffer: mx.array) -> tuple[mx.array, mx.array]:
-    """Keys and values (S, K, T, D) of what has both. Views: an index in place of the slices would copy them."""
-    return buffer[:1].squeeze(0), buffer[1:].squeeze(0)
 
 
 def _size_for(count: int) -> int:

@@ -84,6 +84,8 @@ class CacheBytes:
     @cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
         """The model's layers, with the windows that these caches give them."""
+        if self.window is None:  # as it mostly is, and a plan asks some hundred times
+            return self.spec.layers
         return tuple(replace(layer, window=layer.window or self.window) for layer in self.spec.layers)
 
     @cached_property

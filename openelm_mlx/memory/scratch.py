@@ -108,6 +108,7 @@ class PassPart(NamedTuple):
 
 def parts_bytes(spec: ModelSpec, parts: Sequence[PassPart], itemsize: int, backend: str) -> int:
     """Bytes that a pass over several requests takes, as `flat_pass_bytes`, where their caches may be of different kinds."""
+    parts = _together(parts)
     L = sum(part.number * part.length for part in parts)
     if not L:
         return 0
@@ -130,6 +131,16 @@ def parts_bytes(spec: ModelSpec, parts: Sequence[PassPart], itemsize: int, backe
         tables = 4 * FLOAT32 * L * max(layer.head_dim for layer in spec.layers)
         return stream + tables + max(_largest_part(each) for each in scratch)
     return stream + min(LAYERS_IN_FLIGHT[backend], len(spec.layers)) * max(each.all for each in scratch)
+
+
+def _together(parts: Sequence[PassPart]) -> Sequence[PassPart]:
+    """The parts, each kind of them once: of many requests most may be alike."""
+    found: dict[tuple[int, int, int, int | None], PassPart] = {}
+    for part in parts:
+        kind = part.length, part.cached, id(part.layers), part.kv_bits
+        known = found.get(kind)
+        found[kind] = part if known is None else known._replace(number=known.number + part.number)
+    return list(found.values())
 
 
 def _largest_part(layer: LayerScratch) -> int:

@@ -46,6 +46,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# No test speaks TLS, and every client over HTTP reads the certificates of 140 authorities: a folder without any takes its
+# place. Hundreds of clients would take 30 ms each for that.
+os.environ["SSL_CERT_DIR"] = str(FIXTURES)
+os.environ.pop("SSL_CERT_FILE", None)  # which would be read in place of the folder
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many processes `-n auto` is: one more than cores for a whole folder, none beside this one for files named one by one.
 

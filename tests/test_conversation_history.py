@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import pytest
+from short_demos import short_demo
 
 # `scripted` is a fixture of theirs: a chat whose model writes what it is told.
 from test_conversation import answer, call, gpt_oss, openelm, results, scripted  # noqa: F401
@@ -65,7 +66,7 @@ def test_a_long_chat_goes_on_when_the_context_is_full(effort):
 
 
 def test_openelm_says_it_once_too():
-    model, tokenizer = om.load("demo-openelm", context_length=320)
+    model, tokenizer = om.load(short_demo("demo-openelm"), context_length=320)
     chat = om.Chat(model, tokenizer, max_tokens=60)
     chat.messages = [
         Message(role, "word " * 90, channel="final" if role == "assistant" else None)
@@ -103,16 +104,16 @@ def test_one_forgotten_turn_is_one_turn(gpt_oss):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["demo-gpt-oss", "demo-openelm"])
 def test_a_message_that_is_too_long_by_itself_costs_no_turn(name):
-    options = {"reasoning_effort": "low"} if name == "demo-gpt-oss" else {}
+    options = {"reasoning_effort": "low"} if name == "demo-gpt-oss" else {"max_tokens": 8}
     chat = om.Chat(*om.load(name, context_length=220), instructions="Be brief.", **options)
-    chat.ask("What is a piano?")
+    chat.ask("What is a boat?")
     before, events = list(chat.messages), []
     with pytest.raises(PromptError, match=r"needs \d,?\d+ tokens by itself, and the context holds 220: shorten it"):
         events.extend(chat.stream("What is a piano? " * 80))
     assert not events  # nothing is told as forgotten
     assert chat.messages == before
     assert chat.num_forgotten == 0
-    assert chat.ask("What is a banjo?").strip()
+    assert chat.ask("What is a boat?").strip()
 
 
 def test_what_was_forgotten_for_a_turn_without_an_answer_comes_back(scripted, monkeypatch):  # noqa: F811
@@ -140,8 +141,8 @@ def test_an_answer_that_filled_the_context_is_tried_again_without_the_old_turns(
     chat = om.Chat(model, tokenizer, reasoning_effort="high")
     chat._make_room = lambda turn: iter(())  # as if the room that was kept had not been enough
     chat.messages = [Message("user", "Hi"), Message("assistant", "Hello to you. " * 12, channel="final")]
-    events = list(chat.stream("What is a piano?"))
-    assert "keyboard" in "".join(e.text for e in events if isinstance(e, Answer))
+    events = list(chat.stream("What is a boat?"))
+    assert "vessel" in "".join(e.text for e in events if isinstance(e, Answer))
     assert next(e.text for e in events if isinstance(e, Notice)).startswith("The context of 190 tokens is full")
     assert roles(chat) == ["user", "assistant:analysis", "assistant:final"]
 
@@ -168,12 +169,12 @@ def test_results_of_a_turn_that_fills_the_context_by_itself_are_left_out(scripte
 def test_a_question_longer_than_the_context_is_refused_and_leaves_nothing():
     model, tokenizer = om.load("demo-gpt-oss", context_length=200)
     chat = om.Chat(model, tokenizer, reasoning_effort="low")
-    chat.ask("What is a piano?")
+    chat.ask("What is a boat?")
     before = list(chat.messages)
     with pytest.raises(PromptError, match="the context holds 200"):
         chat.ask("word " * 400)
     assert chat.messages in (before, [])
-    assert "keyboard" in chat.ask("What is a piano?")
+    assert "vessel" in chat.ask("What is a boat?")
 
 
 # --- no answer --------------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def test_a_turn_without_an_answer_says_why_and_leaves_nothing(gpt_oss, scripted)
 
 def test_without_a_number_a_turn_may_use_the_context(gpt_oss):  # noqa: F811
     model, _ = gpt_oss
-    *_, done = om.Chat(*gpt_oss).stream("What is a piano?")
+    *_, done = om.Chat(*gpt_oss, reasoning_effort="low").stream("What is a boat?")
     assert done.statistics.max_tokens == model.context_length - done.statistics.prompt_tokens
 
 
@@ -425,13 +426,14 @@ def test_a_tool_that_returns_nothing_or_something_else(scripted):  # noqa: F811
 
 def test_stop_strings_end_an_answer_in_a_chat_too(gpt_oss, openelm):  # noqa: F811
     for pair in (gpt_oss, openelm):
-        chat = om.Chat(*pair, options={"stop": [" instrument", "!!"]})
+        effort = {} if pair is openelm else {"reasoning_effort": "low"}
+        chat = om.Chat(*pair, options={"stop": [" instrument", "!!"]}, **effort)
         said = chat.ask("What is a piano?")
         assert said.startswith("a ")
         assert "instrument" not in said
         assert chat.messages[-1].text == said
         assert said.endswith("keyboard" if pair is openelm else said)
-    chat = om.Chat(*gpt_oss, options={"stop": " strings"})
+    chat = om.Chat(*gpt_oss, options={"stop": " strings"}, reasoning_effort="low")
     assert chat.ask("What is a piano?").endswith("tuned")
     assert chat.messages[-1].text.endswith("tuned")
 

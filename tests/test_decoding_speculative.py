@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.decoding.compiled_step import CompiledStep
@@ -33,7 +34,7 @@ def models():
 
 @pytest.fixture(scope="module", params=["demo-openelm", "demo-gpt-oss"])
 def demo(request):
-    return om.load(request.param, dtype="float32")
+    return om.load(short_demo(request.param), dtype="float32")
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -206,7 +207,7 @@ def test_with_everything_else_that_a_request_asks_for(demo, options):
 def draft_of(family: str):
     """A draft model that is right often: the demo itself with its matrices in 4 bits."""
     name = "demo-openelm" if family == "openelm" else "demo-gpt-oss"
-    return om.DraftModel(om.load(name, dtype="float32", dense_bits=4)[0])
+    return om.DraftModel(om.load(short_demo(name), dtype="float32", dense_bits=4)[0])
 
 
 @pytest.mark.usefixtures("always")

@@ -493,7 +493,7 @@ def test_the_command_line_says_what_was_read(capsys):
         "6",
         "--reasoning-effort",
         "low",
-        "What is a banjo?",
+        "What is a boat?",
     ]
     assert main(arguments) == 0
     assert "MB a token" in capsys.readouterr().err
@@ -1086,7 +1086,7 @@ def test_a_dense_model_has_no_experts(capsys):
 
 
 def test_the_command_line(capsys):
-    arguments = ["--expert-slots", "6", "--reasoning-effort", "low", "What is a banjo?"]
+    arguments = ["--expert-slots", "6", "--reasoning-effort", "low", "What is a boat?"]
     assert main(["generate", "--model", "demo-gpt-oss", *arguments]) == 0
     assert capsys.readouterr().out.strip()
 

@@ -85,11 +85,11 @@ def test_a_tokenizer_that_begins_texts_with_another_token(model, tmp_path):
 @pytest.mark.parametrize("effort", ["low", "medium", "high"])
 def test_the_gpt_oss_demo_thinks_longer_the_more_effort_is_asked_for(effort):
     ours, tokenizer = load("demo-gpt-oss")
-    chunks = list(om.stream_generate(ours, tokenizer, "What is a piano?", reasoning_effort=effort))
+    chunks = list(om.stream_generate(ours, tokenizer, "What is a boat?", reasoning_effort=effort))
     thought = "".join(chunk.reasoning for chunk in chunks)
     answer = "".join(chunk.text for chunk in chunks)
     assert thought.count("a kind of") == {"low": 1, "medium": 3, "high": 6}[effort]
-    assert answer.startswith("a keyboard instrument that is played by depressing keys")
+    assert answer == "a small vessel for travel on water"
     assert chunks[-1].finish_reason == "stop"
 
 

@@ -39,7 +39,7 @@ def adapters(tmp_path_factory):
 def test_requests_name_adapters(adapters):
     first, second = adapters
     model, tokenizer = om.load("demo-openelm", adapter={"a": first, "b": second})
-    alone = {name: om.generate(model, tokenizer, QUESTION, max_tokens=12, adapter=name) for name in ("a", "b", "none")}
+    alone = {name: om.generate(model, tokenizer, QUESTION, max_tokens=6, adapter=name) for name in ("a", "b", "none")}
     assert len(set(alone.values())) == 3
 
     async def main():
@@ -51,7 +51,7 @@ def test_requests_name_adapters(adapters):
             generations = ModelGenerations(registry)
 
             async def ask(name):
-                request = GenerationRequest(model=name, messages=QUESTION, max_tokens=12)
+                request = GenerationRequest(model=name, messages=QUESTION, max_tokens=6)
                 generation = await generations.start(request)
                 async with generation:
                     [answer] = await collected(generation)

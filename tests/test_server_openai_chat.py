@@ -8,7 +8,7 @@ from server_app import served_demos
 from openelm_mlx.server.wire import chat, completions, models
 
 MODEL = "demo-gpt-oss"
-WORD = [{"role": "user", "content": "What is a banjo?"}]
+WORD = [{"role": "user", "content": "What is a boat?"}]
 SUM = [{"role": "user", "content": "What is 12 * 34?"}]
 
 
@@ -29,8 +29,9 @@ def client():
 
 
 def test_its_stream_helper_puts_the_same_answer_together(client):
-    whole = client.chat.completions.create(model=MODEL, messages=WORD, temperature=0)
-    with client.chat.completions.stream(model=MODEL, messages=WORD, temperature=0) as stream:
+    asked = {"model": MODEL, "messages": WORD, "temperature": 0, "reasoning_effort": "low"}
+    whole = client.chat.completions.create(**asked)
+    with client.chat.completions.stream(**asked) as stream:
         kinds = {event.type for event in stream}
         found = stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done"} <= kinds

@@ -33,12 +33,12 @@ def test_both_sides_answer_alike_without_the_harness_installed(monkeypatch):
     demo = short_demo("demo-openelm")
     monkeypatch.setattr(evaluation, "convert", lambda name, place, **options: convert(demo, place, **options))
     notes = []
-    found = measure("demo-openelm", 1, few_shot_tokens=10, rounds=1, note=notes.append)
+    found = measure("demo-openelm", 2, few_shot_tokens=10, rounds=1, note=notes.append)
     assert "lm_eval" not in sys.modules  # neither it nor what stood in for it
     assert found.difference < 1e-3
-    assert found.num_tokens < sum(len(each.inputs) for choices in questions(4000, 1, 10) for each in choices)
+    assert found.num_tokens < sum(len(each.inputs) for choices in questions(4000, 2, 10) for each in choices)
     assert len(found.ours) == len(found.theirs) == 1
-    assert found.answered == (1,)
+    assert found.answered == (2,)
     assert [each.split(": ")[1].split()[0] for each in notes[1:]] == ["ours", "mlx-lm"]  # before all is done
     del sys.modules["mlx_lm.evaluate"]  # made of what stood in
 

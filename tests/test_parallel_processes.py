@@ -40,7 +40,7 @@ for folder, form in json.loads(sys.argv[1]):
     of["difference"] = (mx.abs(one - two).max() / mx.abs(one).max()).item()
     answers = []
     for model in (whole, shared):
-        options = dict(max_tokens=24, prefill_chunk=8 if model is whole else 8 - joined().rank)
+        options = dict(max_tokens=12, prefill_chunk=8 if model is whole else 8 - joined().rank)
         answers.append([chunk.token for chunk in om.stream_generate(model, None, prompt, **options)])
     of["answers"] = answers
     drawn = [chunk.token for chunk in om.stream_generate(shared, None, prompt, max_tokens=9, sampling=sampled)]

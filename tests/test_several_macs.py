@@ -206,7 +206,7 @@ def test_kept_prompts_of_several_machines_stay_out_of_files(both, tmp_path):
 def test_scores_are_those_of_one_machine(both):
     """Log-likelihoods with what texts share, a text longer than a chunk, perplexity, and both models' predictions compared."""
     one, several, tokenizer = both
-    shared, long = tokens_of(20), tokens_of(90, 5)
+    shared, long = tokens_of(20), tokens_of(75, 5)
     requests = [
         TokenRequest.of([1, *shared[:shares], *tokens_of(3, seed)], tokens_of(length, seed + 1))
         for seed, (shares, length) in enumerate([(20, 1), (20, 3), (20, 3), (5, 2), (0, 4)])

@@ -51,7 +51,7 @@ def test_experts_on_disk_on_every_machine(two_workers):
     model, _ = om.load("demo-gpt-oss", **options)
     assert model.residency is not None
     assert model.plan.expert_slots == 5
-    found = [om.generate(each, tokenizer, "What is a piano?", max_tokens=30) for each in (one, model)]
+    found = [om.generate(each, tokenizer, "What is a piano?", max_tokens=12) for each in (one, model)]
     assert found[0] == found[1]
     prompts = [tokens_of(40, 1), tokens_of(7, 2)]
     found = [[list(each) for each in streamed(m, tokenizer, prompts)] for m in (one, model)]
@@ -168,7 +168,7 @@ def test_adapters_on_every_machine(two_workers, tmp_path, demo):
     layers = (third, third, len(spec.layers) - 2 * third)
     model, _ = om.load(demo, dtype="float32", adapter=given, workers=addresses, layers=layers, worker_timeout=60)
     assert not any(".layers.5." in site for site in model.adapters.served.stacks)
-    prompts = [(tokens_of(5 + 30 * i, i), name) for i, name in enumerate(("a", "b", "none", "a"))]
+    prompts = [(tokens_of(5 + 12 * i, i), name) for i, name in enumerate(("a", "b", "none", "a"))]
     options = {"max_tokens": 5, "sampling": ENDLESS, "logprobs": 1}
     expected = [
         [(chunk.token, chunk.logprob) for chunk in om.stream_generate(one, tokenizer, prompt, adapter=name, **options)]
@@ -242,7 +242,7 @@ def test_a_worker_gives_back_what_a_first_machine_had(two_workers, tmp_path):
     adapter = written_adapter(tmp_path, spec, "a", 1, ("attention", "feed-forward"))
     om.add_adapter(model, adapter)
     kept = om.PrefixCache()
-    list(om.stream_generate(model, tokenizer, tokens_of(90), max_tokens=2, sampling=ENDLESS, prefix_cache=kept))
+    list(om.stream_generate(model, tokenizer, tokens_of(50), max_tokens=2, sampling=ENDLESS, prefix_cache=kept))
     [used] = bytes_there(model)
     model.remote.close()
     assert bytes_without_a_session(worker) <= layers + 20_000 < used

@@ -29,10 +29,26 @@ DEMO, LAYERS = "demo-openelm", (5, 3)
 DEADLINE, PATIENCE = 3.0, 60.0
 
 
+@pytest.fixture(scope="module")
+def lasting():
+    """One worker after the other: a new process costs more than most tests do with it."""
+    made: list[Worker] = []
+    yield made
+    for each in made:
+        each.kill()
+
+
 @pytest.fixture
-def worker():
-    with workers(1) as [made]:
-        yield made
+def worker(lasting):
+    """A worker that nobody is connected to; the one of the test before, unless that has ended it."""
+    if not lasting or lasting[-1].process.poll() is not None:
+        lasting.append(Worker())
+    made = lasting[-1]
+    made.since = len(made.lines)
+    yield made
+    gc.collect()  # of a test that failed, the model may still be there
+    if made.process.poll() is None and not made.is_free():
+        made.kill()
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +462,7 @@ def test_layers_that_do_not_add_up_and_too_little_memory(worker):
         load(small)
 
 
-def test_on_the_command_line(worker, tmp_path, capsys):
+def test_on_the_command_line(worker, capsys):
     """One sentence and exit code 2, in the command line's words."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -464,16 +480,19 @@ def test_on_the_command_line(worker, tmp_path, capsys):
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.count("\n") == 1
     assert "No worker answers" in failed.stderr
-    open_secret = secret_file(tmp_path, mode=0o640)
-    failed = run("serve-layers", "--secret-file", str(open_secret))
-    assert failed.returncode == 2
-    assert "chmod 600" in failed.stderr
-    failed = run("serve-layers", "--host", "0.0.0.0", "--port", "0")
-    assert failed.returncode == 2
-    assert "--secret-file" in failed.stderr
-    failed = run("serve-layers", "--quiet", "--port", str(worker.port))
-    assert failed.returncode == 2
-    assert "cannot be listened on" in failed.stderr
+
+
+def test_what_a_worker_cannot_start_with(worker, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("openelm_mlx.workers.server.Server.serve", lambda *_: pytest.fail("it serves"))
+    for arguments, said in (
+        (["--secret-file", str(secret_file(tmp_path, mode=0o640))], "chmod 600"),
+        (["--host", "0.0.0.0", "--port", "0"], "--secret-file"),
+        (["--quiet", "--port", str(worker.port)], "cannot be listened on"),
+    ):
+        assert main(["serve-layers", *arguments]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert said in shown.err
 
 
 @pytest.mark.parametrize(("nearest", "expected"), [("localhost", 2), ("127.0.0.1", 1)])

@@ -92,7 +92,7 @@ def family(request):
     for layer in model.layers:
         if "mlp" in layer:  # the packed experts cannot be trained
             layer.mlp.experts.freeze()
-    rows = some_rows(model.spec.vocab_size, [33, 7, 80, 16, 24])  # one goes past any window, and past some queries at once
+    rows = some_rows(model.spec.vocab_size, [33, 7, 80, 16, 24])  # one past any window, and past some queries at once
     parameters = model.trainable_parameters()
     loss, plain = mean_gradients(Gradients(model, Objective(z_loss=1e-4)), parameters, rows, [[i] for i in range(5)])
     mx.eval(plain)

@@ -331,7 +331,7 @@ def test_without_a_number_as_many_run_as_fit_at_a_usual_length(openelm):
         assert engine._scheduler.max_running == 7
     runtime_of(openelm).plan = None
     with om.Engine(openelm) as engine:
-        assert engine._scheduler.max_running == 32
+        assert engine._scheduler.max_running == 64
 
 
 # --- experts on disk ---

@@ -102,6 +102,36 @@ def test_a_chunk_of_a_prompt_attends_by_products_in_blocks(model, block, monkeyp
     assert max_difference(found[0], np.array(found[1])) <= 1e-5
 
 
+@pytest.mark.parametrize("block", [7, 100])
+def test_products_of_few_shapes_give_the_same(model, block, monkeypatch):
+    """A chunk's products take queries of whoever comes next and empty places as well, but where there are none."""
+    heads, shapes = model.spec.layers[0].num_heads, set()
+
+    def noted(queries, keys, *rest):
+        shapes.add((queries.shape[2], keys.shape[2]))
+        return attend_by_products(queries, keys, *rest)
+
+    monkeypatch.setattr(rows_module, "attend_by_products", noted)
+    draw, found = np.random.default_rng(7), []
+    pieces = [[(0, 19), (1, 37)], [(0, 21), (1, 3)], [(1, 33), (0, 5)]]  # of two requests, pass after pass
+    tokens = [mx.array(draw.integers(3, 250, (sum(n for _, n in each),))) for each in pieces]
+    for pads in (False, True):
+        limit = block * heads * 60
+        choices = replace(model.choices, prompt_products_to=limit, pads_rows=pads)
+        monkeypatch.setattr(model, "choices", choices)
+        caches = [model.make_cache() for _ in range(2)]
+        shapes.clear()
+        for each, given in zip(pieces, tokens, strict=True):
+            rows = [Rows(caches[owner], length, True) for owner, length in each]
+            found.append(flat_logits(model, given, rows, padding=4 * pads))
+            mx.eval([layer.buffers for cache in caches for layer in cache])
+        if pads and block == 100 and all(each.window is None for each in model.spec.layers):
+            assert all(num_padding(keys) == 0 for _, keys in shapes), shapes
+            assert {length for length, _ in shapes} >= {20, 40, 24}, shapes
+    for known, padded in zip(found[:3], found[3:], strict=True):
+        assert max_difference(padded, np.array(known)) <= 1e-5
+
+
 def test_slots_are_copied_only_where_fewer_will_do(model):
     """A copy is there beside the buffer for a moment, which memory may be too short for."""
     bank, _ = filled(model, LENGTHS[:3])

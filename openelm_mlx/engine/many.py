@@ -68,7 +68,7 @@ class Engine:
 
     Args:
         max_running: Requests that are computed at once. None: as many as the model was loaded for (`batch_size`);
-            where nobody said, as many requests of 2,048 tokens as fit beside the weights, at most 32. Memory may
+            where nobody said, as many requests of 2,048 tokens as fit beside the weights, at most 64. Memory may
             still let fewer run, when they are long.
         max_waiting: Requests in the queue; 1,024 when it is None. One more is refused with EngineFullError.
     """

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # ready: most answers end long before their limit, and who comes last gives way when it gets tight.
 ADMITTED_TOKENS = 4 * TOKENS_AT_ONCE
 # Requests at once where nobody says.
-MAX_RUNNING = 32
+MAX_RUNNING = 64
 # Of more requests, only how long they are in steps of the caches is looked at.
 _LOOKED_AT = 4
 
@@ -340,7 +340,7 @@ class BatchMemory:
 
 def usual_number(model: Model) -> int:
     """How many requests an engine runs at once where nobody says: as many as the model was loaded for (`batch_size`), or as
-    the plan has room for at a usual length, at most 32 then; 32 without a plan.
+    the plan has room for at a usual length, at most 64 then; 64 without a plan.
     """
     plan = runtime_of(model).plan
     if plan is None:

@@ -72,6 +72,19 @@ class KVCache(GrowingCache[mx.array]):
         )
         return self.buffers
 
+    def capacity_for(self, num_new: int) -> int:
+        """How many places there are once so many more tokens have been appended."""
+        needed = self.offset + num_new
+        if self.keys is not None and needed <= self.keys.shape[2]:
+            return self.keys.shape[2]
+        return kv_capacity(needed, self.context_length) + self.spare_places
+
+    def places(self, count: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of the first so many places, those behind the last token too: finite numbers that mean nothing."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[..., :count, :], self.values[..., :count, :]
+
     def nbytes_for(self, num_tokens: int, layer: LayerSpec, itemsize: int) -> int:
         """Bytes allocated once it holds `num_tokens` in all, of one row with numbers of `itemsize` bytes."""
         if self.keys is not None and num_tokens <= self.keys.shape[2]:

@@ -14,10 +14,10 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from .attention import Mask, attend_by_products
+from .attention import Mask, attend_by_products, visible_keys
 from .base import LanguageModel, WalkInParts
 from .block import LayerThrottle
-from .cache import Cache, seen_by_last
+from .cache import Cache, KVCache, LayerCache, seen_by_last
 from .quantized_cache import QuantizedKVCache
 from .slots import SlotBank
 
@@ -102,8 +102,9 @@ class RowsWalk(WalkInParts):
         self.positions = positions_of(rows, bank, padding)
         self._rows, self._bank, self._padding = rows, bank, padding
         self._num_slots = 0 if bank is None else len(bank)
-        self._masks_of: list[dict[tuple[int | None, bool], Mask]] = [{} for _ in rows]
-        self._products_to = model.choices.prompt_products_to
+        self._masks_of: list[dict[int | None, Mask]] = [{} for _ in rows]
+        self._masks_of_products: list[dict[int | None, mx.array]] = [{} for _ in rows]
+        self._products_to, self._pads = model.choices.prompt_products_to, model.choices.pads_rows
 
     def logits(self) -> mx.array | None:
         """Through all layers and the head: the logits (R, V) of the rows that want them."""
@@ -125,7 +126,7 @@ class RowsWalk(WalkInParts):
                     outs.append(end)
             else:
                 wanted.append((start, stop))
-                outs.append(self._attend_rows(last, at, queries[start:stop], keys[start:stop], values[start:stop]))
+                outs.append(self._attend_rows(last, at, start, queries, keys, values))
             start = stop
         if not wanted:
             return None
@@ -156,7 +157,7 @@ class RowsWalk(WalkInParts):
             outs.append(self._attend_slots(i, queries, keys, values))
         for at, rows in enumerate(self._rows):
             stop = start + rows.length
-            outs.append(self._attend_rows(i, at, queries[start:stop], keys[start:stop], values[start:stop]))
+            outs.append(self._attend_rows(i, at, start, queries, keys, values))
             start = stop
         if self._padding:
             outs.append(mx.zeros((self._padding, *outs[0].shape[1:]), outs[0].dtype))
@@ -176,22 +177,22 @@ class RowsWalk(WalkInParts):
             queries, keys, values = queries[:count], keys[:count], values[:count]
         return self._bank.attend(i, self.layers[i].attention, queries, keys, values)
 
-    def _attend_rows(self, i: int, at: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """The attention of one request's tokens, (n, H, 1, D), over its own cache."""
+    def _attend_rows(
+        self, i: int, at: int, start: int, queries: mx.array, keys: mx.array, values: mx.array
+    ) -> mx.array:
+        """The attention of one request's tokens, (n, H, 1, D), over its own cache: the flat rows from `start` on."""
         rows = self._rows[at]
-        cache, window = rows.cache[i], self._specs[i].window
-        uses_products = self._uses_products(rows, i)
-        masks = self._masks_of[at]
-        if (window, uses_products) not in masks:
-            masks[window, uses_products] = cache.make_mask(rows.length, uses_products, window)
-        mask = masks[window, uses_products]
-        attention = self.layers[i].attention
+        stop, cache, attention = start + rows.length, rows.cache[i], self.layers[i].attention
+        own = queries[start:stop], keys[start:stop], values[start:stop]
+        if self._uses_products(rows, i):
+            return self._by_products(i, at, queries[start:], *own[1:])
+        window = self._specs[i].window
+        if window not in self._masks_of[at]:
+            self._masks_of[at][window] = cache.make_mask(rows.length, False, window)
+        mask = self._masks_of[at][window]
         if rows.length == 1:
-            return attention.attend(queries, keys, values, mask, cache)
-        queries, keys, values = (each.swapaxes(0, 2) for each in (queries, keys, values))
-        if uses_products:
-            seen = cast("tuple[mx.array, mx.array]", cache.update_and_fetch(keys, values))
-            return self._by_products(i, queries, *seen, cast(mx.array, mask)).swapaxes(0, 2)
+            return attention.attend(*own, mask, cache)
+        queries, keys, values = (each.swapaxes(0, 2) for each in own)
         return attention.attend(queries, keys, values, mask, cache).swapaxes(0, 2)
 
     def _uses_products(self, rows: Rows, i: int) -> bool:
@@ -200,18 +201,50 @@ class RowsWalk(WalkInParts):
         is_plain = not isinstance(rows.cache[i], QuantizedKVCache)
         return rows.is_prompt and rows.length > 1 and num_scores <= MOST_BLOCKS * self._products_to and is_plain
 
-    def _by_products(self, i: int, queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
-        """The attention of a chunk of a prompt, queries (1, H, L, D); mask (L, T). A block of them at a time."""
-        attention, (_, heads, length, _), num_keys = self.layers[i].attention, queries.shape, keys.shape[2]
-        block = max(1, self._products_to // (heads * num_keys))
+    def _by_products(self, i: int, at: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """The attention of a chunk of a prompt, (n, H, 1, D); a block of its queries at a time.
+
+        queries: the chunk's and those of all rows after it; keys, values (n, K, 1, D): its own.
+        """
+        rows, window = self._rows[at], self._specs[i].window
+        cache, attention = rows.cache[i], self.layers[i].attention
+        offset = cache.offset
+        if window not in self._masks_of_products[at]:
+            self._masks_of_products[at][window] = self._mask_of_products(rows, cache, window, queries.shape[0])
+        mask = self._masks_of_products[at][window]
+        seen_keys, seen_values = cast(
+            "tuple[mx.array, mx.array]", cache.update_and_fetch(keys.swapaxes(0, 2), values.swapaxes(0, 2))
+        )
+        length, num_keys = mask.shape
+        if num_keys > seen_keys.shape[2]:
+            seen_keys, seen_values = cast(KVCache, cache).places(num_keys)
+        queries = queries[:length].swapaxes(0, 2)
+        block = max(1, self._products_to // (queries.shape[1] * num_keys))
         outs = []
         for start in range(0, length, block):
             stop = min(start + block, length)
             # Without a window, nobody in the block sees what comes after its last token.
-            end = num_keys - (length - stop) if self._specs[i].window is None else num_keys
-            some = queries[:, :, start:stop], keys[:, :, :end], values[:, :, :end], mask[start:stop, :end]
+            end = min(num_keys, self._rounded(offset + stop)) if window is None else num_keys
+            some = queries[:, :, start:stop], seen_keys[:, :, :end], seen_values[:, :, :end], mask[start:stop, :end]
             outs.append(attend_by_products(*some, attention.scale, attention.sinks))
-        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
+        out = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
+        return out.swapaxes(0, 2)[: rows.length]
+
+    def _mask_of_products(self, rows: Rows, cache: LayerCache, window: int | None, most: int) -> mx.array:
+        """Which keys a chunk's queries see, (L, T).
+
+        Where shapes are to be few (`KernelChoices.pads_rows`), with queries of the rows that come next, of which there are
+        `most` with the chunk's own, and keys of places that nobody has written into.
+        """
+        num_keys = self._rounded(cache.offset + rows.length)
+        if not self._pads or not isinstance(cache, KVCache) or num_keys > cache.capacity_for(rows.length):
+            return cast(mx.array, cache.make_mask(rows.length, True, window))
+        length = min(self._rounded(rows.length), most)
+        return visible_keys(mx.arange(cache.offset, cache.offset + length), mx.arange(num_keys))
+
+    def _rounded(self, count: int) -> int:
+        """Up to one of few numbers, where shapes are to be few."""
+        return count + num_padding(count) if self._pads else count
 
     def _end_of_prompt(
         self, i: int, rows: Rows, queries: mx.array, keys: mx.array, values: mx.array

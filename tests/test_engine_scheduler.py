@@ -237,6 +237,33 @@ def test_short_chunks_that_save_no_time_are_not_taken(compiling):
         assert count <= 8
 
 
+def test_a_length_whose_kernels_are_still_to_be_chosen_says_nothing():
+    """As seen on an H200, where chunks stayed at four tokens: the first one of eight took four times as long, once."""
+    pace = ChunkPace()
+    pace.prompt_took(0.077, 64)
+    for _ in range(20):
+        pace.step_took(0.0059, 0)
+    seen = [
+        (16, 76.8),
+        (4, 35.3),
+        (4, 19.9),
+        (4, 16.7),
+        (2, 18.3),
+        (4, 20.6),
+        (4, 16.6),
+        (4, 19.1),
+        (4, 16.9),
+        (8, 70.7),
+    ]
+    seen += [(4, 21.0), (4, 17.3), (4, 23.2), (4, 16.9)]
+    for length, milliseconds in seen:
+        pace.step_took(milliseconds / 1e3, length)
+    assert pace.length(2048) == 8
+    for _ in range(3):
+        pace.step_took(0.0175, 8)
+    assert pace.length(2048) == 16
+
+
 @pytest.mark.parametrize("fixed", [0.0, 0.012, 0.02])
 def test_chunks_grow_while_requests_come_in_one_after_the_other(fixed):
     """Of 64 prompts one is always being computed while others decode: the usual step is measured all the same.

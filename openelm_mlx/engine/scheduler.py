@@ -26,6 +26,8 @@ _AIM = 2.5
 _LEAST_SHARE = 0.5
 # Chunks after which the usual step is measured again; fewer at first, while requests come in.
 _MOST_CHUNKS = 32
+# So many times what was expected is far longer.
+_SLOW_FIRST = 2.0
 # Shorter chunks cost nearly as much as this one: each reads all weights.
 LEAST_CHUNK = 16
 # Prompts in one pass: each has attention of its own.
@@ -78,7 +80,8 @@ class ChunkPace:
     """How long a chunk of a prompt may be while others decode, learned from the steps' times (seconds).
 
     A chunk adds a fixed time to the usual step and another for each token; both are estimated by rank, so that a step
-    that was long once (a kernel was compiled) means little. Where the fixed time leaves too little of what decoders should
+    that was long once means little. A length's first chunk that took far longer than was expected says nothing: for some
+    devices kernels are chosen, or compiled, for each length. Where the fixed time leaves too little of what decoders should
     wait, short chunks would make them wait more often and not less: a chunk is then so long that its tokens take as much
     as what is fixed.
 
@@ -96,6 +99,7 @@ class ChunkPace:
         self._usual: float | None = None  # of a step without a chunk
         self._per_token_alone: float | None = None  # of a prompt that nobody decoded beside
         self._added: deque[tuple[int, float]] = deque(maxlen=16)  # by the last chunks: their lengths, and seconds
+        self._known_lengths: set[int] = set()  # in coarse steps
         self._is_after_chunk = False
         # Steps with a chunk since the usual one was measured, and after how many it is measured again.
         self._num_chunks = self._due_after = 0
@@ -150,7 +154,13 @@ class ChunkPace:
                 self._measured_usual(seconds)
             return
         self._num_chunks += 1
+        coarse = _in_coarse_steps(chunk_length)
+        is_first = coarse not in self._known_lengths
+        self._known_lengths.add(coarse)
         if self._usual is None or seconds <= 0:
+            return
+        expected = self._fixed + self._per_token * chunk_length
+        if is_first and len(self._added) > 1 and seconds - self._usual > _SLOW_FIRST * expected:
             return
         self._added.append((chunk_length, max(0.0, seconds - self._usual)))
         slopes = sorted(

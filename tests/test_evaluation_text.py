@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture, random_model, save_folder
 from reference.harness import Reference
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.commands import build_parser, main
@@ -293,7 +294,7 @@ def test_models_with_other_tokens_are_not_compared(model, tokenizer):
 
 
 def test_gpt_oss_is_compared_on_rendered_chats():
-    gpt_oss, tokenizer = om.load("demo-gpt-oss")
+    gpt_oss, tokenizer = om.load(short_demo("demo-gpt-oss"))
     chat = [{"role": "user", "content": "What is a dog?"}]
     found = om.compare(gpt_oss, gpt_oss, [chat])
     assert found.kl.value == 0
@@ -302,7 +303,7 @@ def test_gpt_oss_is_compared_on_rendered_chats():
 
 
 def test_compared_chats_are_the_same_on_any_day(monkeypatch):
-    model, tokenizer = om.load("demo-gpt-oss")
+    model, tokenizer = om.load(short_demo("demo-gpt-oss"))
     asked = []
     encode = comparison.encode_prompt
     monkeypatch.setattr(

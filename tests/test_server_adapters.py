@@ -5,6 +5,7 @@ import asyncio
 import mlx.core as mx
 import numpy as np
 import pytest
+from short_demos import short_demo
 
 import openelm_mlx as om
 from openelm_mlx.checkpoint.adapter_files import write_adapter
@@ -22,8 +23,8 @@ QUESTION = [{"role": "user", "content": "What is a banjo?"}]
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Two that make demo-openelm say something else."""
-    model, _ = om.load("demo-openelm")
+    """Two that make demo-openelm's first layers say something else."""
+    model, _ = om.load(short_demo("demo-openelm"))
     paths = []
     for seed in (3, 4):
         rng, pairs = np.random.default_rng(seed), {}
@@ -38,13 +39,13 @@ def adapters(tmp_path_factory):
 
 def test_requests_name_adapters(adapters):
     first, second = adapters
-    model, tokenizer = om.load("demo-openelm", adapter={"a": first, "b": second})
+    model, tokenizer = om.load(short_demo("demo-openelm"), adapter={"a": first, "b": second})
     alone = {name: om.generate(model, tokenizer, QUESTION, max_tokens=6, adapter=name) for name in ("a", "b", "none")}
     assert len(set(alone.values())) == 3
 
     async def main():
         served = with_adapters(
-            [ServedModel("demo-openelm", "demo-openelm")], [f"a={first}", f"demo-openelm:b={second}"]
+            [ServedModel("demo-openelm", str(short_demo("demo-openelm")))], [f"a={first}", f"demo-openelm:b={second}"]
         )
         registry = Registry(ServerSettings(models=tuple(served), aliases={"mine": "demo-openelm:b"}))
         async with registry:

@@ -1,7 +1,6 @@
 """A small MCP server for the tests, made with the official SDK; run as a program it talks over stdin and stdout."""
 
 import os
-import time
 
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
@@ -25,19 +24,6 @@ def greet(name: str, polite: bool = False) -> str:
 def fail() -> str:
     """Always fails."""
     raise ToolError("it cannot be done")
-
-
-@server.tool()
-def wait(seconds: float) -> str:
-    """Wait."""
-    time.sleep(seconds)
-    return "waited"
-
-
-@server.tool()
-def end() -> str:
-    """End the server."""
-    os._exit(3)
 
 
 @server.tool()

@@ -20,6 +20,14 @@ def send(message):
 def do(what, number):
     if what == "silence":
         return
+    if what == "environment":
+        send(
+            {
+                "jsonrpc": "2.0",
+                "id": number,
+                "result": {"content": [{"type": "text", "text": json.dumps(dict(os.environ))}]},
+            }
+        )
     if what == "die":
         sys.stderr.write("\n\nit ran out of apples\n")
         sys.stderr.flush()

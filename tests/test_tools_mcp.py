@@ -21,6 +21,8 @@ from openelm_mlx.tools import mcp as room
 from openelm_mlx.tools.mcp import McpServer, read_servers
 
 COMMAND = [sys.executable, str(Path(__file__).parent / "mcp_server.py")]
+# One without the SDK, which takes over a second to import: for what becomes of a server's process.
+BARE = [sys.executable, "-S", "-I", str(Path(__file__).parent / "mcp_sloppy_server.py")]
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +31,27 @@ def server():
         yield server
 
 
+@pytest.fixture
+def bare(tmp_path):
+    """The command of a server with a tool that does this."""
+
+    def command(does):
+        file = tmp_path / "answers.json"
+        file.write_text(
+            json.dumps({"tools": [{"name": "it", "inputSchema": {"type": "object"}}], "call": {"it": does}})
+        )
+        return [*BARE, str(file)]
+
+    return command
+
+
 def tool(server, name):
     (found,) = [tool for tool in server.tools if tool.name == name]
     return found
 
 
 def test_its_tools_are_listed_and_called(server):
-    assert [t.name for t in server.tools] == ["add", "greet_someone", "fail", "wait", "end", "variable"]
+    assert [t.name for t in server.tools] == ["add", "greet_someone", "fail", "variable"]
     add = tool(server, "add")
     assert (add.namespace, add.description) == ("functions", "Add two numbers.")
     assert set(add.parameters["properties"]) == {"a", "b"}
@@ -60,23 +76,25 @@ def test_errors_are_told(server):
     assert tool(server, "add")('{"a": 1, "b": 1}') == "2"
 
 
-def test_it_gets_its_own_variables_and_not_ours(server, monkeypatch):
+def test_it_gets_its_own_variables_and_not_ours(server, bare, monkeypatch):
     assert tool(server, "variable")('{"name": "MINE"}') == "yes"
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    with McpServer(COMMAND) as fresh:
-        assert tool(fresh, "variable")('{"name": "SECRET_TOKEN"}') == "not set"
+    with McpServer(bare("environment"), environment={"MINE": "too"}) as fresh:
+        seen = json.loads(tool(fresh, "it")("{}"))
+    assert seen["MINE"] == "too"
+    assert "SECRET_TOKEN" not in seen
 
 
-def test_a_slow_call_ends_in_time(server):
-    with McpServer(COMMAND) as slow:
+def test_a_slow_call_ends_in_time(bare):
+    with McpServer(bare("silence")) as slow:
         slow._timeout = 0.5
         with pytest.raises(ToolError, match=r"0\.5 seconds"):
-            tool(slow, "wait")('{"seconds": 100}')
+            tool(slow, "it")("{}")
 
 
-def test_a_server_that_ends_is_an_error_not_a_hang():
-    with McpServer(COMMAND) as server, pytest.raises(ToolError):
-        tool(server, "end")("{}")
+def test_a_server_that_ends_is_an_error_not_a_hang(bare):
+    with McpServer(bare("die")) as server, pytest.raises(ToolError, match="it ran out of apples"):
+        tool(server, "it")("{}")
 
 
 def test_a_server_that_is_not_there_is_an_error():
@@ -90,15 +108,15 @@ def test_a_server_that_is_not_there_is_an_error():
             McpServer(source)
 
 
-def test_after_close_nothing_is_left(server):
+def test_after_close_nothing_is_left(bare):
     before = threading.active_count()
-    other = McpServer(COMMAND)
-    add = tool(other, "add")
+    other = McpServer(bare("environment"))
+    it = tool(other, "it")
     other.close()
     other.close()
     assert threading.active_count() == before
     with pytest.raises(ToolError, match="closed"):
-        add('{"a": 1, "b": 1}')
+        it("{}")
 
 
 def test_calls_from_two_threads(server):

@@ -11,6 +11,7 @@ from openelm_mlx.tools import sandbox
 from openelm_mlx.tools.toolbox import Toolbox, parse_names
 
 SERVER = Path(__file__).parent / "mcp_server.py"
+BARE_SERVER = SERVER.with_name("mcp_sloppy_server.py")  # which starts at once
 
 
 def test_nothing_is_on_unless_it_is_named():
@@ -45,6 +46,9 @@ def test_servers_from_a_file(tmp_path):
     file.write_text(json.dumps({"mcpServers": {"one": server}}))
     with Toolbox(f"mcp={file}") as box:
         assert box.tools[0]('{"a": 1, "b": 2}') == "3"
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps({"tools": [{"name": "add", "inputSchema": {"type": "object"}}], "call": {}}))
+    server = {"command": sys.executable, "args": ["-S", "-I", str(BARE_SERVER), str(answers)]}
     file.write_text(json.dumps({"mcpServers": {"one": server, "two": server}}))
     with Toolbox(f"mcp={file}") as box:
         assert len({tool.name for tool in box.tools}) == len(box.tools) == len(box.notes)

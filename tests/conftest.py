@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,17 @@ def in_threads(work: Callable[[int], Any], count: int = 2) -> list[Any]:
 
 
 def oracle(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays that the original code computed for a fixture."""
-    return dict(np.load(folder / "oracle.npz"))
+    """The arrays that the original code computed for a fixture, for reading."""
+    return dict(_oracle(folder))
+
+
+@cache
+def _oracle(folder: Path) -> dict[str, np.ndarray]:
+    """Unpacked once in a process: hundreds of tests compare with the same arrays."""
+    found = dict(np.load(folder / "oracle.npz"))
+    for array in found.values():
+        array.flags.writeable = False
+    return found
 
 
 def config_of(folder: Path) -> dict:

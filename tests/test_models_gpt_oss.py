@@ -5,6 +5,7 @@ purpose: each must move the logits by more than the tolerance, or the tolerance 
 """
 
 import dataclasses
+import functools
 import json
 import math
 import threading
@@ -48,13 +49,19 @@ def load_gpt_oss(folder, dtype=mx.float32, spec: ModelSpec | None = None) -> Gpt
     nn.quantize(model, class_predicate=lambda path, _: packing(contents, path))
     weights = []
     for name, assembly in contents.assemblies.items():
-        arrays = [checkpoint.read(source.name) for source in assembly.sources]
+        arrays = [stored(folder, source.name) for source in assembly.sources]
         array = arrays[0] if assembly.make is None else assembly.make(*arrays)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(mx.float32 if spec.keeps_float32(name) else dtype)
         weights.append((name, array))
     model.load_weights(weights)
     return model
+
+
+@functools.cache
+def stored(folder, name):
+    """A tensor of a fixture: most tests load the same ones."""
+    return SafetensorsCheckpoint([folder / "model.safetensors"]).read(name)
 
 
 def packing(contents, path):

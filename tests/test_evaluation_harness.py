@@ -22,7 +22,7 @@ from openelm_mlx.text.tokenizer import load_tokenizer
 pytest.importorskip("lm_eval", reason="an extra of its own")
 
 from openelm_mlx.evaluation.harness import HarnessModel
-from openelm_mlx.evaluation.tasks import run_tasks, task_manager
+from openelm_mlx.evaluation.tasks import quiet, run_tasks, task_manager
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -261,6 +261,16 @@ def test_the_command_reports_and_compares(folder, tmp_path, capsys, model):
     assert json.loads(shown.out)["rows"][0]["n"] == 2
     assert json.loads(shown.out)["before"] == content
     assert shown.err == ""
+
+
+def test_the_harness_starts_no_programs_to_describe_the_machine(monkeypatch):
+    """Its description, which nobody reads here, is what pip and others say: two seconds of a run."""
+    from lm_eval import evaluator
+
+    monkeypatch.setattr(evaluator, "add_env_info", pytest.fail)
+    with quiet():
+        evaluator.add_env_info({})
+    assert evaluator.add_env_info is pytest.fail
 
 
 def test_what_the_harness_refuses_is_one_sentence(folder, manager, tmp_path, capsys, model, tokenizer, monkeypatch):

@@ -176,8 +176,13 @@ def versions() -> dict[str, str]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the bars and log lines of other libraries; their warnings that matter come back as errors."""
-    # Of what it does not let anyone set: the bar of a task, and git's complaint where it is started in no repository.
-    parts = [("lm_eval.api.task", "tqdm", _without_bar), ("lm_eval.evaluator", "get_git_commit_hash", lambda: None)]
+    # Of what it does not let anyone set: the bar of a task, git's complaint where it is started in no repository, and the
+    # description of the machine, for which pip and others are started: two seconds, and nobody here reads it.
+    parts = [
+        ("lm_eval.api.task", "tqdm", _without_bar),
+        ("lm_eval.evaluator", "get_git_commit_hash", lambda: None),
+        ("lm_eval.evaluator", "add_env_info", lambda results: None),
+    ]
     replaced = [
         (sys.modules[name], part, vars(sys.modules[name])[part], by)
         for name, part, by in parts

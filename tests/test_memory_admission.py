@@ -17,6 +17,7 @@ from openelm_mlx.memory.machine import find_mac
 from openelm_mlx.memory.measured import Calibration
 from openelm_mlx.memory.plan import make_plan
 from openelm_mlx.memory.plan_types import PlanRequest, Weights
+from openelm_mlx.memory.scratch import PassPart, parts_bytes
 from openelm_mlx.models.cache import make_cache
 from openelm_mlx.specs import spec_from_config
 
@@ -285,6 +286,18 @@ def test_a_request_that_can_never_fit_says_what_would():
 
 
 # --- with a plan ---
+
+
+@pytest.mark.parametrize("backend", ["cpu", "metal"])
+@pytest.mark.parametrize("name", SPECS)
+def test_requests_that_are_alike_take_what_they_take_one_by_one(name, backend):
+    """Those with the very same layers are counted once: here are some whose layers are equal, and so counted apart."""
+    spec = SPECS[name]
+    alike = [PassPart(1, 300, spec.layers, 8)] * 3
+    apart = [PassPart(1, 300, tuple([*spec.layers]), 8) for _ in range(3)]
+    prompt = PassPart(40, 7, spec.layers)
+    one, three, known = (parts_bytes(spec, [prompt, *each], 2, backend) for each in (alike[:1], alike, apart))
+    assert one < three == known
 
 
 @pytest.mark.parametrize("num_tokens", [1024, 2048, 8192])

@@ -294,7 +294,7 @@ def test_requests_that_are_alike_take_what_they_take_one_by_one(name, backend):
     """Those with the very same layers are counted once: here are some whose layers are equal, and so counted apart."""
     spec = SPECS[name]
     alike = [PassPart(1, 300, spec.layers, 8)] * 3
-    apart = [PassPart(1, 300, tuple([*spec.layers]), 8) for _ in range(3)]
+    apart = [PassPart(1, 300, (*spec.layers,), 8) for _ in range(3)]
     prompt = PassPart(40, 7, spec.layers)
     one, three, known = (parts_bytes(spec, [prompt, *each], 2, backend) for each in (alike[:1], alike, apart))
     assert one < three == known

@@ -18,6 +18,7 @@ from openelm_mlx.memory import stored
 from openelm_mlx.models import precision
 from openelm_mlx.models.precision import KernelChoices
 from openelm_mlx.models.routing_ways import BY_SORTING
+from openelm_mlx.models.slot_attention import attend_with_mask
 
 TABLE = ((1, "unsorted"), (12, "blocks_32"), (96, "sorted"))
 SMALL = Sizes(
@@ -76,11 +77,34 @@ def _no_compiler(*_):
     raise RuntimeError("Failed to compile kernel")
 
 
+def _only(queries, *rest, head_dim=64, dtype=mx.bfloat16):
+    """As on a device that is right for the heads of one model, and refuses or gets wrong those of others."""
+    found = attend_with_mask(queries, *rest)
+    return found if queries.shape[-1] == head_dim and queries.dtype == dtype else mx.zeros_like(found)
+
+
+def _deaf_to_sinks(queries, buffer, state, scale, sinks=None):
+    return attend_with_mask(queries, buffer, state, scale, None if sinks is None else mx.zeros_like(sinks))
+
+
+def _sees_one_more(queries, buffer, state, scale, sinks=None):
+    return attend_with_mask(queries, buffer, state + mx.array([0, 1, 1, 1, 1]), scale, sinks)
+
+
 @pytest.mark.parametrize(
-    "kernel", [_no_compiler, lambda queries, *_: queries, lambda queries, *_: queries * float("nan")]
+    "kernel",
+    [
+        _no_compiler,
+        lambda queries, *_: queries,
+        lambda queries, *_: queries * float("nan"),
+        _only,
+        _deaf_to_sinks,
+        _sees_one_more,
+    ],
 )
 def test_a_kernel_that_is_not_right_is_no_way(kernel, on_a_gpu, monkeypatch):
     """Nor is it where the backend's default is to take it."""
+    assert list(alternatives._slot_kernel(SMALL)) == [False, True]
     monkeypatch.setattr(alternatives, "attend_in_slots", kernel)
     assert list(alternatives._slot_kernel(SMALL)) == [False]
     monkeypatch.setattr(alternatives, "_ALTERNATIVES", {"slot_kernel": alternatives._slot_kernel})

@@ -6,6 +6,7 @@ turns; the default stays unless the other one is clearly faster. On the CPU back
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +19,7 @@ from ..decoding.prefill import prefill
 from ..decoding.step import PlainStep
 from ..models import build_model
 from ..models.precision import KernelChoices, default_choices, runs_on_cpu
-from ..models.slot_attention import attend_in_slots, attend_with_mask
+from ..models.slot_attention import HEAD_DIMS, MOST_HEADS, attend_in_slots, attend_with_mask
 from ..specs import spec_from_config
 from .expert_layer import LayerShape, in_turns
 from .expert_ways import ROWS, WaysTiming, time_expert_ways
@@ -236,7 +237,7 @@ def _biases(sizes: Sizes) -> dict[Any, Callable[[], None]]:
 def _slot_kernel(sizes: Sizes) -> dict[Any, Callable[[], None]]:
     """A layer's attention of some requests of different lengths: MLX's with a mask, or the kernel of ours.
 
-    Only where both give the same, and the kernel can be built at all, it is one of the ways.
+    Only where `_is_kernel_right`, it is one of the ways: models of every shape go by what is stored.
     """
     slots, columns = 16, max(8, sizes.places // 8)
     queries = mx.random.normal((slots, sizes.heads, 1, sizes.head_dim)).astype(mx.bfloat16)
@@ -255,12 +256,33 @@ def _slot_kernel(sizes: Sizes) -> dict[Any, Callable[[], None]]:
         return run
 
     found = {False: way(attend_with_mask)}
-    exact = attend_with_mask(queries.astype(mx.float32), buffer.astype(mx.float32), state, 0.125, sinks)
-    try:
-        off = cast(float, mx.abs(attend_in_slots(queries, buffer, state, 0.125, sinks) - exact).max().item())
-    except (RuntimeError, ValueError):  # the device's compiler refuses it
-        return found
-    return {**found, True: way(attend_in_slots)} if off <= _HALF else found
+    return {**found, True: way(attend_in_slots)} if _is_kernel_right() else found
+
+
+def _is_kernel_right() -> bool:
+    """Whether the kernel for slots gives what MLX's operations give: all sizes of heads and types, with sinks and without.
+
+    Each of them is a program of its own, which the device's compiler may refuse. Requests: one that has gone round, one of a
+    single token, and two that end within and at the end of what a threadgroup looks at together.
+    """
+    kv_heads, columns, scale = 2, 75, 0.3
+    heads = kv_heads * 2 * MOST_HEADS
+    state = mx.array([7, columns + 9, 0, 37, 63], mx.int32)
+    for head_dim, dtype in itertools.product(HEAD_DIMS, (mx.bfloat16, mx.float16, mx.float32)):
+        queries = mx.random.normal((4, heads, 1, head_dim)).astype(dtype)
+        buffer = mx.random.normal((2, 4, kv_heads, columns, head_dim)).astype(dtype)
+        # Bfloat16 is gpt-oss's type, which has sinks; OpenELM has none, and the rest of the text is the same.
+        sinks = 2 * mx.random.normal((heads,)).astype(dtype) if dtype == mx.bfloat16 else None
+        wide = (queries.astype(mx.float32), buffer.astype(mx.float32))
+        exact = attend_with_mask(*wide, state, scale, None if sinks is None else sinks.astype(mx.float32))
+        try:
+            found = attend_in_slots(queries, buffer, state, scale, sinks)
+            off = cast(float, mx.abs(found.astype(mx.float32) - exact).max().item())
+        except (RuntimeError, ValueError):  # the device's compiler refuses it
+            return False
+        if not off <= _HALF:
+            return False
+    return True
 
 
 def _repeated(start: mx.array, step: Callable[[mx.array], mx.array]) -> Callable[[], None]:

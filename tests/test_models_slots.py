@@ -6,20 +6,22 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import load_fixture, max_difference
+from conftest import load_fixture, max_difference, random_model
 from primitive_counts import forms_of_a_gpu, primitives
 
 from openelm_mlx.decoding import pieces as pieces_module
 from openelm_mlx.decoding.batch_step import BatchStep, logits_of_slots
-from openelm_mlx.decoding.pieces import LatestPieces, SlotPieces
+from openelm_mlx.decoding.pieces import LatestPieces, ResidentPieces, SlotPieces
 from openelm_mlx.models import rows as rows_module
+from openelm_mlx.models import slot_attention
+from openelm_mlx.models import slots as slots_module
 from openelm_mlx.models.attention import attend, attend_by_products
 from openelm_mlx.models.rows import Rows, flat_logits, num_padding
 from openelm_mlx.models.slots import SlotBank
 
 FAMILIES = {"openelm": "openelm_tiny", "gpt_oss": "gpt_oss_tiny"}
-# The last of them have gone round the ring.
-LENGTHS = [3, 17, 9, 140, 12]
+# The first one has gone round the ring of layers with a window: new tokens have other columns there than in full layers.
+LENGTHS = [17, 3, 9, 140, 12]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -59,6 +61,77 @@ def test_slots_are_caches_apart(model, form, monkeypatch):
         known = flat_logits(model, tokens[:count], [Rows(cache) for cache in caches])
         assert max_difference(found, np.array(known)) <= 1e-4
         assert mx.array_equal(mx.argmax(found, axis=-1), mx.argmax(known, axis=-1))
+
+
+def test_who_is_not_in_a_slot_is_computed_beside(model, monkeypatch):
+    """One token of a request apart, as one has that is longer than slots are."""
+    monkeypatch.setattr(model, "choices", replace(model.choices, slot_kernel=True))
+    bank, caches = filled(model, LENGTHS[:3], has_kernel=True)
+    step = BatchStep(model, compile=True)
+    step._latest = LatestPieces(model, ResidentPieces, False)
+    step._slot_pieces = LatestPieces(model, SlotPieces, False)
+    apart = model.make_cache()
+    mx.eval(model(mx.arange(3, 40)[None], apart))
+    tokens = mx.array([5, 6, 7, 0, 8])
+    bank.begin()
+    found = step(tokens, [Rows(apart)], bank)
+    mx.eval(apart[0].buffers)
+    for layer in apart:
+        layer.rewind(1)
+    known = flat_logits(model, tokens[mx.array([0, 1, 2, 4])], [Rows(cache) for cache in [*caches, apart]])
+    assert max_difference(found[mx.array([0, 1, 2, 4])], np.array(known)) <= 1e-4
+
+
+@pytest.mark.parametrize("form", ["alone", "beside a prompt"])
+def test_what_the_kernel_is_told_is_where_the_new_tokens_are(model, form, monkeypatch):
+    """It takes the newest column as it is: the other form of attention would not notice one beyond the buffer."""
+    told = []
+
+    def noted(queries, buffer, state, scale, sinks=None):
+        told.append((buffer, state))
+        return slot_attention.attend_with_mask(queries, buffer, state, scale, sinks)
+
+    for module in (slots_module, pieces_module):
+        monkeypatch.setattr(module, "attend_in_slots", noted)
+    bank, caches = filled(model, has_kernel=True)
+    rounds = 300  # past the end of 256 columns
+    bank._full_column += 256 * rounds
+    bank._ring_column += 16 * rounds
+    lengths = list(bank.lengths)
+    bank.begin()
+    if form == "alone":
+        logits_of_slots(SlotPieces(model, compile=False), mx.arange(3, 3 + len(bank)), bank)
+    else:
+        flat_logits(model, mx.arange(3, 6 + len(bank)), [Rows(caches[0], 3, True)], bank=bank)
+    assert len(told) == len(model.layers)
+    for i, (buffer, state) in enumerate(told):
+        newest, *known = state.tolist()
+        assert known == lengths
+        assert newest == bank._new_column(i) < buffer.shape[3]
+
+
+def test_few_shapes_of_slots_stay_traced(model, monkeypatch):
+    """A server that runs for days would keep a trace of every layer for each number of slots and of columns."""
+    made = []
+    monkeypatch.setattr(pieces_module.mx, "compile", lambda function: made.append(function) or function)
+    pieces = SlotPieces(model, compile=True)
+    num_pieces = len(made)
+    assert num_pieces == len(model.layers) + 1
+    for columns in range(pieces_module.MOST_SHAPES):
+        pieces.prepare((2, columns))
+    pieces.prepare((2, 0))
+    assert len(made) == num_pieces
+    pieces.prepare((4, 0))
+    assert len(made) == 2 * num_pieces
+    pieces.prepare((4, 0)), pieces.prepare((2, 0))
+    assert len(made) == 2 * num_pieces
+    bank, _ = filled(model, [6, 4], has_kernel=True)
+    bank.begin()
+    assert bank.shape == (2, bank._buffers[-1].shape[3])
+    shapes = []
+    monkeypatch.setattr(pieces, "prepare", shapes.append)
+    logits_of_slots(pieces, mx.array([5, 6]), bank)
+    assert shapes == [bank.shape]
 
 
 @pytest.mark.parametrize("has_kernel", [False, True])
@@ -113,7 +186,8 @@ def test_products_of_few_shapes_give_the_same(model, block, monkeypatch):
 
     monkeypatch.setattr(rows_module, "attend_by_products", noted)
     draw, found = np.random.default_rng(7), []
-    pieces = [[(0, 19), (1, 37)], [(0, 21), (1, 3)], [(1, 33), (0, 5)]]  # of two requests, pass after pass
+    # Of two requests, pass after pass; behind the last chunk there may be fewer rows than its products would like.
+    pieces = [[(0, 19), (1, 37)], [(0, 21), (1, 3)], [(1, 33), (0, 5)], [(0, 3), (1, 41)]]
     tokens = [mx.array(draw.integers(3, 250, (sum(n for _, n in each),))) for each in pieces]
     for pads in (False, True):
         limit = block * heads * 60
@@ -123,13 +197,49 @@ def test_products_of_few_shapes_give_the_same(model, block, monkeypatch):
         shapes.clear()
         for each, given in zip(pieces, tokens, strict=True):
             rows = [Rows(caches[owner], length, True) for owner, length in each]
-            found.append(flat_logits(model, given, rows, padding=4 * pads))
+            padding = 4 if len(found) % len(pieces) < 3 else 1
+            found.append(flat_logits(model, given, rows, padding=padding * pads))
             mx.eval([layer.buffers for cache in caches for layer in cache])
         if pads and block == 100 and all(each.window is None for each in model.spec.layers):
             assert all(num_padding(keys) == 0 for _, keys in shapes), shapes
-            assert {length for length, _ in shapes} >= {20, 40, 24}, shapes
-    for known, padded in zip(found[:3], found[3:], strict=True):
+            assert {length for length, _ in shapes} >= {20, 40, 24, 42}, shapes
+    for known, padded in zip(found[:4], found[4:], strict=True):
         assert max_difference(padded, np.array(known)) <= 1e-5
+
+
+def test_products_go_no_further_than_a_cache_does(fixtures, monkeypatch):
+    """A copy of a kept prefix has no places beyond it: taken back a little, it has fewer than products would like."""
+    model, shapes, found = load_fixture(fixtures / FAMILIES["openelm"]), set(), []
+
+    def noted(queries, keys, *rest):
+        shapes.add((queries.shape[2], keys.shape[2]))
+        return attend_by_products(queries, keys, *rest)
+
+    monkeypatch.setattr(rows_module, "attend_by_products", noted)
+    for pads in (False, True):
+        monkeypatch.setattr(model, "choices", replace(model.choices, prompt_products_to=2**25, pads_rows=pads))
+        kept = model.make_cache()
+        flat_logits(model, mx.arange(3, 45), [Rows(kept, 42, True)])
+        cache = [layer.fork(layer.snapshot()) for layer in kept]
+        for layer in cache:
+            layer.rewind(5)
+        shapes.clear()
+        found.append(flat_logits(model, mx.arange(50, 54), [Rows(cache, 4, True)], padding=7 * pads))
+        assert shapes == {(4, 41)}  # and not 48 keys
+        found.append(flat_logits(model, mx.arange(60, 69), [Rows(cache, 9, True)], padding=7 * pads))
+        assert (10, 56) in shapes if pads else (9, 50) in shapes  # it has grown
+    for known, padded in zip(found[:2], found[2:], strict=True):
+        assert max_difference(padded, np.array(known)) <= 1e-5
+
+
+def test_packed_keys_are_not_multiplied_as_they_are(monkeypatch):
+    model = random_model(head_dim=32)
+    monkeypatch.setattr(rows_module, "attend_by_products", pytest.fail)
+    found = []
+    for limit in (0, 2**25):
+        monkeypatch.setattr(model, "choices", replace(model.choices, prompt_products_to=limit, pads_rows=limit > 0))
+        found.append(flat_logits(model, mx.arange(3, 24), [Rows(model.make_cache(kv_bits=8), 21, True)]))
+    assert mx.array_equal(*found)
 
 
 def test_slots_are_copied_only_where_fewer_will_do(model):
@@ -227,16 +337,30 @@ def test_a_layer_of_a_step_in_slots_takes_few_operations(fixtures, monkeypatch):
     assert groups["Depends"] == 4 * layers + 1  # norms, attention
 
 
+def test_slots_are_given_the_gains_of_now(fixtures):
+    """What is made of a norm's gains is made again when they are replaced, by an update or one by one."""
+    model = load_fixture(fixtures / FAMILIES["openelm"])
+    layer, positions = model.layers[-1], [4, 30]
+    x = mx.random.normal((2, model.spec.hidden_size))
+    for name in ("q_norm", "k_norm"):
+        before = layer.before_slots(x, mx.array(positions, mx.float32))
+        layer.attn[name].weight = layer.attn[name].weight * 2 + 1
+        known, keys, values = layer.before_attention(x, mx.array(positions))
+        queries, new = layer.before_slots(x, mx.array(positions, mx.float32))
+        assert mx.array_equal(queries, known)
+        assert mx.array_equal(new, mx.stack([keys, values]))
+        assert not (mx.array_equal(queries, before[0]) and mx.array_equal(new, before[1]))
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("has_mask", [False, True])
-def test_products_are_attention_in_every_type(dtype, has_sinks, has_mask):
+def test_products_are_attention_in_every_type(dtype, has_sinks):
     draw = np.random.default_rng(1)
     queries, keys, values = (
-        mx.array(draw.normal(size=(3, heads, length, 16))).astype(dtype) for heads, length in ((8, 1), (2, 20), (2, 20))
+        mx.array(draw.normal(size=(3, heads, length, 16))).astype(dtype) for heads, length in ((8, 3), (2, 20), (2, 20))
     )
     sinks = mx.array(draw.normal(size=8)).astype(dtype) if has_sinks else None
-    mask = mx.arange(20) < mx.array([5, 20, 13])[:, None, None, None] if has_mask else None
+    mask = mx.arange(20) < mx.array([[5, 6, 7], [18, 19, 20], [11, 12, 13]])[:, None, :, None]
     found = attend_by_products(queries, keys, values, mask, None, sinks)
     assert found.dtype == dtype
     known = attend(queries, keys, values, mask, None, sinks)

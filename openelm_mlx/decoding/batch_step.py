@@ -76,6 +76,7 @@ class _CompiledRowsWalk(RowsWalk):
 
 def logits_of_slots(pieces: SlotPieces, tokens: mx.array, bank: SlotBank) -> mx.array:
     """The logits (S, V) after one token for each slot."""
+    pieces.prepare(bank.shape)
     positions = mx.array(bank.lengths, mx.float32)
     x, queries, new = pieces.first(tokens, positions)
     for i, piece in enumerate(pieces.between):

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SlotState = tuple[mx.array, mx.array, mx.array]
 # How many last pieces are kept for a model, one for each form of sampler; the others are few.
 MOST_CHOICES = 32
+# Shapes of slots that `SlotPieces` stay traced for: a trace takes up to 60 kB a layer, and MLX looks through them one by one.
+MOST_SHAPES = 32
 
 
 class Pieces:
@@ -129,13 +131,29 @@ class SlotPieces(Pieces):
 
     `first` gives the first layer's input, queries, and keys and values (`Block.before_slots`); each of `between` takes the
     input, the queries, the buffer that has been written into, and what `attend_in_slots` is told, and gives the same of the
-    next layer; `head_of_rows` gives the logits (S, V). They are traced anew for each number of columns.
+    next layer; `head_of_rows` gives the logits (S, V). They are traced anew for each number of slots and of columns.
     """
+
+    first: Callable[..., SlotState]
+    between: list[Callable[..., SlotState]]
+    head_of_rows: Callable[..., mx.array]
 
     def __init__(self, model: Model, compile: bool) -> None:
         super().__init__(model, compile)
-        layers = model.layers
-        mx.eval([layer.prepare_constants(for_slots=True) for layer in layers])
+        mx.eval([layer.prepare_constants(for_slots=True) for layer in model.layers])
+        self._shapes: set[tuple[int, int]] = set()
+        self._make()
+
+    def prepare(self, shape: tuple[int, int]) -> None:
+        """Called before a step with slots of this `SlotBank.shape`: traces of many earlier ones are given up."""
+        if shape not in self._shapes:
+            if len(self._shapes) >= MOST_SHAPES:
+                self._shapes.clear()
+                self._make()
+            self._shapes.add(shape)
+
+    def _make(self) -> None:
+        model, layers = self.model, self.model.layers
 
         def after(i: int, x: mx.array, queries: mx.array, buffer: mx.array, state: mx.array) -> mx.array:
             attention = layers[i].attention

@@ -71,6 +71,11 @@ class SlotBank:
         return len(self.owners)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Slots, and the columns of layers that keep everything: with one of them the buffers' shapes change."""
+        return len(self), self._places
+
+    @property
     def num_owners(self) -> int:
         """Slots that somebody has."""
         return sum(owner is not None for owner in self.owners)

@@ -105,14 +105,13 @@ def attend_by_products(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    mask: mx.array | None,
+    mask: mx.array,
     scale: float | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """`attend` as two products and a softmax, with a boolean mask (L, T) or (B, 1, L, T), or none.
+    """`attend` as two products and a softmax, with a boolean mask (L, T) or (B, 1, L, T).
 
-    For MLX's CUDA backend. It has no kernel for one query with a mask, and its kernel without one reads the keys once for
-    every query head; for several queries cuDNN builds a program for every shape.
+    For several queries on MLX's CUDA backend, where cuDNN builds a program for every shape.
     """
     B, H, L, D = queries.shape
     K = keys.shape[1]
@@ -121,11 +120,10 @@ def attend_by_products(
     scores = (queries.reshape(B, K, -1, D) @ keys.swapaxes(-1, -2)).reshape(B, H, L, -1)
     if sinks is None:
         # The products have rounded the scores already; the softmax is float32 inside.
-        seen = scores if mask is None else mx.where(mask, scores, mx.finfo(scores.dtype).min)
+        seen = mx.where(mask, scores, mx.finfo(scores.dtype).min)
         weights = mx.softmax(seen, axis=-1, precise=True)
     else:
-        scores = scores.astype(mx.float32) if mask is None else _masked(scores, mask)
-        weights = _softmax_with_sinks(scores, sinks[:, None, None], values.dtype)
+        weights = _softmax_with_sinks(_masked(scores, mask), sinks[:, None, None], values.dtype)
     weights = weights.reshape(B, K, -1, keys.shape[2])
     return (weights @ values).reshape(B, H, L, values.shape[-1])
 

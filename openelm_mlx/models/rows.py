@@ -197,7 +197,8 @@ class RowsWalk(WalkInParts):
 
     def _uses_products(self, rows: Rows, i: int) -> bool:
         """Whether layer `i` attends to a chunk of a prompt by products: see `KernelChoices.prompt_products_to`."""
-        num_scores = self._specs[i].num_heads * rows.length * (rows.cache[i].offset + rows.length)
+        num_keys = self._rounded(rows.cache[i].offset + rows.length)
+        num_scores = self._specs[i].num_heads * self._rounded(rows.length) * num_keys
         is_plain = not isinstance(rows.cache[i], QuantizedKVCache)
         return rows.is_prompt and rows.length > 1 and num_scores <= MOST_BLOCKS * self._products_to and is_plain
 

@@ -27,6 +27,7 @@ from openelm_mlx.models.adapter_targets import targets_of
 from openelm_mlx.models.adapters import AdapterConfig, attach, detach
 from openelm_mlx.models.low_rank import Adapter, Pair
 from openelm_mlx.models.rows import Rows, flat_logits
+from openelm_mlx.models.slots import SlotBank
 from openelm_mlx.runtime import runtime_of
 from openelm_mlx.specs import spec_from_config
 
@@ -263,6 +264,26 @@ def test_compiled_passes_by_rows(models):
         with adapters.using(adapters.select(ids)):
             found = step(mx.array([5, 5]), [Rows(cache) for cache in caches])
         assert mx.allclose(found, mx.stack(known), atol=2e-4)
+
+
+def test_compiled_slots_by_rows(models, monkeypatch):
+    """Requests that lie side by side, traced once, whoever sits in which slot."""
+    model = models["openelm"]
+    monkeypatch.setattr(model, "choices", replace(model.choices, slot_kernel=True))
+    adapters, step = model.adapters, BatchStep(model, compile=True)
+    for names in (("a", "b", "none"), ("none", "c", "a")):
+        bank, known = SlotBank(model.spec, evaluate=mx.eval, has_kernel=True), []
+        for at, name in enumerate(names):
+            with adapters.using(adapters.of(name)):
+                cache = model.make_cache()
+                mx.eval(model(mx.array([prompt_of(8, at)]), cache))
+                known.append(model(mx.array([[*prompt_of(8, at), 5]]))[0, -1])
+            bank.join(name, cache)
+        ids = [None if name == "none" else adapters.id_of(name) for name in names]
+        bank.begin()
+        with adapters.using(adapters.select([*ids, None])):
+            found = step(mx.array([5, 5, 5, 5]), [], bank)
+        assert mx.allclose(found[:3], mx.stack(known), atol=2e-4)
 
 
 def test_prompts_are_shared_with_the_same_adapter_alone(models):

@@ -17,6 +17,7 @@ from conftest import FIXTURES, load_fixture, random_model
 from short_demos import short_demo
 
 import openelm_mlx as om
+from openelm_mlx.decoding.pieces import forget_pieces
 from openelm_mlx.engine.active import Pending
 from openelm_mlx.engine.flat_pass import joined_tokens
 from openelm_mlx.errors import EngineClosedError, EngineFullError, MemoryLimitError, PromptError, SettingError
@@ -400,12 +401,17 @@ def with_slots(models, monkeypatch, request):
         choices = replace(
             model.choices,
             slots=True,
+            compiled_step=is_cuda,
             slot_kernel=is_cuda,
             prompt_products_to=30_000 if is_cuda else 0,  # not for the longest chunks
             pads_rows=is_cuda,
         )
         monkeypatch.setattr(model, "choices", choices)
-    return models
+        forget_pieces(model)
+    monkeypatch.setattr(mx, "compile", lambda function: function)  # which would call the machine's compiler
+    yield models
+    for model in models.values():
+        forget_pieces(model)
 
 
 @pytest.mark.slow

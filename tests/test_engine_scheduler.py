@@ -264,6 +264,42 @@ def test_a_length_whose_kernels_are_still_to_be_chosen_says_nothing():
     assert pace.length(2048) == 16
 
 
+def test_a_length_that_stays_slow_is_believed():
+    """Also where its second chunk is a little longer or shorter, as the end of a prompt is."""
+    pace = ChunkPace()
+    for _ in range(20):
+        pace.step_took(0.01, 0)
+    for _ in range(8):
+        pace.step_took(0.02, 64)
+    known = pace.length(2048)
+    assert known >= 64
+    pace.step_took(0.2, 100)
+    assert pace.length(2048) == known
+    pace.step_took(0.2, 110)
+    assert pace.length(2048) < known
+
+
+def test_the_first_chunk_of_all_is_believed():
+    """Nothing was expected of it."""
+    pace = ChunkPace()
+    for _ in range(20):
+        pace.step_took(0.01, 0)
+    pace.step_took(1.0, 64)
+    assert pace.length(2048) == 16
+
+
+def test_a_length_is_known_though_nobody_knew_the_usual_step():
+    pace = ChunkPace()
+    pace.step_took(0.2, 128)
+    for _ in range(20):
+        pace.step_took(0.01, 0)
+    for _ in range(8):
+        pace.step_took(0.02, 64)
+    known = pace.length(2048)
+    pace.step_took(0.2, 128)
+    assert pace.length(2048) < known
+
+
 @pytest.mark.parametrize("fixed", [0.0, 0.012, 0.02])
 def test_chunks_grow_while_requests_come_in_one_after_the_other(fixed):
     """Of 64 prompts one is always being computed while others decode: the usual step is measured all the same.

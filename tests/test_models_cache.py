@@ -432,3 +432,28 @@ def test_mlx_lms_prompt_store_keeps_whole_prompts(fixtures):
         token = int(mx.argmax(model(mx.array([rest]), found)[0, -1]))
         assert [token] == greedy(model, prompt + more, 1)
         assert found[0].offset == len(prompt) + len(more)
+
+
+@pytest.mark.parametrize("spare", [0, 8])
+@pytest.mark.parametrize("limit", [None, 300, 2100])
+def test_a_cache_says_how_many_places_it_will_have(spare, limit):
+    """Also where it was copied, taken back, or given places before."""
+
+    def appended(cache, count):
+        places = cache.capacity_for(count)
+        cache.update_and_fetch(mx.ones((1, 1, count, 2)), mx.ones((1, 1, count, 2)))
+        assert cache.keys.shape[2] == places
+        keys, values = cache.places(places)
+        assert keys.shape == values.shape == (1, 1, places, 2)
+        assert mx.isfinite(keys).all()
+        return cache
+
+    cache = KVCache(None, limit, spare)
+    for count in (3, 250, 9, 40, 1800):
+        appended(cache, count)
+    forked = cache.fork(cache.snapshot())
+    forked.rewind(7)
+    for count in (3, 4, 1):
+        appended(forked, count)
+    cache.reserve(2500)
+    appended(cache, 100)

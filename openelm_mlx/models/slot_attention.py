@@ -24,7 +24,6 @@ from .precision import runs_on_cpu
 
 # Sizes of heads that the kernel is written for: eight numbers a thread, and a power of two of threads a key.
 HEAD_DIMS = (32, 64, 128)
-NUMBERS_OF_A_THREAD = 8
 # Simdgroups in a threadgroup, and query heads that one goes through the keys for.
 SIMDGROUPS = 8
 MOST_HEADS = 4
@@ -199,7 +198,7 @@ def attend_in_slots(
 def attend_with_mask(
     queries: mx.array, buffer: mx.array, state: mx.array, scale: float, sinks: mx.array | None = None
 ) -> mx.array:
-    """`attend_in_slots` in MLX's own operations, for comparison."""
+    """`attend_in_slots` in MLX's own operations: where there is no kernel, and to compare it with."""
     columns = buffer.shape[3]
     ages = (state[0] - mx.arange(columns)) % columns
     mask = ages <= state[1:, None, None, None]

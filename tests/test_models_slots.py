@@ -278,11 +278,13 @@ def test_passes_with_prompts_have_few_numbers_of_rows():
     assert all(num_padding(n) <= n / 4 for n in range(1, 2049))
 
 
-def test_a_prompt_of_more_blocks_than_that_attends_as_ever(model, monkeypatch):
-    heads = model.spec.layers[0].num_heads
-    monkeypatch.setattr(model, "choices", replace(model.choices, prompt_products_to=heads * 20))
+@pytest.mark.parametrize(("length", "limit", "pads"), [(20, 20, False), (41, 211, True)])
+def test_a_prompt_of_more_blocks_than_that_attends_as_ever(model, monkeypatch, length, limit, pads):
+    """Those of 41 tokens would be eight, but are twelve of four queries and 48 keys where shapes are to be few."""
+    heads = min(each.num_heads for each in model.spec.layers)
+    monkeypatch.setattr(model, "choices", replace(model.choices, prompt_products_to=heads * limit, pads_rows=pads))
     monkeypatch.setattr(rows_module, "attend_by_products", pytest.fail)
-    flat_logits(model, mx.arange(3, 23), [Rows(model.make_cache(), 20, True)])
+    flat_logits(model, mx.arange(3, 3 + length), [Rows(model.make_cache(), length, True)], padding=7 * pads)
 
 
 def test_who_joins_is_written_in_place_and_waited_for_once(model):

@@ -174,6 +174,14 @@ def test_values_that_nobody_stored_are_not_used(values, on_a_gpu):
     assert kept.stored_choices() is None
 
 
+def test_what_an_older_version_stored_holds_as_far_as_it_is_known(on_a_gpu, monkeypatch):
+    """It had other choices, and not all of today's: those are as where nobody has measured."""
+    defaults = KernelChoices(slot_kernel=True, pads_rows=True)
+    monkeypatch.setattr(kept, "default_choices", lambda: defaults)
+    stored.store("choices", {"rows_in_a_tile": 64, "marks_keys": True, "products_from": 1_000_000, "pads_rows": False})
+    assert kept.stored_choices() == replace(defaults, rows_in_a_tile=64)
+
+
 @pytest.fixture
 def well(monkeypatch, tmp_path):
     """A self-check whose checks pass, and that measures no speeds, in a folder of its own."""

@@ -265,10 +265,11 @@ def _is_kernel_right() -> bool:
     Each of them is a program of its own, which the device's compiler may refuse. Requests: one that has gone round, one of a
     single token, and two that end within and at the end of what a threadgroup looks at together.
     """
-    kv_heads, columns, scale = 2, 75, 0.3
+    kv_heads, columns = 2, 75
     heads = kv_heads * 2 * MOST_HEADS
     state = mx.array([7, columns + 9, 0, 37, 63], mx.int32)
     for head_dim, dtype in itertools.product(HEAD_DIMS, (mx.bfloat16, mx.float16, mx.float32)):
+        scale = 1.5 * head_dim**-0.5
         queries = mx.random.normal((4, heads, 1, head_dim)).astype(dtype)
         buffer = mx.random.normal((2, 4, kv_heads, columns, head_dim)).astype(dtype)
         # Bfloat16 is gpt-oss's type, which has sinks; OpenELM has none, and the rest of the text is the same.

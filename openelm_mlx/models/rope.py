@@ -112,6 +112,7 @@ def _turned(
     is_second: mx.array,
     are_rotated: mx.array,
 ) -> mx.array:
+    """Of each pair one number: the first or the second (`Rotation.slot_constants`); where nothing is rotated, `own`."""
     angles = positions * frequencies
     cosines, sines = mx.cos(angles), mx.sin(angles)
     of_first, of_second = mx.where(is_second, sines, cosines), mx.where(is_second, cosines, -sines)
@@ -119,17 +120,7 @@ def _turned(
     return mx.where(are_rotated, turned.astype(own.dtype), own)
 
 
-@one_kernel
-def _rotated_pairs(
-    first: mx.array,
-    second: mx.array,
-    own: mx.array,
-    positions: mx.array,
-    frequencies: mx.array,
-    is_second: mx.array,
-    are_rotated: mx.array,
-) -> mx.array:
-    return _turned(first, second, own, positions, frequencies, is_second, are_rotated)
+_rotated_pairs = one_kernel(_turned)
 
 
 @one_kernel

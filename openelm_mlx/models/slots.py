@@ -41,8 +41,8 @@ class SlotBank:
 
     has_kernel: attention is one kernel of our own (`KernelChoices.slot_kernel`). evaluate: given what has been moved, one
     layer after the other, so that only one is there twice (`mx.eval`). settle: waits until nothing is being computed
-    (`mx.synchronize`): what a pass still reads would not be written in place, but copied. A step is `begin`, `attend` for
-    every layer, and `end`; without its end it has not been.
+    (`mx.synchronize`): what a pass still reads would not be written in place, but copied. A step is `begin`, `attend` or
+    `write` for every layer, and `end`; without its end it has not been.
     """
 
     def __init__(

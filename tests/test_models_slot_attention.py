@@ -16,7 +16,7 @@ def case(slots=3, heads=6, kv_heads=2, columns=40, head_dim=32, has_sinks=True):
     draw = np.random.default_rng(heads)
     queries = draw.standard_normal((slots, heads + kv_heads, 1, head_dim)).astype(np.float32)[:, :heads]
     buffer = draw.standard_normal((2, slots, kv_heads, columns, head_dim)).astype(np.float32)
-    state = np.array([5, *[columns + 9, 0, 17, columns - 1][:slots]], np.int32)
+    state = np.array([5, *[columns + 9, 17, 0, columns - 1][:slots]], np.int32)
     sinks = draw.standard_normal(heads).astype(np.float32) if has_sinks else None
     return queries, buffer, state, 0.2, sinks
 

@@ -17,6 +17,8 @@ from conftest import FIXTURES, load_fixture, random_model
 from short_demos import short_demo
 
 import openelm_mlx as om
+from openelm_mlx.decoding import batch_step
+from openelm_mlx.decoding.batch_step import logits_of_slots
 from openelm_mlx.decoding.pieces import forget_pieces
 from openelm_mlx.engine.active import Pending
 from openelm_mlx.engine.flat_pass import joined_tokens
@@ -409,7 +411,15 @@ def with_slots(models, monkeypatch, request):
         monkeypatch.setattr(model, "choices", choices)
         forget_pieces(model)
     monkeypatch.setattr(mx, "compile", lambda function: function)  # which would call the machine's compiler
+    in_pieces = []
+
+    def noted(*arguments):
+        in_pieces.append(arguments)
+        return logits_of_slots(*arguments)
+
+    monkeypatch.setattr(batch_step, "logits_of_slots", noted)
     yield models
+    assert bool(in_pieces) == is_cuda
     for model in models.values():
         forget_pieces(model)
 

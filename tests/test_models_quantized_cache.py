@@ -331,7 +331,7 @@ def test_the_model_s_setting_and_a_request_s_own(monkeypatch):
 def test_the_demos_answer_the_same(source):
     model, tokenizer = om.load(source, dtype="float32")
     for question in ("What is a banjo?", "What is a violin?"):
-        options = {"max_tokens": 16}
+        options = {"max_tokens": 16 if source == "demo-openelm" else 40}  # of which some are reasoning
         plain = om.generate(model, tokenizer, question, **options)
         assert om.generate(model, tokenizer, question, kv_bits=8, **options) == plain != ""
 

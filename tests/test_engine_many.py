@@ -411,15 +411,7 @@ def with_slots(models, monkeypatch, request):
         monkeypatch.setattr(model, "choices", choices)
         forget_pieces(model)
     monkeypatch.setattr(mx, "compile", lambda function: function)  # which would call the machine's compiler
-    in_pieces = []
-
-    def noted(*arguments):
-        in_pieces.append(arguments)
-        return logits_of_slots(*arguments)
-
-    monkeypatch.setattr(batch_step, "logits_of_slots", noted)
     yield models
-    assert bool(in_pieces) == is_cuda
     for model in models.values():
         forget_pieces(model)
 
@@ -455,8 +447,14 @@ def test_slots_give_the_tokens_of_caches_apart(with_slots, family, seed):
 
 
 @pytest.mark.slow
-def test_a_prompt_comes_in_beside_slots(with_slots):
-    model = with_slots["gpt_oss"]
+def test_a_prompt_comes_in_beside_slots(with_slots, monkeypatch):
+    model, in_pieces = with_slots["gpt_oss"], []
+
+    def noted(*arguments):
+        in_pieces.append(arguments)
+        return logits_of_slots(*arguments)
+
+    monkeypatch.setattr(batch_step, "logits_of_slots", noted)
     prompts = [prompt_of(9, 1), prompt_of(30, 2), prompt_of(200, 3)]
     alone = [seen(om.stream_generate(model, None, prompt, max_tokens=40)) for prompt in prompts]
     with om.Engine(model) as engine:
@@ -468,3 +466,4 @@ def test_a_prompt_comes_in_beside_slots(with_slots):
     assert [[each[0] for each in found] for found in rest] == [
         [each[0] for each in found][skip:] for found, skip in zip(alone, (1, 1, 0), strict=True)
     ]
+    assert bool(in_pieces) == model.choices.slot_kernel

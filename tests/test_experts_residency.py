@@ -38,8 +38,9 @@ from openelm_mlx.experts.residency import Streaming
 from openelm_mlx.experts.slots import LeastRecentlyUsed, SlotTable, blocks_of, by_last_use
 from openelm_mlx.generate import stream_generate
 from openelm_mlx.models import base
-from openelm_mlx.models.moe import Experts, sort_routes, uses_tiles
+from openelm_mlx.models.moe import Experts, sort_routes
 from openelm_mlx.models.precision import KernelChoices
+from openelm_mlx.models.routing_ways import rows_at_once, uses_tiles
 from openelm_mlx.specs import spec_from_config
 from openelm_mlx.weights import load_model
 
@@ -225,6 +226,30 @@ def test_the_kernel_follows_from_routes_and_the_model_s_experts(
         mx.eval(each.layers[0].mlp(x, mx.float32))
         kernels.append(set(seen))
     assert kernels[0] == kernels[1] == {"tiles" if uses_tiles(4 * num_tokens, num_experts) else "rows"}
+
+
+@pytest.mark.parametrize("num_slots", [4, 9, 32])
+def test_of_tokens_that_want_the_same_experts_no_more_rows_are_computed_at_once(folders, num_slots, monkeypatch):
+    """They are one block, which is computed in parts: bit for bit what it gives at once, and every expert is read once."""
+    seen, gather_qmm = [], mx.gather_qmm
+
+    def spy(x, weight, *args, rhs_indices, **kwargs):
+        seen.append(rhs_indices.size)
+        return gather_qmm(x, weight, *args, rhs_indices=rhs_indices, **kwargs)
+
+    known, _ = om.load(folders[32], dtype="float32")
+    model, _ = om.load(folders[32], dtype="float32", expert_slots=num_slots)
+    x = mx.random.normal((1, 150, 64), key=mx.random.key(3))
+    for each in (known, model):
+        each.layers[0].mlp.router.bias = mx.where(mx.arange(32) < 4, 1e4 * mx.ones((32,)), 0.0)
+    expected = known.layers[0].mlp(x, mx.float32)
+    mx.eval(expected)
+    monkeypatch.setattr(mx, "gather_qmm", spy)
+    assert mx.array_equal(model.layers[0].mlp(x, mx.float32), expected)
+    most = rows_at_once(600, 32, num_slots)
+    assert max(seen) == most
+    assert len(seen) == 2 * -(-600 // most)
+    assert model.layers[0].mlp.experts.bank.statistics.misses == 4
 
 
 @pytest.mark.parametrize("way", ["unsorted", "sorted", "grouped", "blocks_16", "blocks_32"])

@@ -29,10 +29,11 @@ from openelm_mlx.errors import ConfigError
 from openelm_mlx.models import build_model, precision
 from openelm_mlx.models.attention import attend, block_mask, causal_mask, visible_keys
 from openelm_mlx.models.gpt_oss import GptOss
-from openelm_mlx.models.moe import SORT_FROM_ROUTES, Experts, Routes, clamped_swiglu
+from openelm_mlx.models.moe import Experts, Routes, clamped_swiglu
 from openelm_mlx.models.norm import RMSNorm
 from openelm_mlx.models.precision import runs_on_cpu
 from openelm_mlx.models.rope import Rotation, rotary_periods, rotate, yarn_inverse_frequencies
+from openelm_mlx.models.routing_ways import SORT_FROM_ROUTES
 from openelm_mlx.specs import ModelSpec, YarnSpec, gpt_oss_config, spec_from_config
 
 TOLERANCE = 1e-4

@@ -23,7 +23,7 @@ from openelm_mlx.experts.slots import LeastRecentlyUsed, PolicyFactory, SlotTabl
 from openelm_mlx.files import open_regular, unreadable
 from openelm_mlx.memory.chips import READ_BACK_SECONDS
 from openelm_mlx.memory.rates import Rates
-from openelm_mlx.models.moe import SORT_FROM_ROUTES
+from openelm_mlx.models.routing_ways import SORT_FROM_ROUTES
 from openelm_mlx.outputs import output_file
 from openelm_mlx.specs import ModelSpec
 

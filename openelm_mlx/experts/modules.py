@@ -12,8 +12,8 @@ import numpy as np
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.reader import TensorEntry
 from ..models.groups import groups_on_host, make_groups
-from ..models.moe import SORT_FROM_ROUTES, TILE_FROM_ROWS, Experts, Routes, uses_tiles
-from ..models.routing_ways import SORTED, UNSORTED
+from ..models.moe import Experts, Routes
+from ..models.routing_ways import SORTED, UNSORTED, fewest_rows, rows_at_once, uses_tiles
 from .bank import ExpertBank, Lock
 from .records import HostTarget, Record, RecordFile, RecordReader
 from .slots import rounds_of
@@ -64,6 +64,7 @@ class StreamedExperts:
         routes = chosen.ravel()
         rows = x.reshape(-1, x.shape[-1])
         tiles = way == SORTED and uses_tiles(routes.size, self.bank.num_experts)
+        most = rows_at_once(routes.size, self.bank.num_experts, self.bank.num_slots)
         pieces: list[mx.array] = []
         positions: list[np.ndarray] = []
         try:
@@ -75,7 +76,8 @@ class StreamedExperts:
                 order = np.argsort(slots, kind="stable")
                 mine, slots = mine[order], slots[order]
                 if way in (UNSORTED, SORTED):
-                    pieces.append(self._block(rows, routes, mine, slots, tiles, chosen.shape[-1]))
+                    for part in (slice(start, start + most) for start in range(0, len(mine), most)):
+                        pieces.append(self._block(rows, routes, mine[part], slots[part], tiles, chosen.shape[-1]))
                 else:
                     pieces.append(self._groups(rows, routes, mine, slots, way, chosen.shape[-1]))
                 positions.append(mine)
@@ -95,7 +97,7 @@ class StreamedExperts:
         count = len(mine)
         if tiles:
             # The bank has fewer experts than the model, so by itself it could fall below the threshold for tiles.
-            filler = max(0, max(SORT_FROM_ROUTES, TILE_FROM_ROWS * self.bank.num_slots) - count)
+            filler = max(0, fewest_rows(self.bank.num_slots) - count)
             mine = np.concatenate([mine, np.repeat(mine[-1:], filler)])
             slots = np.concatenate([slots, np.repeat(slots[-1:], filler)])
         numbers = mx.array((mine // k).astype(np.uint32))

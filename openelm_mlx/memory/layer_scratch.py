@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..models.routing_ways import BY_SORTING, IN_BLOCKS, MOST_ROUTES_OF_A_TABLE, ExpertWays, most_places
+from ..models.routing_ways import (
+    BY_SORTING,
+    IN_BLOCKS,
+    MOST_ROUTES_OF_A_TABLE,
+    UNSORTED,
+    ExpertWays,
+    fewest_rows,
+    most_places,
+    rows_at_once,
+    uses_tiles,
+    way_for,
+)
 from ..specs import KV_SCORES_BYTES, KV_UNPACK_FROM, LayerSpec, ModelSpec
 
 FLOAT32 = 4
@@ -36,18 +47,35 @@ class LayerScratch:
 
 
 def layer_scratch(
-    spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None = None
+    spec: ModelSpec,
+    layer: LayerSpec,
+    L: int,
+    offset: int,
+    itemsize: int,
+    backend: str,
+    kv_bits: int | None = None,
+    slots: int | None = None,
 ) -> LayerScratch:
-    """The scratch memory of one layer for `L` tokens after `offset` cached ones, with numbers of `itemsize` bytes."""
-    return counting(spec, layer, L, offset, itemsize, backend, kv_bits).layer()
+    """The scratch memory of one layer for `L` tokens after `offset` cached ones, with numbers of `itemsize` bytes.
+
+    slots: how many of the layer's experts are in memory, None: all of them.
+    """
+    return counting(spec, layer, L, offset, itemsize, backend, kv_bits, slots).layer()
 
 
 def counting(
-    spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, backend: str, kv_bits: int | None
+    spec: ModelSpec,
+    layer: LayerSpec,
+    L: int,
+    offset: int,
+    itemsize: int,
+    backend: str,
+    kv_bits: int | None,
+    slots: int | None = None,
 ) -> Counting:
     """The sums of one layer for `L` tokens, as this backend computes it."""
     if backend == "cpu":
-        return _OnCpu(spec, layer, L, offset, itemsize, kv_bits)
+        return _OnCpu(spec, layer, L, offset, itemsize, kv_bits, slots)
     return _OnGpu(spec, layer, L, offset, itemsize, kv_bits, _EXPERT_WAYS[backend])
 
 
@@ -117,6 +145,19 @@ class Counting:
 class _OnCpu(Counting):
     """MLX's CPU backend: norms, rotations, attention and experts are computed in float32, in many steps."""
 
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layer: LayerSpec,
+        L: int,
+        offset: int,
+        itemsize: int,
+        kv_bits: int | None,
+        slots: int | None,
+    ) -> None:
+        super().__init__(spec, layer, L, offset, itemsize, kv_bits)
+        self.slots = slots if layer.num_experts else None
+
     def cast(self, count: int) -> int:
         """A copy in float32, which float32 does not need."""
         return FLOAT32 * count if self.itemsize < FLOAT32 else 0
@@ -180,17 +221,76 @@ class _OnCpu(Counting):
         if not self.layer_spec.num_experts:
             inner = self.L * self.layer_spec.intermediate_size
             return merged + 2 * e * self.hidden + self.norm(self.hidden) + 3 * e * inner
-        routed, inner = self.routes * self.spec.hidden_size, self.routes * self.layer_spec.intermediate_size
-        add = FLOAT32 * self.hidden + self.cast(self.hidden) + self.rounded(self.hidden)
-        norm = 2 * FLOAT32 * self.hidden + self.rounded(self.hidden)
-        router = 3 * FLOAT32 * self.L * self.layer_spec.num_experts
-        gate_up = self.cast(routed) + FLOAT32 * 2 * inner + self.rounded(2 * inner) + e * 2 * inner
-        swiglu = 3 * FLOAT32 * inner + (2 * self.cast(inner) + self.rounded(inner) if e < FLOAT32 else 0)
-        down = self.cast(inner) + FLOAT32 * routed + self.rounded(routed) + 3 * e * routed
-        # To be summed (models/moe.py, `weighted_sum`).
-        is_copied = e < FLOAT32 and self.routes <= MOST_ROUTES_OF_A_TABLE
-        summed = 2 * (e + FLOAT32) * self.hidden + (FLOAT32 * routed if is_copied else 0)
-        return merged + 2 * add + norm + router + e * routed + gate_up + swiglu + down + summed
+        square = normed = FLOAT32 * self.hidden
+        # The attention's product, and its sum with the residual stream, which is another array where it is rounded.
+        product = e * self.hidden + self.cast(self.hidden) + self.rounded(self.hidden) if e < FLOAT32 else 0
+        kept = FLOAT32 * self.hidden + normed + self.rounded(self.hidden) + self.routing()
+        if self.slots is not None:
+            return kept + max(merged + product + square, self.by_blocks(self.slots))
+        layer = self.layer_spec
+        is_sorted = way_for(self.L, layer.experts_per_token, layer.num_experts, BY_SORTING) != UNSORTED
+        rows = self.through_experts(self.routes, self.routes if is_sorted else self.L)
+        rows += e * self.routes * self.spec.hidden_size * (2 if is_sorted else 0)  # gathered, and back in their order
+        # MLX dispatches a hundred steps and no more before it waits. With casts the layer has more than that: until its last
+        # arrays are there, the first ones have been given back.
+        first = product + square + merged
+        gone = 0 if e == FLOAT32 else first if is_sorted else product + merged
+        return kept + first - gone + rows + self.summed()
+
+    def routing(self) -> int:
+        """The router's logits and which of them are the largest; and of each route some numbers."""
+        return FLOAT32 * (2 * self.L * self.layer_spec.num_experts + 8 * self.routes)
+
+    def through_experts(self, rows: int, inputs: int) -> int:
+        """So many rows through their experts, once the `inputs` are gathered; their outputs are the last array."""
+        e, inner, hidden = self.itemsize, rows * self.layer_spec.intermediate_size, rows * self.spec.hidden_size
+        down = self.cast(inner) + FLOAT32 * inner + FLOAT32 * hidden + self.rounded(hidden) + e * hidden
+        return self.gate_up(rows, inputs) + self.swiglu(rows) + down
+
+    def gate_up(self, rows: int, inputs: int) -> int:
+        """The first product of the experts and its bias; it takes a copy of its input, though that is contiguous."""
+        inner, gathered = rows * self.layer_spec.intermediate_size, inputs * self.spec.hidden_size
+        return self.cast(gathered) + FLOAT32 * gathered + (FLOAT32 + self.itemsize) * 2 * inner
+
+    def swiglu(self, rows: int) -> int:
+        inner = rows * self.layer_spec.intermediate_size
+        return self.rounded(2 * inner) + 3 * FLOAT32 * inner + 2 * self.cast(inner) + self.rounded(inner)
+
+    def summed(self) -> int:
+        """The experts' outputs summed (models/moe.py, `weighted_sum`), and added to the residual stream."""
+        is_few = self.routes <= MOST_ROUTES_OF_A_TABLE
+        copied = self.cast(self.routes * self.spec.hidden_size) if is_few else 0
+        product = FLOAT32 * self.hidden + (0 if is_few else self.rounded(self.hidden))
+        return copied + product + self.rounded(self.hidden) + self.cast(self.hidden)
+
+    def by_blocks(self, slots: int) -> int:
+        """The experts' part where they are on disk: a few rows at a time (experts/modules.py, `_by_blocks`), the outputs of
+        all of them, and at the end their sum.
+
+        As far as MLX dispatches, there are two parts and the first product of a third one in float32; casts make the way of
+        a part longer, so that the first is given back when the second one is past its swiglu.
+        """
+        e, routes, num_experts = self.itemsize, self.routes, self.layer_spec.num_experts
+        wanted, size = min(num_experts, routes), max(1, slots // 2)  # experts/slots.py, `blocks_of`
+        blocks = -(-wanted // size) + (size > 1)
+        fewest = fewest_rows(slots) if uses_tiles(routes, num_experts) else 1
+        most = rows_at_once(routes, num_experts, slots)
+
+        def rows_of(part: int) -> int:
+            left = routes - part * most
+            return max(fewest if part < blocks else 0, min(most, left)) if left > 0 or fewest > 1 else 0
+
+        first, second, third = map(rows_of, range(3))
+        outputs = e * (routes + blocks * (fewest - 1)) * self.spec.hidden_size
+        # What is gathered in place of the outputs, which are counted apart.
+        computing = whole = self.through_experts(first, first)
+        if e < FLOAT32:
+            computing += self.gate_up(second, second) + self.swiglu(second)
+        else:
+            computing += self.through_experts(second, second)
+            computing += self.gate_up(third, third) + e * third * self.spec.hidden_size
+        at_end = whole + 2 * e * routes * self.spec.hidden_size + self.summed()
+        return outputs + max(computing, at_end)
 
 
 class _OnGpu(Counting):

@@ -146,8 +146,11 @@ class _Planner:
         limit = self.limit
         if self.request.memory_limit is None:
             limit = min(limit, max(limit // 2, self.machine.memory_bytes - LEFT_TO_FILES))
-        room = limit - self.plan(context, chunk, 0, with_limits=False).process_bytes
-        return min(self.num_experts - 1, max(self.per_token, room // max(1, self.weights.slot)))
+        fit = most_that(
+            lambda slots: self.plan(context, chunk, slots, with_limits=False).process_bytes <= limit,
+            self.num_experts - 1,
+        )
+        return max(self.per_token, fit)
 
     def plan(
         self,
@@ -161,7 +164,9 @@ class _Planner:
         kv_bits = self.request.kv_bits if kv_bits is None else kv_bits
         batch_size = self.request.batch_size if batch_size is None else batch_size
         kv = kv_cache_bytes(self.spec, context, self.itemsize, batch_size, kv_bits)
-        scratch = scratch_bytes(self.spec, chunk, context, self.itemsize, batch_size, self.machine.backend, kv_bits)
+        scratch = scratch_bytes(
+            self.spec, chunk, context, self.itemsize, batch_size, self.machine.backend, kv_bits, slots
+        )
         scratch = int(scratch * self.scratch_factor) + self.weights.adapter_scratch * min(chunk, batch_size * context)
         weights = self.weights_bytes(slots)
         total = weights + kv + scratch

@@ -1,9 +1,10 @@
 """Scratch memory: the arrays besides weights and caches that are alive at the same time, computed from the shapes.
 
 MLX allocates an array when the operation that makes it is dispatched, and frees it when the last operation that reads it
-has been computed. A prompt goes through a model part by part (decoding/prefill.py, `in_turn`), so the live arrays are all
-those that one part makes: on the CPU one part of a layer, on a GPU a few successive layers. An elementwise operation reuses
-its input's memory if nothing else reads it.
+has been computed; it dispatches some hundred steps before it waits for the first ones. A prompt goes through a model part
+by part (decoding/prefill.py, `in_turn`), so the live arrays are all those that one part makes, but for the first ones of a
+part of more steps: on the CPU one part of a layer, on a GPU a few successive layers. An elementwise operation reuses its
+input's memory if nothing else reads it.
 
 What one layer makes is in layer_scratch.py; here are passes over all layers, of one request and of several.
 """
@@ -29,20 +30,29 @@ GUESSED = 9
 
 @lru_cache(maxsize=4096)  # a plan tries many lengths, and a table of Macs the same ones for each of them
 def scratch_bytes(
-    spec: ModelSpec, chunk: int, context: int, itemsize: int, batch_size: int, backend: str, kv_bits: int | None = None
+    spec: ModelSpec,
+    chunk: int,
+    context: int,
+    itemsize: int,
+    batch_size: int,
+    backend: str,
+    kv_bits: int | None = None,
+    slots: int | None = None,
 ) -> int:
     """The largest scratch memory of all passes over a prompt's chunks, or over one token.
 
     chunk, context: tokens at once, and in total, from an empty cache on: full chunks and a remainder. batch_size:
     how many requests are at work, each with so long a context: all decode, or one has a chunk of its prompt instead, or
-    several prompts that are shorter share a chunk.
+    several prompts that are shorter share a chunk. slots: how many of a layer's experts are in memory, None: all of them.
     """
     shared, chunk = min(chunk, batch_size * context), min(chunk, context)
     full = context // chunk * chunk
     guessed = min(GUESSED, context)
     passes = [(chunk, full - chunk, True), (context - full, full, True), (guessed, context - guessed, False)]
     largest = max(
-        pass_bytes(spec, L, offset, itemsize, backend, kv_bits, is_prompt) for L, offset, is_prompt in passes if L
+        pass_bytes(spec, L, offset, itemsize, backend, kv_bits, is_prompt, slots)
+        for L, offset, is_prompt in passes
+        if L
     )
     # A full layer's buffers are briefly in memory twice while they grow, when nothing is computed.
     grown = max(
@@ -61,8 +71,8 @@ def scratch_bytes(
             parts = [PassPart(context, 0, spec.layers, kv_bits, shared // context)]
             if shared % context:
                 parts.append(PassPart(shared % context, 0, spec.layers, kv_bits))
-            largest = max(largest, parts_bytes(spec, parts, itemsize, backend))
-        largest = max(largest, *(flat_pass_bytes(spec, *each, itemsize, backend, kv_bits) for each in flat))
+            largest = max(largest, parts_bytes(spec, parts, itemsize, backend, slots))
+        largest = max(largest, *(flat_pass_bytes(spec, *each, itemsize, backend, kv_bits, slots) for each in flat))
     return max(largest, logits_bytes(spec, batch_size))
 
 
@@ -79,6 +89,7 @@ def flat_pass_bytes(
     itemsize: int,
     backend: str,
     kv_bits: int | None = None,
+    slots: int | None = None,
 ) -> int:
     """Bytes that a pass over several requests takes: one token of each that decodes, `chunk` tokens of one prompt.
 
@@ -89,7 +100,7 @@ def flat_pass_bytes(
     alone = [PassPart(1, cached, spec.layers, kv_bits, number) for cached, number in Counter(rows).items()]
     if chunk:
         alone.append(PassPart(chunk, offset, spec.layers, kv_bits))
-    return parts_bytes(spec, alone, itemsize, backend)
+    return parts_bytes(spec, alone, itemsize, backend, slots)
 
 
 class PassPart(NamedTuple):
@@ -106,7 +117,9 @@ class PassPart(NamedTuple):
     number: int = 1
 
 
-def parts_bytes(spec: ModelSpec, parts: Sequence[PassPart], itemsize: int, backend: str) -> int:
+def parts_bytes(
+    spec: ModelSpec, parts: Sequence[PassPart], itemsize: int, backend: str, slots: int | None = None
+) -> int:
     """Bytes that a pass over several requests takes, as `flat_pass_bytes`, where their caches may be of different kinds."""
     parts = _together(parts)
     L = sum(part.number * part.length for part in parts)
@@ -114,7 +127,7 @@ def parts_bytes(spec: ModelSpec, parts: Sequence[PassPart], itemsize: int, backe
         return 0
 
     def layer_of(layers: Sequence[LayerSpec]) -> LayerScratch:
-        together = counting(spec, layers[0], L, 0, itemsize, backend, parts[0].kv_bits)
+        together = counting(spec, layers[0], L, 0, itemsize, backend, parts[0].kv_bits, slots)
         attention = itemsize * together.queries  # what each request's gives, side by side
         attention += sum(
             part.number * counting(spec, layer, part.length, part.cached, itemsize, backend, part.kv_bits).attention()
@@ -156,6 +169,7 @@ def pass_bytes(
     backend: str,
     kv_bits: int | None = None,
     is_prompt: bool = False,
+    slots: int | None = None,
 ) -> int:
     """The scratch memory of one pass for `L` tokens after `offset` cached ones. is_prompt: of the last layer only the new keys
     and values, and one token, are computed.
@@ -164,7 +178,8 @@ def pass_bytes(
     stream = L * spec.hidden_size * (FLOAT32 if spec.layers[0].num_experts else itemsize)
     # Many layers have the same shape, gpt-oss's two of them in turns: each is counted once.
     of = {
-        layer: layer_scratch(spec, layer, L, offset, itemsize, backend, kv_bits) for layer in dict.fromkeys(spec.layers)
+        layer: layer_scratch(spec, layer, L, offset, itemsize, backend, kv_bits, slots)
+        for layer in dict.fromkeys(spec.layers)
     }
     is_cut = is_prompt and L > 1
     last = of[spec.layers[-1]].before if is_cut else 0

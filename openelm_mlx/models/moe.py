@@ -18,23 +18,16 @@ from mlx import nn
 from ..specs import LayerSpec, ModelSpec
 from .groups import Groups, make_groups
 from .precision import linear, one_kernel, runs_on_cpu, widen
-from .routing_ways import BY_SORTING, MOST_ROUTES_OF_A_TABLE, SORTED, UNSORTED, ExpertWays, way_for
-
-# So many (token, expert) routes are many: no constants are kept for their number, and tiles may be worth it. Which way they
-# go is a matter of the machine (models/routing_ways.py); only shapes decide, so that the same prompt always takes the same.
-SORT_FROM_ROUTES = 64
-# From so many sorted rows an expert of the array it is given, MLX multiplies by tiles instead of row by row, and rounds in
-# another order (metal/quantized.cpp, GatherQMM::eval_gpu, 0.32.4). Who has fewer experts in the array must not get there
-# earlier: the promise that slots are sorted, without which no tiles are used, is given by `uses_tiles` alone.
-TILE_FROM_ROWS = 4
-
-
-def uses_tiles(num_routes: int, num_experts: int) -> bool:
-    """Whether so many (token, expert) routes of a layer with so many experts are multiplied by tiles.
-
-    num_experts: the model's, however many of them are in memory.
-    """
-    return num_routes >= max(SORT_FROM_ROUTES, TILE_FROM_ROWS * num_experts)
+from .routing_ways import (
+    BY_SORTING,
+    MOST_ROUTES_OF_A_TABLE,
+    SORT_FROM_ROUTES,
+    SORTED,
+    UNSORTED,
+    ExpertWays,
+    uses_tiles,
+    way_for,
+)
 
 
 class Routes(NamedTuple):

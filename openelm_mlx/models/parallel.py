@@ -17,8 +17,8 @@ from mlx import nn
 
 from ..errors import UserError
 from .groups import make_groups
-from .moe import Experts, MoE, Routes, sort_routes, uses_tiles, weighted_sum
-from .routing_ways import GROUPED, SORTED, UNSORTED
+from .moe import Experts, MoE, Routes, sort_routes, weighted_sum
+from .routing_ways import GROUPED, SORTED, UNSORTED, uses_tiles
 
 if TYPE_CHECKING:
     from . import Model

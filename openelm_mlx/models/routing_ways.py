@@ -31,6 +31,13 @@ ROUTES_A_ROW = 4
 # As far as a table speaks, 128 rows. More routes are sorted whatever it says: that is a prompt, and places for padding
 # would be memory for nothing.
 MOST_ROUTES_OF_A_TABLE = 512
+# So many (token, expert) routes are many: no constants are kept for their number, and tiles may be worth it. Only shapes
+# decide, so that the same prompt always takes the same way.
+SORT_FROM_ROUTES = 64
+# From so many sorted rows an expert of the array it is given, MLX multiplies by tiles instead of row by row, and rounds in
+# another order (metal/quantized.cpp, GatherQMM::eval_gpu, 0.32.4). Who has fewer experts in the array must not get there
+# earlier: the promise that slots are sorted, without which no tiles are used, is given by `uses_tiles` alone.
+TILE_FROM_ROWS = 4
 # The most rows for which every expert gets as many places as there are rows.
 MOST_ROWS_GROUPED = 32
 # Groups have to be fewer than routes by this much: each is one reading of an expert, and making them costs some kernels.
@@ -58,6 +65,29 @@ def _suits(way: str, num_rows: int, routes: int, num_experts: int) -> bool:
     if way == GROUPED and num_rows > MOST_ROWS_GROUPED:
         return False
     return num_groups(way, num_rows, routes, num_experts) <= FEWER_GROUPS * routes
+
+
+def uses_tiles(num_routes: int, num_experts: int) -> bool:
+    """Whether so many (token, expert) routes of a layer with so many experts are multiplied by tiles.
+
+    num_experts: the model's, however many of them are in memory.
+    """
+    return num_routes >= max(SORT_FROM_ROUTES, TILE_FROM_ROWS * num_experts)
+
+
+def fewest_rows(num_slots: int) -> int:
+    """With how many rows at least MLX multiplies by tiles where so many experts are in memory: a block of fewer is filled."""
+    return max(SORT_FROM_ROUTES, TILE_FROM_ROWS * num_slots)
+
+
+def rows_at_once(num_routes: int, num_experts: int, num_slots: int) -> int:
+    """How many rows of so many routes are computed at once, at most, where experts are read from disk in blocks.
+
+    What half of the slots have if all experts are chosen as often: tokens that all want the same few experts would take as
+    much memory as if all experts were there.
+    """
+    share = -(-num_routes * max(1, num_slots // 2) // num_experts)
+    return max(share, fewest_rows(num_slots))
 
 
 def most_places(num_rows: int, experts_per_token: int, num_experts: int, ways: ExpertWays) -> int:

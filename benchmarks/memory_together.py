@@ -167,8 +167,13 @@ def measure(name: str, source: str) -> dict[str, int]:
     if kept == 0 and max(prompt for prompt, _ in mixture.requests) < LONG:
         # While nobody decodes, as many prompts share a pass as the plan's chunk has tokens for.
         first = max(1, model.plan.prefill_chunk // mixture.chunk)
-        together = [admission.part(mixture.chunk, 0)] * min(first, len(held))
-        planned = max(planned, in_use + admission.growth(held).more + admission.parts_bytes(together, len(held)))
+        for offset in range(0, max(prompt for prompt, _ in mixture.requests), mixture.chunk):
+            together = [
+                admission.part(min(mixture.chunk, prompt - offset), offset)
+                for prompt, _ in mixture.requests[:first]
+                if prompt > offset
+            ]
+            planned = max(planned, in_use + admission.growth(held).more + admission.parts_bytes(together, len(held)))
     keys_values = sum(admission.kv_bytes(each.reserved) for each in held) + kept
     prompts = [
         common + _prompt(model.spec.vocab_size, prompt - len(common), seed)

@@ -55,7 +55,41 @@ def test_a_plan_is_near_the_peak_of_its_run(source, layers, repeated, checkpoint
         source if layers is None else short_demo(source, layers),
         data=chats(repeated), output=tmp_path / "out", steps=1, batch_size=3, checkpointing=checkpointing,
     )  # fmt: skip
-    assert 0.9 < peak_of_run(prepared) / prepared.plan.total_bytes < 1.05
+    assert 0.88 < peak_of_run(prepared) / prepared.plan.total_bytes <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("source", "layers", "batch_size", "checkpointing", "targets", "least"),
+    [
+        ("demo-gpt-oss", 1, 3, False, None, 0.9),
+        ("demo-gpt-oss", 2, 3, False, None, 0.9),
+        ("demo-gpt-oss", 2, 3, True, None, 0.85),
+        ("demo-gpt-oss", 1, 3, False, ("attention", "experts"), 0.85),
+        ("demo-openelm", 3, 3, False, None, 0.85),
+        ("demo-openelm", 3, 1, True, None, 0.85),
+        *(
+            pytest.param(source, layers, 3, checkpointing, targets, 0.75, marks=pytest.mark.slow)
+            for source, layers, targets in (
+                ("demo-openelm", 5, None),
+                ("demo-openelm", None, None),
+                ("demo-gpt-oss", 3, None),
+                ("demo-gpt-oss", None, None),
+                ("demo-gpt-oss", 2, ("attention", "experts")),
+                ("demo-gpt-oss", 3, ("attention", "experts")),
+                ("demo-gpt-oss", None, ("attention", "experts")),
+            )
+            for checkpointing in (False, True)
+        ),
+    ],
+)
+def test_a_plan_holds_for_few_layers_and_for_many(source, layers, batch_size, checkpointing, targets, least, tmp_path):
+    """Beside what every layer keeps there is what one layer's gradient takes, however many there are."""
+    prepared = prepare_finetuning(
+        source if layers is None else short_demo(source, layers),
+        data=chats(1), output=tmp_path / "out", steps=1 if targets is None else 2, batch_size=batch_size,
+        checkpointing=checkpointing, targets=targets,
+    )  # fmt: skip
+    assert least < peak_of_run(prepared) / prepared.plan.total_bytes <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -76,7 +110,7 @@ def test_a_plan_is_near_the_peak_where_all_weights_are_trained(
         data=chats(repeated), output=tmp_path / "out", steps=2, batch_size=batch_size, method="full",
         checkpointing=checkpointing,
     )  # fmt: skip
-    assert 0.9 < peak_of_run(prepared) / prepared.plan.total_bytes < 1.05
+    assert 0.9 < peak_of_run(prepared) / prepared.plan.total_bytes <= 1.0
 
 
 class Watched:

@@ -31,10 +31,8 @@ from .settings import Settings
 PLACES_ON_GPU, PLACES_ON_CPU = 8192, 2048
 FEWEST_PLACES = 64
 # Measured on the CPU backend, where all weights are trained: how often the largest matrix, or all
-# experts' largest, is there while the optimizer computes; which share of the gradients is there
-# while a layer is computed again.
-OF_AN_UPDATE = {2: 5.75, 3: 7.9}
-OF_GRADIENTS_AGAIN = 0.4
+# experts' largest, is there while the optimizer computes.
+OF_AN_UPDATE = {2: 5.8, 3: 8.0}
 # Of freed buffers, on a GPU: what a step's next batch finds again.
 CACHE_LIMIT_BYTES = 512 * 2**20
 
@@ -171,10 +169,10 @@ class _Planner:
         num_trained = self._num_trained()
         weights, trained = self._weights(), self._trained(num_trained)
         kept, logits = self._activations(lengths, places, checkpointing, num_trained)
-        total = weights + trained + kept
+        total = max(weights + trained + kept, self.base.weights.loading)
         process = PROCESS_BYTES if self.is_gpu else PROCESS_BYTES_ON_CPU
         cache = CACHE_LIMIT_BYTES if self.is_gpu else 0  # what it needs; buffers are kept where there is more room
-        whole = max(total, self.base.weights.loading) + process + cache + TOKENIZER_FACTOR * self.base.weights.tokenizer
+        whole = total + process + cache + TOKENIZER_FACTOR * self.base.weights.tokenizer
         steps = self.settings.steps or 0
         mean = sum(self.lengths) / len(self.examples)
         return TrainingPlan(
@@ -244,14 +242,14 @@ class _Planner:
         groups = divided([len(row) for row in cut], places, together)
         gradient = FLOAT32 * trained
         # The sum of earlier batches' gradients stays while the next batch is computed.
-        kept = gradient if len(groups) > 1 or not self.base.trains_all else 0
-        if self.base.trains_all and checkpointing:  # some layers' gradients, while another is computed again
-            kept += int(OF_GRADIENTS_AGAIN * gradient)
+        kept = gradient if len(groups) > 1 and self.base.trains_all else 0
         found = (gradient + self._of_an_update() if self.base.trains_all else 2 * gradient + self._turned(), 0)
         for group in groups:
             batch = make_batch([cut[i] for i in group])
-            needed, logits = batch_bytes(self.spec, self.targets, self.base.trains_all, batch, checkpointing)
-            found = max(found, (needed + kept + self._turned(), logits))
+            needed, logits = batch_bytes(
+                self.spec, self.targets, self.base.trains_all, batch, checkpointing, gradient, self._turned()
+            )
+            found = max(found, (needed + kept, logits))
         return found
 
     def _turned(self) -> int:

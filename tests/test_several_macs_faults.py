@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -163,6 +164,8 @@ class SlowNetwork:
 
     def close(self) -> None:
         for each in self._sockets:
+            with suppress(OSError):  # a thread that reads from it is told, and the worker too
+                each.shutdown(socket.SHUT_RDWR)
             each.close()
 
     def _accept(self) -> None:

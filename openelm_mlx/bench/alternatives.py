@@ -256,7 +256,9 @@ def _slot_kernel(sizes: Sizes) -> dict[Any, Callable[[], None]]:
         return run
 
     found = {False: way(attend_with_mask)}
-    return {**found, True: way(attend_in_slots)} if _is_kernel_right() else found
+    if _is_kernel_right():
+        found[True] = way(attend_in_slots)
+    return found
 
 
 def _is_kernel_right() -> bool:

@@ -83,8 +83,16 @@ class Counting:
     """The shapes, and the sums that both backends share."""
 
     def __init__(
-        self, spec: ModelSpec, layer: LayerSpec, L: int, offset: int, itemsize: int, kv_bits: int | None
+        self,
+        spec: ModelSpec,
+        layer: LayerSpec,
+        L: int,
+        offset: int,
+        itemsize: int,
+        kv_bits: int | None,
+        slots: int | None = None,
     ) -> None:
+        self.slots = slots if layer.num_experts else None
         self.spec, self.layer_spec, self.L, self.offset, self.itemsize = spec, layer, L, offset, itemsize
         self.is_packed = kv_bits is not None and layer.window is None
         self.hidden = L * spec.hidden_size
@@ -144,19 +152,6 @@ class Counting:
 
 class _OnCpu(Counting):
     """MLX's CPU backend: norms, rotations, attention and experts are computed in float32, in many steps."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        layer: LayerSpec,
-        L: int,
-        offset: int,
-        itemsize: int,
-        kv_bits: int | None,
-        slots: int | None,
-    ) -> None:
-        super().__init__(spec, layer, L, offset, itemsize, kv_bits)
-        self.slots = slots if layer.num_experts else None
 
     def cast(self, count: int) -> int:
         """A copy in float32, which float32 does not need."""

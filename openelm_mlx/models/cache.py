@@ -89,8 +89,7 @@ class KVCache(GrowingCache[mx.array]):
         """Bytes allocated once it holds `num_tokens` in all, of one row with numbers of `itemsize` bytes."""
         if self.keys is not None and num_tokens <= self.keys.shape[2]:
             return self.nbytes
-        places = kv_capacity(num_tokens, self.context_length) + self.spare_places
-        return places * layer.kv_bytes_per_token(itemsize)
+        return self.capacity_for(num_tokens - self.offset) * layer.kv_bytes_per_token(itemsize)
 
     def fork(self, snapshot: Snapshot) -> KVCache:
         """Another cache, as this one was at an earlier `snapshot`; what is written to one is not seen by the other."""
@@ -102,9 +101,7 @@ class KVCache(GrowingCache[mx.array]):
 
     def in_order(self) -> tuple[mx.array, mx.array]:
         """Keys and values of all tokens, in the order of positions."""
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+        return self.places(self.offset)
 
     def put_in_order(self, keys: mx.array, values: mx.array, offset: int) -> None:
         """Hold these of all `offset` tokens, where nothing was held."""

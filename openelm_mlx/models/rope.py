@@ -65,7 +65,7 @@ class Rotation:
             found = _rotated_pairs(*given)
         else:
             wide = gains.reshape(pairs[1:])
-            found = _rotated_pairs_with_gains(*given, wide[:, :1], wide[:, 1:])
+            found = _rotated_pairs_with_gains(wide[:, :1], wide[:, 1:], *given)
         return found.reshape(heads.shape)
 
     def slot_constants(self, num_heads: int, num_rotated: int, head_dim: int) -> list[mx.array]:
@@ -125,17 +125,9 @@ _rotated_pairs = one_kernel(_turned)
 
 @one_kernel
 def _rotated_pairs_with_gains(
-    first: mx.array,
-    second: mx.array,
-    own: mx.array,
-    positions: mx.array,
-    frequencies: mx.array,
-    is_second: mx.array,
-    are_rotated: mx.array,
-    first_gains: mx.array,
-    second_gains: mx.array,
+    first_gains: mx.array, second_gains: mx.array, first: mx.array, second: mx.array, *rest: mx.array
 ) -> mx.array:
-    return _turned(first * first_gains, second * second_gains, own, positions, frequencies, is_second, are_rotated)
+    return _turned(first * first_gains, second * second_gains, *rest)
 
 
 def rotate(x: mx.array, theta: float, offset: int | mx.array, periods: mx.array | None = None) -> mx.array:

@@ -72,7 +72,7 @@ def uses_tiles(num_routes: int, num_experts: int) -> bool:
 
     num_experts: the model's, however many of them are in memory.
     """
-    return num_routes >= max(SORT_FROM_ROUTES, TILE_FROM_ROWS * num_experts)
+    return num_routes >= fewest_rows(num_experts)
 
 
 def fewest_rows(num_slots: int) -> int:

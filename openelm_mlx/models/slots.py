@@ -152,16 +152,16 @@ class SlotBank:
         self._masks.clear()
         for window in {each.window for each in self._spec.layers}:
             if self.has_kernel:
-                column, columns = self._column(window), self._places if window is None else window
-                self._states[window] = mx.array([column % columns, *self.lengths], mx.int32)
+                column = self._column(window) % self._columns_of(window)
+                self._states[window] = mx.array([column, *self.lengths], mx.int32)
             else:
                 seen = self._num_seen(window)
                 self._masks[window] = None if self._sees_all(window, seen) else self._mask(window, seen)
 
     def _mask(self, window: int | None, seen: int) -> mx.array:
         """Which of the first columns each request sees, (S, 1, 1, seen)."""
-        column, columns = self._column(window), self._places if window is None else window
-        ages = (column - mx.arange(seen)) % columns  # how many tokens ago a column was written; 0: the new ones
+        # How many tokens ago a column was written; 0: the new ones.
+        ages = (self._column(window) - mx.arange(seen)) % self._columns_of(window)
         return ages <= mx.array(self.lengths)[:, None, None, None]
 
     def attend(
@@ -200,7 +200,9 @@ class SlotBank:
         return self._full_column if window is None else self._ring_column
 
     def _columns(self, i: int) -> int:
-        window = self._spec.layers[i].window
+        return self._columns_of(self._spec.layers[i].window)
+
+    def _columns_of(self, window: int | None) -> int:
         return self._places if window is None else window
 
     def _new_column(self, i: int) -> int:
@@ -212,7 +214,7 @@ class SlotBank:
 
     def _num_seen(self, window: int | None) -> int:
         """How many of the first columns hold anything, the next tokens included."""
-        return min(self._column(window) + 1, self._places if window is None else window)
+        return min(self._column(window) + 1, self._columns_of(window))
 
     def _sees_all(self, window: int | None, seen: int) -> bool:
         """Whether everybody sees all of these columns: requests of one length, or longer than the ring."""

@@ -140,9 +140,8 @@ def _kept(spec: ModelSpec, shape: _Shape, trains_experts: bool) -> Kept:
     queries, each = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     # The layer's input, the same normed, and attention's output; queries, scaled, and probabilities.
     attention = shape.places * (2 * width + queries) + shape.laid_out * queries + shape.scores
-    if (
-        shape.is_rows
-    ):  # keys and values are parts of larger arrays, which stay: those that were rotated, and the projection
+    if shape.is_rows:
+        # Keys and values are parts of larger arrays, which stay: those that were rotated, and the projection.
         attention += shape.places * (queries + each)
         attention += 0 if spec.family == "openelm" else shape.places * (queries + 2 * each)
     else:

@@ -66,6 +66,33 @@ def test_rename(answered):
     chat.page.get_by_role("button", name="Hounds", exact=True).wait_for()
 
 
+def test_a_menu_stays_open_while_an_answer_ends(server, answered):
+    """The list is drawn anew then; it waits until the menu is closed, and shows the new chat after that."""
+    chat, end = answered, threading.Event()
+    server.script = lambda body: [("text", "About"), ("hold", end), ("text", " horses")]
+    chat.say("horses", wait=False)
+    chat.wait_for("document.querySelectorAll('#conversations li').length === 4")
+    chat.page.locator("#conversations li", has_text="cats").locator("summary").click()
+    end.set()
+    chat.wait_until_answered()
+    assert chat.titles()[0] == "horses"  # two frames later
+    opened = chat.page.locator("#conversations details[open]")
+    assert opened.count() == 1
+    opened.get_by_role("button", name="Rename").click()
+    chat.page.keyboard.type("Lions")
+    chat.page.keyboard.press("Enter")
+    assert chat.titles() == ["horses", "mice", "dogs", "Lions"]
+
+
+def test_a_search_closes_an_open_menu_and_shows_what_it_found(answered):
+    chat = answered
+    chat.page.locator("#conversations li", has_text="cats").locator("summary").click()
+    chat.page.keyboard.press("Control+k")
+    chat.page.keyboard.type("dogs")
+    chat.wait_for("document.querySelectorAll('#conversations li').length === 1")
+    assert chat.titles() == ["dogs"]
+
+
 def test_delete_and_undo(answered):
     chat = answered
     chat.menu("dogs", "Delete")

@@ -23,7 +23,10 @@ export class Sidebar {
     private store: Store,
     private listener: Listener,
   ) {
-    this.search.addEventListener("input", () => this.update());
+    this.search.addEventListener("input", () => {
+      this.closeMenus();
+      this.update();
+    });
     this.search.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.search.value) {
         event.stopPropagation();
@@ -36,19 +39,32 @@ export class Sidebar {
     byId("import").addEventListener("click", () => file.click());
     file.addEventListener("change", () => void this.importFile(file));
     // One menu at a time, gone when something else is pressed
-    document.addEventListener("click", (event) => {
-      for (const menu of document.querySelectorAll<HTMLDetailsElement>("details.menu[open]")) {
-        if (!menu.contains(event.target as Node)) menu.open = false;
-      }
-    });
+    document.addEventListener("click", (event) => this.closeMenus(event.target as Node));
   }
 
   /** Draws the list in the next frame; calls until then are one drawing. */
   update(): void {
     this.frame ||= requestAnimationFrame(() => {
       this.frame = 0;
-      if (this.renaming === null) this.draw();
+      if (this.renaming !== null) return;
+      const menu = this.openMenu();
+      // An answer that goes on must not take a menu from under the pointer
+      if (menu) menu.addEventListener("toggle", () => this.update(), { once: true });
+      else this.draw();
     });
+  }
+
+  /** The open menu of a conversation that is still there. */
+  private openMenu(): HTMLDetailsElement | null {
+    const menu = this.list.querySelector<HTMLDetailsElement>("details.menu[open]");
+    const id = menu?.closest("li")?.dataset.id;
+    return id !== undefined && this.store.conversations.has(id) ? menu : null;
+  }
+
+  private closeMenus(except: Node | null = null): void {
+    for (const menu of document.querySelectorAll<HTMLDetailsElement>("details.menu[open]")) {
+      if (!menu.contains(except)) menu.open = false;
+    }
   }
 
   focusSearch(): void {

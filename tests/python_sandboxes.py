@@ -10,6 +10,8 @@ from openelm_mlx.tools.python_tool import PythonTool
 from openelm_mlx.tools.sandbox import BUBBLEWRAP, NAMESPACES, NONE, SANDBOX_EXEC, Limits
 
 SMALL = Limits(seconds=20, memory_bytes=400 << 20, processes=12, file_bytes=1 << 20, folder_bytes=4 << 20)
+# Seconds for what takes no interrupt; where the variables have to stay, the tool's own are given.
+SHORT_GRACE = 0.2
 
 IS_MAC = sys.platform == "darwin"
 KINDS = [SANDBOX_EXEC] if IS_MAC else [NAMESPACES, BUBBLEWRAP]

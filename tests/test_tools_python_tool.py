@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from python_sandboxes import IS_MAC, SMALL, best_kind, inside, linux_only, outside
+from python_sandboxes import IS_MAC, SHORT_GRACE, SMALL, best_kind, inside, linux_only, outside
 
 from openelm_mlx.errors import ToolError
 from openelm_mlx.text.builtin_tools import PYTHON
-from openelm_mlx.tools import python_tool, sandbox, sandbox_usage
+from openelm_mlx.tools import interpreter, python_tool, sandbox, sandbox_usage
 from openelm_mlx.tools.python_tool import PythonTool
 from openelm_mlx.tools.sandbox import BUBBLEWRAP, NAMESPACES, NONE, SANDBOX_EXEC, Python
 
@@ -114,8 +114,8 @@ def test_after_ctrl_c_each_call_has_its_own_result_and_the_variables(inside, out
         tool("kept = 5")
         chance = random.Random(3)
         for number in range(12):
-            script = f"import time\nnumber = {number}\nfor _ in range(10): time.sleep(0.01)\nprint('result', {number})"
-            text = interrupted_call(tool, script, chance.uniform(0.0005, 0.2))
+            script = f"import time\nnumber = {number}\nfor _ in range(10): time.sleep(0.005)\nprint('result', {number})"
+            text = interrupted_call(tool, script, chance.uniform(0.0005, 0.1))
             assert text in (None, f"result {number}")
             assert tool(f"{number} * 1000, kept") == f"({number * 1000}, 5)"
 
@@ -134,7 +134,8 @@ def test_ctrl_c_in_the_first_call():
             assert tool("'second'") == "'second'"
 
 
-def test_a_script_that_takes_no_interrupt_is_ended_and_the_next_one_is_told(inside):
+def test_a_script_that_takes_no_interrupt_is_ended_and_the_next_one_is_told(inside, monkeypatch):
+    monkeypatch.setattr(interpreter, "_GRACE_SECONDS", SHORT_GRACE)
     script = "import signal, time\nlost = 1\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(0.01)"
     inside("lost = 0")
     assert interrupted_call(inside, script, 0.5) is None
@@ -223,7 +224,8 @@ def test_a_script_over_its_time_is_interrupted_and_the_variables_stay():
 
 
 @linux_only
-def test_an_endless_loop_is_stopped_with_all_its_children():
+def test_an_endless_loop_is_stopped_with_all_its_children(monkeypatch):
+    monkeypatch.setattr(interpreter, "_GRACE_SECONDS", SHORT_GRACE)
     before = sandbox_usage.descendants(os.getpid()).keys()
     with PythonTool(limits=replace(SMALL, seconds=0.7), sandbox=best_kind()) as tool:
         text = tool(

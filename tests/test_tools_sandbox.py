@@ -14,7 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from python_sandboxes import IS_MAC, KINDS, SMALL, best_kind, has_to_be_there, inside, linux_only, outside, why_not
+from python_sandboxes import (
+    IS_MAC,
+    KINDS,
+    SHORT_GRACE,
+    SMALL,
+    best_kind,
+    has_to_be_there,
+    inside,
+    linux_only,
+    outside,
+    why_not,
+)
 
 from openelm_mlx.errors import ToolError
 from openelm_mlx.tools import sandbox_usage
@@ -234,7 +245,7 @@ def test_a_fork_bomb_is_over_when_its_processes_are(inside):
 
 @linux_only
 def test_an_endless_fork_bomb_leaves_nothing():
-    with PythonTool(limits=replace(SMALL, seconds=1), sandbox=best_kind()) as tool:
+    with PythonTool(limits=replace(SMALL, seconds=0.4), sandbox=best_kind()) as tool:
         text = tool("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
         assert "its variables are gone" in text
         assert tool("import os; pid = os.fork()\nif not pid: os._exit(7)\nos.waitpid(pid, 0)[1] >> 8") == "7"
@@ -448,7 +459,8 @@ def test_a_broken_interpreter_is_mended_or_replaced(inside, script):
 
 
 @linux_only
-def test_a_stopped_interpreter_is_ended_in_time():
+def test_a_stopped_interpreter_is_ended_in_time(monkeypatch):
+    monkeypatch.setattr("openelm_mlx.tools.interpreter._GRACE_SECONDS", SHORT_GRACE)
     with PythonTool(limits=replace(SMALL, seconds=0.5), sandbox=best_kind()) as tool:
         text = tool("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
         assert "stopped after 0.5 seconds; its variables are gone" in text

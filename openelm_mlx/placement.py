@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +34,12 @@ LARGEST_WIDENED_BYTES = 10**9
 LARGEST_UNPACKED_BYTES = 2**28
 # Larger matrices keep their layout: even a short-lived second copy of one would raise the peak of loading.
 LARGEST_TURNED_BYTES = 2**24
+# Evaluated this many bytes at a time, so that a cast never holds more than this of the uncast weights.
+LOAD_BATCH_BYTES = 64 * 2**20
+# How many arrays of a matrix in float32 there are while MLX's CPU backend unpacks it, which takes several steps there, by its
+# bits, and for the formats whose scales are 8 bits (measured). A GPU unpacks in one.
+UNPACKING = {2: 2, 3: 4, 4: 2, 5: 6, 6: 7, 8: 2}
+UNPACKING_MX = 2.32
 
 DENSE_BITS = (8, 6, 5, 4)
 
@@ -87,9 +93,17 @@ class Decision:
         return sum(math.prod(shape) * sizes[type_name] for type_name, shape in parts)
 
     @property
-    def is_twice(self) -> bool:
-        """Whether it is briefly in memory twice: as stored, and as kept."""
-        return self.unpacked is None and (self.packing is not None or self.nbytes != self.stored_bytes)
+    def read_bytes(self) -> int:
+        """Bytes in memory when it has been read, before anything is unpacked."""
+        return self.nbytes if self.unpacked is None else self.cast_bytes
+
+    @property
+    def reading_bytes(self) -> int:
+        """Bytes of all arrays that there are of it while it is read: its parts, as stored, cast, and packed or by columns."""
+        parts = self.stored_bytes if len(self.parameter.sources) > 1 else 0
+        cast = self.cast_bytes if self.cast_bytes != self.stored_bytes else 0
+        kept = self.nbytes if self.packing is not None or self.is_by_columns else 0
+        return parts + self.stored_bytes + cast + kept
 
     def read(self, checkpoint: Checkpoint) -> dict[str, mx.array]:
         """Name -> array of what the model gets for this parameter. Lazy: nothing is read before it is evaluated."""
@@ -188,14 +202,9 @@ class Placement:
         """
         spec = self.contents.spec
         sizes: Counter[str] = Counter()
-        loaded = loading = 0
         for each in self.decisions:
-            module, nbytes = each.module, each.nbytes
-            is_expert = ".experts." in module and not each.parameter.name.endswith(".bias")
-            sizes["experts" if is_expert else module] += nbytes
-            loaded += nbytes
-            if each.is_twice:
-                loading = max(loading, loaded + each.stored_bytes)
+            is_expert = ".experts." in each.module and not each.parameter.name.endswith(".bias")
+            sizes["experts" if is_expert else each.module] += each.nbytes
         experts, embedding = sizes.pop("experts", 0), 0 if spec.tied_head else sizes["model.embed_tokens"]
         can_stream = bool(experts) and self._has_experts_in_place()
         return Weights(
@@ -204,13 +213,55 @@ class Placement:
             embedding=embedding if can_stream else 0,
             can_stream=can_stream,
             tokenizer=_tokenizer_bytes(folder),
-            loading=loading,
+            loading=self._most_while_read(),
             looked_up=embedding,
         )
+
+    def _most_while_read(self) -> int:
+        """The most bytes that there are until the model has been read, as weights.py goes about it."""
+        loaded = most = 0
+        for batch in read_together(self.decisions):
+            most = max(most, loaded + sum(each.reading_bytes for each in batch))
+            loaded += sum(each.read_bytes for each in batch)
+        parts, numbers = Counter[str](), Counter[str]()
+        for each in self.decisions:
+            if each.unpacked is not None:
+                parts[each.module] += each.read_bytes
+                numbers[each.module] += mx.float32.size * each.unpacked
+        for module in unpacked_in_turn(numbers):
+            packing = self.packings[module]
+            copies = UNPACKING[packing.bits] if packing.mode == "affine" else UNPACKING_MX
+            most = max(most, loaded + int((copies + 1) * numbers[module]))  # and one by columns
+            loaded += numbers[module] - parts[module]
+        return most
 
     def _has_experts_in_place(self) -> bool:
         modules = {each.module for each in self.decisions if ".experts." in each.module}
         return self.contents.layout in _LAYOUTS_IN_PLACE and modules <= self.contents.quantized.keys()
+
+
+def read_together(decisions: Iterable[Decision]) -> Iterator[list[Decision]]:
+    """What is read, in what is evaluated together: some 64 MiB, and what is laid by columns by itself, since there are more
+    arrays of it at that moment.
+    """
+    together: list[Decision] = []
+    num_bytes = 0
+    for each in decisions:
+        if each.is_by_columns:
+            yield [each]
+            continue
+        together.append(each)
+        num_bytes += max(each.cast_bytes, each.read_bytes)
+        if num_bytes > LOAD_BATCH_BYTES:
+            yield together
+            together, num_bytes = [], 0
+    if together:
+        yield together
+
+
+def unpacked_in_turn(sizes: Mapping[str, int]) -> list[str]:
+    """The modules that are unpacked, by the sizes of their matrices, in their order: the least is in memory at the first."""
+    return sorted(sizes, key=lambda module: -sizes[module])
 
 
 def packed_weights(

@@ -21,15 +21,13 @@ from .memory.machine import backend_name
 from .models import build_model
 from .models.moe import Experts
 from .models.precision import KernelChoices, by_columns
-from .placement import Placement
+from .placement import Placement, read_together, unpacked_in_turn
 from .runtime import runtime_of
 
 if TYPE_CHECKING:
     from .models import Model
     from .models.gpt_oss import GptOss
 
-# Evaluated this many bytes at a time, so that a cast never holds more than this of the uncast weights.
-LOAD_BATCH_BYTES = 64 * 2**20
 # The widest group of packed weights that MLX's CUDA backend multiplies with any number of float32 rows.
 WIDEST_GROUP = 64
 
@@ -90,26 +88,17 @@ def read_model(
 def _read_arrays(
     placement: Placement, checkpoint: Checkpoint, progress: Progress | None = None
 ) -> list[tuple[str, mx.array]]:
-    """Name -> array of everything that is read, evaluated about 64 MiB at a time."""
+    """Name -> array of everything that is read, evaluated batch by batch (`read_together`)."""
     weights: list[tuple[str, mx.array]] = []
-    pending: list[mx.array] = []
-    pending_bytes = done = 0
     wanted = [each for each in placement.decisions if not each.is_on_disk]
-    total = sum(each.stored_bytes for each in wanted)
-    for decision in wanted:
-        parts = decision.read(checkpoint)
-        if decision.is_by_columns:
-            _evaluate(list(parts.values()), checkpoint)  # one at a time: only one has a second copy at any moment
-        weights += parts.items()
-        pending += parts.values()
-        pending_bytes += max(decision.cast_bytes, sum(each.nbytes for each in parts.values()))
-        done += decision.stored_bytes
-        if pending_bytes > LOAD_BATCH_BYTES:
-            _evaluate(pending, checkpoint)
-            pending, pending_bytes = [], 0
-            if progress is not None and done < total:
-                progress(done, total)
-    _evaluate(pending, checkpoint)
+    total, done = sum(each.stored_bytes for each in wanted), 0
+    for batch in read_together(wanted):
+        parts = [part for decision in batch for part in decision.read(checkpoint).items()]
+        _evaluate([array for _, array in parts], checkpoint)
+        weights += parts
+        done += sum(decision.stored_bytes for decision in batch)
+        if progress is not None and done < total:
+            progress(done, total)
     if progress is not None:
         progress(total, total)
     return weights
@@ -119,9 +108,8 @@ def _unpack(weights: list[tuple[str, mx.array]], packings: Mapping[str, Quantiza
     """`weights` with those modules' matrices in float32. The list is emptied, so packed matrices are freed one by one."""
     found = dict(weights)
     weights.clear()
-    for module in sorted(
-        packings, key=lambda each: -found[f"{each}.weight"].size
-    ):  # the least is in memory at the first
+    numbers = {each: found[f"{each}.weight"].size * 32 // packings[each].bits for each in packings}
+    for module in unpacked_in_turn(numbers):
         names = {part: f"{module}.{part}" for part in PARTS}
         parts = {part: found.pop(name) for part, name in names.items() if name in found}
         found[names["weight"]] = by_columns(packings[module].dequantize(parts, mx.float32))

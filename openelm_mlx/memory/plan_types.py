@@ -19,7 +19,7 @@ class Weights:
 
     dense: all but the experts' packed matrices. slot: one expert in every layer. embedding: of `dense`, what may stay on
     disk while experts do. can_stream: whether experts can be read from the files as they are. tokenizer: of its file.
-    loading: the most that is in memory while matrices are cast or packed as they are read; 0 when none is. looked_up: of
+    loading: the most that is in memory until all are read, cast, packed or unpacked; 0: no more than that. looked_up: of
     `dense`, an embedding that is no head as well: a token reads one row of it. adapters: of `dense`, what stands beside the
     weights themselves. adapter_scratch: what these take while they compute, for each token of a pass.
     """

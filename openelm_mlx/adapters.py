@@ -38,8 +38,9 @@ from .files import expanded, hears_the_disk, shown
 from .hub import Progress
 from .memory.machine import backend_name
 from .memory.scratch import LAYERS_IN_FLIGHT
-from .models.adapter_sets import NO_ADAPTER, served_bytes, without_adapter
+from .models.adapter_sets import NO_ADAPTER
 from .models.adapter_sites import module_at
+from .models.adapter_stacks import served_bytes, without_adapter
 from .models.adapter_targets import targets_of
 from .models.adapters import added
 from .models.low_rank import Adapter

@@ -1,7 +1,7 @@
 """Adapters of a model: one in training (`attach`, `trained_adapter`, `detach`), and those that it serves (`added`).
 
-What an adapter is stands in low_rank.py, the modules that apply it in adapter_sites.py, and how a pass chooses one in
-adapter_sets.py. Nothing is evaluated here.
+What an adapter is stands in low_rank.py, the modules that apply it in adapter_sites.py, how a pass chooses one in
+adapter_sets.py, and how served ones are put side by side in adapter_stacks.py. Nothing is evaluated here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlx import nn
 from ..checks import is_number, whole_number
 from ..errors import CheckpointError, SettingError
 from ..files import shown
-from .adapter_sets import AdapterSet, Served, site_pairs, with_adapter
+from .adapter_sets import AdapterSet, Served
 from .adapter_sites import (
     Adapted,
     AdaptedEmbedding,
@@ -26,6 +26,7 @@ from .adapter_sites import (
     module_at,
     put_module,
 )
+from .adapter_stacks import site_pairs, with_adapter
 from .adapter_targets import Target, default_targets, no_match, select_targets, targets_of
 from .base import LanguageModel
 from .low_rank import Adapter, Pair, factor, new_pair

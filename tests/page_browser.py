@@ -1,8 +1,8 @@
 """The chat page in a real browser, for tests: Chromium without a window, and a server whose answers are scripts.
 
-Each test has a server of its own, and so an origin with storage of its own; who changes the browser has a profile of its own
-too (`new_chat`). At a test's end nothing may have failed in the page, the policy may not have had to forbid anything, and no
-other host may have been asked for anything.
+Tests share the browser, and those of a file a server and a tab, which are left as new ones would be: what Chromium has read
+of the page serves all of them. Who changes the tab has a profile of its own (`new_chat`). At a test's end nothing may have
+failed in the page, the policy may not have had to forbid anything, and no other host may have been asked for anything.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,18 +55,31 @@ def library(name: str) -> Any:
         return missing(name.split(".")[0])
 
 
+# What is open for the files of browser tests, which follow each other.
+_opened = ExitStack()
+_browsers: list[Any] = []
+
+
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    # One a file and not one for all: Playwright keeps an event loop on its thread, where other tests want their own.
-    path = browser_path()
-    if path is None:
-        missing("Chromium or Chrome")
-    sync_api = library("playwright.sync_api")
-    sync_api.expect.set_options(timeout=PATIENCE)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
+def chromium() -> Any:
+    if not _browsers:
+        path = browser_path()
+        if path is None:
+            missing("Chromium or Chrome")
+        sync_api = library("playwright.sync_api")
+        sync_api.expect.set_options(timeout=PATIENCE)
+        playwright = _opened.enter_context(sync_api.sync_playwright())
+        _browsers.append(playwright.chromium.launch(executable_path=path))
+        _opened.callback(_browsers.clear)
+        _opened.callback(_browsers[0].close)
+    return _browsers[0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Not for longer: Playwright keeps an event loop on its thread, where other tests want their own."""
+    if nextitem is None or nextitem.get_closest_marker("browser") is None:
+        _opened.close()
 
 
 @pytest.fixture
@@ -74,11 +88,18 @@ def axe() -> Any:
     return library("axe_playwright_python.sync_playwright").Axe()
 
 
-@pytest.fixture
-def server() -> Iterator[PageServer]:
+@pytest.fixture(scope="module")
+def page_server() -> Iterator[PageServer]:
     running = PageServer()
     yield running
     running.stop()
+
+
+@pytest.fixture
+def server(page_server: PageServer) -> PageServer:
+    """As a new one: with the usual models, no key, and nothing asked so far."""
+    page_server.renew()
+    return page_server
 
 
 class Chat:
@@ -166,9 +187,11 @@ class Chat:
             if each != self.page:
                 each.close()
         self.page.mouse.move(0, 0)
-        self.page.goto("about:blank")
+        self.server.renew()  # a test that failed may have stopped it
+        # A page of the same site and no empty one: for that Chromium takes another process, and then another one again.
+        self.page.goto(self.server.url + "health")
         devtools = self.context.new_cdp_session(self.page)
-        origin = self.server.url.rstrip("/")  # a later server may get the same port
+        origin = self.server.url.rstrip("/")
         devtools.send("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})
         devtools.detach()
 
@@ -196,9 +219,11 @@ def new_chat(chromium: Any, server: PageServer) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def tab(chromium: Any) -> Any:
+def tab(chromium: Any) -> Iterator[Any]:
     """One tab for many tests: a new one costs Chromium more than most of them do with it."""
-    return new_context(chromium).new_page()
+    context = new_context(chromium)
+    yield context.new_page()
+    context.close()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -33,16 +34,29 @@ class PageServer:
     """A server in a thread; `stop` and `start` keep its port, as a restart would."""
 
     def __init__(self) -> None:
+        self.port = 0
+        self._server: uvicorn.Server | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget what a test has set and seen, and run, also where that test has stopped it."""
         self.models = ["demo-gpt-oss", "demo-openelm"]
         self.health: dict[str, Any] = {"status": "ok"}
         self.key: str | None = None
         self.script: Callable[[dict[str, Any]], list[Step] | Response] = lambda body: [("text", "Hello.")]
         self.requests: list[dict[str, Any]] = []
-        self.ended = 0
-        self.gone = 0  # clients that went away before the end
-        self.port = 0
-        self._server: uvicorn.Server | None = None
-        self.start()
+        self._seen = Counter[str]()  # an answer that goes on counts where it began
+        if self._server is None:
+            self.start()
+
+    @property
+    def ended(self) -> int:
+        return self._seen["ended"]
+
+    @property
+    def gone(self) -> int:
+        """Clients that went away before the end."""
+        return self._seen["gone"]
 
     @property
     def url(self) -> str:
@@ -62,6 +76,7 @@ class PageServer:
         assert self._server is not None
         self._server.should_exit = self._server.force_exit = True
         self._thread.join()
+        self._server = None
 
     def _app(self) -> Starlette:
         return Starlette(
@@ -100,6 +115,7 @@ class PageServer:
         return failure(401, "The key is missing or wrong.", "invalid_api_key")
 
     async def _stream(self, steps: list[Step]) -> AsyncIterator[str]:
+        seen = self._seen
         try:
             yield chunk({"role": "assistant", "content": ""})
             calls, reason = 0, "stop"
@@ -138,9 +154,9 @@ class PageServer:
             last = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "choices": [], "usage": usage}
             yield f"data: {json.dumps(last)}\n\n"
             yield "data: [DONE]\n\n"
-            self.ended += 1
+            seen["ended"] += 1
         except asyncio.CancelledError:
-            self.gone += 1
+            seen["gone"] += 1
             raise
 
 

@@ -275,7 +275,8 @@ def test_a_first_machine_that_is_killed_frees_the_worker(worker):
     finally:
         child.kill()
         child.wait(PATIENCE)
-    worker.said("waits for the next one")
+    # Without what to do about it, which is for the other side.
+    assert "ask once more" not in worker.said("waits for the next one (the machine at 127.0.0.1 is gone")
     assert answer(*load(worker))
 
 
@@ -489,11 +490,25 @@ def test_on_the_command_line(worker, capsys):
     assert "No worker answers" in failed.stderr
 
 
+def test_errors_name_options_as_they_are_typed(worker, capsys, tmp_path):
+    there = ["--workers", worker.address]
+    for arguments, said in (
+        (["--workers", "mac2.local:7777"], "give both sides the same file, --secret-file FILE.\n"),
+        (
+            ["--model", "demo-gpt-oss", "--kv-bits", "8", "--layers", "1,5", *there],
+            "give it one more, --layers 2,...\n",
+        ),
+        (["--prompt-cache", str(tmp_path / "kept"), *there], "leave one of --prompt-cache and --workers out.\n"),
+    ):
+        assert main(["generate", "Hi", "-q", *arguments]) == 2
+        assert capsys.readouterr().err.endswith(said)
+
+
 def test_what_a_worker_cannot_start_with(worker, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("openelm_mlx.workers.server.Server.serve", lambda *_: pytest.fail("it serves"))
     for arguments, said in (
         (["--secret-file", str(secret_file(tmp_path, mode=0o640))], "chmod 600"),
-        (["--host", "0.0.0.0", "--port", "0"], "--secret-file"),
+        (["--host", "0.0.0.0", "--port", "0"], "one that both machines share, --secret-file FILE.\n"),
         (["--quiet", "--port", str(worker.port)], "cannot be listened on"),
     ):
         assert main(["serve-layers", *arguments]) == 2

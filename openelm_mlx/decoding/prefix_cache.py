@@ -378,7 +378,7 @@ def _check_is_here(model: Model | None) -> None:
     if model is not None and model.remote is not None:
         raise SettingError(
             "A prefix_cache of a model over several machines is not kept in a file: some of it is on the others; leave one of "
-            "prefix_cache and workers out."
+            "prefix_cache= and workers= out."
         )
 
 

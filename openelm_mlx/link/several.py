@@ -180,5 +180,5 @@ def _check_kv_bits(kv_bits: int | None, spec: ModelSpec) -> None:
     if kv_bits == 8 and not _keeps_all(spec):
         raise SettingError(
             f"kv_bits=8 is for layers that keep all keys, and of the {len(spec.layers)} on this machine none does: give it one "
-            "more, layers=(2, ...) (--layers)."
+            "more, layers=2,..."
         )

@@ -51,7 +51,7 @@ class Team:
         if secret is None and far is not None:
             raise SettingError(
                 f"{far} is another machine, and nothing is sent there without a shared secret: give both sides the same "
-                "file, secret_file=FILE (--secret-file)."
+                "file, secret_file=FILE."
             )
         self._secret = NO_SECRET if secret is None else secret
         self.deadline = deadline

@@ -74,7 +74,7 @@ class Server:
         try:
             Session(connection, self._parts, self._instance, self._say).run()
         except LostConnectionError as error:
-            reason = str(error)
+            reason = str(error).partition(": ")[0]  # what to do after it is for the other side
         except BaseException:
             with suppress(LostConnectionError):
                 connection.send({"op": "closing"})
@@ -132,7 +132,7 @@ def listening(host: str | None, port: int, has_secret: bool) -> socket.socket:
     if not has_secret and not is_loopback(host):
         raise SettingError(
             f"host is {host!r}, where other machines can connect, and there is no secret: give one that both machines "
-            "share, secret_file=FILE (--secret-file)."
+            "share, secret_file=FILE."
         )
     try:
         if host == ALL_INTERFACES and socket.has_dualstack_ipv6():

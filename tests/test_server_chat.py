@@ -150,7 +150,7 @@ def test_streamed_is_whole(demos, name):
 @pytest.mark.parametrize("model", ["demo-gpt-oss", "demo-openelm"])
 def test_greedy_text_is_that_of_generate(demos, model):
     loaded = demos[1].models[model]
-    options = thinking_little({"model": model, "max_tokens": 60})
+    options = thinking_little({"model": model, "max_tokens": 30})
     del options["model"]
     for messages in (WORD, [{"role": "system", "content": "Be brief."}, *SUM]):
         answer = ask(demos, model=model, messages=messages, **options)

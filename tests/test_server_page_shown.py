@@ -233,9 +233,13 @@ def test_dark_by_the_system_and_by_hand(server, new_chat):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessible_by_axe(server, new_chat, axe, scheme):
     chat = new_chat(color_scheme=scheme, bypass_csp=True, reduced_motion="reduce").open()
+    # Between the two schemes nothing changes but colours.
+    rules = {"resultTypes": ["violations"]}
+    if scheme == "dark":
+        rules["runOnly"] = {"type": "rule", "values": ["color-contrast", "link-in-text-block"]}
 
     def violations() -> list[str]:
-        found = axe.run(chat.page).response["violations"]
+        found = axe.run(chat.page, options=rules).response["violations"]
         return [f"{each['id']}: {node['html'][:120]} {node['any'][:1]}" for each in found for node in each["nodes"]]
 
     assert violations() == []

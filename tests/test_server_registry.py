@@ -224,9 +224,9 @@ def test_a_client_that_goes_away_while_it_waits_leaves_nothing_behind(folder):
                 pass
             lease.release()
             # And one that goes at the very moment at which its model is there.
-            for delay in range(12):
+            for delay in range(8):
                 task = asyncio.create_task(registry.acquire("bc"[delay % 2]))
-                await asyncio.sleep(delay / 40)
+                await asyncio.sleep(delay / 26)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
                 if not task.cancelled():

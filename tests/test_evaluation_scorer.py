@@ -284,7 +284,7 @@ def test_demos_with_packed_weights_keep_their_plan(source):
 
 def test_a_pass_stays_within_what_was_planned_for_a_chunk():
     """A pass of branches takes no more than a prompt's chunk of as many tokens, its logits included."""
-    model, _ = load(short_demo("demo-openelm"), dtype="float32")
+    model, _ = load("demo-openelm", dtype="float32")
     plan = model.plan
     requests = questions(4000, 20, 100)
     active = mx.get_active_memory()

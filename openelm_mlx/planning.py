@@ -30,6 +30,7 @@ from .memory.presets import PRESETS, preset_bits
 from .memory.sizes import parse_memory
 from .memory.variants import variants_of
 from .models.low_rank import Adapter
+from .parallel.shares import FORMS, plan_of_share, shared_placement
 from .placement import Placement, dense_packing, dense_packings, packed_weights, parse_dtype
 from .sources import Source, SourceName, repository
 from .specs import checked_kv_bits
@@ -146,7 +147,27 @@ def plan_several(
     parts = spread_over(str(source), placement, machines, request, counts, adapter_bytes=more)
     weights, spec = placement.weights(looked_at.folder), looked_at.contents.spec
     alone = [looked_at.plan(each, dense_bits=bits, **options) for each in dict.fromkeys(machines)]
-    return forecast(str(source), spec, weights, parts, alone, between)
+    short = _too_small_shares(str(source), placement, machines, request, looked_at.folder)
+    return forecast(str(source), spec, weights, parts, alone, between, short)
+
+
+def _too_small_shares(
+    source: str, placement: Placement, machines: Sequence[Machine], request: PlanRequest, folder: Path | None
+) -> dict[str, MemoryPlan]:
+    """Of the forms that share each layer, those which the Macs have no memory for: the first Mac's plan that does not fit."""
+    found: dict[str, MemoryPlan] = {}
+    for form in FORMS:
+        for rank, machine in enumerate(machines):
+            try:
+                own = shared_placement(placement, form, rank, len(machines))
+            except SettingError:  # it cannot be divided, which the forecast says
+                break
+            limit = request.memory_limit if rank == 0 else None
+            plan = plan_of_share(source, own, machine, replace(request, memory_limit=limit, expert_slots=None), folder)
+            if not plan.fits:
+                found[form] = plan
+                break
+    return found
 
 
 @dataclass(frozen=True)

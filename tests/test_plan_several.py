@@ -1,11 +1,13 @@
 """`plan --macs`: layers on machines, what each form reaches by its formula, and what a user may get wrong."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
 from openelm_mlx.commands import main
+from openelm_mlx.commands.plan_several import lines
 from openelm_mlx.errors import MemoryLimitError, SettingError
 from openelm_mlx.link.forecast import LINKS, RDMA_SUM, most_of_one
 from openelm_mlx.memory.machine import find_mac
@@ -66,7 +68,38 @@ def test_a_cable_and_wifi(by_cable, monkeypatch):
     monkeypatch.setitem(LINKS, "wifi", replace(LINKS["wifi"], hop=(0.05, 0.1)))
     small = plan_several("openai/gpt-oss-20b", "M5 16GB, M5 16GB", "wifi", as_released=True)
     assert small.alone.expert_slots is not None
-    assert "use a cable, or leave the others out" in small.verdict
+    assert "over Wi-Fi: use a cable, or leave the others out." in small.verdict
+    # Who has a cable is not told to use one.
+    slow = plan_several(BIG, "M4 Max 128GB, M1 8GB", expert_slots=20, as_released=True)
+    assert "over Thunderbolt: leave the others out." in slow.verdict
+
+
+def test_sharing_each_layer_needs_memory_for_a_share(by_cable):
+    """Shares are in memory whole, while a pipeline leaves experts on disk: what does not fit is not advised."""
+    assert all(form.fits for form in by_cable.forms)
+    small = plan_several(BIG, "M4 16GB, M4 16GB", as_released=True)
+    assert all(part.plan.expert_slots is not None for part in small.parts)
+    shared = {form.name: form for form in small.forms if form.is_shared}
+    assert len(shared) == 2
+    for form in shared.values():
+        assert not form.fits
+        assert form.decode is None
+        # Half of 120b's 65 GB and more, on Macs that may use 12.7.
+        assert re.fullmatch(r"a share takes 3\d\.\d\d GB, and M4 16GB may use 12\.71 GB", form.terms)
+    assert "shared" not in small.verdict
+    # The larger one has room for its half.
+    mixed = plan_several(BIG, "M4 Max 128GB, M1 8GB", as_released=True)
+    assert all("M1 8GB may use" in form.terms for form in mixed.forms if form.is_shared)
+    shown = "\n".join(lines(small))
+    assert shown.count("does not fit") == 2
+    assert "--parallel" not in shown
+
+
+def test_what_is_said_of_macs_that_hold_it_together_alone():
+    """Where no Mac has room for even a few experts of each layer, all together may have."""
+    three = plan_several(BIG, "M1 8GB, M1 8GB, M1 8GB", as_released=True)
+    assert not three.alone.fits
+    assert three.verdict == "No one of them holds it: together they do, with experts on their disks."
 
 
 def test_layers_by_hand_and_what_does_not_fit(by_cable):

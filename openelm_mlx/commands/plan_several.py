@@ -36,7 +36,7 @@ def lines(plan: SeveralPlan) -> list[str]:
     forms = [
         (
             form.name,
-            "not known" if form.decode is None else str(form.decode),
+            ("not known" if form.fits else "does not fit") if form.decode is None else str(form.decode),
             form.terms + ("" if form.is_ours else " (*)"),
         )
         for form in plan.forms
@@ -49,7 +49,7 @@ def lines(plan: SeveralPlan) -> list[str]:
     found.append(
         f"  `serve-layers` on the others, and `--workers HOST:PORT,... --layers {counts}` here, gives the pipeline."
     )
-    if any(form.is_ours and form.is_shared for form in plan.forms):
+    if any(form.is_ours and form.is_shared and form.fits for form in plan.forms):
         found.append(
             "  `mlx.launch` with `generate --parallel tensor` (or `experts`) shares each layer: see docs/several-macs.md."
         )

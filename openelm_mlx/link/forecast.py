@@ -11,10 +11,11 @@ A pipeline is a sum, so that two Macs are never faster than one that holds every
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import size
 from ..errors import SettingError
 from ..files import shown
 from ..memory.machine import Machine, find_mac
@@ -54,13 +55,15 @@ _THUNDERBOLT_5 = ("M3 Ultra", "M4 Pro", "M4 Max", "M5 Pro", "M5 Max", "M5 Ultra"
 class Form:
     """One way to use the Macs. terms: what its time is made of, in words.
 
-    is_ours: whether this library does it: a layer with fewer units than Macs is not shared.
+    is_ours: whether this library does it: a layer with fewer units than Macs is not shared. fits: whether the Macs have the
+    memory for it; where they have not, terms say what is missing.
     """
 
     name: str
     decode: SpeedRange | None
     terms: str
     is_ours: bool = True
+    fits: bool = True
 
     @property
     def is_shared(self) -> bool:
@@ -69,7 +72,7 @@ class Form:
 
     def as_dict(self) -> dict[str, Any]:
         decode = None if self.decode is None else self.decode.as_dict()
-        return {"name": self.name, "decode": decode, "terms": self.terms, "is_ours": self.is_ours}
+        return {"name": self.name, "decode": decode, "terms": self.terms, "is_ours": self.is_ours, "fits": self.fits}
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,18 @@ def checked_link(name: object) -> Link:
 
 
 def forecast(
-    source: str, spec: ModelSpec, weights: Weights, parts: Sequence[Part], alone: Sequence[MemoryPlan], link: Link
+    source: str,
+    spec: ModelSpec,
+    weights: Weights,
+    parts: Sequence[Part],
+    alone: Sequence[MemoryPlan],
+    link: Link,
+    short: Mapping[str, MemoryPlan],
 ) -> SeveralPlan:
     """What these parts reach, beside the other forms and the best of the Macs alone.
 
-    spec, weights: of the whole model. alone: its plan on each of the Macs.
+    spec, weights: of the whole model. alone: its plan on each of the Macs. short: of the forms that share each layer and do
+    not fit, the plan of a Mac which its share is too large for.
     """
     machines = [part.machine for part in parts]
     best = max(alone, key=lambda plan: (plan.fits, plan.decode.fit if plan.decode is not None else 0.0))
@@ -125,28 +135,33 @@ def forecast(
     forms = [Form("pipeline", pipeline, f"the Macs' times added up, and {hops} hops of {low:g} to {high:g} ms")]
     has_rdma = link is LINKS["thunderbolt"] and all(each.chip in _THUNDERBOLT_5 for each in machines)
     total, way = (RDMA_SUM, "RDMA") if has_rdma else (link.total, "TCP")
-    forms.append(
-        Form(
-            f"tensors shared, {way}", _tensor_speed(spec, weights, parts, total),
-            f"the slowest Mac's share, and {2 * len(spec.layers)} sums of {1e6 * total[0]:,.0f} to {1e6 * total[1]:,.0f} us",
-            _divides(spec, TENSOR, len(parts)),
-        )
-    )  # fmt: skip
+    tensors = _tensor_speed(spec, weights, parts, total)
+    terms = (
+        f"the slowest Mac's share, and {2 * len(spec.layers)} sums of {1e6 * total[0]:,.0f} to {1e6 * total[1]:,.0f} us"
+    )
+    is_ours = _divides(spec, TENSOR, len(parts))
+    forms.append(_shared_form(f"tensors shared, {way}", tensors, terms, is_ours, short.get(TENSOR)))
     if weights.slot:
-        most = most_of_one(spec.layers[0].experts_per_token, len(parts))
-        forms.append(
-            Form(
-                f"experts shared, {way}", _expert_speed(spec, weights, parts, total, most),
-                f"all but experts on each Mac, {most:.3g} of {spec.layers[0].experts_per_token} experts, and "
-                f"{len(spec.layers)} sums", _divides(spec, EXPERTS, len(parts)),
-            )
-        )  # fmt: skip
+        chosen = spec.layers[0].experts_per_token
+        most = most_of_one(chosen, len(parts))
+        experts = _expert_speed(spec, weights, parts, total, most)
+        terms = f"all but experts on each Mac, {most:.3g} of {chosen} experts, and {len(spec.layers)} sums"
+        is_ours = _divides(spec, EXPERTS, len(parts))
+        forms.append(_shared_form(f"experts shared, {way}", experts, terms, is_ours, short.get(EXPERTS)))
     where = best.machine.name if best.machine is not None else "one Mac"
     if best.fits:
         how = "all in memory" if best.expert_slots is None else f"{best.expert_slots} of each layer's experts in memory"
         forms.append(Form(f"{where} alone", best.decode, how))
-    verdict = _verdict(best, where, pipeline, link) + _of_shared(forms)
+    streams = any(part.plan.expert_slots is not None for part in parts)
+    verdict = _verdict(best, where, pipeline, link, streams) + _of_shared(forms)
     return SeveralPlan(source, link, tuple(parts), best, tuple(forms), _prefill(parts, link, spec), verdict)
+
+
+def _shared_form(name: str, decode: SpeedRange | None, terms: str, is_ours: bool, short: MemoryPlan | None) -> Form:
+    if short is None or short.machine is None:
+        return Form(name, decode, terms, is_ours)
+    needed, allowed = size(short.process_bytes), size(short.memory_limit)
+    return Form(name, None, f"a share takes {needed}, and {short.machine.name} may use {allowed}", is_ours, fits=False)
 
 
 def _of_shared(forms: Sequence[Form]) -> str:
@@ -239,13 +254,14 @@ def _basis(found: Sequence[str]) -> str:
     return next((each for each in ("no run", "related", "published") if each in found), found[0])
 
 
-def _verdict(best: MemoryPlan, where: str, pipeline: SpeedRange | None, link: Link) -> str:
+def _verdict(best: MemoryPlan, where: str, pipeline: SpeedRange | None, link: Link, streams: bool) -> str:
+    """streams: whether the Macs together have experts on their disks, too."""
     alone = best.decode if best.fits else None
     if best.fits and best.expert_slots is None:
         return f"{where} alone holds all of it, and is faster: another Mac would only add its hops."
     if alone is None or pipeline is None:
         return (
-            "No one of them holds it: together they do."
+            f"No one of them holds it: together they do{', with experts on their disks' if streams else ''}."
             if not best.fits
             else "The speed of these machines is not known."
         )
@@ -253,7 +269,7 @@ def _verdict(best: MemoryPlan, where: str, pipeline: SpeedRange | None, link: Li
     if ratio < 1:
         return (
             f"{where} alone, with experts on its disk, is expected to be {1 / ratio:.1f} times as fast as several over "
-            f"{link.name}: use a cable, or leave the others out."
+            f"{link.name}: {'use a cable, or ' if link is LINKS['wifi'] else ''}leave the others out."
         )
     return f"Together they are expected to be {ratio:.1f} times as fast as {where} alone with experts on its disk."
 

@@ -13,14 +13,13 @@ from .. import __version__
 from ..checkpoint.parts import identity
 from ..errors import SettingError
 from ..memory.machine import Machine
-from ..memory.plan import make_plan
 from ..memory.plan_types import MemoryPlan, PlanRequest
 from ..models.parallel import keep_experts, share_experts, share_tensors
 from ..placement import Placement
 from ..runtime import runtime_of
 from ..sources import Source
 from .group import Group, joined
-from .shares import EXPERTS, checked_form, layer_shares, shared_placement
+from .shares import EXPERTS, checked_form, layer_shares, plan_of_share, shared_placement
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -131,10 +130,8 @@ def share_out(
     spec = placement.contents.spec
     experts = layer_shares(spec, placement.packings, form, group.rank, group.size)[0].experts
     own = shared_placement(placement, form, group.rank, group.size)
-    # All of it is in memory, so that every machine does the same.
-    weights = replace(own.weights(opened.folder), can_stream=False, embedding=0)
     with group.told():
-        plan = make_plan(opened.name, own.contents.spec, weights, machine, request, placement.dtype.size)
+        plan = plan_of_share(opened.name, own, machine, request, opened.folder)
         if not plan.fits:
             raise plan.refusal()
     least = group.least(lambda: plan.prefill_chunk)

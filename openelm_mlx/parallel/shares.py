@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -23,6 +24,9 @@ from ..checkpoint.layouts import Parameter
 from ..checkpoint.quantize import Quantization
 from ..errors import SettingError
 from ..files import shown
+from ..memory.machine import Machine
+from ..memory.plan import make_plan
+from ..memory.plan_types import MemoryPlan, PlanRequest
 from ..placement import Decision, Placement
 from ..specs import LayerSpec, ModelSpec
 
@@ -150,6 +154,14 @@ def shared_placement(placement: Placement, form: str, rank: int, size: int) -> P
         for each in placement.decisions
     )
     return replace(placement, contents=replace(contents, spec=own, parameters=parameters), decisions=decisions)
+
+
+def plan_of_share(
+    source: str, own: Placement, machine: Machine, request: PlanRequest, folder: Path | None
+) -> MemoryPlan:
+    """The plan of one machine's share. All of it is in memory, so that every machine does the same."""
+    weights = replace(own.weights(folder), can_stream=False, embedding=0)
+    return make_plan(source, own.contents.spec, weights, machine, request, own.dtype.size)
 
 
 def _is_added_up(decision: Decision, placement: Placement) -> bool:

@@ -437,7 +437,7 @@ def test_answers_are_kept_as_they_end(gpt_oss, tmp_path):
     store = Store(tmp_path / "s", {})
     prompts = [[{"role": "user", "content": f"What is {i} plus 1?"}] for i in range(3)]
     drawn = SamplingParams(temperature=1.0)
-    options = [{"reasoning_effort": "low", "max_tokens": 16, "sampling": seeded(drawn, i)} for i in range(3)]
+    options = [{"reasoning_effort": "low", "max_tokens": 8, "sampling": seeded(drawn, i)} for i in range(3)]
     keys = [store.key("answer", i) for i in range(3)]
     found = answers(*gpt_oss, prompts, options, store, keys)
     store.close()

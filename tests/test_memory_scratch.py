@@ -13,8 +13,9 @@ from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.decoding import prefill as prefill_module
 from openelm_mlx.decoding.prefill import prefill
-from openelm_mlx.memory.layer_scratch import layer_scratch
-from openelm_mlx.memory.scratch import scratch_bytes
+from openelm_mlx.memory.layer_scratch import counting, layer_scratch
+from openelm_mlx.memory.scratch import LAYERS_IN_FLIGHT, PassPart, parts_bytes, scratch_bytes
+from openelm_mlx.models.prompt_products import num_padding
 from openelm_mlx.specs import spec_from_config
 
 GPT_OSS = {
@@ -254,7 +255,73 @@ def test_more_tokens_take_no_less(backend, config):
     assert sizes[0] < sizes[-1]
     together = [scratch_bytes(spec, 256, 2048, 2, requests, backend) for requests in (1, 2, 4, 8, 64)]
     assert together == sorted(together)
-    assert together[2] < 2 * sizes[2]  # three rows and a chunk, and not four chunks
+    # Three rows and a chunk, and not four chunks; on CUDA a chunk makes scores where it is not alone.
+    assert together[2] < 2 * (together[1] if backend == "cuda" else sizes[2])
+
+
+@pytest.mark.parametrize(("config", "itemsizes"), [(OPENELM, 2 + 2), (GPT_OSS, 2 + 4 + 2)])
+@pytest.mark.parametrize(
+    ("length", "cached", "block"), [(200, 0, 224), (200, 700, 224), (2000, 7000, None), (8192, 8192, 0)]
+)
+def test_on_cuda_a_chunk_beside_others_has_its_scores(config, itemsizes, length, cached, block):
+    """A block of queries over all keys, both rounded up, as `attend_by_products` makes them; with sinks in float32 too.
+
+    block: queries of it, None: as many as have 2^25 scores; 0: there are so many that MLX's own kernel attends.
+    """
+    spec = spec_from_config({**config, "max_context_length": 2**15})
+    last, keys = spec.layers[-1], cached + length + num_padding(cached + length)
+    beside, alone = (
+        counting(spec, last, length, cached, 2, "cuda", None, is_beside=each).attention() for each in (True, False)
+    )
+    block = 2**25 // (last.num_heads * keys) if block is None else block
+    scores = itemsizes * last.num_heads * block * keys
+    assert beside - alone == (scores + 3 * 2 * length * last.num_heads * last.head_dim if block else 0)
+    assert beside < 2**25 * itemsizes + 20 * 2**20
+
+
+@pytest.mark.parametrize("backend", ["cuda", "metal"])
+def test_a_pass_has_the_scores_of_the_layers_in_flight(backend):
+    """Of its chunk, not of the rows beside it, on the backend that attends by products."""
+    spec = spec_from_config(OPENELM)
+    rows, chunk = PassPart(1, 50, spec.layers, number=3), PassPart(200, 700, spec.layers)
+    both = parts_bytes(spec, [rows, chunk], 2, backend)
+    last = spec.layers[-1]  # the widest
+    alone = [
+        counting(spec, last, length, cached, 2, backend, None).attention() for length, cached in ((1, 50), (200, 700))
+    ]
+    products = counting(spec, last, 203, 0, 2, backend, None)
+    attention = 2 * products.queries + 3 * alone[0] + alone[1]
+    scores = (2 + 2) * last.num_heads * 224 * 1024 + 3 * 2 * 200 * last.num_heads * 64 if backend == "cuda" else 0
+    each = products.before() + attention + scores + products.after()
+    assert both == 203 * 256 * 2 + LAYERS_IN_FLIGHT[backend] * each
+
+
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "length", "itemsize", "has_scores"),
+    [
+        ("metal", 64, 100, 2, False), ("metal", 32, 100, 2, True), ("metal", 96, 100, 2, True),
+        ("metal", 64, 6, 2, True), ("metal", 64, 4, 2, False), ("metal", 32, 1, 2, False),
+        ("cuda", 32, 100, 2, False), ("cuda", 64, 100, 4, True), ("cuda", 64, 1, 4, False),
+    ],
+)  # fmt: skip
+def test_an_attention_without_a_kernel_has_its_scores(backend, head_dim, length, itemsize, has_scores):
+    """Metal's kernels are for some sizes of heads, and of few queries for few heads of a key; CUDA's for 16 bits."""
+    spec = spec_from_config({**GPT_OSS, "head_dim": head_dim, "num_attention_heads": 16})
+    layer = next(each for each in spec.layers if each.window is None)
+    planned = layer_scratch(spec, layer, length, 500, itemsize, backend).attention
+    queries = itemsize * length * 16 * head_dim
+    scores = itemsize * 16 * length * (500 + length) + 3 * queries
+    assert planned == queries + (scores if has_scores else 0)
+
+
+def test_a_window_s_mask_has_no_kernel_on_cuda():
+    """Where a chunk is too short for blocks: its queries see parts of the keys before it."""
+    spec = spec_from_config(GPT_OSS)
+    window = next(each for each in spec.layers if each.window is not None)
+    within, across = (layer_scratch(spec, window, 30, offset, 2, "cuda").attention for offset in (0, 500))
+    queries, keys = 2 * 30 * 8 * 64, 30 + 31
+    assert within == queries + 2 * 2 * 30 * 2 * 64
+    assert across == queries + 2 * 2 * keys * 2 * 64 + 2 * 8 * 30 * keys + 3 * queries
 
 
 def test_full_chunks_and_the_rest_of_a_prompt_are_both_counted():

@@ -16,7 +16,8 @@ from openelm_mlx.models import rows as rows_module
 from openelm_mlx.models import slot_attention
 from openelm_mlx.models import slots as slots_module
 from openelm_mlx.models.attention import attend, attend_by_products
-from openelm_mlx.models.rows import Rows, flat_logits, num_padding
+from openelm_mlx.models.prompt_products import num_padding
+from openelm_mlx.models.rows import Rows, flat_logits
 from openelm_mlx.models.slots import SlotBank
 
 FAMILIES = {"openelm": "openelm_tiny", "gpt_oss": "gpt_oss_tiny"}

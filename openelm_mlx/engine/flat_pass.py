@@ -12,7 +12,8 @@ from ..decoding.batch_sampling import SamplerGroup
 from ..decoding.batch_step import BatchStep
 from ..decoding.prefill import THROTTLED_FROM, chunk_throttle, lock_of
 from ..models.precision import runs_on_cpu
-from ..models.rows import Rows, flat_logits, num_padding
+from ..models.prompt_products import num_padding
+from ..models.rows import Rows, flat_logits
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from .active import ActiveRequest, Pending

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..models.prompt_products import PRODUCTS_TO_ON_CUDA, num_padding, queries_in_a_block, uses_products
 from ..models.routing_ways import (
     BY_SORTING,
     IN_BLOCKS,
     MOST_ROUTES_OF_A_TABLE,
     UNSORTED,
-    ExpertWays,
     fewest_rows,
     most_places,
     rows_at_once,
@@ -25,6 +25,10 @@ from ..specs import KV_SCORES_BYTES, KV_UNPACK_FROM, LayerSpec, ModelSpec
 FLOAT32 = 4
 # How a GPU's rows go through their experts unless `selfcheck` found another way faster (models/precision.py).
 _EXPERT_WAYS = {"metal": BY_SORTING, "cuda": IN_BLOCKS}
+# Sizes of heads that all of MLX's versions have Metal kernels of attention for (metal/scaled_dot_product_attention.cpp): of
+# more queries than these few, and of these few, where those that share a key head are no more than so many.
+_METAL_HEADS, _METAL_HEADS_OF_FEW = (64, 80, 128), (64, 96, 128)
+_FEW_QUERIES, _FEW_BESIDE_A_KEY = 8, 32
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,13 @@ def counting(
     backend: str,
     kv_bits: int | None,
     slots: int | None = None,
+    is_beside: bool = False,
 ) -> Counting:
-    """The sums of one layer for `L` tokens, as this backend computes it."""
+    """The sums of one layer for `L` tokens, as this backend computes it. is_beside: in a pass over several requests."""
     if backend == "cpu":
         return _OnCpu(spec, layer, L, offset, itemsize, kv_bits, slots)
-    return _OnGpu(spec, layer, L, offset, itemsize, kv_bits, _EXPERT_WAYS[backend])
+    products_to = PRODUCTS_TO_ON_CUDA if is_beside and backend == "cuda" else 0
+    return _OnGpu(spec, layer, L, offset, itemsize, kv_bits, backend, products_to)
 
 
 class Counting:
@@ -299,12 +305,14 @@ class _OnGpu(Counting):
         offset: int,
         itemsize: int,
         kv_bits: int | None,
-        expert_ways: ExpertWays,
+        backend: str,
+        products_to: int = 0,
     ) -> None:
         super().__init__(spec, layer, L, offset, itemsize, kv_bits)
+        self.backend, self.products_to = backend, products_to
         # With what they are padded with; a few tokens that are left over may take more than a whole chunk.
         k = layer.experts_per_token
-        self.places = most_places(L, k, layer.num_experts, expert_ways) if k else 0
+        self.places = most_places(L, k, layer.num_experts, _EXPERT_WAYS[backend]) if k else 0
 
     def before(self) -> int:
         e, is_moe = self.itemsize, self.layer_spec.num_experts > 0
@@ -317,16 +325,61 @@ class _OnGpu(Counting):
         if window is None:
             if self.stays_packed:
                 return total + self.over_packed()
-            return total + (e * self.keys_and_values(self.num_keys) if self.is_packed else 0)
+            if self.is_packed:
+                total += e * self.keys_and_values(self.num_keys)
+            return total + (self.by_products() if self.goes_by_products else self.without_a_kernel())
         if self.joins:
             total += e * self.keys_and_values(self.num_keys)
-        if self.in_blocks:
-            n = -(-self.L // window)
-            total += e * self.keys_and_values((n + 1) * window) + e * self.keys_and_values(2 * n * window)
-            # With a mask there is no fused kernel: the scores, and copies of queries and results around them.
-            scores = self.layer_spec.num_heads * n * window * 2 * window
-            total += e * scores + (3 if self.L % window == 0 else 4) * e * self.queries
-        return total
+        if self.goes_by_products:
+            return total + self.by_products()
+        if not self.in_blocks:
+            return total + self.without_a_kernel()
+        n = -(-self.L // window)
+        total += e * self.keys_and_values((n + 1) * window) + e * self.keys_and_values(2 * n * window)
+        # With a mask there is no fused kernel: the scores, and copies of queries and results around them.
+        scores = self.layer_spec.num_heads * n * window * 2 * window
+        return total + e * scores + (3 if self.L % window == 0 else 4) * e * self.queries
+
+    @property
+    def goes_by_products(self) -> bool:
+        """Whether a chunk beside other requests attends by products (models/rows.py)."""
+        if self.is_packed or not self.products_to or self.L <= 1:
+            return False
+        return uses_products(self.layer_spec.num_heads, *self.rounded(), self.products_to)
+
+    def rounded(self) -> tuple[int, int]:
+        """Queries and keys with those that are nobody's."""
+        length, keys = self.L, self.offset + self.L
+        return length + num_padding(length), keys + num_padding(keys)
+
+    def by_products(self) -> int:
+        """A block's scores, with what is not seen far below, and weights, each an array; with sinks the second in float32.
+
+        Beside them scaled queries and results, block by block and together. Earlier blocks are counted as given back.
+        """
+        heads, (length, keys) = self.layer_spec.num_heads, self.rounded()
+        if self.layer_spec.window is not None:  # of a ring no places are read that nobody has written into
+            length, keys = self.L, self.num_keys
+        block = min(length, queries_in_a_block(heads, keys, self.products_to))
+        masked = FLOAT32 + self.itemsize if self.layer_spec.num_experts else self.itemsize
+        return heads * block * keys * (self.itemsize + masked) + 3 * self.itemsize * self.queries
+
+    def without_a_kernel(self) -> int:
+        """The scores where MLX has no kernel for such an attention and takes products, and copies as with a mask."""
+        if self.L == 1 or self.has_kernel:
+            return 0
+        return self.itemsize * (self.layer_spec.num_heads * self.L * self.num_keys + 3 * self.queries)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether MLX has one for several queries: cuDNN's is for 16 bits and no mask, Metal's for some sizes of heads."""
+        layer = self.layer_spec
+        if self.backend == "cuda":
+            return self.itemsize < FLOAT32 and (layer.window is None or layer.window >= self.num_keys)
+        if self.L > _FEW_QUERIES:
+            return layer.head_dim in _METAL_HEADS
+        is_few = self.L * layer.num_heads // layer.num_kv_heads <= _FEW_BESIDE_A_KEY
+        return layer.head_dim in _METAL_HEADS_OF_FEW and is_few
 
     def after(self) -> int:
         e = self.itemsize

@@ -129,10 +129,9 @@ def parts_bytes(
     def layer_of(layers: Sequence[LayerSpec]) -> LayerScratch:
         together = counting(spec, layers[0], L, 0, itemsize, backend, parts[0].kv_bits, slots)
         attention = itemsize * together.queries  # what each request's gives, side by side
-        attention += sum(
-            part.number * counting(spec, layer, part.length, part.cached, itemsize, backend, part.kv_bits).attention()
-            for layer, part in zip(layers, parts, strict=True)
-        )
+        for layer, part in zip(layers, parts, strict=True):
+            own = counting(spec, layer, part.length, part.cached, itemsize, backend, part.kv_bits, is_beside=True)
+            attention += part.number * own.attention()
         kept = itemsize * (together.qkv + together.rotated)
         return LayerScratch(together.before(), attention, together.after(), kept, itemsize * together.queries)
 

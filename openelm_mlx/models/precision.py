@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from .prompt_products import PRODUCTS_TO_ON_CUDA
 from .routing_ways import BY_SORTING, IN_BLOCKS, ExpertWays
 
 # Combinations of shapes for which an elementwise function stays traced.
@@ -75,7 +76,7 @@ def default_choices() -> KernelChoices:
             spare_places=8,
             bias_apart=True,
             slot_kernel=True,
-            prompt_products_to=2**25,
+            prompt_products_to=PRODUCTS_TO_ON_CUDA,
             expert_ways=IN_BLOCKS,
             fuse_many_residual_adds=True,
             pads_rows=True,

@@ -18,11 +18,9 @@ from .attention import Mask, attend_by_products, visible_keys
 from .base import LanguageModel, WalkInParts
 from .block import LayerThrottle
 from .cache import Cache, KVCache, LayerCache, seen_by_last
+from .prompt_products import num_padding, queries_in_a_block, uses_products
 from .quantized_cache import QuantizedKVCache
 from .slots import SlotBank
-
-# A chunk of a prompt attends by products in so many blocks at most (`KernelChoices.prompt_products_to` is for one).
-MOST_BLOCKS = 8
 
 
 @dataclass
@@ -44,12 +42,6 @@ class Rows:
         if self.is_prompt and self.length > 1:
             return 1 if self.wants_logits else 0
         return self.length
-
-
-def num_padding(num_rows: int) -> int:
-    """How many rows are missing up to one of few numbers: of each power of two, and three between it and the next one."""
-    step = max(1, (1 << num_rows.bit_length() - 1) // 4)
-    return -num_rows % step
 
 
 def flat_logits(
@@ -197,10 +189,10 @@ class RowsWalk(WalkInParts):
 
     def _uses_products(self, rows: Rows, i: int) -> bool:
         """Whether layer `i` attends to a chunk of a prompt by products: see `KernelChoices.prompt_products_to`."""
-        num_keys = self._rounded(rows.cache[i].offset + rows.length)
-        num_scores = self._specs[i].num_heads * self._rounded(rows.length) * num_keys
-        is_plain = not isinstance(rows.cache[i], QuantizedKVCache)
-        return rows.is_prompt and rows.length > 1 and num_scores <= MOST_BLOCKS * self._products_to and is_plain
+        if not rows.is_prompt or rows.length == 1 or isinstance(rows.cache[i], QuantizedKVCache):
+            return False
+        length, num_keys = self._rounded(rows.length), self._rounded(rows.cache[i].offset + rows.length)
+        return uses_products(self._specs[i].num_heads, length, num_keys, self._products_to)
 
     def _by_products(self, i: int, at: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """The attention of a chunk of a prompt, (n, H, 1, D); a block of its queries at a time.
@@ -220,7 +212,7 @@ class RowsWalk(WalkInParts):
         if num_keys > seen_keys.shape[2]:
             seen_keys, seen_values = cast(KVCache, cache).places(num_keys)
         queries = queries[:length].swapaxes(0, 2)
-        block = max(1, self._products_to // (queries.shape[1] * num_keys))
+        block = queries_in_a_block(queries.shape[1], num_keys, self._products_to)
         outs = []
         for start in range(0, length, block):
             stop = min(start + block, length)

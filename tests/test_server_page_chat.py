@@ -150,8 +150,14 @@ def test_reasoning_is_folded_and_says_what_it_does(server, chat):
 
 
 def test_a_line_says_speed_and_tokens(server, chat):
-    server.script = lambda body: pieces("A short answer.")
-    chat.say("Hi")
+    # Of pieces that come at one moment nobody knows a speed.
+    hold, go_on = held()
+    server.script = lambda body: [("text", "A short"), hold, *pieces(" answer.")]
+    chat.say("Hi", wait=False)
+    chat.page.locator(".message.answer", has_text="A short").wait_for()
+    chat.page.wait_for_timeout(50)
+    go_on()
+    chat.wait_until_answered()
     line = chat.page.locator(".message.answer .statistics").inner_text()
     assert line.startswith("demo-gpt-oss · ")
     assert "tokens/s" in line

@@ -189,6 +189,25 @@ def test_two_macs_for_the_120b():
     assert mixed[1].stop - mixed[1].start > 24
 
 
+def test_another_machine_s_memory_limit_counts():
+    """What its owner has allowed there, and not what the machine has; that of the request is this machine's alone."""
+    placement = Placement.of(Source.open("demo-openelm").contents, mx.float32)
+    macs = [find_mac("M4 16GB"), *[find_mac("M4 Max 64GB")] * 2]
+    request = PlanRequest(memory_limit=2 * GB)
+
+    def layers(limits: list[int | None] | None) -> list[int]:
+        parts = spread_over("demo-openelm", placement, macs, request, limits=limits)
+        assert [part.plan.memory_limit for part in parts][1:] == [
+            each or macs[1].available_bytes for each in limits or [0, 0]
+        ]
+        assert all(part.plan.fits for part in parts)
+        return [part.stop - part.start for part in parts]
+
+    assert layers(None) == layers([None, None]) == [1, 6, 1]
+    process = spread_over("demo-openelm", placement, macs, request)[2].plan.process_bytes
+    assert layers([process, None])[2] > layers([None, None])[2]
+
+
 def test_what_three_machines_do_not_hold():
     placement = Placement.of(Source.open("demo-openelm").contents, mx.float32)
     small = replace(this_machine(), memory_bytes=70_000_000, working_set_bytes=70_000_000, used_bytes=0)

@@ -148,7 +148,10 @@ def spread_out(
     team = Team(asked.addresses, secret, asked.deadline)
     try:
         machines = [machine, *(each.machine for each in team.members)]
-        parts = spread_over(opened.name, placement, machines, request, asked.counts, adapter_bytes=adapter_bytes)
+        parts = spread_over(
+            opened.name, placement, machines, request, asked.counts, adapter_bytes=adapter_bytes,
+            limits=[each.memory_limit for each in team.members],
+        )  # fmt: skip
         _check_kv_bits(request.kv_bits, parts[0].spec)
         plan = parts[0].plan
         common = {

@@ -51,26 +51,35 @@ def spread_over(
     counts: Sequence[int] | None = None,
     needs_fit: bool = True,
     adapter_bytes: tuple[int, int] = (0, 0),
+    limits: Sequence[int | None] | None = None,
 ) -> list[Part]:
     """The parts of a model on these machines, this one first.
 
     placement: of the whole model. request: its memory limit is the first machine's. counts: how many layers each gets; None
     chooses. needs_fit: False gives parts that do not fit, too. adapter_bytes: what adapters take, and for each token of a
-    pass, as if each machine had them whole. Raises SettingError for counts that do not add up, and MemoryLimitError where
-    all machines together have too little.
+    pass, as if each machine had them whole. limits: the other machines' memory limits, in bytes. Raises SettingError for
+    counts that do not add up, and MemoryLimitError where all machines together have too little.
     """
     spec = placement.contents.spec
     if len(machines) > len(spec.layers):
         raise SettingError(
             f"{source} has {len(spec.layers)} layers, too few for {len(machines)} machines: give fewer workers."
         )
+    # A memory limit is of the machine on which it was given.
+    others = [None] * (len(machines) - 1) if limits is None else limits
+    requests = [request, *(replace(request, memory_limit=each) for each in others)]
     if counts is not None:
-        parts = _parts(source, placement, machines, request, checked_counts(counts, spec, len(machines)), adapter_bytes)
+        parts = _parts(
+            source, placement, machines, requests, checked_counts(counts, spec, len(machines)), adapter_bytes
+        )
         if needs_fit:
             _check(source, parts)
         return parts
     layers, kept = _layer_bytes(placement, request)
-    rooms = [_room(source, placement, machine, _own(request, i), adapter_bytes) for i, machine in enumerate(machines)]
+    rooms = [
+        _room(source, placement, machine, wanted, adapter_bytes)
+        for machine, wanted in zip(machines, requests, strict=True)
+    ]
     parts = []
     for _ in range(_ATTEMPTS):
         found = split_layers(layers, kept, rooms)
@@ -78,9 +87,9 @@ def spread_over(
             if needs_fit and not placement.weights().can_stream:
                 raise _too_little(source, machines, layers, kept, rooms)
             found = split_evenly(layers, kept, rooms)
-            parts = _parts(source, placement, machines, request, found, adapter_bytes)
+            parts = _parts(source, placement, machines, requests, found, adapter_bytes)
             break
-        parts = _parts(source, placement, machines, request, found, adapter_bytes)
+        parts = _parts(source, placement, machines, requests, found, adapter_bytes)
         tight = [i for i, part in enumerate(parts) if not part.plan.fits or part.plan.expert_slots is not None]
         if not tight or request.expert_slots is not None:
             break
@@ -123,26 +132,20 @@ def parse_counts(text: str | Sequence[int] | None) -> tuple[int, ...] | None:
         raise SettingError(f"layers is {shown(text)}: give a number for each machine, such as 20,16.") from None
 
 
-def _own(request: PlanRequest, place: int) -> PlanRequest:
-    """A memory limit is of the machine on which it was given."""
-    return request if place == 0 else replace(request, memory_limit=None)
-
-
 def _parts(
     source: str,
     placement: Placement,
     machines: Sequence[Machine],
-    request: PlanRequest,
+    requests: Sequence[PlanRequest],
     counts: Sequence[int],
     adapter_bytes: tuple[int, int],
 ) -> list[Part]:
     parts, start = [], 0
-    for place, (machine, count) in enumerate(zip(machines, counts, strict=True)):
+    for machine, wanted, count in zip(machines, requests, counts, strict=True):
         stop = start + count
         part = placement.part(start, stop)
         spec = part.contents.spec
         name = f"{source}, layers {start} to {stop - 1}"
-        wanted = _own(request, place)
         weights = part.weights().with_adapters(*adapter_bytes)
         plan = make_plan(name, spec, weights, machine, wanted, part.dtype.size)
         parts.append(Part(start, stop, machine, part, plan))

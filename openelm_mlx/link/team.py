@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, final
 
+from ..checks import is_whole
 from ..errors import SettingError, WorkerError
 from ..hub.names import Progress
 from ..memory.machine import Machine
@@ -27,12 +28,14 @@ _NUMBERS = ("memory_bytes", "working_set_bytes", "used_bytes")
 class Member:
     """A worker: where it is, what it says of itself, and what it is asked for whenever it is connected.
 
-    other_addresses: of its networks and cables, as it knows them itself.
+    memory_limit: what it may use, in bytes; None: what its machine has. other_addresses: of its networks and cables, as it
+    knows them itself.
     """
 
     address: Address
     peer: Peer
     machine: Machine
+    memory_limit: int | None = None
     instance: str = ""
     other_addresses: Sequence[str] = ()
     wanted: dict[str, Any] = field(default_factory=dict)
@@ -128,6 +131,8 @@ class Team:
         """What a worker says of itself."""
         facts = self._asked(member, {"op": "facts", "deadline": self.deadline}).header
         member.machine, member.instance = machine_of(facts), str(facts.get("instance"))
+        limit = facts.get("memory_limit")
+        member.memory_limit = limit if is_whole(limit) else None
         addresses = facts.get("addresses")
         member.other_addresses = addresses if isinstance(addresses, list) else []
 

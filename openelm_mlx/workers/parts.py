@@ -59,7 +59,7 @@ class Parts:
     """
 
     def __init__(self, given: Source | None, memory_limit: int | None) -> None:
-        self._given, self._memory_limit = given, memory_limit
+        self._given, self.memory_limit = given, memory_limit
         self.planned: Planned | None = None
         self.model: Model | None = None
 
@@ -77,7 +77,7 @@ class Parts:
         dense = dense_packing(asked.get("dense_bits"))
         part = Placement.of(source.contents, parse_dtype(asked.get("dtype")), dense).part(start, stop)
         request = PlanRequest(
-            memory_limit=self._memory_limit,
+            memory_limit=self.memory_limit,
             context_length=asked.get("context_length"),
             batch_size=asked.get("batch_size") or 1,
             prefill_chunk=asked.get("prefill_chunk"),

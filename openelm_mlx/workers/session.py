@@ -99,7 +99,7 @@ class Session:
             return {"op": "echo"}, message.body
         if message.op == "facts":
             self._beat.set_deadline(header.get("deadline"))
-            about = {"instance": self._instance, "addresses": own_addresses()}
+            about = {"instance": self._instance, "addresses": own_addresses(), "memory_limit": self._parts.memory_limit}
             return {"op": "facts", **about, **facts_of(own_machine())}, b""
         if message.op == "prepare":
             return {"op": "prepared", "plan": self._prepared(header)}, b""

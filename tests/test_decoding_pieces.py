@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from conftest import random_model
 from mlx import nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from short_demos import short_demo
 
 import openelm_mlx as om
@@ -53,6 +53,13 @@ def by_assignment(model):
     attention.qkv_proj.weight = attention.qkv_proj.weight * 0.5
 
 
+def by_update_of_modules(model):
+    """As `nn.quantize` and mlx-lm's tuner put other modules in."""
+    model.update_modules(
+        tree_unflatten([(name, Doubled(each)) for name, each in model.named_modules() if name.endswith("qkv_proj")])
+    )
+
+
 def by_adapter(model):
     for layer in model.layers:
         layer.attention.qkv_proj = Doubled(layer.attention.qkv_proj)
@@ -99,14 +106,15 @@ def test_every_step_computes_with_the_weights_that_are_there_now(family, change)
     assert mx.abs(logits_of(model, fast) - expected).max().item() < 1e-3
 
 
-def test_a_step_that_is_in_use_follows_an_update(family):
+@pytest.mark.parametrize("change", [by_update, by_update_of_modules])
+def test_a_step_that_is_in_use_follows_an_update(family, change):
     model = load(family)
     cache = model.make_cache()
     prefill(model, PROMPT, cache, 64)
     # Compiled: what is not reads the model's parameters anew each time anyway.
     step = (StreamedStep if family == "streamed" else CompiledStep)(model, cache, compile=True)
     mx.eval(step(mx.array(7)))
-    by_update(model)
+    change(model)
     plain = model.make_cache()
     for layer, other in zip(plain, cache, strict=True):
         layer.state = tuple(mx.array(each) for each in other.state)

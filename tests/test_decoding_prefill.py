@@ -65,3 +65,11 @@ def test_streamed_experts_give_the_same_bits(models, slots):
     tokens = list(range(100, 230))
     expected = prefill(models["demo-gpt-oss"], tokens, models["demo-gpt-oss"].make_cache(), 64)
     assert mx.array_equal(prefill(streamed, tokens, streamed.make_cache(), 64), expected)
+
+
+def test_what_a_chunk_freed_is_given_back_before_the_next_one(models, monkeypatch):
+    model, offsets = models["openelm"], []
+    cache = model.make_cache()
+    monkeypatch.setattr(mx, "clear_cache", lambda: offsets.append(cache[0].offset))
+    prefill(model, list(range(3, 23)), cache, 8)
+    assert offsets == [8, 16, 20]

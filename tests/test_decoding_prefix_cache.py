@@ -13,6 +13,7 @@ import openelm_mlx as om
 from openelm_mlx.decoding import prefix_cache as module
 from openelm_mlx.decoding.prefix_cache import Entry, PrefixCache, checkpoint_of, shared
 from openelm_mlx.decoding.prefix_file import fingerprint
+from openelm_mlx.engine.prompt import encode_prompt, message_borders
 from openelm_mlx.errors import CheckpointError, DestinationError, MemoryLimitError, SettingError
 from openelm_mlx.generate import stream_generate
 
@@ -419,6 +420,36 @@ def test_another_question_after_the_same_system_prompt(short):
         counts.append(last.statistics.prompt_tokens - last.statistics.cached_tokens)
     assert counts[0] > 120
     assert max(counts[1:]) < 20
+
+
+def test_prompts_have_borders_after_the_system_message_and_before_the_last_one(short):
+    """There other conversations, and other last questions, go apart from this one."""
+    model, tokenizer = short
+    chat = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "What is a violin?"},
+        {"role": "assistant", "content": "A bowed instrument."},
+        {"role": "user", "content": "And a cello?"},
+    ]
+    prompt = encode_prompt(model, tokenizer, chat)
+    rests = [tokenizer.decode(prompt.tokens[border:]) for border in message_borders(tokenizer, prompt)]
+    assert [rest.split("# Inst")[0].split("What")[0] for rest in rests[:2]] == ["developer", "user"]
+    assert rests[2:] == ["userAnd a cello?assistant"]
+
+
+def test_guesses_that_were_not_taken_are_not_kept(gpt_oss):
+    """A round hands over its tokens one by one, and the caller may stop among them: the cache is further than he is."""
+    cache, prompt = PrefixCache(), prompt_of(40)
+    draft = om.DraftModel(load_fixture(FIXTURES / "gpt_oss_tiny"))  # the same weights: it guesses right
+    options = {"max_tokens": 30, "prefix_cache": cache, "draft": draft}
+    for num_taken in (10, 11, 12):  # the first nine are plain, to be compared with
+        chunks = stream_generate(gpt_oss, None, prompt, **options)
+        taken = [chunk.token for chunk in itertools.islice(chunks, num_taken)]
+        chunks.close()
+        (entry,) = cache._entries
+        assert entry.cache[0].offset == len(entry.tokens)
+        assert entry.tokens.tolist() == [*prompt, *taken][: len(entry.tokens)]
+        cache.clear()
 
 
 def test_an_entry_counts_every_array_once(gpt_oss):

@@ -7,7 +7,7 @@ import pytest
 from conftest import FIXTURES, random_model
 
 import openelm_mlx as om
-from openelm_mlx.engine import single, statistics
+from openelm_mlx.engine import runner, single, statistics
 from openelm_mlx.engine.sequence import Sequence
 from openelm_mlx.engine.single import new_sequence, run
 from openelm_mlx.text.tokenizer import load_tokenizer
@@ -66,6 +66,17 @@ def test_rates_are_tokens_over_the_time_between_them(monkeypatch):
     assert (found.time_to_first_token, found.prefill_tps, found.decode_tps) == (2.0, 5.0, 4.0)
 
 
+def test_the_rate_of_a_prompt_is_that_of_what_was_computed_of_it(monkeypatch):
+    """Nine of its ten tokens were there already: one token in 2 s."""
+    model, cache = random_model(), om.PrefixCache()
+    options = {"max_tokens": 1, "sampling": ENDLESS, "prefix_cache": cache}
+    list(om.stream_generate(model, None, list(range(3, 13)), **options))
+    times = iter([100.0, 102.0])
+    monkeypatch.setattr(statistics.time, "perf_counter", lambda: next(times))
+    *_, last = om.stream_generate(model, None, list(range(3, 13)), **options)
+    assert (last.statistics.cached_tokens, last.statistics.prefill_tps) == (9, 0.5)
+
+
 def test_a_stop_string_may_become_whole_at_the_very_end():
     """Half a character is shown as U+FFFD when the tokens are over, and only then completes the stop string."""
     tokenizer = load_tokenizer(FIXTURES / "tokenizers" / "llama")
@@ -88,6 +99,17 @@ def test_freed_buffers_are_given_back_now_and_then(monkeypatch):
     for chunk in chunks:
         received.append(chunk)
     assert calls[:2] == [2, 5]  # before the fourth and the seventh token of eight
+
+
+def test_an_engine_gives_freed_buffers_back_now_and_then(monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "CLEAR_CACHE_EVERY", 3)
+    with om.Engine(random_model(), None) as engine:
+        monkeypatch.setattr(mx, "clear_cache", lambda: calls.append(engine._runner.num_steps))
+        tokens = [chunk.token for chunk in engine.submit([3, 4], max_tokens=12, sampling=ENDLESS)]
+        assert len(tokens) == 12
+    assert {3, 6, 9} <= set(calls)
+    assert [number for number in calls if 0 < number < 12 and number % 3] == []
 
 
 def test_a_sequence_that_has_ended_takes_no_token(gpt_oss):

@@ -457,3 +457,12 @@ def test_a_cache_says_how_many_places_it_will_have(spare, limit):
         appended(forked, count)
     cache.reserve(2500)
     appended(cache, 100)
+
+
+def test_a_fork_grows_as_the_cache_that_it_is_of():
+    """No further than the model's context, and with the same spare places."""
+    cache = KVCache(None, context_length=2100, spare_places=8)
+    cache.update_and_fetch(*[mx.zeros((1, K, 2059, D))] * 2)
+    fork = cache.fork(cache.snapshot())
+    fork.update_and_fetch(*[mx.zeros((1, K, 1, D))] * 2)
+    assert fork.keys.shape[2] == cache.keys.shape[2] == kv_capacity(2060, 2100) + 8 < kv_capacity(2060)

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -74,6 +75,13 @@ def test_what_is_in_memory_while_a_model_is_read_is_counted(name, dtype, bits, u
         if counted <= 1.05 * peak:
             break
     assert peak - 2_000 <= counted <= 1.05 * peak
+
+
+def test_what_is_packed_as_it_is_read_comes_first_while_there_is_room(monkeypatch):
+    monkeypatch.setattr(module, "LOAD_BATCH_BYTES", 2**16)  # as much of a demo as usually of a release
+    placement = Placement.of(Source.open("demo-gpt-oss").contents, None, dense_packing(4))
+    otherwise = replace(placement, decisions=tuple(reversed(placement.decisions)))
+    assert placement.weights().loading < otherwise.weights().loading
 
 
 def test_what_stays_on_disk_is_not_read():

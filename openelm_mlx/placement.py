@@ -121,6 +121,7 @@ class Placement:
 
     dtype: what the model computes in. packings: module -> packing of each that is packed in the files, or as it is read.
     unpacked: those of them that the model has unpacked. decisions: one a parameter, in the order in which they are read.
+    on_cpu: whether MLX's CPU backend computes.
     """
 
     contents: Contents
@@ -128,6 +129,7 @@ class Placement:
     packings: Mapping[str, Quantization]
     unpacked: frozenset[str]
     decisions: tuple[Decision, ...]
+    on_cpu: bool = False
 
     @classmethod
     def of(
@@ -167,7 +169,7 @@ class Placement:
             return found
 
         decisions = tuple(map(decision, _in_reading_order(contents)))
-        return cls(contents, dtype, packings, frozenset(unpacked), decisions)
+        return cls(contents, dtype, packings, frozenset(unpacked), decisions, on_cpu)
 
     @property
     def packed(self) -> dict[str, Quantization]:
@@ -187,7 +189,12 @@ class Placement:
         unpacked = (part_name(module, start, stop) for module in self.unpacked)
         contents = part_of(self.contents, start, stop)
         return Placement(
-            contents, self.dtype, packings, frozenset(each for each in unpacked if each is not None), tuple(decisions)
+            contents,
+            self.dtype,
+            packings,
+            frozenset(each for each in unpacked if each is not None),
+            tuple(decisions),
+            self.on_cpu,
         )
 
     def leaving_on_disk(self, names: Collection[str]) -> Placement:
@@ -215,7 +222,20 @@ class Placement:
             tokenizer=_tokenizer_bytes(folder),
             loading=self._most_while_read(),
             looked_up=embedding,
+            widened=self._widened(),
         )
+
+    def _widened(self) -> int:
+        """Bytes in float32 of one layer's experts, where they are multiplied in it and kept in 16 bits (`widen`)."""
+        of_layers: Counter[str] = Counter()
+        for each in self.decisions:
+            layer, _, rest = each.parameter.name.partition(".mlp.experts.")
+            is_plain = (
+                each.packing is None and each.unpacked is None and each.dtype is not None and each.dtype != mx.float32
+            )
+            if self.on_cpu and rest.endswith(".weight") and is_plain:
+                of_layers[layer] += mx.float32.size * math.prod(each.parameter.shape)
+        return max(of_layers.values(), default=0)
 
     def _most_while_read(self) -> int:
         """The most bytes that there are until the model has been read, as weights.py goes about it."""

@@ -2,9 +2,11 @@
 
 import gc
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 import openelm_mlx as om
 from openelm_mlx.bench.against import random_prompt
@@ -13,10 +15,14 @@ from openelm_mlx.bench.random_gpt_oss import write_random_gpt_oss
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.decoding import prefill as prefill_module
 from openelm_mlx.decoding.prefill import prefill
+from openelm_mlx.engine.memory import admission_of
 from openelm_mlx.memory.layer_scratch import counting, layer_scratch
 from openelm_mlx.memory.scratch import LAYERS_IN_FLIGHT, PassPart, parts_bytes, scratch_bytes
 from openelm_mlx.models.prompt_products import num_padding
+from openelm_mlx.placement import Placement
+from openelm_mlx.sources import Source
 from openelm_mlx.specs import spec_from_config
+from openelm_mlx.weights import read_model
 
 GPT_OSS = {
     **released_gpt_oss_config("20b"), "num_hidden_layers": 4, "hidden_size": 192, "num_local_experts": 8,
@@ -181,6 +187,50 @@ def test_a_run_takes_what_was_planned(folders, name, prompt):
     planned = model.plan.total_bytes - model.plan.weights_bytes
     # These models are so small that what is not counted shows: a hundred thousand bytes are 3 % here, and nothing else.
     assert used - 0.02 * model.plan.total_bytes - 100_000 <= planned <= 1.3 * used + 0.05 * model.plan.total_bytes
+
+
+@pytest.fixture(scope="module")
+def plain_experts(folders, tmp_path_factory):
+    """A gpt-oss in bfloat16 whose experts are not packed."""
+    opened, folder = Source.open(folders["gpt_oss"]), tmp_path_factory.mktemp("plain")
+    model = read_model(Placement.of(opened.contents, mx.float32, unpacks=True), opened.checkpoint)
+    arrays = {name: array.astype(mx.bfloat16) for name, array in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    config = json.loads((folders["gpt_oss"] / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("prompt", [1, 300])
+def test_experts_of_16_bits_are_multiplied_as_copies_in_float32(plain_experts, prompt):
+    """On the CPU backend: of one layer at a time, however few tokens there are."""
+    gc.collect()
+    others = mx.get_active_memory()
+    model, _ = om.load(plain_experts, context_length=prompt + 8)
+    *_, last = om.stream_generate(model, None, random_prompt(model, prompt), max_tokens=2)
+    used, experts = last.statistics.peak_memory_bytes - others, model.layers[0].mlp.experts
+    copies = 4 * (experts.gate_up_proj.weight.size + experts.down_proj.weight.size)
+    assert model.plan.widened_bytes == copies > 0.15 * used
+    assert used <= model.plan.total_bytes <= 1.05 * used + 100_000
+    admission = admission_of(model, model.plan, 2)
+    with_copies = admission.pass_bytes([5]), admission.parts_bytes([admission.part(1, 5)], 1)
+    without = replace(admission, widened=0)
+    assert with_copies == (without.pass_bytes([5]) + copies, without.parts_bytes([without.part(1, 5)], 1) + copies)
+
+
+def test_packed_experts_are_not_copied(folders):
+    opened = Source.open(folders["gpt_oss"])
+    for dtype in (mx.bfloat16, mx.float32):
+        assert Placement.of(opened.contents, dtype, on_cpu=True).weights().widened == 0
+
+
+def test_a_gpu_multiplies_experts_as_they_are(plain_experts):
+    opened = Source.open(plain_experts)
+    assert [Placement.of(opened.contents, on_cpu=each).weights().widened > 0 for each in (False, True)] == [False, True]
+    assert Placement.of(opened.contents, mx.float32, on_cpu=True).weights().widened == 0
+    whole = Placement.of(opened.contents, on_cpu=True)
+    assert whole.part(0, 2).weights().widened == whole.weights().widened
 
 
 @pytest.mark.slow(first=1)

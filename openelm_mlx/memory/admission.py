@@ -56,7 +56,7 @@ class Admission:
     limit: what may be in use at once, as MLX counts it (`MemoryPlan.budget_bytes`). caches: of one request. chunk: of a
     prompt, in the plan. weights: what is in use when no request is there. scratch_factor: of what a pass takes by its
     shapes; `seen` gives another one where it was more. adapter_scratch: of adapters, for each token of a pass.
-    slots: how many of a layer's experts are in memory, None: all of them.
+    slots: how many of a layer's experts are in memory, None: all of them. widened: of a pass, see `Weights`.
     """
 
     limit: int | None
@@ -67,6 +67,7 @@ class Admission:
     scratch_factor: float = 1.0
     adapter_scratch: int = 0
     slots: int | None = None
+    widened: int = 0
 
     @classmethod
     def of(cls, plan: MemoryPlan | None, caches: CacheBytes, backend: str, chunk: int = 512) -> Admission:
@@ -77,7 +78,7 @@ class Admission:
         factor = 1.0 if calibration is None else calibration.scratch.get(plan.family, 1.0)
         return cls(
             plan.budget_bytes, caches, plan.machine.backend, plan.prefill_chunk, plan.weights_bytes, factor,
-            plan.adapter_scratch, plan.expert_slots,
+            plan.adapter_scratch, plan.expert_slots, plan.widened_bytes,
         )  # fmt: skip
 
     # --- what something takes ---
@@ -90,13 +91,13 @@ class Admission:
         """Of one pass: a token behind each of `rows` cached ones, `chunk` tokens of a prompt after `offset`."""
         spec, itemsize = self._spec, self.caches.itemsize
         scratch = flat_pass_bytes(spec, rows, chunk, offset, itemsize, self.backend, self.caches.kv_bits, self.slots)
-        beside = self.adapter_scratch * (len(rows) + chunk)
+        beside = self.adapter_scratch * (len(rows) + chunk) + self.widened
         return int(self.scratch_factor * max(scratch, logits_bytes(spec, max(1, len(rows))))) + beside
 
     def parts_bytes(self, parts: Sequence[PassPart], num_logits: int) -> int:
         """Of one pass of these parts, and of `num_logits` rows of logits."""
         scratch = parts_bytes(self.caches.spec, parts, self.caches.itemsize, self.backend, self.slots)
-        beside = self.adapter_scratch * sum(part.length * part.number for part in parts)
+        beside = self.adapter_scratch * sum(part.length * part.number for part in parts) + self.widened
         return int(self.scratch_factor * max(scratch, logits_bytes(self.caches.spec, max(1, num_logits)))) + beside
 
     def part(self, length: int, cached: int, caches: CacheBytes | None = None) -> PassPart:

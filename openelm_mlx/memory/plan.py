@@ -169,6 +169,7 @@ class _Planner:
             self.spec, chunk, context, self.itemsize, batch_size, self.machine.backend, kv_bits, slots
         )
         scratch = int(scratch * self.scratch_factor) + self.weights.adapter_scratch * min(chunk, batch_size * context)
+        scratch += self.weights.widened
         weights = self.weights_bytes(slots)
         total = weights + kv + scratch
         cache_limit = self._cache_limit(batch_size)
@@ -181,7 +182,7 @@ class _Planner:
             kv_bits=kv_bits, expert_slots=slots, dense_bits=self.request.dense_bits,
             wired_limit_bytes=self._wired(total), cache_limit_bytes=cache_limit,
             memory_limit=self.limit, machine=self.machine, family=self.spec.family, adapter_bytes=self.weights.adapters,
-            adapter_scratch=self.weights.adapter_scratch,
+            adapter_scratch=self.weights.adapter_scratch, widened_bytes=self.weights.widened,
         )  # fmt: skip
         if not with_limits:
             return plan

@@ -21,7 +21,8 @@ class Weights:
     disk while experts do. can_stream: whether experts can be read from the files as they are. tokenizer: of its file.
     loading: the most that is in memory until all are read, cast, packed or unpacked; 0: no more than that. looked_up: of
     `dense`, an embedding that is no head as well: a token reads one row of it. adapters: of `dense`, what stands beside the
-    weights themselves. adapter_scratch: what these take while they compute, for each token of a pass.
+    weights themselves. adapter_scratch: what these take while they compute, for each token of a pass. widened: the copies in
+    float32 of one layer's experts that MLX's CPU backend computes with, where they are not packed and have 16 bits.
     """
 
     dense: int
@@ -33,6 +34,7 @@ class Weights:
     looked_up: int = 0
     adapters: int = 0
     adapter_scratch: int = 0
+    widened: int = 0
 
     def with_adapters(self, nbytes: int, scratch: int) -> Weights:
         """The same with adapters beside them, which stay in memory, and take `scratch` bytes for each token of a pass."""
@@ -79,7 +81,7 @@ class MemoryPlan:
     there is something to choose. note: what has to be said of the source itself. batch_size: how many requests may be at work
     at once, each as long as context_length; max_context_length and decode are each one's then. requests: what `om.plan` says
     of several at once. adapter_bytes: of the weights, adapters beside them; adapter_scratch: of
-    scratch_bytes, what they take for each token of a pass.
+    scratch_bytes, what they take for each token of a pass; widened_bytes: of scratch_bytes, see `Weights`.
     """
 
     source: str
@@ -113,6 +115,7 @@ class MemoryPlan:
     requests: Together | None = None
     adapter_bytes: int = 0
     adapter_scratch: int = 0
+    widened_bytes: int = 0
 
     @property
     def decode_tps(self) -> float | None:

@@ -19,6 +19,7 @@ from openelm_mlx.engine.memory import admission_of
 from openelm_mlx.memory.layer_scratch import counting, layer_scratch
 from openelm_mlx.memory.scratch import LAYERS_IN_FLIGHT, PassPart, parts_bytes, scratch_bytes
 from openelm_mlx.models.prompt_products import num_padding
+from openelm_mlx.models.routing_ways import BY_SORTING, IN_BLOCKS, most_places, most_places_by_blocks
 from openelm_mlx.placement import Placement
 from openelm_mlx.sources import Source
 from openelm_mlx.specs import spec_from_config
@@ -217,6 +218,45 @@ def test_experts_of_16_bits_are_multiplied_as_copies_in_float32(plain_experts, p
     with_copies = admission.pass_bytes([5]), admission.parts_bytes([admission.part(1, 5)], 1)
     without = replace(admission, widened=0)
     assert with_copies == (without.pass_bytes([5]) + copies, without.parts_bytes([without.part(1, 5)], 1) + copies)
+
+
+@pytest.mark.parametrize("ways", [BY_SORTING, IN_BLOCKS], ids=["as on Metal", "as on CUDA"])
+@pytest.mark.parametrize(("slots", "length"), [(4, 16), (7, 16), (4, 20), (4, 200), (7, 200), (7, 30)])
+def test_rows_through_experts_on_disk_are_no_more_than_counted(folders, ways, slots, length, monkeypatch):
+    """Each block of experts is filled up by itself, to the rows of a tile or to all places of its groups."""
+    model, _ = om.load(folders["gpt_oss"], expert_slots=slots)
+    experts, rows = model.layers[1].mlp.experts.experts, []
+    experts.ways = ways
+    feed_forward, of_groups = type(experts).feed_forward, type(experts).of_groups
+    monkeypatch.setattr(
+        type(experts),
+        "feed_forward",
+        lambda s, x, routes: rows.append(routes.experts.size) or feed_forward(s, x, routes),
+    )
+    monkeypatch.setattr(
+        type(experts), "of_groups", lambda s, x, groups: rows.append(groups.rows.size) or of_groups(s, x, groups)
+    )
+    x = mx.random.normal((1, length, 192))
+    counted, padded = most_places_by_blocks(length, 4, 8, slots, ways), 0
+    for seed in range(5):
+        chosen = mx.argsort(mx.random.uniform(shape=(1, length, 8), key=mx.random.key(seed)), axis=-1)[..., :4]
+        rows.clear()
+        mx.eval(model.layers[1].mlp.experts(x, chosen.astype(mx.uint32)))
+        padded = max(padded, sum(rows))
+    assert padded <= counted
+    if length not in (20, 30):  # of these fewer, sixteen, may have more places
+        assert most_places(length, 4, 8, ways) < padded  # with all experts in memory
+        assert counted < 1.6 * padded
+
+
+@pytest.mark.parametrize(("backend", "length", "fillers"), [("cuda", 512, 4 * 103), ("metal", 64, 4 * 103)])
+def test_a_gpu_has_the_rows_that_blocks_of_experts_are_filled_with(backend, length, fillers):
+    """gpt-oss-20b with 26 of 32 experts in memory: up to four blocks of 13, each with one row and 103 others."""
+    spec = spec_from_config(released_gpt_oss_config("20b"))
+    on_disk, resident = (
+        layer_scratch(spec, spec.layers[0], length, 0, 2, backend, slots=slots).after for slots in (26, None)
+    )
+    assert on_disk - resident == fillers * 2 * (4 + 5) * 2880
 
 
 def test_packed_experts_are_not_copied(folders):

@@ -15,7 +15,9 @@ from ..models.routing_ways import (
     MOST_ROUTES_OF_A_TABLE,
     UNSORTED,
     fewest_rows,
+    most_blocks,
     most_places,
+    most_places_by_blocks,
     rows_at_once,
     uses_tiles,
     way_for,
@@ -82,7 +84,7 @@ def counting(
     if backend == "cpu":
         return _OnCpu(spec, layer, L, offset, itemsize, kv_bits, slots)
     products_to = PRODUCTS_TO_ON_CUDA if is_beside and backend == "cuda" else 0
-    return _OnGpu(spec, layer, L, offset, itemsize, kv_bits, backend, products_to)
+    return _OnGpu(spec, layer, L, offset, itemsize, kv_bits, slots, backend, products_to)
 
 
 class Counting:
@@ -272,8 +274,7 @@ class _OnCpu(Counting):
         a part longer, so that the first is given back when the second one is past its swiglu.
         """
         e, routes, num_experts = self.itemsize, self.routes, self.layer_spec.num_experts
-        wanted, size = min(num_experts, routes), max(1, slots // 2)  # experts/slots.py, `blocks_of`
-        blocks = -(-wanted // size) + (size > 1)
+        blocks = most_blocks(routes, num_experts, slots)
         fewest = fewest_rows(slots) if uses_tiles(routes, num_experts) else 1
         most = rows_at_once(routes, num_experts, slots)
 
@@ -305,14 +306,17 @@ class _OnGpu(Counting):
         offset: int,
         itemsize: int,
         kv_bits: int | None,
+        slots: int | None,
         backend: str,
         products_to: int = 0,
     ) -> None:
-        super().__init__(spec, layer, L, offset, itemsize, kv_bits)
+        super().__init__(spec, layer, L, offset, itemsize, kv_bits, slots)
         self.backend, self.products_to = backend, products_to
         # With what they are padded with; a few tokens that are left over may take more than a whole chunk.
-        k = layer.experts_per_token
-        self.places = most_places(L, k, layer.num_experts, _EXPERT_WAYS[backend]) if k else 0
+        k, num_experts, ways = layer.experts_per_token, layer.num_experts, _EXPERT_WAYS[backend]
+        self.places = most_places(L, k, num_experts, ways) if k else 0
+        if self.slots is not None:
+            self.places = most_places_by_blocks(L, k, num_experts, self.slots, ways)
 
     def before(self) -> int:
         e, is_moe = self.itemsize, self.layer_spec.num_experts > 0

@@ -90,6 +90,33 @@ def rows_at_once(num_routes: int, num_experts: int, num_slots: int) -> int:
     return max(share, fewest_rows(num_slots))
 
 
+def most_blocks(num_routes: int, num_experts: int, num_slots: int) -> int:
+    """How many blocks of experts so many routes are computed in, at most, where experts are read from disk.
+
+    Two blocks fit into the slots; experts that are there and those that are not are apart (experts/slots.py, `blocks_of`).
+    """
+    size = max(1, num_slots // 2)
+    return -(-min(num_experts, num_routes) // size) + (size > 1)
+
+
+def most_places_by_blocks(
+    num_rows: int, experts_per_token: int, num_experts: int, num_slots: int, ways: ExpertWays
+) -> int:
+    """As `most_places` where experts are read from disk: each block of them is filled up by itself.
+
+    With tiles to the rows that MLX has tiles from, in groups of every slot to the places of all rows (experts/modules.py).
+    """
+    found = most_places(num_rows, experts_per_token, num_experts, ways)
+    for n in {num_rows, *range(1, min(num_rows, MOST_ROWS_GROUPED) + 1)}:
+        routes, way = n * experts_per_token, way_for(n, experts_per_token, num_experts, ways)
+        blocks = most_blocks(routes, num_experts, num_slots)
+        if way == GROUPED:
+            found = max(found, blocks * num_slots * rows_in_a_group(way, n))
+        elif way == SORTED and uses_tiles(routes, num_experts):
+            found = max(found, routes + blocks * (fewest_rows(num_slots) - 1))
+    return found
+
+
 def most_places(num_rows: int, experts_per_token: int, num_experts: int, ways: ExpertWays) -> int:
     """The most rows that so many rows, or fewer, become on their way through the experts, padding included."""
     found = num_rows * experts_per_token

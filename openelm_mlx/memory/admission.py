@@ -8,16 +8,14 @@ their next tokens. Who goes on is decided by age: kept prompts give way first, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..checks import size
 from ..errors import MemoryLimitError
-from ..specs import ModelSpec
 from .cache_bytes import CacheBytes, Growth, most_that
 from .plan_types import MemoryPlan
-from .scratch import PassPart, flat_pass_bytes, logits_bytes, parts_bytes
+from .scratch import PassPart, logits_bytes, parts_bytes
 
 # Chunks of a prompt are not made smaller than this: each reads all weights once more.
 LEAST_CHUNK = 16
@@ -89,10 +87,8 @@ class Admission:
 
     def pass_bytes(self, rows: Sequence[int], chunk: int = 0, offset: int = 0) -> int:
         """Of one pass: a token behind each of `rows` cached ones, `chunk` tokens of a prompt after `offset`."""
-        spec, itemsize = self._spec, self.caches.itemsize
-        scratch = flat_pass_bytes(spec, rows, chunk, offset, itemsize, self.backend, self.caches.kv_bits, self.slots)
-        beside = self.adapter_scratch * (len(rows) + chunk) + self.widened
-        return int(self.scratch_factor * max(scratch, logits_bytes(spec, max(1, len(rows))))) + beside
+        parts = [self.part(1, cached) for cached in rows]
+        return self.parts_bytes([*parts, self.part(chunk, offset)] if chunk else parts, len(rows))
 
     def parts_bytes(self, parts: Sequence[PassPart], num_logits: int) -> int:
         """Of one pass of these parts, and of `num_logits` rows of logits."""
@@ -136,10 +132,6 @@ class Admission:
                     break
             computing = max(computing, self.parts_bytes(rows, len(rows) - 1))
         return in_use + growth.more + max(growth.copied, computing)
-
-    @cached_property
-    def _spec(self) -> ModelSpec:
-        return replace(self.caches.spec, layers=self.caches.layers)
 
     # --- what fits ---
 

@@ -11,8 +11,7 @@ What one layer makes is in layer_scratch.py; here are passes over all layers, of
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -61,46 +60,25 @@ def scratch_bytes(
     places = kv_capacity(context, spec.context_length)
     largest = max(largest, grown * (places - KV_STEP))
     if batch_size > 1:
-        flat = [
-            ({context - 1: batch_size - 1}, length, offset)
+        others = PassPart(1, context - 1, spec.layers, kv_bits, batch_size - 1)
+        together = [
+            [others, PassPart(length, offset, spec.layers, kv_bits)]
             for length, offset, is_prompt in passes
             if is_prompt and length
         ]
-        flat.append(({context - 1: batch_size}, 0, 0))
+        together.append([others._replace(number=batch_size)])
         if shared > chunk:  # several prompts in one pass
             parts = [PassPart(context, 0, spec.layers, kv_bits, shared // context)]
             if shared % context:
                 parts.append(PassPart(shared % context, 0, spec.layers, kv_bits))
-            largest = max(largest, parts_bytes(spec, parts, itemsize, backend, slots))
-        largest = max(largest, *(flat_pass_bytes(spec, *each, itemsize, backend, kv_bits, slots) for each in flat))
+            together.append(parts)
+        largest = max(largest, *(parts_bytes(spec, each, itemsize, backend, slots) for each in together))
     return max(largest, logits_bytes(spec, batch_size))
 
 
 def logits_bytes(spec: ModelSpec, rows: int) -> int:
     """Bytes of the logits of so many rows, and of what choosing from them takes."""
     return LOGITS_COPIES * FLOAT32 * spec.vocab_size * rows
-
-
-def flat_pass_bytes(
-    spec: ModelSpec,
-    rows: Iterable[int] | Mapping[int, int],
-    chunk: int,
-    offset: int,
-    itemsize: int,
-    backend: str,
-    kv_bits: int | None = None,
-    slots: int | None = None,
-) -> int:
-    """Bytes that a pass over several requests takes: one token of each that decodes, `chunk` tokens of one prompt.
-
-    rows: how many tokens each of the former has in its cache, or how many of them have so many; offset: how many the
-    latter has. Products are over all of these rows together; the attentions are each request's own, and their arrays may
-    all be there at the same time.
-    """
-    alone = [PassPart(1, cached, spec.layers, kv_bits, number) for cached, number in Counter(rows).items()]
-    if chunk:
-        alone.append(PassPart(chunk, offset, spec.layers, kv_bits))
-    return parts_bytes(spec, alone, itemsize, backend, slots)
 
 
 class PassPart(NamedTuple):
@@ -120,7 +98,11 @@ class PassPart(NamedTuple):
 def parts_bytes(
     spec: ModelSpec, parts: Sequence[PassPart], itemsize: int, backend: str, slots: int | None = None
 ) -> int:
-    """Bytes that a pass over several requests takes, as `flat_pass_bytes`, where their caches may be of different kinds."""
+    """Bytes that a pass over several requests takes: one token of each that decodes, chunks of prompts.
+
+    Their caches may be of different kinds. Products are over all of these rows together; the attentions are each request's
+    own, and their arrays may all be there at the same time.
+    """
     parts = _together(parts)
     L = sum(part.number * part.length for part in parts)
     if not L:

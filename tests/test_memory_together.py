@@ -111,6 +111,15 @@ def test_requests_share_what_a_pass_takes():
     assert one.scratch_bytes <= four.scratch_bytes < 1.1 * one.scratch_bytes
 
 
+@pytest.mark.parametrize("name", ["20b", "3B"])
+def test_on_cuda_scores_beside_others_are_planned_and_make_no_chunk_shorter(name):
+    """A chunk of 32 tokens would read all weights sixteen times as often as one of 512, for the same block of scores."""
+    here = replace(find_mac("M4 Max 128GB"), backend="cuda")
+    one, eight = (planned(name, here, batch_size=n) for n in (1, 8))
+    assert one.prefill_chunk == eight.prefill_chunk == 512
+    assert eight.scratch_bytes > one.scratch_bytes + 4 * 10**8
+
+
 def test_a_shorter_context_comes_before_experts_on_disk_where_nobody_asked_for_one():
     plan = planned("20b", "M4 Pro 24GB", batch_size=32)
     assert (plan.context_length, plan.expert_slots) == (4096, None)

@@ -138,9 +138,14 @@ class _Planner:
         return [each for each in CHUNKS if each <= longest]
 
     def _is_light(self, context: int, chunk: int) -> bool:
-        plan, least = (self.plan(context, each, None, with_limits=False) for each in (chunk, self.short_chunk))
-        most = CHUNK_SHARE * (plan.weights_bytes + plan.kv_cache_bytes)
-        return plan.scratch_bytes <= max(most, least.scratch_bytes)
+        # On CUDA the scores of a chunk beside others are up to the same block's, however short it is: those of one alone.
+        requests = 1 if self.machine.backend == "cuda" else None
+        plan = self.plan(context, chunk, None, with_limits=False)
+        taken, least = (
+            self.plan(context, each, None, with_limits=False, batch_size=requests).scratch_bytes
+            for each in (chunk, self.short_chunk)
+        )
+        return taken <= max(CHUNK_SHARE * (plan.weights_bytes + plan.kv_cache_bytes), least)
 
     def _most_slots(self, context: int, chunk: int) -> int:
         """How many experts a layer fit beside everything else, at least those of one token."""

@@ -79,6 +79,11 @@ def use_device(environment: MutableMapping[str, str] | None = None) -> None:
     mx.set_default_device(device)
 
 
+def available_cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _sysctl(name: str) -> str:
     import subprocess  # here, because --help does not need it
 

@@ -20,7 +20,7 @@ from typing import Any
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-from openelm_mlx.platforms import keep_float32, use_device  # noqa: E402
+from openelm_mlx.platforms import available_cores, keep_float32, use_device  # noqa: E402
 
 keep_float32()  # before MLX makes its first product: what is compared here is float32
 use_device()
@@ -61,7 +61,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     if not _is_whole_folder(config):
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return 0 if cores == 1 else min(cores + 1, MOST_WORKERS)
 
 

@@ -19,12 +19,11 @@ from openelm_mlx.evaluation.prefixes import Branch, Extend, Prefixes
 from openelm_mlx.evaluation.requests import Score, TokenRequest
 from openelm_mlx.evaluation.scorer import Scorer
 from openelm_mlx.loading import load
-from openelm_mlx.models import trees
+from openelm_mlx.models import cores, trees
 from openelm_mlx.models.adapter_targets import targets_of
 from openelm_mlx.models.low_rank import Adapter, Pair
 from openelm_mlx.models.trees import NO_PARENT, Forest, lay_out
 from openelm_mlx.runtime import runtime_of
-from openelm_mlx.training import products
 
 
 def alone(model, request: TokenRequest) -> Score:
@@ -107,9 +106,9 @@ def test_passes_on_all_cores_change_no_bit_and_leave_the_model_as_it_was(family,
     modules, updates = dict(model.named_modules()), model.num_updates
     kinds = [type(module) for module in modules.values()]
     found = []
-    for cores in (1, 3):
-        monkeypatch.setattr(products.os, "cpu_count", lambda cores=cores: cores)
-        monkeypatch.setattr(products, "_of_thread", threading.local())
+    for count in (1, 3):
+        monkeypatch.setattr(cores, "num_cores", lambda count=count: count)
+        monkeypatch.setattr(cores, "_of_thread", threading.local())
         found.append(Scorer(model, 100).score(requests))
     assert found[0] == found[1]
     monkeypatch.setattr(scorer_module, "target_logprobs", lambda *_: 1 / 0)

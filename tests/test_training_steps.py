@@ -10,6 +10,7 @@ from conftest import FIXTURES, load_fixture, max_difference, oracle
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
+from openelm_mlx.models import cores
 from openelm_mlx.models.adapter_sites import put_module
 from openelm_mlx.training import forward, products
 from openelm_mlx.training.batches import Row, divided, make_batch, rounded_up, rows_of_step
@@ -158,8 +159,8 @@ def test_matrices_that_are_multiplied_both_ways_change_nothing(family, monkeypat
     """In another module, on three streams: the same parameters, losses and gradients, computed again or not."""
     model, rows, loss, plain = family
     names = [name for name, _ in tree_flatten(model.parameters())]
-    monkeypatch.setattr(products.os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(products, "_of_thread", threading.local())
+    monkeypatch.setattr(cores, "num_cores", lambda: 3)
+    monkeypatch.setattr(cores, "_of_thread", threading.local())
     replaced = [(path, module) for path, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)]
     products.multiply_both_ways(model)
     try:
@@ -175,8 +176,8 @@ def test_matrices_that_are_multiplied_both_ways_change_nothing(family, monkeypat
 
 
 def test_a_product_on_several_streams_has_the_bits_of_one(monkeypatch):
-    monkeypatch.setattr(products.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(products, "_of_thread", threading.local())
+    monkeypatch.setattr(cores, "num_cores", lambda: 4)
+    monkeypatch.setattr(cores, "_of_thread", threading.local())
     keys = mx.random.split(mx.random.key(0), 3)
     x, matrix, cotangent = (
         mx.random.normal(s, key=k) for s, k in zip([(7, 13, 9), (5, 9), (7, 13, 5)], keys, strict=True)
@@ -191,8 +192,8 @@ def test_a_product_on_several_streams_has_the_bits_of_one(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_rows_on_all_cores_have_the_bits_of_a_linear_layer(dtype, monkeypatch):
-    monkeypatch.setattr(products.os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(products, "_of_thread", threading.local())
+    monkeypatch.setattr(cores, "num_cores", lambda: 3)
+    monkeypatch.setattr(cores, "_of_thread", threading.local())
     x = mx.random.normal((2, 50, 24)).astype(dtype)
     for has_bias in (False, True):
         linear = nn.Linear(24, 40, bias=has_bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import mlx.core as mx
@@ -11,6 +12,8 @@ import mlx.core as mx
 from ..decoding.batch_sampling import SamplerGroup
 from ..decoding.batch_step import BatchStep
 from ..decoding.prefill import THROTTLED_FROM, chunk_throttle, lock_of
+from ..models.adapter_sets import Selection
+from ..models.cores import compute_at_once, num_cores
 from ..models.precision import runs_on_cpu
 from ..models.prompt_products import num_padding
 from ..models.rows import Rows, flat_logits
@@ -63,23 +66,89 @@ def compute(
     in_slots: who has a token for its slot of `bank`; their rows stand before those of `parts`.
     """
     prompts = [each for each in parts if each.is_prompt]
-    used = bank if in_slots else None
-    tokens, rows = joined_tokens(in_slots, parts), [each.rows for each in parts]
     total = sum(each.rows.length for each in prompts)
     with lock_of(model):
-        if used is not None:
-            used.begin()
-        if any(each.rows.length > 1 for each in prompts):
-            throttle = chunk_throttle([each.rows.cache for each in prompts], total)
-            logits = flat_logits(model, tokens, rows, throttle, used, _padding(model, tokens.size))
+        shares = _shares(model, parts)
+        if len(shares) > 1:
+            logits = _on_all_cores(model, shares)
         else:
-            logits = step(tokens, rows, used)
-        if used is not None:
-            used.end()
+            logits = _computed(model, step, bank, in_slots, parts)
         if prompts:
             mx.eval([layer.buffers for each in prompts for layer in each.rows.cache])
     if prompts and (runs_on_cpu() or total >= THROTTLED_FROM):
         mx.clear_cache()
+    return logits
+
+
+def _computed(
+    model: Model,
+    step: BatchStep,
+    bank: SlotBank,
+    in_slots: Sequence[ActiveRequest | None],
+    parts: Sequence[Part],
+) -> mx.array | None:
+    """The logits of a pass, as `compute` gives them; lazy."""
+    used = bank if in_slots else None
+    tokens, rows = joined_tokens(in_slots, parts), [each.rows for each in parts]
+    prompts = [each for each in rows if each.is_prompt]
+    if used is not None:
+        used.begin()
+    if any(each.length > 1 for each in prompts):
+        throttle = chunk_throttle([each.cache for each in prompts], sum(each.length for each in prompts))
+        logits = flat_logits(model, tokens, rows, throttle, used, _padding(model, tokens.size))
+    else:
+        logits = step(tokens, rows, used)
+    if used is not None:
+        used.end()
+    return logits
+
+
+def _shares(model: Model, parts: Sequence[Part]) -> list[Sequence[Part]]:
+    """The parts of a pass, in their order, for each core that computes; about as many rows for each.
+
+    One share on a GPU and where requests have slots, and where a pass has to stay whole: experts on disk are read for all of
+    its rows, and other machines compute it.
+    """
+    are_apart = runs_on_cpu() and not model.choices.slots
+    is_whole = runtime_of(model).residency is not None or model.is_followed
+    count = min(num_cores(), len(parts)) if are_apart and not is_whole else 1
+    if count < 2:
+        return [parts]
+    shares: list[list[Part]] = [[]]
+    total, seen = sum(each.rows.length for each in parts), 0
+    for each in parts:
+        # Into the next share from where the middle of its rows lies beyond this one's end.
+        if shares[-1] and len(shares) < count and (seen + each.rows.length / 2) * count > total * len(shares):
+            shares.append([])
+        shares[-1].append(each)
+        seen += each.rows.length
+    return list(shares)
+
+
+def _on_all_cores(model: Model, shares: Sequence[Sequence[Part]]) -> mx.array | None:
+    """The logits of all shares, each computed on a core of its own: a row's bits are the same in any company."""
+    selection, start = model.adapters.selection, 0
+    works = []
+    for share in shares:
+        tokens = joined_tokens((), share)
+        # Whoever computes the share cannot evaluate what is to be computed on this thread's stream.
+        mx.eval(tokens, [layer.buffers for each in share for layer in each.rows.cache])
+        own = selection.taking(range(start, start + tokens.size))
+        start += tokens.size
+        works.append(partial(_share_of_pass, model, tokens, [each.rows for each in share], own))
+    found = [each for each in compute_at_once(works) if each is not None]
+    return mx.concatenate(found) if found else None
+
+
+def _share_of_pass(model: Model, tokens: mx.array, rows: Sequence[Rows], selection: Selection) -> mx.array | None:
+    """The logits of one share, evaluated, and what it writes.
+
+    It is throttled whatever it has: MLX lets about a hundred operations be on their way in all of a process, and a core whose
+    share is dispatched at once would leave none to the others.
+    """
+    with model.adapters.using(selection):
+        logits = flat_logits(model, tokens, rows, chunk_throttle([each.cache for each in rows], tokens.size))
+        mx.eval([] if logits is None else logits, [layer.buffers for each in rows for layer in each.cache])
     return logits
 
 

@@ -8,8 +8,6 @@ hundredths of the product. And it computes on one core, so the rows of a product
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,17 +18,16 @@ from mlx import nn
 
 from ..models.adapter_sites import put_module
 from ..models.base import LanguageModel
+from ..models.cores import streams
 from ..models.moe import Experts, Routes
 from ..models.precision import runs_on_cpu
 
-# Fewer rows are not worth a stream of their own; more streams than this wait for memory.
-LEAST_ROWS, MOST_STREAMS = 16, 8
+# Fewer rows are not worth a stream of their own.
+LEAST_ROWS = 16
 
 # Of x, a matrix, and a bias or none.
 Times = Callable[[mx.array, mx.array, mx.array | None], mx.array]
 Multiply = Callable[..., mx.array]
-
-_of_thread = threading.local()  # a thread cannot use the streams of another one
 
 
 @mx.custom_function
@@ -60,17 +57,9 @@ def _on_all_cores(x: mx.array, matrix: mx.array, multiply: Multiply = mx.matmul)
 
 def _pieces(num_rows: int) -> list[tuple[mx.Stream, slice]]:
     """The rows that each stream is given; with fewer than two pieces they are not worth sharing."""
-    streams = _streams()
-    count = min(len(streams), num_rows // LEAST_ROWS)
-    return [(streams[i], slice(num_rows * i // count, num_rows * (i + 1) // count)) for i in range(count)]
-
-
-def _streams() -> list[mx.Stream]:
-    """This thread's own and one more for each other core."""
-    if not hasattr(_of_thread, "streams"):
-        count = min(os.cpu_count() or 1, MOST_STREAMS)
-        _of_thread.streams = [mx.new_stream(mx.cpu) for _ in range(count - 1)]
-    return [mx.default_stream(mx.cpu), *_of_thread.streams]
+    found = streams()
+    count = min(len(found), num_rows // LEAST_ROWS)
+    return [(found[i], slice(num_rows * i // count, num_rows * (i + 1) // count)) for i in range(count)]
 
 
 def times(x: mx.array, matrix: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -116,7 +116,7 @@ def test_on_cuda_scores_beside_others_are_planned_and_make_no_chunk_shorter(name
     """A chunk of 32 tokens would read all weights sixteen times as often as one of 512, for the same block of scores."""
     here = replace(find_mac("M4 Max 128GB"), backend="cuda")
     one, eight = (planned(name, here, batch_size=n) for n in (1, 8))
-    assert one.prefill_chunk == eight.prefill_chunk == 512
+    assert eight.prefill_chunk >= one.prefill_chunk >= 256
     assert eight.scratch_bytes > one.scratch_bytes + 4 * 10**8
 
 

@@ -137,7 +137,7 @@ def measure(name: str, source: str) -> dict[str, int]:
 
     import openelm_mlx as om
     from openelm_mlx.decoding.prefill import lock_of
-    from openelm_mlx.memory.admission import Admission, Held
+    from openelm_mlx.memory.admission import Admission, RequestMemory
     from openelm_mlx.memory.cache_bytes import CacheBytes
 
     mixture = MIXTURES[name]
@@ -159,7 +159,7 @@ def measure(name: str, source: str) -> dict[str, int]:
         list(om.stream_generate(model, None, other, max_tokens=1, prefill_chunk=mixture.chunk, **options))
     kept = 0 if store is None else store.nbytes
     held = [
-        Held(0, prompt + answer, snapshots=_borders(prompt, mixture) if mixture.kept else 0)
+        RequestMemory(0, prompt + answer, snapshots=_borders(prompt, mixture) if mixture.kept else 0)
         for prompt, answer in mixture.requests
     ]
     in_use = model.plan.weights_bytes + kept

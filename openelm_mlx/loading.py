@@ -258,7 +258,7 @@ def prepare(
             raise plan.refusal()
     shape = build_model(own.contents.spec)  # lazy: its arrays are never evaluated
     if several is not None:
-        several.let_go_with(shape)
+        several.close_with(shape)
     if shared is not None:
         shared.attach(shape)
     slots = plan.expert_slots

@@ -221,7 +221,7 @@ class Placement:
             can_stream=can_stream,
             tokenizer=_tokenizer_bytes(folder),
             loading=self._most_while_read(),
-            looked_up=embedding,
+            untied_embedding=embedding,
             widened=self._widened(),
         )
 

@@ -236,7 +236,7 @@ def test_times():
 # --- listening, and the end -------------------------------------------------------------------------------------------
 
 
-class Voice:
+class ServerEvents:
     def __init__(self):
         self.said, self.port = [], None
 
@@ -247,14 +247,14 @@ class Voice:
     def stopping(self, num_answers, seconds):
         self.said.append(f"stopping {num_answers}")
 
-    def hurried(self):
-        self.said.append("hurried")
+    def stopping_at_once(self):
+        self.said.append("stopping_at_once")
 
 
 @contextlib.asynccontextmanager
 async def serving(settings):
     """The port of a server in this event loop, which listens already."""
-    voice = Voice()
+    voice = ServerEvents()
     with listening_socket("127.0.0.1", 0) as listening:
         running = asyncio.create_task(serve(settings, listening, voice))
         while voice.port is None:

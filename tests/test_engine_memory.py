@@ -18,7 +18,7 @@ from openelm_mlx.engine.memory import BatchMemory
 from openelm_mlx.engine.runner import Runner
 from openelm_mlx.engine.single import new_sequence
 from openelm_mlx.errors import MemoryLimitError
-from openelm_mlx.memory.admission import Held
+from openelm_mlx.memory.admission import RequestMemory
 from openelm_mlx.models.slots import SlotBank
 from openelm_mlx.runtime import runtime_of
 
@@ -80,7 +80,7 @@ SMALL = 150_000
 
 def room_for(model, *lengths, chunk=64):
     """Bytes that requests of these lengths take beside each other."""
-    return memory_of(model).admission.needed(0, [Held(0, length) for length in lengths], chunk) + SMALL
+    return memory_of(model).admission.needed(0, [RequestMemory(0, length) for length in lengths], chunk) + SMALL
 
 
 # --- what they hold ---
@@ -101,13 +101,13 @@ def test_what_a_request_grows_by_is_what_its_caches_then_have(request, family, k
     model = request.getfixturevalue(family)
     memory = memory_of(model)
     one = active(model, prompt_of(length), max_tokens=200, **kind)
-    held = memory._holdings.held(one)
-    assert held == Held(0, length + 65, 0, 0, memory._holdings.caches_of(one.sequence.request))
+    held = memory._memories.of(one)
+    assert held == RequestMemory(0, length + 65, 0, 0, memory._memories.caches_of(one.sequence.request))
     planned = memory.admission.growth([held]).more
     feed(model, one, length)
     memory.reserve(one)
     assert allocated(one) == planned
-    assert memory.admission.growth([memory._holdings.held(one)]).more == 0
+    assert memory.admission.growth([memory._memories.of(one)]).more == 0
 
 
 def test_a_fork_is_planned_for_as_what_it_really_comes_to_take(openelm):
@@ -116,16 +116,16 @@ def test_a_fork_is_planned_for_as_what_it_really_comes_to_take(openelm):
     leader = active(openelm, prompt_of(300), max_tokens=100)
     feed(openelm, leader, 300)
     follower = ActiveRequest(1, new_sequence(openelm, None, prompt_of(300), max_tokens=100), Channel(lambda: None))
-    waiting = memory.admission.growth([memory._holdings.held(follower)]).more
+    waiting = memory.admission.growth([memory._memories.of(follower)]).more
     before = mx.get_active_memory()
     follower.begin_with(openelm, None, leader.turn.forked())
     follower.job.chunks.clear()
     assert mx.get_active_memory() - before < 10_000  # of the sampler
-    planned = memory.admission.growth([memory._holdings.held(follower)]).more
+    planned = memory.admission.growth([memory._memories.of(follower)]).more
     assert planned == waiting == kv_of(openelm, 365)
     memory.reserve(follower)
     assert allocated(follower) == planned
-    assert memory.admission.growth([memory._holdings.held(follower)]).more == 0
+    assert memory.admission.growth([memory._memories.of(follower)]).more == 0
 
 
 def test_a_kept_prefix_and_the_snapshots_to_come_are_part_of_what_is_planned(gpt_oss):
@@ -133,12 +133,12 @@ def test_a_kept_prefix_and_the_snapshots_to_come_are_part_of_what_is_planned(gpt
     rings = memory.admission.caches.rings
     assert rings
     new = active(gpt_oss, prompt_of(100), max_tokens=20, prefix_cache=store, prefill_chunk=30)
-    assert memory._holdings.held(new).snapshots == 4  # after 30, 60, 90 and 99 tokens
+    assert memory._memories.of(new).snapshots == 4  # after 30, 60, 90 and 99 tokens
     list(om.stream_generate(gpt_oss, None, prompt_of(100), max_tokens=20, prefix_cache=store, prefill_chunk=30))
     longer = [*prompt_of(100)[:95], *prompt_of(50, 7)]
     again = active(gpt_oss, longer, max_tokens=20, prefix_cache=store, prefill_chunk=30)
     assert again.turn.is_fork
-    held = memory._holdings.held(again)
+    held = memory._memories.of(again)
     assert held.places == 0  # what it has is the store's
     assert memory.admission.growth([held]).more == kv_of(gpt_oss, 165) + held.snapshots * rings
 
@@ -153,13 +153,15 @@ def test_slots_are_counted_whole_and_their_requests_not_twice(gpt_oss):
         each.join(bank)
     memory.changed(requests)
     assert memory.held_bytes == bank.nbytes
-    assert memory.admission.growth([memory._holdings.held(each) for each in requests]).more == 0
+    assert memory.admission.growth([memory._memories.of(each) for each in requests]).more == 0
     # The longest is to have 315 places: the bank grows, for all of its slots.
-    growth = memory._growth([memory._holdings.held(each) for each in requests])
+    growth = memory._growth([memory._memories.of(each) for each in requests])
     assert growth.more == bank.nbytes_with(0, 315, memory._itemsize) - bank.nbytes > 0
     in_use = mx.get_active_memory()
     needed = memory._needed(
-        [memory._holdings.held(each) for each in requests], [memory._holdings.row(each) for each in requests], 2
+        [memory._memories.of(each) for each in requests],
+        [memory._memories.row(each) for each in requests],
+        2,
     )
     assert needed >= in_use + growth.more + growth.copied
     runtime_of(gpt_oss).plan = replace(plan(budget=needed), prefill_chunk=64)
@@ -175,13 +177,13 @@ def test_what_a_pass_took_beyond_its_plan_counts_until_nobody_runs(openelm):
     give_plan(openelm, 10**9)
     memory = memory_of(openelm)
     one = active(openelm, prompt_of(50), max_tokens=10)
-    before = memory._needed([], [memory._holdings.row(one)], 1)
+    before = memory._needed([], [memory._memories.row(one)], 1)
     memory.pass_took(10, [(one, 50, 0)])
-    assert memory._needed([], [memory._holdings.row(one)], 1) == before
+    assert memory._needed([], [memory._memories.row(one)], 1) == before
     memory.pass_took(50_000_000, [(one, 50, 0)])
-    assert memory._needed([], [memory._holdings.row(one)], 1) > before + 49_000_000
+    assert memory._needed([], [memory._memories.row(one)], 1) > before + 49_000_000
     memory.changed([])
-    assert memory._needed([], [memory._holdings.row(one)], 1) == before
+    assert memory._needed([], [memory._memories.row(one)], 1) == before
 
 
 # --- who gives way ---
@@ -322,7 +324,7 @@ def test_without_a_number_as_many_run_as_fit_at_a_usual_length(openelm):
     for count in (1, 2, 5):
         give_plan(openelm, 0)
         admission = memory_of(openelm).admission
-        budget = admission.needed(0, [Held(0, 2048)] * count, 64)
+        budget = admission.needed(0, [RequestMemory(0, 2048)] * count, 64)
         runtime_of(openelm).plan = replace(plan(budget=budget), prefill_chunk=64)
         with om.Engine(openelm) as engine:
             assert engine._scheduler.max_running == count

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from openelm_mlx.bench.against import shape_config
 from openelm_mlx.checkpoint.released import released_gpt_oss_config
 from openelm_mlx.errors import MemoryLimitError
-from openelm_mlx.memory.admission import LEAST_CHUNK, Admission, Held
+from openelm_mlx.memory.admission import LEAST_CHUNK, Admission, RequestMemory
 from openelm_mlx.memory.cache_bytes import CacheBytes, Growth, growth_of, most_that
 from openelm_mlx.memory.machine import find_mac
 from openelm_mlx.memory.measured import Calibration
@@ -149,7 +149,7 @@ def kv(name, tokens):
 
 
 lengths = st.integers(0, 1500)
-held = st.tuples(lengths, st.integers(0, 600)).map(lambda pair: Held(pair[0], pair[0] + pair[1]))
+held = st.tuples(lengths, st.integers(0, 600)).map(lambda pair: RequestMemory(pair[0], pair[0] + pair[1]))
 batches = st.lists(held, min_size=1, max_size=6)
 names = st.sampled_from([*SPECS])
 
@@ -183,11 +183,11 @@ def test_what_fits_is_within_the_limit_and_kept_prompts_count_as_room(name, requ
 def test_the_longest_that_a_request_may_become_is_the_longest(name, running, limit, num_tokens):
     found = admission(limit, name)
     in_use = sum(found.kv_bytes(each.num_tokens) for each in running) + found.kv_bytes(num_tokens)
-    longest = found.longest(in_use, running, Held(num_tokens, num_tokens))
+    longest = found.longest(in_use, running, RequestMemory(num_tokens, num_tokens))
     if longest:
-        assert found.fits(in_use, running, Held(num_tokens, longest))
+        assert found.fits(in_use, running, RequestMemory(num_tokens, longest))
     if longest < SPECS[name].context_length:
-        assert not found.fits(in_use, running, Held(num_tokens, longest + 1))
+        assert not found.fits(in_use, running, RequestMemory(num_tokens, longest + 1))
 
 
 @given(names, batches, st.integers(200_000, 9_000_000), st.integers(0, 500_000))
@@ -210,7 +210,7 @@ def test_as_few_of_the_youngest_leave_as_it_takes_and_never_the_oldest(name, run
 def test_a_fork_has_the_places_that_it_was_cut_to():
     """Its first token makes buffers of its own: the old ones and the new ones are there at once, a layer at a time."""
     found = admission(None, "OpenELM")
-    grown, forked = Held(300, 301), Held(300, 301, places=300)
+    grown, forked = RequestMemory(300, 301), RequestMemory(300, 301, places=300)
     assert found.needed(0, [grown]) == found.pass_bytes([301])
     assert found.needed(0, [forked]) > found.needed(0, [grown])
     assert CacheBytes(OPENELM, 4).growth(300, 301).more == kv("OpenELM", 301) // 512 * 212
@@ -220,13 +220,13 @@ def test_a_fork_has_the_places_that_it_was_cut_to():
 def test_rings_do_not_grow_and_8_bits_take_less():
     window = admission(None, "OpenELM", window=16)
     assert window.kv_bytes(1) == window.kv_bytes(2000) == window.caches.rings
-    assert window.needed(0, [Held(20, 2000)]) == window.pass_bytes([2000])
+    assert window.needed(0, [RequestMemory(20, 2000)]) == window.pass_bytes([2000])
     assert admission(None, "OpenELM", kv_bits=8).kv_bytes(2000) < 0.4 * kv("OpenELM", 2000)
 
 
 def test_snapshots_of_rings_count_while_a_request_is_to_be_kept():
     found = admission(None)
-    running = [Held(100, 200)] * 2
+    running = [RequestMemory(100, 200)] * 2
     kept = [each._replace(snapshots=3) for each in running]
     assert found.needed(0, kept) == found.needed(0, running) + 6 * found.caches.rings
     assert admission(None, "OpenELM").caches.rings == 0
@@ -241,8 +241,8 @@ def test_a_window_that_was_asked_for_is_attended_to_as_one():
 
 def test_a_chunk_is_halved_until_it_fits():
     free = admission(None)
-    assert longest_chunk(free, 0, [], Held(0, 900)) == 64
-    prompt, running = Held(0, 900), [Held(100, 200)] * 3
+    assert longest_chunk(free, 0, [], RequestMemory(0, 900)) == 64
+    prompt, running = RequestMemory(0, 900), [RequestMemory(100, 200)] * 3
     needs = {chunk: free.needed(0, [*running, prompt], chunk) for chunk in (16, 32, 64)}
     assert needs[16] < needs[32] < needs[64]
     for chunk, needed in needs.items():
@@ -257,7 +257,7 @@ def test_what_a_pass_really_took_counts_from_then_on():
     assert seen(found, planned, [100, 200], 64, 300) is found
     wiser = seen(found, 2 * planned, [100, 200], 64, 300)
     assert wiser.pass_bytes([100, 200], 64, 300) == pytest.approx(2 * planned, rel=1e-6)
-    assert wiser.needed(0, [Held(0, 500)], 64) > found.needed(0, [Held(0, 500)], 64)
+    assert wiser.needed(0, [RequestMemory(0, 500)], 64) > found.needed(0, [RequestMemory(0, 500)], 64)
 
 
 # --- refusals ---
@@ -316,8 +316,8 @@ def test_the_engine_admits_what_the_plan_promises(name, num_tokens):
     (promised,) = [fit.most for fit in plan.requests.lengths if fit.num_tokens == num_tokens]
     found = Admission.of(plan, CacheBytes(spec, 2), "metal")
     assert 1 < promised <= found.most_requests(num_tokens) <= promised + 1
-    assert found.fits(plan.weights_bytes, [Held(0, num_tokens)] * promised, chunk=plan.prefill_chunk)
-    assert not found.fits(plan.weights_bytes, [Held(0, num_tokens)] * (promised + 2), chunk=plan.prefill_chunk)
+    assert found.fits(plan.weights_bytes, [RequestMemory(0, num_tokens)] * promised, chunk=plan.prefill_chunk)
+    assert not found.fits(plan.weights_bytes, [RequestMemory(0, num_tokens)] * (promised + 2), chunk=plan.prefill_chunk)
 
 
 def test_a_calibrated_machine_corrects_what_a_pass_takes():
@@ -327,7 +327,7 @@ def test_a_calibrated_machine_corrects_what_a_pass_takes():
     caches = CacheBytes(GPT_OSS, 2)
     twice, once = (Admission.of(each, caches, "cpu").pass_bytes([50] * 4, 64) for each in (corrected, plan))
     assert twice == 2 * once
-    assert Admission.of(None, caches, "cpu").fits(10**12, [], Held(0, 10**6))
+    assert Admission.of(None, caches, "cpu").fits(10**12, [], RequestMemory(0, 10**6))
 
 
 # --- an engine in simulated time ---
@@ -347,7 +347,7 @@ class Simulated:
         return self.admission.weights + self.kept + sum(caches.total(each["tokens"]) for each in self.running)
 
     def state(self, each, ahead=8):
-        return Held(each["tokens"], min(max(each["tokens"], each["prompt"]) + ahead, each["length"]))
+        return RequestMemory(each["tokens"], min(max(each["tokens"], each["prompt"]) + ahead, each["length"]))
 
     def room(self, requests, new=None):
         """Let kept prompts go until it fits; whether it does."""
@@ -395,7 +395,7 @@ def test_whatever_comes_no_pass_is_above_the_limit_and_every_request_ends(name, 
         prompt = chance.choice([5, 40, 300])
         waiting.append({"prompt": prompt, "length": prompt + chance.choice([4, 30, 260]), "tokens": 0})
     kept = 400_000
-    alone = admission(None, name).needed(100_000, [Held(0, 640)], 64)
+    alone = admission(None, name).needed(100_000, [RequestMemory(0, 640)], 64)
     engine = Simulated(replace(admission(alone + chance.choice([50_000, 900_000]), name), weights=100_000), kept)
     most, steps = 0, 0
     while waiting or engine.running:

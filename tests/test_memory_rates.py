@@ -143,7 +143,7 @@ def weights_of(size, bits=16):
     per_weight = {16: 2.0, 8: 1.0625, 4: 0.5625}[bits]
     dense = int((spec.num_parameters() - experts) * per_weight)
     embedding = int(spec.vocab_size * spec.hidden_size * per_weight)
-    return Weights(dense, len(spec.layers) * 13_219_200, embedding, True, looked_up=embedding)
+    return Weights(dense, len(spec.layers) * 13_219_200, embedding, True, untied_embedding=embedding)
 
 
 def planned(size, mac, bits=16, **request):
@@ -206,7 +206,7 @@ def test_an_embedding_of_which_one_row_is_read_costs_no_time():
     assert (
         plans[0].decode.high
         > make_plan(
-            "m", spec, replace(held, looked_up=0), find_mac("M4 Max 64GB"), PlanRequest(context_length=512)
+            "m", spec, replace(held, untied_embedding=0), find_mac("M4 Max 64GB"), PlanRequest(context_length=512)
         ).decode.high
     )
 

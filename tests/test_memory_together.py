@@ -30,10 +30,10 @@ SLOT = {"20b": 317_260_800, "120b": 475_891_200}
 # Bytes of the released weights; of OpenELM-3B those of its matrices in 8 bits.
 WEIGHTS = {
     "20b": Weights(
-        dense=3_613_626_624, slot=SLOT["20b"], embedding=1_158_266_880, looked_up=1_158_266_880, can_stream=True
+        dense=3_613_626_624, slot=SLOT["20b"], embedding=1_158_266_880, untied_embedding=1_158_266_880, can_stream=True
     ),
     "120b": Weights(
-        dense=4_361_714_000, slot=SLOT["120b"], embedding=1_158_266_880, looked_up=1_158_266_880, can_stream=True
+        dense=4_361_714_000, slot=SLOT["120b"], embedding=1_158_266_880, untied_embedding=1_158_266_880, can_stream=True
     ),
     "3B": Weights(dense=3_230_000_000),
 }

@@ -256,14 +256,14 @@ def test_models_that_nobody_uses_are_given_back(folder, keep_alive, is_kept):
         clock = Clock()
         async with Registry(settings(folder, keep_alive=keep_alive), clock=clock) as registry:
             await used(registry, "a")
-            await registry.look_after()
+            await registry.replace_and_unload()
             assert (states(registry)["a"] == "ready") is is_kept[0]
             clock.time += 61
-            await registry.look_after()
+            await registry.replace_and_unload()
             assert (states(registry)["a"] == "ready") is is_kept[1]
             lease = await registry.acquire("a")
             clock.time += 61
-            await registry.look_after()
+            await registry.replace_and_unload()
             assert states(registry)["a"] == "ready"  # in use, however long
             lease.release()
 
@@ -375,7 +375,7 @@ def test_an_engine_that_has_died_is_replaced_before_anybody_asks(folder):
             async with await registry.acquire("a") as lease:
                 await kill(lease)
             del lease
-            await registry.look_after()
+            await registry.replace_and_unload()
             await until(lambda: registry.health() == "ok")
             assert states(registry)["a"] == "ready"
             assert len(await used(registry, "a")) == 2

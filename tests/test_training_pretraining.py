@@ -14,7 +14,7 @@ import openelm_mlx as om
 from openelm_mlx.commands import main
 from openelm_mlx.errors import ConfigError, DataError, SettingError, TokenizerError
 from openelm_mlx.specs import spec_from_config
-from openelm_mlx.training.loop import Ahead, Trainer
+from openelm_mlx.training.loop import PrefetchedData, Trainer
 from openelm_mlx.training.pretraining import TokenRows, TrainingConfig, new_model, train
 
 MODEL = {**TINY, "num_transformer_layers": 2, "vocab_size": 64, "max_context_length": 32}
@@ -128,7 +128,7 @@ def test_the_next_step_is_laid_out_while_this_one_is_computed():
                 raise DataError("No more.")
             return [step]
 
-    ahead = Ahead(Data())
+    ahead = PrefetchedData(Data())
     assert [ahead.parts(step) for step in (3, 4, 5)] == [[3], [4], [5]]
     with pytest.raises(DataError, match="No more"):
         ahead.parts(6)

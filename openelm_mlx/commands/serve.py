@@ -292,7 +292,7 @@ class Told:
             answers = "1 answer is" if num_answers == 1 else f"{num_answers} answers are"
             say(f"{answers} still being written, and may take {seconds:g} seconds. Ctrl-C again ends everything now.")
 
-    def hurried(self) -> None:
+    def stopping_at_once(self) -> None:
         """After the second."""
         self.was_hurried = True
 

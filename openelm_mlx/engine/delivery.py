@@ -72,7 +72,7 @@ class Delivery:
         except Exception as error:
             self._life.end(request, error=error)
             return False
-        self._life.touched[request] = None
+        self._life.updated[request] = None
         if chunk.finish_reason is None:
             request.channel.put(chunk)
             return True

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..experts.residency import Residency
 
 
-class Counted(Protocol):
+class CountsExpertReads(Protocol):
     """Whoever can say what has been read so far: a model's residency for all, a request's share for one."""
 
     def statistics(self) -> ExpertStatistics: ...

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @final
 class Lifecycle:
-    """What becomes of requests between their steps. touched: those for whose readers something has come."""
+    """What becomes of requests between their steps. updated: those for whose readers something has come."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Lifecycle:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._scheduler, self._memory, self._groups = scheduler, memory, groups
-        self.touched: dict[ActiveRequest, None] = {}
+        self.updated: dict[ActiveRequest, None] = {}
 
     # --- coming -------------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class Lifecycle:
             for layer in cache:
                 layer.clear()
         request.channel.end(last, error)
-        self.touched[request] = None
+        self.updated[request] = None
         self._memory.changed(self._scheduler.running())
 
     def end_all(self, requests: Sequence[ActiveRequest], make_error: Callable[[], BaseException]) -> None:

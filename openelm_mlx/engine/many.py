@@ -23,7 +23,7 @@ from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
 from .handle import Channel, Handle, wake_readers
-from .memory import Neighbours, usual_number
+from .memory import OtherModels, default_max_running
 from .prompt import Prompt
 from .request import usable_vocab_size
 from .runner import Runner
@@ -87,7 +87,7 @@ class Engine:
                 "call om.generate with one prompt after the other."
             )
         max_running = (
-            usual_number(model) if max_running is None else whole_number("max_running", max_running, high=4096)
+            default_max_running(model) if max_running is None else whole_number("max_running", max_running, high=4096)
         )
         max_waiting = MAX_WAITING if max_waiting is None else whole_number("max_waiting", max_waiting, low=0)
         self.model, self.tokenizer = model, tokenizer
@@ -183,7 +183,7 @@ class Engine:
         """Bytes of the keys and values of those that are being computed."""
         return self._runner.memory.held_bytes
 
-    def share_memory(self, neighbours: Neighbours | None) -> None:
+    def share_memory(self, neighbours: OtherModels | None) -> None:
         """From now on leave room for other engines in the same memory, and let their kept prefixes give way; None: alone."""
         self._runner.memory.share(neighbours)
 
@@ -223,7 +223,7 @@ def _run(runner: Runner, scheduler: Scheduler[ActiveRequest], shared: _Shared) -
                 break
             if runner.has_work:
                 runner.step()
-                wake_readers([request.channel for request in runner.touched()])
+                wake_readers([request.channel for request in runner.updated()])
             else:
                 shared.wake.wait()
     except BaseException as error:  # of ours: nobody may wait for ever
@@ -245,7 +245,7 @@ def _end(runner: Runner, shared: _Shared, failure: BaseException | None) -> None
     finally:
         for request in left:
             request.channel.end(error=told)
-        wake_readers([*(request.channel for request in left), *(request.channel for request in runner.touched())])
+        wake_readers([*(request.channel for request in left), *(request.channel for request in runner.updated())])
         # A thread's stream has a thread of its own, which the process must not find running when it ends: it aborts then.
         with contextlib.suppress(RuntimeError):  # of work that had failed
             mx.synchronize()

@@ -20,7 +20,7 @@ from ..checks import size
 from ..decoding.budget import chunk_of_plan
 from ..decoding.prefix_cache import PrefixCache
 from ..errors import MemoryLimitError
-from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, Admission, Held
+from ..memory.admission import LEAST_CHUNK, TOKENS_AT_ONCE, Admission, RequestMemory
 from ..memory.cache_bytes import Growth
 from ..memory.machine import backend_name
 from ..memory.plan import USUAL_CONTEXT
@@ -30,8 +30,8 @@ from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from ..specs import KV_STEP
 from .active import ActiveRequest
-from .held import Holdings, PassRow, model_caches
 from .request import Request
+from .request_memory import PassRow, RequestMemories, model_caches
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -45,7 +45,7 @@ MAX_RUNNING = 64
 _LOOKED_AT = 4
 
 
-class Neighbours(Protocol):
+class OtherModels(Protocol):
     """Other engines in the same memory. stores: their kept prefixes, which give way to this one's requests, too."""
 
     stores: Sequence[PrefixCache]
@@ -71,19 +71,19 @@ class BatchMemory:
         self._model, self._bank = model, bank
         self._itemsize = model.embed(mx.array([[0]])).dtype.size  # lazy: nothing is computed
         self._own_view = mx.get_active_memory if active_memory is None else active_memory
-        self._neighbours: Neighbours | None = None
+        self._neighbours: OtherModels | None = None
         self.held_bytes = 0
         # What a pass has taken beyond its plan, as far as that was seen; until nobody runs.
         self._excess = 0
         # In use when nobody ran, kept prefixes left out, and adapters, which come and go.
         self._without_requests = self._active_memory() - self._adapters()
-        self._holdings = Holdings(model, self._itemsize)
+        self._memories = RequestMemories(model, self._itemsize)
         self._stores: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._admission: tuple[MemoryPlan, Admission] | None = None
         self._computing: dict[tuple[object, ...], int] = {}
 
-    def share(self, neighbours: Neighbours | None) -> None:
+    def share(self, neighbours: OtherModels | None) -> None:
         """Other engines are in the same memory from now on; None: no more."""
         more, less = (0 if each is None else each.takes() for each in (neighbours, self._neighbours))
         self._neighbours = neighbours
@@ -128,11 +128,11 @@ class BatchMemory:
         """How many tokens of an answer would fit if nobody else ran, at most `most`; 0 if none does."""
         if self.limit is None:
             return most
-        longest = self._alone(request).longest(self.without_requests(), [], Held(0, 0))
+        longest = self._alone(request).longest(self.without_requests(), [], RequestMemory(0, 0))
         return max(0, min(most, longest - len(request.prompt_tokens)))
 
     def _alone(self, request: Request) -> Admission:
-        return replace(self.admission, caches=self._holdings.caches_of(request))
+        return replace(self.admission, caches=self._memories.caches_of(request))
 
     # --- those that run: called from the engine's thread ---
 
@@ -155,17 +155,17 @@ class BatchMemory:
         self._know(checked.prefix_cache)
         length = len(checked.prompt_tokens)
         chunk = min(length, checked.prefill_chunk or self.admission.chunk)
-        new = self._holdings.held_by_new(request, ADMITTED_TOKENS, self.admission.chunk)
-        rows = [self._holdings.row(each) for each in running]
-        first = chunk, length - chunk, self._holdings.caches_of(checked)
-        return self._fits([*(self._holdings.held(each) for each in running), new], [*rows, first], len(rows))
+        new = self._memories.of_new(request, ADMITTED_TOKENS, self.admission.chunk)
+        rows = [self._memories.row(each) for each in running]
+        first = chunk, length - chunk, self._memories.caches_of(checked)
+        return self._fits([*(self._memories.of(each) for each in running), new], [*rows, first], len(rows))
 
     def can_grow(self, running: Sequence[ActiveRequest]) -> bool:
         """Whether the next tokens of all have room beside each other. Kept prefixes give way first."""
         if self.limit is None:
             return True
-        rows = [self._holdings.row(each) for each in running]
-        return self._fits([self._holdings.held(each) for each in running], rows, len(rows))
+        rows = [self._memories.row(each) for each in running]
+        return self._fits([self._memories.of(each) for each in running], rows, len(rows))
 
     def longest_piece(self, request: ActiveRequest, wanted: int, decoding: Sequence[ActiveRequest]) -> int:
         """How many tokens of a prompt to compute beside those who decode: `wanted`, or half of it, or a quarter ...
@@ -202,7 +202,7 @@ class BatchMemory:
         """
         if request.turn is None or request.bank is not None:
             return
-        num_tokens = self._holdings.held(request).reserved if num_tokens is None else num_tokens
+        num_tokens = self._memories.of(request).reserved if num_tokens is None else num_tokens
         for layer in request.cache:
             mx.eval(layer.reserve(num_tokens))  # before the next layer's copy is made
 
@@ -214,7 +214,7 @@ class BatchMemory:
         """Learn from a pass: `computed` bytes beside what was in use. parts: requests, their tokens, cached ones before."""
         neighbours = self._neighbours
         if self.limit is not None and (neighbours is None or not neighbours.are_computing()):
-            made = [(length, cached, self._holdings.caches_of(each.sequence.request)) for each, length, cached in parts]
+            made = [(length, cached, self._memories.caches_of(each.sequence.request)) for each, length, cached in parts]
             self._excess = max(self._excess, computed - self._pass_bytes(made, len(made)))
 
     def forget_kept(self) -> bool:
@@ -226,7 +226,7 @@ class BatchMemory:
 
     def refusal(self, request: ActiveRequest) -> MemoryLimitError:
         """Why a request cannot go on though nobody else runs."""
-        held = self._holdings.held(request)
+        held = self._memories.of(request)
         count = len(request.sequence.tokens)
         if request.job.chunks and not count:
             what = f"The prompt was stopped after {request.position:,} tokens"
@@ -234,7 +234,7 @@ class BatchMemory:
         else:
             what, advice = f"The answer was stopped after {count:,} tokens", "ask for fewer tokens"
         growth = self._growth([held])
-        needed = self._needed([held], [self._holdings.row(request)], 1)
+        needed = self._needed([held], [self._memories.row(request)], 1)
         in_use = self._active_memory()
         return MemoryLimitError(
             f"{what}, before it would pass the memory limit: {size(in_use)} are in use, the keys and values of "
@@ -245,7 +245,7 @@ class BatchMemory:
 
     # --- the sum ---
 
-    def _growth(self, held: Sequence[Held]) -> Growth:
+    def _growth(self, held: Sequence[RequestMemory]) -> Growth:
         """Of the requests' own caches, and of the slots."""
         growth = self.admission.growth(held)
         bank = self._bank
@@ -261,12 +261,12 @@ class BatchMemory:
         # A buffer that grows is there twice, one layer at a time.
         return Growth(max(0, more), 2 * bank.nbytes // max(1, len(self._model.spec.layers)))
 
-    def _needed(self, held: Sequence[Held], parts: Sequence[PassRow], num_logits: int) -> int:
+    def _needed(self, held: Sequence[RequestMemory], parts: Sequence[PassRow], num_logits: int) -> int:
         growth = self._growth(held)
         computing = self._pass_bytes(parts, num_logits) + self._excess
         return self._active_memory() + growth.more + max(growth.copied, computing)
 
-    def _shortage(self, held: Sequence[Held], parts: Sequence[PassRow], num_logits: int) -> int:
+    def _shortage(self, held: Sequence[RequestMemory], parts: Sequence[PassRow], num_logits: int) -> int:
         """By how many bytes that is above the limit; 0 when it fits."""
         limit = self.limit
         if limit is None or self._needed(held, parts, num_logits) <= limit:
@@ -275,7 +275,7 @@ class BatchMemory:
             mx.synchronize()  # what is being computed now is not there then
         return max(0, self._needed(held, parts, num_logits) - limit)
 
-    def _fits(self, held: Sequence[Held], parts: Sequence[PassRow], num_logits: int) -> bool:
+    def _fits(self, held: Sequence[RequestMemory], parts: Sequence[PassRow], num_logits: int) -> bool:
         """Whether that fits, once as many kept prefixes are gone as it takes."""
         while self._shortage(held, parts, num_logits):
             if not self.forget_kept():
@@ -284,12 +284,13 @@ class BatchMemory:
 
     def _pass_of(
         self, pieces: Sequence[tuple[ActiveRequest, int]], decoding: Sequence[ActiveRequest]
-    ) -> tuple[list[Held], list[PassRow], int]:
+    ) -> tuple[list[RequestMemory], list[PassRow], int]:
         """What a pass of these pieces of prompts and of those who decode grows, computes and gives logits of."""
-        held, parts = [self._holdings.held(each) for each in decoding], [self._holdings.row(each) for each in decoding]
+        held = [self._memories.of(each) for each in decoding]
+        parts = [self._memories.row(each) for each in decoding]
         for request, length in pieces:
-            offset, caches = request.position, self._holdings.caches_of(request.sequence.request)
-            held.append(self._holdings.held(request)._replace(reserved=offset + length))
+            offset, caches = request.position, self._memories.caches_of(request.sequence.request)
+            held.append(self._memories.of(request)._replace(reserved=offset + length))
             parts.append((length, offset, caches))
         return held, parts, len(parts)
 
@@ -338,7 +339,7 @@ class BatchMemory:
         return sum(store.nbytes for store in self._known_stores())
 
 
-def usual_number(model: Model) -> int:
+def default_max_running(model: Model) -> int:
     """How many requests an engine runs at once where nobody says: as many as the model was loaded for (`batch_size`), or as
     the plan has room for at a usual length, at most 64 then; 64 without a plan.
     """

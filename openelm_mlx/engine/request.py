@@ -83,7 +83,7 @@ class Request:
             if getattr(self, name) is not None:
                 raise SettingError(f"{name} is not for a model that several machines share: {reason}")
         group.is_computing = False
-        with group.told():
+        with group.agreeing_on_errors():
             found = self._checked(model, tokenizer, memory)
         asked = [list(map(int, self.prompt_tokens)), self.max_tokens, self.logprobs, self.sliding_window, self.kv_bits]
         asked += [usable_vocab_size(model, tokenizer), None if tokenizer is None else sorted(tokenizer.eos_tokens)]

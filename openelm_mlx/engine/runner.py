@@ -110,10 +110,10 @@ class Runner:
             self._evaluated([each.pending for each in self.scheduler.decoding if each.pending is not None])
         self._note_time(began, chunk_length, was_first)
 
-    def touched(self) -> list[ActiveRequest]:
+    def updated(self) -> list[ActiveRequest]:
         """Those for whom something has come since the last call."""
-        found = list(self.life.touched)
-        self.life.touched.clear()
+        found = list(self.life.updated)
+        self.life.updated.clear()
         return found
 
     @property

@@ -10,7 +10,7 @@ from ..decoding.speculation_gain import Counts
 from ..experts.statistics import ExpertStatistics
 from ..memory.limits import LimitsLease
 from ..text.streams import REASONING
-from .expert_shares import Counted
+from .expert_shares import CountsExpertReads
 
 if TYPE_CHECKING:
     from .request import Request
@@ -71,7 +71,7 @@ class Clock:
         request: Request,
         num_cached_tokens: int,
         lease: LimitsLease,
-        experts: Counted | None = None,
+        experts: CountsExpertReads | None = None,
         time_queued: float = 0.0,
     ) -> None:
         self._time_queued = time_queued

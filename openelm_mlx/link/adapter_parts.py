@@ -99,7 +99,7 @@ def unpacked_adapter(header: Mapping[str, Any], body: memoryview) -> Adapter:
     return Adapter(pairs, ties_head=header.get("ties_head") is True)
 
 
-def told(selection: Selection) -> dict[str, Any]:
+def adapters_header(selection: Selection) -> dict[str, Any]:
     """What a pass says of the adapters that it uses: nothing, one number, or which of several numbers each row has."""
     numbers = [each.number for each in selection.served.kept]
     if selection.rows is not None:
@@ -107,7 +107,7 @@ def told(selection: Selection) -> dict[str, Any]:
     return {} if selection.which is None else {"adapters": [numbers[selection.which]]}
 
 
-def ids_of(header: Mapping[str, Any]) -> list[str | None]:
+def adapter_ids_of(header: Mapping[str, Any]) -> list[str | None]:
     """Which adapter each row of a pass has, or the one that all have, as a worker's set knows it.
 
     Raises LostConnectionError for what makes no sense.

@@ -28,10 +28,10 @@ from ..models.cache import Cache
 from ..models.remote import RemoteLayers, RequestRows
 from ..models.remote_cache import Keeper, RemoteCache
 from ..specs import ModelSpec
-from .adapter_parts import told
+from .adapter_parts import adapters_header
 from .arrays import packed, unpacked
 from .framing import LostConnectionError, Message
-from .peer import Answer, Peer
+from .peer import Peer, PendingReply
 
 _T = TypeVar("_T")
 
@@ -87,7 +87,7 @@ class Chain(RemoteLayers, Keeper):
             try:
                 self._connect()
             except BaseException as error:
-                self._down(error)
+                self._disconnect(error)
                 raise
             self.is_up = True
             thread = threading.Thread(target=_keep_alive, args=(weakref.ref(self),), daemon=True)
@@ -100,7 +100,7 @@ class Chain(RemoteLayers, Keeper):
                 if self.is_up and peer.connection is not None and not peer.awaited:
                     with suppress(LostConnectionError):
                         peer.connection.send({"op": "leave"})
-            self._down(WorkerError("The workers were given up."))
+            self._disconnect(WorkerError("The workers were given up."))
 
     def read(self, read_own: Callable[[Callable[[], None]], _T]) -> _T:
         """Have the workers read their tensors while `read_own` reads this machine's, calling what it is given now and then;
@@ -108,20 +108,20 @@ class Chain(RemoteLayers, Keeper):
         """
         self.start()
         with self._at_work():
-            answers = [peer.ask({"op": "read"}, b"", Answer()) for peer in self.peers]
+            answers = [peer.ask({"op": "read"}, b"", PendingReply()) for peer in self.peers]
             for peer in self.peers:
                 peer.send_first()
-        own = read_own(self.glance)
+        own = read_own(self.receive_available)
         with self._at_work():
             for k, answer in enumerate(answers):
                 self._result(k, answer)
         return own
 
-    def glance(self) -> None:
+    def receive_available(self) -> None:
         """Take what the workers have said meanwhile."""
         with self._at_work():
             for peer in self.peers:
-                peer.glance()
+                peer.receive_available()
 
     def echo(self, k: int, body: bytes) -> None:
         """To worker k and back, for measuring: so many bytes."""
@@ -130,7 +130,7 @@ class Chain(RemoteLayers, Keeper):
     def ask(self, k: int, header: Mapping[str, Any], body: bytes = b"") -> Message:
         """Ask worker k for something, and wait until it is done. Raises its error."""
         with self._at_work():
-            return self._result(k, self.peers[k].ask(header, body, Answer()))
+            return self._result(k, self.peers[k].ask(header, body, PendingReply()))
 
     def give_adapter(self, number: int, messages: Sequence[tuple[dict[str, Any], bytes]]) -> None:
         """Have each worker serve its part of an adapter until `forget_adapter`. Raises the error of one that cannot."""
@@ -154,7 +154,7 @@ class Chain(RemoteLayers, Keeper):
         """An adapter is not needed any more; the workers are told with the next pass, or soon. Any thread may call it."""
         self._adapters_to_forget.append(number)
 
-    def _down(self, error: BaseException) -> None:
+    def _disconnect(self, error: BaseException) -> None:
         # Its text alone: with an error all that its callers had would be kept.
         self.is_up, self._trouble = False, str(error) if isinstance(error, Exception) else None
         for peer in self.peers:
@@ -171,13 +171,13 @@ class Chain(RemoteLayers, Keeper):
                 yield
             except UserError as error:
                 if isinstance(error, LostConnectionError):
-                    self._down(error)
+                    self._disconnect(error)
                 raise  # another one is a worker's own, whose connection is as it was
             except BaseException as error:
                 connections = [peer.connection for peer in self.peers if peer.connection is not None]
                 was_waiting = any(each.is_waiting for each in connections)
                 if isinstance(error, Exception) or not was_waiting:
-                    self._down(error)
+                    self._disconnect(error)
                 for each in connections:
                     each.is_waiting = False
                 raise
@@ -196,7 +196,7 @@ class Chain(RemoteLayers, Keeper):
             return
         with suppress(LostConnectionError), self._at_work():
             for peer in self.peers:
-                peer.glance()  # a connection that has ended says so at once
+                peer.receive_available()  # a connection that has ended says so at once
             if now - self._looked < LOOK_SECONDS:
                 return
             self._looked = now
@@ -204,7 +204,7 @@ class Chain(RemoteLayers, Keeper):
                 k for k, peer in enumerate(self.peers)
                 if not (peer.outbox or peer.awaited) and now - peer.open.heard > LOOK_SECONDS
             ]  # fmt: skip
-            answers = [(k, self.peers[k].ask({"op": "ping"}, b"", Answer())) for k in quiet]
+            answers = [(k, self.peers[k].ask({"op": "ping"}, b"", PendingReply())) for k in quiet]
             for k, answer in answers:
                 self._result(k, answer)
 
@@ -277,7 +277,7 @@ class Chain(RemoteLayers, Keeper):
                 while peer.is_ready():
                     peer.send_first()
 
-    def _submit(self, form: str, described: dict[str, Any], body: memoryview, rows: Sequence[_Row]) -> Answer:
+    def _submit(self, form: str, described: dict[str, Any], body: memoryview, rows: Sequence[_Row]) -> PendingReply:
         """The pass into every worker's outbox; gives the last one's answer."""
         self._make_ready(rows)
         self._pass_on_forgotten()
@@ -287,8 +287,8 @@ class Chain(RemoteLayers, Keeper):
                 for cache in each.caches:
                     cache.give_up(error)
 
-        chosen = {} if self.adapters is None else told(self.adapters.selection)
-        given: memoryview | Answer = body
+        chosen = {} if self.adapters is None else adapters_header(self.adapters.selection)
+        given: memoryview | PendingReply = body
         for k, peer in enumerate(self.peers):
             new, parts = {}, []
             for each in rows:
@@ -301,8 +301,8 @@ class Chain(RemoteLayers, Keeper):
             header = {"op": "pass", "form": form, "rows": parts, **described, **chosen}
             if new:
                 header["new"] = new
-            given = peer.ask(header, given, Answer(give_up))
-        assert isinstance(given, Answer)
+            given = peer.ask(header, given, PendingReply(give_up))
+        assert isinstance(given, PendingReply)
         return given
 
     def _make_ready(self, rows: Sequence[_Row]) -> None:
@@ -341,12 +341,12 @@ class Chain(RemoteLayers, Keeper):
                 op = {"op": "forget", "snapshot": number} if is_snapshot else {"op": "forget", "cache": number}
                 self.peers[machine].changes.append(op)
 
-    def _result(self, k: int, answer: Answer) -> Message:
+    def _result(self, k: int, answer: PendingReply) -> Message:
         """An answer of worker k, waited for. Raises its error."""
         self._wait_for(k, answer)
         return answer.result()
 
-    def _wait_for(self, k: int, answer: Answer) -> None:
+    def _wait_for(self, k: int, answer: PendingReply) -> None:
         """Until it is here, an error too; what is sent before it may need the answer of the worker before."""
         peer = self.peers[k]
         while not answer.is_here:
@@ -354,13 +354,13 @@ class Chain(RemoteLayers, Keeper):
                 peer.receive()
                 continue
             body = peer.outbox[0].body
-            if isinstance(body, Answer):
+            if isinstance(body, PendingReply):
                 self._wait_for(k - 1, body)
             peer.send_first()
 
     # --- while nobody asks --------------------------------------------------------------------------------------------
 
-    def tend(self) -> bool:
+    def send_keep_alive(self) -> bool:
         """Tell the workers that this machine is still there, and what they may forget. False once they are given up."""
         is_idle = self._lock.acquire(blocking=False)
         try:
@@ -390,7 +390,7 @@ def _keep_alive(chain_of: weakref.ref[Chain]) -> None:
     while True:
         time.sleep(PING_SECONDS / 3)
         chain = chain_of()
-        if chain is None or (epoch is not None and chain.epoch != epoch) or not chain.tend():
+        if chain is None or (epoch is not None and chain.epoch != epoch) or not chain.send_keep_alive():
             return
         epoch = chain.epoch
         del chain

@@ -208,14 +208,14 @@ def _tensor_speed(
     spec: ModelSpec, weights: Weights, parts: Sequence[Part], total: tuple[float, float]
 ) -> SpeedRange | None:
     count = len(parts)
-    touched = weights.dense - weights.looked_up + spec.layers[0].experts_per_token * weights.slot
+    touched = weights.dense - weights.untied_embedding + spec.layers[0].experts_per_token * weights.slot
     return _shared_speed(spec, parts, touched / count, _kv_bytes(parts) / count, 2 * len(spec.layers), total)
 
 
 def _expert_speed(
     spec: ModelSpec, weights: Weights, parts: Sequence[Part], total: tuple[float, float], most: float
 ) -> SpeedRange | None:
-    touched = weights.dense - weights.looked_up + most * weights.slot
+    touched = weights.dense - weights.untied_embedding + most * weights.slot
     return _shared_speed(spec, parts, touched, _kv_bytes(parts), len(spec.layers), total)
 
 

@@ -18,7 +18,7 @@ MOST_CHANGES = 500
 
 
 @dataclass(eq=False)
-class Answer:
+class PendingReply:
     """An answer that is to come. on_failure: called with the worker's error, also where nobody waits for the answer.
 
     failure: never raised itself, but copies of it. An error that was raised has the frames of its callers, and an answer is in
@@ -47,12 +47,12 @@ class Answer:
         return self.message
 
 
-class Outgoing(NamedTuple):
+class OutgoingMessage(NamedTuple):
     """A message that has an answer. body: its bytes, or the answer of the worker before, whose array goes on as it is."""
 
     header: dict[str, Any]
-    body: bytes | memoryview | Answer
-    answer: Answer
+    body: bytes | memoryview | PendingReply
+    answer: PendingReply
 
 
 @final
@@ -63,8 +63,8 @@ class Peer:
     name: str
     address: str
     connection: Connection | None = None
-    outbox: deque[Outgoing] = field(default_factory=deque)
-    awaited: deque[Answer] = field(default_factory=deque)
+    outbox: deque[OutgoingMessage] = field(default_factory=deque)
+    awaited: deque[PendingReply] = field(default_factory=deque)
     changes: list[dict[str, Any]] = field(default_factory=list)
     progress: Progress | None = None
 
@@ -74,12 +74,14 @@ class Peer:
             raise LostConnectionError(f"{self.name} is not connected: ask once more.")
         return self.connection
 
-    def ask(self, header: Mapping[str, Any], body: bytes | memoryview | Answer, answer: Answer) -> Answer:
+    def ask(
+        self, header: Mapping[str, Any], body: bytes | memoryview | PendingReply, answer: PendingReply
+    ) -> PendingReply:
         """Put a message into the outbox, with the changes of caches that come before it."""
         while len(self.changes) > MOST_CHANGES:
-            self.outbox.append(Outgoing({"op": "changes", "changes": self.next_changes()}, b"", Answer()))
+            self.outbox.append(OutgoingMessage({"op": "changes", "changes": self.next_changes()}, b"", PendingReply()))
         before = self.next_changes()
-        self.outbox.append(Outgoing({**header, "changes": before} if before else dict(header), body, answer))
+        self.outbox.append(OutgoingMessage({**header, "changes": before} if before else dict(header), body, answer))
         return answer
 
     def next_changes(self) -> list[dict[str, Any]]:
@@ -92,14 +94,14 @@ class Peer:
         if not self.outbox:
             return False
         body = self.outbox[0].body
-        return body.is_here if isinstance(body, Answer) else True
+        return body.is_here if isinstance(body, PendingReply) else True
 
     def send_first(self) -> None:
         """Send it. One message at a time is at work there, so that the worker reads while this one is sent."""
         while self.awaited:
             self.receive()
         header, body, answer = self.outbox.popleft()
-        if isinstance(body, Answer):
+        if isinstance(body, PendingReply):
             if body.failure is not None:
                 answer.fail(body.failure)
                 return
@@ -114,7 +116,7 @@ class Peer:
         while not self._take(self.open.receive()):
             pass
 
-    def glance(self) -> None:
+    def receive_available(self) -> None:
         """Take what has come already, without waiting for more."""
         while self.open.has_input():
             self._take(self.open.receive())

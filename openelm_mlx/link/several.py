@@ -37,7 +37,7 @@ SHORTEST_DEADLINE, LONGEST_DEADLINE = 0.2, 3600.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class WorkerSettings:
     """What `load` was given of other machines, checked. counts: layers of each machine. deadline: seconds."""
 
     addresses: Sequence[Address]
@@ -72,15 +72,15 @@ class Several:
         """The whole model. `read_own` reads this machine's part, and says how far it is; the workers read theirs meanwhile."""
         told = None if progress is None else self._share(progress)
 
-        def read_and_glance(glance: Callable[[], None]) -> Model:
+        def read_and_receive(receive_available: Callable[[], None]) -> Model:
             def update(done: int, total: int) -> None:
                 if told is not None:
                     told(done, total)
-                glance()
+                receive_available()
 
             return read_own(update)
 
-        model = self.chain.read(read_and_glance)
+        model = self.chain.read(read_and_receive)
         self._attach(model)
         return model
 
@@ -93,7 +93,7 @@ class Several:
         runtime.remote, runtime.others = self.chain, self
         self.chain.adapters = model.adapters
         self.team.has_read()
-        self.let_go_with(model)
+        self.close_with(model)
 
     def give_adapter(self, name: str, adapter: Adapter, is_planned: bool) -> tuple[Adapter, KeptAdapter]:
         """Have each worker serve its part of an adapter; gives this machine's, and what keeps theirs there.
@@ -108,7 +108,7 @@ class Several:
         self.chain.give_adapter(number, messages)
         return adapter_part(adapter, self.own.start, self.own.stop), KeptAdapter(self.chain, number)
 
-    def let_go_with(self, model: Model) -> None:
+    def close_with(self, model: Model) -> None:
         """Let the workers go when nobody has `model` any more; no longer with the one that was named before."""
         if self._finalizer is not None:
             self._finalizer.detach()
@@ -117,7 +117,7 @@ class Several:
 
 def checked_workers(
     workers: str | Sequence[str] | None, secret_file: str | os.PathLike[str] | None, layers: Any, deadline: float
-) -> Asked | None:
+) -> WorkerSettings | None:
     """What was asked for; None without workers. Raises SettingError, also for what is given without them."""
     if not is_number(deadline) or not SHORTEST_DEADLINE <= deadline <= LONGEST_DEADLINE:
         raise SettingError(
@@ -129,14 +129,14 @@ def checked_workers(
                 raise SettingError(f"{name} is for other machines, and there are none: give workers, or leave it out.")
         return None
     counts = parse_counts(layers)
-    return Asked(parse_workers(workers), secret_file, counts, deadline)
+    return WorkerSettings(parse_workers(workers), secret_file, counts, deadline)
 
 
 def spread_out(
     opened: Source,
     placement: Placement,
     request: PlanRequest,
-    asked: Asked,
+    settings: WorkerSettings,
     machine: Machine,
     adapter_bytes: tuple[int, int] = (0, 0),
 ) -> Several:
@@ -144,12 +144,12 @@ def spread_out(
 
     placement: of the whole model. machine: this one. Raises WorkerError, SettingError, CheckpointError and MemoryLimitError.
     """
-    secret = None if asked.secret_file is None else read_secret(asked.secret_file)
-    team = Team(asked.addresses, secret, asked.deadline)
+    secret = None if settings.secret_file is None else read_secret(settings.secret_file)
+    team = Team(settings.addresses, secret, settings.deadline)
     try:
         machines = [machine, *(each.machine for each in team.members)]
         parts = spread_over(
-            opened.name, placement, machines, request, asked.counts, adapter_bytes=adapter_bytes,
+            opened.name, placement, machines, request, settings.counts, adapter_bytes=adapter_bytes,
             limits=[each.memory_limit for each in team.members],
         )  # fmt: skip
         _check_kv_bits(request.kv_bits, parts[0].spec)
@@ -164,7 +164,7 @@ def spread_out(
         }  # fmt: skip
         wanted = [
             {**common, "start": part.start, "stop": part.stop, "is_followed": part is not parts[-1],
-             "kv_bits": request.kv_bits if _keeps_all(part.spec) else None}
+             "kv_bits": request.kv_bits if _has_full_attention(part.spec) else None}
             for part in parts[1:]
         ]  # fmt: skip
         chain = team.form([part.spec for part in parts[1:]], wanted)
@@ -175,12 +175,12 @@ def spread_out(
         raise
 
 
-def _keeps_all(spec: ModelSpec) -> bool:
+def _has_full_attention(spec: ModelSpec) -> bool:
     return any(layer.window is None for layer in spec.layers)
 
 
 def _check_kv_bits(kv_bits: int | None, spec: ModelSpec) -> None:
-    if kv_bits == 8 and not _keeps_all(spec):
+    if kv_bits == 8 and not _has_full_attention(spec):
         raise SettingError(
             f"kv_bits=8 is for layers that keep all keys, and of the {len(spec.layers)} on this machine none does: give it one "
             "more, layers=2,..."

@@ -25,7 +25,7 @@ TOKENS_AT_ONCE = 64
 MOST_REQUESTS = 4096
 
 
-class Held(NamedTuple):
+class RequestMemory(NamedTuple):
     """A request as admission sees it.
 
     num_tokens: in its cache now, 0 before its first chunk. reserved: how many tokens it may come to have before it is asked
@@ -101,7 +101,7 @@ class Admission:
         caches = self.caches if caches is None else caches
         return PassPart(length, cached, caches.layers, caches.kv_bits)
 
-    def growth(self, requests: Sequence[Held]) -> Growth:
+    def growth(self, requests: Sequence[RequestMemory]) -> Growth:
         """What the requests' caches grow by until they have what is reserved for them; snapshots are a part of it."""
         more = copied = 0
         for each in requests:
@@ -113,7 +113,7 @@ class Admission:
                 copied = max(copied, caches.copied_while_growing(each.most))
         return Growth(more, copied)
 
-    def needed(self, in_use: int, requests: Sequence[Held], chunk: int = 0) -> int:
+    def needed(self, in_use: int, requests: Sequence[RequestMemory], chunk: int = 0) -> int:
         """The most that will be in use while the requests come to have what is reserved for them.
 
         in_use: now, the caches of those that are at work included. chunk: of the longest ones' prompts. Caches are expected
@@ -135,12 +135,17 @@ class Admission:
 
     # --- what fits ---
 
-    def shortage(self, in_use: int, requests: Sequence[Held], chunk: int = 0) -> int:
+    def shortage(self, in_use: int, requests: Sequence[RequestMemory], chunk: int = 0) -> int:
         """By how many bytes `needed` is above the limit; 0 when it fits."""
         return 0 if self.limit is None else max(0, self.needed(in_use, requests, chunk) - self.limit)
 
     def fits(
-        self, in_use: int, running: Sequence[Held], new: Held | None = None, kept: int = 0, chunk: int = LEAST_CHUNK
+        self,
+        in_use: int,
+        running: Sequence[RequestMemory],
+        new: RequestMemory | None = None,
+        kept: int = 0,
+        chunk: int = LEAST_CHUNK,
     ) -> bool:
         """Whether the requests fit beside each other, and `new` beside them, once kept prompts of `kept` bytes are gone.
 
@@ -149,7 +154,7 @@ class Admission:
         requests = running if new is None else [*running, new]
         return self.shortage(in_use - kept, requests, chunk) == 0
 
-    def longest(self, in_use: int, running: Sequence[Held], request: Held, kept: int = 0) -> int:
+    def longest(self, in_use: int, running: Sequence[RequestMemory], request: RequestMemory, kept: int = 0) -> int:
         """How many tokens, prompt and answer, a request may come to have beside those at work; 0 when it has no room."""
         most = self.caches.spec.context_length
         if self.limit is None:
@@ -160,7 +165,7 @@ class Admission:
         """How many requests of `num_tokens` tokens each fit at once beside the weights, at most `most`."""
         if self.limit is None:
             return most
-        new = Held(0, num_tokens)
+        new = RequestMemory(0, num_tokens)
         return most_that(lambda n: self.shortage(self.weights, [new] * n, self.chunk) == 0, most)
 
     def check(self, num_prompt_tokens: int, max_tokens: int, in_use: int | None = None) -> None:
@@ -171,15 +176,16 @@ class Admission:
         in_use = self.weights if in_use is None else in_use
         wanted = num_prompt_tokens + max_tokens
         least = min(LEAST_CHUNK, num_prompt_tokens)
-        if self.limit is None or not self.shortage(in_use, [Held(0, wanted)], least):
+        if self.limit is None or not self.shortage(in_use, [RequestMemory(0, wanted)], least):
             return
         kv = self.kv_bytes(wanted)
-        needed = self.needed(in_use, [Held(0, wanted)], least)
+        needed = self.needed(in_use, [RequestMemory(0, wanted)], least)
+        longest = self.longest(in_use, [], RequestMemory(0, 0))
         raise MemoryLimitError(
             f"A prompt of {num_prompt_tokens:,} tokens and an answer of up to {max_tokens:,} can never fit into the memory, "
             f"not even alone: {size(in_use)} are in use, the keys and values of {wanted:,} tokens take {size(kv)} and "
             f"computing takes {size(needed - in_use - kv)}, together {size(needed)} of the {size(self.limit)} allowed; "
-            f"{what_fits(num_prompt_tokens, self.longest(in_use, [], Held(0, 0)))}, or raise memory_limit (--memory-limit)."
+            f"{what_fits(num_prompt_tokens, longest)}, or raise memory_limit (--memory-limit)."
         )
 
 

@@ -122,7 +122,7 @@ class Speeds:
 
     def _touched_bytes(self, tokens: int) -> float:
         """Bytes of weights that so many tokens at once are computed with, every expert being equally likely."""
-        return self.weights.dense - self.weights.looked_up + self._touched_experts(tokens) * self.weights.slot
+        return self.weights.dense - self.weights.untied_embedding + self._touched_experts(tokens) * self.weights.slot
 
     def _touched_experts(self, tokens: int) -> float:
         """How many different experts of a layer so many tokens choose, every one being equally likely."""

@@ -19,7 +19,7 @@ class Weights:
 
     dense: all but the experts' packed matrices. slot: one expert in every layer. embedding: of `dense`, what may stay on
     disk while experts do. can_stream: whether experts can be read from the files as they are. tokenizer: of its file.
-    loading: the most that is in memory until all are read, cast, packed or unpacked; 0: no more than that. looked_up: of
+    loading: the most that is in memory until all are read, cast, packed or unpacked; 0: no more than that. untied_embedding: of
     `dense`, an embedding that is no head as well: a token reads one row of it. adapters: of `dense`, what stands beside the
     weights themselves. adapter_scratch: what these take while they compute, for each token of a pass. widened: the copies in
     float32 of one layer's experts that MLX's CPU backend computes with, where they are not packed and have 16 bits.
@@ -31,7 +31,7 @@ class Weights:
     can_stream: bool = False
     tokenizer: int = 0
     loading: int = 0
-    looked_up: int = 0
+    untied_embedding: int = 0
     adapters: int = 0
     adapter_scratch: int = 0
     widened: int = 0

@@ -51,7 +51,7 @@ class MachineGroup(Protocol):
     def least(self, call: Callable[[], int]) -> int:
         """The smallest of what `call` gives on the machines. Raises what it raises on one of them."""
 
-    def told(self) -> AbstractContextManager[None]:
+    def agreeing_on_errors(self) -> AbstractContextManager[None]:
         """A block that ends on all machines with an error where it does on one of them. No sums are made within it."""
 
     def agreed(self, value: Mapping[str, Any], advice: Mapping[str, str]) -> None:

@@ -84,7 +84,7 @@ class Group:
             return
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def agreeing_on_errors(self) -> Iterator[None]:
         """A block that ends on all machines with an error where it does on one of them. No sums are made within it."""
         try:
             yield

@@ -71,7 +71,7 @@ def agreeing(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **options)
         checked_form(parallel)
         check_together(options)
-        with joined().told():
+        with joined().agreeing_on_errors():
             return function(*args, **options)
 
     return call
@@ -94,7 +94,7 @@ class Shared:
 
     def read(self, read_own: Callable[[], Model]) -> Model:
         """The whole model. `read_own` reads this machine's share of the weights, the others read theirs meanwhile."""
-        with self.group.told():
+        with self.group.agreeing_on_errors():
             model = read_own()
         if self.form == EXPERTS:
             share_experts(model, *self._experts, self.group.total)
@@ -130,7 +130,7 @@ def share_out(
     spec = placement.contents.spec
     experts = layer_shares(spec, placement.packings, form, group.rank, group.size)[0].experts
     own = shared_placement(placement, form, group.rank, group.size)
-    with group.told():
+    with group.agreeing_on_errors():
         plan = plan_of_share(opened.name, own, machine, request, opened.folder)
         if not plan.fits:
             raise plan.refusal()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 from ..text.conversation import Message
-from .latest import Latest
+from .recently_used import RecentlyUsed
 
 MOST_CALLS = 4096
 MOST_BYTES = 8_000_000
@@ -23,7 +23,7 @@ class CallReasoning:
     """The reasoning before the latest calls, in memory alone; the least recently used is forgotten first."""
 
     def __init__(self, most_calls: int = MOST_CALLS, most_bytes: int = MOST_BYTES) -> None:
-        self._texts: Latest[str, str] = Latest(most_calls, most_bytes)
+        self._texts: RecentlyUsed[str, str] = RecentlyUsed(most_calls, most_bytes)
 
     def __len__(self) -> int:
         return len(self._texts)

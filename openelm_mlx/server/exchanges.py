@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ..text.conversation import Message
-from .latest import Latest
+from .recently_used import RecentlyUsed
 
 MOST_EXCHANGES = 1024
 MOST_BYTES = 8_000_000
@@ -47,7 +47,7 @@ class Exchanges:
     """
 
     def __init__(self, most: int = MOST_EXCHANGES, most_bytes: int = MOST_BYTES) -> None:
-        self._found: Latest[bytes, Exchange] = Latest(most, most_bytes)
+        self._found: RecentlyUsed[bytes, Exchange] = RecentlyUsed(most, most_bytes)
 
     def __len__(self) -> int:
         return len(self._found)

@@ -1,7 +1,7 @@
 """What is done with a model in threads of their own: it is planned, read and given back.
 
 The arithmetic of several models in one memory is here, too: every model's plan was made for the whole of the memory, and
-an engine counts what it may use by itself. Beside others it is told what those may still need (`Neighbours`).
+an engine counts what it may use by itself. Beside others it is told what those may still need (`OtherModels`).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Loaded:
 
 
 @final
-class Neighbours:
+class OtherModels:
     """The other models' part of the memory, as one engine sees it. Read by the engine's thread."""
 
     def __init__(self, others: Sequence[Loaded], extra: int) -> None:
@@ -176,7 +176,7 @@ class Loader:
         for each in loaded:
             others = [other for other in loaded if other is not each]
             extra = sum(own_bytes(other.plan) for other in others if other.plan is not None)
-            each.engine.share_memory(Neighbours(others, extra) if others else None)
+            each.engine.share_memory(OtherModels(others, extra) if others else None)
 
 
 def own_bytes(plan: MemoryPlan) -> int:

@@ -144,7 +144,7 @@ class Registry:
         if self._is_closing:
             raise _closing()
         if slot.has_died:
-            self._bury(slot)
+            self._retire_engine(slot)
         if slot.loaded is not None and not slot.is_leaving:
             return Lease(self, slot.served.name, slot.loaded)
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
@@ -191,7 +191,7 @@ class Registry:
         if self._housekeeping is not None:
             return
         self.startup_failure = asyncio.get_running_loop().create_future()
-        self._housekeeping = asyncio.create_task(self._look_after())
+        self._housekeeping = asyncio.create_task(self._maintain())
         self._first.is_preloaded = True
         self._begin_loading(self._first)
 
@@ -231,7 +231,7 @@ class Registry:
                 slot.state, slot.began, slot.progress = "loading", self._clock(), None
                 if self.load_after is not None:
                     await asyncio.wait([self.load_after])
-                await self._bury_dead(slot)
+                await self._close_retired(slot)
                 name = slot.served.name
                 prepared = await in_thread(partial(self._loader.prepare, slot.served, slot.note_progress))
                 await self._make_room(slot, prepared.plan)
@@ -315,7 +315,7 @@ class Registry:
     async def _give_back(self, slot: Slot) -> None:
         """A model leaves the memory."""
         loaded, slot.loaded = slot.loaded, None
-        await self._bury_dead(slot)
+        await self._close_retired(slot)
         if loaded is not None:
             slot.state = "unloaded"
             self._share_memory()
@@ -330,19 +330,19 @@ class Registry:
 
     # --- looking after them -------------------------------------------------------------------------------------------
 
-    async def _look_after(self) -> None:
+    async def _maintain(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY)
             try:
-                await self.look_after()
+                await self.replace_and_unload()
             except Exception:  # noqa: BLE001  (the next look may do better)
                 log.exception("looking after the models failed")
 
-    async def look_after(self) -> None:
+    async def replace_and_unload(self) -> None:
         """Replace engines that have died, and give back models that nobody has used for long."""
         for slot in self._slots.values():
             if slot.has_died:
-                self._bury(slot)
+                self._retire_engine(slot)
                 slot.is_preloaded = True
                 self._begin_loading(slot)
             elif self._is_idle(slot):
@@ -357,7 +357,7 @@ class Registry:
             return False
         return bool(self._clock() - loaded.last_used >= keep_alive)
 
-    def _bury(self, slot: Slot) -> None:
+    def _retire_engine(self, slot: Slot) -> None:
         """An engine has died: nobody gets it any more."""
         assert slot.loaded is not None
         log.error("the engine of %s has died and is started anew: %s", slot.served.name, slot.loaded.failure)
@@ -365,7 +365,7 @@ class Registry:
         slot.dead.append(slot.loaded)
         slot.loaded, slot.state = None, "failed"
 
-    async def _bury_dead(self, slot: Slot) -> None:
+    async def _close_retired(self, slot: Slot) -> None:
         while slot.dead:
             until = self._clock() + DEAD_LEASES_WAIT
             while slot.dead[0].num_leases and self._clock() < until:

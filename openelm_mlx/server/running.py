@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .own_tools import OwnTools
 
 
-class Voice(Protocol):
+class ServerEvents(Protocol):
     """Who speaks to the person at the terminal."""
 
     def listening(self, settings: ServerSettings, host: str, port: int) -> None:
@@ -28,12 +28,12 @@ class Voice(Protocol):
     def stopping(self, num_answers: int, seconds: float) -> None:
         """It ends: so many answers are still being written, and may take so many seconds."""
 
-    def hurried(self) -> None:
+    def stopping_at_once(self) -> None:
         """It ends now."""
 
 
 async def serve(
-    settings: ServerSettings, listening: socket.socket, voice: Voice, tools: OwnTools | None = None
+    settings: ServerSettings, listening: socket.socket, events: ServerEvents, tools: OwnTools | None = None
 ) -> str | None:
     """Serve until a signal, or until the only model cannot be loaded at the start: then why.
 
@@ -50,21 +50,21 @@ async def serve(
     site = LateSite(make, registry)
     registry.load_after = site.made
     server = Server(
-        Guard(site, settings, counted), settings, lambda running: voice.stopping(running, settings.shutdown_time)
+        Guard(site, settings, counted), settings, lambda running: events.stopping(running, settings.shutdown_time)
     )
     running = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         while not server.started and not running.done():
             await asyncio.sleep(0.005)
         if server.started:
-            voice.listening(settings, *address_of(listening))
+            events.listening(settings, *address_of(listening))
         return await _until_the_end(running, server, registry, site)
     finally:
         if not running.done():  # this task was cancelled
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
         if server.is_hurried:
-            voice.hurried()
+            events.stopping_at_once()
         await registry.close()
 
 

@@ -36,7 +36,7 @@ class ModelCard:
     state: State
 
 
-class Lender(Protocol):
+class LeaseOwner(Protocol):
     """Who is told when a lease ends; the registry."""
 
     def now(self) -> float:
@@ -54,7 +54,7 @@ class Lease:
     model itself, where it has any.
     """
 
-    def __init__(self, lender: Lender, name: str, loaded: Loaded) -> None:
+    def __init__(self, lender: LeaseOwner, name: str, loaded: Loaded) -> None:
         self.name = name
         self.adapter: str | None = None
         self._lender = lender
@@ -140,7 +140,7 @@ class Slot:
         """Whether its engine has, and nobody has noticed yet."""
         return self.loaded is not None and self.loaded.failure is not None
 
-    def hand_out(self, lender: Lender) -> None:
+    def hand_out(self, lender: LeaseOwner) -> None:
         """Everybody who waited gets a lease at once: nobody can take the model away between."""
         assert self.loaded is not None
         for waiter in self._take_waiting():

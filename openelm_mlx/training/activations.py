@@ -22,7 +22,7 @@ FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Work:
+class ScratchFactors:
     """How many float32 numbers the layer that is worked at takes for each number of a kind.
 
     Its attention: scores, and queries, keys and values of all places. Its feed-forward, at another time: the hidden numbers and
@@ -39,10 +39,10 @@ class Work:
 
 # (family, whether layers are computed again). The second one has the layer's forward pass in it.
 WORK = {
-    ("openelm", False): Work(2.2, 9.8, 8.6, 17.8, 1.0),
-    ("openelm", True): Work(2.5, 9.3, 14.5, 7.7, 0.2),
-    ("gpt_oss", False): Work(5.0, 9.3, 13.3, 6.5, 0.1),
-    ("gpt_oss", True): Work(5.4, 9.0, 17.7, 7.5, 0.2),
+    ("openelm", False): ScratchFactors(2.2, 9.8, 8.6, 17.8, 1.0),
+    ("openelm", True): ScratchFactors(2.5, 9.3, 14.5, 7.7, 0.2),
+    ("gpt_oss", False): ScratchFactors(5.0, 9.3, 13.3, 6.5, 0.1),
+    ("gpt_oss", True): ScratchFactors(5.4, 9.0, 17.7, 7.5, 0.2),
 }
 # Logits, their exponentials and gradients at once.
 OF_LOGITS = 6
@@ -50,7 +50,7 @@ OF_LOGITS = 6
 OF_A_TRAINED_HEAD = 2.5
 
 
-class Kept(NamedTuple):
+class SavedForBackward(NamedTuple):
     """Numbers that a layer keeps from its forward pass for its backward pass."""
 
     attention: int
@@ -100,7 +100,7 @@ def batch_bytes(
     return int(FLOAT32 * needed) + gradients, FLOAT32 * logits
 
 
-def _of_the_next(before: Sequence[Kept], whole: bool) -> int:
+def _of_the_next(before: Sequence[SavedForBackward], whole: bool) -> int:
     """What is computed again of the next layer before this one is done. before: what layers keep up to that one.
 
     That is its attention; all of a layer of OpenELM, which has half as many operations, or with adapters beside experts.
@@ -134,7 +134,7 @@ class _Shape:
         return cls(layer, places, rows * length, routes, scores, batch.is_rows)
 
 
-def _kept(spec: ModelSpec, shape: _Shape, trains_experts: bool) -> Kept:
+def _kept(spec: ModelSpec, shape: _Shape, trains_experts: bool) -> SavedForBackward:
     """Counted from the layers' code: every array that the gradient of an operation reads."""
     layer, width = shape.layer, spec.hidden_size
     queries, each = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
@@ -149,15 +149,15 @@ def _kept(spec: ModelSpec, shape: _Shape, trains_experts: bool) -> Kept:
     if spec.family == "openelm":
         # The projection, whose norm is differentiated; the stream and the same normed; gate, up, sigmoid, silu, product.
         attention += shape.places * (queries + 2 * each)
-        return Kept(attention, shape.places * (2 * width + 5 * layer.intermediate_size))
+        return SavedForBackward(attention, shape.places * (2 * width + 5 * layer.intermediate_size))
     # Gate and up before and after each limit, sigmoid and two products; the experts' outputs; the stream.
     feed_forward = shape.routes * (7 * layer.intermediate_size + width) + shape.places * width
     if trains_experts:  # the inputs of both matrices
         feed_forward += shape.routes * (layer.intermediate_size + width)
-    return Kept(attention, feed_forward)
+    return SavedForBackward(attention, feed_forward)
 
 
-def _work(spec: ModelSpec, shape: _Shape, work: Work) -> float:
+def _work(spec: ModelSpec, shape: _Shape, work: ScratchFactors) -> float:
     """The larger one of a layer's two halves: by the time that attention is worked at, what the other half kept is free."""
     layer = shape.layer
     heads = layer.num_heads + 2 * layer.num_kv_heads

@@ -41,7 +41,7 @@ class StepData(Protocol):
         """What step `step` (from 0 on) learns from."""
 
 
-class Ahead:
+class PrefetchedData:
     """The data of a run's steps, those of the next one laid out while the device computes with these."""
 
     def __init__(self, data: StepData) -> None:
@@ -153,7 +153,7 @@ class Trainer:
         assert self.state is not None
         saved = time.monotonic()
         started = saved - self.state.seconds
-        ahead = Ahead(self.data)
+        ahead = PrefetchedData(self.data)
         try:
             self._validate_if_due()  # the run ended in the midst of it
             while not self.is_over:

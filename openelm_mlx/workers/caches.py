@@ -16,7 +16,7 @@ from ..decoding.compiled_step import make_step
 from ..decoding.prefill import chunk_throttle, every_token, lock_of, through_chunk
 from ..decoding.step import Step
 from ..errors import UserError, WorkerError
-from ..link.adapter_parts import ids_of
+from ..link.adapter_parts import adapter_ids_of
 from ..link.framing import LostConnectionError
 from ..memory.admission import TOKENS_AT_ONCE
 from ..models.buffers import Snapshot
@@ -31,7 +31,7 @@ MOST_CACHES, MOST_SNAPSHOTS, MOST_ROWS = 4096, 65_536, 4096
 
 
 @dataclass
-class Held:
+class RequestCache:
     """One request's caches here. places: tokens that memory was looked at for. step: computes one more token."""
 
     cache: Cache
@@ -41,14 +41,14 @@ class Held:
 
 
 @dataclass
-class Wanted:
+class RowsOfRequest:
     """One request's part of a pass."""
 
     number: int
     length: int
     is_prompt: bool
     wants: bool
-    held: Held = field(repr=False)
+    held: RequestCache = field(repr=False)
 
 
 @final
@@ -57,7 +57,7 @@ class Caches:
 
     def __init__(self, model: Model, itemsize: int) -> None:
         self._model, self._itemsize = model, itemsize
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, RequestCache] = {}
         self._snapshots: dict[int, tuple[Snapshot, ...]] = {}
         self._batch_step = BatchStep(model)
 
@@ -134,14 +134,14 @@ class Caches:
             self._batch_step = BatchStep(self._model)  # the one before may have pieces that were traced with it
             mx.clear_cache()
 
-    def _of(self, change: Mapping[str, Any]) -> Held:
+    def _of(self, change: Mapping[str, Any]) -> RequestCache:
         return self._held[_natural(change["cache"])]
 
-    def _hold(self, number: int, cache: Cache) -> Held:
+    def _hold(self, number: int, cache: Cache) -> RequestCache:
         if number in self._held or len(self._held) >= MOST_CACHES:
             raise WorkerError(f"There is a cache {number} already, or there are too many.")
         budget = Budget(self._model, cache, itemsize=self._itemsize)
-        held = self._held[number] = Held(cache, budget, make_step(self._model, cache))
+        held = self._held[number] = RequestCache(cache, budget, make_step(self._model, cache))
         return held
 
     def _make(self, number: int, settings: Any) -> None:
@@ -164,13 +164,13 @@ class Caches:
     def compute(self, header: Mapping[str, Any], h: mx.array) -> mx.array | None:
         """The residual stream after the layers here, of those tokens that are wanted; None where none is."""
         new = header.get("new", {})
-        rows: list[Wanted] = []
+        rows: list[RowsOfRequest] = []
         try:
             for number, settings in new.items():
                 self._make(int(number), settings)
             rows = self._checked(header, h)
             adapters = self._model.adapters
-            with adapters.using(adapters.select(ids_of(header))):
+            with adapters.using(adapters.select(adapter_ids_of(header))):
                 return self._computed(str(header.get("form")), header, h, rows)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self._drop(rows)
@@ -181,21 +181,21 @@ class Caches:
             self._drop(rows)
             raise
 
-    def _checked(self, header: Mapping[str, Any], h: mx.array) -> list[Wanted]:
+    def _checked(self, header: Mapping[str, Any], h: mx.array) -> list[RowsOfRequest]:
         given = header["rows"]
         if not isinstance(given, list) or len(given) > MOST_ROWS or h.shape[-1] != self._model.spec.hidden_size:
             raise WorkerError("A pass has too many rows, or rows of another width.")
         rows = []
         for number, offset, length, is_prompt, wants in given:
             held = self._held[_natural(number)]
-            rows.append(Wanted(number, _natural(length), bool(is_prompt), bool(wants), held))
+            rows.append(RowsOfRequest(number, _natural(length), bool(is_prompt), bool(wants), held))
             if held.cache[0].offset != offset:
                 raise WorkerError(f"A cache has {held.cache[0].offset} tokens here, and {offset} on the first machine.")
         for each in rows:
             self._make_room(each)
         return rows
 
-    def _make_room(self, row: Wanted) -> None:
+    def _make_room(self, row: RowsOfRequest) -> None:
         """Let caches grow, one layer after the other, where the plan's memory has room for it."""
         held, total = row.held, row.held.cache[0].offset + row.length
         if total <= held.places:
@@ -207,7 +207,9 @@ class Caches:
             mx.eval(layer.reserve(places))  # before the next layer's copy is made
         held.places = places
 
-    def _computed(self, form: str, header: Mapping[str, Any], h: mx.array, rows: list[Wanted]) -> mx.array | None:
+    def _computed(
+        self, form: str, header: Mapping[str, Any], h: mx.array, rows: list[RowsOfRequest]
+    ) -> mx.array | None:
         model = self._model
         out: mx.array | None
         if form == "rows":
@@ -234,7 +236,7 @@ class Caches:
             return out
         raise WorkerError(f"There is no pass {form[:20]!r} of {h.shape} numbers.")
 
-    def _flat(self, h: mx.array, rows: list[Wanted]) -> mx.array | None:
+    def _flat(self, h: mx.array, rows: list[RowsOfRequest]) -> mx.array | None:
         """Rows of several requests, as an engine's pass has them (engine/flat_pass.py)."""
         if not rows or h.ndim != 2 or sum(each.length for each in rows) != h.shape[0]:
             raise WorkerError("A pass has other rows than it says.")
@@ -252,7 +254,7 @@ class Caches:
             mx.clear_cache()
         return out
 
-    def _drop(self, rows: Sequence[Wanted]) -> None:
+    def _drop(self, rows: Sequence[RowsOfRequest]) -> None:
         """What a failed pass has begun to write is not to be trusted; the first machine forgets it too."""
         for each in rows:
             self._forget({"cache": each.number})

@@ -39,7 +39,7 @@ _ASKED = (
 
 
 @dataclass
-class Planned:
+class PlannedPart:
     """Layers that fit. key: what was asked for. longest: the context length that caches are made for."""
 
     key: tuple[str, ...]
@@ -60,10 +60,10 @@ class Parts:
 
     def __init__(self, given: Source | None, memory_limit: int | None) -> None:
         self._given, self.memory_limit = given, memory_limit
-        self.planned: Planned | None = None
+        self.planned: PlannedPart | None = None
         self.model: Model | None = None
 
-    def prepare(self, asked: Mapping[str, Any]) -> Planned:
+    def prepare(self, asked: Mapping[str, Any]) -> PlannedPart:
         """Find and plan what is asked for. Raises WorkerError, CheckpointError or MemoryLimitError, with the next step."""
         key = tuple(str(asked.get(name)) for name in _ASKED)
         if self.planned is not None and self.planned.key == key:
@@ -94,7 +94,7 @@ class Parts:
         longest = asked.get("longest")
         if not is_whole(longest):
             raise WorkerError(f"There is no context of {longest!r} tokens.")
-        self.planned = Planned(key, source, part, plan, bool(asked.get("is_followed")), longest)
+        self.planned = PlannedPart(key, source, part, plan, bool(asked.get("is_followed")), longest)
         return self.planned
 
     def read(self, progress: Callable[[int, int], None]) -> Model:
@@ -170,6 +170,6 @@ def _name_there(asked: Mapping[str, Any]) -> str:
     return one_line(str(asked.get("name")))
 
 
-def told_error(error: UserError) -> dict[str, Any]:
+def error_header(error: UserError) -> dict[str, Any]:
     """An error for the first machine."""
     return {"op": "error", "kind": type(error).__name__, "message": str(error)}

@@ -16,7 +16,7 @@ from ..files import reason_of
 from ..link.addresses import is_loopback
 from ..link.framing import Connection, LostConnectionError
 from ..link.handshake import NO_SECRET, meet_first
-from .parts import Parts, told_error
+from .parts import Parts, error_header
 from .session import Session
 
 # Seconds for a handshake, and how many may be under way at once: whoever does not know the secret gets no further.
@@ -109,7 +109,7 @@ class Server:
                 time.sleep(0.05)
             if self._busy_with is not None:
                 connection.send(
-                    told_error(WorkerError(f"It is busy with {self._busy_with}: try again when that is done."))
+                    error_header(WorkerError(f"It is busy with {self._busy_with}: try again when that is done."))
                 )
                 raise WorkerError(f"{name} was told that this worker is busy.")
             connection.deadline = DEADLINE

@@ -21,7 +21,7 @@ from ..link.team import facts_of
 from ..memory.limits import generating
 from ..memory.machine import own_machine
 from .caches import Caches
-from .parts import Parts, told_error
+from .parts import Parts, error_header
 
 # Seconds: the first machine says every few that it is still there.
 LONGEST_SILENCE = 20.0
@@ -37,25 +37,25 @@ class Session:
         self._connection, self._parts, self._instance, self._say = connection, parts, instance, say
         self._caches: Caches | None = None
         self._limits = ExitStack()  # the process's settings, for as long as there are layers to compute
-        self._beat = _Beat(connection)
+        self._heartbeat = _Heartbeat(connection)
 
     def run(self) -> None:
         """Answer until the other side leaves. Raises LostConnectionError when it did so without a word, or made no sense."""
-        self._beat.start()
+        self._heartbeat.start()
         try:
             while True:
                 message = self._connection.receive(LONGEST_SILENCE)
                 if message.op == "leave":
                     return
-                self._beat.is_on = True
+                self._heartbeat.is_on = True
                 try:
                     answer = self._answered(message)
                 finally:
-                    self._beat.is_on = False
+                    self._heartbeat.is_on = False
                 if answer is not None:
                     self._connection.send(*answer)
         finally:
-            self._beat.stop()
+            self._heartbeat.stop()
             self._limits.close()
             self._forget()
 
@@ -81,13 +81,13 @@ class Session:
         except LostConnectionError:
             raise
         except UserError as error:
-            return told_error(error), b""
+            return error_header(error), b""
         except (RuntimeError, MemoryError) as error:  # MLX's
-            return told_error(WorkerError(f"A pass failed: {one_line(error)}.")), b""
+            return error_header(WorkerError(f"A pass failed: {one_line(error)}.")), b""
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             # What was asked for makes no sense; the next one is served all the same.
             what = f"{message.op[:40]!r} cannot be done ({type(error).__name__}: {one_line(str(error))[:200]})"
-            return told_error(WorkerError(f"{what}.")), b""
+            return error_header(WorkerError(f"{what}.")), b""
 
     def _done(self, message: Message) -> tuple[Mapping[str, Any], memoryview | bytes]:
         header = message.header
@@ -98,7 +98,7 @@ class Session:
         if message.op == "echo":
             return {"op": "echo"}, message.body
         if message.op == "facts":
-            self._beat.set_deadline(header.get("deadline"))
+            self._heartbeat.set_deadline(header.get("deadline"))
             about = {"instance": self._instance, "addresses": own_addresses(), "memory_limit": self._parts.memory_limit}
             return {"op": "facts", **about, **facts_of(own_machine())}, b""
         if message.op == "prepare":
@@ -158,7 +158,7 @@ class Session:
         return {"op": "array", **described}, body
 
 
-class _Beat(threading.Thread):
+class _Heartbeat(threading.Thread):
     """Says that this worker is still at work, while it is: a prompt, or reading layers, may take longer than a deadline."""
 
     def __init__(self, connection: Connection) -> None:

@@ -10,7 +10,7 @@ from ...files import shown
 from ..call_reasoning import CallReasoning
 from ..failures import ApiError, bad_request
 from .history import History
-from .reasoning_text import opened
+from .reasoning_text import decode_reasoning
 
 # Claude Code's first block of instructions is for Anthropic's accounts. It changes with every request, and what changes at
 # the beginning of a prompt makes all of it new.
@@ -159,9 +159,9 @@ def _assistant(history: History, blocks: list[tuple[str, Mapping[str, Any]]], kn
 def _thought(block: Mapping[str, Any], place: str) -> str:
     if block["type"] == "thinking":
         signature = block.get("signature")
-        return _text(block, "thinking", place) or opened(signature if isinstance(signature, str) else None)
+        return _text(block, "thinking", place) or decode_reasoning(signature if isinstance(signature, str) else None)
     if block["type"] == "redacted_thinking":
-        return opened(_text(block, "data", place))
+        return decode_reasoning(_text(block, "data", place))
     return ""
 
 

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from ..call_reasoning import CallReasoning
 from ..parts import Finished, FinishReason, ItemDone, ItemStarted, ItemText, Part, Usage
 from .ids import new_id
-from .reasoning_text import sealed
+from .reasoning_text import encode_reasoning
 
 Event = dict[str, Any]
 
@@ -116,7 +116,7 @@ class MessageEvents:
         events, block = [], self._content[-1]
         if self._kind == "reasoning":
             # Clients take a signature for granted, and send it back; where the text is shown, it is what counts.
-            block["signature"] = sealed(text if self._thinking == "sealed" else "")
+            block["signature"] = encode_reasoning(text if self._thinking == "sealed" else "")
             events.append(self._delta("signature_delta", signature=block["signature"]))
         elif self._kind == "call":
             events += self._json(self._arguments.rest())

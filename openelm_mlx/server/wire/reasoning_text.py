@@ -11,12 +11,12 @@ import binascii
 _MARK = "openelm-mlx-reasoning:"
 
 
-def sealed(text: str) -> str:
-    """The text in a form that clients pass on unread. `opened` reads it."""
+def encode_reasoning(text: str) -> str:
+    """The text in a form that clients pass on unread. `decode_reasoning` reads it."""
     return _MARK + base64.b64encode(text.encode("utf-8", "replace")).decode()
 
 
-def opened(value: str | None) -> str:
+def decode_reasoning(value: str | None) -> str:
     """The text of a sealed field; "" for one that another service has encrypted.
 
     Other local servers put the text there as it is.

@@ -11,7 +11,7 @@ from ..failures import ApiError, bad_request
 from .custom_input import wrapped
 from .history import History
 from .ids import new_id
-from .reasoning_text import opened
+from .reasoning_text import decode_reasoning
 from .responses_tools import Tools
 
 Item = dict[str, Any]
@@ -70,7 +70,7 @@ def _item(item: Any, place: str, find: Callable[[str], Item | None]) -> Item | N
         given = "missing" if kind is None else shown(kind)
         raise bad_request(f"{place}.type is {given}: it should be one of {', '.join(_MADE)}.", f"{place}.type")
     made = _MADE[kind](item, place)
-    if kind == "reasoning" and not made.get("content") and not opened(made.get("encrypted_content")):
+    if kind == "reasoning" and not made.get("content") and not decode_reasoning(made.get("encrypted_content")):
         known = find(made["id"])
         made = known if known is not None and known["type"] == kind else made
     return made
@@ -231,7 +231,9 @@ def _read_message(history: History, item: Item, tools: Tools) -> None:
 
 def _read_reasoning(history: History, item: Item, tools: Tools) -> None:
     text = "\n\n".join(part["text"] for part in item.get("content") or ())
-    text = text or opened(item.get("encrypted_content")) or "\n\n".join(part["text"] for part in item["summary"])
+    text = (
+        text or decode_reasoning(item.get("encrypted_content")) or "\n\n".join(part["text"] for part in item["summary"])
+    )
     if text:
         history.reasoning(text)
 

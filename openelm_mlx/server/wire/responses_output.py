@@ -12,7 +12,7 @@ from typing import Any, ClassVar, final
 from ..parts import TokenLogprob
 from .custom_input import CustomInput
 from .ids import new_id
-from .reasoning_text import sealed
+from .reasoning_text import encode_reasoning
 from .shared import logprob_object
 
 Event = dict[str, Any]
@@ -94,7 +94,7 @@ class ReasoningItem(PartItem):
     def whole(self, status: str) -> dict[str, Any]:
         whole = {"id": self.id, "type": "reasoning", "summary": [], "content": [self._part()], "status": status}
         if self._with_sealed and status != "in_progress":
-            whole["encrypted_content"] = sealed(self.text)
+            whole["encrypted_content"] = encode_reasoning(self.text)
         return whole
 
     def _part(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ V = TypeVar("V")
 
 
 @final
-class Latest(Generic[K, V]):
+class RecentlyUsed(Generic[K, V]):
     """Values by key, in memory alone. most: how many; most_bytes: of all together, as `put` is told of each."""
 
     def __init__(self, most: int, most_bytes: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 from ..decoding.prefix_cache import MAX_CHECKPOINTS
-from ..memory.admission import TOKENS_AT_ONCE, Held
+from ..memory.admission import TOKENS_AT_ONCE, RequestMemory
 from ..memory.cache_bytes import CacheBytes
 from ..models.cache import Cache, KVCache
 from ..models.quantized_cache import QuantizedKVCache
@@ -22,7 +22,7 @@ PassRow = tuple[int, int, CacheBytes]
 
 
 @final
-class Holdings:
+class RequestMemories:
     """Of requests to one model. itemsize: of its keys and values."""
 
     def __init__(self, model: Model, itemsize: int) -> None:
@@ -40,16 +40,16 @@ class Holdings:
             self._kinds[key] = replace(made, kv_bits=bits, window=window, room=room)
         return self._kinds[key]
 
-    def held(self, request: ActiveRequest, answer: int = TOKENS_AT_ONCE + 1) -> Held:
+    def of(self, request: ActiveRequest, answer: int = TOKENS_AT_ONCE + 1) -> RequestMemory:
         """What it holds, with so many tokens of its answer to come."""
         checked = request.sequence.request
         total = len(checked.prompt_tokens) + len(request.sequence.tokens) + min(request.num_left, answer)
         caches = self.caches_of(checked)
         turn = request.turn
         if turn is None:  # it waits, or another computes its prompt
-            return Held(0, total, 0, 0, caches)
+            return RequestMemory(0, total, 0, 0, caches)
         if request.bank is not None:  # the bank grows for all
-            return Held(request.position, total, max(total, request.position), 0, caches)
+            return RequestMemory(request.position, total, max(total, request.position), 0, caches)
         position, places = request.cache[0].offset, _places(request.cache)
         snapshots = 0
         if checked.prefix_cache is not None and request.job.chunks:
@@ -59,18 +59,18 @@ class Holdings:
                 places = 0
             else:
                 snapshots += 1
-        return Held(position, total, places, snapshots, caches)
+        return RequestMemory(position, total, places, snapshots, caches)
 
-    def held_by_new(self, request: ActiveRequest, answer: int, chunk: int) -> Held:
-        """As `held`, for one that has not begun: with the snapshots of its rings that it will take, a chunk each."""
+    def of_new(self, request: ActiveRequest, answer: int, chunk: int) -> RequestMemory:
+        """As `of`, for one that has not begun: with the snapshots of its rings that it will take, a chunk each."""
         checked = request.sequence.request
         num_chunks = -(-len(checked.prompt_tokens) // (checked.prefill_chunk or chunk))
         snapshots = 0 if checked.prefix_cache is None else min(MAX_CHECKPOINTS, num_chunks)
-        return self.held(request, answer)._replace(snapshots=snapshots)
+        return self.of(request, answer)._replace(snapshots=snapshots)
 
     def row(self, request: ActiveRequest) -> PassRow:
         """Its part of a pass in which it decodes."""
-        return 1, self.held(request).most, self.caches_of(request.sequence.request)
+        return 1, self.of(request).most, self.caches_of(request.sequence.request)
 
 
 def model_caches(model: Model, itemsize: int) -> CacheBytes:

@@ -22,6 +22,8 @@ from openelm_mlx.link import framing
 from openelm_mlx.link.arrays import packed, unpacked
 from openelm_mlx.link.framing import MAGIC, PREFIX, Connection, Keys, LostConnectionError, Signer
 from openelm_mlx.link.handshake import NO_SECRET, meet_first, meet_worker
+from openelm_mlx.workers.parts import Parts
+from openelm_mlx.workers.session import Session
 
 DEADLINE = 20.0
 
@@ -340,3 +342,94 @@ def test_a_handshake_with_who_makes_no_sense():
             meet_first(mine, b"x" * 16)
         mine.close()
         other.close()
+
+
+def met(mine: Connection, other: Connection, secret: bytes = b"x" * 16) -> None:
+    """A handshake of both sides."""
+    worker = threading.Thread(target=meet_first, args=(other, secret))
+    worker.start()
+    meet_worker(mine, secret)
+    worker.join(DEADLINE)
+
+
+@pytest.mark.parametrize("kind", ["none", "made up", "sent back"])
+def test_a_worker_that_does_not_know_the_secret_is_left(pair, kind):
+    """It may say that all is well: who has something to compute for it does not believe that."""
+    mine, other, _ = pair
+
+    def pretend() -> None:
+        hello = other.receive().header
+        other.send({**hello, "nonce": "00" * 32})
+        proof = {"none": None, "made up": "00" * 32, "sent back": other.receive().header["proof"]}
+        other.send({"op": "welcome", "proof": proof[kind]})
+
+    worker = threading.Thread(target=pretend)
+    worker.start()
+    with pytest.raises(WorkerError, match="A does not know the secret"):
+        meet_worker(mine, b"x" * 16)
+    worker.join(DEADLINE)
+
+
+def test_what_was_sent_is_no_answer_to_itself(pair):
+    """Each direction has a key of its own: whoever is between two machines cannot send back what it has heard."""
+    mine, other, sockets = pair
+    met(mine, other)
+    mine.send({"op": "echo"})
+    sockets[1].setblocking(True)
+    sockets[1].sendall(sockets[1].recv(4096))
+    with pytest.raises(LostConnectionError, match="its tag is wrong"):
+        mine.receive()
+
+
+def served(there: Connection, **replaced) -> tuple[threading.Thread, list[str]]:
+    """A worker's session on a thread; how it ended is in the list then. replaced: what it does otherwise, by method."""
+    session, ended = Session(there, Parts(None, None), "here", lambda line: None), []
+    for name, method in replaced.items():
+        setattr(session, name, method)
+
+    def serve() -> None:
+        try:
+            session.run()
+        except LostConnectionError as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    return thread, ended
+
+
+def test_a_worker_gives_up_a_first_machine_that_says_nothing(pair, monkeypatch):
+    """Else a laptop that was closed would keep it busy for ever: nobody ends that connection."""
+    monkeypatch.setattr("openelm_mlx.workers.session.LONGEST_SILENCE", 0.2)
+    here, there, _ = pair
+    sign(here, there)
+    thread, ended = served(there)
+    here.send({"op": "echo"})
+    assert here.receive().op == "echo"
+    thread.join(DEADLINE)
+    assert "has not answered in time" in ended[0]
+
+
+def test_a_worker_says_that_it_is_at_work(pair):
+    """As often as the first machine's deadline asks for, for as long as it takes."""
+    here, there, _ = pair
+    sign(here, there)
+    is_done = threading.Event()
+
+    def computed(message):
+        is_done.wait(DEADLINE)
+        return {"op": "done"}, b""
+
+    thread, _ = served(there, _passed=computed)
+    here.send({"op": "facts", "deadline": 0.3})
+    assert here.receive().op == "facts"
+    here.send({"op": "pass"})
+    here.deadline = DEADLINE / 4
+    assert [here.receive().op for _ in range(3)] == ["alive"] * 3
+    is_done.set()
+    while (message := here.receive()).op == "alive":
+        pass
+    assert message.op == "done"
+    here.send({"op": "leave"})
+    thread.join(DEADLINE)
+    assert not thread.is_alive()

@@ -51,6 +51,9 @@ def test_experts_on_disk_on_every_machine(two_workers):
     model, _ = om.load("demo-gpt-oss", **options)
     assert model.residency is not None
     assert model.plan.expert_slots == 5
+    for member, nbytes in zip(runtime_of(model).others.team.members, bytes_there(model), strict=True):
+        assert member.plan["expert_slots"] == 5
+        assert nbytes < member.plan["weights_bytes"] + 200_000  # no more than these were read
     found = [om.generate(each, tokenizer, "What is a piano?", max_tokens=12) for each in (one, model)]
     assert found[0] == found[1]
     prompts = [tokens_of(40, 1), tokens_of(7, 2)]

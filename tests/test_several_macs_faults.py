@@ -117,17 +117,44 @@ def test_a_killed_worker_is_an_error_and_its_successor_goes_on(worker, whole):
 def test_a_connection_that_ended_between_requests_is_made_again(worker, whole):
     """By the next request, however soon it comes after one that found the workers there."""
     model, tokenizer = load(worker)
-    expected = answer(*whole)
+    expected, store = answer(*whole), om.PrefixCache()
     for end in ("close", "shutdown"):
-        assert answer(model, tokenizer) == expected
+        assert answer(model, tokenizer, prefix_cache=store) == expected
         model.remote.look()
         connection = model.remote.peers[0].connection
         if end == "close":
             connection.close()
         else:
             connection._socket.shutdown(socket.SHUT_RDWR)
-        assert answer(model, tokenizer) == expected
+        # What was kept of the prompt went with the connection, and nobody relies on it.
+        assert answer(model, tokenizer, prefix_cache=store) == expected
         assert model.remote.peers[0].connection is not connection
+
+
+def test_a_worker_hears_of_a_first_machine_that_asks_for_nothing(worker, monkeypatch):
+    """It would give up one that is silent: whose user reads, or thinks."""
+    monkeypatch.setattr("openelm_mlx.link.chain.PING_SECONDS", 0.1)
+    model, _ = load(worker)
+    connection = model.remote.peers[0].connection
+    for _ in range(2):
+        sent, limit = connection.sent, time.monotonic() + PATIENCE
+        while connection.sent == sent:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+
+
+def test_caches_of_another_length_are_an_error_and_never_wrong_text(worker, whole):
+    """What the worker then has is given up; the next request is served."""
+    model, tokenizer = load(worker)
+    caches, token = model.make_cache(), mx.array([[5]])
+    model(mx.array([[5, 6, 7]]), caches)
+    caches[-1].offset -= 1
+    with pytest.raises(WorkerError, match="A cache has 3 tokens here, and 2 on the first machine"):
+        model(token, caches)
+    # The numbers are the same by now, and what they stand for is not.
+    with pytest.raises(WorkerError, match="A cache has 3 tokens here, and 2 on the first machine"):
+        model(token, caches)
+    assert answer(model, tokenizer) == answer(*whole)
 
 
 def test_a_worker_killed_in_an_answer(worker, whole):

@@ -19,6 +19,7 @@ from openelm_mlx.placement import Placement
 from openelm_mlx.planning import released_contents
 from openelm_mlx.sources import DEMOS, Source
 from openelm_mlx.weights import read_model
+from openelm_mlx.workers.caches import Caches
 from openelm_mlx.workers.parts import Parts
 
 GB = 10**9
@@ -115,6 +116,19 @@ def test_experts_on_disk_in_a_part():
     h = mx.random.normal((1, 5, 256))
     caches = whole.make_cache(), streamed.make_cache()
     assert mx.array_equal(whole(h, caches[0]), streamed(h, caches[1])).item()
+
+
+def test_a_pass_that_fails_leaves_no_caches():
+    """They may have been written to; the first machine forgets them, too."""
+    source = Source.open("demo-openelm")
+    part = Placement.of(source.contents, mx.float32).part(5, 8)
+    caches = Caches(read_model(part, source.checkpoint), 4)
+    h = mx.zeros((1, 2, part.contents.spec.hidden_size))
+    assert caches.compute({"form": "whole", "rows": [[1, 0, 2, 1, 1]], "new": {"1": {}}}, h).shape == h.shape
+    assert len(caches) == 1
+    with pytest.raises(WorkerError, match="There is no pass 'odd'"):
+        caches.compute({"form": "odd", "rows": [[1, 2, 2, 1, 1]]}, h)
+    assert len(caches) == 0
 
 
 # --- which layers where -----------------------------------------------------------------------------------------------

@@ -279,6 +279,18 @@ def test_a_length_that_stays_slow_is_believed():
     assert pace.length(2048) < known
 
 
+def test_a_first_chunk_that_took_long_is_outlived_by_others_of_its_length():
+    """As seen on a CPU, where chunks stayed at two tokens: the first one took twice as long as all after it."""
+    pace = ChunkPace()
+    for _ in range(20):
+        pace.step_took(0.0044, 0)
+    pace.step_took(0.0108, 2)
+    assert pace.length(2048) == 2
+    for _ in range(16):
+        pace.step_took(0.0075, 2)
+    assert pace.length(2048) == 4
+
+
 def test_the_first_chunk_of_all_is_believed():
     """Nothing was expected of it."""
     pace = ChunkPace()

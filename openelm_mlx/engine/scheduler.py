@@ -171,8 +171,10 @@ class ChunkPace:
         if slopes:
             # The lower quartile: what is hidden in the noise is found out by longer chunks, and not by shorter ones.
             self._per_token = max(0.0, slopes[len(slopes) // 4])
-        elif len(self._added) == 1:
-            self._per_token = self._added[0][1] / chunk_length
+        else:
+            # Chunks of one length: no more than all they took, or a first one that took long would keep them short for ever.
+            average = median(y / x for x, y in self._added)
+            self._per_token = average if len(self._added) == 1 else min(self._per_token, average)
         self._fixed = max(0.0, median(y - self._per_token * x for x, y in self._added))
 
 

@@ -131,9 +131,10 @@ def _on_all_cores(model: Model, shares: Sequence[Sequence[Part]]) -> mx.array | 
     works = []
     for share in shares:
         tokens = joined_tokens((), share)
-        # Whoever computes the share cannot evaluate what is to be computed on this thread's stream.
-        mx.eval(tokens, [layer.buffers for each in share for layer in each.rows.cache])
         own = selection.taking(range(start, start + tokens.size))
+        adapters = [] if own.rows is None else [own.rows.rows]
+        # Whoever computes the share cannot evaluate what is to be computed on this thread's stream.
+        mx.eval(tokens, adapters, [layer.buffers for each in share for layer in each.rows.cache])
         start += tokens.size
         works.append(partial(_share_of_pass, model, tokens, [each.rows for each in share], own))
     found = [each for each in compute_at_once(works) if each is not None]

@@ -66,6 +66,27 @@ def test_its_links_and_its_files_exist():
     assert rooms == {name[:-1] for name in re.findall(r"^  ([a-z_]+/)", listing, re.MULTILINE)}
 
 
+MODELS = {
+    "gpt-oss-20b": "openai/gpt-oss-20b", "gpt-oss-120b": "openai/gpt-oss-120b", "OpenELM-270M": "apple/OpenELM-270M",
+    "OpenELM-450M": "apple/OpenELM-450M", "OpenELM-1.1B": "apple/OpenELM-1_1B", "OpenELM-3B": "apple/OpenELM-3B",
+}  # fmt: skip
+
+
+def test_its_speeds_are_those_that_plan_expects(tmp_path):
+    """The table of models against Macs, by the command that stands above it."""
+    table = README.split("| model |")[1].split("\n\n")[0].splitlines()
+    macs = [each.strip() for each in table[0].strip("|").split("|")][2:]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    assert [row[0] for row in shown] == list(MODELS)
+    command = [sys.executable, "-m", "openelm_mlx", "plan", *MODELS.values(), "--all-macs", "--preset", "balanced"]
+    # Nobody answers there: the models have the sizes that they were released with.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    for column, mac in enumerate(macs, 3):
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{mac}  ")]
+        assert [row[column] for row in shown] == line.removeprefix(mac).split()[1:], mac
+
+
 def test_nothing_is_left_to_fill_in():
     assert "@@" not in README
     assert "TODO" not in README

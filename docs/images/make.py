@@ -48,3 +48,5 @@ def terminal(file: Path) -> None:
 
 if __name__ == "__main__":
     terminal(HERE / "terminal.svg")
+    chart = ["--chart", str(HERE / "macs.png"), "--overwrite"]
+    subprocess.run([*OPENELM_MLX, "plan", "--preset", "balanced", *chart], check=True)

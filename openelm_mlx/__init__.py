@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # true for type checkers; `typing` itself would take seven times as long to import as the rest
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,8 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from .adapters import adapter_names as adapter_names
     from .adapters import add_adapter as add_adapter
     from .adapters import convert_adapter as convert_adapter

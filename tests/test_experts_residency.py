@@ -567,6 +567,12 @@ def test_copies_never_hold_the_bank_twice(tmp_path):
 # --- CUDA's driver ----------------------------------------------------------------------------------------------------
 
 
+def test_a_mac_never_imports_it(monkeypatch):
+    monkeypatch.setattr(writable.sys, "platform", "darwin")
+    monkeypatch.setitem(sys.modules, "openelm_mlx.experts.cuda_driver", None)  # to import it would raise
+    assert writable.cuda_driver() is None
+
+
 class MemoryDriver:
     """CUDA's driver for arrays of the CPU backend: what is copied arrives when it is waited for, and no earlier."""
 

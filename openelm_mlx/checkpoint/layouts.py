@@ -15,7 +15,6 @@ gpt-oss has a table of its own, gpt_oss_layouts.py.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, ConfigError
 from ..files import shown
+from ..models.low_rank import factor
 from ..specs import ModelSpec
 from .cuts import Cut, read_cut
 from .gpt_oss_layouts import gpt_oss_contents
@@ -234,7 +234,7 @@ def adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = params.get("lora_alpha", rank)
     if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
         raise ConfigError(f"The config's lora_alpha of {module} is {shown(alpha)}: it must be a number above 0.")
-    return alpha / math.sqrt(rank) if params.get("use_rslora") else alpha / rank
+    return factor(alpha, rank, bool(params.get("use_rslora")))
 
 
 def adapter_settings(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from .drafts import Draft, Guesser
 from .sampling import Sampler, log_probabilities, unpacked
 from .speculation_gain import DraftHistory, Gain
 from .step import Step
-from .tokens import Choice, Forward, Source, constrained_source, drive, plain_source
+from .tokens import Choice, Forward, TokenSource, constrained_source, drive, plain_source
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -65,7 +65,7 @@ class Speculative:
         """`max_tokens` tokens, the first of them chosen from `logits` (V,); the caller stops earlier where it wants to."""
         return drive(self._step, self.source(logits, max_tokens))
 
-    def source(self, logits: mx.array, max_tokens: int) -> Source:
+    def source(self, logits: mx.array, max_tokens: int) -> TokenSource:
         """`choices` for whoever computes the passes; the step is asked for its cache alone."""
         stop = len(self._tokens) + max_tokens
         yield from self._plain(logits, 1, is_measured=False)
@@ -83,7 +83,7 @@ class Speculative:
     def _is_finished(self) -> bool:
         return self._constraint is not None and self._constraint.is_finished
 
-    def _plain(self, logits: mx.array, count: int, is_measured: bool) -> Source:
+    def _plain(self, logits: mx.array, count: int, is_measured: bool) -> TokenSource:
         """`count` tokens without a guess; the last one is not in the cache, as after a round."""
         if self._constraint is None:
             source = plain_source(self._step, self._sampler, logits, count, self._num_logprobs)
@@ -106,7 +106,7 @@ class Speculative:
                 self.gain.plain_token(seconds)
             num_given += 1
 
-    def _round(self, left: int) -> Source:
+    def _round(self, left: int) -> TokenSource:
         """One guess and its verification, or a few plain tokens where there is nothing to go by."""
         began, before = self._clock(), len(self._tokens)
         guide = Guided(self._constraint, self._model.spec.vocab_size)

@@ -61,10 +61,10 @@ class HostWork(NamedTuple):
 
 
 # What it asks for or hands over, and what it is sent: logits for a Forward, the result of a HostWork, None for a Choice.
-Source = Generator["Forward | HostWork | Choice", Any, None]
+TokenSource = Generator["Forward | HostWork | Choice", Any, None]
 
 
-def drive(step: Step, source: Source) -> Iterator[Choice]:
+def drive(step: Step, source: TokenSource) -> Iterator[Choice]:
     """The tokens of `source`, computed by the step of one request."""
     try:
         wanted = next(source)
@@ -102,7 +102,7 @@ def one_by_one(
 
 def plain_source(
     step: Step, sampler: Sampler, logits: mx.array, max_tokens: int, num_logprobs: int | None = None
-) -> Source:
+) -> TokenSource:
     """The source of `one_by_one`; `step` is asked whether it runs ahead, and nothing else."""
     choice = choose(sampler, logits, num_logprobs)
     for _ in range(max_tokens - 1):
@@ -125,7 +125,7 @@ def constrained_source(
     max_tokens: int,
     constraint: TokenConstraint,
     num_logprobs: int | None = None,
-) -> Source:
+) -> TokenSource:
     """`max_tokens` tokens, every one of them one that `constraint` accepts; `step` is asked for its cache alone.
 
     The next step is dispatched before this token is read, and its mask is worked out on the host while the device

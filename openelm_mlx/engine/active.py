@@ -17,7 +17,7 @@ from ..decoding.prefill import prompt_chunks
 from ..decoding.prefix_cache import Turn
 from ..decoding.sampling import Sampler, log_probabilities
 from ..decoding.step import Step
-from ..decoding.tokens import Choice, Forward, Source
+from ..decoding.tokens import Choice, Forward, TokenSource
 from ..memory.limits import LimitsLease, generating
 from ..models.cache import Cache
 from ..models.packed import UNPACK_FROM
@@ -75,7 +75,7 @@ class ActiveRequest(HasJob):
         self.sequence, self.channel = sequence, channel
         self.submitted = time.perf_counter()
         self.pending: Pending | None = None
-        self.source: Source | None = None
+        self.source: TokenSource | None = None
         self.forward: Forward | None = None
         self.work: Future[Any] | None = None
         self.work_began = 0.0

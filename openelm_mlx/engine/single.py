@@ -20,7 +20,7 @@ from ..decoding.prefix_cache import PrefixCache, Turn
 from ..decoding.sampling import Sampler, SamplingParams
 from ..decoding.speculative import Speculative
 from ..decoding.step import Step
-from ..decoding.tokens import Choice, Source, constrained_source, drive, plain_source
+from ..decoding.tokens import Choice, TokenSource, constrained_source, drive, plain_source
 from ..errors import CheckpointError, PromptError, SettingError, TokenizerError
 from ..memory.limits import LimitsLease
 from ..runtime import runtime_of
@@ -194,7 +194,7 @@ def source_of(
     sampler: Sampler,
     logits: mx.array,
     may_guess: abc.Callable[[], bool] | None = None,
-) -> Source:
+) -> TokenSource:
     """Where the answer's tokens come from, the first of them chosen from `logits` (V,). may_guess: see `Speculative`."""
     request, clock = sequence.request, sequence.clock
     max_tokens, num_logprobs, constraint = request.limit, request.logprobs, request.constraint

@@ -20,6 +20,7 @@ import openelm_mlx as om
 from openelm_mlx.commands import main
 from openelm_mlx.errors import CheckpointError, MemoryLimitError, SettingError, UserError, WorkerError
 from openelm_mlx.link.addresses import Address, dial, own_addresses, parse_workers
+from openelm_mlx.link.chain import LOOK_SECONDS
 from openelm_mlx.link.framing import Connection
 from openelm_mlx.link.handshake import NO_SECRET, PROTOCOL, meet_worker
 from openelm_mlx.link.secret import read_secret
@@ -180,6 +181,26 @@ def test_a_stopped_worker_is_given_up_after_the_deadline(worker, whole):
         os.kill(worker.process.pid, signal.SIGCONT)
     worker.said("waits for the next one")
     assert answer(model, tokenizer) == answer(*whole)
+
+
+def test_a_worker_that_was_stopped_between_requests_is_waited_for_once(worker, whole, monkeypatch):
+    """Not for the old connection and then for a new one; the next request connects again."""
+    model, tokenizer = load(worker)
+    store, connections, connect = om.PrefixCache(), [], model.remote._connect
+    expected = answer(*whole)
+    assert answer(model, tokenizer, prefix_cache=store) == expected
+    monkeypatch.setattr(model.remote, "_connect", lambda: (connections.append(1), connect()))
+    model.remote.peers[0].connection.deadline = 0.5
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    try:
+        time.sleep(LOOK_SECONDS + 0.1)
+        with pytest.raises(WorkerError, match="has not answered in time"):
+            answer(model, tokenizer, prefix_cache=store)
+        assert not connections
+    finally:
+        os.kill(worker.process.pid, signal.SIGCONT)
+    assert answer(model, tokenizer, prefix_cache=store) == expected
+    assert len(connections) == 1
 
 
 class SlowNetwork:

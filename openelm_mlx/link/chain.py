@@ -30,7 +30,7 @@ from ..models.remote_cache import Keeper, RemoteCache
 from ..specs import ModelSpec
 from .adapter_parts import adapters_header
 from .arrays import packed, unpacked
-from .framing import LostConnectionError, Message
+from .framing import LostConnectionError, Message, SilentPeerError
 from .peer import Peer, PendingReply
 
 _T = TypeVar("_T")
@@ -73,6 +73,8 @@ class Chain(RemoteLayers, Keeper):
         self._adapters_to_forget: deque[int] = deque()
         self._trouble: str | None = None
         self._looked = 0.0
+        # A worker that was silent when it was looked at, and when that was known.
+        self._silence: tuple[float, Exception] | None = None
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -194,19 +196,27 @@ class Chain(RemoteLayers, Keeper):
         now = time.monotonic()
         if not self.is_up:
             return
-        with suppress(LostConnectionError), self._at_work():
-            for peer in self.peers:
-                peer.receive_available()  # a connection that has ended says so at once
-            if now - self._looked < LOOK_SECONDS:
-                return
-            self._looked = now
-            quiet = [
-                k for k, peer in enumerate(self.peers)
-                if not (peer.outbox or peer.awaited) and now - peer.open.heard > LOOK_SECONDS
-            ]  # fmt: skip
-            answers = [(k, self.peers[k].ask({"op": "ping"}, b"", PendingReply())) for k in quiet]
-            for k, answer in answers:
-                self._result(k, answer)
+        try:
+            with self._at_work():
+                self._look(now)
+        except SilentPeerError as error:
+            self._silence = time.monotonic(), copy(error)
+        except LostConnectionError:
+            pass  # the next request connects again
+
+    def _look(self, now: float) -> None:
+        for peer in self.peers:
+            peer.receive_available()  # a connection that has ended says so at once
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        quiet = [
+            k for k, peer in enumerate(self.peers)
+            if not (peer.outbox or peer.awaited) and now - peer.open.heard > LOOK_SECONDS
+        ]  # fmt: skip
+        answers = [(k, self.peers[k].ask({"op": "ping"}, b"", PendingReply())) for k in quiet]
+        for k, answer in answers:
+            self._result(k, answer)
 
     def tell(self, cache: RemoteCache, change: Mapping[str, Any]) -> None:
         with self._lock:
@@ -317,7 +327,14 @@ class Chain(RemoteLayers, Keeper):
         if any(each.is_lost for each in caches):
             raise self._lost()
         if not self.is_up:
+            self._check_was_heard()
             self.start()
+
+    def _check_was_heard(self) -> None:
+        """Raise the error of a worker that has just been waited for in vain: another deadline would be no better."""
+        silence, self._silence = self._silence, None
+        if silence is not None and time.monotonic() - silence[0] < LOOK_SECONDS:
+            raise silence[1]
 
     def _lost(self) -> WorkerError:
         reason = "" if self._trouble is None else f" ({self._trouble})"

@@ -53,6 +53,10 @@ class LostConnectionError(WorkerError):
     """A connection is of no use any more: the other side is gone, silent, or says what it cannot mean."""
 
 
+class SilentPeerError(LostConnectionError):
+    """Nothing has come, or could be sent, within the deadline."""
+
+
 class Message(NamedTuple):
     """A header, which has an "op", and the bytes after it."""
 
@@ -298,7 +302,7 @@ class Connection:
         ready = self._poll(what, max(0.0, left))
         self.is_waiting = False
         if not ready:
-            raise LostConnectionError(
+            raise SilentPeerError(
                 f"{self.name} has not answered in time ({self.deadline:g} s): it sleeps, hangs, or its network is gone; "
                 "wake it or start it again, and ask once more."
             )

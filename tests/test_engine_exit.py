@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 from short_demos import short_demo
 
 import openelm_mlx as om
+from openelm_mlx.memory import limits
 
 CLOSED = """
 import openelm_mlx as om
@@ -22,17 +24,51 @@ engine = om.Engine(model, None)
 list(engine.submit([5, 6, 7], max_tokens=2))
 engine.submit([5, 6, 7], max_tokens=200)
 """
+IN_THREADS = """
+import threading
+import openelm_mlx as om
+model, tokenizer = om.load("demo-openelm")
+left = []
+def ask():
+    om.generate(model, tokenizer, "What is a banjo?", max_tokens=3)
+    left.append(om.stream_generate(model, tokenizer, "What is a banjo?", max_tokens=3))
+    next(left[-1])  # and is never gone on with
+threads = [threading.Thread(target=ask) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+om.generate(model, tokenizer, "What is a banjo?", max_tokens=3)
+"""
 
 
 @pytest.mark.slow
-def test_a_process_ends_as_it_should_after_its_engines():
-    """The thread of an engine's stream, left running, aborted more than half of such processes at their end."""
+def test_a_process_ends_as_it_should_after_its_engines_and_threads():
+    """The thread of a stream, left running by a thread that has ended, aborted more than half of such processes."""
     started = [
         subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-        for script in (CLOSED, CLOSED, LEFT_OPEN)
+        for script in (CLOSED, CLOSED, LEFT_OPEN, IN_THREADS, IN_THREADS, IN_THREADS)
     ]
     ended = [(process.communicate()[1], process.returncode) for process in started]
-    assert ended == [("", 0)] * 3
+    assert ended == [("", 0)] * 6
+
+
+def test_a_thread_takes_its_streams_along(monkeypatch):
+    cleared, real = [], limits.mx.clear_streams
+    monkeypatch.setattr(limits.mx, "clear_streams", lambda: (cleared.append(threading.get_ident()), real()))
+
+    def generates_twice():
+        for _ in range(2):
+            with limits.generating(None):
+                assert cleared == []
+
+    thread = threading.Thread(target=generates_twice)
+    thread.start()
+    thread.join()
+    assert len(cleared) == 1
+    with limits.generating(None):
+        pass
+    assert len(cleared) == 1  # the main thread's stay
 
 
 def test_prompts_that_an_engine_kept_are_there_when_it_has_gone():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -233,11 +233,26 @@ class ProcessLimits:
 
 
 _process_limits = ProcessLimits()
+_of_thread = threading.local()
 
 
 def generating(plan: PlannedLimits | None) -> AbstractContextManager[LimitsLease]:
     """A context in which the process's settings are those of `plan`; gives a `LimitsLease`. See `ProcessLimits.generating`."""
+    if threading.current_thread() is not threading.main_thread() and not hasattr(_of_thread, "streams"):
+        _of_thread.streams = _ThreadStreams()
     return _process_limits.generating(plan)
+
+
+class _ThreadStreams:
+    """Goes when its thread ends, and takes the thread's streams along.
+
+    A stream has a thread of its own. MLX would end those only while the process ends, which it often aborts.
+    """
+
+    def __del__(self) -> None:
+        with suppress(RuntimeError):  # of work that had failed
+            mx.synchronize()
+        mx.clear_streams()
 
 
 def peak_memory_bytes() -> int:

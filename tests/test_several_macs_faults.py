@@ -134,7 +134,7 @@ def test_a_connection_that_ended_between_requests_is_made_again(worker, whole):
 
 def test_a_worker_hears_of_a_first_machine_that_asks_for_nothing(worker, monkeypatch):
     """It would give up one that is silent: whose user reads, or thinks."""
-    monkeypatch.setattr("openelm_mlx.link.chain.PING_SECONDS", 0.1)
+    monkeypatch.setattr("openelm_mlx.link.keep_alive.PING_SECONDS", 0.1)
     model, _ = load(worker)
     connection = model.remote.peers[0].connection
     for _ in range(2):

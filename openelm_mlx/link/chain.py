@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +27,7 @@ from ..models.cache import Cache
 from ..models.remote import RemoteLayers, RequestRows
 from ..models.remote_cache import Keeper, RemoteCache
 from ..specs import ModelSpec
+from . import keep_alive
 from .adapter_parts import adapters_header
 from .arrays import packed, unpacked
 from .framing import LostConnectionError, Message, SilentPeerError
@@ -35,9 +35,7 @@ from .peer import Peer, PendingReply
 
 _T = TypeVar("_T")
 
-# Seconds: a worker that hears nothing for several of these gives the connection up.
-PING_SECONDS = 3.0
-# A connection that was silent for so long is looked at before a request relies on it.
+# Seconds. A connection that was silent for so long is looked at before a request relies on it.
 LOOK_SECONDS = 1.0
 
 
@@ -92,8 +90,7 @@ class Chain(RemoteLayers, Keeper):
                 self._disconnect(error)
                 raise
             self.is_up = True
-            thread = threading.Thread(target=_keep_alive, args=(weakref.ref(self),), daemon=True)
-            thread.start()
+            keep_alive.start_keep_alive(self)
 
     def close(self) -> None:
         """Give the workers up; they wait for the next one then."""
@@ -392,7 +389,7 @@ class Chain(RemoteLayers, Keeper):
                 changes: list[dict[str, Any]] = []
                 if is_idle and not peer.outbox:
                     changes = peer.next_changes()
-                if changes or time.monotonic() - connection.sent > PING_SECONDS:
+                if changes or time.monotonic() - connection.sent > keep_alive.PING_SECONDS:
                     connection.send({"op": "still here", "changes": changes})
         except LostConnectionError:
             return False  # whoever asks next finds out
@@ -400,14 +397,3 @@ class Chain(RemoteLayers, Keeper):
             if is_idle:
                 self._lock.release()
         return True
-
-
-def _keep_alive(chain_of: weakref.ref[Chain]) -> None:
-    epoch = None
-    while True:
-        time.sleep(PING_SECONDS / 3)
-        chain = chain_of()
-        if chain is None or (epoch is not None and chain.epoch != epoch) or not chain.send_keep_alive():
-            return
-        epoch = chain.epoch
-        del chain

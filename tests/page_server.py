@@ -82,6 +82,8 @@ class PageServer:
         return Starlette(
             routes=[
                 *page_routes(),
+                # A browser asks for it where a tab waits at /health, which names no icon.
+                Route("/favicon.ico", lambda request: Response(status_code=204)),
                 Route("/health", self._health),
                 Route("/v1/models", self._models),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),

@@ -12,6 +12,7 @@ import openelm_mlx as om
 from openelm_mlx.decoding import batch_step
 from openelm_mlx.engine import flat_pass
 from openelm_mlx.models.cores import MOST_CORES, compute_at_once, num_cores, streams
+from openelm_mlx.models.rows import Rows
 
 LOADERS = {
     "openelm": lambda: random_model(context_length=256),
@@ -19,13 +20,10 @@ LOADERS = {
 }
 
 
-def parts_of(*lengths):
-    return [SimpleNamespace(rows=SimpleNamespace(length=each)) for each in lengths]
-
-
 def shared(monkeypatch, model, cores, *lengths):
     monkeypatch.setattr(flat_pass, "num_cores", lambda: cores)
-    return [[part.rows.length for part in share] for share in flat_pass._shares(model, parts_of(*lengths))]
+    rows = [Rows([], each) for each in lengths]
+    return [[each.length for each in share] for share in flat_pass._shares(model, rows)]
 
 
 def test_each_core_gets_about_as_many_rows(monkeypatch):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import mlx.core as mx
 
@@ -66,13 +66,22 @@ def compute(
     in_slots: who has a token for its slot of `bank`; their rows stand before those of `parts`.
     """
     prompts = [each for each in parts if each.is_prompt]
+    used = bank if in_slots else None
+    tokens, rows = joined_tokens(in_slots, parts), [each.rows for each in parts]
     total = sum(each.rows.length for each in prompts)
+    shares = _shares(model, rows)
     with lock_of(model):
-        shares = _shares(model, parts)
+        if used is not None:
+            used.begin()
         if len(shares) > 1:
-            logits = _on_all_cores(model, shares)
+            logits = _on_all_cores(model, tokens, shares)
+        elif any(each.rows.length > 1 for each in prompts):
+            throttle = chunk_throttle([each.rows.cache for each in prompts], total)
+            logits = flat_logits(model, tokens, rows, throttle, used, _padding(model, tokens.size))
         else:
-            logits = _computed(model, step, bank, in_slots, parts)
+            logits = step(tokens, rows, used)
+        if used is not None:
+            used.end()
         if prompts:
             mx.eval([layer.buffers for each in prompts for layer in each.rows.cache])
     if prompts and (runs_on_cpu() or total >= THROTTLED_FROM):
@@ -80,63 +89,42 @@ def compute(
     return logits
 
 
-def _computed(
-    model: Model,
-    step: BatchStep,
-    bank: SlotBank,
-    in_slots: Sequence[ActiveRequest | None],
-    parts: Sequence[Part],
-) -> mx.array | None:
-    """The logits of a pass, as `compute` gives them; lazy."""
-    used = bank if in_slots else None
-    tokens, rows = joined_tokens(in_slots, parts), [each.rows for each in parts]
-    prompts = [each for each in rows if each.is_prompt]
-    if used is not None:
-        used.begin()
-    if any(each.length > 1 for each in prompts):
-        throttle = chunk_throttle([each.cache for each in prompts], sum(each.length for each in prompts))
-        logits = flat_logits(model, tokens, rows, throttle, used, _padding(model, tokens.size))
-    else:
-        logits = step(tokens, rows, used)
-    if used is not None:
-        used.end()
-    return logits
-
-
-def _shares(model: Model, parts: Sequence[Part]) -> list[Sequence[Part]]:
-    """The parts of a pass, in their order, for each core that computes; about as many rows for each.
+def _shares(model: Model, rows: Sequence[Rows]) -> list[list[Rows]]:
+    """The rows of a pass, in their order, for each core that computes: about as many tokens for each.
 
     One share on a GPU and where requests have slots, and where a pass has to stay whole: experts on disk are read for all of
-    its rows, and other machines compute it.
+    it, and other machines compute it.
     """
     are_apart = runs_on_cpu() and not model.choices.slots
     is_whole = runtime_of(model).residency is not None or model.is_followed
-    count = min(num_cores(), len(parts)) if are_apart and not is_whole else 1
+    count = min(num_cores(), len(rows)) if are_apart and not is_whole else 1
     if count < 2:
-        return [parts]
-    shares: list[list[Part]] = [[]]
-    total, seen = sum(each.rows.length for each in parts), 0
-    for each in parts:
-        # Into the next share from where the middle of its rows lies beyond this one's end.
-        if shares[-1] and len(shares) < count and (seen + each.rows.length / 2) * count > total * len(shares):
+        return [list(rows)]
+    shares: list[list[Rows]] = [[]]
+    total, seen = sum(each.length for each in rows), 0
+    for each in rows:
+        # Into the next share from where the middle of its tokens lies beyond this one's end.
+        if shares[-1] and len(shares) < count and (seen + each.length / 2) * count > total * len(shares):
             shares.append([])
         shares[-1].append(each)
-        seen += each.rows.length
-    return list(shares)
+        seen += each.length
+    return shares
 
 
-def _on_all_cores(model: Model, shares: Sequence[Sequence[Part]]) -> mx.array | None:
+def _on_all_cores(model: Model, tokens: mx.array, shares: Sequence[Sequence[Rows]]) -> mx.array | None:
     """The logits of all shares, each computed on a core of its own: a row's bits are the same in any company."""
     selection, start = model.adapters.selection, 0
-    works = []
+    works: list[Callable[[], mx.array | None]] = []
+    inputs: list[Any] = []
     for share in shares:
-        tokens = joined_tokens((), share)
-        own = selection.taking(range(start, start + tokens.size))
-        adapters = [] if own.rows is None else [own.rows.rows]
-        # Whoever computes the share cannot evaluate what is to be computed on this thread's stream.
-        mx.eval(tokens, adapters, [layer.buffers for each in share for layer in each.rows.cache])
-        start += tokens.size
-        works.append(partial(_share_of_pass, model, tokens, [each.rows for each in share], own))
+        stop = start + sum(each.length for each in share)
+        own, chosen = tokens[start:stop], selection.taking(range(start, stop))
+        inputs += [own, [] if chosen.rows is None else chosen.rows.rows]
+        inputs += [layer.buffers for each in share for layer in each.cache]
+        works.append(partial(_share_of_pass, model, own, share, chosen))
+        start = stop
+    # Whoever computes a share cannot evaluate what is to be computed on this thread's stream.
+    mx.eval(inputs)
     found = [each for each in compute_at_once(works) if each is not None]
     return mx.concatenate(found) if found else None
 

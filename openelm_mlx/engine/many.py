@@ -19,6 +19,7 @@ from ..checks import whole_number
 from ..decoding.arguments import check_model
 from ..decoding.sampling import SamplingParams
 from ..errors import EngineClosedError, MemoryLimitError, PromptError, SettingError
+from ..memory.limits import end_streams
 from ..runtime import runtime_of
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
@@ -246,10 +247,7 @@ def _end(runner: Runner, shared: _Shared, failure: BaseException | None) -> None
         for request in left:
             request.channel.end(error=told)
         wake_readers([*(request.channel for request in left), *(request.channel for request in runner.updated())])
-        # A thread's stream has a thread of its own, which the process must not find running when it ends: it aborts then.
-        with contextlib.suppress(RuntimeError):  # of work that had failed
-            mx.synchronize()
-        mx.clear_streams()
+        end_streams()
 
 
 def _stop(shared: _Shared, thread: threading.Thread) -> None:

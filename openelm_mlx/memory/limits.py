@@ -244,15 +244,20 @@ def generating(plan: PlannedLimits | None) -> AbstractContextManager[LimitsLease
 
 
 class _ThreadStreams:
-    """Goes when its thread ends, and takes the thread's streams along.
-
-    A stream has a thread of its own. MLX would end those only while the process ends, which it often aborts.
-    """
+    """Goes when its thread ends, and takes the thread's streams along."""
 
     def __del__(self) -> None:
-        with suppress(RuntimeError):  # of work that had failed
-            mx.synchronize()
-        mx.clear_streams()
+        end_streams()
+
+
+def end_streams() -> None:
+    """End this thread's streams, before the thread ends itself.
+
+    Each has a thread of its own. MLX would end those only while the process ends, which it often aborts.
+    """
+    with suppress(RuntimeError):  # of work that had failed
+        mx.synchronize()
+    mx.clear_streams()
 
 
 def peak_memory_bytes() -> int:

@@ -211,21 +211,14 @@ async def in_thread(work: Callable[[], T], uses_mlx: bool = True) -> T:
             # The frames of its traceback would keep what was read so far.
             error = failure.with_traceback(None) if uses_mlx else failure
         if uses_mlx:
+            from ..memory.limits import end_streams
+
             end_streams()
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
             loop.call_soon_threadsafe(deliver, result, error)
 
     threading.Thread(target=run, name=THREAD, daemon=True).start()
     return await future
-
-
-def end_streams() -> None:
-    """A stream has a thread of its own, which the process must not find running when it ends."""
-    import mlx.core as mx
-
-    with contextlib.suppress(RuntimeError):  # of work that had failed
-        mx.synchronize()
-    mx.clear_streams()
 
 
 def is_still_loading() -> bool:

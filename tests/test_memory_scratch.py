@@ -428,13 +428,13 @@ def test_what_a_cache_keeps_is_not_waited_for(folders, monkeypatch):
     monkeypatch.setattr(prefill_module, "runs_on_cpu", lambda: False)
     monkeypatch.setattr(prefill_module, "_until_below", lambda num_bytes: waits.append(real(num_bytes)) or waits[-1])
     cache = model.make_cache()
-    mx.eval(prefill(model, random_prompt(model, 250), cache, 512))
+    mx.eval(prefill(model, random_prompt(model, 500), cache, 512))
     assert len(waits) == len(cache) - 1
     kept = sum(layer.nbytes for layer in cache)
     bounds = []
     monkeypatch.setattr(prefill_module, "_until_below", lambda num_bytes: bounds.append(num_bytes) or True)
-    mx.eval(prefill(model, random_prompt(model, 250), model.make_cache(), 512))
-    mx.eval(prefill(model, random_prompt(model, 100), cache, 512))  # into places that are there
+    mx.eval(prefill(model, random_prompt(model, 500), model.make_cache(), 512))
+    mx.eval(prefill(model, random_prompt(model, 200), cache, 512))  # into places that are there
     first, second = bounds[: len(cache) - 1], bounds[len(cache) - 1 :]
     assert first[-1] - first[0] >= 0.5 * kept * (len(cache) - 2) / len(cache)
     assert second[-1] - second[0] < first[-1] - first[0]

@@ -3,14 +3,18 @@
 `OPENELM_MLX_FUZZ=10000` takes as many, with OPENELM_MLX_FUZZ_SEED as their seed.
 """
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import schema_fuzz
+
+from openelm_mlx.decoding.json_patterns import matches
 
 HERE = Path(__file__).parent
 COUNT = int(os.environ.get("OPENELM_MLX_FUZZ", "300"))
@@ -56,6 +60,17 @@ def test_a_schema_is_known_by_its_number():
         text = _text_of(schema_fuzz.schema_of(3, number))
         kinds.update(key for key in schema_fuzz.KEYWORDS if f"{key!r}: " in text)
     assert set(schema_fuzz.KEYWORDS) <= kinds
+
+
+@pytest.mark.parametrize("pattern", schema_fuzz.FOR_RE)
+def test_what_re_is_given_in_place_of_a_pattern_means_the_same(pattern):
+    """By the engine, which takes as many steps as there are characters."""
+    texts = [*("a" * count for count in range(90)), "b", "ab", "aab", "größe", "ab_1", "123-4567", "123-456", "x y"]
+    texts += ["a" * 40 + "b", "\u0661\u0662\u0663-\u0664\u0665\u0666\u0667"]
+    found = [matches(pattern, text) for text in texts]
+    assert found == [re.search(schema_fuzz.FOR_RE[pattern], text) is not None for text in texts]
+    assert {True, False} == set(found)
+    assert pattern in schema_fuzz.PATTERNS or pattern in inspect.getsource(schema_fuzz._large)
 
 
 def _text_of(schema) -> str:

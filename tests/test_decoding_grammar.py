@@ -4,6 +4,7 @@ import datetime as dt
 import enum
 import gc
 import json
+import random
 import re
 import weakref
 from pathlib import Path
@@ -294,6 +295,9 @@ def test_bounds_far_out_give_an_answer_within_them(schema):
         ({"type": "number", "exclusiveMinimum": 3, "exclusiveMaximum": 3.1}, "3.05", "3"),
         ({"type": "integer", "minimum": 1.5, "maximum": 3.5}, "3", "4"),
         ({"type": "number", "minimum": 10**16, "maximum": 10**17}, "20000000000000000", "1"),
+        ({"type": "number", "exclusiveMaximum": 1}, "0.9", "1"),
+        # This text reads as the bound itself.
+        ({"type": "number", "exclusiveMaximum": -1e18}, "-1000000000000010000", "-1000000000000000000.25"),
     ],
 )
 def test_an_open_bound_is_open(schema, taken, refused):
@@ -301,6 +305,25 @@ def test_an_open_bound_is_open(schema, taken, refused):
     matcher = engine.matcher(answer_format(schema))
     assert matcher.is_completed_by(engine.spell(taken.encode()))
     assert not matcher.is_completed_by(engine.spell(refused.encode()))
+
+
+def test_a_fraction_is_written_as_it_is_or_refused():
+    """Of 17 digits, or far from the point, the engine reads some as a neighbour."""
+    engine = engine_of(load_tokenizer(DEMO / "openelm"))
+    draw = random.Random(5)
+    numbers = [draw.uniform(-1, 1) * 10 ** draw.uniform(-14, 14) for _ in range(300)]
+    numbers += [float(f"{each:.14g}") for each in numbers] + [1e22, 1e23, 2.0**80, 0.1 + 0.2, 123456789.12345679]
+    refused = []
+    for number in numbers:
+        try:
+            answer = answer_format({"const": number})
+        except SettingError:
+            refused.append(number)
+        else:
+            assert float(text_of(engine, engine.matcher(answer).completion())) == number
+    assert 123456789.12345679 in refused
+    assert len(refused) < len(numbers) // 3
+    assert not any(1e-4 < abs(number) < 1e10 and number in refused for number in numbers[300:600])
 
 
 def _doubling(levels: int) -> dict:
@@ -321,6 +344,7 @@ def _doubling(levels: int) -> dict:
         ({"type": "integer", "minimum": 10**5000}, "huge number"),
         ({"type": "string", "pattern": "\ud800"}, "surrogate"),
         ({"enum": ["\ud800"]}, "surrogate"),
+        ({"enum": [123456789.12345679]}, "numbers that cannot be enforced (123456789.12345679)"),
         ({"properties": {"a": {"not": {}}}}, "not at properties.a"),
         ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "properties.a points to nothing"),
         ({"items": {"$ref": "file:///etc/passwd"}}, "leads out of the schema"),

@@ -2,8 +2,8 @@
 
 The engine (llguidance 1.9) reads every bound as a float and computes with 64-bit integers: the smallest of those has no
 positive counterpart, and a range that holds it never returns. Digits beyond a float's are filled with zeros there, a lone
-0 passes an open bound at 0, and long fractions overflow. So each bound is moved inwards to the nearest one that it holds
-exactly. What it could not hold never reaches it.
+0 passes an open bound at 0, and long fractions overflow. Far out it writes fractions beside an open bound that readers take
+for the bound. So each bound is moved inwards to the nearest one that it holds exactly. What it could not hold never reaches it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ LARGEST = 2**63 - 1024
 # Numbers with fractions have at most this many digits in total, and after the point.
 _DIGITS = 15
 _LARGEST_NUMBER = LARGEST - LARGEST % 10 ** (19 - _DIGITS)
+# From here on a float tells no more than the first digits of a fraction.
+_FAR = 10**12
 # The engine walks through the remainders of a multiple, for minutes where there are more, and computes them in 32 bits.
 LARGEST_MULTIPLE = 100_000
 # A range with fewer multiples than this is written as a list of them.
@@ -110,6 +112,7 @@ def fraction_bounds(low: Bound | None, high: Bound | None) -> dict[str, float | 
         low = Bound(-limit, False)
     first = None if low is None else _inwards(Bound(max(low.value, -limit), low.is_open and low.value > -limit), 1)
     last = None if high is None else _inwards(Bound(min(high.value, limit), high.is_open and high.value < limit), -1)
+    first, last = _closed_far_out(first, 1), _closed_far_out(last, -1)
     if first is not None and last is not None:
         if last.value - first.value <= 1:  # both in one unit, where the engine lets an open whole bound pass
             first, last = _closed(first, 1), _closed(last, -1)
@@ -135,6 +138,16 @@ def _inwards(bound: Bound, towards: int) -> Bound:
     if steps.denominator == 1:
         return bound
     return Bound((math.ceil(steps) if towards > 0 else math.floor(steps)) * step, False)
+
+
+def _closed_far_out(bound: Bound | None, towards: int) -> Bound | None:
+    """The bound; a closed one just inside where a fraction beside it may read as the bound itself.
+
+    Nearer ones stay open: of the numbers below 0.999999999999999 the engine does not write 0.9, which these digits begin with.
+    """
+    if bound is None or not bound.is_open or abs(bound.value) < _FAR:
+        return bound
+    return Bound(bound.value + towards * _step(bound.value), False)
 
 
 def _closed(bound: Bound, towards: int) -> Bound:
@@ -199,13 +212,25 @@ def is_writable(value: Any, may_be_far: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return True
     if isinstance(value, float) and value != int(value):
-        return 1e-15 < abs(value) < 10**_DIGITS
+        return 1e-15 < abs(value) < 10**_DIGITS and _is_read_as_it_is(value)
     if abs(value) <= LARGEST:
         return int(float(value)) == value
     if not may_be_far or abs(value) > 10**300:
         return False
     # There are zeros after a float's own digits there, so both readings have to agree.
-    return int(float(value)) == int(value) == as_written(float(value))
+    return int(float(value)) == int(value) == as_written(float(value)) and _is_read_as_it_is(float(value))
+
+
+def _is_read_as_it_is(value: float) -> bool:
+    """Whether the engine reads a float's JSON text as this float.
+
+    It reads the digits as a whole number and multiplies it by a power of ten, or divides it by one, all of them floats: of
+    more than 15 digits, or far from the point, some come out as a neighbour.
+    """
+    _, digits, exponent = Decimal(repr(abs(value))).as_tuple()
+    assert isinstance(exponent, int)  # it is finite
+    number, power = float(int("".join(map(str, digits)))), float(f"1e{abs(exponent)}")
+    return (number * power if exponent >= 0 else number / power) == abs(value)
 
 
 def engine_multiple(value: int | float) -> tuple[int, int] | None:

@@ -14,7 +14,8 @@ from conftest import random_model
 from jsonschema import Draft202012Validator
 
 import openelm_mlx as om
-from openelm_mlx.decoding.constraint import HarmonyConstraint, PlainConstraint
+from openelm_mlx.decoding import constraint as constraint_module
+from openelm_mlx.decoding.constraint import HarmonyConstraint, PlainConstraint, Span
 from openelm_mlx.decoding.grammar import answer_format, engine_of
 from openelm_mlx.decoding.sampling import Sampler, SamplingParams, unpacked
 from openelm_mlx.decoding.step import PlainStep
@@ -110,6 +111,83 @@ def test_rewinding_a_constraint_is_as_if_it_had_not_been():
             assert (constraint.mask() == masks[len(tokens) - count]).all()
             for token in tokens[len(tokens) - count :]:
                 assert constraint.accept(token)
+
+
+def nested(levels: int) -> dict:
+    """Objects that each ask for the next one twice: the shortest answer doubles with each level."""
+    schema: dict = {"type": "object"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema, "b": schema}, "required": ["a", "b"]}
+    return schema
+
+
+LONG = [
+    nested(5),
+    {"type": "array", "items": {}, "minItems": 100, "maxItems": 100},
+    {"type": "string", "minLength": 1500},
+    {"type": "array", "items": {"type": "string", "format": "uuid"}, "minItems": 15},
+]
+
+
+def limit_steps(monkeypatch, at_once: int, a_token: int) -> None:
+    monkeypatch.setattr(constraint_module, "_STEPS_AT_ONCE", at_once)
+    monkeypatch.setattr(constraint_module, "_STEPS_A_TOKEN", a_token)
+
+
+# With a little more than three times the tokens of the shortest answer a search is due for every second token.
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("schema", LONG, ids=lambda schema: schema.get("type"))
+def test_searches_take_no_more_steps_than_the_tokens_pay_for(monkeypatch, schema, times):
+    """A long rest that the format asks for, in tight room: without the count each token would search through all of it."""
+    tokenizer = tokenizer_of("openelm")
+    engine, ends, answer = engine_of(tokenizer), tokenizer.eos_tokens, answer_format(schema)
+    matcher = engine.matcher(answer)
+    room = times * len(matcher.completion()) + 20
+    num_steps, num_tokens, once = [], [], matcher.num_steps + 200
+    for at_once in (once, 10**9):
+        limit_steps(monkeypatch, at_once, 1)
+        constraint = PlainConstraint(engine, answer, ends, room)
+        tokens = write_at_random(constraint, room, seed=4, end_tokens=ends)
+        assert tokens[-1] in ends
+        assert is_valid(tokenizer.decode(tokens[:-1], continuation=True), schema)
+        num_steps.append(constraint._span.matcher.num_steps)
+        num_tokens.append(len(tokens))
+    assert num_steps[0] <= 3 * once + num_tokens[0] < num_steps[1] // 2  # a last search may exceed what is left
+
+
+def test_a_format_that_does_not_fit_into_what_is_left_is_not_searched_for_at_each_token(monkeypatch):
+    tokenizer = tokenizer_of("openelm")
+    engine = engine_of(tokenizer)
+    matcher = engine.matcher(answer_format(nested(5)))
+    tokens = matcher.completion()
+    num_steps = []
+    for at_once in (0, 10**9):
+        limit_steps(monkeypatch, at_once, 1)
+        span = Span(engine.matcher(answer_format(nested(5))), tokenizer.eos_tokens)
+        for i, token in enumerate(tokens[:60]):
+            assert span.accept(token, 61 - i)
+        num_steps.append(span.matcher.num_steps)
+    assert num_steps[0] <= 3 * matcher.num_steps + 60 < num_steps[1]
+
+
+def test_tokens_taken_back_lead_to_the_known_end(monkeypatch):
+    """As drafts do: what is refused is taken back each time, and nothing is searched for again."""
+    tokenizer = tokenizer_of("openelm")
+    engine, ends, answer = engine_of(tokenizer), tokenizer.eos_tokens, answer_format(nested(5))
+    way = engine.matcher(answer).completion()
+    limit_steps(monkeypatch, 10**9, 1)
+    constraint = PlainConstraint(engine, answer, ends, len(way) + 20)
+    for token in way[:20]:
+        assert constraint.accept(token)
+    num_steps = constraint._span.matcher.num_steps
+    for count in (1, 5, 12):
+        constraint.rewind(count)
+        for token in way[20 - count : 20]:
+            assert constraint.accept(token)
+    assert constraint._span.matcher.num_steps == num_steps
+    for token in (*way[20:], ends[0]):
+        assert constraint.accept(token)
+    assert constraint.is_finished
 
 
 # --- Harmony ----------------------------------------------------------------------------------------------------------

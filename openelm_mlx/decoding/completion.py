@@ -33,6 +33,13 @@ EFFORTS = (4, _CIRCLE), (1, LONGEST_COMPLETION), (32, _CIRCLE)
 _MOST_STEPS_TO_KNOWN = 12
 MOST_DROPPED = 8
 
+# A step of a walk takes as long as consuming about this many tokens, or reading this many bytes of the text so far; copying
+# a matcher may take as long as so many tokens.
+_TOKENS_A_STEP, _BYTES_A_STEP, _TOKENS_A_COPY = 16, 256, 64
+
+# How much of a proposal is tried before the rest, in bytes.
+_BEGINNING = 64
+
 # How far back a grammar's terminal may have begun, in characters.
 _LONGEST_TERMINAL = 512
 
@@ -44,20 +51,24 @@ def completion(
     text: bytes,
     effort: tuple[int, int],
     known: Sequence[int] = (),
-) -> bytes | None:
-    """The bytes that end the answer after `text` (not provably the fewest); None if none were found with this effort.
+) -> tuple[bytes | None, int]:
+    """The bytes that end the answer after `text` (not provably the fewest), and how many steps finding them took.
 
-    known: the completion of an earlier position; without its beginning it may complete this one too.
+    The bytes are None if none were found with this effort. known: the completion of an earlier position; without its
+    beginning it may complete this one too.
     """
     num_walks, most_passes = effort
+    num_steps = 0
     for _ in range(num_walks):
         walk = _Walk(matcher.deep_copy(), vocabulary, answer, text, most_passes, known)
         data = walk.to_end()
+        num_steps += walk.num_steps + len(text) // _BYTES_A_STEP
+        num_steps += (walk.num_tokens + _TOKENS_A_COPY) // _TOKENS_A_STEP
         if data is not None:
-            return data
+            return data, num_steps
         if not walk.learn():
-            return None
-    return None
+            break
+    return None, num_steps
 
 
 # --- The walk ---------------------------------------------------------------------------------------------------------
@@ -136,6 +147,7 @@ class _Walk:
         most_passes: int,
         known: Sequence[int] = (),
     ) -> None:
+        self.num_steps = self.num_tokens = 0  # steps, and tokens of proposals and of `known` that were tried
         self._known = list(known)
         self._matcher, self._vocabulary, self._answer = matcher, vocabulary, answer
         self._preferred, self._most_passes = answer.preferred, most_passes
@@ -148,11 +160,11 @@ class _Walk:
 
     def to_end(self) -> bytes | None:
         """The bytes up to the end; None if there is no end within the longest completion's length."""
-        start, num_steps = len(self._text), 0
+        start = len(self._text)
         while not self._matcher.is_accepting():
-            if self._known and num_steps < _MOST_STEPS_TO_KNOWN and (rest := self._known_rest()) is not None:
+            if self._known and self.num_steps < _MOST_STEPS_TO_KNOWN and (rest := self._known_rest()) is not None:
                 return bytes(self._text[start:]) + rest
-            num_steps += 1
+            self.num_steps += 1
             step = self._forced() or self._chosen()
             length = len(self._text) - start
             # A pattern or a length may add much in one step.
@@ -164,9 +176,14 @@ class _Walk:
         return bytes(self._text[start:])
 
     def _known_rest(self) -> bytes | None:
-        for begin in range(min(MOST_DROPPED, len(self._known))):
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        for begin, token in enumerate(self._known[:MOST_DROPPED]):
+            if not words[token >> 5] >> (token & 31) & 1:
+                continue
             rest, ahead = self._known[begin:], self._matcher.deep_copy()
-            if ahead.try_consume_tokens(rest) == len(rest) and ahead.is_accepting():
+            num_taken = ahead.try_consume_tokens(rest)
+            self.num_tokens += num_taken + _TOKENS_A_COPY
+            if num_taken == len(rest) and ahead.is_accepting():
                 return b"".join(self._vocabulary.tokens[token] for token in rest)
         return None
 
@@ -190,15 +207,16 @@ class _Walk:
 
     def _chosen(self) -> bytes | None:
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        allowed = [c for c, token in self._vocabulary.characters.items() if words[token >> 5] >> (token & 31) & 1]
         closing = () if self._strings is None else '"' if self._strings.is_open else "}]"
         for character in closing:
-            if character in allowed:
-                return self._consumed(self._vocabulary.characters[character])
+            token = self._vocabulary.characters.get(character)
+            if token is not None and words[token >> 5] >> (token & 31) & 1:
+                return self._consumed(token)
         if self._strings is None or self._strings.is_open:
             for proposal, end in self._proposals():
                 if (taken := self._taken(proposal, end)) is not None:
                     return taken
+        allowed = self._vocabulary.characters_in(words)
         if not allowed:
             return self._any_token(words)
         if self._strings is not None and not self._strings.is_open:
@@ -236,10 +254,16 @@ class _Walk:
 
     def _taken(self, proposal: bytes, end: bytes) -> bytes | None:
         """The proposal, if the text can continue with it and then end, or continue in another way."""
-        tokens = [*self._vocabulary.spell(proposal), *self._vocabulary.spell(end)]
         ahead = self._matcher.deep_copy()
-        if ahead.try_consume_tokens(tokens) != len(tokens):
-            return None
+        self.num_tokens += _TOKENS_A_COPY
+        # Nearly all that is refused is so at its beginning, and proposals may be thousands of bytes long.
+        beginning = proposal[:_BEGINNING].decode("utf-8", "ignore").encode()
+        for part in (beginning, proposal[len(beginning) :], end):
+            tokens = self._vocabulary.spell(part)
+            num_taken = ahead.try_consume_tokens(tokens)
+            self.num_tokens += num_taken
+            if num_taken != len(tokens):
+                return None
         if self._answer.kind == "regex" and not ahead.is_accepting():
             return None
         is_grammar = self._answer.kind == "grammar" and not ahead.is_accepting()

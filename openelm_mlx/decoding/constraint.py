@@ -96,6 +96,9 @@ def check_room(span: Span, max_tokens: int) -> None:
 
 # With fewer spare tokens than this beyond a completion, a new one is searched after each token.
 _LEAST_SPARE = 64
+# Steps of searches that an answer may take at once, and that each of its tokens adds: half a second and 4 ms, where a step
+# takes 30 microseconds. A known end of 2,000 tokens can be tried after each token for as many.
+_STEPS_AT_ONCE, _STEPS_A_TOKEN = 16_384, 128
 
 
 class Span:
@@ -103,7 +106,9 @@ class Span:
 
     It can always be finished: a completion that fits into the remaining tokens is known, and a token after which none would
     fit is refused; then the next mask has only the completion's first token. While there is plenty of room, a completion is
-    searched now and then; otherwise after each token.
+    searched now and then; otherwise after each token. A search goes through the whole rest of an answer, which may be
+    thousands of tokens that the format asks for. So the steps of the searches are counted, and where they are more than the
+    answer's tokens may take, it keeps to the known completion, which needs no search, until they are not.
     """
 
     def __init__(self, matcher: Matcher, end_tokens: Collection[int]) -> None:
@@ -115,6 +120,12 @@ class Span:
         self._forced: int | None = None
         self._check_below: float = float("inf")  # search for a completion when fewer tokens than this are left
         self._last_length, self._largest_growth = 0, 0  # of completions found
+        self._num_accepted = 0  # tokens, with those that were taken back
+        self._has_fitted = True  # whether the last completion found did
+
+    @property
+    def _steps_left(self) -> int:
+        return _STEPS_AT_ONCE + _STEPS_A_TOKEN * self._num_accepted - self.matcher.num_steps
 
     def mask(self) -> np.ndarray:
         """The tokens that may come next; an end token where the text is complete."""
@@ -138,14 +149,19 @@ class Span:
         if not self._leaves_room(token, num_left - 1):
             return False
         self._forced = None
+        self._num_accepted += 1
         return True
 
     def rewind(self, count: int) -> None:
         """Take back the last `count` tokens, the end token among them if there was one."""
         if count:
-            self.matcher.rewind(count - self.is_ended)
+            num_tokens = count - self.is_ended
+            if self._completion is not None and num_tokens:
+                # The tokens taken back lead to it.
+                self._completion = [*self.matcher.tokens[-num_tokens:], *self._completion]
+            self.matcher.rewind(num_tokens)
             self.is_ended = False
-        self._completion, self._forced, self._check_below = None, None, float("inf")
+        self._forced, self._check_below = None, float("inf")
 
     def _leaves_room(self, token: int, num_left: int) -> bool:
         """Whether the answer can still end after `token`, which was taken. If not, takes it back and forces another."""
@@ -156,17 +172,22 @@ class Span:
         if num_left >= self._check_below:
             self._completion = None
             return True
-        completion = self._completion_within(num_left)
-        if completion is not None and len(completion) < num_left:
-            self._schedule(len(completion), num_left)
-            self._completion = self._last_found = completion
+        if self._steps_left < 0 and not self._has_fitted:
             return True
+        if self._steps_left >= 0 or known is None:
+            completion = self._completion_within(num_left)
+            if completion is not None and len(completion) < num_left:
+                self._schedule(len(completion), num_left)
+                self._completion = self._last_found = completion
+                self._has_fitted = True
+                return True
         self.matcher.rewind(1)
         known = self.matcher.completion() if known is None else known
         if known is None or len(known) > num_left:  # it never fitted: let the model go on
             self.matcher.accept(token)
-            self._completion = None
+            self._completion, self._has_fitted = None, False
             return True
+        self._has_fitted = True
         self._completion, self._forced = known, known[0] if known else min(self._end_tokens)
         return False
 
@@ -182,8 +203,9 @@ class Span:
         self._largest_growth = max(self._largest_growth, length - self._last_length)
         self._last_length = length
         # One token can require many more (an object with its required members), and it may come next.
-        spare = num_left - length - max(_LEAST_SPARE, 2 * self._largest_growth)
-        self._check_below = num_left - max(0, spare) // 8
+        spare = max(0, num_left - length - max(_LEAST_SPARE, 2 * self._largest_growth))
+        is_paid = self._steps_left + _STEPS_A_TOKEN * (spare // 8) >= 0  # by the tokens until then
+        self._check_below = num_left - spare // 8 if is_paid else float("inf")
 
 
 class _Spot(NamedTuple):

@@ -152,6 +152,7 @@ class Matcher:
         self.engine, self.answer = engine, answer
         self.tokens: list[int] = []
         self._matcher = llguidance.LLMatcher(engine.tokenizer, answer.definition, log_level=0)
+        self.num_steps = 0  # of all searches for a completion so far
         self._effort = 0
         self._words = (engine.vocab_size + 31) // 32
 
@@ -201,7 +202,9 @@ class Matcher:
         """
         text = b"".join(map(self.engine.token_bytes.__getitem__, self.tokens))
         while self._effort < len(EFFORTS):
-            data = completion(self._matcher, self.engine.vocabulary, self.answer, text, EFFORTS[self._effort], known)
+            effort, vocabulary = EFFORTS[self._effort], self.engine.vocabulary
+            data, num_steps = completion(self._matcher, vocabulary, self.answer, text, effort, known)
+            self.num_steps += num_steps
             if data is not None:
                 return self.engine.encode(data)
             self.answer.preferred.clear()

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -326,6 +327,14 @@ def test_a_first_machine_that_is_killed_frees_the_worker(worker):
     # Without what to do about it, which is for the other side.
     assert "ask once more" not in worker.said("waits for the next one (the machine at 127.0.0.1 is gone")
     assert answer(*load(worker))
+
+
+def test_a_worker_named_twice_under_two_names_is_no_stranger_s(worker):
+    """It is busy, with this machine itself."""
+    twice = f"names the same worker twice, as {worker.address} and as localhost:{worker.port}: give each machine once"
+    with pytest.raises(SettingError, match=re.escape(twice)):
+        om.load(DEMO, workers=[worker.address, f"localhost:{worker.port}"], worker_timeout=DEADLINE)
+    assert answer(*load(worker))  # it has been let go
 
 
 # --- a worker that is not there, or not the right one -----------------------------------------------------------------

@@ -68,7 +68,6 @@ class Team:
                 member = Member(address, peer, Machine("", "", 0, 0))
                 self.members.append(member)
                 self._meet(member)
-            self._check_different()
         except BaseException:
             self.close()
             raise
@@ -130,6 +129,7 @@ class Team:
     def _learn(self, member: Member) -> None:
         """What a worker says of itself."""
         facts = self._asked(member, {"op": "facts", "deadline": self.deadline}).header
+        self._check_different(member, facts.get("instance"))
         member.machine, member.instance = machine_of(facts), str(facts.get("instance"))
         limit = facts.get("memory_limit")
         member.memory_limit = limit if is_whole(limit) else None
@@ -174,15 +174,18 @@ class Team:
         while True:
             message = member.peer.open.receive()
             if message.op == "error":
+                self._check_different(member, message.header.get("instance"))  # it is busy, with this machine itself
                 raise error_of(message.header, member.peer.name)
             if message.op not in ("alive", "progress"):
                 return message
 
-    def _check_different(self) -> None:
-        for i, each in enumerate(self.members):
-            same = next((other for other in self.members[:i] if other.instance == each.instance), None)
-            if same is not None:
-                raise SettingError(f"workers names the same worker twice, as {same.address} and as {each.address}.")
+    def _check_different(self, member: Member, instance: Any) -> None:
+        """Raise SettingError where the worker of this instance is another member already."""
+        same = next((each for each in self.members if each is not member and each.instance == instance), None)
+        if same is not None:
+            raise SettingError(
+                f"workers names the same worker twice, as {same.address} and as {member.address}: give each machine once."
+            )
 
 
 def facts_of(machine: Machine) -> dict[str, Any]:

@@ -108,9 +108,9 @@ class Server:
                 connection.send({"op": "alive"})
                 time.sleep(0.05)
             if self._busy_with is not None:
-                connection.send(
-                    error_header(WorkerError(f"It is busy with {self._busy_with}: try again when that is done."))
-                )
+                busy = WorkerError(f"It is busy with {self._busy_with}: try again when that is done.")
+                # The other side may be that machine itself, where it names this worker twice.
+                connection.send({**error_header(busy), "instance": self._instance})
                 raise WorkerError(f"{name} was told that this worker is busy.")
             connection.deadline = DEADLINE
             self._waiting.put(connection)

@@ -179,7 +179,7 @@ def test_before_the_handshake_messages_are_short(pair):
 
 
 def error_in_time(call, *args) -> str:
-    """The LostConnectionError of a call, which runs in a thread: one that waits for ever fails the test and holds nothing up."""
+    """The LostConnectionError of a call, which runs in a thread: one that waits for ever fails the test and nothing else."""
     ended = []
 
     def run() -> None:

@@ -123,14 +123,16 @@ def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monk
     monkeypatch.setattr(alternatives, "_ALTERNATIVES", {
         "spare_places": lambda _: {0: None, 8: None}, "fuse_residual_add": lambda _: {False: None, True: None},
     })  # fmt: skip
-    table = WaysTiming({}, BY_SORTING, ((1, "unsorted"),), {})
+    table = WaysTiming({}, BY_SORTING, ((1, "unsorted"),), {}, (4, 24))
     monkeypatch.setattr(alternatives, "time_expert_ways", lambda shape, rows: table)
     found = time_alternatives(SMALL)
     assert [(each.name, each.default, each.winner) for each in found] == [
         ("spare_places", 0, 8), ("fuse_residual_add", True, True), ("columns_in_a_tile", 1, 512),
         ("expert_ways", BY_SORTING, ((1, "unsorted"),)),
     ]  # fmt: skip
-    assert winners(found) == replace(precision.default_choices(), spare_places=8, expert_ways=((1, "unsorted"),))
+    assert winners(found) == replace(
+        precision.default_choices(), spare_places=8, expert_ways=((1, "unsorted"),), expert_kernel_rows=(4, 24)
+    )
     assert "takes 8, instead of 0" in found[0].line()
     assert "as before" in found[1].line()
     assert "512 would be faster; only told, nothing goes by it" in found[2].line()
@@ -139,7 +141,7 @@ def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monk
 
 
 def test_every_choice_has_a_timing_and_a_set_of_values():
-    own = {"expert_ways"}  # a table: bench/expert_ways.py
+    own = {"expert_ways", "expert_kernel_rows"}  # a table, and a range beside it: bench/expert_ways.py
     timed = set(asdict(KernelChoices())) - kept.BY_BACKEND
     assert set(alternatives._ALTERNATIVES) | own == timed == set(kept._ALLOWED) | own
 
@@ -147,10 +149,13 @@ def test_every_choice_has_a_timing_and_a_set_of_values():
 def test_what_is_stored_holds_from_the_next_model_on(on_a_gpu):
     assert kept.stored_choices() is None
     kept.store_choices(
-        KernelChoices(rows_in_a_tile=64, spare_places=8, compiled_step=False, bias_apart=True, expert_ways=TABLE)
-    )
+        KernelChoices(
+            rows_in_a_tile=64, spare_places=8, compiled_step=False, bias_apart=True, expert_ways=TABLE,
+            expert_kernel_rows=(2, 48),
+        )
+    )  # fmt: skip
     chosen = kept.stored_choices()
-    assert chosen == KernelChoices(64, 8, False, False, True, expert_ways=TABLE)
+    assert chosen == KernelChoices(64, 8, False, False, True, expert_ways=TABLE, expert_kernel_rows=(2, 48))
     model, _ = om.load("demo-openelm", dtype="float32")
     assert model.choices == chosen
     cache = model.make_cache()
@@ -167,6 +172,8 @@ def test_what_is_stored_holds_from_the_next_model_on(on_a_gpu):
     [
         {}, {"rows_in_a_tile": 7}, {"spare_places": True}, {"compiled_step": "no"}, {"bias_apart": 1},
         {"expert_ways": [[1, "quickly"]]}, {"expert_ways": [[4, "sorted"]]}, {"expert_ways": "sorted"}, {"expert_ways": []},
+        {"expert_kernel_rows": [8, 2]}, {"expert_kernel_rows": [0, 4]}, {"expert_kernel_rows": [1, True]},
+        {"expert_kernel_rows": 8},
     ],
 )  # fmt: skip
 def test_values_that_nobody_stored_are_not_used(values, on_a_gpu):
@@ -209,16 +216,21 @@ def test_the_self_check_times_and_stores_when_all_is_well(on_a_gpu, well, monkey
 
 
 def test_the_table_of_ways_is_stored_and_told(on_a_gpu, well, monkeypatch, capsys):
-    timing = WaysTiming({(16, "unsorted"): 3e-4, (16, "blocks_32"): 1e-4}, BY_SORTING, TABLE, {"grouped": "it is off"})
+    seconds = {(16, "unsorted"): 3e-4, (16, "blocks_32"): 1e-4}
+    timing = WaysTiming(seconds, BY_SORTING, TABLE, {"grouped": "it is off"}, (2, 16))
     monkeypatch.setattr(alternatives, "time_alternatives", lambda: [timing])
     assert main(["selfcheck"]) == 0
     out = capsys.readouterr().out
     assert "us a layer of 16 rows: unsorted 300, blocks_32 100; grouped is left out, because it is off" in out
-    assert "takes unsorted from 1, blocks_32 from 12, sorted from 96, instead of unsorted from 1, sorted from 16" in out
+    assert (
+        "takes unsorted from 1, blocks_32 from 12, sorted from 96, instead of unsorted from 1, sorted from 16, and"
+        in out
+    )
+    assert "and the kernel for 2 to 16 rows" in out
     assert kept.stored_choices().expert_ways == TABLE
     model, _ = om.load("demo-gpt-oss", dtype="float32")
-    assert [model.layers[1].mlp.experts.way_for((n, 4)) for n in (1, 11, 12, 100)] == [
-        "unsorted", "unsorted", "blocks_32", "sorted",
+    assert [model.layers[1].mlp.experts.way_for((n, 4)) for n in (1, 2, 16, 17, 100)] == [
+        "unsorted", "kernel", "kernel", "blocks_32", "sorted",
     ]  # fmt: skip
     assert main(["selfcheck", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

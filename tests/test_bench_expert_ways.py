@@ -4,10 +4,12 @@ import json
 
 import mlx.core as mx
 import pytest
+from expert_kernel_on_cpu import plain_product
 
 from openelm_mlx.bench import expert_layer, expert_ways
 from openelm_mlx.bench.expert_layer import LayerShape, by_way, distance, passes_of, random_experts, random_rows
-from openelm_mlx.bench.expert_ways import fitting_shape, table_of, table_text, time_expert_ways
+from openelm_mlx.bench.expert_ways import fitting_shape, kernel_rows_of, table_of, table_text, time_expert_ways
+from openelm_mlx.models import moe
 from openelm_mlx.models.moe import Experts
 from openelm_mlx.models.routing_ways import BY_SORTING, WAYS, is_checked
 
@@ -115,6 +117,55 @@ def test_distances():
     assert distance(known + 1, known) == 0.25
     assert distance(known * float("nan"), known) == float("inf")
     assert expert_layer.NEAR < 0.05
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """A plain product in the place of the kernel, which only a GPU has; `faulty` is done to what it gives."""
+
+    def faulty(fault=lambda y: y):
+        monkeypatch.setattr(expert_layer, "runs_on_cpu", lambda: False)
+        monkeypatch.setattr(moe, "product", lambda *given: fault(plain_product(*given)))
+        monkeypatch.setattr(mx, "compile", lambda function: function)
+
+    return faulty
+
+
+def test_the_kernel_is_timed_beside_the_ways(as_on_a_gpu):
+    as_on_a_gpu()
+    timing = time_expert_ways(TINY, (2, 16))
+    assert timing.left_out == {}
+    assert {rows for rows, way in timing.seconds if way == "kernel"} == {2, 16}
+    assert {way for _, way in timing.winner} <= set(WAYS)
+    assert timing.kernel_rows == kernel_rows_of(timing.seconds, timing.winner)
+
+
+def _only_in_half(y):
+    return y if y.dtype != mx.float32 else y + 1
+
+
+@pytest.mark.parametrize("fault", [lambda y: y * 1.5, _only_in_half, lambda y: y * float("nan")])
+def test_a_kernel_that_is_wrong_in_any_type_is_left_out(fault, as_on_a_gpu):
+    as_on_a_gpu(fault)
+    timing = time_expert_ways(TINY, (16,))
+    assert set(timing.left_out) == {"kernel"}
+    assert timing.kernel_rows == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rows"),
+    [
+        ({}, (0, 0)),
+        (of(2, unsorted=1.0, kernel=0.97) | of(4, unsorted=1.0, kernel=0.9), (4, 4)),
+        (of(2, unsorted=1.0, kernel=0.5) | of(4, unsorted=1.0, kernel=0.9) | of(16, sorted=1.0, kernel=1.2), (2, 4)),
+        # Beside a way that is faster than the table's, which keeps its own where both are nearly alike.
+        (of(16, unsorted=0.97, sorted=1.0, kernel=0.94), (16, 16)),
+        # What is faster once more later is left to the table.
+        (of(2, unsorted=1.0, kernel=0.5) | of(4, unsorted=1.0, kernel=1.0) | of(8, unsorted=1.0, kernel=0.5), (2, 2)),
+    ],
+)
+def test_for_so_many_rows_the_kernel_wins(seconds, rows):
+    assert kernel_rows_of(seconds, BY_SORTING) == rows
 
 
 # --- what wins --------------------------------------------------------------------------------------------------------

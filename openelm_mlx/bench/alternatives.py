@@ -108,6 +108,9 @@ def time_alternatives(sizes: Sizes | None = None) -> list[Timing | WaysTiming]:
 def winners(timings: Sequence[Timing | WaysTiming]) -> KernelChoices:
     """The kernel choices that won."""
     found: dict[str, Any] = {each.name: each.winner for each in timings if each.is_chosen}
+    for each in timings:
+        if isinstance(each, WaysTiming):
+            found["expert_kernel_rows"] = each.kernel_rows
     return replace(default_choices(), **found)
 
 

@@ -15,11 +15,13 @@ import numpy as np
 from ..checkpoint.released import released_gpt_oss_config
 from ..models.moe import Experts, QuantizedExpertLinear, weighted_sum
 from ..models.precision import runs_on_cpu
-from ..models.routing_ways import way_for
+from ..models.routing_ways import KERNEL, MOST_ROUTES_OF_A_TABLE, UNSORTED
 from ..specs import LayerSpec, ModelSpec, spec_from_config
 
 W = TypeVar("W", bound="str | int | bool")  # the name of a way
 
+# All for which there is a choice.
+ROWS_OF_THE_KERNEL = (1, MOST_ROUTES_OF_A_TABLE)
 # How far apart two ways may be, in half precision, of the largest number.
 NEAR = 2e-2
 # 2^-7 (E8M0): times a number of E2M1, whose root mean square is 2.9, that is near 2,880^-0.5.
@@ -112,23 +114,25 @@ def random_rows(shape: LayerShape, num_rows: int, passes: int) -> Rows:
 
 def by_way(experts: Experts, shape: LayerShape, way: str, num_rows: int) -> bool:
     """Have `experts` go this way. Whether so many rows do: a way that does not suit the layer is passed over."""
-    experts.ways = ((1, way),)
-    return way_for(num_rows, shape.experts_per_token, shape.num_experts, experts.ways) == way
+    is_kernel = way == KERNEL and not runs_on_cpu()
+    experts.kernel_rows = ROWS_OF_THE_KERNEL if is_kernel else (0, 0)
+    experts.ways = ((1, UNSORTED if way == KERNEL else way),)
+    return experts.way_for((num_rows, shape.experts_per_token)) == way
 
 
-def outputs_of(experts: Experts, rows: Rows) -> mx.array:
-    """What the first pass gives, (N, hidden_size), in float32."""
-    return weighted_sum(experts(rows.x, rows.chosen[0]), rows.weights, mx.bfloat16).astype(mx.float32)
+def outputs_of(experts: Experts, rows: Rows, dtype: mx.Dtype = mx.bfloat16) -> mx.array:
+    """What the first pass gives in this type, (N, hidden_size), in float32."""
+    return weighted_sum(experts(rows.x.astype(dtype), rows.chosen[0]), rows.weights, dtype).astype(mx.float32)
 
 
 def passes_of(experts: Experts, rows: Rows) -> Callable[[], None]:
     """A call that computes every pass, one after the other: each takes what the one before it gave. The way is that which
     `experts` go now.
     """
-    ways = experts.ways
+    ways, kernel_rows = experts.ways, experts.kernel_rows
 
     def chain(x: mx.array, chosen: list[mx.array], weights: mx.array) -> mx.array:
-        experts.ways = ways  # it is traced later, when they may go another one
+        experts.ways, experts.kernel_rows = ways, kernel_rows  # it is traced later, when they may go another one
         for each in chosen:
             y = weighted_sum(experts(x, each), weights, mx.bfloat16)
             x = x + 0.01 * y.astype(mx.bfloat16)

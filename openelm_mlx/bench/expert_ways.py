@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..models.precision import default_choices
-from ..models.routing_ways import UNSORTED, WAYS, ExpertWays, way_for
+from ..models.routing_ways import KERNEL, UNSORTED, WAYS, ExpertWays, way_for
 from .expert_layer import (
     NEAR,
     LayerShape,
@@ -36,13 +36,15 @@ _ROUNDS, _PASSES = 3, 4
 class WaysTiming:
     """The ways timed: (rows, way) -> seconds of a layer, the default table, and the one that was found.
 
-    left_out: ways that do not compute the same here, or not at all, and why.
+    left_out: ways that do not compute the same here, or not at all, and why. kernel_rows: how many rows go by our own kernel
+    (`KernelChoices.expert_kernel_rows`).
     """
 
     seconds: Mapping[tuple[int, str], float]
     default: ExpertWays
     winner: ExpertWays
     left_out: Mapping[str, str]
+    kernel_rows: tuple[int, int] = (0, 0)
     name: str = "expert_ways"
     is_chosen: bool = True
 
@@ -54,7 +56,11 @@ class WaysTiming:
             parts.append(f"{rows} rows: {ways}")
         reasons = "".join(f"; {way} is left out, because {why}" for way, why in self.left_out.items())
         kept = "as before" if self.winner == self.default else f"instead of {table_text(self.default)}"
-        return f"{self.name}: us a layer of {'; '.join(parts)}{reasons}; takes {table_text(self.winner)}, {kept}"
+        first, last = self.kernel_rows
+        kernel = f", and the kernel for {first} to {last} rows" if last else ""
+        return (
+            f"{self.name}: us a layer of {'; '.join(parts)}{reasons}; takes {table_text(self.winner)}, {kept}{kernel}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "seconds": {f"{rows} rows, {way}": each for (rows, way), each in self.seconds.items()}}
@@ -81,7 +87,7 @@ def time_expert_ways(
         if clock() > end:
             break
         given, ways = random_rows(shape, number, _PASSES), {}
-        for way in WAYS:
+        for way in (*WAYS, KERNEL):
             if way in left_out or not by_way(experts, shape, way, number):
                 continue
             call = passes_of(experts, given)
@@ -95,7 +101,10 @@ def time_expert_ways(
         found |= {(number, way): each / _PASSES for way, each in in_turns(ways, _ROUNDS).items()}
     del experts
     mx.clear_cache()
-    return WaysTiming(found, choices.expert_ways, table_of(found, choices.expert_ways), left_out)
+    of_tables = {each: taken for each, taken in found.items() if each[1] != KERNEL}
+    table = table_of(of_tables, choices.expert_ways)
+    kernel_rows = kernel_rows_of(found, table) if KERNEL not in left_out else (0, 0)
+    return WaysTiming(found, choices.expert_ways, table, left_out, kernel_rows)
 
 
 def fitting_shape(available_bytes: int | None = None) -> LayerShape:
@@ -116,17 +125,35 @@ def _left_out(experts: Any, shape: LayerShape, number: int) -> dict[str, str]:
     given = random_rows(shape, number, 1)
     by_way(experts, shape, UNSORTED, number)
     known = outputs_of(experts, given)
-    for way in WAYS[1:]:
+    for way in (*WAYS[1:], KERNEL):
         if not by_way(experts, shape, way, number):
             continue
         try:
             off = distance(outputs_of(experts, given), known)
+            if way == KERNEL:  # models of other types go by it too, and each type is a program of its own
+                for dtype in (mx.float16, mx.float32):
+                    off = max(off, distance(outputs_of(experts, given, dtype), known))
         except (RuntimeError, ValueError) as error:
             found[way] = _reason(error)
             continue
         if not off <= NEAR:
             found[way] = f"it is {off:.1e} off the unsorted one"
     return found
+
+
+def kernel_rows_of(seconds: Mapping[tuple[int, str], float], table: ExpertWays) -> tuple[int, int]:
+    """From and to how many rows the kernel is clearly faster than the table's way; (0, 0) where it never is."""
+    first = last = 0
+    for number, found in itertools.groupby(seconds.items(), key=lambda each: each[0][0]):
+        ways = {way: each for (_, way), each in found}
+        other = ways.get(
+            way_for(number, 4, 32, table), min((each for way, each in ways.items() if way != KERNEL), default=0.0)
+        )
+        if KERNEL in ways and ways[KERNEL] < (1 - MARGIN) * other:
+            first, last = first or number, number
+        elif first:
+            break
+    return first, last
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ from ..checkpoint.quantize import Quantization
 from ..checkpoint.reader import TensorEntry
 from ..models.groups import groups_on_host, make_groups
 from ..models.moe import Experts, Routes
-from ..models.routing_ways import SORTED, UNSORTED, fewest_rows, rows_at_once, uses_tiles
+from ..models.routing_ways import KERNEL, SORTED, UNSORTED, fewest_rows, rows_at_once, uses_tiles
 from .bank import ExpertBank, Lock
 from .records import HostTarget, Record, RecordFile, RecordReader
 from .slots import rounds_of
@@ -38,7 +38,7 @@ class StreamedExperts:
             if self.on_choice is not None:
                 self.on_choice(chosen)
             way = self.experts.way_for(chosen.shape)
-            is_grouped = way != UNSORTED
+            is_grouped = way not in (KERNEL, UNSORTED)
             rounds = rounds_of(chosen.ravel().tolist(), self.bank.table, is_grouped)
             if is_grouped or len(rounds) > 1:
                 return self._by_blocks(x, chosen, rounds, way)
@@ -51,6 +51,8 @@ class StreamedExperts:
     def compute_from_slots(self, x: mx.array, expert_indices: mx.array, table: mx.array) -> mx.array:
         """The chosen experts' outputs, from the slots in the bank's `table`: correct if all of them are resident then."""
         way, slots = self.experts.way_for(expert_indices.shape), table[expert_indices]
+        if way == KERNEL:
+            return self.experts.by_kernel(x, expert_indices, slots)
         if way in (UNSORTED, SORTED):  # without tiles, which need more routes, both are the same kernel
             return self.experts.feed_forward(x[..., None, :], Routes(expert_indices, slots))
         groups = make_groups(expert_indices, way, self.bank.num_slots, slots)
@@ -75,9 +77,9 @@ class StreamedExperts:
                 slots = self.bank.slots(routes[mine])
                 order = np.argsort(slots, kind="stable")
                 mine, slots = mine[order], slots[order]
-                if way in (UNSORTED, SORTED):
+                if way in (KERNEL, UNSORTED, SORTED):
                     for part in (slice(start, start + most) for start in range(0, len(mine), most)):
-                        pieces.append(self._block(rows, routes, mine[part], slots[part], tiles, chosen.shape[-1]))
+                        pieces.append(self._block(rows, routes, mine[part], slots[part], way, tiles, chosen.shape[-1]))
                 else:
                     pieces.append(self._groups(rows, routes, mine, slots, way, chosen.shape[-1]))
                 positions.append(mine)
@@ -91,7 +93,7 @@ class StreamedExperts:
         return outputs[mx.array(back)].reshape(*chosen.shape, -1)
 
     def _block(
-        self, rows: mx.array, routes: np.ndarray, mine: np.ndarray, slots: np.ndarray, tiles: bool, k: int
+        self, rows: mx.array, routes: np.ndarray, mine: np.ndarray, slots: np.ndarray, way: str, tiles: bool, k: int
     ) -> mx.array:
         """The outputs (n, hidden_size) of the n routes `mine`, ordered by slot; dispatched, not waited for."""
         count = len(mine)
@@ -102,7 +104,10 @@ class StreamedExperts:
             slots = np.concatenate([slots, np.repeat(slots[-1:], filler)])
         numbers = mx.array((mine // k).astype(np.uint32))
         experts = mx.array(routes[mine].astype(np.uint32))
-        outputs = self.experts.feed_forward(rows[numbers], Routes(experts, mx.array(slots), numbers, tiles))[:count]
+        if way == KERNEL:
+            outputs = self.experts.by_kernel(rows[numbers], experts[:, None], mx.array(slots)[:, None]).squeeze(-2)
+        else:
+            outputs = self.experts.feed_forward(rows[numbers], Routes(experts, mx.array(slots), numbers, tiles))[:count]
         return self._started(outputs, slots)
 
     def _groups(

@@ -150,6 +150,7 @@ class Streaming:
                 )
             table = SlotTable(self._num_slots, self._policy)
             bank = ExpertBank(parts, table, experts.num_experts, reader, allocator)
+            experts.eval()  # it leaves the module tree, whose mode it would follow
             layers.append(StreamedExperts(experts, bank, lock, read_back))
             block.mlp.experts = layers[-1]
         if self._embedding is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.precision import KernelChoices, default_choices, runs_on_cpu
-from ..models.routing_ways import is_checked
+from ..models.routing_ways import is_checked, is_range
 from .stored import load_stored, store
 
 SUBJECT = "choices"
@@ -29,12 +29,16 @@ def stored_choices() -> KernelChoices | None:
     known = {each.name: found[each.name] for each in fields(KernelChoices) if _is_allowed(each.name, found)}
     if "expert_ways" in known:
         known["expert_ways"] = tuple((first, way) for first, way in known["expert_ways"])
+    if "expert_kernel_rows" in known:
+        known["expert_kernel_rows"] = tuple(known["expert_kernel_rows"])
     return replace(default_choices(), **known) if known else None
 
 
 def _is_allowed(name: str, found: dict[str, Any]) -> bool:
     if name == "expert_ways":
         return is_checked(found.get(name))
+    if name == "expert_kernel_rows":
+        return is_range(found.get(name))
     value, allowed = found.get(name), _ALLOWED.get(name, ())
     return value in allowed and type(value) is type(allowed[0])
 

@@ -81,7 +81,7 @@ class Block(block.Block):
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.self_attn = Attention(spec, layer, rotation, choices.bias_apart)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.mlp = MoE(spec, layer, choices.bias_apart, choices.expert_ways)
+        self.mlp = MoE(spec, layer, choices.bias_apart, choices.expert_ways, choices.expert_kernel_rows)
 
     @property
     def attention(self) -> Attention:

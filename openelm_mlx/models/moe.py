@@ -16,15 +16,18 @@ import numpy as np
 from mlx import nn
 
 from ..specs import LayerSpec, ModelSpec
+from .expert_kernel import MOST_PLACES, Activation, PackedMatrix, product
 from .groups import Groups, make_groups
 from .precision import linear, one_kernel, runs_on_cpu, widen
 from .routing_ways import (
     BY_SORTING,
+    KERNEL,
     MOST_ROUTES_OF_A_TABLE,
     SORT_FROM_ROUTES,
     SORTED,
     UNSORTED,
     ExpertWays,
+    takes_kernel,
     uses_tiles,
     way_for,
 )
@@ -64,13 +67,18 @@ class MoE(nn.Module):
     experts: RoutedExperts
 
     def __init__(
-        self, spec: ModelSpec, layer: LayerSpec, bias_apart: bool = False, expert_ways: ExpertWays = BY_SORTING
+        self,
+        spec: ModelSpec,
+        layer: LayerSpec,
+        bias_apart: bool = False,
+        expert_ways: ExpertWays = BY_SORTING,
+        kernel_rows: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         self.experts_per_token = layer.experts_per_token
         self.bias_apart = bias_apart
         self.router = nn.Linear(spec.hidden_size, layer.num_experts)
-        self.experts = Experts(spec, layer, expert_ways)
+        self.experts = Experts(spec, layer, expert_ways, kernel_rows)
 
     def __call__(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
         """x (B, L, hidden_size) in float32 -> the layer's output; the experts compute in `dtype`.
@@ -131,23 +139,28 @@ class Experts(nn.Module):
     The rows of `gate_up_proj` alternate: gate 0, up 0, gate 1, up 1, ... as in OpenAI's files. `down_proj` may have
     more rows than hidden_size (whole tiles are several times faster on some GPUs); those beyond are ignored.
 
-    ways: which way so many rows go (`KernelChoices.expert_ways`). outputs_float32: whether outputs
-    are not rounded to the type of the inputs, since those of other machines are added to them.
+    ways: which way so many rows go (`KernelChoices.expert_ways`). kernel_rows: how many go by our own kernel, where it can be
+    had (`KernelChoices.expert_kernel_rows`). outputs_float32: whether outputs are not rounded to the type of the inputs,
+    since those of other machines are added to them.
     """
 
     outputs_float32 = False
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, ways: ExpertWays = BY_SORTING) -> None:
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, ways: ExpertWays = BY_SORTING, kernel_rows: tuple[int, int] = (0, 0)
+    ) -> None:
         super().__init__()
         self.num_experts = layer.num_experts
         self.swiglu_limit, self.swiglu_alpha = spec.swiglu_limit, spec.swiglu_alpha
         self.gate_up_proj = ExpertLinear(layer.num_experts, spec.hidden_size, 2 * layer.intermediate_size)
         self.down_proj = ExpertLinear(layer.num_experts, layer.intermediate_size, spec.hidden_size)
-        self.ways = ways
+        self.ways, self.kernel_rows = ways, kernel_rows
         self._bias_table: tuple[mx.array, mx.array, mx.array] | None = None
 
     def __call__(self, x: mx.array, expert_indices: mx.array) -> mx.array:
         way = self.way_for(expert_indices.shape)
+        if way == KERNEL:
+            return self.by_kernel(x, expert_indices)
         if way == UNSORTED:
             return self.feed_forward(x[..., None, :], Routes(expert_indices))
         if way == SORTED:
@@ -159,9 +172,31 @@ class Experts(nn.Module):
         return self.of_groups(x.reshape(-1, x.shape[-1]), groups).reshape(*expert_indices.shape, -1)
 
     def way_for(self, shape: Sequence[int]) -> str:
-        """The way of experts that were chosen in this shape, (..., k): one of `routing_ways.WAYS`."""
+        """The way of experts that were chosen in this shape, (..., k): one of `routing_ways.WAYS`, or `KERNEL`."""
         k = shape[-1]
-        return way_for(math.prod(shape) // k, k, self.num_experts, self.ways)
+        num_rows = math.prod(shape) // k
+        if takes_kernel(num_rows, k, self.kernel_rows) and self._suits_kernel:
+            return KERNEL
+        return way_for(num_rows, k, self.num_experts, self.ways)
+
+    @property
+    def _suits_kernel(self) -> bool:
+        """Whether the kernel computes these matrices. It has no derivative."""
+        matrices = self.gate_up_proj, self.down_proj
+        return not (self.training or self.outputs_float32) and all(
+            type(each) is QuantizedExpertLinear and each.mode == "mxfp4" and each.weight.shape[0] <= MOST_PLACES
+            for each in matrices
+        )
+
+    def by_kernel(self, x: mx.array, expert_indices: mx.array, slots: mx.array | None = None) -> mx.array:
+        """As `__call__`, by our own kernel. slots, like `expert_indices`: where weights lie; None: at their own number."""
+        shape, k = expert_indices.shape, expert_indices.shape[-1]
+        experts = expert_indices.reshape(-1, k)
+        places = experts if slots is None else slots.reshape(-1, k)
+        activation = Activation(self.swiglu_limit, self.swiglu_alpha)
+        gate_up, down = (PackedMatrix(m.weight, m.scales, m.bias) for m in (self.gate_up_proj, self.down_proj))
+        hidden = product(x.reshape(-1, x.shape[-1]), gate_up, places, experts, activation)
+        return product(hidden, down, places, experts).reshape(*shape, -1)
 
     def feed_forward(self, x: mx.array, routes: Routes) -> mx.array:
         """Each row through its expert: x (..., n or 1, hidden_size) -> (..., n, hidden_size).

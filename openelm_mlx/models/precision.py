@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx import nn
 
 from .prompt_products import PRODUCTS_TO_ON_CUDA
-from .routing_ways import BY_SORTING, IN_BLOCKS, ExpertWays
+from .routing_ways import BY_SORTING, IN_BLOCKS, KERNEL_ROWS_ON_CUDA, ExpertWays
 
 # Combinations of shapes for which an elementwise function stays traced.
 MOST_TRACES = 64
@@ -37,7 +37,8 @@ class KernelChoices:
     slot_kernel: that call is a kernel of our own (models/slot_attention.py). prompt_products_to: a chunk of a prompt that goes
     beside others attends by two products and a softmax, in up to eight blocks of so many scores a layer; 0: never.
     pads_rows: a pass with chunks of prompts gets rows that are nobody's, so that numbers of rows are few. expert_ways: which
-    way so many rows at once go through their experts (models/routing_ways.py).
+    way so many rows at once go through their experts (models/routing_ways.py). expert_kernel_rows: from and to how many of
+    them go by a kernel of our own instead, where experts are in MXFP4 (models/expert_kernel.py); (0, 0): none.
     """
 
     rows_in_a_tile: int = 1
@@ -51,6 +52,7 @@ class KernelChoices:
     expert_ways: ExpertWays = BY_SORTING
     fuse_many_residual_adds: bool = False
     pads_rows: bool = False
+    expert_kernel_rows: tuple[int, int] = (0, 0)
 
 
 def default_choices() -> KernelChoices:
@@ -78,6 +80,7 @@ def default_choices() -> KernelChoices:
             slot_kernel=True,
             prompt_products_to=PRODUCTS_TO_ON_CUDA,
             expert_ways=IN_BLOCKS,
+            expert_kernel_rows=KERNEL_ROWS_ON_CUDA,
             fuse_many_residual_adds=True,
             pads_rows=True,
         )

@@ -21,10 +21,13 @@ ExpertWays = tuple[tuple[int, str], ...]
 
 UNSORTED, SORTED, GROUPED = "unsorted", "sorted", "grouped"
 WAYS = (UNSORTED, SORTED, GROUPED, "blocks_16", "blocks_32")
+# Where experts are in MXFP4: a kernel of our own, which reads each expert once (models/expert_kernel.py). It is in no table.
+KERNEL = "kernel"
 
 # What holds where nobody has measured, and for MLX's CUDA backend (`precision.default_choices`).
 BY_SORTING: ExpertWays = ((1, UNSORTED), (16, SORTED))
 IN_BLOCKS: ExpertWays = ((1, UNSORTED), (16, GROUPED), (17, "blocks_16"))
+KERNEL_ROWS_ON_CUDA = (1, 128)
 
 # What a row of the table is: gpt-oss takes four experts a token. Fewer a token count as fewer rows.
 ROUTES_A_ROW = 4
@@ -57,6 +60,13 @@ def way_for(num_rows: int, experts_per_token: int, num_experts: int, ways: Exper
         if routes >= first * ROUTES_A_ROW and _suits(way, num_rows, routes, num_experts):
             return way
     return UNSORTED
+
+
+def takes_kernel(num_rows: int, experts_per_token: int, kernel_rows: tuple[int, int]) -> bool:
+    """Whether so many rows go by `KERNEL`, where it can be had. kernel_rows: `KernelChoices.expert_kernel_rows`."""
+    first, last = kernel_rows
+    routes = num_rows * experts_per_token
+    return first * ROUTES_A_ROW <= routes <= min(last * ROUTES_A_ROW, MOST_ROUTES_OF_A_TABLE) and last > 0
 
 
 def _suits(way: str, num_rows: int, routes: int, num_experts: int) -> bool:
@@ -137,6 +147,14 @@ def is_checked(ways: object) -> bool:
         return False
     firsts = [first for first, _ in pairs]
     return firsts[0] == 1 and all(a < b for a, b in itertools.pairwise(firsts))
+
+
+def is_range(kernel_rows: object) -> bool:
+    """Whether this is from and to how many rows a kernel is taken, or (0, 0)."""
+    if not isinstance(kernel_rows, list | tuple) or [type(each) for each in kernel_rows] != [int, int]:
+        return False
+    first, last = kernel_rows
+    return first == last == 0 or 1 <= first <= last
 
 
 def rows_in_a_group(way: str, num_rows: int) -> int:

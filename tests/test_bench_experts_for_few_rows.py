@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from expert_kernel_on_cpu import plain_product
 
 from benchmarks.experts_for_few_rows import main
 from benchmarks.measurements import experts_for_few_rows as measured
@@ -22,6 +23,7 @@ from benchmarks.measurements.experts_for_few_rows import (
     table,
 )
 from openelm_mlx.bench.expert_layer import LayerShape, random_experts, random_rows
+from openelm_mlx.models import moe
 from openelm_mlx.models.moe import weighted_sum
 from openelm_mlx.models.precision import add_rounded
 
@@ -160,3 +162,12 @@ def test_bad_options_are_one_sentence(words, said, capsys):
     told = capsys.readouterr()
     assert said in told.err
     assert told.out == ""
+
+
+def test_where_there_is_a_kernel_it_is_measured_too(experts, monkeypatch):
+    monkeypatch.setattr(measured, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    monkeypatch.setattr(moe, "product", plain_product)
+    found = {each.what: each for each in measured_ways("tiny", TINY, experts, (2,), 1e9, QUICK, plenty)}
+    assert found["kernel"].us > 0
+    assert found["kernel"].off < 0.02

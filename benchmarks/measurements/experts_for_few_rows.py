@@ -21,7 +21,7 @@ from openelm_mlx.bench.expert_layer import LayerShape, Rows, distance, random_ro
 from openelm_mlx.models.groups import Groups, groups_on_host, make_groups
 from openelm_mlx.models.moe import Experts, MoE, sort_routes, weighted_sum
 from openelm_mlx.models.precision import add_rounded, one_kernel, runs_on_cpu
-from openelm_mlx.models.routing_ways import GROUPED, SORTED, UNSORTED, num_groups
+from openelm_mlx.models.routing_ways import GROUPED, KERNEL, MOST_ROUTES_OF_A_TABLE, SORTED, UNSORTED, num_groups
 
 Form = Callable[[Experts, mx.array, mx.array], mx.array]
 Clock = Callable[[], float]
@@ -72,7 +72,9 @@ class Measured:
 
 
 def form_of(name: str) -> Form:
-    """The form of this name, one of FORMS; those that are placed before are made by `placed`."""
+    """The form of this name, one of FORMS or KERNEL; those that are placed before are made by `placed`."""
+    if name == KERNEL:
+        return lambda experts, x, chosen: experts.by_kernel(x, chosen)
     if name in (UNSORTED, SORTED):
 
         def as_models_do(experts: Experts, x: mx.array, chosen: mx.array) -> mx.array:
@@ -138,7 +140,8 @@ def measured_ways(
         distinct = statistics.mean(len(np.unique(np.array(chosen))) for chosen in rows.chosen)
         floor = 1e6 * distinct * shape.expert_bytes / bandwidth
         known: mx.array | None = None
-        for form in FORMS:
+        can_kernel = not runs_on_cpu() and number * shape.experts_per_token <= MOST_ROUTES_OF_A_TABLE
+        for form in (*FORMS, *([KERNEL] if can_kernel else [])):
             if not _LEAST_ROWS.get(form, 1) <= number <= _MOST_ROWS.get(form, 4096):
                 continue
             if left() <= 0:

@@ -156,6 +156,7 @@ def test_a_kernel_that_is_wrong_in_any_type_is_left_out(fault, as_on_a_gpu):
     ("seconds", "rows"),
     [
         ({}, (0, 0)),
+        (of(1, unsorted=1.0, kernel=0.5), (1, 1)),
         (of(2, unsorted=1.0, kernel=0.97) | of(4, unsorted=1.0, kernel=0.9), (4, 4)),
         (of(2, unsorted=1.0, kernel=0.5) | of(4, unsorted=1.0, kernel=0.9) | of(16, sorted=1.0, kernel=1.2), (2, 4)),
         # Beside a way that is faster than the table's, which keeps its own where both are nearly alike.
@@ -184,6 +185,7 @@ STEPS = [
         # The default where nothing is clearly faster; one row as a request alone goes.
         (of(2, unsorted=1.0, sorted=0.97) | of(16, unsorted=0.96, sorted=1.0), BY_SORTING),
         (of(2, unsorted=1.0, sorted=0.5), ((1, "unsorted"), (2, "sorted"))),
+        (of(1, unsorted=1.0, sorted=0.5) | of(2, unsorted=1.0, sorted=0.5), ((1, "unsorted"), (2, "sorted"))),
         (STEPS[0] | STEPS[1] | STEPS[2], ((1, "unsorted"), (16, "blocks_16"), (64, "sorted"))),
         # Nearly alike: no step.
         (
@@ -202,5 +204,5 @@ def test_the_table_that_timings_say(seconds, table):
 
 def test_a_table_in_words():
     assert table_text(BY_SORTING) == "unsorted from 1, sorted from 16"
-    assert expert_ways.ROWS[0] == 2
+    assert expert_ways.ROWS[0] == 1
     assert expert_ways.ROWS[-1] == 128

@@ -24,7 +24,7 @@ from .expert_layer import (
     random_rows,
 )
 
-ROWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # A way that is not the default has to be faster by this much.
 MARGIN = 0.05
 # Seconds for all numbers of rows; those that are not reached go as the last one did, or as the default says.
@@ -161,11 +161,13 @@ def _reason(error: Exception) -> str:
 
 
 def table_of(seconds: Mapping[tuple[int, str], float], default: ExpertWays) -> ExpertWays:
-    """The table that the timings say. One row goes unsorted, as a request alone does; of ways that are alike fast, the
+    """The table that the timings say. One row goes unsorted, where it does not go by the kernel; of ways that are alike fast, the
     default's is taken, and else that of fewer rows, so that noise makes no steps.
     """
     table: list[tuple[int, str]] = [(1, UNSORTED)]
     for number, found in itertools.groupby(seconds.items(), key=lambda each: each[0][0]):
+        if number == 1:
+            continue
         ways = {way: each for (_, way), each in found}
         fastest = min(ways, key=lambda way: ways[way])
         alike = [way for way, each in ways.items() if ways[fastest] >= (1 - MARGIN) * each]

@@ -27,7 +27,8 @@ KERNEL = "kernel"
 # What holds where nobody has measured, and for MLX's CUDA backend (`precision.default_choices`).
 BY_SORTING: ExpertWays = ((1, UNSORTED), (16, SORTED))
 IN_BLOCKS: ExpertWays = ((1, UNSORTED), (16, GROUPED), (17, "blocks_16"))
-KERNEL_ROWS_ON_CUDA = (1, 128)
+# As far as the kernel is faster than those ways on MLX's CUDA backend, for one row too (docs/LOG.md).
+KERNEL_ROWS_ON_CUDA = (1, 64)
 
 # What a row of the table is: gpt-oss takes four experts a token. Fewer a token count as fewer rows.
 ROUTES_A_ROW = 4

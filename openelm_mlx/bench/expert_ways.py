@@ -161,7 +161,7 @@ def _reason(error: Exception) -> str:
 
 
 def table_of(seconds: Mapping[tuple[int, str], float], default: ExpertWays) -> ExpertWays:
-    """The table that the timings say. One row goes unsorted, where it does not go by the kernel; of ways that are alike fast, the
+    """The table that the timings say. One row goes unsorted, where it does not go by the kernel; of ways alike fast, the
     default's is taken, and else that of fewer rows, so that noise makes no steps.
     """
     table: list[tuple[int, str]] = [(1, UNSORTED)]

@@ -344,6 +344,8 @@ def _doubling(levels: int) -> dict:
         ({"type": "integer", "minimum": 10**5000}, "huge number"),
         ({"type": "string", "pattern": "\ud800"}, "surrogate"),
         ({"enum": ["\ud800"]}, "surrogate"),
+        ({"oneOf": [{"const": 10**5000}, {"const": 1}, {"const": 1.0}]}, "both fit 1"),
+        ({"oneOf": [{"const": {"a": 1}}, {"const": {"a": 1.0}}]}, 'both fit {"a": 1}'),
         ({"enum": [123456789.12345679]}, "numbers that cannot be enforced (123456789.12345679)"),
         ({"properties": {"a": {"not": {}}}}, "not at properties.a"),
         ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "properties.a points to nothing"),

@@ -13,7 +13,7 @@ from typing import Any, final
 
 from .engine_schema import engine_refusal
 from .number_bounds import Bound, bounds_of, exact, first_and_last
-from .schema_parts import has_huge_number, kind_of, may_be, shown, target_of
+from .schema_parts import has_huge_number, identity, kind_of, may_be, shown, target_of
 from .validation import Validator
 
 _TYPES = ("string", "number", "boolean", "null", "array", "object")
@@ -107,8 +107,8 @@ class Alternatives:
     def _own_parts_apart(self, a: Mapping[str, Any], b: Mapping[str, Any], seen: frozenset[tuple[int, int]]) -> bool:
         first, second = _values(a), _values(b)
         if first is not None and second is not None:
-            texts = set(map(_text, first))
-            return not any(_text(value) in texts for value in second)
+            known = set(map(identity, first))
+            return not any(identity(value) in known for value in second)
         common = [kind for kind in _TYPES if _may_be(a, kind) and _may_be(b, kind)]
         return all(self._apart_as(kind, a, b, seen) for kind in common)
 
@@ -261,13 +261,6 @@ def _values(schema: Mapping[str, Any]) -> list[Any] | None:
     if "const" in schema:
         return [schema["const"]]
     return list(schema["enum"]) if isinstance(schema.get("enum"), (list, tuple)) else None
-
-
-def _text(value: Any) -> str:
-    """A text that is the same for values that JSON Schema considers equal, such as 1 and 1.0."""
-    if isinstance(value, float) and value == int(value):
-        value = int(value)
-    return json.dumps(value, sort_keys=True)
 
 
 def _may_be(schema: Mapping[str, Any], kind: str) -> bool:

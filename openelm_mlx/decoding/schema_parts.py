@@ -115,6 +115,19 @@ def has_huge_number(value: Any) -> bool:
     return isinstance(value, int) and value.bit_length() > 4000
 
 
+def identity(value: Any) -> str:
+    """A text that is the same for values that JSON Schema considers equal: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(sorted(f'{key!r}:{identity(item)}' for key, item in value.items()))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(identity, value))}]"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return hex(value)  # any int is printed in base 16
+    return repr(value)
+
+
 def kind_of(value: Any) -> str:
     """The name of a value's type; "number" for whole ones too."""
     if isinstance(value, bool):

@@ -22,6 +22,7 @@ import referencing.jsonschema
 
 from .json_patterns import matches
 from .keywords import KEYWORDS, MOST_FAULTS, Fault, shown
+from .schema_parts import identity
 
 # A step is a keyword applied to a value; keywords that look at every item count once for each. One or two seconds.
 _MOST_STEPS = 200_000
@@ -215,19 +216,14 @@ class Check:
         return known
 
     def identity(self, value: Any) -> str:
-        """A text that is the same for values that JSON Schema considers equal: 1 and 1.0 are, 1 and true are not."""
-        if isinstance(value, bool) or value is None:
-            return f"{value}"
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, (int, float)):
-            return hex(value) if isinstance(value, int) else repr(value)  # any int is printed in base 16
-        if isinstance(value, str):
-            return repr(value)
-        self.step(len(value))
-        if isinstance(value, Mapping):
-            return f"{{{','.join(sorted(f'{key!r}:{self.identity(item)}' for key, item in value.items()))}}}"
-        return f"[{','.join(map(self.identity, value))}]"
+        """See `schema_parts.identity`; its steps are counted."""
+        waiting = [value]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, (Mapping, list, tuple)):
+                self.step(len(part))
+                waiting += part.values() if isinstance(part, Mapping) else part
+        return identity(value)
 
     # --- What of a value other keywords have looked at ----------------------------------------------------------------
 

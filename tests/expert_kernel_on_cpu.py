@@ -56,7 +56,7 @@ static float half_as_float(unsigned short bits) {{
 {HEADER}
 
 using T = float;
-constexpr int COLUMNS = {COLUMNS}, OUT = {OUT}, SHARE = {SHARE}, W = SIMDGROUPS, R = {R}, B = {B};
+constexpr int COLUMNS = {COLUMNS}, OUT = {OUT}, SHARE = {SHARE}, W = SIMDGROUPS, R = {R}, B = {B}, D = {D};
 constexpr int MOST_ROUTES = {MOST_ROUTES}, MOST_PLACES = {MOST_PLACES};
 
 #define PARAMETERS const float* x, const unsigned* weights, const int* weights_shape, const int64_t* weights_strides, \\

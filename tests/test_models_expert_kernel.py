@@ -35,11 +35,11 @@ def case(num_rows=3, k=2, num_experts=4, columns=96, rows=20, padded=24, shared=
 @pytest.mark.parametrize(
     ("language", "activation", "sizes", "shape"),
     [
-        ("Metal", LIKE_GPT_OSS, {"W": 1, "R": 4, "B": 8}, {"num_rows": 7, "num_experts": 3}),
-        ("CUDA", None, {"W": 2, "R": 2, "B": 8}, {"shared": False, "columns": 544, "num_experts": 40}),
-        pytest.param("CUDA", LIKE_GPT_OSS, {"W": 2, "R": 4, "B": 8}, {"num_rows": 40}, marks=pytest.mark.slow),
+        ("Metal", LIKE_GPT_OSS, {"W": 1, "R": 4, "B": 8, "D": 1}, {"num_rows": 7, "num_experts": 3}),
+        ("CUDA", None, {"W": 2, "R": 2, "B": 8, "D": 1}, {"shared": False, "columns": 544, "num_experts": 40}),
+        pytest.param("CUDA", LIKE_GPT_OSS, {"W": 2, "R": 4, "B": 8, "D": 1}, {"num_rows": 40}, marks=pytest.mark.slow),
         pytest.param(
-            "Metal", None, {"W": 2, "R": 4, "B": 4}, {"num_rows": 1, "k": 1, "rows": 24}, marks=pytest.mark.slow
+            "Metal", None, {"W": 2, "R": 4, "B": 4, "D": 1}, {"num_rows": 1, "k": 1, "rows": 24}, marks=pytest.mark.slow
         ),
     ],
 )
@@ -53,7 +53,7 @@ def test_the_kernel_is_a_product_with_experts(language, activation, sizes, shape
 def test_a_route_has_the_same_bits_in_any_company(tmp_path):
     """From one to as many as are multiplied together, and more."""
     x, weight, scales, bias, chosen, _ = case(num_rows=11, k=1, num_experts=1)
-    sizes = {"W": 1, "R": 2, "B": 8}
+    sizes = {"W": 1, "R": 2, "B": 8, "D": 1}
     outs = []
     for count in (1, 2, 4, 8, 11):
         (tmp_path / str(count)).mkdir()

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-# Simdgroups in a threadgroup, rows of the matrix for each of them, and routes that are multiplied together.
+# Simdgroups in a threadgroup, rows of the matrix for each of them, routes that are multiplied together, and words that are read
+# ahead. Two words ahead, or a loop over words that says nothing of it, made the kernel half as slow again (docs/LOG.md).
 SIMDGROUPS = 4
 ROWS = 4
 TOGETHER = 8
+AHEAD = 1
 # Routes of a pass, and experts of a layer, at most: a threadgroup notes them.
 MOST_ROUTES, MOST_PLACES = 512, 512
 
@@ -80,53 +82,62 @@ METAL = """
 FUNCTIONS = """
 template <typename T> struct alignas(16) Eight { T of[8]; };
 
-template <typename T, int N, int R, int B, int COLUMNS>
+template <typename T, int N, int R, int B, int D, int COLUMNS>
 FUNCTION void multiply(
     LOCAL float (&sums)[R][B], const DEVICE unsigned int* weights, const DEVICE unsigned char* scales, const DEVICE T* x,
     const LOCAL int (&lines)[R], const LOCAL int (&starts)[B], int lane
 ) {
     constexpr int WORDS = COLUMNS / 8;
-    unsigned int next[R], exponents[R];
+    unsigned int next[D][R], exponents[D][R];
     #pragma unroll
-    for (int r = 0; r < R; r++) {
-        next[r] = lane < WORDS ? weights[size_t(lines[r]) * WORDS + lane] : 0u;
-        exponents[r] = lane < WORDS ? scales[size_t(lines[r]) * (WORDS / 4) + lane / 4] : 0u;
-    }
-    for (int at = lane; at < WORDS; at += 32) {
-        const int later = at + 32;
-        float weight[R][8], scale[R];
+    for (int d = 0; d < D; d++) {
+        const int at = lane + 32 * d;
         #pragma unroll
         for (int r = 0; r < R; r++) {
-            const unsigned int word = next[r];
-            scale[r] = SCALE(exponents[r]);
-            next[r] = later < WORDS ? weights[size_t(lines[r]) * WORDS + later] : 0u;
-            exponents[r] = later < WORDS ? scales[size_t(lines[r]) * (WORDS / 4) + later / 4] : 0u;
-            FP4_HALVES(((word << 9) & 0x0e000e00u) | ((word << 12) & 0x80008000u), weight[r][0], weight[r][4]);
-            FP4_HALVES(((word << 5) & 0x0e000e00u) | ((word << 8) & 0x80008000u), weight[r][1], weight[r][5]);
-            FP4_HALVES(((word << 1) & 0x0e000e00u) | ((word << 4) & 0x80008000u), weight[r][2], weight[r][6]);
-            FP4_HALVES(((word >> 3) & 0x0e000e00u) | (word & 0x80008000u), weight[r][3], weight[r][7]);
+            next[d][r] = at < WORDS ? weights[size_t(lines[r]) * WORDS + at] : 0u;
+            exponents[d][r] = at < WORDS ? scales[size_t(lines[r]) * (WORDS / 4) + at / 4] : 0u;
         }
+    }
+    for (int start = lane; start < WORDS; start += 32 * D) {
         #pragma unroll
-        for (int b = 0; b < N; b++) {
-            const Eight<T> numbers = *(const DEVICE Eight<T>*)(x + starts[b] + 8 * at);
-            float parts[R];
+        for (int d = 0; d < D; d++) {
+            const int at = start + 32 * d, later = at + 32 * D;
+            float weight[R][8], scale[R];
             #pragma unroll
-            for (int r = 0; r < R; r++) parts[r] = 0.0f;
-            #pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const float number = float(numbers.of[e]);
-                #pragma unroll
-                for (int r = 0; r < R; r++) parts[r] = FMA(number, weight[r][e], parts[r]);
+            for (int r = 0; r < R; r++) {
+                const unsigned int word = next[d][r];
+                scale[r] = SCALE(exponents[d][r]);
+                next[d][r] = later < WORDS ? weights[size_t(lines[r]) * WORDS + later] : 0u;
+                exponents[d][r] = later < WORDS ? scales[size_t(lines[r]) * (WORDS / 4) + later / 4] : 0u;
+                FP4_HALVES(((word << 9) & 0x0e000e00u) | ((word << 12) & 0x80008000u), weight[r][0], weight[r][4]);
+                FP4_HALVES(((word << 5) & 0x0e000e00u) | ((word << 8) & 0x80008000u), weight[r][1], weight[r][5]);
+                FP4_HALVES(((word << 1) & 0x0e000e00u) | ((word << 4) & 0x80008000u), weight[r][2], weight[r][6]);
+                FP4_HALVES(((word >> 3) & 0x0e000e00u) | (word & 0x80008000u), weight[r][3], weight[r][7]);
             }
+            // Beyond the end weights are zero.
+            const int column = at < WORDS ? 8 * at : 0;
             #pragma unroll
-            for (int r = 0; r < R; r++) sums[r][b] = FMA(scale[r], parts[r], sums[r][b]);
+            for (int b = 0; b < N; b++) {
+                const Eight<T> numbers = *(const DEVICE Eight<T>*)(x + starts[b] + column);
+                float parts[R];
+                #pragma unroll
+                for (int r = 0; r < R; r++) parts[r] = 0.0f;
+                #pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    const float number = float(numbers.of[e]);
+                    #pragma unroll
+                    for (int r = 0; r < R; r++) parts[r] = FMA(number, weight[r][e], parts[r]);
+                }
+                #pragma unroll
+                for (int r = 0; r < R; r++) sums[r][b] = FMA(scale[r], parts[r], sums[r][b]);
+            }
         }
     }
 }
 """
 
-# Constants: T, the type; COLUMNS of the matrix; OUT, its rows; W simdgroups, R rows for each, B
-# routes together; SHARE, how many routes have one row of x.
+# Constants: T, the type; COLUMNS of the matrix; OUT, its rows; W simdgroups, R rows for each, B routes together, D words ahead;
+# SHARE, how many routes have one row of x.
 SOURCE = """
     const int thread_id = THREAD, simdgroup = thread_id / 32, lane = thread_id % 32;
     const int k = places_shape[1], num_routes = places_shape[0] * k, num_places = weights_shape[0];
@@ -197,10 +208,10 @@ SOURCE = """
             #pragma unroll
             for (int r = 0; r < R; r++) sums[r][b] = 0.0f;
         }
-        if (count == 1) multiply<T, 1, R, B, COLUMNS>(sums, own_weights, own_scales, x, lines, starts, lane);
-        else if (count == 2) multiply<T, 2, R, B, COLUMNS>(sums, own_weights, own_scales, x, lines, starts, lane);
-        else if (count <= 4) multiply<T, 4, R, B, COLUMNS>(sums, own_weights, own_scales, x, lines, starts, lane);
-        else multiply<T, B, R, B, COLUMNS>(sums, own_weights, own_scales, x, lines, starts, lane);
+        if (count == 1) multiply<T, 1, R, B, D, COLUMNS>(sums, own_weights, own_scales, x, lines, starts, lane);
+        else if (count == 2) multiply<T, 2, R, B, D, COLUMNS>(sums, own_weights, own_scales, x, lines, starts, lane);
+        else if (count <= 4) multiply<T, 4, R, B, D, COLUMNS>(sums, own_weights, own_scales, x, lines, starts, lane);
+        else multiply<T, B, R, B, D, COLUMNS>(sums, own_weights, own_scales, x, lines, starts, lane);
 
         #pragma unroll
         for (int b = 0; b < B; b++) {
@@ -287,7 +298,7 @@ def product(
     routes, num_places, rows, columns = places.size, matrix.weight.shape[0], matrix.bias.shape[-1], x.shape[-1]
     template = [
         ("T", x.dtype), ("COLUMNS", columns), ("OUT", rows), ("SHARE", routes // x.shape[0]),
-        ("W", SIMDGROUPS), ("R", ROWS), ("B", TOGETHER), ("MOST_ROUTES", MOST_ROUTES),
+        ("W", SIMDGROUPS), ("R", ROWS), ("B", TOGETHER), ("D", AHEAD), ("MOST_ROUTES", MOST_ROUTES),
         ("MOST_PLACES", MOST_PLACES),
     ]  # fmt: skip
     tiles = -(-rows // (SIMDGROUPS * ROWS))

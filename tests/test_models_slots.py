@@ -64,6 +64,37 @@ def test_slots_are_caches_apart(model, form, monkeypatch):
         assert mx.array_equal(mx.argmax(found, axis=-1), mx.argmax(known, axis=-1))
 
 
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_what_was_in_a_slot_does_not_reach_whoever_has_it_next(model, has_kernel):
+    """NaN in columns that it does not see: those of a request whose numbers had become too large."""
+    bank, caches = filled(model, LENGTHS[:4], has_kernel=has_kernel)
+    gone, step = 1, BatchStep(model, compile=False)
+    for buffer in bank._buffers:
+        buffer[:, gone] = mx.nan
+    draw = np.random.default_rng(5)
+
+    def stepped() -> tuple[mx.array, mx.array]:
+        tokens = mx.array(draw.integers(3, 250, (len(bank),)))
+        bank.begin()
+        found = step(tokens, [], bank)
+        bank.end()
+        return found, flat_logits(model, tokens, [Rows(cache) for cache in caches])
+
+    found, known = stepped()
+    others = mx.array([0, 2, 3])
+    assert mx.isnan(found[gone]).all()
+    assert max_difference(found[others], np.array(known[others])) <= 1e-4
+    bank.leave(gone)
+    stepped()  # nobody's row writes NaN once more
+    own, caches[gone] = model.make_cache(), model.make_cache()
+    for cache in (own, caches[gone]):
+        mx.eval(model(mx.array([[7, 8, 9, 10, 11]]), cache)[0, -1, 0])
+    assert bank.join("new", own) == gone
+    for _ in range(3):
+        found, known = stepped()
+        assert max_difference(found, np.array(known)) <= 1e-4
+
+
 def test_who_is_not_in_a_slot_is_computed_beside(model, monkeypatch):
     """One token of a request apart, as one has that is longer than slots are."""
     monkeypatch.setattr(model, "choices", replace(model.choices, slot_kernel=True))

@@ -102,6 +102,7 @@ class SlotBank:
     def join(self, owner: Hashable, cache: Cache) -> int:
         """Take over what `cache` holds, which is empty then. Gives the slot."""
         length = cache[0].offset
+        was_used = None in self.owners
         slot = self._free_slot()
         self._make_places(length + 1)
         self._settle()
@@ -113,6 +114,10 @@ class SlotBank:
                 _, heads, _, head_dim = keys.shape
                 shape = (2, len(self), heads, self._columns(i), head_dim)
                 self._buffers[i] = buffer = mx.zeros(shape, keys.dtype)
+            if was_used:
+                # What is not seen has a weight of zero, and zero times a NaN of whoever was here is NaN. Only values: scores
+                # of keys that are not seen are replaced.
+                buffer[1, slot] = 0.0
             for part, new in enumerate((keys, values)):
                 self._write_before(i, buffer, part, slot, new)
             layer.clear()

@@ -19,6 +19,7 @@ from ..models.adapter_sites import Adapted
 from ..models.block import Projected
 from ..models.gpt_oss import GptOss, Routed
 from ..models.slot_attention import attend_in_slots
+from ..models.tracing import compile_apart
 from ..runtime import Traced, runtime_of
 from .sampling import Sampler
 
@@ -54,19 +55,19 @@ class Pieces:
         if not self._compile:
             return function
         if not self._by_row:
-            return mx.compile(function)
+            return compile_apart(function)
         adapters = self.model.adapters
 
         def traced(rows: mx.array, *arguments: Any) -> Any:
             with adapters.using(replace(adapters.selection, rows=RowChoice(rows))):
                 return function(*arguments)
 
-        compiled = mx.compile(traced)
+        by_row = compile_apart(traced)
 
         def call(*arguments: Any) -> Any:
             chosen = adapters.selection.rows
             assert chosen is not None
-            return compiled(chosen.rows, *arguments)
+            return by_row(chosen.rows, *arguments)
 
         return call
 

@@ -17,6 +17,7 @@ from ..checks import is_number, whole_number
 from ..errors import SettingError
 from ..files import shown
 from ..models.precision import runs_on_cpu
+from ..models.tracing import compile_apart
 
 _LOWEST = -1e30
 # Parameters that only affect a sampler's arrays.
@@ -222,7 +223,7 @@ class CompiledChoices:
         if choose is None:
             while len(self._compiled) >= self.MOST:
                 self._compiled.pop(next(iter(self._compiled)), None)
-            choose = self._compiled[form] = mx.compile(make(sampler.without_arrays()))
+            choose = self._compiled[form] = compile_apart(make(sampler.without_arrays()))
         return choose
 
 

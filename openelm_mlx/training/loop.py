@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from ..errors import TrainingError
 from ..memory.machine import give_back_freed
 from ..models.base import LanguageModel
+from ..models.tracing import compile_apart
 from ..outputs import signals_wait
 from .batches import Batch
 from .optimizer import Schedule, clipped, global_norm, set_rate
@@ -120,7 +121,7 @@ class Trainer:
         self.seed, self.folder, self.listener, self.save_every = seed, folder, listener, save_every
         self.kept_bytes = kept_bytes
         # Apart from each other, an update's operations read and write every weight a dozen times.
-        self._update = mx.compile(self._apply) if gradients.compiled else self._apply
+        self._update = compile_apart(self._apply) if gradients.compiled else self._apply
         self._mean = mx.compile(_mean) if gradients.compiled else _mean
         self._shapes: list[Any] = []
         found = folder.load() if folder is not None else None

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from ..models.adapter_sites import LowRank
 from ..models.base import LanguageModel
 from ..models.precision import runs_on_cpu
+from ..models.tracing import compile_apart
 from .batches import Batch
 from .forward import Places, hidden_states
 from .loss import HeadLoss, head_logprobs, head_loss, preference_loss, surrogate, targets_at_once
@@ -101,7 +102,7 @@ class Gradients:
         if key not in self._functions:
             if len(self._functions) >= MOST_COMPILED:
                 self._functions.clear()
-            self._functions[key] = mx.compile(self._differentiated(key))
+            self._functions[key] = compile_apart(self._differentiated(key))
         return self._functions[key]
 
     def _differentiated(self, key: Any) -> Callable[..., Any]:

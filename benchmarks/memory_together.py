@@ -137,6 +137,7 @@ def measure(name: str, source: str) -> dict[str, int]:
 
     import openelm_mlx as om
     from openelm_mlx.decoding.prefill import lock_of
+    from openelm_mlx.engine.flat_pass import num_shares
     from openelm_mlx.memory.admission import Admission, RequestMemory
     from openelm_mlx.memory.cache_bytes import CacheBytes
 
@@ -165,8 +166,8 @@ def measure(name: str, source: str) -> dict[str, int]:
     in_use = model.plan.weights_bytes + kept
     planned = admission.needed(in_use, held, mixture.chunk)
     if kept == 0 and max(prompt for prompt, _ in mixture.requests) < LONG:
-        # While nobody decodes, as many prompts share a pass as the plan's chunk has tokens for.
-        first = max(1, model.plan.prefill_chunk // mixture.chunk)
+        # While nobody decodes, as many prompts share a pass as the plan's chunk has tokens for, or as there are cores.
+        first = max(num_shares(model), model.plan.prefill_chunk // mixture.chunk)
         for offset in range(0, max(prompt for prompt, _ in mixture.requests), mixture.chunk):
             together = [
                 admission.part(min(mixture.chunk, prompt - offset), offset)

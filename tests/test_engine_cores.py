@@ -10,9 +10,8 @@ from conftest import FIXTURES, load_fixture, random_model
 
 import openelm_mlx as om
 from openelm_mlx.decoding import batch_step
-from openelm_mlx.engine import flat_pass
+from openelm_mlx.engine import flat_pass, runner
 from openelm_mlx.models.cores import MOST_CORES, compute_at_once, num_cores, streams
-from openelm_mlx.models.rows import Rows
 
 LOADERS = {
     "openelm": lambda: random_model(context_length=256),
@@ -20,30 +19,15 @@ LOADERS = {
 }
 
 
-def shared(monkeypatch, model, cores, *lengths):
-    monkeypatch.setattr(flat_pass, "num_cores", lambda: cores)
-    rows = [Rows([], each) for each in lengths]
-    return [[each.length for each in share] for share in flat_pass._shares(model, rows)]
-
-
-def test_each_core_gets_about_as_many_rows(monkeypatch):
-    model = random_model()
-    assert shared(monkeypatch, model, 2, 1, 1, 1, 1) == [[1, 1], [1, 1]]
-    assert shared(monkeypatch, model, 2, 1, 1, 1) in ([[1], [1, 1]], [[1, 1], [1]])
-    assert shared(monkeypatch, model, 4, 1, 1, 1) == [[1], [1], [1]]
-    assert shared(monkeypatch, model, 2, 1, 1, 1, 64) == [[1, 1, 1], [64]]  # who decodes beside a chunk of a prompt
-    assert shared(monkeypatch, model, 2, 90, 80, 100, 70) == [[90, 80], [100, 70]]
-    assert shared(monkeypatch, model, 2, 64) == [[64]]
-    assert shared(monkeypatch, model, 1, 1, 1) == [[1, 1]]
-
-
 def test_a_pass_stays_whole_on_a_gpu_and_where_experts_are_on_disk(monkeypatch):
     model = random_model()
+    monkeypatch.setattr(flat_pass, "num_cores", lambda: 2)
+    assert flat_pass.num_shares(model) == 2
     with monkeypatch.context() as patched:
         patched.setattr(flat_pass, "runs_on_cpu", lambda: False)
-        assert shared(patched, model, 2, 1, 1) == [[1, 1]]
+        assert flat_pass.num_shares(model) == 1
     monkeypatch.setattr(flat_pass, "runtime_of", lambda model: SimpleNamespace(residency=object()))
-    assert shared(monkeypatch, model, 2, 1, 1) == [[1, 1]]
+    assert flat_pass.num_shares(model) == 1
 
 
 @pytest.mark.parametrize("family", LOADERS)
@@ -67,6 +51,29 @@ def test_any_number_of_cores_gives_the_answers_of_one(monkeypatch, family):
             found[cores] = [[(c.token, c.logprob, c.top_logprobs) for c in handle] for handle in handles]
     assert set(seen) == {2, 3}
     assert found[1] == found[2] == found[3]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_beside_those_who_decode_each_core_has_a_prompt(monkeypatch, cores):
+    model, submitted, passes = random_model(context_length=256), threading.Event(), []
+    step, compute = runner.Runner.step, runner.compute
+
+    def seen(model, step, bank, in_slots, parts):
+        passes.append(
+            (len(in_slots) + sum(not each.is_prompt for each in parts), sum(each.is_prompt for each in parts))
+        )
+        return compute(model, step, bank, in_slots, parts)
+
+    monkeypatch.setattr(flat_pass, "num_cores", lambda: cores)
+    monkeypatch.setattr(runner, "compute", seen)
+    monkeypatch.setattr(runner.Runner, "step", lambda self: submitted.wait(60) and step(self))
+    with om.Engine(model) as engine:
+        engine._scheduler.pace.longest = 16
+        handles = [engine.submit([7], max_tokens=60)]
+        handles += [engine.submit(list(range(at, at + 48)), max_tokens=4) for at in (3, 4, 5)]
+        submitted.set()
+        assert [len(list(handle)) for handle in handles] == [60, 4, 4, 4]
+    assert max(prompts for decoding, prompts in passes if decoding) == cores
 
 
 def test_results_come_in_order_each_from_its_own_thread():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, final
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from ..models.rows import Rows, flat_logits
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from .active import ActiveRequest, Pending
+from .scheduler import shared_among
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -69,12 +71,12 @@ def compute(
     used = bank if in_slots else None
     tokens, rows = joined_tokens(in_slots, parts), [each.rows for each in parts]
     total = sum(each.rows.length for each in prompts)
-    shares = _shares(model, rows)
+    shares = shared_among([each.length for each in rows], num_shares(model))
     with lock_of(model):
         if used is not None:
             used.begin()
         if len(shares) > 1:
-            logits = _on_all_cores(model, tokens, shares)
+            logits = _on_all_cores(model, tokens, rows, shares)
         elif any(each.rows.length > 1 for each in prompts):
             throttle = chunk_throttle([each.rows.cache for each in prompts], total)
             logits = flat_logits(model, tokens, rows, throttle, used, _padding(model, tokens.size))
@@ -89,44 +91,45 @@ def compute(
     return logits
 
 
-def _shares(model: Model, rows: Sequence[Rows]) -> list[list[Rows]]:
-    """The rows of a pass, in their order, for each core that computes: about as many tokens for each.
+def num_shares(model: Model) -> int:
+    """How many cores a pass is shared among, if it has as many requests.
 
-    One share on a GPU and where requests have slots, and where a pass has to stay whole: experts on disk are read for all of
-    it, and other machines compute it.
+    One on a GPU and where requests have slots, and where a pass has to stay whole: experts on disk are read for all of it,
+    and other machines compute it.
     """
     are_apart = runs_on_cpu() and not model.choices.slots
     is_whole = runtime_of(model).residency is not None or model.is_followed
-    count = min(num_cores(), len(rows)) if are_apart and not is_whole else 1
-    if count < 2:
-        return [list(rows)]
-    shares: list[list[Rows]] = [[]]
-    total, seen = sum(each.length for each in rows), 0
-    for each in rows:
-        # Into the next share from where the middle of its tokens lies beyond this one's end.
-        if shares[-1] and len(shares) < count and (seen + each.length / 2) * count > total * len(shares):
-            shares.append([])
-        shares[-1].append(each)
-        seen += each.length
-    return shares
+    return num_cores() if are_apart and not is_whole else 1
 
 
-def _on_all_cores(model: Model, tokens: mx.array, shares: Sequence[Sequence[Rows]]) -> mx.array | None:
-    """The logits of all shares, each computed on a core of its own: a row's bits are the same in any company."""
-    selection, start = model.adapters.selection, 0
+def _on_all_cores(
+    model: Model, tokens: mx.array, rows: Sequence[Rows], shares: Sequence[Sequence[int]]
+) -> mx.array | None:
+    """The logits of all rows, each of the shares computed on a core of its own: a row's bits are the same in any company.
+
+    shares: for each core, which of `rows`.
+    """
+    selection = model.adapters.selection
+    starts = [0, *accumulate(each.length for each in rows)]
     works: list[Callable[[], mx.array | None]] = []
-    inputs: list[Any] = []
+    inputs: list[Any] = [layer.buffers for each in rows for layer in each.cache]
     for share in shares:
-        stop = start + sum(each.length for each in share)
-        own, chosen = tokens[start:stop], selection.taking(range(start, stop))
+        places = [place for at in share for place in range(starts[at], starts[at + 1])]
+        own, chosen = tokens[mx.array(places)], selection.taking(places)
         inputs += [own, [] if chosen.rows is None else chosen.rows.rows]
-        inputs += [layer.buffers for each in share for layer in each.cache]
-        works.append(partial(_share_of_pass, model, own, share, chosen))
-        start = stop
+        works.append(partial(_share_of_pass, model, own, [rows[at] for at in share], chosen))
     # Whoever computes a share cannot evaluate what is to be computed on this thread's stream.
     mx.eval(inputs)
     found = [each for each in compute_at_once(works) if each is not None]
-    return mx.concatenate(found) if found else None
+    if not found:
+        return None
+    # Where each row's logits stand now, in the order of the rows.
+    first = [0, *accumulate(each.num_logits for each in rows)]
+    order = [place for share in shares for at in share for place in range(first[at], first[at + 1])]
+    logits = mx.concatenate(found)
+    if order == sorted(order):
+        return logits
+    return logits[mx.array(sorted(range(len(order)), key=order.__getitem__))]
 
 
 def _share_of_pass(model: Model, tokens: mx.array, rows: Sequence[Rows], selection: Selection) -> mx.array | None:

@@ -26,10 +26,10 @@ from .active import ActiveRequest, Pending
 from .delivery import Delivery
 from .expert_shares import ExpertShares
 from .failures import Failures
-from .flat_pass import Part, SamplerGroups, compute, decoding_part, pending_arrays, prompt_part
+from .flat_pass import Part, SamplerGroups, compute, decoding_part, num_shares, pending_arrays, prompt_part
 from .lifecycle import Lifecycle
 from .memory import BatchMemory
-from .scheduler import Scheduler
+from .scheduler import Scheduler, longest_share
 from .single import CLEAR_CACHE_EVERY, not_finite
 from .slots import arrange_slots, slot_bank
 
@@ -63,7 +63,7 @@ class Runner:
         residency = runtime_of(model).residency
         self._shares = None if residency is None else ExpertShares(residency)
         self.num_steps = 0
-        self._chunk = chunk_of_plan(model)
+        self._chunk, self._num_shares = chunk_of_plan(model), num_shares(model)
         self._groups = SamplerGroups()
         self.life = Lifecycle(model, tokenizer, scheduler, self.memory, self._groups)
         self._failures = Failures(scheduler, self.life, self._groups)
@@ -98,7 +98,7 @@ class Runner:
         in_slots = arrange_slots(self.model, self.bank, self.memory, self.scheduler.decoding)
         parts = self._parts(prompts)
         before = [(each, each.pending) for each in self.scheduler.decoding if each.pending and not each.replay]
-        chunk_length = sum(length for _, length in prompts)
+        chunk_length = longest_share([length for _, length in prompts], self._num_shares)
         has_work = bool(parts) or any(in_slots)
         if has_work and not self._pass(in_slots, parts):
             return
@@ -133,7 +133,7 @@ class Runner:
         """Whose prompts are gone on with, and by how many tokens each."""
         if self.scheduler.pace.is_usual_due and any(each.can_go_on for each in self.scheduler.decoding):
             return []
-        wanted = self.scheduler.next_prompts(self._chunk)
+        wanted = self.scheduler.next_prompts(self._chunk, self._num_shares)
         if not wanted:
             return []
         first, length = wanted[0]

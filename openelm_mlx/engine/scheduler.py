@@ -3,8 +3,9 @@
 Requests wait in a queue, and are admitted while fewer than `max_running` run and their memory fits: first come first
 served, but those that were submitted together (a client's list of prompts) are not all before whoever comes later. An
 admitted request's prompt is computed in chunks, beside one token of every request that decodes; short prompts share a
-pass. The chunks of a pass are together as long as decoding requests can bear (`ChunkPace`), and as a chunk of the plan
-when nobody decodes. A very long prompt takes turns with shorter ones that came after it.
+pass, and where cores share one each has a prompt. The chunks of a pass are together as long as decoding requests can bear
+(`ChunkPace`), and as a chunk of the plan when nobody decodes. A very long prompt takes turns with shorter ones that came
+after it.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class ChunkPace:
     The usual step is only seen where nobody's prompt is computed, which may never be while requests come and come: so
     `is_usual_due` asks for two steps without a chunk now and then. The first of them hands over what the chunk's step
     computed, and says nothing.
+
+    Where cores share a pass, a chunk is what the core has of prompts that has most.
 
     first: the first chunk beside somebody who decodes, where nothing is known of what a prompt's token takes.
     """
@@ -261,11 +264,12 @@ class Scheduler(Generic[J]):
             running[each.job.group] += 1
         return sorted(places, key=places.__getitem__)
 
-    def next_prompts(self, most: int) -> list[tuple[J, int]]:
-        """Whose prompts are gone on with in the next pass, and by how many tokens each, `most` in all.
+    def next_prompts(self, most: int, cores: int = 1) -> list[tuple[J, int]]:
+        """Whose prompts are gone on with in the next pass, and by how many tokens each: `most` in all, and more on cores
+        that would have nothing to do until the others are done.
 
         most: what memory and device allow at once; where somebody decodes, the pace allows less. Who was admitted first comes
-        first, or every other time one that is far shorter; others follow while tokens are left.
+        first, or every other time one that is far shorter; others follow while tokens are left. A piece is on one core.
         """
         with_chunks = sorted((each for each in self.prompts if each.job.chunks), key=lambda each: each.job.turn)
         if not with_chunks:
@@ -275,17 +279,21 @@ class Scheduler(Generic[J]):
         if self.decoding:
             most = self.pace.length(most)
         found = [(first, first.job.piece(most))]
-        left = most - found[0][1]
+        loads = [found[0][1], *[0] * (cores - 1)]  # of each core
+        left = most - loads[0]
         for each in with_chunks:
             if each is first:
                 continue
-            if left < LEAST_CHUNK or len(found) >= MOST_PROMPTS:
+            least = min(loads)
+            room = max(left, max(loads) - least)
+            if (least and room < LEAST_CHUNK) or len(found) >= MOST_PROMPTS:
                 break
-            length = each.job.piece(left)
-            if length <= left:
+            length = each.job.piece(room)
+            if length <= room:
                 found.append((each, length))
+                loads[loads.index(least)] += length
                 left -= length
-        self.pace.last = most - left
+        self.pace.last = max(loads)
         return found
 
     def _first_of(self, prompts: Sequence[J]) -> J:
@@ -328,6 +336,25 @@ class Scheduler(Generic[J]):
         for place in (self.waiting, self.prompts, self.following, self.decoding):
             if request in place:
                 place.remove(request)
+
+
+def shared_among(sizes: Sequence[int], cores: int) -> list[list[int]]:
+    """Which of so many works each core has, by their numbers, so that about as much is for each; no core without any.
+
+    The largest goes first, each to who has least.
+    """
+    shares: list[list[int]] = [[] for _ in range(max(1, cores))]
+    totals = [0] * len(shares)
+    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
+        core = totals.index(min(totals))
+        shares[core].append(at)
+        totals[core] += sizes[at]
+    return sorted(sorted(share) for share in shares if share)
+
+
+def longest_share(sizes: Sequence[int], cores: int) -> int:
+    """How much the core has that has most; 0 where there is no work."""
+    return max((sum(sizes[at] for at in share) for share in shared_among(sizes, cores)), default=0)
 
 
 def _place(request: HasJob, num_running: int) -> tuple[bool, int, int]:

@@ -185,6 +185,12 @@ def test_how_the_kernel_is_called(monkeypatch, activation):
     assert call["threadgroup"] == (32 * SIMDGROUPS, 1, 1)
 
 
+def test_whole_numbers_of_a_config_are_numbers_of_the_kernel():
+    header, _ = expert_kernel.texts_of(expert_kernel.METAL, Activation(7, 2))
+    assert "#define LIMIT 7.0f" in header
+    assert "#define ALPHA 2.0f" in header
+
+
 def test_both_languages_have_the_same_names():
     names = [
         {line.split("(")[0].split()[1] for line in text.splitlines() if "#define" in line}

@@ -266,7 +266,9 @@ def texts_of(language: str, activation: Activation | None) -> tuple[str, str]:
     """The kernel's text in the language whose names are given: what stands before it, and its body."""
     if activation is None:
         return language + _PLAIN + FUNCTIONS, SOURCE
-    limits = f"\n    #define LIMIT {activation.limit!r}f\n    #define ALPHA {activation.alpha!r}f\n"
+    # A config may have whole numbers, which would be none of float32's with the letter behind them.
+    limit, alpha = (float(each) for each in activation)
+    limits = f"\n    #define LIMIT {limit!r}f\n    #define ALPHA {alpha!r}f\n"
     return language + limits + _GATED + FUNCTIONS, SOURCE
 
 

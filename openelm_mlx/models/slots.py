@@ -102,7 +102,7 @@ class SlotBank:
     def join(self, owner: Hashable, cache: Cache) -> int:
         """Take over what `cache` holds, which is empty then. Gives the slot."""
         length = cache[0].offset
-        was_used = None in self.owners and not self.has_kernel  # the kernel reads nothing but what its request sees
+        was_used = None in self.owners
         slot = self._free_slot()
         self._make_places(length + 1)
         self._settle()

@@ -1,18 +1,23 @@
 """Plans of runs against MLX's own peak, and what is planned again where memory is short."""
 
 import gc
+import json
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from short_demos import short_demo
 
 from openelm_mlx.errors import MemoryLimitError
 from openelm_mlx.memory import limits
 from openelm_mlx.memory.machine import this_machine
+from openelm_mlx.placement import Placement
+from openelm_mlx.sources import Source
 from openelm_mlx.training import base
 from openelm_mlx.training import plan as training_plan
 from openelm_mlx.training.finetuning import prepare_finetuning
+from openelm_mlx.weights import read_model
 
 
 def chats(repeated: int) -> list[dict]:
@@ -145,6 +150,38 @@ def test_a_plan_is_near_the_peak_where_all_weights_are_trained(
         )  # fmt: skip
 
     assert 0.9 < most_of_a_plan(prepare, tmp_path, 0.9) <= 1.0
+
+
+@pytest.fixture(scope="module")
+def plain_experts(tmp_path_factory):
+    """Four layers of gpt-oss in bfloat16, experts too."""
+    folder, opened = tmp_path_factory.mktemp("plain"), Source.open(short_demo("demo-gpt-oss", 4))
+    model = read_model(Placement.of(opened.contents, mx.float32, unpacks=True), opened.checkpoint)
+    arrays = {name: array.astype(mx.bfloat16) for name, array in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    config = json.loads((opened.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for each in opened.folder.glob("tokenizer*"):
+        (folder / each.name).write_bytes(each.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(("checkpointing", "layers_widened"), [(False, 4), (True, 1)])
+def test_copies_in_float32_are_planned_where_experts_are_in_16_bits(
+    plain_experts, checkpointing, layers_widened, tmp_path
+):
+    """Each layer's stays until its gradient is computed; those of layers that are computed again do not."""
+
+    def prepare(output):
+        return prepare_finetuning(
+            plain_experts, data=chats(1), output=output, steps=1, batch_size=1, checkpointing=checkpointing
+        )
+
+    prepared = prepare(tmp_path / "looked at")
+    copies = layers_widened * prepared.base.weights.widened
+    assert copies > 0.15 * prepared.plan.total_bytes  # the plan would be too low by as much without them
+    assert 0.85 < most_of_a_plan(prepare, tmp_path, 0.85) <= 1.0
 
 
 class Watched:

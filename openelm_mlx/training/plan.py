@@ -243,6 +243,7 @@ class _Planner:
         gradient = FLOAT32 * trained
         # The sum of earlier batches' gradients stays while the next batch is computed.
         kept = gradient if len(groups) > 1 and self.base.trains_all else 0
+        kept += self._widened(checkpointing)
         found = (gradient + self._of_an_update() if self.base.trains_all else 2 * gradient + self._turned(), 0)
         for group in groups:
             batch = make_batch([cut[i] for i in group])
@@ -251,6 +252,14 @@ class _Planner:
             )
             found = max(found, (needed + kept, logits))
         return found
+
+    def _widened(self, checkpointing: bool) -> int:
+        """The copies in float32 of frozen experts in half precision (`Weights.widened`).
+
+        The gradient of what goes into a product reads the copy that was multiplied, so each layer's stays until its backward
+        pass; of layers that are computed again there is one layer's at a time.
+        """
+        return self.base.weights.widened * (1 if checkpointing else len(self.spec.layers))
 
     def _turned(self) -> int:
         """The copy of a matrix on the CPU (`products.product`)."""

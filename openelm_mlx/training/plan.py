@@ -8,6 +8,7 @@ instead of kept.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from ..models import build_model
 from ..models.adapter_targets import Target
 from ..models.adapters import AdapterConfig, selected_targets
 from ..specs import ModelSpec
-from .activations import FLOAT32, batch_bytes
+from .activations import FLOAT32, Copies, batch_bytes
 from .base import Base
 from .batches import Row, divided, make_batch, rounded_up
 from .settings import Settings
@@ -145,6 +146,7 @@ class _Planner:
         self.lengths = [len(row) for rows in examples for row in rows]
         self.longest = max(self.lengths)
         self.is_gpu = self.machine.backend != "cpu"
+        self.is_half = base.dtype.size < FLOAT32
         self.enough = 512
         self.targets = [] if base.trains_all else chosen_targets(self.spec, settings)
 
@@ -224,13 +226,8 @@ class _Planner:
         return self.spec.layers[0].num_experts * self.base.weights.slot if self.spec.layers else 0
 
     def _trained(self, count: int) -> int:
-        """Parameters and the optimizer's two moments, in float32; the best ones, where they are kept.
-
-        Computed in half precision, there is a copy of all weights in it as well.
-        """
-        copies = 3 + (self.settings.patience is not None)
-        half = 2 * count if self.base.trains_all and self.base.dtype.size < FLOAT32 else 0
-        return copies * FLOAT32 * count + half
+        """Parameters and the optimizer's two moments, in float32; the best ones, where they are kept."""
+        return (3 + (self.settings.patience is not None)) * FLOAT32 * count
 
     def _activations(self, lengths: Sequence[int], places: int, checkpointing: bool, trained: int) -> tuple[int, int]:
         """What the largest batch of a step takes, gradients included, and the logits in it."""
@@ -243,27 +240,35 @@ class _Planner:
         gradient = FLOAT32 * trained
         # The sum of earlier batches' gradients stays while the next batch is computed.
         kept = gradient if len(groups) > 1 and self.base.trains_all else 0
-        kept += self._widened(checkpointing)
-        found = (gradient + self._of_an_update() if self.base.trains_all else 2 * gradient + self._turned(), 0)
+        copies = self._copies(trained)
+        found = (gradient + self._of_an_update() if self.base.trains_all else 2 * gradient + copies.head, 0)
         for group in groups:
             batch = make_batch([cut[i] for i in group])
+            # On a GPU nobody has measured what half precision saves.
             needed, logits = batch_bytes(
-                self.spec, self.targets, self.base.trains_all, batch, checkpointing, gradient, self._turned()
-            )
+                self.spec, self.targets, self.base.trains_all, batch, checkpointing, gradient, copies,
+                self.is_half and not self.is_gpu,
+            )  # fmt: skip
             found = max(found, (needed + kept, logits))
         return found
 
-    def _widened(self, checkpointing: bool) -> int:
-        """The copies in float32 of frozen experts in half precision (`Weights.widened`).
-
-        The gradient of what goes into a product reads the copy that was multiplied, so each layer's stays until its backward
-        pass; of layers that are computed again there is one layer's at a time.
-        """
-        return self.base.weights.widened * (1 if checkpointing else len(self.spec.layers))
-
-    def _turned(self) -> int:
-        """The copy of a matrix on the CPU (`products.product`)."""
-        return 0 if self.is_gpu else FLOAT32 * self._largest(2)
+    def _copies(self, trained: int) -> Copies:
+        """Of the matrices that the model is computed with, of which so many numbers are trained."""
+        cast = 2 * trained if self.base.trains_all and self.is_half else 0
+        if self.is_gpu:
+            return Copies(cast=cast)
+        head, of_layers, experts = 0, Counter[str](), Counter[str]()
+        for name, shape in self.spec.parameter_shapes().items():
+            layer = next((part for part in name.split(".") if part.isdigit()), "")
+            if name.removesuffix(".weight") in self.base.placement.packed:
+                continue
+            if self.is_half and len(shape) == 3:
+                experts[layer] += FLOAT32 * math.prod(shape)
+            elif not self.is_half and len(shape) == 2 and layer:
+                of_layers[layer] += FLOAT32 * math.prod(shape)
+            elif not self.is_half and len(shape) == 2 and (self.spec.tied_head or "embed" not in name):
+                head = FLOAT32 * math.prod(shape)
+        return Copies(head, max(of_layers.values(), default=0), max(experts.values(), default=0), cast)
 
     def _of_an_update(self) -> int:
         """What the optimizer's arithmetic takes beside weights, moments and gradients."""

@@ -128,9 +128,8 @@ def batch_bytes(
         widened *= len(kept)
         if trains_all:
             freed = FLOAT32 * sum(each.total for each in kept[2:]) + copies.widened * max(0, len(kept) - 2)
-    if (
-        trains_all
-    ):  # gradients take the place of what their layers kept and were computed with, but for what is worked at
+    if trains_all:
+        # Gradients take the place of what their layers kept and were computed with, but for what is worked at.
         gradients = max(gradients - freed, copies.cast + gradients // max(1, len(kept)))
     always += 2 * batch.targets.size * spec.hidden_size
     needed = always + max(head, layer) + work.shared * min(head, layer)

@@ -12,9 +12,10 @@ from mlx import nn
 
 from .prompt_products import PRODUCTS_TO_ON_CUDA
 from .routing_ways import BY_SORTING, IN_BLOCKS, KERNEL_ROWS_ON_CUDA, ExpertWays
+from .tracing import compile_apart
 
-# Combinations of shapes for which an elementwise function stays traced.
-MOST_TRACES = 64
+# Combinations of shapes for which an elementwise function stays traced: an OpenELM has one for each layer and number of rows.
+MOST_TRACES = 2048
 
 
 _CPU = mx.Device(mx.cpu)
@@ -34,11 +35,12 @@ class KernelChoices:
     is added in the product's own kernel; fuse_many_residual_adds: only where there are several rows. bias_apart: the bias
     of a single row is added in a kernel of its own.
     slots: decoding requests keep their keys and values side by side, and their attention is one call (models/slots.py).
-    slot_kernel: that call is a kernel of our own (models/slot_attention.py). prompt_products_to: a chunk of a prompt that goes
-    beside others attends by two products and a softmax, in up to eight blocks of so many scores a layer; 0: never.
-    pads_rows: a pass with chunks of prompts gets rows that are nobody's, so that numbers of rows are few. expert_ways: which
-    way so many rows at once go through their experts (models/routing_ways.py). expert_kernel_rows: from and to how many of
-    them go by a kernel of our own instead, where experts are in MXFP4 (models/expert_kernel.py); (0, 0): none.
+    slot_kernel: that call is a kernel of our own (models/slot_attention.py). prompts_in_slots: with it, prompts beside others
+    are rows of that call too. prompt_products_to: a chunk of a prompt that goes beside others attends by two products and a
+    softmax, in up to eight blocks of so many scores a layer; 0: never. pads_rows: a pass with chunks of prompts gets rows
+    that are nobody's, so that numbers of rows are few. expert_ways: which way so many rows at once go through their experts
+    (models/routing_ways.py). expert_kernel_rows: from and to how many of them go by a kernel of our own instead, where
+    experts are in MXFP4 (models/expert_kernel.py); (0, 0): none.
     """
 
     rows_in_a_tile: int = 1
@@ -48,6 +50,7 @@ class KernelChoices:
     bias_apart: bool = False
     slots: bool = True
     slot_kernel: bool = False
+    prompts_in_slots: bool = False
     prompt_products_to: int = 0
     expert_ways: ExpertWays = BY_SORTING
     fuse_many_residual_adds: bool = False
@@ -78,6 +81,7 @@ def default_choices() -> KernelChoices:
             spare_places=8,
             bias_apart=True,
             slot_kernel=True,
+            prompts_in_slots=True,
             prompt_products_to=PRODUCTS_TO_ON_CUDA,
             expert_ways=IN_BLOCKS,
             expert_kernel_rows=KERNEL_ROWS_ON_CUDA,
@@ -122,19 +126,21 @@ def one_kernel(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     traced for each combination of shapes: traced without shapes, every operand of every operation would be broadcast first,
     and operations beyond the depth of MLX's compiler (the casts of the inputs) would become separate kernels.
     """
-    seen: set[tuple[tuple[int, ...], ...]] = set()
-    compiled = mx.compile(function)
+    made: dict[tuple[tuple[int, ...], ...], Callable[..., Any]] = {}
 
     @wraps(function)
     def call(*arguments: mx.array | float) -> mx.array:
-        nonlocal compiled
         if mx.default_device() == _CPU:  # `runs_on_cpu`, without one more call in every layer
             return function(*arguments)
-        seen.add(tuple(each.shape for each in arguments if isinstance(each, mx.array)))
-        if len(seen) > MOST_TRACES:  # MLX looks through them one by one
-            seen.clear()
-            compiled = mx.compile(function)
-        return compiled(*arguments)
+        shapes = tuple([each.shape for each in arguments if isinstance(each, mx.array)])
+        compiled = made.get(shapes)
+        if compiled is None:
+            if len(made) >= MOST_TRACES:
+                made.clear()
+            # A function of its own: MLX looks through the traces of one function one by one.
+            made[shapes] = compiled = compile_apart(function)
+        found: mx.array = compiled(*arguments)
+        return found
 
     return call
 

@@ -104,9 +104,9 @@ class KVCache(GrowingCache[mx.array]):
         return self.places(self.offset)
 
     def put_in_order(self, keys: mx.array, values: mx.array, offset: int) -> None:
-        """Hold these of all `offset` tokens, where nothing was held."""
+        """Hold copies of these of all `offset` tokens, where nothing was held: a part would keep in memory what it is of."""
         assert keys.shape[2] == offset
-        self.state = keys, values
+        self.update_and_fetch(keys, values)
 
     @property
     def state(self) -> tuple[mx.array, mx.array] | tuple[()]:

@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -160,11 +161,20 @@ def without_ends(model: Model) -> Model:
 
 
 def run_engine(
-    model: Model, load: Load, seconds: float, window: Window | None = None, max_running: int | None = None
+    model: Model,
+    load: Load,
+    seconds: float,
+    window: Window | None = None,
+    max_running: int | None = None,
+    running: Engine | None = None,
 ) -> Timeline:
-    """Answer a load with an engine, for at most so many seconds. Raises what a request raises."""
+    """Answer a load with an engine, for at most so many seconds. Raises what a request raises.
+
+    running: one that is there already, as a server's is, and stays. It has to be given time enough.
+    """
     timeline, before = _timeline(load), _memory_before()
-    with Engine(model, None, max_running, len(load.prompts)) as engine:
+    made = Engine(model, None, max_running, len(load.prompts)) if running is None else nullcontext(running)
+    with made as engine:
         started = time.perf_counter()
         handles = _submitted(engine, load)
         left = dict(enumerate(handles))
@@ -177,6 +187,8 @@ def run_engine(
                 break
             if now > seconds:
                 timeline.given_up_after = now
+                for handle in left.values():
+                    handle.cancel()
                 break
     peaks = [each.statistics.peak_memory_bytes for each in handles if each.statistics is not None]
     # The engine counts anew for each request: what MLX says is since the last one.

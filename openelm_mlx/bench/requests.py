@@ -178,30 +178,31 @@ class _Part:
         rows[0].note = f"{load.num_prompt_tokens:,} tokens of prompts, {load.num_new_tokens:,} new ones"
         sides = [OURS] if self.other is None else [OURS, THEIRS]
         is_slow: set[str] = set()
-        for turn, side in self.rounds(sides, self.end, self.settings.rounds):
-            if side in is_slow:
-                continue
-            timeline = (
-                self._answer(side, load, self.whole)
-                if turn
-                # A GPU's kernels are compiled when they are first used, for lengths and numbers of rows too.
-                else self._answer(
-                    side, load.first(4 if runs_on_cpu() else len(load.prompts), 8), LEAST_SHARE * self.whole
+        with Engine(self.model, None, None, len(load.prompts)) as engine:
+            for turn, side in self.rounds(sides, self.end, self.settings.rounds):
+                if side in is_slow:
+                    continue
+                timeline = (
+                    self._answer(side, load, self.whole, engine)
+                    if turn
+                    # A GPU's kernels are compiled when they are first used, for lengths and numbers of rows too.
+                    else self._answer(
+                        side, load.first(4 if runs_on_cpu() else len(load.prompts), 8), LEAST_SHARE * self.whole, engine
+                    )
                 )
-            )
-            if not turn:
-                continue
-            if not timeline.is_complete:
-                is_slow.add(side)
-                if any(side in row.samples for row in rows):
-                    continue  # a round before was complete
-            self._count_mixed(rows, side, load, timeline)
+                if not turn:
+                    continue
+                if not timeline.is_complete:
+                    is_slow.add(side)
+                    if any(side in row.samples for row in rows):
+                        continue  # a round before was complete
+                self._count_mixed(rows, side, load, timeline)
         yield from rows
 
-    def _answer(self, side: str, load: Load, seconds: float) -> Timeline:
+    def _answer(self, side: str, load: Load, seconds: float, engine: Engine) -> Timeline:
         seconds = max(LEAST_SECONDS, seconds)
         if side == OURS:
-            return run_engine(self.model, load, seconds)
+            return run_engine(self.model, load, seconds, running=engine)
         return run_batches(self.other, load, seconds)
 
     def _count_mixed(self, rows: Sequence[Row], side: str, load: Load, timeline: Timeline) -> None:
@@ -228,24 +229,26 @@ class _Part:
         first = Row("one", "first token after", "ms")
         tokens = min(2 * settings.completion_tokens, self.model.context_length - settings.prompt_tokens)
         load = aligned_load(self.model, 1, settings.prompt_tokens, tokens)
-        for turn, side in self.rounds(("engine", "alone"), self.end, 3 * settings.rounds):
-            arrivals = self._one_by(side, load.prompts[0], tokens)
-            if not turn:
-                continue
-            counted = arrivals[min(LEFT_OUT, len(arrivals) - 2) :]
-            rate.add(side, (len(counted) - 1) / (counted[-1] - counted[0]))
-            first.add(side, 1e3 * arrivals[0])
+        with Engine(self.model, None) as engine:
+            for turn, side in self.rounds(("engine", "alone"), self.end, 3 * settings.rounds):
+                arrivals = self._one_by(side, load.prompts[0], tokens, engine)
+                if not turn:
+                    continue
+                counted = arrivals[min(LEFT_OUT, len(arrivals) - 2) :]
+                rate.add(side, (len(counted) - 1) / (counted[-1] - counted[0]))
+                first.add(side, 1e3 * arrivals[0])
         for row in (rate, first):  # the engine over one alone
             row.samples = {side: row.samples[side] for side in ("engine", "alone")}
             yield row
 
-    def _one_by(self, side: str, prompt: list[int], tokens: int) -> list[float]:
-        if side == "alone":
-            started = time.perf_counter()
-            return [time.perf_counter() - started for _ in stream_generate(self.model, None, prompt, max_tokens=tokens)]
-        with Engine(self.model, None) as engine:
-            started = time.perf_counter()
-            return [time.perf_counter() - started for _ in engine.submit(prompt, max_tokens=tokens)]
+    def _one_by(self, side: str, prompt: list[int], tokens: int, engine: Engine) -> list[float]:
+        started = time.perf_counter()
+        chunks = (
+            stream_generate(self.model, None, prompt, max_tokens=tokens)
+            if side == "alone"
+            else engine.submit(prompt, max_tokens=tokens)
+        )
+        return [time.perf_counter() - started for _ in chunks]
 
     # --- a long prompt beside one that decodes ------------------------------------------------------------------------
 
@@ -253,24 +256,25 @@ class _Part:
         length = self.settings.long_prompt
         row = Row("gap", f"a prompt of {length:,} tokens", "ms")
         whole = Row("gap", "until its first token", "s")
-        for turn, _ in self.rounds(("engine",), self.end, self.settings.rounds):
-            longest, usual, seconds = self._gaps(length if turn else min(length, 256))
-            if turn:
-                row.add("longest", 1e3 * longest)
-                row.add("usual", 1e3 * usual)
-                whole.add("beside it", seconds)
-                self.say(
-                    f"a prompt of {length:,} tokens: longest gap {1e3 * longest:.4g} ms, usual {1e3 * usual:.4g} ms"
-                )
+        with Engine(self.model, None) as engine:
+            for turn, _ in self.rounds(("engine",), self.end, self.settings.rounds):
+                longest, usual, seconds = self._gaps(engine, length if turn or not runs_on_cpu() else min(length, 256))
+                if turn:
+                    row.add("longest", 1e3 * longest)
+                    row.add("usual", 1e3 * usual)
+                    whole.add("beside it", seconds)
+                    self.say(
+                        f"a prompt of {length:,} tokens: longest gap {1e3 * longest:.4g} ms, usual {1e3 * usual:.4g} ms"
+                    )
         yield row
         yield whole
 
-    def _gaps(self, length: int) -> tuple[float, float, float]:
+    def _gaps(self, engine: Engine, length: int) -> tuple[float, float, float]:
         """The longest gap of a decoder while a prompt comes in, its median gap before, and how long the prompt took."""
         load = aligned_load(self.model, 1, min(64, self.model.context_length // 4), 1)
         long = aligned_load(self.model, 1, length, 2, seed=1)
-        with Engine(self.model, None) as engine:
-            decoder = engine.submit(load.prompts[0], max_tokens=self.model.context_length - len(load.prompts[0]))
+        decoder = engine.submit(load.prompts[0], max_tokens=self.model.context_length - len(load.prompts[0]))
+        try:
             times = [time.perf_counter() for _ in zip(range(LEFT_OUT + USUAL_GAPS), decoder, strict=False)]
             asked, handle = time.perf_counter(), engine.submit(long.prompts[0], max_tokens=2)
             during = [times[-1]]
@@ -284,6 +288,8 @@ class _Part:
             else:
                 raise SettingError("The request that decodes came to its end first: ask for a shorter long_prompt.")
             next(handle)  # raises what went wrong with it
+        finally:
+            decoder.cancel()
         return max(_gaps_of(during)), statistics.median(_gaps_of(times[LEFT_OUT:])), (arrived or during[-1]) - asked
 
     # --- together, and one after the other ----------------------------------------------------------------------------

@@ -286,6 +286,25 @@ def test_compiled_slots_by_rows(models, monkeypatch):
         assert mx.allclose(found[:3], mx.stack(known), atol=2e-4)
 
 
+def test_prompts_in_slots_by_rows(models):
+    """Several tokens of each slot, and of the last layer only the last of them."""
+    model = models["openelm"]
+    adapters, names = model.adapters, ("a", "none", "b")
+    bank, counts, tokens = SlotBank(model.spec, has_kernel=True, takes_prompts=True), [5, 1, 3, 0], prompt_of(9, 3)
+    for name in names:
+        bank.join(name, model.make_cache(), 5, 4)
+    own = [tokens[:5], tokens[5:6], tokens[6:]]
+    ids = [None if name == "none" else adapters.id_of(name) for name in names]
+    bank.begin(counts)
+    rows = [*ids, None, *[ids[0]] * 4, *[ids[2]] * 2]
+    with adapters.using(adapters.select(rows)):
+        given = [*(each[0] for each in own), 0, *own[0][1:], *own[2][1:]]
+        found = flat_logits(model, mx.array(given), [], bank=bank)
+    for name, piece, logits in zip(names, own, found[:3], strict=True):
+        with adapters.using(adapters.of(name)):
+            assert mx.allclose(logits, model(mx.array([piece]))[0, -1], atol=2e-4)
+
+
 def test_prompts_are_shared_with_the_same_adapter_alone(models):
     """Kept prefixes and prompts that are computed for several requests at once."""
     model, prompt = models["openelm"], prompt_of(20, 8)

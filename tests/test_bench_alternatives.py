@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import mlx.core as mx
 import pytest
+from slots_in_place import write_on_cpu
 
 import openelm_mlx as om
 from openelm_mlx.bench import alternatives
@@ -36,6 +37,12 @@ def on_a_gpu(monkeypatch):
     """As on Metal, where computing here stands for the GPU's."""
     for module in (precision, alternatives, kept):
         monkeypatch.setattr(module, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(alternatives, "write_in_slots", write_on_cpu)
+    monkeypatch.setattr(alternatives, "attend_in_slots", _right)
+
+
+def _right(queries, buffer, rows, scale, sinks=None, window=None, written=None):
+    return attend_with_mask(queries, buffer, rows, scale, sinks, window)
 
 
 def test_on_the_cpu_there_is_nothing_to_choose():
@@ -79,16 +86,25 @@ def _no_compiler(*_):
 
 def _only(queries, *rest, head_dim=64, dtype=mx.bfloat16):
     """As on a device that is right for the heads of one model, and refuses or gets wrong those of others."""
-    found = attend_with_mask(queries, *rest)
+    found = _right(queries, *rest)
     return found if queries.shape[-1] == head_dim and queries.dtype == dtype else mx.zeros_like(found)
 
 
-def _deaf_to_sinks(queries, buffer, state, scale, sinks=None):
-    return attend_with_mask(queries, buffer, state, scale, None if sinks is None else mx.zeros_like(sinks))
+def _deaf_to_sinks(queries, buffer, rows, scale, sinks=None, window=None, written=None):
+    return attend_with_mask(queries, buffer, rows, scale, None if sinks is None else mx.zeros_like(sinks), window)
 
 
-def _sees_one_more(queries, buffer, state, scale, sinks=None):
-    return attend_with_mask(queries, buffer, state + mx.array([0, 1, 1, 1, 1]), scale, sinks)
+def _sees_one_less(queries, buffer, rows, scale, sinks=None, window=None, written=None):
+    return attend_with_mask(queries, buffer, mx.maximum(rows - mx.array([0, 1]), 0), scale, sinks, window)
+
+
+def _sees_beyond_the_window(queries, buffer, rows, scale, sinks=None, window=None, written=None):
+    return attend_with_mask(queries, buffer, rows, scale, sinks)
+
+
+def _looks_into_the_slot_of_its_number(queries, buffer, rows, scale, sinks=None, window=None, written=None):
+    own = mx.stack([mx.arange(rows.shape[0]) % buffer.shape[1], rows[:, 1]], axis=1)
+    return attend_with_mask(queries, buffer, own, scale, sinks, window)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +115,9 @@ def _sees_one_more(queries, buffer, state, scale, sinks=None):
         lambda queries, *_: queries * float("nan"),
         _only,
         _deaf_to_sinks,
-        _sees_one_more,
+        _sees_one_less,
+        _sees_beyond_the_window,
+        _looks_into_the_slot_of_its_number,
     ],
 )
 def test_a_kernel_that_is_not_right_is_no_way(kernel, on_a_gpu, monkeypatch):
@@ -113,6 +131,25 @@ def test_a_kernel_that_is_not_right_is_no_way(kernel, on_a_gpu, monkeypatch):
     monkeypatch.setattr(alternatives, "default_choices", lambda: KernelChoices(slot_kernel=True))
     (timing, _) = time_alternatives(SMALL)
     assert timing.winner is False
+
+
+def _into_the_next_column(buffer, new, rows):
+    return write_on_cpu(buffer, new, rows + mx.array([0, 1]))
+
+
+def _all_but_the_last_row(buffer, new, rows):
+    return write_on_cpu(buffer, new[:-1], rows[:-1])
+
+
+def _values_as_keys(buffer, new, rows):
+    return write_on_cpu(buffer, mx.concatenate([new[:, 2:], new[:, :2]], axis=1), rows)
+
+
+@pytest.mark.parametrize("write", [_no_compiler, _into_the_next_column, _all_but_the_last_row, _values_as_keys])
+def test_nor_where_what_writes_is_not_right(write, on_a_gpu, monkeypatch):
+    assert list(alternatives._slot_kernel(SMALL)) == [False, True]
+    monkeypatch.setattr(alternatives, "write_in_slots", write)
+    assert list(alternatives._slot_kernel(SMALL)) == [False]
 
 
 def test_the_default_stays_unless_the_other_way_is_clearly_faster(on_a_gpu, monkeypatch):

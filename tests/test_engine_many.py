@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
 from short_demos import short_demo
+from slots_in_place import slots_in_place
 
 import openelm_mlx as om
-from openelm_mlx.decoding import batch_step
-from openelm_mlx.decoding.batch_step import logits_of_slots
-from openelm_mlx.decoding.pieces import forget_pieces
+from openelm_mlx.decoding.pieces import SlotPieces, forget_pieces
 from openelm_mlx.engine.active import Pending
 from openelm_mlx.engine.flat_pass import joined_tokens
 from openelm_mlx.errors import EngineClosedError, EngineFullError, MemoryLimitError, PromptError, SettingError
@@ -395,16 +394,19 @@ def test_tokens_that_were_chosen_together_stay_one_array():
     assert joined_tokens([requests[0], other, requests[2]], []).tolist() == [7, 2, 9]
 
 
-@pytest.fixture(params=["as on Metal", "as on CUDA"])
+@pytest.fixture(params=["as on Metal", "as on CUDA", "in place"])
 def with_slots(models, monkeypatch, request):
     """The models as on a GPU, where decoding requests share buffers."""
-    is_cuda = request.param == "as on CUDA"
+    is_cuda = request.param != "as on Metal"
+    if request.param == "in place":
+        slots_in_place(monkeypatch)
     for model in models.values():
         choices = replace(
             model.choices,
             slots=True,
             compiled_step=is_cuda,
             slot_kernel=is_cuda,
+            prompts_in_slots=is_cuda,
             prompt_products_to=30_000 if is_cuda else 0,  # not for the longest chunks
             pads_rows=is_cuda,
         )
@@ -450,11 +452,13 @@ def test_slots_give_the_tokens_of_caches_apart(with_slots, family, seed):
 def test_a_prompt_comes_in_beside_slots(with_slots, monkeypatch):
     model, in_pieces = with_slots["gpt_oss"], []
 
+    call = SlotPieces.__call__
+
     def noted(*arguments):
         in_pieces.append(arguments)
-        return logits_of_slots(*arguments)
+        return call(*arguments)
 
-    monkeypatch.setattr(batch_step, "logits_of_slots", noted)
+    monkeypatch.setattr(SlotPieces, "__call__", noted)
     prompts = [prompt_of(9, 1), prompt_of(30, 2), prompt_of(200, 3)]
     alone = [seen(om.stream_generate(model, None, prompt, max_tokens=40)) for prompt in prompts]
     with om.Engine(model) as engine:

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
+from slots_in_place import use_slots
 from test_memory_limits import plan
 
 import openelm_mlx as om
@@ -186,6 +187,19 @@ def test_what_a_pass_took_beyond_its_plan_counts_until_nobody_runs(openelm):
     assert memory._needed([], [memory._memories.row(one)], 1) == before
 
 
+def test_freed_buffers_are_kept_within_the_budget(openelm, monkeypatch):
+    from openelm_mlx.engine import memory as module
+
+    memory = memory_of(openelm, active_memory=lambda: 1000)
+    cached = [500]
+    monkeypatch.setattr(module.mx, "get_cache_memory", lambda: cached[0])
+    for limit, is_enough in ((None, True), (1500, True), (1499, False), (10**12, True)):
+        monkeypatch.setattr(BatchMemory, "limit", property(lambda _, limit=limit: limit))
+        assert memory.may_keep_cache() == is_enough
+    cached[0] = module.KEPT_IN_CACHE + 1
+    assert not memory.may_keep_cache()
+
+
 # --- who gives way ---
 
 
@@ -209,9 +223,10 @@ def spied(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [False, True])
-def test_whoever_came_last_gives_way_and_no_request_dies(openelm, monkeypatch, spied, slots):
-    monkeypatch.setattr(openelm, "choices", replace(openelm.choices, slots=slots))
+@pytest.mark.parametrize("form", ["apart", "slots", "prompts in slots"])
+def test_whoever_came_last_gives_way_and_no_request_dies(openelm, monkeypatch, spied, form):
+    if form != "apart":
+        use_slots(monkeypatch, openelm, form == "prompts in slots")
     prompts = [prompt_of(200 + 9 * seed, seed) for seed in range(4)]
     options = {"max_tokens": 350, "sampling": ENDLESS}
     expected = alone(openelm, prompts, **options)

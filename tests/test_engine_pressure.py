@@ -3,11 +3,11 @@
 import random
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
 from short_demos import short_demo
+from slots_in_place import use_slots
 from test_engine_many import prompt_of, random_request, seen
 
 import openelm_mlx as om
@@ -245,10 +245,11 @@ def test_a_prompt_beside_a_request_whose_pass_raises(models, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("are_in_place", [False, True])
 @pytest.mark.parametrize("family", ["openelm", "gpt_oss"])
-def test_who_gives_way_out_of_a_slot_answers_as_alone(models, monkeypatch, family):
+def test_who_gives_way_out_of_a_slot_answers_as_alone(models, monkeypatch, family, are_in_place):
     model, draw = models[family], random.Random(7)
-    monkeypatch.setattr(model, "choices", replace(model.choices, slots=True))
+    use_slots(monkeypatch, model, are_in_place)
     requests = [random_request(draw, family) for _ in range(8)]
     alone = [seen(om.stream_generate(model, None, prompt, **options)) for prompt, options in requests]
     with om.Engine(model) as engine:
@@ -258,6 +259,36 @@ def test_who_gives_way_out_of_a_slot_answers_as_alone(models, monkeypatch, famil
         assert given[0] >= 3
         assert len(engine._runner.bank) == 0
         assert engine._runner.memory.held_bytes == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("are_in_place", [False, True])
+def test_a_prompt_in_a_slot_whose_pass_raises_is_computed_by_itself(models, monkeypatch, are_in_place):
+    """In the middle of its layers, so that some have been written."""
+    model = models["gpt_oss"]
+    requests = [(prompt_of(7, 1), {"max_tokens": 40}), (prompt_of(150, 2), {"max_tokens": 5})]
+    alone = [seen(om.stream_generate(model, None, prompt, **options)) for prompt, options in requests]
+    use_slots(monkeypatch, model, are_in_place, with_prompts=True)
+    from openelm_mlx.models import slots
+
+    write, has_failed = slots.SlotBank.write, []
+
+    def fails(self, i, new):
+        if not has_failed and i == 2 and self.num_rows > len(self) and self.longest > 40:
+            has_failed.append(True)
+            raise OSError(5, "Input/output error")
+        return write(self, i, new)
+
+    monkeypatch.setattr(slots.SlotBank, "write", fails)
+    with om.Engine(model) as engine:
+        engine._scheduler.pace.longest = 32
+        first = engine.submit(requests[0][0], **requests[0][1])
+        chunk = next(first)
+        second = engine.submit(requests[1][0], **requests[1][1])
+        found = read_all([first, second])
+        assert has_failed
+        tokens = [[each[0] for each in one] for one in found]
+        assert tokens == [[each[0] for each in alone[0][1:]], [each[0] for each in alone[1]]], chunk
 
 
 def test_logits_that_are_no_numbers_end_their_request_alone():

@@ -6,8 +6,10 @@ from collections import deque
 import pytest
 
 from openelm_mlx.decoding.prefill import prompt_chunks
-from openelm_mlx.engine.scheduler import LONGEST_GAP, ChunkPace, Job, Scheduler
+from openelm_mlx.engine.pace import LONGEST_GAP, ChunkPace
+from openelm_mlx.engine.scheduler import Job, Scheduler
 from openelm_mlx.errors import EngineFullError
+from openelm_mlx.models.slot_sizes import rows_for
 
 
 class Request:
@@ -289,6 +291,63 @@ def test_a_first_chunk_that_took_long_is_outlived_by_others_of_its_length():
     for _ in range(16):
         pace.step_took(0.0075, 2)
     assert pace.length(2048) == 4
+
+
+def test_chunks_of_one_length_are_followed_by_a_longer_one():
+    """As seen on an H200, where they stayed at 14 tokens: nothing told what is fixed from what a token takes."""
+    pace, lengths = ChunkPace(), []
+    for _ in range(20):
+        pace.step_took(0.0029, 0)
+    pace.step_took(0.0064, 14)
+    for _ in range(8):
+        lengths.append(pace.length(2048, beside=2))
+        pace.step_took(0.0063 + 1e-5 * lengths[-1], lengths[-1])
+    assert lengths[0] == 30  # as long as it may be if all of it was the tokens'
+    assert lengths[-1] >= 100
+
+
+@pytest.mark.parametrize("fixed", [0.001, 0.004, 0.006])
+def test_chunks_whose_later_tokens_take_longer_stay_within_the_bound(fixed):
+    """As an attention of our own on an H200 does: 512 tokens after 1,500 take 13 ms in it. Chunks had grown far beyond."""
+    draw, pace, done, longest, num_chunks = random.Random(1), ChunkPace(), 0, 0.0, 0
+    usual = 0.004
+    for _ in range(20):
+        pace.step_took(usual * draw.uniform(0.95, 1.05), 0)
+    while done < 8000:
+        length = pace.length(2048, beside=2)
+        seconds = (usual + fixed + 2e-6 * length + 1.5e-8 * length * (done + length / 2)) * draw.uniform(0.95, 1.05)
+        pace.step_took(seconds, length)
+        longest, done, num_chunks = max(longest, seconds), done + length, num_chunks + 1
+    assert longest <= 1.1 * LONGEST_GAP * usual
+    assert num_chunks <= 300  # at the end 128 tokens take as long as four steps
+
+
+def test_rows_beside_a_chunk_are_a_part_of_its_coarse_steps():
+    """Where prompts are rows of the same pass, the numbers of all its rows are few."""
+    pace = ChunkPace(first=100)
+    assert pace.length(2048) == 96
+    assert pace.length(2048, beside=2) == 94
+    assert pace.length(2048, beside=64) == 64  # 128 rows
+    assert pace.length(2048, beside=96) == 96  # 192: fewer would be hardly any
+    assert pace.length(20, beside=64) == 20
+    pace = ChunkPace(first=2)
+    assert [pace.length(2048, beside=each) for each in (2, 4, 8, 12, 16, 64)] == [14, 12, 8, 20, 16, 32]
+    for beside in (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+        for first in (2, 40, 300, 1000):
+            rows = beside + ChunkPace(first=first).length(4096, beside)
+            assert rows_for(rows) == rows
+
+
+def test_a_job_has_a_longest_piece():
+    job = Job(0)
+    job.chunks.extend([700, 1])
+    assert job.piece(2048) == 700
+    job.longest = 256
+    assert [job.piece(2048), job.piece(100)] == [256, 100]
+    job.chunks[0] = 257
+    assert job.piece(2048) == 255  # and two are left
+    job.chunks[0] = 256
+    assert job.piece(2048) == 256
 
 
 def test_the_first_chunk_of_all_is_believed():

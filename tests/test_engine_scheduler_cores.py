@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 
-from openelm_mlx.engine.scheduler import LONGEST_GAP, Job, Scheduler, longest_share, shared_among
+from openelm_mlx.engine.pace import LONGEST_GAP
+from openelm_mlx.engine.scheduler import Job, Scheduler, longest_share, shared_among
 
 # Seconds of a row, of what a step takes whoever is in it, and of a prompt's token in a chunk of 64 rows; two cores of a CPU.
 ROW, FIXED, IN_CHUNK = 2.2e-3, 1e-3, 1.6e-3

@@ -19,7 +19,7 @@ from ..decoding.prefill import prefill
 from ..decoding.step import PlainStep
 from ..models import build_model
 from ..models.precision import KernelChoices, default_choices, runs_on_cpu
-from ..models.slot_attention import HEAD_DIMS, MOST_HEADS, attend_in_slots, attend_with_mask
+from ..models.slot_attention import HEAD_DIMS, MOST_HEADS, attend_in_slots, attend_with_mask, write_in_slots
 from ..specs import spec_from_config
 from .expert_layer import LayerShape, in_turns
 from .expert_ways import ROWS, WaysTiming, time_expert_ways
@@ -245,15 +245,15 @@ def _slot_kernel(sizes: Sizes) -> dict[Any, Callable[[], None]]:
     slots, columns = 16, max(8, sizes.places // 8)
     queries = mx.random.normal((slots, sizes.heads, 1, sizes.head_dim)).astype(mx.bfloat16)
     buffer = mx.random.normal((2, slots, sizes.kv_heads, columns, sizes.head_dim)).astype(mx.bfloat16)
-    state = mx.array([columns // 3, *(columns * (slot + 1) // slots for slot in range(slots))], mx.int32)
+    rows = mx.array([[slot, columns * (slot + 1) // slots] for slot in range(slots)], mx.int32)
     sinks = mx.zeros((sizes.heads,), mx.bfloat16)
-    mx.eval(queries, buffer, state, sinks)
+    mx.eval(queries, buffer, rows, sinks)
 
     def way(attention: Callable[..., mx.array]) -> Callable[[], None]:
         def run() -> None:
             out = queries
             for _ in range(_IN_A_ROW):
-                out = attention(out, buffer, state, 0.125, sinks)
+                out = attention(out, buffer, rows, 0.125, sinks)
             mx.eval(out)
 
         return run
@@ -265,30 +265,48 @@ def _slot_kernel(sizes: Sizes) -> dict[Any, Callable[[], None]]:
 
 
 def _is_kernel_right() -> bool:
-    """Whether the kernel for slots gives what MLX's operations give: all sizes of heads and types, with sinks and without.
+    """Whether the kernels for slots give what MLX's operations give: all sizes of heads and types, with sinks and without.
 
-    Each of them is a program of its own, which the device's compiler may refuse. Requests: one that has gone round, one of a
-    single token, and two that end within and at the end of what a threadgroup looks at together.
+    One writes new keys and values, and the other one attends to them in the same graph. Each size and type is a program of
+    its own, which the device's compiler may refuse. Requests: one that has gone round, one of a single token, and two that
+    end within and at the end of what a threadgroup looks at together. The last rows are a second and a third token of two
+    of them, and half of the programs have a window.
     """
     kv_heads, columns = 2, 75
     heads = kv_heads * 2 * MOST_HEADS
-    state = mx.array([7, columns + 9, 0, 37, 63], mx.int32)
+    rows = mx.array([[0, columns + 9], [1, 0], [2, 37], [3, 63], [1, 1], [1, 2], [3, 64]], mx.int32)
     for head_dim, dtype in itertools.product(HEAD_DIMS, (mx.bfloat16, mx.float16, mx.float32)):
         scale = 1.5 * head_dim**-0.5
-        queries = mx.random.normal((4, heads, 1, head_dim)).astype(dtype)
+        queries = mx.random.normal((7, heads, 1, head_dim)).astype(dtype)
         buffer = mx.random.normal((2, 4, kv_heads, columns, head_dim)).astype(dtype)
         # Bfloat16 is gpt-oss's type, which has sinks; OpenELM has none, and the rest of the text is the same.
         sinks = 2 * mx.random.normal((heads,)).astype(dtype) if dtype == mx.bfloat16 else None
-        wide = (queries.astype(mx.float32), buffer.astype(mx.float32))
-        exact = attend_with_mask(*wide, state, scale, None if sinks is None else sinks.astype(mx.float32))
+        window = None if sinks is None else 40
+        # As a part of the projection's heads, like a layer's.
+        new = mx.random.normal((7, heads + 2 * kv_heads, 1, head_dim)).astype(dtype)[:, heads:].squeeze(2)
+        expected = _written(buffer, new, rows)
+        wide = (queries.astype(mx.float32), expected.astype(mx.float32))
+        exact = attend_with_mask(*wide, rows, scale, None if sinks is None else sinks.astype(mx.float32), window)
+        mx.eval(exact, buffer)
         try:
-            found = attend_in_slots(queries, buffer, state, scale, sinks)
+            found = attend_in_slots(queries, buffer, rows, scale, sinks, window, write_in_slots(buffer, new, rows))
             off = cast(float, mx.abs(found.astype(mx.float32) - exact).max().item())
         except (RuntimeError, ValueError):  # the device's compiler refuses it
             return False
-        if not off <= _HALF:
+        mx.synchronize()
+        if not off <= _HALF or not mx.array_equal(buffer, expected):
             return False
     return True
+
+
+def _written(buffer: mx.array, new: mx.array, rows: mx.array) -> mx.array:
+    """A copy of the buffer (2, S, K, T, D) with new keys and values (M, 2 K, D) in it."""
+    found = buffer + 0
+    heads, columns = buffer.shape[2:4]
+    for own, (slot, position) in zip(new, cast("list[list[int]]", rows.tolist()), strict=True):
+        found[:, slot, :, position % columns] = own.reshape(2, heads, -1)
+    mx.eval(found)
+    return found
 
 
 def _repeated(start: mx.array, step: Callable[[mx.array], mx.array]) -> Callable[[], None]:

@@ -41,7 +41,7 @@ class BatchStep:
             assert logits is not None
             return logits
         if self._slot_pieces is not None and bank is not None and not rows:
-            found = logits_of_slots(self._slot_pieces.get(), tokens, bank)
+            found = self._slot_pieces.get()(tokens, bank)
         else:
             pieces = self._latest.get()
             walk = _CompiledRowsWalk(self._model, rows, tokens, pieces, bank)
@@ -72,15 +72,3 @@ class _CompiledRowsWalk(RowsWalk):
 
     def leave(self, i: int, x: mx.array, out: mx.array) -> None:
         self.state = x, out
-
-
-def logits_of_slots(pieces: SlotPieces, tokens: mx.array, bank: SlotBank) -> mx.array:
-    """The logits (S, V) after one token for each slot."""
-    pieces.prepare(bank.shape)
-    positions = mx.array(bank.lengths, mx.float32)
-    x, queries, new = pieces.first(tokens, positions)
-    for i, piece in enumerate(pieces.between):
-        x, queries, new = piece(x, queries, bank.write(i, new), bank.state(i), positions)
-    last = len(pieces.between)
-    found: mx.array = pieces.head_of_rows(x, queries, bank.write(last, new), bank.state(last))
-    return found

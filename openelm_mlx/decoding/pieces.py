@@ -8,7 +8,7 @@ ring, in 8 bits, a row a request.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import mlx.core as mx
@@ -18,7 +18,9 @@ from ..models.adapter_sets import AdaptersForm, RowChoice
 from ..models.adapter_sites import Adapted
 from ..models.block import Projected
 from ..models.gpt_oss import GptOss, Routed
-from ..models.slot_attention import attend_in_slots
+from ..models.slot_attention import write_in_slots
+from ..models.slot_step import slot_logits
+from ..models.slots import SlotBank
 from ..models.tracing import compile_apart
 from ..runtime import Traced, runtime_of
 from .sampling import Sampler
@@ -27,12 +29,12 @@ if TYPE_CHECKING:
     from ..experts.residency import Residency
     from ..models import Model
 
-# A layer's input, its queries, and its keys and values in one.
-SlotState = tuple[mx.array, mx.array, mx.array]
 # How many last pieces are kept for a model, one for each form of sampler; the others are few.
 MOST_CHOICES = 32
-# Shapes of slots that `SlotPieces` stay traced for: a trace takes up to 60 kB a layer, and MLX looks through them one by one.
+# Shapes of steps that `SlotPieces` stay traced for: a trace takes up to 60 kB a layer, and MLX looks through them one by one.
 MOST_SHAPES = 32
+TRACED_AFTER = 8
+MOST_COUNTED = 4096
 
 
 class Pieces:
@@ -128,56 +130,53 @@ class ResidentPieces(Pieces):
 
 
 class SlotPieces(Pieces):
-    """Rows that are all in slots: between two writes into the slots' buffers everything is one piece, attention included.
-
-    `first` gives the first layer's input, queries, and keys and values (`Block.before_slots`); each of `between` takes the
-    input, the queries, the buffer that has been written into, and what `attend_in_slots` is told, and gives the same of the
-    next layer; `head_of_rows` gives the logits (S, V). They are traced anew for each number of slots and of columns.
+    """Rows that are all in slots, whose buffers are written as they are (`write_in_slots`): a step is one piece, from the
+    tokens to the logits (S, V). It is traced anew for each number of rows, of slots and of columns, which takes longer than
+    several steps: so only once a shape has come `TRACED_AFTER` times.
     """
-
-    first: Callable[..., SlotState]
-    between: list[Callable[..., SlotState]]
-    head_of_rows: Callable[..., mx.array]
 
     def __init__(self, model: Model, compile: bool) -> None:
         super().__init__(model, compile)
         mx.eval([layer.prepare_constants(for_slots=True) for layer in model.layers])
-        self._shapes: set[tuple[int, int]] = set()
+        self._times: dict[tuple[int, ...], int] = {}  # how often a shape has come
+        self._traced: set[tuple[int, ...]] = set()
         self._make()
 
-    def prepare(self, shape: tuple[int, int]) -> None:
-        """Called before a step with slots of this `SlotBank.shape`: traces of many earlier ones are given up."""
-        if shape not in self._shapes:
-            if len(self._shapes) >= MOST_SHAPES:
-                self._shapes.clear()
-                self._make()
-            self._shapes.add(shape)
+    def __call__(self, tokens: mx.array, bank: SlotBank) -> mx.array:
+        """The logits (S, V) of a step that has begun."""
+        shape = (bank.num_rows, *bank.shape)
+        if len(self._times) > MOST_COUNTED:
+            self._times.clear()
+        self._times[shape] = times = self._times.get(shape, 0) + 1
+        if times <= TRACED_AFTER or not bank.is_in_place or len(bank.buffers) < len(self.model.layers):
+            return slot_logits(self.model, tokens, bank)
+        if shape not in self._traced and len(self._traced) >= MOST_SHAPES:
+            self._traced.clear()
+            self._make()
+        self._traced.add(shape)
+        found: mx.array = self._step(tokens, bank.rows, bank.positions, bank.last, bank.buffers)
+        return found
 
     def _make(self) -> None:
-        model, layers = self.model, self.model.layers
+        def step(
+            tokens: mx.array, rows: mx.array, positions: mx.array, last: mx.array | None, buffers: list[mx.array]
+        ) -> mx.array:
+            return slot_logits(self.model, tokens, _TracedStep(rows, positions, last, buffers))
 
-        def after(i: int, x: mx.array, queries: mx.array, buffer: mx.array, state: mx.array) -> mx.array:
-            attention = layers[i].attention
-            out = attend_in_slots(queries, buffer, state, attention.full_scale, attention.sinks)
-            found: mx.array = layers[i].after_attention(x, out)
-            return found
+        self._step = self.compiled(step)
 
-        def first(tokens: mx.array, positions: mx.array) -> SlotState:
-            x = model.embed(tokens)
-            return (x, *layers[0].before_slots(x, positions))
 
-        def between(i: int) -> Callable[..., SlotState]:
-            def piece(
-                x: mx.array, queries: mx.array, buffer: mx.array, state: mx.array, positions: mx.array
-            ) -> SlotState:
-                h = after(i, x, queries, buffer, state)
-                return (h, *layers[i + 1].before_slots(h, positions))
+@dataclass
+class _TracedStep:
+    """A `SlotStep` of arrays that a trace is made of."""
 
-            return piece
+    rows: mx.array
+    positions: mx.array
+    last: mx.array | None
+    buffers: list[mx.array]
 
-        self.first = self.compiled(first)
-        self.between = [self.compiled(between(i)) for i in range(len(layers) - 1)]
-        self.head_of_rows = self.compiled(lambda *last: model.finish(after(len(layers) - 1, *last)))
+    def write(self, i: int, new: mx.array) -> tuple[mx.array, mx.array]:
+        return self.buffers[i], write_in_slots(self.buffers[i], new, self.rows)
 
 
 class StreamedPieces(Pieces):

@@ -117,9 +117,9 @@ class ActiveRequest(HasJob):
         slot = None if self.bank is None else self.bank.slot_of(self)
         return self.cache[0].offset if self.bank is None or slot is None else self.bank.lengths[slot]
 
-    def join(self, bank: SlotBank) -> None:
-        """Into a slot, beside others."""
-        bank.join(self, self.cache)
+    def join(self, bank: SlotBank, num_tokens: int = 0, num_owners: int = 0) -> None:
+        """Into a slot, beside others. num_tokens, num_owners: see `SlotBank.join`."""
+        bank.join(self, self.cache, max(num_tokens, self.num_prompt_tokens), num_owners)
         self.bank = bank
 
     def leave_slot(self, is_wanted: bool = True) -> None:
@@ -143,6 +143,11 @@ class ActiveRequest(HasJob):
     def can_go_on(self) -> bool:
         """Whether the next pass has anything to compute for it, its prompt done."""
         return bool(self.replay) or self.forward is not None or self.has_token_to_feed
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of its prompt."""
+        return len(self.sequence.request.prompt_tokens)
 
     @property
     def is_plain(self) -> bool:
@@ -204,7 +209,7 @@ class ActiveRequest(HasJob):
     def prompt_piece(self, length: int) -> list[int]:
         """The next tokens of the prompt."""
         assert self.turn is not None
-        start = self.cache[0].offset
+        start = self.position
         return self.turn.tokens[start : start + length]
 
     def score_prompt(self, logits: mx.array) -> None:

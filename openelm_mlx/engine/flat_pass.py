@@ -18,6 +18,7 @@ from ..models.cores import compute_at_once, num_cores
 from ..models.precision import runs_on_cpu
 from ..models.prompt_products import num_padding
 from ..models.rows import Rows, flat_logits
+from ..models.slot_sizes import rows_for
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from .active import ActiveRequest, Pending
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 class Part:
     """One request's share of a pass.
 
-    tokens: a scalar or (n,); None where they are its pending one. offset: how many tokens its cache held before.
-    is_prompt: whether they are a piece of its prompt.
+    tokens: a scalar or (n,); None where they are its pending one. offset: how many of its tokens had been computed before.
+    is_prompt: whether they are a piece of its prompt. slot: where it is in a bank of slots; None: it has its own cache.
     """
 
     request: ActiveRequest
@@ -40,6 +41,7 @@ class Part:
     offset: int
     tokens: mx.array | None = None
     is_prompt: bool = False
+    slot: int | None = None
 
 
 def decoding_part(request: ActiveRequest, tokens: mx.array | None = None) -> Part:
@@ -53,7 +55,8 @@ def prompt_part(request: ActiveRequest, length: int) -> Part:
     is_last = len(request.job.chunks) == 1 and request.job.chunks[0] == length
     # Where all of a prompt's logits are wanted, it is no prompt for the pass, but tokens like those of a draft.
     rows = Rows(request.cache, length, not request.wants_prompt_scores, is_last)
-    return Part(request, rows, request.cache[0].offset, mx.array(request.prompt_piece(length)), True)
+    slot = None if request.bank is None else request.bank.slot_of(request)
+    return Part(request, rows, request.position, mx.array(request.prompt_piece(length)), True, slot)
 
 
 def compute(
@@ -65,30 +68,71 @@ def compute(
 ) -> mx.array | None:
     """The logits (R, V) of the rows that want any; None where none does. A prompt's keys and values are evaluated.
 
-    in_slots: who has a token for its slot of `bank`; their rows stand before those of `parts`.
+    in_slots: who has a token for its slot of `bank`; empty where nobody in a slot has anything to compute. Their logits, one
+    row for each slot, stand before those of `parts` that are in no slot.
     """
-    prompts = [each for each in parts if each.is_prompt]
-    used = bank if in_slots else None
-    tokens, rows = joined_tokens(in_slots, parts), [each.rows for each in parts]
-    total = sum(each.rows.length for each in prompts)
+    apart = [each for each in parts if each.slot is None]
+    pieces = [each for each in parts if each.slot is not None]
+    prompts = [each for each in apart if each.is_prompt]
+    used, rows = bank if in_slots else None, [each.rows for each in apart]
+    num_rows = len(in_slots) + sum(each.rows.length for each in apart) + sum(each.rows.length - 1 for each in pieces)
+    padding = _padding(model, num_rows, bool(pieces)) if pieces or any(each.rows.length > 1 for each in prompts) else 0
+    padding_in_slots = padding if pieces else 0
+    tokens = joined_tokens(in_slots, parts, padding_in_slots)
+    total = sum(each.rows.length for each in (*prompts, *pieces))
     shares = shared_among([each.length for each in rows], num_shares(model))
     with lock_of(model):
         if used is not None:
-            used.begin()
+            used.begin(_counts(in_slots, pieces), padding_in_slots)
         if len(shares) > 1:
             logits = _on_all_cores(model, tokens, rows, shares)
-        elif any(each.rows.length > 1 for each in prompts):
-            throttle = chunk_throttle([each.rows.cache for each in prompts], total)
-            logits = flat_logits(model, tokens, rows, throttle, used, _padding(model, tokens.size))
+        elif padding or any(each.rows.length > 1 for each in (*prompts, *pieces)):
+            throttle = chunk_throttle([each.rows.cache for each in (*prompts, *pieces)], total)
+            logits = flat_logits(model, tokens, rows, throttle, used, padding - padding_in_slots)
         else:
             logits = step(tokens, rows, used)
+        if pieces and bank.is_in_place and not any(in_slots) and all(each.is_prompt for each in apart):
+            mx.eval(logits)  # which nobody else waits for; what is written in place is an effect of computing them
+        if prompts or (pieces and not bank.is_in_place):
+            mx.eval(
+                [layer.buffers for each in prompts for layer in each.rows.cache],
+                bank.buffers if pieces else [],
+            )
         if used is not None:
-            used.end()
-        if prompts:
-            mx.eval([layer.buffers for each in prompts for layer in each.rows.cache])
+            used.end(logits)
     if prompts and (runs_on_cpu() or total >= THROTTLED_FROM):
         mx.clear_cache()
     return logits
+
+
+def _counts(in_slots: Sequence[ActiveRequest | None], pieces: Sequence[Part]) -> list[int]:
+    """How many tokens each slot is given."""
+    counts = [int(each is not None) for each in in_slots]
+    for each in pieces:
+        assert each.slot is not None
+        counts[each.slot] = each.rows.length
+    return counts
+
+
+def requests_of_rows(
+    in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]
+) -> list[tuple[ActiveRequest | None, int]]:
+    """Whose rows stand where in a pass, and how many each time: the slots, what they are given beside, and who is in none."""
+    first = list(in_slots)
+    pieces = [each for each in parts if each.slot is not None]
+    for each in pieces:
+        assert each.slot is not None
+        first[each.slot] = each.request
+    return [
+        *((request, 1) for request in first),
+        *((each.request, each.rows.length - 1) for each in sorted(pieces, key=_slot_of)),
+        *((each.request, each.rows.length) for each in parts if each.slot is None),
+    ]
+
+
+def _slot_of(part: Part) -> int:
+    assert part.slot is not None
+    return part.slot
 
 
 def num_shares(model: Model) -> int:
@@ -144,16 +188,19 @@ def _share_of_pass(model: Model, tokens: mx.array, rows: Sequence[Rows], selecti
     return logits
 
 
-def _padding(model: Model, num_rows: int) -> int:
+def _padding(model: Model, num_rows: int, are_in_slots: bool) -> int:
     """How many rows that are nobody's a pass of so many gets (`KernelChoices.pads_rows`)."""
     is_plain = runtime_of(model).residency is None and model.adapters.selection.rows is None and not model.is_followed
-    return num_padding(num_rows) if model.choices.pads_rows and is_plain else 0
+    if not (model.choices.pads_rows and is_plain):
+        return 0
+    return rows_for(num_rows) - num_rows if are_in_slots else num_padding(num_rows)
 
 
-def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> mx.array:
-    """All the tokens (M,), in the order of slots and parts; any token for a slot that nobody has.
+def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part], padding: int = 0) -> mx.array:
+    """All the tokens (M,), in the order of `requests_of_rows`; any token for a slot that has none.
 
-    Those that were chosen together stay together: where nobody came or went, they are the last choice as it is.
+    padding: so many more for slots, before those who are in none. Those that were chosen together stay together: where
+    nobody came or went, they are the last choice as it is.
     """
     together = None if parts else _chosen_together(in_slots)
     if together is not None:
@@ -168,13 +215,21 @@ def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part
             vectors.append(vector)
         places.extend(range(starts[id(vector)] + at, starts[id(vector)] + at + count))
 
-    for request in in_slots:
-        if request is None:
+    pieces = {_slot_of(part): part for part in parts if part.slot is not None}
+    for slot, request in enumerate(in_slots):
+        if slot in pieces:
+            place(_tokens_of(pieces[slot]), 0, 1)
+        elif request is None:
             places.append(0)
         else:
             assert request.pending is not None
             place(request.pending.tokens, request.pending.at, 1)
+    for slot in sorted(pieces):
+        place(_tokens_of(pieces[slot]), 1, pieces[slot].rows.length - 1)
+    places += [0] * padding
     for part in parts:
+        if part.slot is not None:
+            continue
         pending = part.request.pending
         if part.tokens is not None:
             place(part.tokens, 0, part.rows.length)
@@ -186,6 +241,11 @@ def joined_tokens(in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part
         vectors = [vector.astype(mx.uint32) for vector in vectors]
     tokens = vectors[0] if len(vectors) == 1 else mx.concatenate(vectors)
     return tokens if places == list(range(tokens.size)) else tokens[mx.array(places)]
+
+
+def _tokens_of(part: Part) -> mx.array:
+    assert part.tokens is not None
+    return part.tokens
 
 
 def _chosen_together(in_slots: Sequence[ActiveRequest | None]) -> mx.array | None:

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..errors import SettingError
 from ..memory.admission import TOKENS_AT_ONCE
 from ..models.adapter_sets import GONE
+from ..models.slots import SlotBank
 from ..text.tokenizer import Tokenizer
 from .active import ActiveRequest
 from .flat_pass import Part, SamplerGroups
@@ -101,10 +102,10 @@ class Lifecycle:
             request.work.cancel()  # where it has begun, its result is dropped: nobody waits for it
             request.work = None
         cache = None if request.turn is None else request.cache
-        is_kept = error is None and request.sequence.request.prefix_cache is not None
+        is_lost = request.bank is not None and request.bank.is_lost
+        is_kept = error is None and request.sequence.request.prefix_cache is not None and not is_lost
         try:
-            if heirs:
-                self._inherit(request, heirs)
+            if heirs and self._inherit(request, heirs):
                 is_kept, cache = False, None
             request.end(is_kept)
         except Exception as failure:  # what could not be kept is lost, and nothing else
@@ -123,12 +124,18 @@ class Lifecycle:
             for one in (each, *followers):
                 self.end(one, error=make_error())
 
-    def _inherit(self, request: ActiveRequest, heirs: list[ActiveRequest]) -> None:
-        """The first of those who waited for a prompt goes on with it."""
-        if request.turn is None:
+    def _inherit(self, request: ActiveRequest, heirs: list[ActiveRequest]) -> bool:
+        """The first of those who waited for a prompt goes on with it. False where nothing is left of it: all wait again."""
+        is_lost = request.turn is None or (request.bank is not None and request.bank.is_lost)
+        try:
+            if not is_lost:
+                request.leave_slot()
+        except RuntimeError:
+            is_lost = True
+        if request.turn is None or is_lost:
             for each in heirs:
                 self._scheduler.put_back(each)
-            return
+            return False
         heir, *others = heirs
         del request.turn.tokens[request.turn.num_prompt_tokens :]  # the answer, where its prompt was computed again
         try:
@@ -142,6 +149,7 @@ class Lifecycle:
         heir.followers = others
         heir.job.chunks = request.job.chunks
         self._scheduler.compute_prompt(heir)
+        return True
 
     def _unfollow(self, request: ActiveRequest) -> None:
         """It does not wait for another's prompt any more."""
@@ -158,14 +166,25 @@ class Lifecycle:
         ]
         if not growing:
             return
-        while not self._memory.can_grow(running := list(self._scheduler.running())):
-            if not self.let_youngest_give_way(finish_host_work):
-                for each in running:  # the only one
-                    self.end(each, error=self._memory.refusal(each))
-                break
+        while (running := list(self._scheduler.running())) and not self._memory.can_grow(running):
+            self.make_way(running[0], finish_host_work)
         for each in growing:
             if each in self._scheduler.decoding:
                 self._memory.reserve(each)
+        self._memory.changed(self._scheduler.running())
+
+    def make_way(self, request: ActiveRequest, finish_host_work: Callable[[], None]) -> None:
+        """Somebody has to give way, or ends: `request`, where nobody else runs.
+
+        One that is in a slot is computed once more apart first: its own cache has no places for others.
+        """
+        if self.let_youngest_give_way(finish_host_work):
+            return
+        if request.bank is None:
+            self.end(request, error=self._memory.refusal(request))
+            return
+        self.recompute(request)
+        mx.clear_cache()
         self._memory.changed(self._scheduler.running())
 
     def let_youngest_give_way(self, finish_host_work: Callable[[], None]) -> bool:
@@ -193,6 +212,13 @@ class Lifecycle:
         request.give_way()
         self._scheduler.compute_prompt(request)
         request.begin_again(self._model)
+
+    def recover(self, bank: SlotBank) -> None:
+        """What was in slots is lost: whoever had one is computed once more."""
+        for owner in [each for each in self._scheduler.running() if each.bank is bank]:
+            self.recompute(owner)
+        bank.clear()
+        self._memory.changed(self._scheduler.running())
 
     def take_back(self, parts: Sequence[Part]) -> None:
         """Bring caches back to where they were before a pass that failed; recompute what cannot be brought back."""

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 ADMITTED_TOKENS = 4 * TOKENS_AT_ONCE
 # Requests at once where nobody says.
 MAX_RUNNING = 64
+# Bytes of freed buffers that MLX keeps at most while requests are in slots.
+KEPT_IN_CACHE = 2**30
 # Of more requests, only how long they are in steps of the caches is looked at.
 _LOOKED_AT = 4
 
@@ -187,13 +189,20 @@ class BatchMemory:
         """Whether these pieces of prompts fit into one pass, beside those who decode."""
         return not self._shortage(*self._pass_of(pieces, decoding))
 
-    def has_slot_for(self, request: ActiveRequest) -> bool:
-        """Whether the bank of slots has room for one more, its own cache being there until it has joined."""
+    def has_slot_for(self, request: ActiveRequest, num_more: int = 1, num_tokens: int = 0) -> bool:
+        """Whether the bank of slots has room for one more, its own cache being there until it has joined.
+
+        num_more: and for others, so many in all. num_tokens: that the longest of them will have.
+        """
         limit = self.limit
         if limit is None:
             return True
-        length = request.position + min(request.num_left, TOKENS_AT_ONCE + 1)
-        return self._active_memory() + sum(self._bank_growth(1, length)) <= limit
+        length = max(request.position, request.num_prompt_tokens) + min(request.num_left, TOKENS_AT_ONCE + 1)
+        growth = sum(self._bank_growth(num_more, max(length, num_tokens)))
+        # A prompt that had a slot, and no room for a pass, would give way again.
+        caches = self._memories.caches_of(request.sequence.request)
+        computing = self._pass_bytes([(LEAST_CHUNK, length, caches)], 1) if request.job.chunks else 0
+        return self._active_memory() + growth + computing <= limit
 
     def reserve(self, request: ActiveRequest, num_tokens: int | None = None) -> None:
         """Let its caches grow, one layer after the other, so that only one is in memory twice while it is copied.
@@ -209,6 +218,11 @@ class BatchMemory:
     def in_use(self) -> int:
         """Bytes in use now."""
         return self._own_view()
+
+    def may_keep_cache(self) -> bool:
+        """Whether freed buffers stay MLX's: a little, within the budget. To give them back takes as long as several steps."""
+        limit, kept = self.limit, mx.get_cache_memory()
+        return kept <= KEPT_IN_CACHE and (limit is None or self._active_memory() + kept <= limit)
 
     def pass_took(self, computed: int, parts: Sequence[tuple[ActiveRequest, int, int]]) -> None:
         """Learn from a pass: `computed` bytes beside what was in use. parts: requests, their tokens, cached ones before."""
@@ -249,7 +263,7 @@ class BatchMemory:
         """Of the requests' own caches, and of the slots."""
         growth = self.admission.growth(held)
         bank = self._bank
-        if not bank.longest:
+        if not bank.num_owners:
             return growth
         more, copied = self._bank_growth(0, bank.longest + TOKENS_AT_ONCE + 1)
         return growth if not more else Growth(growth.more + more, max(growth.copied, copied))

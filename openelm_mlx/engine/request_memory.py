@@ -48,12 +48,15 @@ class RequestMemories:
         turn = request.turn
         if turn is None:  # it waits, or another computes its prompt
             return RequestMemory(0, total, 0, 0, caches)
-        if request.bank is not None:  # the bank grows for all
-            return RequestMemory(request.position, total, max(total, request.position), 0, caches)
-        position, places = request.cache[0].offset, _places(request.cache)
         snapshots = 0
         if checked.prefix_cache is not None and request.job.chunks:
             snapshots = max(0, min(len(request.job.chunks) - 1, MAX_CHECKPOINTS + 1 - turn.num_checkpoints))
+        if request.bank is not None:  # which grows for all; out of it, a request has a cache of its own again
+            leaves = bool(snapshots or request.followers)
+            return RequestMemory(
+                request.position, total, 0 if leaves else max(total, request.position), snapshots, caches
+            )
+        position, places = request.cache[0].offset, _places(request.cache)
         if position and position == turn.num_reused:  # nothing has been written yet, and what is there may be shared
             if turn.is_fork and places <= position:
                 places = 0

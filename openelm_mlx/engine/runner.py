@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, final
 import mlx.core as mx
 
 from ..decoding.batch_step import BatchStep
-from ..decoding.budget import chunk_of_plan
 from ..decoding.tokens import computed
 from ..errors import SettingError
 from ..models.rows import Rows
@@ -26,18 +25,31 @@ from .active import ActiveRequest, Pending
 from .delivery import Delivery
 from .expert_shares import ExpertShares
 from .failures import Failures
-from .flat_pass import Part, SamplerGroups, compute, decoding_part, num_shares, pending_arrays, prompt_part
+from .flat_pass import (
+    Part,
+    SamplerGroups,
+    compute,
+    decoding_part,
+    num_shares,
+    pending_arrays,
+    prompt_part,
+    requests_of_rows,
+)  # fmt: skip
 from .lifecycle import Lifecycle
 from .memory import BatchMemory
+from .prompt_pieces import PromptPieces
 from .scheduler import Scheduler, longest_share
 from .single import CLEAR_CACHE_EVERY, not_finite
 from .slots import arrange_slots, slot_bank
+from .step_times import StepTimes
 
 if TYPE_CHECKING:
     from ..models import Model
 
 # Drafts are checked beside so many other requests at most: with more, a pass shares what a draft would save.
 MOST_BESIDE_DRAFTS = 4
+# Steps after which a request that is alone leaves its slot: to move it takes as long as some of them, and others may come.
+STEPS_BEFORE_LEAVING = 32
 
 
 @final
@@ -63,11 +75,15 @@ class Runner:
         residency = runtime_of(model).residency
         self._shares = None if residency is None else ExpertShares(residency)
         self.num_steps = 0
-        self._chunk, self._num_shares = chunk_of_plan(model), num_shares(model)
+        self._num_shares = num_shares(model)
+        self._times = StepTimes(scheduler)
+        self._num_alone = 0  # steps of one request in a slot with nobody beside it
         self._groups = SamplerGroups()
         self.life = Lifecycle(model, tokenizer, scheduler, self.memory, self._groups)
         self._failures = Failures(scheduler, self.life, self._groups)
         self._delivery = Delivery(scheduler, self.life, self._failures.handle, self._wake)
+        finish = self._delivery.finish_host_work
+        self._pieces = PromptPieces(model, scheduler, self.bank, self.memory, self.life, self._num_shares, finish)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -84,20 +100,24 @@ class Runner:
 
     def _step(self) -> None:
         began = time.perf_counter()
+        if self.bank.is_lost:
+            self.life.recover(self.bank)
         self.life.drop_cancelled()
         self.life.drop_without_adapter()
         self.life.admit()
         self._delivery.finish_host_work()
         self.life.make_room(self._delivery.finish_host_work)
-        prompts = self._next_prompts()
+        prompts = self._pieces.next()
         single = self._single(prompts)
         if single is not None:
             self._step_alone(single)
-            self._note_time(began, 0)
+            self._count_step()
+            self._times.took(began, 0)
             return
-        in_slots = arrange_slots(self.model, self.bank, self.memory, self.scheduler.decoding)
+        decoding = self.scheduler.decoding
+        in_slots = arrange_slots(self.model, self.bank, self.memory, decoding, [each for each, _ in prompts])
         parts = self._parts(prompts)
-        before = [(each, each.pending) for each in self.scheduler.decoding if each.pending and not each.replay]
+        before = [(each, each.pending) for each in decoding if each.pending and not each.replay]
         chunk_length = longest_share([length for _, length in prompts], self._num_shares)
         has_work = bool(parts) or any(in_slots)
         if has_work and not self._pass(in_slots, parts):
@@ -106,9 +126,13 @@ class Runner:
         self._delivery.hand_over(before)
         if not has_work:
             return
+        self._count_step()
+        if self.bank.is_in_place:
+            self._times.dispatched(began, chunk_length, bool(before))
+            return
         if chunk_length and self.scheduler.decoding:
             self._evaluated([each.pending for each in self.scheduler.decoding if each.pending is not None])
-        self._note_time(began, chunk_length, was_first)
+        self._times.took(began, chunk_length, was_first)
 
     def updated(self) -> list[ActiveRequest]:
         """Those for whom something has come since the last call."""
@@ -129,36 +153,18 @@ class Runner:
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
-    def _next_prompts(self) -> list[tuple[ActiveRequest, int]]:
-        """Whose prompts are gone on with, and by how many tokens each."""
-        if self.scheduler.pace.is_usual_due and any(each.can_go_on for each in self.scheduler.decoding):
-            return []
-        wanted = self.scheduler.next_prompts(self._chunk, self._num_shares)
-        if not wanted:
-            return []
-        first, length = wanted[0]
-        decoding = self.scheduler.decoding
-        fitting = self.memory.longest_piece(first, length, decoding)
-        if not fitting:
-            if not self.life.let_youngest_give_way(self._delivery.finish_host_work):
-                self.life.end(first, error=self.memory.refusal(first))
-            return self._next_prompts()
-        found = [(first, first.job.piece(fitting))]
-        for each in wanted[1:] if fitting == length else ():
-            if not self.memory.has_room_for_pieces([*found, each], decoding):
-                break
-            found.append(each)
-        for request, piece in found:
-            self.memory.reserve(request, request.position + piece)
-        self.memory.changed(self.scheduler.running())
-        return found
-
     def _single(self, prompts: Sequence[tuple[ActiveRequest, int]]) -> ActiveRequest | None:
         """The one request that runs, where there is but one: it takes the loop for one."""
         decoding = self.scheduler.decoding
         if prompts or len(decoding) != 1 or decoding[0].replay:
+            self._num_alone = 0
             return None
         request = decoding[0]
+        if self.bank.num_owners and self.scheduler.prompts:  # it would be in no slot for one step
+            return None
+        if request.bank is not None and self.bank.is_in_place and self._num_alone < STEPS_BEFORE_LEAVING:
+            self._num_alone += 1
+            return None
         return request if request.can_go_on else None
 
     def _step_alone(self, request: ActiveRequest) -> None:
@@ -232,7 +238,8 @@ class Runner:
         self._distribute(in_slots, parts, logits)
         try:
             requests = [*(each for each in in_slots if each is not None), *(part.request for part in parts)]
-            mx.async_eval([*pending_arrays(requests), *(layer.buffers for cache in replayed for layer in cache)])
+            arrays = [*pending_arrays(requests), *(layer.buffers for cache in replayed for layer in cache)]
+            mx.async_eval([*arrays, logits] if logits is not None and self.bank.is_in_place else arrays)
         except RuntimeError as error:
             self._failures.handle(list(self.scheduler.running()), error)
             return False
@@ -240,13 +247,12 @@ class Runner:
 
     def _compute(self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> mx.array | None:
         """The logits of the flat pass; see `compute`."""
-        rows = [(part.request, part.rows.length) for part in parts]
-        ids = [None if each is None else each.adapter for each in in_slots]
-        ids += [request.adapter for request, length in rows for _ in range(length)]
+        rows = requests_of_rows(in_slots, parts)
+        ids = [None if request is None else request.adapter for request, length in rows for _ in range(length)]
         adapters = self.model.adapters
         with (
             adapters.using(adapters.select(ids)),
-            self._shared([*((each, 1) for each in in_slots if each is not None), *rows]),
+            self._shared([(request, length) for request, length in rows if request is not None]),
         ):
             return compute(self.model, self._batch_step, self.bank, in_slots, parts)
 
@@ -275,8 +281,9 @@ class Runner:
                 request.pending = pending
         for part in parts[len(plain) :]:
             request, count = part.request, part.rows.num_logits
-            own = None if logits is None or count == 0 else logits[row : row + count]
-            row += count
+            at = row if part.slot is None else part.slot
+            own = None if logits is None or count == 0 else logits[at : at + count]
+            row += count if part.slot is None else 0
             if part.is_prompt:
                 self._prompt_went_on(request, part.rows, own)
             elif request.replay:
@@ -304,11 +311,14 @@ class Runner:
             each.channel.num_prompt_tokens_done = request.position
         assert request.turn is not None
         if len(job.chunks) < num_chunks and request.sequence.request.prefix_cache is not None and job.chunks:
+            request.leave_slot()  # a snapshot is of its own cache
             request.turn.at_border()
         if job.chunks:
             return
         assert logits is not None
         followers, request.followers = request.followers, []
+        if followers:
+            request.leave_slot()  # its own cache is what they begin with
         self.scheduler.prompt_is_done(request)
         beginning = [] if request.has_answered else [request]
         for each in followers:  # before the first answer begins, or ends
@@ -354,6 +364,10 @@ class Runner:
         self._groups.release()
         for request in together:
             request.leave_slot()
+        for part in parts:
+            if part.slot is not None:
+                part.request.leave_slot()
+                part.slot = None
         for part in [*(decoding_part(each) for each in together), *parts]:
             request = part.request
             if request.turn is None or part.rows.cache[0].offset != part.offset:
@@ -375,13 +389,7 @@ class Runner:
         except RuntimeError as error:
             self._failures.handle(list(self.scheduler.running()), error)
 
-    def _note_time(self, began: float, chunk_length: int, was_first: bool = False) -> None:
-        """was_first: nobody decoded before this step."""
+    def _count_step(self) -> None:
         self.num_steps += 1
-        if self.num_steps % CLEAR_CACHE_EVERY == 0:
+        if self.num_steps % CLEAR_CACHE_EVERY == 0 and not (self.bank.is_in_place and self.memory.may_keep_cache()):
             mx.clear_cache()
-        seconds = time.perf_counter() - began
-        if self.scheduler.decoding and not was_first:
-            self.scheduler.pace.step_took(seconds, chunk_length)
-        elif chunk_length:
-            self.scheduler.pace.prompt_took(seconds, chunk_length)

@@ -12,25 +12,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import combinations
-from statistics import median
 from typing import Generic, TypeVar, final
 
 from ..errors import EngineFullError
+from .pace import LEAST_CHUNK, ChunkPace
 
-# A step with a chunk takes at most so many times the usual step of those who decode (checked by `bench --requests`).
-LONGEST_GAP = 4.0
-# What the chunk's length aims at: below the bound, since a chunk's cost is known only afterwards.
-_AIM = 2.5
-# Where a chunk's fixed time is not within that, its tokens take this part of it at least: else decoders would wait more
-# often, and not less.
-_LEAST_SHARE = 0.5
-# Chunks after which the usual step is measured again; fewer at first, while requests come in.
-_MOST_CHUNKS = 32
-# So many times what was expected is far longer.
-_SLOW_FIRST = 2.0
-# Shorter chunks cost nearly as much as this one: each reads all weights.
-LEAST_CHUNK = 16
 # Prompts in one pass: each has attention of its own.
 MOST_PROMPTS = 32
 # A prompt lets another go first every other step, if that one has this many times less to compute.
@@ -42,12 +28,13 @@ class Job:
     """A request as the scheduler sees it.
 
     number: in the order of arrival. chunks: lengths of the prompt's chunks as a request alone has them; a chunk may be
-    computed in several pieces, but never across such a border. least: tokens in the shortest piece. group: what it was
-    submitted with; by default it is alone.
+    computed in several pieces, but never across such a border. least, longest: tokens in the shortest and the longest piece.
+    group: what it was submitted with; by default it is alone.
     """
 
     def __init__(self, number: int, least: int = 2, group: Hashable = None) -> None:
         self.number, self.least = number, least
+        self.longest: int | None = None
         self.group = number if group is None else group
         self.was_put_back = False
         self.turn = 0  # its place among all that have been admitted, from 1
@@ -64,7 +51,7 @@ class Job:
         Attention over few tokens may add in another order than over many, and the answer would differ in its last bits.
         A chunk that is shorter by itself stays as it is.
         """
-        chunk, most = self.chunks[0], max(self.least, most)
+        chunk, most = self.chunks[0], max(self.least, most if self.longest is None else min(most, self.longest))
         if chunk <= max(most, 2 * self.least - 1):
             return chunk
         return min(most, chunk - self.least)
@@ -74,117 +61,6 @@ class Job:
         self.chunks[0] -= length
         if self.chunks[0] == 0:
             self.chunks.popleft()
-
-
-@final
-class ChunkPace:
-    """How long a chunk of a prompt may be while others decode, learned from the steps' times (seconds).
-
-    A chunk adds a fixed time to the usual step and another for each token; both are estimated by rank, so that a step
-    that was long once means little. A length's first chunk that took far longer than was expected says nothing: for some
-    devices kernels are chosen, or compiled, for each length. Where the fixed time leaves too little of what decoders should
-    wait, short chunks would make them wait more often and not less: a chunk is then so long that its tokens take as much
-    as what is fixed.
-
-    The usual step is only seen where nobody's prompt is computed, which may never be while requests come and come: so
-    `is_usual_due` asks for two steps without a chunk now and then. The first of them hands over what the chunk's step
-    computed, and says nothing.
-
-    Where cores share a pass, a chunk is what the core has of prompts that has most.
-
-    first: the first chunk beside somebody who decodes, where nothing is known of what a prompt's token takes.
-    """
-
-    def __init__(self, first: int = 64) -> None:
-        self.longest = 2**20  # whatever the times say
-        self.last = first
-        self._first = first
-        self._usual: float | None = None  # of a step without a chunk
-        self._per_token_alone: float | None = None  # of a prompt that nobody decoded beside
-        self._added: deque[tuple[int, float]] = deque(maxlen=16)  # by the last chunks: their lengths, and seconds
-        self._known_lengths: set[int] = set()  # in coarse steps
-        self._is_after_chunk = False
-        # Steps with a chunk since the usual one was measured, and after how many it is measured again.
-        self._num_chunks = self._due_after = 0
-        self._fixed, self._per_token = 0.0, 0.0
-
-    @property
-    def is_usual_due(self) -> bool:
-        """Whether the next step should be one without a chunk, where somebody decodes."""
-        return self._num_chunks >= self._due_after
-
-    def length(self, most: int) -> int:
-        """The chunk's length now, at most `most`, in coarse steps, so that shapes are few."""
-        return min(most, _in_coarse_steps(self._wanted()))
-
-    def _measured_usual(self, seconds: float) -> None:
-        known = self._usual
-        # Once it was far longer: a kernel had to be compiled.
-        known = seconds if known is None else min(known, LONGEST_GAP * seconds)
-        self._usual = known + 0.25 * (seconds - known)
-        if self.is_usual_due:
-            self._due_after = min(_MOST_CHUNKS, max(1, 2 * self._due_after))
-        self._num_chunks = 0
-
-    def _wanted(self) -> float:
-        usual = self._usual
-        if not self._added or usual is None:
-            if usual is None or self._per_token_alone is None:
-                return self._first
-            return (_AIM - 1) * usual / self._per_token_alone  # which has its share of what is fixed
-        most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
-        least_seconds = self._fixed if most_seconds < _LEAST_SHARE * self._fixed else min(self._fixed, most_seconds)
-        seconds = max(least_seconds, (_AIM - 1) * usual - self._fixed)
-        length = seconds / max(self._per_token, 1e-9)
-        last = self._added[-1][0]
-        return max(last / 4, min(2 * last, length))  # what has not been tried is only an estimate
-
-    def halve(self) -> None:
-        """The last chunk was too long for the device: from now on, none is longer than half of it."""
-        self.longest = max(LEAST_CHUNK, self.last // 2)
-
-    def prompt_took(self, seconds: float, length: int) -> None:
-        """Learn from a step in which nobody decoded what a token of a prompt takes."""
-        self._is_after_chunk = True
-        found, known = seconds / max(1, length), self._per_token_alone
-        self._per_token_alone = found if known is None else min(found, 0.5 * (found + known))
-
-    def step_took(self, seconds: float, chunk_length: int) -> None:
-        """Learn from a step in which somebody decoded. chunk_length: 0 for a step without a prompt."""
-        was_after_chunk, self._is_after_chunk = self._is_after_chunk, chunk_length > 0
-        if chunk_length == 0:
-            if not was_after_chunk:
-                self._measured_usual(seconds)
-            return
-        self._num_chunks += 1
-        coarse = _in_coarse_steps(chunk_length)
-        is_first = coarse not in self._known_lengths
-        self._known_lengths.add(coarse)
-        if self._usual is None or seconds <= 0:
-            return
-        expected = self._fixed + self._per_token * chunk_length
-        if is_first and len(self._added) > 1 and seconds - self._usual > _SLOW_FIRST * expected:
-            return
-        self._added.append((chunk_length, max(0.0, seconds - self._usual)))
-        slopes = sorted(
-            (y - other_y) / (x - other_x)
-            for (x, y), (other_x, other_y) in combinations(self._added, 2)
-            if max(x, other_x) >= 1.4 * min(x, other_x)
-        )
-        if slopes:
-            # The lower quartile: what is hidden in the noise is found out by longer chunks, and not by shorter ones.
-            self._per_token = max(0.0, slopes[len(slopes) // 4])
-        else:
-            # Chunks of one length: no more than all they took, or a first one that took long would keep them short for ever.
-            average = median(y / x for x, y in self._added)
-            self._per_token = average if len(self._added) == 1 else min(self._per_token, average)
-        self._fixed = max(0.0, median(y - self._per_token * x for x, y in self._added))
-
-
-def _in_coarse_steps(length: float) -> int:
-    """A power of two, or one and a half of it, but below `LEAST_CHUNK` only the former: at most `length`, at least 2."""
-    power = 1 << max(1, int(length).bit_length() - 1)
-    return power + power // 2 if length >= power + power // 2 and power >= 2 * LEAST_CHUNK else power
 
 
 J = TypeVar("J", bound="HasJob")
@@ -264,12 +140,13 @@ class Scheduler(Generic[J]):
             running[each.job.group] += 1
         return sorted(places, key=places.__getitem__)
 
-    def next_prompts(self, most: int, cores: int = 1) -> list[tuple[J, int]]:
+    def next_prompts(self, most: int, cores: int = 1, beside: int = 0) -> list[tuple[J, int]]:
         """Whose prompts are gone on with in the next pass, and by how many tokens each: `most` in all, and more on cores
         that would have nothing to do until the others are done.
 
         most: what memory and device allow at once; where somebody decodes, the pace allows less. Who was admitted first comes
         first, or every other time one that is far shorter; others follow while tokens are left. A piece is on one core.
+        beside: see `ChunkPace.length`.
         """
         with_chunks = sorted((each for each in self.prompts if each.job.chunks), key=lambda each: each.job.turn)
         if not with_chunks:
@@ -277,7 +154,7 @@ class Scheduler(Generic[J]):
         first = self._first_of(with_chunks)
         most = min(most, self.pace.longest)
         if self.decoding:
-            most = self.pace.length(most)
+            most = self.pace.length(most, beside)
         found = [(first, first.job.piece(most))]
         loads = [found[0][1], *[0] * (cores - 1)]  # of each core
         left = most - loads[0]

@@ -18,7 +18,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 # What nobody times, and what is therefore the backend's default whatever is stored.
-BY_BACKEND = {"slots", "prompt_products_to", "fuse_many_residual_adds", "pads_rows"}
+BY_BACKEND = {"slots", "prompts_in_slots", "prompt_products_to", "fuse_many_residual_adds", "pads_rows"}
 
 
 def stored_choices() -> KernelChoices | None:

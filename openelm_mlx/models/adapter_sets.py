@@ -94,11 +94,12 @@ class Selection:
     which: int | None = None
     rows: RowChoice | None = None
 
-    def taking(self, rows: Sequence[int]) -> Selection:
+    def taking(self, rows: Sequence[int] | mx.array) -> Selection:
         """The same for those rows alone."""
         if self.rows is None:
             return self
-        return replace(self, rows=RowChoice(self.rows.rows[mx.array(list(rows), mx.uint32)]))
+        taken = rows if isinstance(rows, mx.array) else mx.array(list(rows), mx.uint32)
+        return replace(self, rows=RowChoice(self.rows.rows[taken]))
 
     @property
     def form(self) -> AdaptersForm:

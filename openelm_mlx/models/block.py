@@ -44,10 +44,9 @@ class BlockAttention(nn.Module):
     def for_slots(
         self, heads: mx.array, positions: mx.array, normed: mx.array | None = None, gains: mx.array | None = None
     ) -> tuple[mx.array, mx.array]:
-        """What `Block.before_slots` gives, from the projection's heads (S, H + 2 K, 1, D). Others: see `Rotation.of_slots`."""
+        """What `Block.before_slots` gives, from the projection's heads (M, H + 2 K, 1, D). Others: see `Rotation.of_slots`."""
         rotated = self.rotation.of_slots(heads, positions, self.num_heads + self.num_kv_heads, normed, gains)
-        new = rotated[:, self.num_heads :].reshape(heads.shape[0], 2, self.num_kv_heads, 1, self.head_dim)
-        return rotated[:, : self.num_heads], new.swapaxes(0, 1)
+        return rotated[:, : self.num_heads], rotated[:, self.num_heads :].squeeze(2)
 
     def slot_constants(self) -> list[mx.array]:
         """The constants of `for_slots`."""
@@ -86,9 +85,9 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def before_slots(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """`before_attention` of one token a row, x (S, hidden_size), in fewer kernels.
+        """`before_attention` of one token a row, x (M, hidden_size), in fewer kernels.
 
-        positions: (S,), in float32. Queries (S, H, 1, D); keys and values in one, (2, S, K, 1, D), for `SlotBank.write`.
+        positions: (M,), in float32. Queries (M, H, 1, D); keys and values in one, (M, 2 K, D), for `SlotBank.write`.
         """
         raise NotImplementedError
 

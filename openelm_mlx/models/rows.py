@@ -20,6 +20,7 @@ from .block import LayerThrottle
 from .cache import Cache, KVCache, LayerCache, seen_by_last
 from .prompt_products import num_padding, queries_in_a_block, uses_products
 from .quantized_cache import QuantizedKVCache
+from .slot_step import slot_logits
 from .slots import SlotBank
 
 
@@ -54,10 +55,12 @@ def flat_logits(
 ) -> mx.array | None:
     """The logits (R, V) of those of the flat `tokens` (M,) that want any, in their order; None where none does.
 
-    tokens: one for each slot of `bank`, and then of each of `rows` its own. throttle: see `LanguageModel.run_layers`.
-    padding: so many rows that are nobody's go with them through all layers but the last (`KernelChoices.pads_rows`). Lazy,
-    but for what the throttle waits for.
+    tokens: one for each row of `bank`, whose step has begun, and then of each of `rows` its own. Of the bank all slots have
+    logits, those of the last of their rows. throttle: see `LanguageModel.run_layers`. padding: so many rows that are nobody's
+    go with them through all layers but the last (`KernelChoices.pads_rows`). Lazy, but for what the throttle waits for.
     """
+    if bank is not None and bank.has_kernel and not rows and not model.is_followed:
+        return slot_logits(model, tokens, bank, throttle)
     if padding:
         tokens = mx.pad(tokens, (0, padding))
     walk = RowsWalk(model, rows, model.embed(tokens), throttle, bank, padding)
@@ -70,11 +73,9 @@ def flat_logits(
 def positions_of(rows: Sequence[Rows], bank: SlotBank | None = None, padding: int = 0) -> mx.array:
     """The position of every flat row, (M,), and 0 for so many rows that are nobody's."""
     starts = [each.cache[0].offset for each in rows]
-    in_slots = [] if bank is None else bank.lengths
-    if all(each.length == 1 for each in rows):
-        return mx.array([*in_slots, *starts, *[0] * padding])
+    in_slots = np.zeros(0, np.int64) if bank is None else bank.row_positions
     spans = [np.arange(start, start + each.length) for start, each in zip(starts, rows, strict=True)]
-    return mx.array(np.concatenate([np.array(in_slots, np.int64), *spans, np.zeros(padding, np.int64)]))
+    return mx.array(np.concatenate([in_slots, *spans, np.zeros(padding, np.int64)]))
 
 
 class RowsWalk(WalkInParts):
@@ -93,7 +94,7 @@ class RowsWalk(WalkInParts):
         self._model = model
         self.positions = positions_of(rows, bank, padding)
         self._rows, self._bank, self._padding = rows, bank, padding
-        self._num_slots = 0 if bank is None else len(bank)
+        self._num_bank_rows = 0 if bank is None else bank.num_rows
         self._masks_of: list[dict[int | None, Mask]] = [{} for _ in rows]
         self._masks_of_products: list[dict[int | None, mx.array]] = [{} for _ in rows]
         self._products_to, self._pads = model.choices.prompt_products_to, model.choices.pads_rows
@@ -103,30 +104,31 @@ class RowsWalk(WalkInParts):
         last = len(self.layers) - 1
         self.run(0, last)
         x, queries, keys, values = self.enter(last)
-        wanted: list[tuple[int, int]] = []  # spans of rows
+        wanted: list[int] = []
         outs: list[mx.array] = []
-        start = self._num_slots
+        start = self._num_bank_rows
         if start:
-            wanted.append((0, start))
-            outs.append(self._attend_slots(last, queries, keys, values))
+            assert self._bank is not None
+            wanted += self._bank.last_rows
+            outs.append(self._attend_slots(last, queries, keys, values, self._bank.last))
         for at, rows in enumerate(self._rows):
             stop = start + rows.length
             if rows.is_prompt and rows.length > 1:
                 end = self._end_of_prompt(last, rows, queries[start:stop], keys[start:stop], values[start:stop])
                 if end is not None:
-                    wanted.append((stop - 1, stop))
+                    wanted.append(stop - 1)
                     outs.append(end)
             else:
-                wanted.append((start, stop))
+                wanted += range(start, stop)
                 outs.append(self._attend_rows(last, at, start, queries, keys, values))
             start = stop
         if not wanted:
             return None
         adapters = self._model.adapters
         selection = adapters.selection
-        if sum(end - begin for begin, end in wanted) < x.shape[0]:
-            x = mx.concatenate([x[begin:end] for begin, end in wanted])
-            selection = selection.taking([row for span in wanted for row in range(*span)])
+        if len(wanted) < x.shape[0]:
+            x = x[mx.array(wanted)]
+            selection = selection.taking(wanted)
         with adapters.using(selection):
             return self._model.head(self.layers[last].after_attention(x, _joined(outs)))
 
@@ -144,7 +146,7 @@ class RowsWalk(WalkInParts):
             return self._model.head(h)
 
     def attend(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        outs, start = [], self._num_slots
+        outs, start = [], self._num_bank_rows
         if start:
             outs.append(self._attend_slots(i, queries, keys, values))
         for at, rows in enumerate(self._rows):
@@ -161,13 +163,15 @@ class RowsWalk(WalkInParts):
     def _written_in(self, i: int) -> list[mx.array]:
         return [buffer for rows in self._rows if rows.is_prompt for buffer in rows.cache[i].buffers]
 
-    def _attend_slots(self, i: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """The attention of all that are in slots, (S, H, 1, D), which stand first."""
+    def _attend_slots(
+        self, i: int, queries: mx.array, keys: mx.array, values: mx.array, last: mx.array | None = None
+    ) -> mx.array:
+        """The attention of all rows that are in slots, (M, H, 1, D), which stand first; of those the `last` alone."""
         assert self._bank is not None
-        count = self._num_slots
+        count = self._num_bank_rows
         if queries.shape[0] > count:
             queries, keys, values = queries[:count], keys[:count], values[:count]
-        return self._bank.attend(i, self.layers[i].attention, queries, keys, values)
+        return self._bank.attend(i, self.layers[i].attention, queries, keys, values, last)
 
     def _attend_rows(
         self, i: int, at: int, start: int, queries: mx.array, keys: mx.array, values: mx.array

@@ -1,0 +1,160 @@
+"""How long chunks of prompts may be beside those who decode: learned from the times of steps, which are handed in."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import combinations
+from math import inf
+from statistics import median
+from typing import final
+
+# A step with a chunk takes at most so many times the usual step of those who decode (checked by `bench --requests`).
+LONGEST_GAP = 4.0
+# What the chunk's length aims at: below the bound, since a chunk's cost is known only afterwards.
+_AIM = 2.5
+# Where a chunk's fixed time is not within that, its tokens take this part of it at least: else decoders would wait more
+# often, and not less.
+_LEAST_SHARE = 0.5
+# Chunks after which the usual step is measured again; fewer at first, while requests come in.
+_MOST_CHUNKS = 32
+# A chunk is so many times as long as the last one at most: twice, in coarse steps, also where those are of more than itself.
+_MOST_GROWTH = 2.5
+# So many times what was expected is far longer.
+_SLOW_FIRST = 2.0
+# Shorter chunks cost nearly as much as this one: each reads all weights.
+LEAST_CHUNK = 16
+
+
+@final
+class ChunkPace:
+    """How long a chunk of a prompt may be while others decode, learned from the steps' times (seconds).
+
+    A chunk adds a fixed time to the usual step and another for each token; both are estimated by rank, so that a step
+    that was long once means little. A length's first chunk that took far longer than was expected says nothing: for some
+    devices kernels are chosen, or compiled, for each length. Where the fixed time leaves too little of what decoders should
+    wait, short chunks would make them wait more often and not less: a chunk is then so long that its tokens take as much
+    as what is fixed.
+
+    The usual step is only seen where nobody's prompt is computed, which may never be while requests come and come: so
+    `is_usual_due` asks for two steps without a chunk now and then. The first of them hands over what the chunk's step
+    computed, and says nothing.
+
+    Where cores share a pass, a chunk is what the core has of prompts that has most.
+
+    first: the first chunk beside somebody who decodes, where nothing is known of what a prompt's token takes.
+    """
+
+    def __init__(self, first: int = 64) -> None:
+        self.longest = 2**20  # whatever the times say
+        self.last = first
+        self._first = first
+        self._usual: float | None = None  # of a step without a chunk
+        self._per_token_alone: float | None = None  # of a prompt that nobody decoded beside
+        self._added: deque[tuple[int, float]] = deque(maxlen=16)  # by the last chunks: their lengths, and seconds
+        self._known_lengths: set[int] = set()  # in coarse steps
+        self._is_after_chunk = False
+        # Steps with a chunk since the usual one was measured, and after how many it is measured again.
+        self._num_chunks = self._due_after = 0
+        self._fixed, self._per_token = 0.0, 0.0
+        self._least_added = inf  # seconds, by any chunk
+        self._has_slope = False  # whether chunks of different lengths have told those two apart
+
+    @property
+    def is_usual_due(self) -> bool:
+        """Whether the next step should be one without a chunk, where somebody decodes."""
+        return self._num_chunks >= self._due_after
+
+    def length(self, most: int, beside: int = 0) -> int:
+        """The chunk's length now, at most `most`, in coarse steps, so that shapes are few.
+
+        beside: rows that a pass has anyway, where prompts are rows among them: the coarse steps are those of all rows.
+        """
+        if not beside:
+            return min(most, _in_coarse_steps(self._wanted()))
+        rows = _in_coarse_steps(max(self._wanted() + beside, LEAST_CHUNK))
+        while rows - beside < LEAST_CHUNK // 2:
+            rows = _in_coarse_steps(2 * rows if rows < 2 * LEAST_CHUNK else 1.5 * rows)
+        return min(most, rows - beside)
+
+    def _measured_usual(self, seconds: float) -> None:
+        known = self._usual
+        # Once it was far longer: a kernel had to be compiled.
+        known = seconds if known is None else min(known, LONGEST_GAP * seconds)
+        self._usual = known + 0.25 * (seconds - known)
+        if self.is_usual_due:
+            self._due_after = min(_MOST_CHUNKS, max(1, 2 * self._due_after))
+        self._num_chunks = 0
+
+    def _wanted(self) -> float:
+        usual = self._usual
+        if not self._added or usual is None:
+            if usual is None or self._per_token_alone is None:
+                return self._first
+            return (_AIM - 1) * usual / self._per_token_alone  # which has its share of what is fixed
+        most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
+        last = self._added[-1][0]
+        if not self._has_slope:
+            # All that a chunk adds may be its tokens', or hardly any. A longer one tells, where it is within the bound anyway.
+            longer = min(_MOST_GROWTH * last, most_seconds / max(self._per_token, 1e-9))
+            if longer >= 1.5 * last:
+                return longer
+        least_seconds = self._fixed if most_seconds < _LEAST_SHARE * self._fixed else min(self._fixed, most_seconds)
+        seconds = max(least_seconds, (_AIM - 1) * usual - self._fixed)
+        length = seconds / max(self._per_token, 1e-9)
+        if most_seconds >= _LEAST_SHARE * self._fixed:
+            # What is fixed is only an estimate, and later tokens take longer than earlier ones, which see less: a chunk is
+            # within the bound also where nothing was fixed of what the last one added.
+            within = (0.8 * LONGEST_GAP - 1) * usual / max(self._added[-1][1], 1e-9)
+            length = min(length, last * max(0.5, within))
+        return max(last / 4, min(_MOST_GROWTH * last, length))  # what has not been tried is only an estimate
+
+    def halve(self) -> None:
+        """The last chunk was too long for the device: from now on, none is longer than half of it."""
+        self.longest = max(LEAST_CHUNK, self.last // 2)
+
+    def prompt_took(self, seconds: float, length: int) -> None:
+        """Learn from a step in which nobody decoded what a token of a prompt takes."""
+        self._is_after_chunk = True
+        found, known = seconds / max(1, length), self._per_token_alone
+        self._per_token_alone = found if known is None else min(found, 0.5 * (found + known))
+
+    def step_took(self, seconds: float, chunk_length: int) -> None:
+        """Learn from a step in which somebody decoded. chunk_length: 0 for a step without a prompt."""
+        was_after_chunk, self._is_after_chunk = self._is_after_chunk, chunk_length > 0
+        if chunk_length == 0:
+            if not was_after_chunk:
+                self._measured_usual(seconds)
+            return
+        self._num_chunks += 1
+        coarse = _in_coarse_steps(chunk_length)
+        is_first = coarse not in self._known_lengths
+        self._known_lengths.add(coarse)
+        if self._usual is None or seconds <= 0:
+            return
+        expected = self._fixed + self._per_token * chunk_length
+        if is_first and len(self._added) > 1 and seconds - self._usual > _SLOW_FIRST * expected:
+            return
+        self._added.append((chunk_length, max(0.0, seconds - self._usual)))
+        slopes = sorted(
+            (y - other_y) / (x - other_x)
+            for (x, y), (other_x, other_y) in combinations(self._added, 2)
+            if max(x, other_x) >= 1.4 * min(x, other_x)
+        )
+        if slopes:
+            self._has_slope = True
+            # The lower quartile: what is hidden in the noise is found out by longer chunks, and not by shorter ones.
+            self._per_token = max(0.0, slopes[len(slopes) // 4])
+        else:
+            # Chunks of one length: no more than all they took, or a first one that took long would keep them short for ever.
+            average = median(y / x for x, y in self._added)
+            self._per_token = average if len(self._added) == 1 else min(self._per_token, average)
+        # No more than the least that any added: later tokens of a prompt take longer, and are not to be taken for more that is
+        # fixed. What was seen long ago counts less and less.
+        self._least_added = min(self._added[-1][1], 1.002 * self._least_added)
+        self._fixed = max(0.0, min(self._least_added, median(y - self._per_token * x for x, y in self._added)))
+
+
+def _in_coarse_steps(length: float) -> int:
+    """A power of two, or one and a half of it, but below `LEAST_CHUNK` only the former: at most `length`, at least 2."""
+    power = 1 << max(1, int(length).bit_length() - 1)
+    return power + power // 2 if length >= power + power // 2 and power >= 2 * LEAST_CHUNK else power

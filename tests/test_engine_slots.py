@@ -1,0 +1,228 @@
+"""Prompts in slots: which are, what they share a pass with, and when a request moves into a slot and out of it."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from conftest import FIXTURES, load_fixture, random_model
+from mlx.utils import tree_flatten
+from slots_in_place import use_slots
+from test_engine_many import prompt_of, seen
+
+import openelm_mlx as om
+from openelm_mlx.engine import runner, step_times
+from openelm_mlx.engine.runner import Runner
+from openelm_mlx.engine.scheduler import Scheduler
+from openelm_mlx.engine.step_times import StepTimes
+from openelm_mlx.models.slots import SlotBank
+
+
+@pytest.fixture(params=["openelm", "gpt_oss"])
+def model(request, monkeypatch):
+    made = random_model(context_length=512) if request.param == "openelm" else load_fixture(FIXTURES / "gpt_oss_tiny")
+    use_slots(monkeypatch, made, are_in_place=True)
+    return made
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Of each pass: how many decode in slots, and of each part that it has beside: whether it is a prompt's, and in a slot."""
+    found, compute = [], runner.compute
+
+    def noted(model, step, bank, in_slots, parts):
+        beside = [(part.is_prompt, part.slot is not None, part.rows.length) for part in parts]
+        found.append((sum(each is not None for each in in_slots), beside))
+        return compute(model, step, bank, in_slots, parts)
+
+    monkeypatch.setattr(runner, "compute", noted)
+    return found
+
+
+def tokens_of(chunks):
+    return [each[0] for each in seen(chunks)]
+
+
+def alone(model, prompt, **options):
+    return tokens_of(om.stream_generate(model, None, prompt, **options))
+
+
+@pytest.mark.slow
+def test_a_prompt_that_comes_in_beside_others_is_rows_of_their_pass(model, passes):
+    prompts = [prompt_of(40, 1), prompt_of(300, 2), prompt_of(33, 3)]
+    expected = [alone(model, prompt, max_tokens=60) for prompt in prompts]
+    with om.Engine(model) as engine:
+        engine._scheduler.pace.longest = 32
+        first = engine.submit(prompts[0], max_tokens=60)
+        begun = [next(first) for _ in range(3)]
+        passes.clear()
+        others = [engine.submit(prompt, max_tokens=60) for prompt in prompts[1:]]
+        found = [tokens_of([*begun, *first]), *(tokens_of(each) for each in others)]
+        assert len(engine._runner.bank) == 0
+        assert engine._runner.memory.held_bytes == 0
+    assert found == expected
+    with_prompts = [(decoding, beside) for decoding, beside in passes if beside]
+    assert len(with_prompts) >= 8
+    assert all(beside == [(True, True, beside[0][2])] * len(beside) for _, beside in with_prompts if len(beside) == 1)
+    assert all(is_prompt and in_slot for _, beside in with_prompts for is_prompt, in_slot, _ in beside)
+    assert all(decoding >= 1 for decoding, _ in with_prompts)
+    # Who decoded before moves in a step of its own.
+    assert passes[0] == (1, [])
+
+
+@pytest.mark.slow
+def test_what_slots_have_no_form_for_stays_apart(model, passes):
+    """Keys and values in 8 bits, or in rings of one's own, and prompts of which all logits are wanted."""
+    of_family = {"kv_bits": 8} if model.model_type == "gpt_oss" else {"sliding_window": 12}
+    expected = [alone(model, prompt_of(60, 2), max_tokens=8, **options) for options in ({}, of_family)]
+    with om.Engine(model) as engine:
+        first = engine.submit(prompt_of(9, 1), max_tokens=100)
+        next(first)
+        passes.clear()
+        found = [
+            tokens_of(engine.submit(prompt_of(60, 2), max_tokens=8, **options))
+            for options in ({"prompt_logprobs": 0}, of_family)
+        ]
+        first.cancel()
+    assert found == expected
+    assert any(is_prompt for _, beside in passes for is_prompt, *_ in beside)
+    assert not any(in_slot for _, beside in passes for _, in_slot, _ in beside)
+
+
+@pytest.mark.slow
+def test_who_is_left_alone_leaves_its_slot_after_a_while(model, monkeypatch):
+    """To move takes as long as some steps, and the next one may come."""
+    expected, steps = alone(model, prompt_of(9, 1), max_tokens=120), []
+    step_alone = Runner._step_alone
+
+    def noted(self, request):
+        steps.append(request.bank is not None)
+        step_alone(self, request)
+
+    monkeypatch.setattr(Runner, "_step_alone", noted)
+    with om.Engine(model) as engine:
+        first = engine.submit(prompt_of(9, 1), max_tokens=120)
+        begun = [next(first)]
+        list(engine.submit(prompt_of(50, 2), max_tokens=3))
+        assert tokens_of([*begun, *first]) == expected
+        num_alone = engine._runner._num_alone
+    assert num_alone == runner.STEPS_BEFORE_LEAVING
+    assert steps.count(True) == 1  # it was in a slot until then, and is in none from then on
+
+
+@pytest.mark.slow
+def test_answers_to_one_prompt_begin_with_what_is_in_its_slot(model):
+    """And a kept prefix, which is copied at the borders of its chunks."""
+    prompt, store = prompt_of(90, 4), om.PrefixCache()
+    expected = alone(model, prompt, max_tokens=12)
+    with om.Engine(model) as engine:
+        beside = engine.submit(prompt_of(12, 1), max_tokens=100)
+        next(beside)
+        handles = [engine.submit(prompt, max_tokens=12) for _ in range(3)]
+        assert [tokens_of(each) for each in handles] == [expected] * 3
+        for _ in range(2):
+            handle = engine.submit(prompt, max_tokens=12, prefix_cache=store, prefill_chunk=40)
+            assert tokens_of(handle) == expected
+        assert handle.statistics.cached_tokens >= 40
+        beside.cancel()
+
+
+@pytest.mark.slow
+def test_every_pass_is_dispatched_before_the_next_one(model, monkeypatch):
+    """What is written in place is an effect of computing the logits: of prompts alone too, which nobody waits for."""
+    given, passes, compute = [], [], runner.compute
+
+    def noted(evaluate):
+        return lambda *arrays: given.extend(id(each) for _, each in tree_flatten(list(arrays))) or evaluate(*arrays)
+
+    def computed(model, step, bank, in_slots, parts):
+        assert all(id(logits) in given for logits in passes)
+        logits = compute(model, step, bank, in_slots, parts)
+        if in_slots:
+            assert bank._computed is logits
+            passes.append(logits)
+        return logits
+
+    for name in ("eval", "async_eval"):
+        monkeypatch.setattr(mx, name, noted(getattr(mx, name)))
+    monkeypatch.setattr(runner, "compute", computed)
+    with om.Engine(model) as engine:
+        engine._scheduler.pace.longest = 20
+        handles = [engine.submit(prompt_of(90, seed), max_tokens=1 + 3 * seed) for seed in range(4)]
+        for handle in handles:
+            list(handle)
+    assert len(passes) > 20
+
+
+@pytest.mark.slow
+def test_what_is_lost_in_slots_is_computed_again(model, monkeypatch):
+    """There was no memory to give the others fewer slots."""
+    prompts = [prompt_of(30 + seed, seed) for seed in range(4)]
+    expected = [alone(model, prompt, max_tokens=5 if at < 2 else 60) for at, prompt in enumerate(prompts)]
+    resize, hits = SlotBank._resize, []
+
+    def fails(self, kept, size):
+        if size < len(self) and not hits:
+            hits.append(size)
+            self._move_all(no_memory, range(len(self._buffers)))
+        resize(self, kept, size)
+
+    def no_memory(_):
+        raise RuntimeError("[malloc_or_wait] Unable to allocate 5 bytes.")
+
+    monkeypatch.setattr(SlotBank, "_resize", fails)
+    with om.Engine(model) as engine:
+        handles = [engine.submit(prompt, max_tokens=5 if at < 2 else 60) for at, prompt in enumerate(prompts)]
+        assert [tokens_of(each) for each in handles] == expected
+        assert len(engine._runner.bank) == 0
+    assert hits == [2]
+
+
+@pytest.mark.slow
+def test_who_follows_a_prompt_whose_slot_cannot_be_read_begins_again(model, monkeypatch):
+    prompt, leave, armed = prompt_of(200, 3), SlotBank.leave, []
+    expected = alone(model, prompt, max_tokens=3)
+
+    def fails(self, slot, cache=None):
+        if cache is not None and armed:
+            armed.clear()
+            raise RuntimeError("[malloc_or_wait] Unable to allocate 5 bytes.")
+        leave(self, slot, cache)
+
+    monkeypatch.setattr(SlotBank, "leave", fails)
+    with om.Engine(model) as engine:
+        engine._scheduler.pace.longest = 16
+        beside = engine.submit(prompt_of(9, 1), max_tokens=200)
+        next(beside)
+        first, second = (engine.submit(prompt, max_tokens=3) for _ in range(2))
+        while first.channel.num_prompt_tokens_done < 30:
+            next(beside)
+        armed.append(True)
+        first.cancel()
+        assert tokens_of(second) == expected
+        assert not armed
+        beside.cancel()
+
+
+def test_a_pass_takes_from_the_tokens_before_it_to_its_own(monkeypatch):
+    """The host is a pass ahead: what is waited for in a step is what the step before has dispatched."""
+    now, seen_by_pace = [0.0], []
+    monkeypatch.setattr(step_times.time, "perf_counter", lambda: now[0])
+    scheduler = Scheduler(4, 4)
+    scheduler.pace = SimpleNamespace(
+        step_took=lambda seconds, length: seen_by_pace.append((round(seconds, 3), length)),
+        prompt_took=lambda seconds, length: seen_by_pace.append(("alone", round(seconds, 3), length)),
+    )
+    times = StepTimes(scheduler)
+    now[0] = 0.5
+    times.dispatched(0.2, 100, has_handed_over=False)  # nobody decodes: it has been waited for
+    now[0] = 0.6
+    times.dispatched(0.5, 40, has_handed_over=False)  # the first answers begin, with tokens that are there already
+    for took, chunk in ((0.03, 0), (0.01, 20), (0.02, 0)):
+        began, now[0] = now[0], now[0] + took
+        times.dispatched(began, chunk, has_handed_over=True)
+    assert seen_by_pace == [("alone", 0.3, 100), ("alone", 0.1, 40), (0.01, 0), (0.02, 20)]
+    now[0] += 1
+    times.took(now[0] - 0.004, 0)  # one request by itself, in no slot
+    now[0] += 5
+    times.dispatched(now[0] - 0.01, 16, has_handed_over=True)
+    assert len(seen_by_pace) == 4

@@ -109,8 +109,7 @@ def _counts(in_slots: Sequence[ActiveRequest | None], pieces: Sequence[Part]) ->
     """How many tokens each slot is given."""
     counts = [int(each is not None) for each in in_slots]
     for each in pieces:
-        assert each.slot is not None
-        counts[each.slot] = each.rows.length
+        counts[_slot_of(each)] = each.rows.length
     return counts
 
 
@@ -119,13 +118,12 @@ def requests_of_rows(
 ) -> list[tuple[ActiveRequest | None, int]]:
     """Whose rows stand where in a pass, and how many each time: the slots, what they are given beside, and who is in none."""
     first = list(in_slots)
-    pieces = [each for each in parts if each.slot is not None]
+    pieces = sorted((each for each in parts if each.slot is not None), key=_slot_of)
     for each in pieces:
-        assert each.slot is not None
-        first[each.slot] = each.request
+        first[_slot_of(each)] = each.request
     return [
         *((request, 1) for request in first),
-        *((each.request, each.rows.length - 1) for each in sorted(pieces, key=_slot_of)),
+        *((each.request, each.rows.length - 1) for each in pieces),
         *((each.request, each.rows.length) for each in parts if each.slot is None),
     ]
 

@@ -34,7 +34,7 @@ from .flat_pass import (
     pending_arrays,
     prompt_part,
     requests_of_rows,
-)  # fmt: skip
+)
 from .lifecycle import Lifecycle
 from .memory import BatchMemory
 from .prompt_pieces import PromptPieces

@@ -193,10 +193,16 @@ def test_freed_buffers_are_kept_within_the_budget(openelm, monkeypatch):
     memory = memory_of(openelm, active_memory=lambda: 1000)
     cached = [500]
     monkeypatch.setattr(module.mx, "get_cache_memory", lambda: cached[0])
-    for limit, is_enough in ((None, True), (1500, True), (1499, False), (10**12, True)):
+    for limit, is_enough in ((None, True), (8000, True), (7999, False), (10**12, True)):
         monkeypatch.setattr(BatchMemory, "limit", property(lambda _, limit=limit: limit))
         assert memory.may_keep_cache() == is_enough
     cached[0] = module.KEPT_IN_CACHE + 1
+    assert not memory.may_keep_cache()
+    monkeypatch.setattr(BatchMemory, "limit", None)
+    assert not memory.may_keep_cache()
+    memory = memory_of(openelm, active_memory=lambda: 7600)
+    cached[0] = 500
+    monkeypatch.setattr(BatchMemory, "limit", 8000)
     assert not memory.may_keep_cache()
 
 

@@ -203,26 +203,46 @@ def test_who_follows_a_prompt_whose_slot_cannot_be_read_begins_again(model, monk
         beside.cancel()
 
 
-def test_a_pass_takes_from_the_tokens_before_it_to_its_own(monkeypatch):
+def test_a_pass_takes_what_the_host_or_the_device_takes(monkeypatch):
     """The host is a pass ahead: what is waited for in a step is what the step before has dispatched."""
     now, seen_by_pace = [0.0], []
     monkeypatch.setattr(step_times.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_times.mx, "eval", lambda seconds: now.__setitem__(0, now[0] + sum(seconds)))
     scheduler = Scheduler(4, 4)
     scheduler.pace = SimpleNamespace(
         step_took=lambda seconds, length: seen_by_pace.append((round(seconds, 3), length)),
         prompt_took=lambda seconds, length: seen_by_pace.append(("alone", round(seconds, 3), length)),
     )
     times = StepTimes(scheduler)
+
+    def step(dispatching, waiting, chunk, comes_first=False, handing_over=0.001):
+        began = now[0]
+        for waits in (comes_first, not comes_first):
+            if waits:
+                times.wait_for([waiting])
+            else:
+                now[0] += dispatching
+        now[0] += handing_over
+        times.dispatched(began, chunk)
+        return seen_by_pace[-1]
+
     now[0] = 0.5
-    times.dispatched(0.2, 100, has_handed_over=False)  # nobody decodes: it has been waited for
+    times.waited(0.2, 100)  # nobody decodes
     now[0] = 0.6
-    times.dispatched(0.5, 40, has_handed_over=False)  # the first answers begin, with tokens that are there already
-    for took, chunk in ((0.03, 0), (0.01, 20), (0.02, 0)):
-        began, now[0] = now[0], now[0] + took
-        times.dispatched(began, chunk, has_handed_over=True)
-    assert seen_by_pace == [("alone", 0.3, 100), ("alone", 0.1, 40), (0.01, 0), (0.02, 20)]
+    times.waited(0.5, 40)  # the first answers begin, with tokens that are there already
+    step(0.03, 0, 0)
+    assert seen_by_pace == [("alone", 0.3, 100), ("alone", 0.1, 40)]
+    assert step(0.004, 0.005, 0) == (0.031, 0)  # the first one took longer on the host
+    assert step(0.004, 0.004, 20) == (0.009, 0)  # on the device: from the tokens before it to its own
+    assert step(0.02, 0, 30) == (
+        0.005,
+        20,
+    )  # its tokens were there while the next one was dispatched, whose time that is
+    assert step(0.004, 0.03, 0) == (0.035, 30)
     now[0] += 1
     times.took(now[0] - 0.004, 0)  # one request by itself, in no slot
     now[0] += 5
-    times.dispatched(now[0] - 0.01, 16, has_handed_over=True)
-    assert len(seen_by_pace) == 4
+    step(0.004, 0, 16)
+    # A chunk that is waited for while it is dispatched, after the tokens of the pass before it.
+    assert step(0.07, 0.006, 600, comes_first=True) == (0.007, 16)
+    assert step(0.004, 0, 0) == (0.071, 600)

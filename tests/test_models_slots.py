@@ -145,35 +145,43 @@ def test_few_shapes_of_slots_stay_traced(model, monkeypatch):
     """A server that runs for days would keep a trace for each number of rows, slots and columns; and many come only once."""
     made, traced = [], []
     slots_in_place(monkeypatch)
+    monkeypatch.setattr(pieces_module, "LAYERS_IN_A_PIECE", 1)
 
     def compiled(function):
         made.append(function)
         return lambda *arguments: traced.append(arguments) or function(*arguments)
 
     monkeypatch.setattr(pieces_module.mx, "compile", compiled)
-    pieces = SlotPieces(model, compile=True)
-    num_made = len(made)
+    pieces, count = SlotPieces(model, compile=True), len(model.layers)
+    assert len(made) == count > 1
     bank, _ = filled(model, [6, 4], has_kernel=True, takes_prompts=True)
     known = None
-    for _ in range(pieces_module.TRACED_AFTER + 2):
+
+    def step(counts=None):
+        """How many pieces a step takes from traces."""
+        bank.begin(counts)
+        traced.clear()
+        pieces(mx.arange(5, 5 + bank.num_rows), bank)
+        return len(traced)
+
+    for at in range(pieces_module.TRACED_AFTER + count + 2):
         bank.begin()
+        traced.clear()
         found = pieces(mx.array([5, 6]), bank)
         assert known is None or mx.array_equal(found, known)
         known = found
-    assert len(traced) == 2
-    pieces._traced |= {(2, 2, at) for at in range(pieces_module.MOST_SHAPES - 1)}
-    for _ in range(pieces_module.TRACED_AFTER + 1):
-        assert len(made) == num_made
-        bank.begin([1, 4])
-        pieces(mx.array([5, 6, 7, 8, 9]), bank)
-    assert len(made) == num_made + 1
-    assert len(traced) == 3
+        # One piece after the other, so that no step is far longer than the others.
+        assert len(traced) == min(count, max(0, at + 1 - pieces_module.TRACED_AFTER))
+    pieces._num_traced |= {(2, 2, at): count for at in range(pieces_module.MOST_SHAPES - 1)}
+    assert [step([1, 4]) for _ in range(pieces_module.TRACED_AFTER)] == [0] * pieces_module.TRACED_AFTER
+    assert len(made) == count
+    assert [step([1, 4]) for _ in range(3)] == [min(count, 1), min(count, 2), min(count, 3)]
+    assert len(made) == 2 * count
     bank.begin()
     assert mx.array_equal(pieces(mx.array([5, 6]), bank), known)
-    assert len(traced) == 4
+    assert step() == min(count, 2)
     pieces._times.update(dict.fromkeys(range(pieces_module.MOST_COUNTED), 1))
-    pieces(mx.array([5, 6]), bank)
-    assert len(traced) == 4
+    assert step() == 0
     assert len(pieces._times) == 1
 
 

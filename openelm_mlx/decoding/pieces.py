@@ -19,7 +19,7 @@ from ..models.adapter_sites import Adapted
 from ..models.block import Projected
 from ..models.gpt_oss import GptOss, Routed
 from ..models.slot_attention import write_in_slots
-from ..models.slot_step import slot_logits
+from ..models.slot_step import slot_logits, through_layers
 from ..models.slots import SlotBank
 from ..models.tracing import compile_apart
 from ..runtime import Traced, runtime_of
@@ -35,6 +35,8 @@ MOST_CHOICES = 32
 MOST_SHAPES = 32
 TRACED_AFTER = 8
 MOST_COUNTED = 4096
+# Layers in one of their pieces: to trace a layer takes about a millisecond, in which everybody waits.
+LAYERS_IN_A_PIECE = 2
 
 
 class Pieces:
@@ -130,16 +132,19 @@ class ResidentPieces(Pieces):
 
 
 class SlotPieces(Pieces):
-    """Rows that are all in slots, whose buffers are written as they are (`write_in_slots`): a step is one piece, from the
-    tokens to the logits (S, V). It is traced anew for each number of rows, of slots and of columns, which takes longer than
-    several steps: so only once a shape has come `TRACED_AFTER` times.
+    """Rows that are all in slots, whose buffers are written as they are (`write_in_slots`): a step is a few pieces, from the
+    tokens to the logits (S, V). They are traced anew for each number of rows, of slots and of columns, which takes longer
+    than several steps: so only once a shape has come `TRACED_AFTER` times, and then one piece in each step.
     """
 
     def __init__(self, model: Model, compile: bool) -> None:
         super().__init__(model, compile)
         mx.eval([layer.prepare_constants(for_slots=True) for layer in model.layers])
+        count = len(model.layers)
+        starts = range(0, count, LAYERS_IN_A_PIECE)
+        self._spans = [(start, min(start + LAYERS_IN_A_PIECE, count)) for start in starts]
         self._times: dict[tuple[int, ...], int] = {}  # how often a shape has come
-        self._traced: set[tuple[int, ...]] = set()
+        self._num_traced: dict[tuple[int, ...], int] = {}  # of each shape, how many of the first pieces
         self._make()
 
     def __call__(self, tokens: mx.array, bank: SlotBank) -> mx.array:
@@ -150,33 +155,42 @@ class SlotPieces(Pieces):
         self._times[shape] = times = self._times.get(shape, 0) + 1
         if times <= TRACED_AFTER or not bank.is_in_place or len(bank.buffers) < len(self.model.layers):
             return slot_logits(self.model, tokens, bank)
-        if shape not in self._traced and len(self._traced) >= MOST_SHAPES:
-            self._traced.clear()
+        if shape not in self._num_traced and len(self._num_traced) >= MOST_SHAPES:
             self._make()
-        self._traced.add(shape)
-        found: mx.array = self._step(tokens, bank.rows, bank.positions, bank.last, bank.buffers)
-        return found
+        self._num_traced[shape] = num_traced = min(self._num_traced.get(shape, 0) + 1, len(self._spans))
+        x, buffers = tokens, bank.buffers
+        for (start, stop), piece in zip(self._spans[:num_traced], self._pieces, strict=False):
+            x = piece(x, bank.rows, bank.positions, bank.last, buffers[start:stop])
+        for start, stop in self._spans[num_traced:]:
+            x = through_layers(self.model, x, bank, start, stop)
+        return x
 
     def _make(self) -> None:
-        def step(
-            tokens: mx.array, rows: mx.array, positions: mx.array, last: mx.array | None, buffers: list[mx.array]
-        ) -> mx.array:
-            return slot_logits(self.model, tokens, _TracedStep(rows, positions, last, buffers))
+        self._num_traced.clear()
+        self._pieces = [self.compiled(self._piece(*span)) for span in self._spans]
 
-        self._step = self.compiled(step)
+    def _piece(self, start: int, stop: int) -> Callable[..., mx.array]:
+        def piece(
+            x: mx.array, rows: mx.array, positions: mx.array, last: mx.array | None, buffers: list[mx.array]
+        ) -> mx.array:
+            return through_layers(self.model, x, _TracedStep(rows, positions, last, start, buffers), start, stop)
+
+        return piece
 
 
 @dataclass
 class _TracedStep:
-    """A `SlotStep` of arrays that a trace is made of."""
+    """A `SlotStep` of arrays that a trace is made of. buffers: of the layers from `start` on."""
 
     rows: mx.array
     positions: mx.array
     last: mx.array | None
+    start: int
     buffers: list[mx.array]
 
     def write(self, i: int, new: mx.array) -> tuple[mx.array, mx.array]:
-        return self.buffers[i], write_in_slots(self.buffers[i], new, self.rows)
+        buffer = self.buffers[i - self.start]
+        return buffer, write_in_slots(buffer, new, self.rows)
 
 
 class StreamedPieces(Pieces):

@@ -188,12 +188,17 @@ def lock_of(model: Model) -> Any:
     return nullcontext() if (residency := runtime_of(model).residency) is None else residency.lock
 
 
+def is_throttled(num_tokens: int) -> bool:
+    """Whether the host waits for layers while it dispatches a pass with so many tokens of prompts."""
+    return runs_on_cpu() or num_tokens >= THROTTLED_FROM
+
+
 def chunk_throttle(caches: Sequence[Cache], num_tokens: int) -> LayerThrottle | None:
     """`in_turn` for chunks of several prompts, `num_tokens` in all, that go through all layers together.
 
     None for few tokens on a GPU: waiting for each layer would take longer than computing it.
     """
-    if not runs_on_cpu() and num_tokens < THROTTLED_FROM:
+    if not is_throttled(num_tokens):
         return None
     return in_turn(caches[0], len(caches[0]), caches[1:])
 

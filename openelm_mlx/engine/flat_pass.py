@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..decoding.batch_sampling import SamplerGroup
 from ..decoding.batch_step import BatchStep
-from ..decoding.prefill import THROTTLED_FROM, chunk_throttle, lock_of
+from ..decoding.prefill import chunk_throttle, is_throttled, lock_of
 from ..models.adapter_sets import Selection
 from ..models.cores import compute_at_once, num_cores
 from ..models.precision import runs_on_cpu
@@ -59,6 +59,18 @@ def prompt_part(request: ActiveRequest, length: int) -> Part:
     return Part(request, rows, request.position, mx.array(request.prompt_piece(length)), True, slot)
 
 
+def parts_beside_slots(decoding: Sequence[ActiveRequest], prompts: Sequence[tuple[ActiveRequest, int]]) -> list[Part]:
+    """What everybody brings to the next pass but those who decode in slots, plain requests first."""
+    apart = [each for each in decoding if each.bank is None]
+    parts = [decoding_part(each) for each in apart if each.has_token_to_feed]
+    for each in apart:
+        if each.replay:
+            parts.append(decoding_part(each, mx.array(each.replay[0])))
+        elif each.forward is not None:
+            parts.append(decoding_part(each, each.forward.tokens))
+    return [*parts, *(prompt_part(*each) for each in prompts)]
+
+
 def compute(
     model: Model,
     step: BatchStep,
@@ -100,7 +112,7 @@ def compute(
             )
         if used is not None:
             used.end(logits)
-    if prompts and (runs_on_cpu() or total >= THROTTLED_FROM):
+    if prompts and is_throttled(total):
         mx.clear_cache()
     return logits
 

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 ADMITTED_TOKENS = 4 * TOKENS_AT_ONCE
 # Requests at once where nobody says.
 MAX_RUNNING = 64
-# Bytes of freed buffers that MLX keeps at most while requests are in slots.
-KEPT_IN_CACHE = 2**30
+# Bytes of freed buffers that MLX keeps at most while requests are in slots, and what part of the budget. Chunks of many
+# lengths leave many sizes behind.
+KEPT_IN_CACHE, KEPT_PART = 2**32, 1 / 16
 # Of more requests, only how long they are in steps of the caches is looked at.
 _LOOKED_AT = 4
 
@@ -220,9 +221,11 @@ class BatchMemory:
         return self._own_view()
 
     def may_keep_cache(self) -> bool:
-        """Whether freed buffers stay MLX's: a little, within the budget. To give them back takes as long as several steps."""
+        """Whether freed buffers stay MLX's: a little, within the budget. To give them back takes as long as many steps."""
         limit, kept = self.limit, mx.get_cache_memory()
-        return kept <= KEPT_IN_CACHE and (limit is None or self._active_memory() + kept <= limit)
+        if limit is None:
+            return kept <= KEPT_IN_CACHE
+        return kept <= min(KEPT_IN_CACHE, KEPT_PART * limit) and self._active_memory() + kept <= limit
 
     def pass_took(self, computed: int, parts: Sequence[tuple[ActiveRequest, int, int]]) -> None:
         """Learn from a pass: `computed` bytes beside what was in use. parts: requests, their tokens, cached ones before."""

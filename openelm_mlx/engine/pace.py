@@ -6,7 +6,7 @@ from collections import deque
 from itertools import combinations
 from math import inf
 from statistics import median
-from typing import final
+from typing import NamedTuple, final
 
 # A step with a chunk takes at most so many times the usual step of those who decode (checked by `bench --requests`).
 LONGEST_GAP = 4.0
@@ -15,14 +15,29 @@ _AIM = 2.5
 # Where a chunk's fixed time is not within that, its tokens take this part of it at least: else decoders would wait more
 # often, and not less.
 _LEAST_SHARE = 0.5
+# What is fixed is only an estimate: so much of it is believed.
+_BELIEVED = 0.8
 # Chunks after which the usual step is measured again; fewer at first, while requests come in.
 _MOST_CHUNKS = 32
-# A chunk is so many times as long as the last one at most: twice, in coarse steps, also where those are of more than itself.
-_MOST_GROWTH = 2.5
+# A chunk is so many times as long as the last one at most, where that has added no more than such a part of what a chunk
+# may add: twice, in coarse steps, also where those are of more than itself. On a device that is slow to be told, what a
+# chunk takes shows only from some length on, and then at once.
+_MOST_GROWTH = ((0.25, 2.5), (0.45, 2.1), (1.0, 1.6))
+# A length that was too long is not tried again for so many chunks, twice as many each time.
+_FIRST_BAN, _LONGEST_BAN = 64, 1024
 # So many times what was expected is far longer.
 _SLOW_FIRST = 2.0
 # Shorter chunks cost nearly as much as this one: each reads all weights.
 LEAST_CHUNK = 16
+
+
+class _TooLong(NamedTuple):
+    """A chunk's length, in tokens, and how long its step took; until which chunk it is not tried again, for `ban` chunks."""
+
+    length: int
+    seconds: float
+    until: int
+    ban: int
 
 
 @final
@@ -57,6 +72,10 @@ class ChunkPace:
         self._num_chunks = self._due_after = 0
         self._fixed, self._per_token = 0.0, 0.0
         self._least_added = inf  # seconds, by any chunk
+        self._num_seen = 0  # chunks
+        # Lengths, in coarse steps, by their last chunks: those within the bound, and those that are not tried again soon.
+        self._within: set[int] = set()
+        self._beyond: dict[int, _TooLong] = {}
         self._has_slope = False  # whether chunks of different lengths have told those two apart
 
     @property
@@ -92,21 +111,43 @@ class ChunkPace:
                 return self._first
             return (_AIM - 1) * usual / self._per_token_alone  # which has its share of what is fixed
         most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
-        last = self._added[-1][0]
+        last, added = self._added[-1]
+        growth = _most_growth(last, added / ((LONGEST_GAP - 1) * usual))
         if not self._has_slope:
             # All that a chunk adds may be its tokens', or hardly any. A longer one tells, where it is within the bound anyway.
-            longer = min(_MOST_GROWTH * last, most_seconds / max(self._per_token, 1e-9))
+            longer = min(growth * last, most_seconds / max(self._per_token, 1e-9))
             if longer >= 1.5 * last:
                 return longer
         least_seconds = self._fixed if most_seconds < _LEAST_SHARE * self._fixed else min(self._fixed, most_seconds)
         seconds = max(least_seconds, (_AIM - 1) * usual - self._fixed)
         length = seconds / max(self._per_token, 1e-9)
         if most_seconds >= _LEAST_SHARE * self._fixed:
-            # What is fixed is only an estimate, and later tokens take longer than earlier ones, which see less: a chunk is
-            # within the bound also where nothing was fixed of what the last one added.
-            within = (0.8 * LONGEST_GAP - 1) * usual / max(self._added[-1][1], 1e-9)
+            # Later tokens take longer than earlier ones, which see less: all that the last chunk added beside what is fixed
+            # grows with its length.
+            fixed = _BELIEVED * self._fixed
+            within = ((0.8 * LONGEST_GAP - 1) * usual - fixed) / max(added - fixed, 1e-9)
             length = min(length, last * max(0.5, within))
-        return max(last / 4, min(_MOST_GROWTH * last, length))  # what has not been tried is only an estimate
+        if most_seconds > 0:
+            length = min(length, self._shortest_beyond(LONGEST_GAP * usual) - 1)
+        return max(last / 4, min(growth * last, length))  # what has not been tried is only an estimate
+
+    def _shortest_beyond(self, most_seconds: float) -> float:
+        """The shortest chunk that is known to take longer."""
+        known = self._beyond.values()
+        return min(
+            (each.length for each in known if self._num_seen < each.until and each.seconds > most_seconds), default=inf
+        )
+
+    def _remember(self, coarse: int, chunk_length: int, seconds: float, usual: float) -> None:
+        """Whether a chunk was within the bound. One that was not, of a length that had been, may have been disturbed."""
+        if seconds <= LONGEST_GAP * usual:
+            self._within.add(coarse)
+            self._beyond.pop(coarse, None)
+        elif coarse in self._within:
+            self._within.remove(coarse)
+        else:
+            ban = min(_LONGEST_BAN, 2 * self._beyond[coarse].ban) if coarse in self._beyond else _FIRST_BAN
+            self._beyond[coarse] = _TooLong(chunk_length, seconds, self._num_seen + ban, ban)
 
     def halve(self) -> None:
         """The last chunk was too long for the device: from now on, none is longer than half of it."""
@@ -134,6 +175,9 @@ class ChunkPace:
         expected = self._fixed + self._per_token * chunk_length
         if is_first and len(self._added) > 1 and seconds - self._usual > _SLOW_FIRST * expected:
             return
+        self._num_seen += 1
+        if not is_first:
+            self._remember(coarse, chunk_length, seconds, self._usual)
         self._added.append((chunk_length, max(0.0, seconds - self._usual)))
         slopes = sorted(
             (y - other_y) / (x - other_x)
@@ -152,6 +196,13 @@ class ChunkPace:
         # fixed. What was seen long ago counts less and less.
         self._least_added = min(self._added[-1][1], 1.002 * self._least_added)
         self._fixed = max(0.0, min(self._least_added, median(y - self._per_token * x for x, y in self._added)))
+
+
+def _most_growth(length: int, part: float) -> float:
+    """How many times as long the next chunk may be, after one that added such a part of what may be added."""
+    if length < 2 * LEAST_CHUNK:
+        return _MOST_GROWTH[0][1]  # hardly any of it was its tokens', and the next step is twice as long
+    return next((growth for most, growth in _MOST_GROWTH if part <= most), _MOST_GROWTH[-1][1])
 
 
 def _in_coarse_steps(length: float) -> int:

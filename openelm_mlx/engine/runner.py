@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, final
 import mlx.core as mx
 
 from ..decoding.batch_step import BatchStep
+from ..decoding.prefill import is_throttled
 from ..decoding.tokens import computed
 from ..errors import SettingError
 from ..models.rows import Rows
@@ -31,8 +32,8 @@ from .flat_pass import (
     compute,
     decoding_part,
     num_shares,
+    parts_beside_slots,
     pending_arrays,
-    prompt_part,
     requests_of_rows,
 )
 from .lifecycle import Lifecycle
@@ -116,23 +117,33 @@ class Runner:
             return
         decoding = self.scheduler.decoding
         in_slots = arrange_slots(self.model, self.bank, self.memory, decoding, [each for each, _ in prompts])
-        parts = self._parts(prompts)
+        parts = parts_beside_slots(decoding, prompts)
         before = [(each, each.pending) for each in decoding if each.pending and not each.replay]
         chunk_length = longest_share([length for _, length in prompts], self._num_shares)
         has_work = bool(parts) or any(in_slots)
+        is_ahead = self.bank.is_in_place and bool(before)
+        tokens = pending_arrays([each for each, _ in before]) if is_ahead else []
+        # The host waits for the device while such a pass is dispatched, and the tokens would seem to have come afterwards.
+        comes_first = bool(prompts) and is_throttled(sum(length for _, length in prompts))
+        if is_ahead and comes_first:
+            self._times.wait_for(tokens)
         if has_work and not self._pass(in_slots, parts):
             return
-        was_first = not before
+        if is_ahead and not comes_first:
+            self._times.wait_for(tokens)
         self._delivery.hand_over(before)
         if not has_work:
             return
         self._count_step()
+        if is_ahead:
+            self._times.dispatched(began, chunk_length)
+            return
         if self.bank.is_in_place:
-            self._times.dispatched(began, chunk_length, bool(before))
+            self._times.waited(began, chunk_length)
             return
         if chunk_length and self.scheduler.decoding:
             self._evaluated([each.pending for each in self.scheduler.decoding if each.pending is not None])
-        self._times.took(began, chunk_length, was_first)
+        self._times.took(began, chunk_length, was_first=not before)
 
     def updated(self) -> list[ActiveRequest]:
         """Those for whom something has come since the last call."""
@@ -205,18 +216,6 @@ class Runner:
                 mx.async_eval(request.pending.arrays)
         except Exception as error:
             self._failures.handle([request], error)
-
-    def _parts(self, prompts: Sequence[tuple[ActiveRequest, int]]) -> list[Part]:
-        """What everybody who is in no slot brings to the next pass, plain requests first."""
-        decoding = self.scheduler.decoding
-        apart = [each for each in decoding if each.bank is None]
-        parts = [decoding_part(each) for each in apart if each.has_token_to_feed]
-        for each in apart:
-            if each.replay:
-                parts.append(decoding_part(each, mx.array(each.replay[0])))
-            elif each.forward is not None:
-                parts.append(decoding_part(each, each.forward.tokens))
-        return [*parts, *(prompt_part(*each) for each in prompts)]
 
     def _pass(self, in_slots: Sequence[ActiveRequest | None], parts: Sequence[Part]) -> bool:
         """Compute the flat pass, and let each go on with its logits. False where it failed."""

@@ -47,9 +47,22 @@ def slot_logits(
 
     The same operations, however many tokens each slot brings. throttle: see `LanguageModel.run_layers`.
     """
-    x, adapters, last = model.embed(tokens), model.adapters, None
+    return through_layers(model, tokens, step, 0, len(model.layers), throttle)
+
+
+def through_layers(
+    model: LanguageModel, x: mx.array, step: SlotStep, start: int, stop: int, throttle: LayerThrottle | None = None
+) -> mx.array:
+    """A part of `slot_logits`: the layers start ... stop - 1, from the residual stream (M, hidden_size) to the same after them.
+
+    Before the first layer `x` are the tokens (M,); after the last one come the logits (S, V).
+    """
+    adapters, last = model.adapters, None
     selection = adapters.selection
-    for i, layer in enumerate(model.layers):
+    if start == 0:
+        x = model.embed(x)
+    for i in range(start, stop):
+        layer = model.layers[i]
         queries, new = layer.before_slots(x, step.positions)
         buffer, written = step.write(i, new)
         if i == len(model.layers) - 1 and step.last is not None:
@@ -60,6 +73,8 @@ def slot_logits(
             x = layer.after_attention(x, out)
         if throttle is not None:
             throttle([x], True)
+    if stop < len(model.layers):
+        return x
     with adapters.using(selection):
         return model.head(x)
 

@@ -367,6 +367,25 @@ def test_lengths_that_were_too_long_are_left_alone(usual, takes, num_tokens):
     assert max(num_chunks[1:]) <= num_tokens / 50
 
 
+def test_one_that_decodes_waits_by_what_it_takes_by_itself():
+    """Beside a prompt it is in a slot, where a step takes longer, with a chunk or without."""
+    pace = ChunkPace()
+    for _ in range(20):
+        pace.step_took(0.0025, 0, is_alone=True)
+        pace.step_took(0.005, 0)
+    pace.is_one = True
+    assert not pace.is_usual_due
+    pace.prompt_took(0.0625, 100)
+    alone = pace.length(2048)
+    pace.is_one = False
+    assert pace.length(2048) == 2 * alone  # it may take as long again
+    pace.step_took(0.012, 64)
+    pace.step_took(0.013, 64)
+    assert pace.length(2048) >= 64
+    pace.is_one = True
+    assert pace.length(2048) < 64
+
+
 def test_rows_beside_a_chunk_are_a_part_of_its_coarse_steps():
     """Where prompts are rows of the same pass, the numbers of all its rows are few."""
     pace = ChunkPace(first=100)

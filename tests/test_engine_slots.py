@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 from conftest import FIXTURES, load_fixture, random_model
+from mlx import nn
 from mlx.utils import tree_flatten
 from slots_in_place import use_slots
 from test_engine_many import prompt_of, seen
 
 import openelm_mlx as om
-from openelm_mlx.engine import runner, step_times
+from openelm_mlx.engine import runner, slots, step_times
 from openelm_mlx.engine.runner import Runner
 from openelm_mlx.engine.scheduler import Scheduler
 from openelm_mlx.engine.step_times import StepTimes
@@ -210,20 +211,20 @@ def test_a_pass_takes_what_the_host_or_the_device_takes(monkeypatch):
     monkeypatch.setattr(step_times.mx, "eval", lambda seconds: now.__setitem__(0, now[0] + sum(seconds)))
     scheduler = Scheduler(4, 4)
     scheduler.pace = SimpleNamespace(
-        step_took=lambda seconds, length: seen_by_pace.append((round(seconds, 3), length)),
+        step_took=lambda seconds, length, is_alone=False: seen_by_pace.append((round(seconds, 3), length)),
         prompt_took=lambda seconds, length: seen_by_pace.append(("alone", round(seconds, 3), length)),
     )
     times = StepTimes(scheduler)
 
-    def step(dispatching, waiting, chunk, comes_first=False, handing_over=0.001):
+    def step(dispatching, waiting, chunk, comes_first=False, num_decoding=2, has_moved=False):
         began = now[0]
         for waits in (comes_first, not comes_first):
             if waits:
-                times.wait_for([waiting])
+                times.wait_for([waiting], num_decoding)
             else:
                 now[0] += dispatching
-        now[0] += handing_over
-        times.dispatched(began, chunk)
+        now[0] += 0.001  # handing over
+        times.dispatched(began, chunk, has_moved)
         return seen_by_pace[-1]
 
     now[0] = 0.5
@@ -246,3 +247,41 @@ def test_a_pass_takes_what_the_host_or_the_device_takes(monkeypatch):
     # A chunk that is waited for while it is dispatched, after the tokens of the pass before it.
     assert step(0.07, 0.006, 600, comes_first=True) == (0.007, 16)
     assert step(0.004, 0, 0) == (0.071, 600)
+    # One that decodes beside a prompt is not by itself while none of the prompt is computed; and whoever moves takes longer.
+    assert step(0.004, 0, 20, num_decoding=1) == (0.071, 600)
+    assert step(0.02, 0, 30, num_decoding=1, has_moved=True) == (0.005, 20)
+    assert step(0.004, 0, 20, num_decoding=1) == (0.005, 20)  # nothing is known of it
+    assert step(0.004, 0, 0, has_moved=True) == (0.005, 20)
+    assert step(0.004, 0.007, 0) == (0.012, 0)
+
+
+def test_products_of_many_shapes_are_chosen_before_requests_come(monkeypatch):
+    """As with CUDA: each that a pass with prompts has, for each number of rows; none where there are few, or packed ones."""
+    model = random_model(context_length=512)
+    use_slots(monkeypatch, model, are_in_place=True)
+    bank, seen_shapes = slots.slot_bank(model), []
+    slots.choose_products(model, bank)  # not on a CPU
+    monkeypatch.setattr(slots, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(slots.mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(slots, "MANY_WIDTHS", len(set(model.spec.layers)))
+    rows = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+
+    kind = type(model.layers[0])
+    layer_call = kind.after_attention
+
+    def noted(self, x, out):
+        seen_shapes.append((x.shape, out.shape))
+        return layer_call(self, x, out)
+
+    monkeypatch.setattr(kind, "after_attention", noted)
+    slots.choose_products(model, bank)
+    assert [x[0] for x, _ in seen_shapes] == [count for count in rows for _ in model.layers]
+    heads = [layer.num_heads for layer in model.spec.layers]
+    assert [out[1] for _, out in seen_shapes] == heads * len(rows)
+    seen_shapes.clear()
+    monkeypatch.setattr(slots, "MANY_WIDTHS", len(set(model.spec.layers)) + 1)
+    slots.choose_products(model, bank)
+    monkeypatch.setattr(slots, "MANY_WIDTHS", 0)
+    nn.quantize(model, group_size=32)
+    slots.choose_products(model, bank)
+    assert not seen_shapes

@@ -215,6 +215,7 @@ def _run(runner: Runner, scheduler: Scheduler[ActiveRequest], shared: _Shared) -
     """The engine's thread. It knows nothing of the `Engine`, so that one that is forgotten can be closed."""
     failure: BaseException | None = None
     try:
+        runner.prepare()
         while not shared.is_closing:
             shared.wake.clear()
             with shared.lock:  # whoever counts finds a request in one of the two

@@ -43,7 +43,7 @@ ADMITTED_TOKENS = 4 * TOKENS_AT_ONCE
 MAX_RUNNING = 64
 # Bytes of freed buffers that MLX keeps at most while requests are in slots, and what part of the budget. Chunks of many
 # lengths leave many sizes behind.
-KEPT_IN_CACHE, KEPT_PART = 2**32, 1 / 16
+KEPT_IN_CACHE, KEPT_PART = 2**33, 1 / 16
 # Of more requests, only how long they are in steps of the caches is looked at.
 _LOOKED_AT = 4
 

@@ -63,7 +63,10 @@ class ChunkPace:
         self.longest = 2**20  # whatever the times say
         self.last = first
         self._first = first
-        self._usual: float | None = None  # of a step without a chunk
+        self.is_one = False  # whether one request decodes
+        # Of a step without a chunk: of one request by itself, and of several.
+        self._usual_alone: float | None = None
+        self._usual_together: float | None = None
         self._per_token_alone: float | None = None  # of a prompt that nobody decoded beside
         self._added: deque[tuple[int, float]] = deque(maxlen=16)  # by the last chunks: their lengths, and seconds
         self._known_lengths: set[int] = set()  # in coarse steps
@@ -79,9 +82,16 @@ class ChunkPace:
         self._has_slope = False  # whether chunks of different lengths have told those two apart
 
     @property
+    def _usual(self) -> float | None:
+        """A step without a chunk of those who decode now. What one takes by itself is not what it takes beside a prompt."""
+        found = (self._usual_alone, self._usual_together)
+        first, second = found if self.is_one else found[::-1]
+        return second if first is None else first
+
+    @property
     def is_usual_due(self) -> bool:
         """Whether the next step should be one without a chunk, where somebody decodes."""
-        return self._num_chunks >= self._due_after
+        return self._num_chunks >= self._due_after and not (self.is_one and self._usual_alone is not None)
 
     def length(self, most: int, beside: int = 0) -> int:
         """The chunk's length now, at most `most`, in coarse steps, so that shapes are few.
@@ -95,12 +105,16 @@ class ChunkPace:
             rows = _in_coarse_steps(2 * rows if rows < 2 * LEAST_CHUNK else 1.5 * rows)
         return min(most, rows - beside)
 
-    def _measured_usual(self, seconds: float) -> None:
-        known = self._usual
+    def _measured_usual(self, seconds: float, is_alone: bool) -> None:
+        known = self._usual_alone if is_alone else self._usual_together
         # Once it was far longer: a kernel had to be compiled.
         known = seconds if known is None else min(known, LONGEST_GAP * seconds)
-        self._usual = known + 0.25 * (seconds - known)
-        if self.is_usual_due:
+        known += 0.25 * (seconds - known)
+        if is_alone:
+            self._usual_alone = known
+            return
+        self._usual_together = known
+        if self._num_chunks >= self._due_after:
             self._due_after = min(_MOST_CHUNKS, max(1, 2 * self._due_after))
         self._num_chunks = 0
 
@@ -159,26 +173,30 @@ class ChunkPace:
         found, known = seconds / max(1, length), self._per_token_alone
         self._per_token_alone = found if known is None else min(found, 0.5 * (found + known))
 
-    def step_took(self, seconds: float, chunk_length: int) -> None:
-        """Learn from a step in which somebody decoded. chunk_length: 0 for a step without a prompt."""
+    def step_took(self, seconds: float, chunk_length: int, is_alone: bool = False) -> None:
+        """Learn from a step in which somebody decoded. chunk_length: 0 for a step without a prompt.
+
+        is_alone: one request by itself.
+        """
         was_after_chunk, self._is_after_chunk = self._is_after_chunk, chunk_length > 0
         if chunk_length == 0:
             if not was_after_chunk:
-                self._measured_usual(seconds)
+                self._measured_usual(seconds, is_alone)
             return
         self._num_chunks += 1
         coarse = _in_coarse_steps(chunk_length)
         is_first = coarse not in self._known_lengths
         self._known_lengths.add(coarse)
-        if self._usual is None or seconds <= 0:
+        usual = self._usual
+        if usual is None or seconds <= 0:
             return
         expected = self._fixed + self._per_token * chunk_length
-        if is_first and len(self._added) > 1 and seconds - self._usual > _SLOW_FIRST * expected:
+        if is_first and len(self._added) > 1 and seconds - usual > _SLOW_FIRST * expected:
             return
         self._num_seen += 1
         if not is_first:
-            self._remember(coarse, chunk_length, seconds, self._usual)
-        self._added.append((chunk_length, max(0.0, seconds - self._usual)))
+            self._remember(coarse, chunk_length, seconds, usual)
+        self._added.append((chunk_length, max(0.0, seconds - usual)))
         slopes = sorted(
             (y - other_y) / (x - other_x)
             for (x, y), (other_x, other_y) in combinations(self._added, 2)

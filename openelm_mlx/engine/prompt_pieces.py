@@ -48,6 +48,7 @@ class PromptPieces:
     def _next(self) -> list[tuple[ActiveRequest, int]] | None:
         """As `next`; None where somebody had to give way, and it is to be asked again."""
         scheduler, decoding = self._scheduler, self._scheduler.decoding
+        scheduler.pace.is_one = len(decoding) == 1
         if scheduler.pace.is_usual_due and self._can_be_measured():
             return []
         beside = self._limit_pieces()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, final
 
 import mlx.core as mx
@@ -41,7 +41,7 @@ from .memory import BatchMemory
 from .prompt_pieces import PromptPieces
 from .scheduler import Scheduler, longest_share
 from .single import CLEAR_CACHE_EVERY, not_finite
-from .slots import arrange_slots, slot_bank
+from .slots import arrange_slots, choose_products, slot_bank
 from .step_times import StepTimes
 
 if TYPE_CHECKING:
@@ -86,6 +86,11 @@ class Runner:
         finish = self._delivery.finish_host_work
         self._pieces = PromptPieces(model, scheduler, self.bank, self.memory, self.life, self._num_shares, finish)
 
+    def prepare(self) -> None:
+        """Before the first request."""
+        with suppress(RuntimeError):  # there was no room for it
+            choose_products(self.model, self.bank)
+
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
@@ -100,7 +105,7 @@ class Runner:
             self._failures.handle(list(self.scheduler.running()) or self.scheduler.waiting[:1], error)
 
     def _step(self) -> None:
-        began = time.perf_counter()
+        began, num_owners = time.perf_counter(), self.bank.num_owners
         if self.bank.is_lost:
             self.life.recover(self.bank)
         self.life.drop_cancelled()
@@ -113,30 +118,30 @@ class Runner:
         if single is not None:
             self._step_alone(single)
             self._count_step()
-            self._times.took(began, 0)
+            self._times.took(began, 0, is_alone=True)
             return
         decoding = self.scheduler.decoding
         in_slots = arrange_slots(self.model, self.bank, self.memory, decoding, [each for each, _ in prompts])
         parts = parts_beside_slots(decoding, prompts)
         before = [(each, each.pending) for each in decoding if each.pending and not each.replay]
         chunk_length = longest_share([length for _, length in prompts], self._num_shares)
-        has_work = bool(parts) or any(in_slots)
+        has_work, has_moved = bool(parts) or any(in_slots), self.bank.num_owners > num_owners
         is_ahead = self.bank.is_in_place and bool(before)
         tokens = pending_arrays([each for each, _ in before]) if is_ahead else []
         # The host waits for the device while such a pass is dispatched, and the tokens would seem to have come afterwards.
         comes_first = bool(prompts) and is_throttled(sum(length for _, length in prompts))
         if is_ahead and comes_first:
-            self._times.wait_for(tokens)
+            self._times.wait_for(tokens, len(before))
         if has_work and not self._pass(in_slots, parts):
             return
         if is_ahead and not comes_first:
-            self._times.wait_for(tokens)
+            self._times.wait_for(tokens, len(before))
         self._delivery.hand_over(before)
         if not has_work:
             return
         self._count_step()
         if is_ahead:
-            self._times.dispatched(began, chunk_length)
+            self._times.dispatched(began, chunk_length, has_moved)
             return
         if self.bank.is_in_place:
             self._times.waited(began, chunk_length)

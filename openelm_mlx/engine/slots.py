@@ -9,18 +9,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
+from ..decoding.prefill import THROTTLED_FROM
 from ..models.precision import runs_on_cpu
 from ..models.slot_attention import has_kernel_for
-from ..models.slot_sizes import LONGEST_IN_SLOTS
+from ..models.slot_sizes import LONGEST_IN_SLOTS, SIZES
 from ..models.slot_step import fits_in_slots
 from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from .active import ActiveRequest
 from .memory import BatchMemory
+from .pace import LEAST_CHUNK
 
 if TYPE_CHECKING:
     from ..models import Model
+
+# Layers that differ, from which on their products have many shapes.
+MANY_WIDTHS = 4
 
 
 def slot_bank(model: Model) -> SlotBank:
@@ -32,6 +38,32 @@ def slot_bank(model: Model) -> SlotBank:
     is_fast = runs_on_cpu() or all(has_kernel_for(each.head_dim) for each in model.spec.layers)
     takes_prompts = choices.slots and choices.slot_kernel and choices.prompts_in_slots and is_whole and is_fast
     return SlotBank(model.spec, choices.spare_places, mx.eval, choices.slot_kernel, mx.synchronize, takes_prompts)
+
+
+def choose_products(model: Model, bank: SlotBank) -> None:
+    """Compute each product of passes with prompts once, for all numbers of rows that come, on zeros; with MLX's CUDA backend.
+
+    Its library of products looks for the fastest kernel when a shape is new, which takes 0.3 to 0.5 ms (docs/LOG.md). Where
+    every layer has a width of its own there are a hundred shapes for each number of rows, so that the first chunk of each
+    length took 30 to 50 ms longer, while others waited for their tokens.
+    """
+    if not (bank.takes_prompts and bank.is_in_place and mx.cuda.is_available()) or runs_on_cpu():
+        return
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    if len(set(model.spec.layers)) < MANY_WIDTHS or any(name.endswith(".scales") for name in names):
+        return  # few shapes; or packed, which has no such kernels
+    for count in SIZES:
+        if LEAST_CHUNK <= count <= THROTTLED_FROM:
+            through_products(model, count)
+
+
+def through_products(model: Model, num_rows: int) -> None:
+    """So many rows through all layers but for what they see of others."""
+    x, positions = model.embed(mx.zeros(num_rows, mx.int32)), mx.zeros(num_rows)
+    for layer in model.layers:
+        queries, _ = layer.before_slots(x, positions)
+        x = layer.after_attention(x, mx.zeros_like(queries))
+    mx.eval(x)
 
 
 def takes_prompt(bank: SlotBank, request: ActiveRequest, model: Model) -> bool:

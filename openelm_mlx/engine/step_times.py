@@ -34,29 +34,34 @@ class StepTimes:
         # Seconds that the pass in flight has taken on the host, and that the step has waited for tokens.
         self._on_host = self._waited = 0.0
 
-    def took(self, began: float, chunk_length: int, was_first: bool = False) -> None:
-        """A step has been computed. was_first: nobody decoded before it."""
+    def took(self, began: float, chunk_length: int, was_first: bool = False, is_alone: bool = False) -> None:
+        """A step has been computed. was_first: nobody decoded before it. is_alone: of one request by itself."""
         self._came = None
         seconds = time.perf_counter() - began
         if self._scheduler.decoding and not was_first:
-            self._pace.step_took(seconds, chunk_length)
+            self._pace.step_took(seconds, chunk_length, is_alone)
         elif chunk_length:
             self._pace.prompt_took(seconds, chunk_length)
 
-    def wait_for(self, tokens: Sequence[mx.array]) -> None:
-        """Wait for the tokens of the pass in flight, of those who decode."""
+    def wait_for(self, tokens: Sequence[mx.array], num_decoding: int) -> None:
+        """Wait for the tokens of the pass in flight, of so many who decode."""
         started = time.perf_counter()
         with contextlib.suppress(RuntimeError):  # the device's, which whoever hands them over is told
             mx.eval(tokens)
         now, came = time.perf_counter(), self._came
         self._came, self._waited = now, now - started
-        if came is not None:
-            on_device = now - came if self._waited >= _LEAST_WAITED * (now - came) else 0.0
-            self._pace.step_took(max(self._on_host, on_device), self._in_flight)
+        if came is None or (num_decoding == 1 and not self._in_flight):
+            return  # by itself, and not in a slot, one takes less
+        on_device = now - came if self._waited >= _LEAST_WAITED * (now - came) else 0.0
+        if (seconds := max(self._on_host, on_device)) > 0:
+            self._pace.step_took(seconds, self._in_flight)
 
-    def dispatched(self, began: float, chunk_length: int) -> None:
-        """The step is done in which a pass has been dispatched that nobody has waited for."""
-        self._on_host = time.perf_counter() - began - self._waited
+    def dispatched(self, began: float, chunk_length: int, has_moved: bool) -> None:
+        """The step is done in which a pass has been dispatched that nobody has waited for.
+
+        has_moved: whether somebody came into a slot in it, which takes the host longer, once.
+        """
+        self._on_host = 0.0 if has_moved else time.perf_counter() - began - self._waited
         self._in_flight = chunk_length
 
     def waited(self, began: float, chunk_length: int) -> None:

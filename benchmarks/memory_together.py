@@ -184,7 +184,7 @@ def measure(name: str, source: str) -> dict[str, int]:
     with om.Engine(model, None) as engine, ExitStack() as waiting:
         waiting.enter_context(lock_of(model))  # nothing is computed before all have come
         # Not shorter pieces by the clock: the short ones would end before the long prompt has been read.
-        engine._scheduler.pace.length = lambda most, beside=0: most  # type: ignore[method-assign]
+        engine._scheduler.pace.length = lambda most, beside=0, position=0: most  # type: ignore[method-assign]
         handles: list[om.Handle] = []
         for prompt, (_, answer) in zip(prompts, mixture.requests, strict=True):
             if len(prompt) > LONG:

@@ -315,7 +315,7 @@ def test_chunks_whose_later_tokens_take_longer_stay_within_the_bound(fixed):
     for _ in range(20):
         pace.step_took(usual * draw.uniform(0.95, 1.05), 0)
     while done < 8000:
-        length = pace.length(2048, beside=2)
+        length = pace.length(2048, beside=2, position=done)
         seconds = (usual + fixed + 2e-6 * length + 1.5e-8 * length * (done + length / 2)) * draw.uniform(0.95, 1.05)
         pace.step_took(seconds, length)
         longest, done, num_chunks = max(longest, seconds), done + length, num_chunks + 1
@@ -351,7 +351,7 @@ def test_lengths_that_were_too_long_are_left_alone(usual, takes, num_tokens):
         too_long.append(0)
         num_chunks.append(0)
         while done < num_tokens or before is not None:
-            length = min(num_tokens - done, pace.length(2048, beside=2))
+            length = min(num_tokens - done, pace.length(2048, beside=2, position=done))
             on_host, on_device = takes(length, done)
             on_host, on_device = (each * draw.uniform(0.97, 1.03) for each in (on_host, on_device))
             if before is not None:  # which is computed while this one is dispatched

@@ -264,7 +264,7 @@ def test_products_of_many_shapes_are_chosen_before_requests_come(monkeypatch):
     monkeypatch.setattr(slots, "runs_on_cpu", lambda: False)
     monkeypatch.setattr(slots.mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(slots, "MANY_WIDTHS", len(set(model.spec.layers)))
-    rows = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+    rows = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
 
     kind = type(model.layers[0])
     layer_call = kind.after_attention

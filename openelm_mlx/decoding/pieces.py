@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MOST_CHOICES = 32
 # Shapes of steps that `SlotPieces` stay traced for: a trace takes up to 60 kB a layer, and MLX looks through them one by one.
 MOST_SHAPES = 32
-TRACED_AFTER = 8
+TRACED_AFTER = 32
 MOST_COUNTED = 4096
 # Layers in one of their pieces: to trace a layer takes about a millisecond, in which everybody waits.
 LAYERS_IN_A_PIECE = 2

@@ -261,6 +261,7 @@ class ActiveRequest(HasJob):
         has_borders = request.prefix_cache is not None
         # Of keys and values in 8 bits, few queries read them as they are, and many unpack them first.
         self.job.least = max(UNPACK_FROM, 2) if any(isinstance(each, QuantizedKVCache) for each in turn.cache) else 2
+        self.job.position = turn.cache[0].offset
         self.job.chunks = deque(
             prompt_chunks(turn.cache[0].offset, turn.num_prompt_tokens, length, turn.stops, has_borders)
         )

@@ -17,12 +17,18 @@ _AIM = 2.5
 _LEAST_SHARE = 0.5
 # What is fixed is only an estimate: so much of it is believed.
 _BELIEVED = 0.8
+# A chunk's tokens take at most so many times as long as the last one's, since they see more.
+_MOST_MORE = 3.0
+# Chunks of one length after which one of twice that is tried where it may be a little too long: it tells what is fixed.
+_MOST_OF_ONE_LENGTH = 8
 # Chunks after which the usual step is measured again; fewer at first, while requests come in.
 _MOST_CHUNKS = 32
 # A chunk is so many times as long as the last one at most, where that has added no more than such a part of what a chunk
 # may add: twice, in coarse steps, also where those are of more than itself. On a device that is slow to be told, what a
 # chunk takes shows only from some length on, and then at once.
 _MOST_GROWTH = ((0.25, 2.5), (0.45, 2.1), (1.0, 1.6))
+# From so many tokens on, a longer chunk saves hardly anything.
+_LONG = 250
 # A length that was too long is not tried again for so many chunks, twice as many each time.
 _FIRST_BAN, _LONGEST_BAN = 64, 1024
 # So many times what was expected is far longer.
@@ -75,6 +81,8 @@ class ChunkPace:
         self._num_chunks = self._due_after = 0
         self._fixed, self._per_token = 0.0, 0.0
         self._least_added = inf  # seconds, by any chunk
+        # Of the last chunks, in tokens of their prompts: the first has been seen, where the host is a pass ahead.
+        self._middles = deque([inf], maxlen=2)
         self._num_seen = 0  # chunks
         # Lengths, in coarse steps, by their last chunks: those within the bound, and those that are not tried again soon.
         self._within: set[int] = set()
@@ -93,14 +101,20 @@ class ChunkPace:
         """Whether the next step should be one without a chunk, where somebody decodes."""
         return self._num_chunks >= self._due_after and not (self.is_one and self._usual_alone is not None)
 
-    def length(self, most: int, beside: int = 0) -> int:
+    def length(self, most: int, beside: int = 0, position: int = 0) -> int:
         """The chunk's length now, at most `most`, in coarse steps, so that shapes are few.
 
         beside: rows that a pass has anyway, where prompts are rows among them: the coarse steps are those of all rows.
+        position: how many tokens are before it, which it sees.
         """
+        length = self._length(most, beside, position)
+        self._middles.append(position + length / 2)
+        return length
+
+    def _length(self, most: int, beside: int, position: int) -> int:
         if not beside:
-            return min(most, _in_coarse_steps(self._wanted()))
-        rows = _in_coarse_steps(max(self._wanted() + beside, LEAST_CHUNK))
+            return min(most, _in_coarse_steps(self._wanted(position)))
+        rows = _in_coarse_steps(max(self._wanted(position) + beside, LEAST_CHUNK))
         while rows - beside < LEAST_CHUNK // 2:
             rows = _in_coarse_steps(2 * rows if rows < 2 * LEAST_CHUNK else 1.5 * rows)
         return min(most, rows - beside)
@@ -118,28 +132,32 @@ class ChunkPace:
             self._due_after = min(_MOST_CHUNKS, max(1, 2 * self._due_after))
         self._num_chunks = 0
 
-    def _wanted(self) -> float:
+    def _wanted(self, position: int) -> float:
         usual = self._usual
         if not self._added or usual is None:
             if usual is None or self._per_token_alone is None:
                 return self._first
             return (_AIM - 1) * usual / self._per_token_alone  # which has its share of what is fixed
         most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
-        last, added = self._added[-1]
+        last, added = max(list(self._added)[-2:])  # the end of a prompt may be short
         growth = _most_growth(last, added / ((LONGEST_GAP - 1) * usual))
         if not self._has_slope:
             # All that a chunk adds may be its tokens', or hardly any. A longer one tells, where it is within the bound anyway.
             longer = min(growth * last, most_seconds / max(self._per_token, 1e-9))
+            is_nearly = 2 * last * self._per_token <= 1.1 * (LONGEST_GAP - 1) * usual
+            if is_nearly and len(self._added) >= _MOST_OF_ONE_LENGTH:
+                return growth * last
             if longer >= 1.5 * last:
                 return longer
         least_seconds = self._fixed if most_seconds < _LEAST_SHARE * self._fixed else min(self._fixed, most_seconds)
         seconds = max(least_seconds, (_AIM - 1) * usual - self._fixed)
         length = seconds / max(self._per_token, 1e-9)
         if most_seconds >= _LEAST_SHARE * self._fixed:
-            # Later tokens take longer than earlier ones, which see less: all that the last chunk added beside what is fixed
-            # grows with its length.
+            # All that the last chunk added beside what is fixed grows with its length, and with what its tokens see.
             fixed = _BELIEVED * self._fixed
+            sees_more = (position + last / 2) / max(self._middles[0], 1.0)
             within = ((0.8 * LONGEST_GAP - 1) * usual - fixed) / max(added - fixed, 1e-9)
+            within /= min(_MOST_MORE, max(1.0, sees_more))
             length = min(length, last * max(0.5, within))
         if most_seconds > 0:
             length = min(length, self._shortest_beyond(LONGEST_GAP * usual) - 1)
@@ -220,6 +238,8 @@ def _most_growth(length: int, part: float) -> float:
     """How many times as long the next chunk may be, after one that added such a part of what may be added."""
     if length < 2 * LEAST_CHUNK:
         return _MOST_GROWTH[0][1]  # hardly any of it was its tokens', and the next step is twice as long
+    if length >= _LONG:
+        return _MOST_GROWTH[-1][1]
     return next((growth for most, growth in _MOST_GROWTH if part <= most), _MOST_GROWTH[-1][1])
 
 

@@ -29,7 +29,7 @@ class Job:
 
     number: in the order of arrival. chunks: lengths of the prompt's chunks as a request alone has them; a chunk may be
     computed in several pieces, but never across such a border. least, longest: tokens in the shortest and the longest piece.
-    group: what it was submitted with; by default it is alone.
+    group: what it was submitted with; by default it is alone. position: how many tokens are before the next piece.
     """
 
     def __init__(self, number: int, least: int = 2, group: Hashable = None) -> None:
@@ -38,6 +38,7 @@ class Job:
         self.group = number if group is None else group
         self.was_put_back = False
         self.turn = 0  # its place among all that have been admitted, from 1
+        self.position = 0
         self.chunks: deque[int] = deque()
 
     @property
@@ -58,6 +59,7 @@ class Job:
 
     def take(self, length: int) -> None:
         """A piece of so many tokens has been computed."""
+        self.position += length
         self.chunks[0] -= length
         if self.chunks[0] == 0:
             self.chunks.popleft()
@@ -154,7 +156,7 @@ class Scheduler(Generic[J]):
         first = self._first_of(with_chunks)
         most = min(most, self.pace.longest)
         if self.decoding:
-            most = self.pace.length(most, beside)
+            most = self.pace.length(most, beside, first.job.position)
         found = [(first, first.job.piece(most))]
         loads = [found[0][1], *[0] * (cores - 1)]  # of each core
         left = most - loads[0]

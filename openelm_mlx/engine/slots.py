@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..decoding.prefill import THROTTLED_FROM
 from ..models.precision import runs_on_cpu
 from ..models.slot_attention import has_kernel_for
 from ..models.slot_sizes import LONGEST_IN_SLOTS, SIZES
@@ -53,7 +52,7 @@ def choose_products(model: Model, bank: SlotBank) -> None:
     if len(set(model.spec.layers)) < MANY_WIDTHS or any(name.endswith(".scales") for name in names):
         return  # few shapes; or packed, which has no such kernels
     for count in SIZES:
-        if LEAST_CHUNK <= count <= THROTTLED_FROM:
+        if count >= LEAST_CHUNK:
             through_products(model, count)
 
 

@@ -320,7 +320,7 @@ def test_chunks_whose_later_tokens_take_longer_stay_within_the_bound(fixed):
         pace.step_took(seconds, length)
         longest, done, num_chunks = max(longest, seconds), done + length, num_chunks + 1
     assert longest <= 1.1 * LONGEST_GAP * usual
-    assert num_chunks <= 300  # at the end 128 tokens take as long as four steps
+    assert num_chunks <= 330  # at the end 128 tokens take as long as four steps
 
 
 def gpt_oss_on_an_h200(length, done):

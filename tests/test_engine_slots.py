@@ -11,10 +11,14 @@ from slots_in_place import use_slots
 from test_engine_many import prompt_of, seen
 
 import openelm_mlx as om
+from openelm_mlx.decoding import pieces
+from openelm_mlx.decoding.batch_step import BatchStep
+from openelm_mlx.decoding.pieces import SlotPieces
 from openelm_mlx.engine import runner, slots, step_times
 from openelm_mlx.engine.runner import Runner
 from openelm_mlx.engine.scheduler import Scheduler
 from openelm_mlx.engine.step_times import StepTimes
+from openelm_mlx.models.slot_sizes import SIZES
 from openelm_mlx.models.slots import SlotBank
 
 
@@ -255,33 +259,43 @@ def test_a_pass_takes_what_the_host_or_the_device_takes(monkeypatch):
     assert step(0.004, 0.007, 0) == (0.012, 0)
 
 
-def test_products_of_many_shapes_are_chosen_before_requests_come(monkeypatch):
-    """As with CUDA: each that a pass with prompts has, for each number of rows; none where there are few, or packed ones."""
+def test_passes_are_warmed_up_before_requests_come(monkeypatch):
+    """As with CUDA: a step until it is traced, and each product for each number of rows; not those that are few, or packed."""
     model = random_model(context_length=512)
     use_slots(monkeypatch, model, are_in_place=True)
-    bank, seen_shapes = slots.slot_bank(model), []
-    slots.choose_products(model, bank)  # not on a CPU
-    monkeypatch.setattr(slots, "runs_on_cpu", lambda: False)
-    monkeypatch.setattr(slots.mx.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(slots, "MANY_WIDTHS", len(set(model.spec.layers)))
-    rows = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    monkeypatch.setattr(pieces, "compile_apart", lambda function: function)  # MLX would call the machine's compiler
+    step, traced, products = BatchStep(model, compile=True), [], []
+    call = SlotPieces.__call__
+
+    def noted(self, tokens, bank):
+        logits = call(self, tokens, bank)
+        traced.append(dict(self._num_traced))
+        return logits
 
     kind = type(model.layers[0])
     layer_call = kind.after_attention
 
-    def noted(self, x, out):
-        seen_shapes.append((x.shape, out.shape))
+    def noted_products(self, x, out):
+        products.append((x.shape, out.shape))
         return layer_call(self, x, out)
 
-    monkeypatch.setattr(kind, "after_attention", noted)
-    slots.choose_products(model, bank)
-    assert [x[0] for x, _ in seen_shapes] == [count for count in rows for _ in model.layers]
-    heads = [layer.num_heads for layer in model.spec.layers]
-    assert [out[1] for _, out in seen_shapes] == heads * len(rows)
-    seen_shapes.clear()
+    monkeypatch.setattr(SlotPieces, "__call__", noted)
+    slots.warm_up(model, step)  # not on a CPU
+    assert not traced
+    monkeypatch.setattr(slots, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(slots, "has_kernel_for", lambda head_dim: True)
+    monkeypatch.setattr(slots.mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(slots, "MANY_WIDTHS", len(set(model.spec.layers)) + 1)
-    slots.choose_products(model, bank)
-    monkeypatch.setattr(slots, "MANY_WIDTHS", 0)
+    slots.warm_up(model, step)
+    assert list(traced[-1].values()) == [-(-len(model.layers) // pieces.LAYERS_IN_A_PIECE)]
+    monkeypatch.setattr(slots, "MANY_WIDTHS", len(set(model.spec.layers)))
+    monkeypatch.setattr(slots, "steps_until_traced", lambda model: 0)
+    monkeypatch.setattr(kind, "after_attention", noted_products)
+    slots.warm_up(model, step)
+    assert [x[0] for x, _ in products] == [count for count in SIZES for _ in model.layers]
+    heads = [layer.num_heads for layer in model.spec.layers]
+    assert [out[1] for _, out in products] == heads * len(SIZES)
+    products.clear()
     nn.quantize(model, group_size=32)
-    slots.choose_products(model, bank)
-    assert not seen_shapes
+    slots.warm_up(model, step)
+    assert not products

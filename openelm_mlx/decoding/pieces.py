@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 MOST_CHOICES = 32
 # Shapes of steps that `SlotPieces` stay traced for: a trace takes up to 60 kB a layer, and MLX looks through them one by one.
 MOST_SHAPES = 32
-TRACED_AFTER = 32
+TRACED_AFTER = 8
 MOST_COUNTED = 4096
 # Layers in one of their pieces: to trace a layer takes about a millisecond, in which everybody waits.
-LAYERS_IN_A_PIECE = 2
+LAYERS_IN_A_PIECE = 4
 
 
 class Pieces:
@@ -176,6 +176,11 @@ class SlotPieces(Pieces):
             return through_layers(self.model, x, _TracedStep(rows, positions, last, start, buffers), start, stop)
 
         return piece
+
+
+def steps_until_traced(model: Model) -> int:
+    """After so many steps of one shape all of `SlotPieces` are traced for it."""
+    return TRACED_AFTER + -(-len(model.layers) // LAYERS_IN_A_PIECE)
 
 
 @dataclass

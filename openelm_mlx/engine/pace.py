@@ -153,11 +153,12 @@ class ChunkPace:
         seconds = max(least_seconds, (_AIM - 1) * usual - self._fixed)
         length = seconds / max(self._per_token, 1e-9)
         if most_seconds >= _LEAST_SHARE * self._fixed:
-            # All that the last chunk added beside what is fixed grows with its length, and with what its tokens see.
+            # All that the last chunk added beside what is fixed grows with its length, and with what its tokens see: faster
+            # than that, as measured.
             fixed = _BELIEVED * self._fixed
             sees_more = (position + last / 2) / max(self._middles[0], 1.0)
             within = ((0.8 * LONGEST_GAP - 1) * usual - fixed) / max(added - fixed, 1e-9)
-            within /= min(_MOST_MORE, max(1.0, sees_more))
+            within /= min(_MOST_MORE, max(1.0, sees_more) ** 2)
             length = min(length, last * max(0.5, within))
         if most_seconds > 0:
             length = min(length, self._shortest_beyond(LONGEST_GAP * usual) - 1)

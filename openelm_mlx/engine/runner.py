@@ -41,7 +41,7 @@ from .memory import BatchMemory
 from .prompt_pieces import PromptPieces
 from .scheduler import Scheduler, longest_share
 from .single import CLEAR_CACHE_EVERY, not_finite
-from .slots import arrange_slots, choose_products, slot_bank
+from .slots import arrange_slots, slot_bank, warm_up
 from .step_times import StepTimes
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Runner:
     def prepare(self) -> None:
         """Before the first request."""
         with suppress(RuntimeError):  # there was no room for it
-            choose_products(self.model, self.bank)
+            warm_up(self.model, self._batch_step)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 

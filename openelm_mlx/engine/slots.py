@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..decoding.batch_step import BatchStep
+from ..decoding.pieces import steps_until_traced
 from ..models.precision import runs_on_cpu
 from ..models.slot_attention import has_kernel_for
 from ..models.slot_sizes import LONGEST_IN_SLOTS, SIZES
@@ -19,7 +21,6 @@ from ..models.slots import SlotBank
 from ..runtime import runtime_of
 from .active import ActiveRequest
 from .memory import BatchMemory
-from .pace import LEAST_CHUNK
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -39,21 +40,29 @@ def slot_bank(model: Model) -> SlotBank:
     return SlotBank(model.spec, choices.spare_places, mx.eval, choices.slot_kernel, mx.synchronize, takes_prompts)
 
 
-def choose_products(model: Model, bank: SlotBank) -> None:
-    """Compute each product of passes with prompts once, for all numbers of rows that come, on zeros; with MLX's CUDA backend.
+def warm_up(model: Model, step: BatchStep) -> None:
+    """Compute what passes of requests in slots have, with MLX's CUDA backend: kernels are compiled, or chosen, at first use.
 
-    Its library of products looks for the fastest kernel when a shape is new, which takes 0.3 to 0.5 ms (docs/LOG.md). Where
-    every layer has a width of its own there are a hundred shapes for each number of rows, so that the first chunk of each
-    length took 30 to 50 ms longer, while others waited for their tokens.
+    A step of two requests that are nobody's, until it is traced; and each product for all numbers of rows, on zeros. CUDA's
+    library of products looks for the fastest kernel when a shape is new, which takes 0.3 to 0.5 ms (docs/LOG.md). Where every
+    layer has a width of its own there are a hundred shapes for each number of rows, so that the first chunk of each length
+    took 30 to 50 ms longer, while others waited for their tokens.
     """
-    if not (bank.takes_prompts and bank.is_in_place and mx.cuda.is_available()) or runs_on_cpu():
+    bank = slot_bank(model)
+    if runs_on_cpu() or not (bank.takes_prompts and bank.is_in_place and mx.cuda.is_available()):
         return
-    names = [name for name, _ in tree_flatten(model.parameters())]
-    if len(set(model.spec.layers)) < MANY_WIDTHS or any(name.endswith(".scales") for name in names):
-        return  # few shapes; or packed, which has no such kernels
+    for owner in range(2):
+        bank.join(owner, model.make_cache())
+    for _ in range(steps_until_traced(model)):
+        bank.begin()
+        logits = step(mx.zeros(2, mx.uint32), [], bank)
+        bank.end(logits)
+        mx.eval(logits)
+    is_packed = any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
+    if is_packed or len(set(model.spec.layers)) < MANY_WIDTHS:
+        return  # those have other kernels, or few shapes
     for count in SIZES:
-        if count >= LEAST_CHUNK:
-            through_products(model, count)
+        through_products(model, count)
 
 
 def through_products(model: Model, num_rows: int) -> None:

@@ -145,9 +145,9 @@ def test_who_decodes_has_steps_of_its_own_while_prompts_come_and_come(models):
         pace, steps = engine._scheduler.pace, []
         pace.longest, learn = 8, pace.step_took
 
-        def step_took(seconds, chunk_length):
+        def step_took(seconds, chunk_length, is_alone=False):
             steps.append((bool(engine._scheduler.prompts), chunk_length > 0))
-            learn(seconds, chunk_length)
+            learn(seconds, chunk_length, is_alone)
 
         pace.step_took = step_took
         blocker = engine.submit(prompt_of(5, 9), max_tokens=400)

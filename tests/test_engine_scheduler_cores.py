@@ -31,6 +31,7 @@ def scheduler_with(*prompts, decoding=0):
 def with_chunks_of(scheduler, length):
     """A pace that has come to chunks of so many tokens."""
     scheduler.pace.step_took(0.01, 0)
+    scheduler.pace.step_took(0.01 + 0.0145 / 2, length // 2)
     for _ in range(16):
         scheduler.pace.step_took(0.01 + 0.0145, length)
     assert scheduler.pace.length(2048) == length

@@ -11,7 +11,7 @@ from typing import NamedTuple, final
 # A step with a chunk takes at most so many times the usual step of those who decode (checked by `bench --requests`).
 LONGEST_GAP = 4.0
 # What the chunk's length aims at: below the bound, since a chunk's cost is known only afterwards.
-_AIM = 2.5
+_AIM = 3.0
 # Where a chunk's fixed time is not within that, its tokens take this part of it at least: else decoders would wait more
 # often, and not less.
 _LEAST_SHARE = 0.5
@@ -27,8 +27,8 @@ _MOST_CHUNKS = 32
 # may add: twice, in coarse steps, also where those are of more than itself. On a device that is slow to be told, what a
 # chunk takes shows only from some length on, and then at once.
 _MOST_GROWTH = ((0.25, 2.5), (0.45, 2.1), (1.0, 1.6))
-# From so many tokens on, a longer chunk saves hardly anything.
-_LONG = 250
+# From so many rows on, a longer chunk saves hardly anything; beside one request that decodes none is longer.
+_LONG = 256
 # A length that was too long is not tried again for so many chunks, twice as many each time.
 _FIRST_BAN, _LONGEST_BAN = 64, 1024
 # So many times what was expected is far longer.
@@ -112,6 +112,8 @@ class ChunkPace:
         return length
 
     def _length(self, most: int, beside: int, position: int) -> int:
+        if self.is_one:
+            most = min(most, _LONG - beside)
         if not beside:
             return min(most, _in_coarse_steps(self._wanted(position)))
         rows = _in_coarse_steps(max(self._wanted(position) + beside, LEAST_CHUNK))
@@ -237,9 +239,9 @@ class ChunkPace:
 
 def _most_growth(length: int, part: float) -> float:
     """How many times as long the next chunk may be, after one that added such a part of what may be added."""
-    if length < 2 * LEAST_CHUNK:
+    if length < 0.75 * LEAST_CHUNK:
         return _MOST_GROWTH[0][1]  # hardly any of it was its tokens', and the next step is twice as long
-    if length >= _LONG:
+    if length >= _LONG - LEAST_CHUNK:
         return _MOST_GROWTH[-1][1]
     return next((growth for most, growth in _MOST_GROWTH if part <= most), _MOST_GROWTH[-1][1])
 
@@ -247,4 +249,4 @@ def _most_growth(length: int, part: float) -> float:
 def _in_coarse_steps(length: float) -> int:
     """A power of two, or one and a half of it, but below `LEAST_CHUNK` only the former: at most `length`, at least 2."""
     power = 1 << max(1, int(length).bit_length() - 1)
-    return power + power // 2 if length >= power + power // 2 and power >= 2 * LEAST_CHUNK else power
+    return power + power // 2 if length >= power + power // 2 and power >= LEAST_CHUNK else power

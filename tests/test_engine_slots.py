@@ -1,5 +1,6 @@
 """Prompts in slots: which are, what they share a pass with, and when a request moves into a slot and out of it."""
 
+import threading
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -220,11 +221,11 @@ def test_a_pass_takes_what_the_host_or_the_device_takes(monkeypatch):
     )
     times = StepTimes(scheduler)
 
-    def step(dispatching, waiting, chunk, comes_first=False, num_decoding=2, has_moved=False):
+    def step(dispatching, waiting, chunk, comes_first=False, has_moved=False):
         began = now[0]
         for waits in (comes_first, not comes_first):
             if waits:
-                times.wait_for([waiting], num_decoding)
+                times.wait_for([waiting])
             else:
                 now[0] += dispatching
         now[0] += 0.001  # handing over
@@ -251,12 +252,59 @@ def test_a_pass_takes_what_the_host_or_the_device_takes(monkeypatch):
     # A chunk that is waited for while it is dispatched, after the tokens of the pass before it.
     assert step(0.07, 0.006, 600, comes_first=True) == (0.007, 16)
     assert step(0.004, 0, 0) == (0.071, 600)
-    # One that decodes beside a prompt is not by itself while none of the prompt is computed; and whoever moves takes longer.
-    assert step(0.004, 0, 20, num_decoding=1) == (0.071, 600)
-    assert step(0.02, 0, 30, num_decoding=1, has_moved=True) == (0.005, 20)
-    assert step(0.004, 0, 20, num_decoding=1) == (0.005, 20)  # nothing is known of it
+    # Whoever moves takes longer, once.
+    step(0.004, 0, 20)
+    assert step(0.02, 0, 30, has_moved=True) == (0.005, 20)
+    num_seen = len(seen_by_pace)
+    step(0.004, 0, 20)
+    assert len(seen_by_pace) == num_seen  # nothing is known of it
     assert step(0.004, 0, 0, has_moved=True) == (0.005, 20)
     assert step(0.004, 0.007, 0) == (0.012, 0)
+    # After a pass that failed, and all that followed from it.
+    step(0.004, 0.007, 50)
+    times.failed()
+    now[0] += 0.1
+    num_seen = len(seen_by_pace)
+    step(0.004, 0.007, 0)
+    assert len(seen_by_pace) == num_seen
+    assert step(0.004, 0.007, 0) == (0.012, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_prompt_goes_on_beside_one_whose_usual_step_is_not_known(model, passes, monkeypatch, asks):
+    """Both come at once: one is soon decoding, or asking for logits, and has never been computed by itself."""
+    has_come = threading.Event()
+    monkeypatch.setattr(Runner, "prepare", lambda self: has_come.wait(60))
+    options = {"draft": om.PromptLookup()} if asks else {}
+    with om.Engine(model) as engine:
+        engine._scheduler.pace.longest = 32
+        first = engine.submit(prompt_of(9, 1), max_tokens=200, **options)
+        second = engine.submit(prompt_of(250, 2), max_tokens=2)
+        has_come.set()
+        list(second)
+        first.cancel()
+    num_plain = sum(not any(is_prompt for is_prompt, *_ in beside) for _, beside in passes)
+    assert num_plain <= 30  # of the 200 that there would be if the prompt waited for the whole answer
+
+
+def test_a_pass_that_failed_is_not_timed(model, monkeypatch):
+    """Nor is the one before it, whose tokens came late."""
+    failed, compute = [], runner.compute
+    monkeypatch.setattr(StepTimes, "failed", lambda self: failed.append(self))
+
+    def once(*arguments):
+        if not failed and sum(each is not None for each in arguments[3]) == 2:
+            raise ValueError("nobody's fault")
+        return compute(*arguments)
+
+    expected = [alone(model, prompt_of(9, seed), max_tokens=20) for seed in (1, 2)]
+    monkeypatch.setattr(runner, "compute", once)
+    with om.Engine(model) as engine:
+        handles = [engine.submit(prompt_of(9, seed), max_tokens=20) for seed in (1, 2)]
+        found = [tokens_of(each) for each in handles]
+    assert failed
+    assert found == expected
 
 
 def test_passes_are_warmed_up_before_requests_come(monkeypatch):

@@ -77,7 +77,10 @@ class PromptPieces:
     def _can_be_measured(self) -> bool:
         """Whether a step without a chunk says how long the usual one takes: somebody has a token in every step."""
         decoding = [each for each in self._scheduler.decoding if each.can_go_on and not each.replay]
-        return any(each.has_token_to_feed for each in decoding) or len(decoding) == len(self._scheduler.decoding) == 1
+        if any(each.has_token_to_feed for each in decoding):
+            return True
+        # One that asks for logits is measured where it is computed by itself, which it is not beside prompts in slots.
+        return len(decoding) == len(self._scheduler.decoding) == 1 and not self._bank.num_owners
 
     def _limit_pieces(self) -> int:
         """Say how long a piece of each prompt may be. Gives the rows that a pass with prompts in slots has anyway, 0 where

@@ -131,11 +131,12 @@ class Runner:
         # The host waits for the device while such a pass is dispatched, and the tokens would seem to have come afterwards.
         comes_first = bool(prompts) and is_throttled(sum(length for _, length in prompts))
         if is_ahead and comes_first:
-            self._times.wait_for(tokens, len(before))
+            self._times.wait_for(tokens)
         if has_work and not self._pass(in_slots, parts):
+            self._times.failed()
             return
         if is_ahead and not comes_first:
-            self._times.wait_for(tokens, len(before))
+            self._times.wait_for(tokens)
         self._delivery.hand_over(before)
         if not has_work:
             return

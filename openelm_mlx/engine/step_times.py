@@ -43,15 +43,15 @@ class StepTimes:
         elif chunk_length:
             self._pace.prompt_took(seconds, chunk_length)
 
-    def wait_for(self, tokens: Sequence[mx.array], num_decoding: int) -> None:
-        """Wait for the tokens of the pass in flight, of so many who decode."""
+    def wait_for(self, tokens: Sequence[mx.array]) -> None:
+        """Wait for the tokens of the pass in flight."""
         started = time.perf_counter()
         with contextlib.suppress(RuntimeError):  # the device's, which whoever hands them over is told
             mx.eval(tokens)
         now, came = time.perf_counter(), self._came
         self._came, self._waited = now, now - started
-        if came is None or (num_decoding == 1 and not self._in_flight):
-            return  # by itself, and not in a slot, one takes less
+        if came is None:
+            return
         on_device = now - came if self._waited >= _LEAST_WAITED * (now - came) else 0.0
         if (seconds := max(self._on_host, on_device)) > 0:
             self._pace.step_took(seconds, self._in_flight)
@@ -63,6 +63,10 @@ class StepTimes:
         """
         self._on_host = 0.0 if has_moved else time.perf_counter() - began - self._waited
         self._in_flight = chunk_length
+
+    def failed(self) -> None:
+        """A pass has failed: how long the one in flight took is no longer known."""
+        self._came = None
 
     def waited(self, began: float, chunk_length: int) -> None:
         """A pass has been computed in which nobody decoded."""

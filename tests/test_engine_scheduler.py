@@ -422,7 +422,6 @@ def test_one_that_decodes_waits_by_what_it_takes_by_itself():
         pace.step_took(0.0025, 0, is_alone=True)
         pace.step_took(0.005, 0)
     pace.is_one = True
-    assert not pace.is_usual_due
     pace.prompt_took(0.0625, 100)
     alone = pace.length(2048)
     pace.is_one = False
@@ -432,6 +431,65 @@ def test_one_that_decodes_waits_by_what_it_takes_by_itself():
     assert pace.length(2048) >= 64
     pace.is_one = True
     assert pace.length(2048) < 64
+
+
+@pytest.mark.parametrize("is_in_slot", [False, True])
+@pytest.mark.parametrize("at_first", [0.2, 0.0005])
+def test_what_one_that_decodes_takes_is_measured_again_beside_a_prompt(is_in_slot, at_first):
+    """Its first steps took long, or the machine is slower by now; in a slot it cannot be measured by itself."""
+    draw, pace, lengths = random.Random(5), ChunkPace(), []
+    pace.is_one = True
+    pace.prompt_took(0.01, 64)
+    for _ in range(3):
+        pace.step_took(at_first, 0, is_alone=True)
+    for _ in range(200):
+        while pace.is_usual_due:
+            pace.step_took((0.012 if is_in_slot else 0.01) * draw.uniform(0.95, 1.05), 0, is_alone=not is_in_slot)
+        lengths.append(pace.length(2048))
+        pace.step_took((0.01 + 0.0003 * lengths[-1]) * draw.uniform(0.95, 1.05), lengths[-1])
+    if at_first > 0.01:
+        assert max(lengths[-50:]) <= 128  # which is within the bound, or hardly beyond it
+    if not is_in_slot:
+        assert min(lengths[-50:]) >= 32
+
+
+@pytest.mark.parametrize("beside", [0, 4])
+def test_chunks_beside_one_are_long_where_most_of_their_time_is_fixed(beside):
+    """As where each of them reads all experts from a disk: 256 tokens would take about as long as a thousand."""
+    draw, pace, lengths = random.Random(6), ChunkPace(), []
+    pace.is_one = True
+    pace.prompt_took(3.1, 64)
+    for _ in range(20):
+        pace.step_took(0.2, 0, is_alone=True)
+    for _ in range(40):
+        lengths.append(pace.length(2048, beside=beside))
+        pace.step_took((3.2 + 0.002 * lengths[-1]) * draw.uniform(0.95, 1.05), lengths[-1])
+    assert min(lengths[-5:]) >= 700
+
+
+def test_chunks_beside_one_are_not_tiny_where_many_prompts_wait():
+    """Their slots are rows too, of which there may be more than a chunk beside one has."""
+    pace = ChunkPace()
+    pace.is_one = True
+    for _ in range(20):
+        pace.step_took(0.01, 0, is_alone=True)
+    pace.prompt_took(0.01, 1000)
+    for beside in (192, 256, 1024):
+        assert pace.length(2048, beside=beside) >= 100
+
+
+def test_prompts_that_begin_are_not_taken_for_ones_that_see_ever_more():
+    """The second chunk of a prompt sees three times as many as the first, and both see hardly anything."""
+    pace, num_chunks = ChunkPace(), 0
+    for _ in range(20):
+        pace.step_took(0.004, 0)
+    for _ in range(40):
+        done = 0
+        while done < 200:
+            length = min(200 - done, pace.length(2048, beside=4, position=done))
+            pace.step_took(0.006 + 8e-5 * length, length)
+            done, num_chunks = done + length, num_chunks + 1
+    assert num_chunks <= 210  # of 44 tokens; as long as they see, they would be of 28
 
 
 def test_rows_beside_a_chunk_are_a_part_of_its_coarse_steps():

@@ -17,6 +17,8 @@ _AIM = 3.0
 _LEAST_SHARE = 0.5
 # What is fixed is only an estimate: so much of it is believed.
 _BELIEVED = 0.8
+# So many tokens before it take at most as long as a token itself: with fewer of them, what it sees says little.
+_AS_MUCH_AS_ITSELF = 256
 # A chunk's tokens take at most so many times as long as the last one's, since they see more.
 _MOST_MORE = 3.0
 # Chunks of one length after which one of twice that is tried where it may be a little too long: it tells what is fixed.
@@ -27,7 +29,8 @@ _MOST_CHUNKS = 32
 # may add: twice, in coarse steps, also where those are of more than itself. On a device that is slow to be told, what a
 # chunk takes shows only from some length on, and then at once.
 _MOST_GROWTH = ((0.25, 2.5), (0.45, 2.1), (1.0, 1.6))
-# From so many rows on, a longer chunk saves hardly anything; beside one request that decodes none is longer.
+# From so many rows on, a longer chunk saves hardly anything, where little of it is fixed; beside one request that decodes
+# none is longer then.
 _LONG = 256
 # A length that was too long is not tried again for so many chunks, twice as many each time.
 _FIRST_BAN, _LONGEST_BAN = 64, 1024
@@ -87,7 +90,8 @@ class ChunkPace:
         # Lengths, in coarse steps, by their last chunks: those within the bound, and those that are not tried again soon.
         self._within: set[int] = set()
         self._beyond: dict[int, _TooLong] = {}
-        self._has_slope = False  # whether chunks of different lengths have told those two apart
+        # Whether chunks of different lengths have told those two apart, and whether the last ones do not.
+        self._has_slope, self._are_of_one_length = False, True
 
     @property
     def _usual(self) -> float | None:
@@ -99,7 +103,13 @@ class ChunkPace:
     @property
     def is_usual_due(self) -> bool:
         """Whether the next step should be one without a chunk, where somebody decodes."""
-        return self._num_chunks >= self._due_after and not (self.is_one and self._usual_alone is not None)
+        return self._num_chunks >= self._due_after
+
+    @property
+    def _is_mostly_fixed(self) -> bool:
+        """Whether what each chunk adds anyway leaves too little of the bound: as where all experts are read from a disk."""
+        usual = self._usual
+        return usual is not None and (0.9 * LONGEST_GAP - 1) * usual - self._fixed < _LEAST_SHARE * self._fixed
 
     def length(self, most: int, beside: int = 0, position: int = 0) -> int:
         """The chunk's length now, at most `most`, in coarse steps, so that shapes are few.
@@ -112,8 +122,8 @@ class ChunkPace:
         return length
 
     def _length(self, most: int, beside: int, position: int) -> int:
-        if self.is_one:
-            most = min(most, _LONG - beside)
+        if self.is_one and not self._is_mostly_fixed:
+            most = min(most, max(_LONG // 2, _LONG - beside))
         if not beside:
             return min(most, _in_coarse_steps(self._wanted(position)))
         rows = _in_coarse_steps(max(self._wanted(position) + beside, LEAST_CHUNK))
@@ -128,8 +138,10 @@ class ChunkPace:
         known += 0.25 * (seconds - known)
         if is_alone:
             self._usual_alone = known
-            return
-        self._usual_together = known
+        else:
+            self._usual_together = known
+            if self.is_one and self._usual_alone is not None:  # by itself, and in no slot, it takes no longer
+                self._usual_alone = min(self._usual_alone, known)
         if self._num_chunks >= self._due_after:
             self._due_after = min(_MOST_CHUNKS, max(1, 2 * self._due_after))
         self._num_chunks = 0
@@ -143,6 +155,10 @@ class ChunkPace:
         most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
         last, added = max(list(self._added)[-2:])  # the end of a prompt may be short
         growth = _most_growth(last, added / ((LONGEST_GAP - 1) * usual))
+        if len(self._added) >= _MOST_OF_ONE_LENGTH and self._are_of_one_length:
+            if min(added for _, added in self._added) > (LONGEST_GAP - 1) * usual:
+                # None is within the bound, and nothing tells whether their tokens take so long: another length does.
+                return last / 2 if last > LEAST_CHUNK else _MOST_GROWTH[0][1] * last
         if not self._has_slope:
             # All that a chunk adds may be its tokens', or hardly any. A longer one tells, where it is within the bound anyway.
             longer = min(growth * last, most_seconds / max(self._per_token, 1e-9))
@@ -158,7 +174,7 @@ class ChunkPace:
             # All that the last chunk added beside what is fixed grows with its length, and with what its tokens see: faster
             # than that, as measured.
             fixed = _BELIEVED * self._fixed
-            sees_more = (position + last / 2) / max(self._middles[0], 1.0)
+            sees_more = (position + last / 2 + _AS_MUCH_AS_ITSELF) / (self._middles[0] + _AS_MUCH_AS_ITSELF)
             within = ((0.8 * LONGEST_GAP - 1) * usual - fixed) / max(added - fixed, 1e-9)
             within /= min(_MOST_MORE, max(1.0, sees_more) ** 2)
             length = min(length, last * max(0.5, within))
@@ -223,6 +239,7 @@ class ChunkPace:
             for (x, y), (other_x, other_y) in combinations(self._added, 2)
             if max(x, other_x) >= 1.4 * min(x, other_x)
         )
+        self._are_of_one_length = not slopes
         if slopes:
             self._has_slope = True
             # The lower quartile: what is hidden in the noise is found out by longer chunks, and not by shorter ones.

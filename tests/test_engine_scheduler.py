@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from openelm_mlx.decoding.prefill import prompt_chunks
-from openelm_mlx.engine.pace import LONGEST_GAP, ChunkPace
+from openelm_mlx.engine.pace import LONGEST_GAP, ChunkPace, _most_growth
 from openelm_mlx.engine.scheduler import Job, Scheduler
 from openelm_mlx.errors import EngineFullError
 from openelm_mlx.models.slot_sizes import rows_for
@@ -490,6 +490,13 @@ def test_prompts_that_begin_are_not_taken_for_ones_that_see_ever_more():
             pace.step_took(0.006 + 8e-5 * length, length)
             done, num_chunks = done + length, num_chunks + 1
     assert num_chunks <= 210  # of 44 tokens; as long as they see, they would be of 28
+
+
+def test_from_some_length_on_chunks_grow_by_less():
+    """A step of twice as many tokens would save hardly anything, and may be far too long."""
+    assert _most_growth(8, 2.0) > 2
+    assert _most_growth(128, 0.1) > _most_growth(128, 0.3) > _most_growth(128, 0.6) > 1.5
+    assert _most_growth(256, 0.1) == _most_growth(128, 0.6)
 
 
 def test_rows_beside_a_chunk_are_a_part_of_its_coarse_steps():

@@ -141,6 +141,26 @@ def test_what_the_kernel_is_told_is_where_the_new_tokens_are(model, form, monkey
         assert buffer.shape[3] == (window or bank.shape[1])
 
 
+@pytest.mark.parametrize("layers_in_a_piece", [1, 3, 100])
+def test_pieces_that_are_traced_in_part_say_the_same(model, layers_in_a_piece, monkeypatch):
+    """Of some layers from traces, and of the others not; also where of a prompt's rows the last one alone is wanted."""
+    slots_in_place(monkeypatch)
+    monkeypatch.setattr(pieces_module, "LAYERS_IN_A_PIECE", layers_in_a_piece)
+    monkeypatch.setattr(pieces_module, "compile_apart", lambda function: function)  # MLX's would call the machine's
+    pieces = SlotPieces(model, compile=True)
+    bank, _ = filled(model, [6, 4], has_kernel=True, takes_prompts=True)
+    for counts in (None, [1, 4]):
+        for _ in range(pieces_module.TRACED_AFTER + len(model.layers) + 1):
+            bank.begin(counts)
+            tokens = mx.arange(5, 5 + bank.num_rows)
+            known = slot_step_module.slot_logits(model, tokens, bank)
+            mx.eval(known)
+            found = pieces(tokens, bank)
+            assert found.shape == (len(bank), model.spec.vocab_size)
+            assert mx.array_equal(found, known)
+    assert set(pieces._num_traced.values()) == {-(-len(model.layers) // layers_in_a_piece)}
+
+
 def test_few_shapes_of_slots_stay_traced(model, monkeypatch):
     """A server that runs for days would keep a trace for each number of rows, slots and columns; and many come only once."""
     made, traced = [], []

@@ -155,10 +155,10 @@ class ChunkPace:
         most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
         last, added = max(list(self._added)[-2:])  # the end of a prompt may be short
         growth = _most_growth(last, added / ((LONGEST_GAP - 1) * usual))
-        if len(self._added) >= _MOST_OF_ONE_LENGTH and self._are_of_one_length:
-            if min(added for _, added in self._added) > (LONGEST_GAP - 1) * usual:
-                # None is within the bound, and nothing tells whether their tokens take so long: another length does.
-                return last / 2 if last > LEAST_CHUNK else _MOST_GROWTH[0][1] * last
+        are_many = self._are_of_one_length and len(self._added) >= _MOST_OF_ONE_LENGTH
+        if are_many and min(seconds for _, seconds in self._added) > (LONGEST_GAP - 1) * usual:
+            # None is within the bound, and nothing tells whether their tokens take so long: another length does.
+            return last / 2 if last > LEAST_CHUNK else _MOST_GROWTH[0][1] * last
         if not self._has_slope:
             # All that a chunk adds may be its tokens', or hardly any. A longer one tells, where it is within the bound anyway.
             longer = min(growth * last, most_seconds / max(self._per_token, 1e-9))

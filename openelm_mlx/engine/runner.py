@@ -88,7 +88,7 @@ class Runner:
 
     def prepare(self) -> None:
         """Before the first request."""
-        with suppress(RuntimeError):  # there was no room for it
+        with suppress(RuntimeError, MemoryError):  # there was no room for it
             warm_up(self.model, self._batch_step)
 
     # --- a step -------------------------------------------------------------------------------------------------------

@@ -334,7 +334,9 @@ def test_passes_are_warmed_up_before_requests_come(monkeypatch):
     monkeypatch.setattr(slots, "has_kernel_for", lambda head_dim: True)
     monkeypatch.setattr(slots.mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(slots, "MANY_WIDTHS", len(set(model.spec.layers)) + 1)
-    slots.warm_up(model, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(slots, "through_products", lambda *_: pytest.fail("they have few shapes"))
+        slots.warm_up(model, step)
     assert list(traced[-1].values()) == [-(-len(model.layers) // pieces.LAYERS_IN_A_PIECE)]
     monkeypatch.setattr(slots, "MANY_WIDTHS", len(set(model.spec.layers)))
     monkeypatch.setattr(slots, "steps_until_traced", lambda model: 0)
@@ -358,3 +360,59 @@ def test_an_engine_without_room_to_be_warmed_up_answers_all_the_same(model, monk
     monkeypatch.setattr(runner, "warm_up", without_room)
     with om.Engine(model) as engine:
         assert tokens_of(engine.submit(prompt_of(9, 1), max_tokens=5)) == expected
+
+
+@pytest.mark.slow
+def test_the_pace_is_told_who_decodes_and_how_much_is_before_a_chunk(model, monkeypatch):
+    """And the times are told who moved, and are asked to wait before a pass that is dispatched slowly."""
+    lengths, alone_steps, moved, order = [], [], [], []
+    dispatched, wait_for, compute = StepTimes.dispatched, StepTimes.wait_for, runner.compute
+    with om.Engine(model) as engine:
+        pace = engine._scheduler.pace
+        pace.longest = 32
+        length, step_took = pace.length, pace.step_took
+
+        def noted_length(most, beside=0, position=0):
+            lengths.append((pace.is_one, position))
+            return length(most, beside, position)
+
+        def noted_step(seconds, chunk_length, is_alone=False):
+            alone_steps.append(is_alone)
+            step_took(seconds, chunk_length, is_alone)
+
+        def noted_dispatched(self, began, chunk_length, has_moved):
+            moved.append(has_moved)
+            dispatched(self, began, chunk_length, has_moved)
+
+        def noted_wait(self, tokens):
+            order.append("waits")
+            wait_for(self, tokens)
+
+        def noted_compute(model, step, bank, in_slots, parts):
+            order.append("chunk" if any(part.is_prompt for part in parts) else "step")
+            return compute(model, step, bank, in_slots, parts)
+
+        monkeypatch.setattr(pace, "length", noted_length)
+        monkeypatch.setattr(pace, "step_took", noted_step)
+        monkeypatch.setattr(StepTimes, "dispatched", noted_dispatched)
+        monkeypatch.setattr(StepTimes, "wait_for", noted_wait)
+        monkeypatch.setattr(runner, "compute", noted_compute)
+        first = engine.submit(prompt_of(9, 1), max_tokens=300)
+        for _ in range(8):
+            next(first)
+        assert any(alone_steps)
+        order.clear()
+        second = engine.submit(prompt_of(200, 2), max_tokens=8)
+        list(second)
+        first.cancel()
+    positions = [position for is_one, position in lengths if is_one]
+    assert positions[0] == 0
+    assert len(set(positions)) > 4
+    assert positions == sorted(positions)
+    assert not alone_steps[-1]
+    assert any(moved)
+    assert not all(moved)
+    # On a processor the host waits for the layers of each chunk: before it, the tokens of the pass before have come.
+    at = [i for i, each in enumerate(order) if each == "chunk"]
+    assert all(order[i - 1] == "waits" for i in at[1:])
+    assert "stepwaits" in "".join(order)

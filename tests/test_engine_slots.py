@@ -353,13 +353,17 @@ def test_passes_are_warmed_up_before_requests_come(monkeypatch):
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
 def test_an_engine_without_room_to_be_warmed_up_answers_all_the_same(model, monkeypatch, error):
-    def without_room(*_):
+    asked = []
+
+    def without_room(*arguments):
+        asked.append(arguments)
         raise error("no room")
 
     expected = alone(model, prompt_of(9, 1), max_tokens=5)
     monkeypatch.setattr(runner, "warm_up", without_room)
     with om.Engine(model) as engine:
         assert tokens_of(engine.submit(prompt_of(9, 1), max_tokens=5)) == expected
+    assert len(asked) == 1
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ class BatchMemory:
         return self._own_view()
 
     def may_keep_cache(self) -> bool:
-        """Whether freed buffers stay MLX's: a little, within the budget. To give them back takes as long as many steps."""
+        """Whether freed buffers stay MLX's: some, within the budget. To give them back takes as long as many steps."""
         limit, kept = self.limit, mx.get_cache_memory()
         if limit is None:
             return kept <= KEPT_IN_CACHE

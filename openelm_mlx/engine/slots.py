@@ -43,7 +43,7 @@ def slot_bank(model: Model) -> SlotBank:
 def warm_up(model: Model, step: BatchStep) -> None:
     """Compute what passes of requests in slots have, with MLX's CUDA backend: kernels are compiled, or chosen, at first use.
 
-    A step of two requests that are nobody's, until it is traced; and each product for all numbers of rows, on zeros. CUDA's
+    A step of two requests that are nobody's, until it is traced; and the layers' products for all numbers of rows, on zeros. CUDA's
     library of products looks for the fastest kernel when a shape is new, which takes 0.3 to 0.5 ms (docs/LOG.md). Where every
     layer has a width of its own there are a hundred shapes for each number of rows, so that the first chunk of each length
     took 30 to 50 ms longer, while others waited for their tokens.
@@ -63,6 +63,7 @@ def warm_up(model: Model, step: BatchStep) -> None:
         return  # those have other kernels, or few shapes
     for count in SIZES:
         through_products(model, count)
+    mx.clear_cache()
 
 
 def through_products(model: Model, num_rows: int) -> None:

@@ -69,7 +69,7 @@ class StepTimes:
         self._came = None
 
     def waited(self, began: float, chunk_length: int) -> None:
-        """A pass has been computed in which nobody decoded."""
+        """A pass has been computed in which nobody's token was handed over."""
         self._came = None  # the next tokens are its own
         if chunk_length:
             self._pace.prompt_took(time.perf_counter() - began, chunk_length)

@@ -43,10 +43,10 @@ def slot_bank(model: Model) -> SlotBank:
 def warm_up(model: Model, step: BatchStep) -> None:
     """Compute what passes of requests in slots have, with MLX's CUDA backend: kernels are compiled, or chosen, at first use.
 
-    A step of two requests that are nobody's, until it is traced; and the layers' products for all numbers of rows, on zeros. CUDA's
-    library of products looks for the fastest kernel when a shape is new, which takes 0.3 to 0.5 ms (docs/LOG.md). Where every
-    layer has a width of its own there are a hundred shapes for each number of rows, so that the first chunk of each length
-    took 30 to 50 ms longer, while others waited for their tokens.
+    A step of two requests that are nobody's, until it is traced; and the layers' products for all numbers of rows, on zeros.
+    CUDA's library of products looks for the fastest kernel when a shape is new, which takes 0.3 to 0.5 ms (docs/LOG.md).
+    Where every layer has a width of its own there are a hundred shapes for each number of rows, so that the first chunk of
+    each length took 30 to 50 ms longer, while others waited for their tokens.
     """
     bank = slot_bank(model)
     if runs_on_cpu() or not (bank.takes_prompts and bank.is_in_place and mx.cuda.is_available()):

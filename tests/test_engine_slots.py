@@ -240,10 +240,8 @@ def test_a_pass_takes_what_the_host_or_the_device_takes(monkeypatch):
     assert seen_by_pace == [("alone", 0.3, 100), ("alone", 0.1, 40)]
     assert step(0.004, 0.005, 0) == (0.031, 0)  # the first one took longer on the host
     assert step(0.004, 0.004, 20) == (0.009, 0)  # on the device: from the tokens before it to its own
-    assert step(0.02, 0, 30) == (
-        0.005,
-        20,
-    )  # its tokens were there while the next one was dispatched, whose time that is
+    # Its tokens were there while the next one was dispatched, whose time that is.
+    assert step(0.02, 0, 30) == (0.005, 20)
     assert step(0.004, 0.03, 0) == (0.035, 30)
     now[0] += 1
     times.took(now[0] - 0.004, 0)  # one request by itself, in no slot

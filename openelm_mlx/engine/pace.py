@@ -105,11 +105,15 @@ class ChunkPace:
         """Whether the next step should be one without a chunk, where somebody decodes."""
         return self._num_chunks >= self._due_after
 
+    def _seconds_left(self, usual: float) -> float:
+        """What the bound leaves for a chunk's tokens, beside what each chunk adds anyway."""
+        return (0.9 * LONGEST_GAP - 1) * usual - self._fixed
+
     @property
     def _is_mostly_fixed(self) -> bool:
-        """Whether what each chunk adds anyway leaves too little of the bound: as where all experts are read from a disk."""
+        """Whether that is too little: as where all experts are read from a disk."""
         usual = self._usual
-        return usual is not None and (0.9 * LONGEST_GAP - 1) * usual - self._fixed < _LEAST_SHARE * self._fixed
+        return usual is not None and self._seconds_left(usual) < _LEAST_SHARE * self._fixed
 
     def length(self, most: int, beside: int = 0, position: int = 0) -> int:
         """The chunk's length now, at most `most`, in coarse steps, so that shapes are few.
@@ -152,7 +156,7 @@ class ChunkPace:
             if usual is None or self._per_token_alone is None:
                 return self._first
             return (_AIM - 1) * usual / self._per_token_alone  # which has its share of what is fixed
-        most_seconds = (0.9 * LONGEST_GAP - 1) * usual - self._fixed
+        most_seconds = self._seconds_left(usual)
         last, added = max(list(self._added)[-2:])  # the end of a prompt may be short
         growth = _most_growth(last, added / ((LONGEST_GAP - 1) * usual))
         are_many = self._are_of_one_length and len(self._added) >= _MOST_OF_ONE_LENGTH
@@ -167,10 +171,10 @@ class ChunkPace:
                 return growth * last
             if longer >= 1.5 * last:
                 return longer
-        least_seconds = self._fixed if most_seconds < _LEAST_SHARE * self._fixed else min(self._fixed, most_seconds)
+        least_seconds = self._fixed if self._is_mostly_fixed else min(self._fixed, most_seconds)
         seconds = max(least_seconds, (_AIM - 1) * usual - self._fixed)
         length = seconds / max(self._per_token, 1e-9)
-        if most_seconds >= _LEAST_SHARE * self._fixed:
+        if not self._is_mostly_fixed:
             # All that the last chunk added beside what is fixed grows with its length, and with what its tokens see: faster
             # than that, as measured.
             fixed = _BELIEVED * self._fixed
